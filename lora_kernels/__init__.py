@@ -6,6 +6,7 @@ import os as _os
 import sys as _sys
 
 try:
+    from .choice.choose import backend
     from .core import reference
     from .functional import (
         dora_norm,
@@ -16,7 +17,6 @@ try:
     )
     from .head import lora_linear_cross_entropy, lora_linear_log_probs
     from .qualification import qualify
-    from .selection import backend
 except KeyboardInterrupt:
     # The command line imports this package, and torch, before any code of its own runs.
     _words = _sys.orig_argv[1:3] or [""]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, selection
+from . import ops
+from .choice import choose as selection
 from .quantization import Weight4bit
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

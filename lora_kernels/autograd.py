@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .backends import forced
 from .backends.eager import stat_dtype
-from .backends.forced import Forced
 from .core.call import (
     ExpertsNeeds,
     ExpertsOperands,
@@ -30,7 +26,6 @@ from .core.call import (
 from .core.packed4bit import Packed4bit
 from .core.problem import Choice
 
-_NOTHING = contextlib.nullcontext()
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -72,13 +67,6 @@ def differentiable_once(backward: _Backward) -> _Backward:
     return call
 
 
-def _force_choice(choice: Choice | None, strategy: bool = True) -> AbstractContextManager[None]:
-    """Run the op called from backward with the forward's backend, and its strategy."""
-    if choice is None:
-        return _NOTHING
-    return forced.set_to(Forced(choice.backend, choice.strategy if strategy else None))
-
-
 class Options(NamedTuple):
     """The arguments of `LoRALinearFunction` that are not tensors.
 
@@ -107,6 +95,15 @@ class ExpertsOptions(NamedTuple):
 
     spec: ExpertsSpec
     blocksizes: tuple[Any, ...]
+
+
+def _can_bypass(ctx: Any, *tensors: Tensor | None) -> bool:
+    """Return True if the backward can run the forward's choice without the dispatcher.
+
+    A forward that was dispatched has chosen inside of the op: its `ctx.choice` is the request that
+    was in force, as text.
+    """
+    return isinstance(ctx.choice, Choice) and ops.can_bypass_dispatcher(*tensors)
 
 
 def _unread(dy: Tensor, columns: int, dtype: torch.dtype, flat: bool = False) -> Tensor:
@@ -145,11 +142,11 @@ class LoRALinearFunction(torch.autograd.Function):
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
         if column_scale is not None and ctx.needs_input_grad[4]:
             spec = spec._replace(save_z=True)
-        ctx.choice = None
         if ops.can_bypass_dispatcher(x, weight[0], lora_A, lora_B):
             ctx.choice = ops.choose(operands, spec)
             y, (p, z, mask) = ops.lora_linear_direct(operands, spec, ctx.choice)
         else:
+            ctx.choice = ops.requested()
             y, (p, z, mask) = ops.lora_linear_dispatched(operands, spec)
         reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
@@ -174,14 +171,13 @@ class LoRALinearFunction(torch.autograd.Function):
         if p is None and not (needs.lora_B or needs.rank_gate):
             p = _unread(dy, R, stat_dtype(spec.dtype), flat=True)
         elif p is None:
-            with _force_choice(ctx.choice, strategy=False):  # the strategy depends on N, here 1
-                p = ops.down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype)
-        saved = Saved(p, z)
-        if ctx.choice is not None and ops.can_bypass_dispatcher(dy, x, weight[0], lora_A, lora_B):
-            grads = ops.lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
+            backend, _, _ = str(ctx.choice).partition(" ")  # the strategy depends on N, here 1
+            p = ops.down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype, backend)
+        args = dy, operands, Saved(p, z), spec, needs
+        if _can_bypass(ctx, dy, x, weight[0], lora_A, lora_B):
+            grads = ops.lora_linear_backward_direct(*args, ctx.choice)
         else:
-            with _force_choice(ctx.choice):
-                grads = ops.lora_linear_backward_dispatched(dy, operands, saved, spec, needs)
+            grads = ops.lora_linear_backward_dispatched(*args, str(ctx.choice))
         return *_cast_grads(ctx, grads, operands), *[None] * (2 + len(weight))
 
 
@@ -220,11 +216,11 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng)
-        ctx.choice = None
         if ops.can_bypass_dispatcher(x, index, codes[0] if codes else weight, *lora_A, *lora_B):
             ctx.choice = ops.choose_multi(operands, spec)
             y, saved = ops.multi_lora_linear_direct(operands, spec, ctx.choice)
         else:
+            ctx.choice = ops.requested()
             y, saved = ops.multi_lora_linear_dispatched(operands, spec)
         rng = rng if saved.mask is None else saved.mask
         need_A, need_B = ctx.needs_input_grad[6 : 6 + E], ctx.needs_input_grad[6 + E : 6 + 2 * E]
@@ -249,16 +245,11 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         needs = MultiNeeds(need[0], need[6 : 6 + E], need[6 + E : 6 + 2 * E], need[3])
         base, held = (Packed4bit(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng)
-        operands_and_dy = dy, x, index, held, *lora_A, *lora_B
-        if ctx.choice is not None and ops.can_bypass_dispatcher(*operands_and_dy):
-            grads = ops.multi_lora_linear_backward_direct(
-                dy, operands, Saved(p), spec, needs, ctx.choice
-            )
+        args = dy, operands, Saved(p), spec, needs
+        if _can_bypass(ctx, dy, x, index, held, *lora_A, *lora_B):
+            grads = ops.multi_lora_linear_backward_direct(*args, ctx.choice)
         else:
-            with _force_choice(ctx.choice):
-                grads = ops.multi_lora_linear_backward_dispatched(
-                    dy, operands, Saved(p), spec, needs
-                )
+            grads = ops.multi_lora_linear_backward_dispatched(*args, str(ctx.choice))
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         of_codes = [None] * len(codes)
         return grads.x, None, None, dbias, None, None, *grads.lora_A, *grads.lora_B, *of_codes
@@ -286,11 +277,11 @@ class LoRAExpertsFunction(torch.autograd.Function):
         spec, blocksizes = options
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng)
-        ctx.choice = None
         if ops.can_bypass_dispatcher(x, weight[0], lora_A, lora_B, offsets):
             ctx.choice = ops.choose_experts(operands, spec)
             y, saved = ops.lora_experts_direct(operands, spec, ctx.choice)
         else:
+            ctx.choice = ops.requested()
             y, saved = ops.lora_experts_dispatched(operands, spec)
         rng = rng if saved.mask is None else saved.mask
         kept_x = x if ctx.needs_input_grad[1] else None
@@ -311,14 +302,10 @@ class LoRAExpertsFunction(torch.autograd.Function):
         needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng)
-        if ctx.choice is not None and ops.can_bypass_dispatcher(
-            dy, x, weight[0], lora_A, lora_B, offsets
-        ):
-            grads = ops.lora_experts_backward_direct(
-                dy, operands, Saved(p), spec, needs, ctx.choice
-            )
+        args = dy, operands, Saved(p), spec, needs
+        if _can_bypass(ctx, dy, x, weight[0], lora_A, lora_B, offsets):
+            grads = ops.lora_experts_backward_direct(*args, ctx.choice)
         else:
-            with _force_choice(ctx.choice):
-                grads = ops.lora_experts_backward_dispatched(dy, operands, Saved(p), spec, needs)
+            grads = ops.lora_experts_backward_dispatched(*args, str(ctx.choice))
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (3 + len(weight))

@@ -5,11 +5,13 @@ Importing this module asks for nothing; `gpus` and `gpu` initialise CUDA.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -187,6 +189,26 @@ def origin(extra: str = "") -> str:
 def install_command(extra: str) -> str:
     """Return the command that adds the packages of an extra."""
     return f"pip install {origin(extra)}"
+
+
+@functools.cache
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver; of its CUDA API where the system names no other."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+        if found:
+            return found[0]
+    except OSError:
+        pass
+    version = ctypes.c_int()
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(name).cuDriverGetVersion(ctypes.byref(version))
+            return str(version.value)
+        except (OSError, AttributeError):
+            continue
+    return "unknown"
 
 
 def compiler() -> str | None:

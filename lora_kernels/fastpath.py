@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, selection
+from . import ops
 from .arguments import base_dtype
 from .backends import native
 from .backends.cpu import PreparedCall
 from .backends.cpu_heuristics import few_rows
+from .choice import choose as selection
 from .core.call import Guard
 from .functional import dora_norm, lora_linear
 from .quantization import Weight4bit

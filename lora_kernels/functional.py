@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops, selection
+from . import ops
 from .arguments import (
     FLOATS,
     NATIVE_MASKS,
@@ -35,6 +35,7 @@ from .autograd import (
     Options,
 )
 from .backends.library import is_on_gpu_path
+from .choice import choose as selection
 from .core import reference
 from .core.call import ExpertsOperands, ExpertsSpec, MultiSpec, Operands, Spec
 from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit

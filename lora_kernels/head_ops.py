@@ -1,6 +1,6 @@
 """The registered ops of a language model's head; see `backends.head` for the equation.
 
-They take x as M rows. The logits of a chunk are computed by the backend that `selection` chooses
+They take x as M rows. The logits of a chunk are computed by the backend that `choice` chooses
 for that many rows; with dropout, by the eager backend, which takes a mask's rows. The ops draw no
 random numbers, and are deterministic.
 """

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, device, verdicts
+from . import __version__, device
 from .backends import cuda, native, triton
 from .backends.triton import configs
+from .choice import verdicts
 
 _ON_GPU = "for calls that qualified on the card (see the GPU's line), or that ask for it"
 _OPTIONAL = ("triton", "peft", "transformers", "bitsandbytes")

@@ -19,11 +19,13 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import flops, selection
-from .backends import cpu, cpu_experts, cuda, eager, eager_experts, triton
+from . import flops
+from .backends import cpu, cpu_experts, cuda, eager, eager_experts, forced, triton
 from .backends.cuda import constraints
+from .backends.forced import Forced
 from .backends.protocol import Backend, ExpertsBackend, MultiBackend, NormBackend
 from .backends.rows import like_rows_of
+from .choice import choose as selection
 from .core.call import (
     ExpertsGrads,
     ExpertsNeeds,
@@ -76,19 +78,22 @@ _EXPERTS_SPEC = (
     "float scaling, float dropout_p, ScalarType dtype, ScalarType y_dtype, bool transposed"
 )
 _EXPERTS_NEEDS = "bool need_x, bool need_lora_A, bool need_lora_B, bool need_bias"
-_FORWARD = f"({_OPERANDS}, {_SPEC}) -> (Tensor y, Tensor p, Tensor z, Tensor mask)"
+# The backend, and the strategy after a space, as if `backend(...)` named them: a backward gets its
+# forward's. Empty for what is in force.
+_CHOICE = '*, str choice=""'
+_FORWARD = f"({_OPERANDS}, {_SPEC}, {_CHOICE}) -> (Tensor y, Tensor p, Tensor z, Tensor mask)"
 _BACKWARD = (
-    f"(Tensor dy, {_OPERANDS}, Tensor p, Tensor? z, {_SPEC}, {_NEEDS}) "
+    f"(Tensor dy, {_OPERANDS}, Tensor p, Tensor? z, {_SPEC}, {_NEEDS}, {_CHOICE}) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)"
 )
 _MULTI_FORWARD = f"({_MULTI_OPERANDS}, {_MULTI_SPEC}) -> (Tensor y, Tensor p, Tensor mask)"
 _MULTI_BACKWARD = (
-    f"(Tensor dy, {_MULTI_OPERANDS}, Tensor p, {_MULTI_SPEC}, {_MULTI_NEEDS}) "
+    f"(Tensor dy, {_MULTI_OPERANDS}, Tensor p, {_MULTI_SPEC}, {_MULTI_NEEDS}, {_CHOICE}) "
     "-> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor dbias)"
 )
 _EXPERTS_FORWARD = f"({_EXPERTS_OPERANDS}, {_EXPERTS_SPEC}) -> (Tensor y, Tensor p, Tensor mask)"
 _EXPERTS_BACKWARD = (
-    f"(Tensor dy, {_EXPERTS_OPERANDS}, Tensor p, {_EXPERTS_SPEC}, {_EXPERTS_NEEDS}) "
+    f"(Tensor dy, {_EXPERTS_OPERANDS}, Tensor p, {_EXPERTS_SPEC}, {_EXPERTS_NEEDS}, {_CHOICE}) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)"
 )
 _NORM = "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate) -> Tensor"
@@ -130,11 +135,30 @@ def layout(
 _COLUMNS = Layout(columns=True)
 
 
-def choose(operands: Operands, spec: Spec) -> Choice:
-    """Choose the backend and strategy of both directions."""
+def requested() -> str:
+    """Return the backend and strategy in force as an op's `choice`, which a backward may be given.
+
+    While a function is compiled the strategy is not known.
+    """
+    if is_compiling():
+        return selection.forced_backend() or ""
+    return " ".join(filter(None, forced.current.get()))
+
+
+def _read_choice(choice: str) -> Forced | None:
+    """Return the request that an op's `choice` is, or None."""
+    backend, _, strategy = choice.partition(" ")
+    return Forced(backend, Strategy(strategy) if strategy else None) if backend else None
+
+
+def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> Choice:
+    """Choose the backend and strategy of both directions.
+
+    requested: None for the backend in force.
+    """
     x, weight, lora_A, lora_B, _, _, _, rng = operands
     if _has_mask(rng, spec.dropout_p):
-        return selection.choose_for_mask()
+        return selection.choose_for_mask(requested)
     device_type, index = device_of(x)
     (R, K), N, dtype, four_bit = lora_A.shape, lora_B.shape[0], spec.dtype, _is_4bit(weight)
     stored, M, dropout = layout(device_type, weight, dtype), x.numel() // K, rng is not None
@@ -142,7 +166,7 @@ def choose(operands: Operands, spec: Spec) -> Choice:
     problem = Problem(
         device_type, x_dtype, a_dtype, b_dtype, dtype, R, M, four_bit, N, K, dropout, index, stored
     )
-    return selection.choose(problem)
+    return selection.choose(problem, requested)
 
 
 def _is_4bit(weight: Tensor | Packed4bit | None) -> bool:
@@ -175,23 +199,30 @@ def lora_linear_direct(
     return like_rows_of(x, y), saved
 
 
-def lora_linear_dispatched(operands: Operands, spec: Spec) -> tuple[Tensor, Saved]:
+def lora_linear_dispatched(
+    operands: Operands, spec: Spec, choice: str = ""
+) -> tuple[Tensor, Saved]:
     """Run the forward by its op."""
     weight = operands.weight
     if isinstance(weight, Packed4bit):
-        y, p, z, mask = lora_linear_4bit(operands.x, *weight, *operands[2:], *spec)
+        y, p, z, mask = lora_linear_4bit(operands.x, *weight, *operands[2:], *spec, choice=choice)
     else:
-        y, p, z, mask = lora_linear(*operands, *spec)
+        y, p, z, mask = lora_linear(*operands, *spec, choice=choice)
     drawn = spec.dropout_p and operands.rng is None
     return y, Saved(p, z if spec.save_z else None, mask if drawn else None)
 
 
-def _lora_linear_op(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, (p, z, mask) = lora_linear_direct(operands, spec)
+def _lora_linear_op(
+    operands: Operands, spec: Spec, choice: str = ""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = choose(operands, spec, _read_choice(choice))
+    y, (p, z, mask) = lora_linear_direct(operands, spec, chosen)
     return y, p, _empty_if_none(z, y.dtype, y), _empty_if_none(mask, torch.bool, y)
 
 
-def _lora_linear_fake(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _lora_linear_fake(
+    operands: Operands, spec: Spec, choice: str = ""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, (N, R) = operands.x, operands.lora_B.shape
     M = x.numel() // x.shape[-1]
     y = x.new_empty(*x.shape[:-1], N, dtype=spec.y_dtype)
@@ -211,21 +242,29 @@ def _empty_if_none(t: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor
 
 
 def down_projection(
-    x: Tensor, lora_A: Tensor, dropout_p: float, rng: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    lora_A: Tensor,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     """Compute P = D(x)·Aᵀ [M, R] by `lora_linear` without a base GEMM and with N = 1.
 
     On the CPU, P is bitwise equal to P of a call with a base GEMM. Triton may choose another
     strategy for this call, which sums in another order. The eager backend computes it for CUDA,
     whose kernels need a base GEMM.
+
+    backend: "" for the one in force.
     """
     operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng)
     spec = Spec(1.0, dropout_p, dtype, x.dtype)
-    if selection.forced_backend() == "cuda":
-        eager_choice = Choice("eager", Strategy.LIBRARY, constraints.NO_BASE)
-        return lora_linear_direct(operands, spec, eager_choice)[1].p
-    run = lora_linear_direct if can_bypass_dispatcher(x, lora_A) else lora_linear_dispatched
-    return run(operands, spec)[1].p
+    backend = backend or requested().partition(" ")[0]
+    backend = "eager" if backend == "cuda" else backend
+    if can_bypass_dispatcher(x, lora_A):
+        choice = choose(operands, spec, _read_choice(backend))
+        return lora_linear_direct(operands, spec, choice)[1].p
+    return lora_linear_dispatched(operands, spec, backend)[1].p
 
 
 def prepare(
@@ -273,15 +312,17 @@ def lora_linear_backward_direct(
 
 
 def lora_linear_backward_dispatched(
-    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, choice: str
 ) -> Grads:
     """Run the backward by its op."""
     _refuse_tangent(dy)
     weight, rest = operands.weight, (saved.p, saved.z, *spec, *needs)
     if isinstance(weight, Packed4bit):
-        found = lora_linear_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
+        found = lora_linear_backward_4bit(
+            dy, operands.x, *weight, *operands[2:], *rest, choice=choice
+        )
     else:
-        found = lora_linear_backward(dy, *operands, *rest)
+        found = lora_linear_backward(dy, *operands, *rest, choice=choice)
     return Grads(*(grad if need else None for grad, need in zip(found, needs, strict=True)))
 
 
@@ -297,15 +338,16 @@ def _refuse_tangent(dy: Tensor) -> None:
 
 
 def _lora_linear_backward_op(
-    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, choice: str = ""
 ) -> tuple[Tensor, ...]:
-    grads = lora_linear_backward_direct(dy, operands, saved, spec, needs)
+    chosen = choose(operands, spec, _read_choice(choice))
+    grads = lora_linear_backward_direct(dy, operands, saved, spec, needs, chosen)
     dtypes = _grad_dtypes(operands, saved)
     return tuple(_empty_if_none(t, d, dy) for t, d in zip(grads, dtypes, strict=True))
 
 
 def _lora_linear_backward_fake(
-    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, choice: str = ""
 ) -> tuple[Tensor, ...]:
     x, _, lora_A, lora_B, *_ = operands
     N, R = lora_B.shape
@@ -321,11 +363,13 @@ def _grad_dtypes(operands: Operands, saved: Saved) -> tuple[torch.dtype, ...]:
     return operands.x.dtype, operands.lora_A.dtype, operands.lora_B.dtype, stat, stat, stat
 
 
-def choose_multi(operands: MultiOperands, spec: MultiSpec) -> Choice:
+def choose_multi(
+    operands: MultiOperands, spec: MultiSpec, requested: Forced | None = None
+) -> Choice:
     """Choose the backend and strategy of both directions, for several adapters."""
     x, weight, lora_A, lora_B, *_, rng = operands
     if _has_mask(rng, spec.dropout_p):
-        return selection.choose_for_mask()
+        return selection.choose_for_mask(requested)
     device_type, index = device_of(x)
     K, N, dtype, four_bit = x.shape[-1], lora_B[0].shape[0], spec.dtype, _is_4bit(weight)
     R, M, stored = (
@@ -337,7 +381,7 @@ def choose_multi(operands: MultiOperands, spec: MultiSpec) -> Choice:
     problem = Problem(
         device_type, x_dtype, a_dtype, b_dtype, dtype, R, M, four_bit, N, K, False, index, stored
     )
-    return selection.choose(problem._replace(mixed=True))
+    return selection.choose(problem._replace(mixed=True), requested)
 
 
 def _flatten(operands: MultiOperands) -> MultiOperands:
@@ -408,15 +452,22 @@ def multi_lora_linear_backward_direct(
 
 
 def multi_lora_linear_backward_dispatched(
-    dy: Tensor, operands: MultiOperands, saved: Saved, spec: MultiSpec, needs: MultiNeeds
+    dy: Tensor,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
+    choice: str,
 ) -> MultiGrads:
     """Run the backward by its op."""
     _refuse_tangent(dy)
     weight, rest = operands.weight, (saved.p, *spec, *needs)
     if isinstance(weight, Packed4bit):
-        found = multi_lora_linear_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
+        found = multi_lora_linear_backward_4bit(
+            dy, operands.x, *weight, *operands[2:], *rest, choice=choice
+        )
     else:
-        found = multi_lora_linear_backward(dy, *operands, *rest)
+        found = multi_lora_linear_backward(dy, *operands, *rest, choice=choice)
     dx, dA, dB, dbias = found
     return MultiGrads(
         dx if needs.x else None,
@@ -427,9 +478,15 @@ def multi_lora_linear_backward_dispatched(
 
 
 def _multi_lora_linear_backward_op(
-    dy: Tensor, operands: MultiOperands, saved: Saved, spec: MultiSpec, needs: MultiNeeds
+    dy: Tensor,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
+    choice: str = "",
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    dx, dA, dB, dbias = multi_lora_linear_backward_direct(dy, operands, saved, spec, needs)
+    chosen = choose_multi(operands, spec, _read_choice(choice))
+    dx, dA, dB, dbias = multi_lora_linear_backward_direct(dy, operands, saved, spec, needs, chosen)
     return (
         _empty_if_none(dx, operands.x.dtype, dy),
         [_empty_if_none(t, A.dtype, dy) for t, A in zip(dA, operands.lora_A, strict=True)],
@@ -439,7 +496,12 @@ def _multi_lora_linear_backward_op(
 
 
 def _multi_lora_linear_backward_fake(
-    dy: Tensor, operands: MultiOperands, saved: Saved, spec: MultiSpec, needs: MultiNeeds
+    dy: Tensor,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
+    choice: str = "",
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     def new_gradient(need: bool, t: Tensor) -> Tensor:
         return t.new_empty(t.shape if need else (0,))
@@ -453,16 +515,17 @@ def _multi_lora_linear_backward_fake(
     )
 
 
-def choose_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> Choice:
+def choose_experts(
+    operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | None = None
+) -> Choice:
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
     x, weight, lora_A, lora_B, _, _, rng = operands
     if _has_mask(rng, spec.dropout_p):
-        return selection.choose_for_mask()
+        return selection.choose_for_mask(requested)
     (device_type, index), (M, K), (_, N, R) = device_of(x), x.shape, lora_B.shape
     dtypes, is_4bit = (x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype), _is_4bit(weight)
-    return selection.choose_experts(
-        Problem(device_type, *dtypes, R, M, is_4bit, N, K, rng is not None, index)
-    )
+    problem = Problem(device_type, *dtypes, R, M, is_4bit, N, K, rng is not None, index)
+    return selection.choose_experts(problem, requested)
 
 
 def lora_experts_direct(
@@ -515,28 +578,46 @@ def lora_experts_backward_direct(
 
 
 def lora_experts_backward_dispatched(
-    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    choice: str,
 ) -> ExpertsGrads:
     """Run the backward by its op."""
     _refuse_tangent(dy)
     weight, rest = operands.weight, (saved.p, *spec, *needs)
     if isinstance(weight, Packed4bit):
-        found = lora_experts_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
+        found = lora_experts_backward_4bit(
+            dy, operands.x, *weight, *operands[2:], *rest, choice=choice
+        )
     else:
-        found = lora_experts_backward(dy, *operands, *rest)
+        found = lora_experts_backward(dy, *operands, *rest, choice=choice)
     return ExpertsGrads(*(grad if need else None for grad, need in zip(found, needs, strict=True)))
 
 
 def _lora_experts_backward_op(
-    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    choice: str = "",
 ) -> tuple[Tensor, ...]:
-    grads = lora_experts_backward_direct(dy, operands, saved, spec, needs)
+    chosen = choose_experts(operands, spec, _read_choice(choice))
+    grads = lora_experts_backward_direct(dy, operands, saved, spec, needs, chosen)
     dtypes = operands.x.dtype, operands.lora_A.dtype, operands.lora_B.dtype, saved.p.dtype
     return tuple(_empty_if_none(t, d, dy) for t, d in zip(grads, dtypes, strict=True))
 
 
 def _lora_experts_backward_fake(
-    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    choice: str = "",
 ) -> tuple[Tensor, ...]:
     x, _, lora_A, lora_B, *_ = operands
     shapes = tuple(x.shape), tuple(lora_A.shape), tuple(lora_B.shape), tuple(lora_B.shape[:2])
@@ -613,7 +694,7 @@ def pack_arguments(
         is_4bit: whether the weight is passed as the fields of `Packed4bit`.
     """
 
-    def flat(*args: Any) -> Any:
+    def flat(*args: Any, **kwargs: Any) -> Any:
         head, rest = args[:before], list(args[before:])
         if is_4bit:  # the fields of Packed4bit follow x
             rest[1 : 1 + len(Packed4bit._fields)] = [
@@ -623,7 +704,7 @@ def pack_arguments(
         for each, count in zip(types, counts, strict=True):
             packed.append(each(*rest[:count]))
             del rest[:count]
-        return function(*head, *packed)
+        return function(*head, *packed, **kwargs)
 
     return flat
 

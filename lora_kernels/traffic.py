@@ -36,8 +36,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import arguments, ops, selection
+from . import arguments, ops
 from .backends import library
+from .choice import choose as selection
 
 # The card whose dispatch bitsandbytes' `gemm_4bit` follows: H100, sm_90 with 132 SMs.
 H100 = (132, 9, 0)
@@ -215,6 +216,7 @@ class _Counter(TorchDispatchMode):
             selection.backend("eager"),
             torch.no_grad(),
         ):
+            kwargs = {name: value for name, value in kwargs.items() if name != "choice"}
             return implementation(*args, **kwargs)
 
     def _note_allocations(self, result: Any, given: Any) -> None:

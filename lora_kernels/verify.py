@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from . import device as devices
-from . import selection
 from .backends import cpu, cpu_heuristics, triton
 from .backends.triton import configs
 from .bench import baselines, progress
@@ -35,6 +34,7 @@ from .bench.experts_case import ExpertsCase
 from .bench.head_case import HeadCase
 from .bench.multi import MultiCase
 from .bench.tolerance import Verdict
+from .choice import choose as selection
 from .quantization import Weight4bit
 
 Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter if it differs

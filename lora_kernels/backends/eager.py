@@ -1,7 +1,7 @@
 """The equation in library GEMMs; runs on any torch device and in any floating dtype.
 
 The other backends are measured against this one. A call that they do not support comes here, with
-the reason (see `selection`).
+the reason (see `choice`).
 
 Memory traffic. The base GEMM accumulates onto the low-rank update, `y.addmm_(x, Wᵀ)`: y is read in
 the epilogue of the large GEMM and not in a pass of its own. dx likewise. Above `UPCAST_ROWS` rows

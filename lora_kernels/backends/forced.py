@@ -1,4 +1,4 @@
-"""The forced backend, which `selection.backend` sets and the choice of a kernel reads."""
+"""The forced backend, which `choice.choose.backend` sets and the choice of a kernel reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Forced(NamedTuple):
     strategy: Strategy | None = None
 
 
-# Read at import. `selection` checks the name.
+# Read at import. `choice.choose` checks the name.
 _DEFAULT = Forced(os.environ.get("LORA_KERNELS_BACKEND") or None)
 current: ContextVar[Forced] = ContextVar("lora_kernels_backend", default=_DEFAULT)
 # The backend of the innermost `set_to` of any thread: a global, which Dynamo can trace and guard.

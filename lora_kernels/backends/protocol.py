@@ -1,4 +1,4 @@
-"""The functions of a backend. Each is a module; `ops` calls the one that `selection` names."""
+"""The functions of a backend. Each is a module; `ops` calls the one that `choice` names."""
 
 from __future__ import annotations
 

@@ -20,10 +20,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .. import functional, selection
+from .. import functional
 from ..backends import cpu, cuda, decode4bit, eager, library, native, triton
 from ..backends.cuda import constraints
 from ..backends.triton import configs
+from ..choice import choose as selection
 from ..core import reference
 from ..core.call import Operands
 from ..core.problem import Layout

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional, selection, timing
+from .. import functional, timing
+from ..choice import choose as selection
 from ..core.problem import Problem
 from ..fastpath import CallCache
 from ..timing import Machine, Parts

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import selection
 from ..backends import library
 from ..backends.eager_experts import ALIGNED
+from ..choice import choose as selection
 from ..core import reference
 from ..functional import lora_experts_linear
 from ..quantization import Weight4bit

@@ -9,19 +9,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-from .. import device, qualification, verdicts
+from .. import qualification
 from ..backends import library, triton
 from ..backends.triton import configs, launch
+from ..choice import verdicts
+from ..choice.verdicts import Group, Point, Verdict
 from ..device import DeviceInfo
-from ..qualification import Claim, plan
-from ..verdicts import Group, Verdict
-from . import claims, progress
-from .claims import Card
+from ..qualification import claims
+from ..qualification.claims import Card
+from ..qualification.plan import CANDIDATES, DTYPES, Claim, plan
+from . import progress
 
 # Clock, bandwidth, FLOP/s of tensor and of CUDA cores, by the data sheets.
 SHEETS = {
@@ -34,10 +35,10 @@ SHEETS = {
     )
 }
 # Seconds, estimates: to start a worker, import torch and open the device; of a claim; of a timed
-# group. CPU seconds of a compilation: 0.30 for sm_80, 0.62 for sm_89, 0.50 for sm_90, as the plan's
+# point. CPU seconds of a compilation: 0.30 for sm_80, 0.62 for sm_89, 0.50 for sm_90, as the plan's
 # kernels took with Triton 3.9 on an AVX-512 server.
-START, CLAIM, TIMED, COMPILATION = 3.0, 0.02, 0.3, 0.6
-WIDTHS = (5, 15, 15, 13, 7)  # of the table's columns
+START, CLAIM, POINT, COMPILATION = 3.0, 0.02, 0.06, 0.6
+WIDTHS = (5, 13, 15, 15, 13, 7)  # of the table's columns
 EVENTS = "*"  # marks times that are not of a CUDA graph
 CORES = 8  # of the machine that a dry run assumes
 
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = qualification.BUDGET
     add = parser.add_argument
     add("--device", type=int, metavar="INDEX", help="of the GPU (default: the current one)")
-    words = "of the base GEMM (default: bfloat16)"
-    add("--dtypes", nargs="+", choices=["bfloat16", "float16"], default=["bfloat16"], help=words)
+    words = "of the base GEMM (default: both)"
+    add("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES], help=words)
     add("--budget", type=float, default=budget, help="seconds (default: %(default)g)")
     add("--json", action="store_true", help="print the verdict, or the dry run, as JSON")
     add("--forget", action="store_true", help="remove all cached verdicts")
@@ -70,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plans(args.dtypes), indent=1) if args.json else dry_run(args.dtypes))
         return 0
     try:
-        gpu = device.gpu(qualification.index_of(args.device))
-        with progress.printed(args.json, len(plan(args.dtypes, gpu))) as say:
+        qualification.index_of(args.device)
+        with progress.printed(args.json, len(plan(args.dtypes))) as say:
             say("each claim on this card's kernels, and whether it holds")
 
             def report(claim: Claim, reason: str | None) -> None:
@@ -89,20 +90,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(verdict: Verdict) -> str:
-    """Return a line for each group and number of rows, or why the group failed.
+    """Return a line for each measured point of a group that passed, or why the group failed.
 
-    The device's and the host's columns are medians of a forward in µs, ours and eager's.
+    The device's and the host's columns are a forward's µs, ours and eager's.
     """
     lines = [f"{verdict.key['name']}, driver {verdict.key['driver']}"]
     width = max((len(str(group)) for group in [*verdict.passed, *verdict.failed]), default=0)
-    columns = ("M", "device, µs", "host, µs", "over eager's", "step's")
+    columns = ("M", "N×K", "device, µs", "host, µs", "over eager's", "step's")
     head = " ".join(f"{name:>{w}}" for name, w in zip(columns, WIDTHS, strict=True))
     if verdict.points:
         lines.append(f"  {'':{width}} {head}")
     for group in sorted(verdict.passed):
-        rows = sorted({point.rows for point in verdict.points if point.group == group})
-        lines += [f"✓ {group!s:{width}} {_times(verdict, group, M)}" for M in rows]
-        lines += [] if rows else [f"✓ {group}"]
+        points = [point for point in verdict.points if point.group == group]
+        lines += [f"✓ {group!s:{width}} {_times(point)}" for point in points] or [f"✓ {group}"]
     if not all(s.is_captured for p in verdict.points for s in p[5:] if s is not None):
         lines.append(f"{EVENTS} not captured in a graph: timed in a busy stream")
     lines += [f"✗ {group!s:{width}}  {why}" for group, why in sorted(verdict.failed.items())]
@@ -113,61 +113,67 @@ def table(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def _times(verdict: Verdict, group: Group, M: int) -> str:
-    """Return the cells of a group's row of the table for M rows of x."""
-    points = [point for point in verdict.points if (point.group, point.rows) == (group, M)]
-    cells = [str(M)]
+def _times(point: Point) -> str:
+    """Return the cells of a point's row of the table."""
+    cells, both = [str(point.rows), f"{point.columns}×{point.inner}"], (point[5], point[6])
     for which in ("device", "host"):
-        ours, eager = (
-            statistics.median(getattr(seconds, which) for seconds in each) * 1e6
-            for each in zip(*((p.forward, p.eager_forward) for p in points), strict=True)
-        )
+        ours, eager = (getattr(seconds, which) * 1e6 for seconds in both)
         cells.append(f"{ours:.1f} / {eager:.1f}")
-    if not all(p.forward.is_captured and p.eager_forward.is_captured for p in points):
-        cells[1] += EVENTS
-    forward, step = verdict.ratios(group, M) or (0.0, 0.0)
-    cells += [f"{forward:.2f}", f"{step:.2f}" if step else ""]
+    if not all(seconds.is_captured for seconds in both):
+        cells[2] += EVENTS
+    forward, step = point.ratios()
+    cells += [f"{forward:.2f}", "" if step is None else f"{step:.2f}"]
     return " ".join(f"{cell:>{w}}" for cell, w in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
 def plans(dtypes: Sequence[str]) -> list[dict[str, Any]]:
     """Return what a qualification would do on each of SHEETS, for JSON.
 
-    Keys: `name`, `capability`, `groups` (group -> names of its claims), `compilations`, and the
-    expected seconds on CORES cores, `cold_s` and `warm_s`.
+    Keys: `name`, `capability`, `groups` (group -> names of its claims), `points` (group -> M, N and
+    K of its timed calls), `compilations`, and the expected seconds on CORES cores, `cold_s` and
+    `warm_s`.
     """
     cards = []
     for name, gpu in SHEETS.items():
-        wanted = plan(dtypes, gpu)
+        wanted = plan(dtypes)
         compilations = count_compilations(gpu, wanted)
         groups: dict[str, list[str]] = {}
         for claim in wanted:
             groups.setdefault(str(claim.group), []).append(claim.name)
-        card = {"name": name, "capability": gpu.capability, "groups": groups}
+        points = {str(claim.group): claim.sizes for claim in wanted if claim.sizes}
+        card = {"name": name, "capability": gpu.capability, "groups": groups, "points": points}
         card |= {"compilations": compilations, "cold_s": seconds(wanted, compilations)}
         cards.append(card | {"warm_s": seconds(wanted, 0)})
     return cards
 
 
 def dry_run(dtypes: Sequence[str]) -> str:
-    """Return the claims, compilations and expected seconds on each of SHEETS."""
-    lines = [f"expected on {CORES} cores; seconds are estimates"]
-    for card in plans(dtypes):
-        groups = card["groups"]
-        lines.append(
-            f"{card['name']}, sm_{card['capability']}: {sum(map(len, groups.values()))} claims on "
-            f"{len(groups)} groups, {card['compilations']} compilations, {card['cold_s']:.1f} s "
-            f"cold, {card['warm_s']:.1f} s warm"
-        )
-        lines += [f"  {group}: {', '.join(names)}" for group, names in groups.items()]
+    """Return the claims and points, and the compilations and expected seconds on each of SHEETS."""
+    cards = plans(dtypes)
+    groups, points = cards[0]["groups"], cards[0]["points"]
+    lines = [
+        f"{sum(map(len, groups.values()))} claims on {len(groups)} groups, "
+        f"{sum(map(len, points.values()))} timed points"
+    ]
+    lines += [
+        f"{card['name']}, sm_{card['capability']}: {card['compilations']} compilations, "
+        f"{card['cold_s']:.1f} s cold, {card['warm_s']:.1f} s warm"
+        for card in cards
+    ]
+    lines.append(f"on {CORES} cores; seconds are estimates")
+    lines += [f"  {group}: {', '.join(names)}" for group, names in groups.items()]
+    lines.append("M×N×K of the timed calls, for each of these dtypes")
+    for each in CANDIDATES:
+        sizes = (f"{M}×{N}×{K}" for N, K in each.shapes for M in each.rows)
+        lines.append(f"  {each.backend} {each.strategy} {each.weight}: {', '.join(sizes)}")
     return "\n".join(lines)
 
 
 def seconds(wanted: Sequence[Claim], compilations: int) -> float:
     """Return the expected seconds of a qualification."""
-    timed = sum(claim.name == "time" for claim in wanted)
+    timed = sum(len(claim.sizes) for claim in wanted)
     compiling = compilations * COMPILATION / CORES + (START if compilations else 0.0)
-    return START + compiling + len(wanted) * CLAIM + timed * TIMED
+    return START + compiling + len(wanted) * CLAIM + timed * POINT
 
 
 def count_compilations(gpu: DeviceInfo, wanted: Sequence[Claim], compiles: bool = False) -> int:
@@ -201,7 +207,8 @@ def count_compilations(gpu: DeviceInfo, wanted: Sequence[Claim], compiles: bool 
         launch.compile_only(0, 1),
     ):
         for claim in mine:
-            claims.launch_all(card, claim, ((512, 1024),))
+            sizes = tuple(dict.fromkeys((M, 1024, 1024) for M, _, _ in claim.sizes))
+            claims.launch_all(card, claim._replace(sizes=sizes))
     return len(found)
 
 
@@ -210,7 +217,7 @@ class _Absent(Card):
     small."""
 
     device = "cpu"
-    many = (304, 4096, 128)
+    many = (304, 4096, 576)
     cold_bytes = 1
 
     def __init__(self) -> None:

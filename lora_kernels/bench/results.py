@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__, selection, timing
+from .. import __version__, timing
 from .. import device as devices
 from ..backends import native
+from ..choice import choose as selection
 from ..core.problem import Problem
 from ..timing import Machine, Ratio, Times
 from . import tolerance

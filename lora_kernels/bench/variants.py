@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, selection
+from .. import functional
+from ..choice import choose as selection
 from ..core import reference
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit

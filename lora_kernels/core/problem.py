@@ -158,6 +158,9 @@ class Choice:
     strategy: Strategy
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.backend} {self.strategy}"
+
 
 def require_supported(backend: str, reason: str | None) -> None:
     """Raise RuntimeError if a requested backend cannot run for `reason`."""

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .. import verdicts
+from ..choice import verdicts
 from ..peft import explain, fuse
 from ..peft.base import missing_layers
 from ..peft.explain_rows import PEFT, TORCH

@@ -10,12 +10,13 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from .. import ops, selection
+from .. import ops
 from ..arguments import FLOATS, base_dtype
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
 from ..backends.head import chunk_rows
 from ..backends.library import is_on_gpu_path
+from ..choice import choose as selection
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem
 from ..layers import LoRAEmbedding, LoRALayer
 from ..layers.experts import is_quantized, stack

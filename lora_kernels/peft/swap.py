@@ -16,7 +16,9 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
-from .. import qualification, selection, verdicts
+from .. import qualification
+from ..choice import choose as selection
+from ..choice import verdicts
 from . import foreign, traffic
 from .adalora import FusedSVDLinear
 from .base import missing_layers

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
-from lora_kernels import lora_linear, ops, selection, traffic
+from lora_kernels import lora_linear, ops, traffic
 from lora_kernels.backends import eager
 from lora_kernels.bench import baselines, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
+from lora_kernels.choice import choose as selection
 from lora_kernels.traffic import Kernel, Traffic, count, count_layer
 
 pytest.importorskip("peft")

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from lora_kernels.costs import L2_LATENCY, LATENCY
 from tests.compile_only import bounds, budgets, machine_code
+from tests.compile_only.bounds import L2_LATENCY, LATENCY
 from tests.support.gpus import H100
 
 KEPT = budgets.read()

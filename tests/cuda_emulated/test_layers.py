@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import selection
+from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import Choice, Strategy
 from tests.layers import test_group
 from tests.support.models import M, check, check_memory, every_variant

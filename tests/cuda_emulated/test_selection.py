@@ -11,10 +11,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_kernels import device, info, selection, verify
+from lora_kernels import device, info, verify
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, constraints, launch
 from lora_kernels.bench.case import Case
+from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import NO_DROPOUT, Choice, Layout, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import explain, fuse

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels
-from lora_kernels import selection
 from lora_kernels.backends import cpu, native
+from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import MANY_ROWS, Choice, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, explain_rows, fuse

@@ -48,8 +48,8 @@ TESTS = {
     "autograd.py": "tests/autograd",
     "ops.py": "tests/ops/test_schemas.py tests/ops/test_dora_norm.py tests/ops/test_exact.py "
     "tests/autograd tests/ops/test_multi_lora_linear.py tests/ops/test_lora_experts.py",
-    "selection.py": "tests/ops/test_selection.py tests/ops/test_exact.py "
-    "tests/ops/test_eager_gpu.py",
+    "choice/choose.py": "tests/ops/test_selection.py tests/qualification/test_verdicts.py "
+    "tests/ops/test_exact.py tests/ops/test_eager_gpu.py",
     "core/reference.py": "tests/reference tests/ops/test_head.py",
     "backends/eager.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
     "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",

@@ -22,13 +22,13 @@ from lora_kernels import (
     lora_linear,
     ops,
     reference,
-    selection,
     traffic,
 )
 from lora_kernels.backends import decode4bit, eager, library
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case
+from lora_kernels.choice import choose as selection
 from lora_kernels.quantization import quantize_4bit
 from tests.support.engines import check, check_norm
 from tests.support.functions import call, every_function

@@ -15,12 +15,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
-from lora_kernels import ops, selection
+from lora_kernels import device, ops
 from lora_kernels.backends import cpu, forced, native
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case, inputs
 from lora_kernels.bench.experts_case import ExpertsCase
 from lora_kernels.bench.multi import MultiCase
+from lora_kernels.choice import choose as selection
+from lora_kernels.choice import verdicts
 from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
 from lora_kernels.peft.explain_rows import choose_by_rows
 from tests.support.engines import check
@@ -210,6 +212,15 @@ def test_choose_experts_of_a_forced_strategy_takes_or_refuses_it(
                 assert (choice.backend, choice.strategy) == ("cpu", strategy or own)
 
 
+def test_choose_of_a_gpu_s_problem_without_a_gpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FakeTensor has the device's name alone; no property is read."""
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setattr(device, "gpu", lambda index: pytest.fail("read"))
+    monkeypatch.setattr(verdicts, "current", lambda index: pytest.fail("read"))
+    problem = Problem("cuda", *(bf16,) * 4, 16, 1, True, 64, 64)
+    assert selection.choose(problem).backend == "eager"
+
+
 def test_layout_of_a_cpu_s_weight_is_columns_or_nothing() -> None:
     W = torch.zeros(6, 8)
     assert ops.layout("cpu", W.t(), f32) == Layout(columns=True)
@@ -288,7 +299,7 @@ def test_forced_backend_ends_with_its_context(
 
 @pytest.mark.parametrize(("value", "said"), [("eager", "eager\n"), ("tritn", "got 'tritn'")])
 def test_forced_backend_follows_the_environment(value: str, said: str) -> None:
-    code = "from lora_kernels import selection; print(selection.forced_backend())"
+    code = "from lora_kernels.choice.choose import forced_backend as f; print(f())"
     environment = {**os.environ, "LORA_KERNELS_BACKEND": value}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
@@ -324,27 +335,37 @@ class RecordedBackend:
         return call
 
 
+def observe(dispatched: bool) -> contextlib.AbstractContextManager[Any]:
+    """A mode that ops are dispatched under, if `dispatched`."""
+    return FlopCounterMode(display=False) if dispatched else contextlib.nullcontext()
+
+
 def backward_elsewhere(
     forward: Callable[[], torch.Tensor],
     leaves: list[torch.Tensor],
     dy: torch.Tensor,
-    dispatched: bool,
+    dispatched: str,
 ) -> tuple[list[str], list[torch.Tensor]]:
     """Forward by the eager backend; backward outside of the `with`, in another thread, as a GPU's
-    is, and through the dispatcher if `dispatched`. Returns what was called, and the gradients."""
+    is. `dispatched` names the directions that run by the dispatcher, or "compiled" for both.
+    Returns what was called, and the gradients."""
     taken: list[str] = []
     got: list[torch.Tensor] = []
 
     def backward() -> None:
-        with FlopCounterMode(display=False) if dispatched else contextlib.nullcontext():
+        with observe("backward" in dispatched):
             got.extend(torch.autograd.grad(y, leaves, dy))
 
     with pytest.MonkeyPatch.context() as patch:
         for backends in (ops._BACKENDS, ops._MULTI_BACKENDS, ops._EXPERTS_BACKENDS):
             for name, module in list(backends.items()):
                 patch.setitem(backends, name, RecordedBackend(name, module, taken))
-        with lora_kernels.backend("eager"):
-            y = forward()
+        with lora_kernels.backend("eager"), observe("forward" in dispatched):
+            run = forward
+            if dispatched == "compiled":
+                torch.compiler.reset()
+                run = torch.compile(forward, backend="aot_eager", fullgraph=True)
+            y = run()
         thread = threading.Thread(target=backward)
         thread.start()
         thread.join()
@@ -373,9 +394,9 @@ CALLS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[], dict[str, Any]]
 }
 
 
-@direct_or_dispatched
+@pytest.mark.parametrize("dispatched", ["", "backward", "forward", "forward, backward", "compiled"])
 @pytest.mark.parametrize("name", CALLS)
-def test_backward_in_another_thread_follows_its_forward(name: str, dispatched: bool) -> None:
+def test_backward_in_another_thread_follows_its_forward(name: str, dispatched: str) -> None:
     function, make = CALLS[name]
     args = make()
     dy = args.pop("dy")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import costs, device, qualification, verdicts
-from lora_kernels.backends import decode4bit
+from lora_kernels import device, qualification
+from lora_kernels.choice import choose as selection
+from lora_kernels.choice import verdicts
 from lora_kernels.device import DeviceInfo
 from tests.support import fake_card, gpus
 
@@ -28,8 +29,6 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceInfo
     monkeypatch.setattr("lora_kernels.backends.cuda.unsupported_device_reason", lambda *at: None)
     monkeypatch.setattr(verdicts, "_current", {})
     monkeypatch.setattr(verdicts, "_is_off", False)
-    why = "the card is not there"
-    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", {("cuda", i): why for i in range(3)})
-    costs.choose.cache_clear()
+    selection._choose_measured.cache_clear()
     yield H100
-    costs.choose.cache_clear()
+    selection._choose_measured.cache_clear()

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels import functional, selection, verdicts
+from lora_kernels import functional
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import launch
-from lora_kernels.bench import claims
+from lora_kernels.choice import choose as selection
+from lora_kernels.choice import verdicts
+from lora_kernels.choice.verdicts import Group, Seconds
+from lora_kernels.qualification import claims, timing
 from lora_kernels.quantization import quantize_4bit
-from lora_kernels.verdicts import Group, Seconds
 from tests.support import fake_card as fake_card_times
 from tests.support.fake_card import FakeCard
 
@@ -26,6 +28,7 @@ if cuda.emulator_unavailable_reason():
 
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "dense")
 TWO_PASS = Group("cuda", "two_pass", "bfloat16", "float32", "4bit")
+NESTED = "nf4-64-nested"
 Forward = Callable[..., Any]
 
 
@@ -146,7 +149,7 @@ def test_operands_lie_between_nan() -> None:
 
 def judged(name: str, plant: Any, change: Callable[[Tensor, Any], Tensor]) -> str | None:
     plant(change)
-    return claims.check(fake_card(), claims.Claim(DECODE, name, 1), ())[0]
+    return claims.check(fake_card(), claims.Claim(DECODE, name, 1))[0]
 
 
 @pytest.mark.parametrize("name", ["odd sizes", "many blocks", "autocast"])
@@ -161,13 +164,16 @@ def test_result_off_the_reference_is_noticed(name: str, plant: Any) -> None:
 
 def test_cases_have_the_sizes_and_options_that_their_claims_name() -> None:
     card = fake_card()
-    odd, even = claims.odd_sizes(card, TWO_PASS)
-    assert (odd.N % 16, odd.R, odd.quant) == (8, 13, "fp4-128") and odd.bias
-    assert even.gate and even.column_scale and even.bias and even.quant == "nf4-64-nested"
-    assert even.R == verdicts.MAX_RANK
+    fused = TWO_PASS._replace(backend="triton", strategy="fused")
+    for group, columns, rank in ((TWO_PASS, 200, 128), (DECODE, 200, 128), (fused, 203, 64)):
+        odd, few = claims.odd_sizes(card, group)
+        assert odd.gate and odd.column_scale and odd.bias
+        assert (columns, rank) == (odd.N, odd.R) and odd.M % 16 and few.M <= 16
+        assert (odd.quant, few.quant) == (("", "") if group is DECODE else ("fp4-128", NESTED))
+    assert verdicts.MAX_RANK == 128
     (many,), (few,) = (claims.many_blocks(card, group) for group in (TWO_PASS, DECODE))
     assert card.many == (many.M, many.N, many.K) and (16, card.many[1]) == (few.M, few.N)
-    for case in (odd, even, many):
+    for case in (*claims.odd_sizes(card, TWO_PASS), many):
         assert (case.dtype, case.adapter_dtype) == (torch.bfloat16, torch.float32)
         assert case.quant
     (cast,) = claims.autocast(card, TWO_PASS)
@@ -178,7 +184,7 @@ def test_cases_have_the_sizes_and_options_that_their_claims_name() -> None:
 def test_any_case_of_a_claim_may_fail_it(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = iter([None, "y MISS"])
     monkeypatch.setattr(claims, "judge", lambda case: next(reasons))
-    assert claims.check(fake_card(), claims.Claim(DECODE, "odd sizes", 1), ()) == ("y MISS", ())
+    assert claims.check(fake_card(), claims.Claim(DECODE, "odd sizes", 1)) == ("y MISS", ())
 
 
 @pytest.mark.parametrize("repeat", [0, 3])
@@ -208,10 +214,11 @@ def test_graph_whose_replay_keeps_old_operands_is_noticed(monkeypatch: pytest.Mo
 
 def test_times_are_of_every_shape_and_row() -> None:
     group = DECODE._replace(strategy="two_pass")
-    _, points = claims.check(fake_card(), claims.Claim(group, "time", 3), [(64, 128), (128, 64)])
-    assert [point[:4] for point in points] == [(20, 64, 128, 16), (20, 128, 64, 16)]
+    sizes = (8, 64, 128), (7, 128, 64)
+    _, points = claims.check(fake_card(), claims.Claim(group, "time", 3, sizes))
+    assert [point[:4] for point in points] == [(8, 64, 128, 16), (7, 128, 64, 16)]
     times = fake_card_times.SECONDS, fake_card_times.EAGER_SECONDS
-    assert all(point[4:] == times * 2 for point in points)
+    assert [point[4:] for point in points] == [times * 2, (*times, None, None)]
 
 
 def test_times_are_medians_of_turns_after_one_to_warm_up() -> None:
@@ -219,21 +226,21 @@ def test_times_are_medians_of_turns_after_one_to_warm_up() -> None:
     turns = iter([100, 100, 7, 8, 1, 2, 6, 9, 2, 1, 5, 5, 3, 3, 4, 6])
     hosts, seen = iter([100, 100, 70, 80, 10, 20, 60, 90]), []
 
-    def clocks(name: str, call: Any, count: int) -> claims.Clocks:
+    def clocks(name: str, call: Any, count: int) -> timing.Clocks:
         def clock(times: Iterator[int], which: str) -> float:
             seen.append((selection.forced_backend(), call(0), which))
             return float(next(times)) * count
 
         device, host = partial(clock, turns, "device"), partial(clock, hosts, "host")
-        return claims.Clocks(device, host, name == "eager")
+        return timing.Clocks(device, host, name == "eager")
 
     card: Any = SimpleNamespace(engine=fake_card().engine, clocks=clocks)
-    ours, eager = claims._interleave(card, DECODE, lambda number: "called", 3)
+    ours, eager = timing.interleave(card, DECODE, lambda number: "called", 3)
     assert (ours, eager) == (Seconds(4.0, 60.0, False), Seconds(5.0, 80.0, True))
     both = [("cuda", "called", "device"), ("cuda", "called", "host")]
     both += [("eager", "called", "device"), ("eager", "called", "host")]
-    rounds = claims.ROUNDS - claims.HOST_ROUNDS
-    assert seen == both * (claims.HOST_ROUNDS + 1) + both[::2] * rounds
+    rounds = timing.ROUNDS - timing.HOST_ROUNDS
+    assert seen == both * (timing.HOST_ROUNDS + 1) + both[::2] * rounds
 
 
 def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,11 +255,11 @@ def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyP
         def clocks(self, name: str, call: Any, count: int) -> Any:
             counts.append(count)
             call(0), call(1)
-            return claims.Clocks(lambda: 1.0, lambda: 1.0, True)
+            return timing.Clocks(lambda: 1.0, lambda: 1.0, True)
 
     monkeypatch.setattr(functional, "lora_linear", lora_linear)
     group = DECODE._replace(strategy="two_pass")
-    claims.check(fake_card(Card), claims.Claim(group, "time", 3), [(32, 128)])
+    claims.check(fake_card(Card), claims.Claim(group, "time", 3, ((20, 32, 128),)))
     half = len(gradients) // 2
     assert gradients == [False] * half + [True] * half
     assert len(set(weights)) == 2 and weights[::2].count(weights[0]) == half
@@ -260,16 +267,14 @@ def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["autocast", "memory", "time"])
-def test_kernels_compiled_ahead_are_those_of_the_claim(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(claims, "_sizes", lambda group: [(5, 24, 32), (5, 16, 32)])
-    monkeypatch.setattr(claims, "REPEATS", 1)
-    card, claim, launched = fake_card(), claims.Claim(TWO_PASS, name, 1), []
+def test_kernels_compiled_ahead_are_those_of_the_claim(name: str) -> None:
+    card, launched = fake_card(), []
+    card.whole, card.many, card.repeats = (16, 32), (5, 16, 32), 1
+    claim = claims.Claim(TWO_PASS, name, 1, ((1, 64, 128), (8, 64, 128)))
     for call in (claims.launch_all, claims.check):
         launch.traffic.clear()
         with card.engine(TWO_PASS):
-            call(card, claim, [(64, 128)])
+            call(card, claim)
         launched.append({kernel for kernel, _ in launch.traffic})
     assert launched[0] == launched[1] and launched[0]
 
@@ -277,12 +282,12 @@ def test_kernels_compiled_ahead_are_those_of_the_claim(
 def test_weights_are_cold_and_equal() -> None:
     card = fake_card()
     card.cold_bytes = 10 * 64 * 32 * 2
-    dense = claims._weights(card, torch.bfloat16, "dense", 64, 32)
+    dense = timing.cold_weights(card, torch.bfloat16, "dense", 64, 32)
     assert len(dense) == 10 and len({w.data_ptr() for w in dense}) == 10
-    packed = claims._weights(card, torch.bfloat16, "4bit", 64, 32)
+    packed = timing.cold_weights(card, torch.bfloat16, "4bit", 64, 32)
     assert len(packed) == 40 and len({w.packed.data_ptr() for w in packed}) == 40
     assert torch.equal(packed[0].dequantize(), packed[-1].dequantize())
-    assert len(claims._weights(fake_card(), torch.bfloat16, "dense", 64, 32)) == 2
+    assert len(timing.cold_weights(fake_card(), torch.bfloat16, "dense", 64, 32)) == 2
 
 
 @pytest.fixture
@@ -333,7 +338,7 @@ def test_calls_at_once_are_launched_while_their_streams_wait(driver: Any) -> Non
     """All wait for one event, and nothing synchronizes before the last is launched."""
     gpu = claims.Card.__new__(claims.Card)
     gpu.concurrently([driver.note("a"), driver.note("b")])
-    gate = f"on stream 1, sleep {claims.BUSY}, record, back"
+    gate = f"on stream 1, sleep {timing.BUSY}, record, back"
     calls = "on stream 2, wait, a, back, on stream 3, wait, b, back"
     assert driver.said() == f"synchronize, {gate}, {calls}, synchronize"
 
@@ -354,10 +359,10 @@ def test_clocks_capture_once_replay_and_time_the_host_apart(driver: Any) -> None
     assert clocks.is_captured and driver.said() == WARM_UP.format("call 0, call 1")
     for _ in range(2):
         assert clocks.device() == 3.0
-        launched = f"sleep {claims.FILL}, record, replay, record, done"
+        launched = f"sleep {timing.FILL}, record, replay, record, done"
         assert driver.said() == f"synchronize, {launched}"
         assert clocks.host() == 1.0
-        assert driver.said() == f"synchronize, sleep {claims.BUSY}, call 0, call 1"
+        assert driver.said() == f"synchronize, sleep {timing.BUSY}, call 0, call 1"
 
 
 def test_clocks_of_what_cannot_be_captured_launch_it_into_a_busy_stream(driver: Any) -> None:
@@ -367,7 +372,7 @@ def test_clocks_of_what_cannot_be_captured_launch_it_into_a_busy_stream(driver: 
     assert not clocks.is_captured
     driver.said()
     assert clocks.device() == 3.0
-    cycles = claims.BUSY + int(2 * claims.CLOCK)  # of twice the host's second
+    cycles = timing.BUSY + int(2 * timing.CLOCK)  # of twice the host's second
     launched = f"sleep {cycles}, record, call 0, call 1, record, done"
     assert driver.said() == f"synchronize, {launched}"
     assert clocks.host() == 1.0
@@ -408,10 +413,10 @@ def test_gpu_compiles_triton_s_claims_in_parts(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(claims.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     gpu = claims.Card.__new__(claims.Card)
     ours = claims.Claim(TWO_PASS, "memory", 1)
-    gpu.compile([ours], [(64, 128)])
+    gpu.compile([ours])
     assert not orders
     theirs = ours._replace(group=TWO_PASS._replace(backend="triton"))
-    gpu.compile([ours, theirs], [(64, 128)])
+    gpu.compile([ours, theirs])
     assert [order["part"] for order in orders] == [[0, 3], [1, 3], [2, 3]]
     assert [order["claims"] for order in orders] == [[json.loads(json.dumps(theirs))]] * 3
     assert waited == [3, 3, 3]  # all run at once

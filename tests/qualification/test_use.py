@@ -1,8 +1,8 @@
 """Users meet a verdict in `fuse`, `info`, checkpoints, the command and choices."""
 
+import itertools
 import json
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +11,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_kernels import cli, costs, info, qualification, selection, verdicts
+from lora_kernels import cli, info, qualification
 from lora_kernels.bench import qualify as command
+from lora_kernels.choice import choose as selection
+from lora_kernels.choice import verdicts
+from lora_kernels.choice.verdicts import Group, Point, Seconds, Verdict
+from lora_kernels.core.problem import Strategy
 from lora_kernels.device import DeviceInfo
 from lora_kernels.integrations.trainer import FuseCallback, VerdictLog
 from lora_kernels.peft import fuse, swap
 from lora_kernels.qualification import Claim
-from lora_kernels.verdicts import Group, Point, Seconds, Verdict
+from lora_kernels.qualification.plan import CANDIDATES, DTYPES
 from tests.support import fake_card
 
 GROUP = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
@@ -25,7 +29,7 @@ OTHER = GROUP._replace(weight="dense")
 TIMES = Seconds(1e-5, 3e-6), Seconds(4e-5, 2e-6)
 POINTS = [Point(GROUP, 1, 4096, 4096, 16, *TIMES, None, None)]
 VERDICT = Verdict(
-    fake_card.KEY, frozenset({GROUP}), {OTHER: "memory: no"}, POINTS, {}, "2026-01-02T03:04"
+    fake_card.KEY, frozenset({GROUP}), {OTHER: "memory: no"}, POINTS, "2026-01-02T03:04"
 )
 
 
@@ -65,10 +69,10 @@ def test_fuse_off_keeps_the_process_on_eager(
 ) -> None:
     verdicts.set_current(0, VERDICT)
     fuse(model, qualify="off")
-    assert selection.choose(GROUP.problem(1, 4096, 4096)).backend == "eager"
+    assert selection.choose(fake_card.problem(GROUP, 1, 4096, 4096)).backend == "eager"
     assert verdicts.digests() == {"cuda:0": "none"} and not warnings_of(caplog)
     fuse(model)
-    assert selection.choose(GROUP.problem(1, 4096, 4096)).backend == "cuda"
+    assert selection.choose(fake_card.problem(GROUP, 1, 4096, 4096)).backend == "cuda"
 
 
 def test_fuse_now_qualifies_an_unqualified_card_alone(
@@ -97,7 +101,7 @@ def test_fuse_now_of_a_card_that_cannot_be_qualified_warns_and_runs_eager(
     monkeypatch.setattr(qualification, "qualify", qualify)
     fuse(model, qualify="now")
     assert "12 MiB of the card's memory are free" in warnings_of(caplog)[0]
-    choice = selection.choose(GROUP.problem(1, 4096, 4096))
+    choice = selection.choose(fake_card.problem(GROUP, 1, 4096, 4096))
     assert choice.backend == "eager" and "12 MiB" in choice.reason
 
 
@@ -164,7 +168,7 @@ def test_command_prints_a_line_for_each_group(
     monkeypatch.setattr(qualification, "qualify", lambda *args, **options: VERDICT)
     assert cli.main(["qualify"]) == 1  # a group failed
     printed = capsys.readouterr().out
-    row = r" +1 +10\.0 / 40\.0 +3\.0 / 2\.0 +0\.25\n"
+    row = r" +1 +4096×4096 +10\.0 / 40\.0 +3\.0 / 2\.0 +0\.25\n"
     assert re.search(f"✓ {GROUP} {row}", printed)
     assert f"✗ {OTHER}  memory: no" in printed
     assert "1 of 2 groups pass" in printed and str(verdicts.file_of(fake_card.KEY)) in printed
@@ -214,19 +218,19 @@ def test_command_passes_its_options_on_and_prints_each_claim(
     assert json.loads(capsys.readouterr().out)["failed"] == []  # JSON alone
 
 
-def test_table_has_the_times_of_each_group_s_own_rows() -> None:
+def test_table_has_the_times_of_each_point() -> None:
     one, half = Seconds(1e-6, 1e-6), Seconds(0.5e-6, 0.25e-6)
     events = Seconds(0.2e-6, 0.1e-6, is_captured=False)
     times = [(GROUP, 8, half, half), (GROUP, 1, one, None), (OTHER, 32, events, None)]
-    points = [Point(group, M, 1, 1, 16, y, one, step, step and one) for group, M, y, step in times]
+    points = [Point(group, M, 3, 2, 16, y, one, step, step and one) for group, M, y, step in times]
     third = OTHER._replace(dtype="float16")  # which was not timed
     said = command.table(Verdict(fake_card.KEY, frozenset({GROUP, OTHER, third}), points=points))
     cells = {line[2:].strip(): None for line in said.splitlines()}
     rows = [" ".join(line.split()) for line in cells]
-    assert "M device, µs host, µs over eager's step's" in rows
-    assert f"{GROUP} 1 1.0 / 1.0 1.0 / 1.0 1.00" in rows
-    assert f"{GROUP} 8 0.5 / 1.0 0.2 / 1.0 0.50 0.50" in rows
-    assert f"{OTHER} 32 0.2 / 1.0* 0.1 / 1.0 0.20" in rows and str(third) in rows
+    assert "M N×K device, µs host, µs over eager's step's" in rows
+    assert f"{GROUP} 1 3×2 1.0 / 1.0 1.0 / 1.0 1.00" in rows
+    assert f"{GROUP} 8 3×2 0.5 / 1.0 0.2 / 1.0 0.50 0.50" in rows
+    assert f"{OTHER} 32 3×2 0.2 / 1.0* 0.1 / 1.0 0.20" in rows and str(third) in rows
     assert "not captured in a graph: timed in a busy stream" in rows
     captured = [point for point in points if point.group == GROUP]
     found = command.table(Verdict(fake_card.KEY, frozenset({GROUP}), points=captured))
@@ -240,104 +244,67 @@ def test_command_forgets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_has_the_claims_of_each_kind_of_kernel() -> None:
-    def groups_of(name: str, gpu: DeviceInfo | None = None) -> set[str]:
-        return {str(c.group) for c in qualification.plan(gpu=gpu) if c.name == name}
+    def groups_of(name: str) -> set[str]:
+        return {str(c.group) for c in qualification.plan() if c.name == name}
 
     groups = groups_of("time")
-    assert len(groups) == 12 and all("bfloat16" in group for group in groups)
-    words = {"two streams": "cooperative"}
-    words |= {"autocast": "bfloat16 bfloat16", "memory": "", "odd sizes": "", "graph": ""}
+    assert len(groups) == 4 * len(CANDIDATES)
+    dtypes = {tuple(group.split()[2:4]) for group in groups}
+    halves = ("bfloat16", "float16")
+    assert dtypes == {(dtype, adapter) for dtype in halves for adapter in (dtype, "float32")}
+    words = {"two streams": "cooperative", "memory": "", "odd sizes": "", "graph": ""}
     for name, word in words.items():
         assert groups_of(name) == {group for group in groups if word in group}
+    assert groups_of("autocast") == {group for group in groups if "float32" not in group}
     tiers = [claim.tier for claim in qualification.plan()]
-    assert tiers == sorted(tiers) and set(tiers) == {1, 2, 3}
-    here = {group for group in groups if "cooperative" in group or "two_pass" in group}
-    here -= {group for group in here if "two_pass" in group and "dense" in group}
-    assert groups_of("time", command.SHEETS["H100"]) == here
+    assert tiers == sorted(tiers) and set(tiers) == {0, 1, 2}
 
 
-def test_dry_run_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 25 s cold are expected, and 9 s warm on the card with the most claims."""
-    for gpu in command.SHEETS.values():
-        claims = qualification.plan(gpu=gpu)
-        compilations = command.count_compilations(gpu, claims)
-        has_triton = any(claim.group.backend == "triton" for claim in claims)
-        assert (compilations > 0) == (has_triton and not command.triton.is_interpreted())
-        assert command.seconds(claims, compilations) <= 25
-        assert command.seconds(claims, 0) <= 9, gpu
-    assert "H100, sm_90: " in command.dry_run(["bfloat16"])
+def test_plan_names_each_strategy_and_times_at_most_100_points() -> None:
+    """Each kernel of a GPU may be chosen; the list is short, and its largest M are the kernels'."""
+    assert len(CANDIDATES) <= 10
+    assert {(c.backend, c.strategy) for c in CANDIDATES} == {
+        (backend, Strategy(strategy))
+        for backend in ("cuda", "triton")
+        for strategy in selection.STRATEGIES[backend]
+    }
+    claims = qualification.plan()
+    assert sum(len(claim.sizes) for claim in claims) <= 100
+    assert all(bool(claim.sizes) == (claim.name == "time") for claim in claims)
+    for backend, strategy, weight, rows, shapes in CANDIDATES:
+        group = Group(backend, strategy, "float16", "float32", weight)
+        heuristics = selection._HEURISTICS[backend]
+        for M, (N, K) in itertools.product(rows, shapes):
+            problem = fake_card.problem(group, M, N, K)
+            assert heuristics.unsupported_reason(problem, strategy) is None
+    sizes = {claim.sizes for claim in qualification.plan(["float16"], [(64, 128)]) if claim.sizes}
+    assert {size[1:] for each in sizes for size in each} == {(64, 128)}
 
 
-def test_dry_run_as_json_holds_the_groups_of_each_card(
+def test_dry_run_keeps_its_time() -> None:
+    """At most 25 s cold are expected, and 13 s warm."""
+    for card in command.plans(DTYPES):
+        assert (card["compilations"] > 0) != command.triton.is_interpreted()
+        assert card["cold_s"] <= 25 and card["warm_s"] <= 13, card
+
+
+def test_dry_run_prints_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "count_compilations", lambda gpu, wanted: 3)
+    said = command.dry_run(["bfloat16"])
+    assert "H100, sm_90: 3 compilations" in said and "44 timed points" in said
+    assert "cuda cooperative 4bit: 1×4096×4096, 16×4096×4096, 1×14336×4096" in said
+
+
+def test_dry_run_as_json_holds_the_groups_and_points_of_each_card(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "count_compilations", lambda gpu, wanted: 3)
     assert cli.main(["qualify", "--dry-run", "--json"]) == 0
     cards = json.loads(capsys.readouterr().out)
     assert [card["name"] for card in cards] == list(command.SHEETS)
+    claims = qualification.plan()
     for card in cards:
-        claims = qualification.plan(["bfloat16"], command.SHEETS[card["name"]])
-        assert {*card["groups"]} == {str(claim.group) for claim in claims}
+        assert {*card["groups"]} == {*card["points"]} == {str(claim.group) for claim in claims}
         assert sum(map(len, card["groups"].values())) == len(claims)
+        assert sum(map(len, card["points"].values())) == sum(len(c.sizes) for c in claims)
         assert card["compilations"] == 3 and 0 < card["warm_s"] < card["cold_s"]
-
-
-def measure(gpu: DeviceInfo, rates: costs.Rates, bitsandbytes: bool = True) -> list[Point]:
-    """The points that a card with these rates would give, by the model."""
-    points = []
-    for group in (GROUP, OTHER, GROUP._replace(strategy="two_pass")):
-        for rows in (1, 16) if group.strategy == "cooperative" else (32, 128):
-            problem = group.problem(rows, 8192, 2048, 32)
-            predicted = costs.predict(gpu, problem, bitsandbytes, rates)
-            found = {c[:2]: c.seconds for c in predicted}
-            ours, eager = found[group.backend, group.strategy], found["eager", "library"]
-            forward, eager = Seconds(ours, 0.0), Seconds(0.0, eager)
-            points.append(Point(group, rows, 8192, 2048, 32, forward, eager, None, None))
-    return points
-
-
-def test_fit_finds_the_rates_of_a_card(card: DeviceInfo) -> None:
-    """The fitted model predicts points that it has not seen."""
-    true = costs.Rates(bandwidth=0.7, host=1.6, latency=1.5)
-    fitted = costs.Rates(**costs.fit(measure(card, true, False), card, False))
-    for rows, four_bit in ((4, True), (8, False), (64, True)):
-        problem = GROUP.problem(rows, 14336, 4096)._replace(four_bit=four_bit)
-        want, got, before = (
-            {c[:2]: c.seconds for c in costs.predict(card, problem, True, rates)}
-            for rates in (true, fitted, costs.Rates())
-        )
-        for which in (("eager", "library"), ("cuda", "cooperative")):
-            if which in want:
-                assert abs(got[which] / want[which] - 1) < 0.1, (rows, which)
-        assert max(abs(before[k] / want[k] - 1) for k in want) > 0.2
-
-
-def test_fit_of_points_as_predicted_changes_nothing(card: DeviceInfo) -> None:
-    assert costs.fit([], card) == {}
-    for decodes in (True, False):
-        points = measure(card, costs.Rates(), decodes)
-        fitted = costs.fit(points, card, decodes)
-        assert fitted == dict.fromkeys(vars(costs.Rates()), 1.0)
-    slow = [p._replace(eager_forward=Seconds(3 * p.eager_forward.host, 0.0)) for p in points]
-    assert costs.fit(slow, card) != fitted  # eager's times count too
-    for unknown in (replace(card, clock=0.0), replace(card, capability=75)):
-        assert costs.fit(POINTS, unknown) == {}
-
-
-def test_choice_follows_the_fitted_rates(card: DeviceInfo) -> None:
-    """Kernels that are three times slower on the card than expected are not taken."""
-    slow = {name: value / 4 for name, value in vars(costs.Rates()).items() if name == "decoding"}
-    verdict = Verdict(fake_card.KEY, frozenset({GROUP}), rates=slow | {"latency": 8.0})
-    problem = GROUP.problem(8, 4096, 4096)
-    for found, backend in ((verdict, "eager"), (Verdict({}, frozenset({GROUP})), "cuda")):
-        choice = costs.choose_fastest(problem, card, {"triton": None, "cuda": None}, found)
-        assert choice is not None and choice.backend == backend
-
-
-def test_fit_keeps_factors_within_their_bounds(card: DeviceInfo) -> None:
-    """Times that no card has are not explained by rates that no card has."""
-    long = Seconds(1e-2, 0.0)
-    slow = [point._replace(forward=long, eager_forward=long) for point in POINTS]
-    fitted = costs.fit(slow, card)
-    assert min(fitted.values()) >= 1 / 8 and max(fitted.values()) <= 8
-    assert max(fitted.values()) == 8  # it does try

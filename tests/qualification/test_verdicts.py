@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,29 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_kernels import costs, device, selection, verdicts
-from lora_kernels.backends import cuda, decode4bit, triton
+from lora_kernels import device
+from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.cuda import constraints
-from lora_kernels.core.problem import ONE_ADAPTER, Layout, Problem
+from lora_kernels.choice import choose as selection
+from lora_kernels.choice import verdicts
+from lora_kernels.choice.verdicts import Group, Point, Seconds, Verdict
+from lora_kernels.core.problem import ONE_ADAPTER, Choice, Layout, Problem
 from lora_kernels.device import DeviceInfo
 from lora_kernels.peft import explain, explain_rows, fuse, row_adapters
-from lora_kernels.qualification import STRATEGIES
-from lora_kernels.verdicts import Group, Point, Seconds, Verdict
+from lora_kernels.qualification.plan import CANDIDATES
 from tests.support import fake_card
 
 bf16, f32 = torch.bfloat16, torch.float32
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
 OTHER = Group("cuda", "two_pass", "bfloat16", "bfloat16", "4bit")
-TRITON = Group("triton", "two_pass", "bfloat16", "bfloat16", "4bit")
+TRITON = Group("triton", "fused", "bfloat16", "bfloat16", "4bit")
 POINTS = [
     Point(DECODE, 1, 4096, 4096, 16, Seconds(1e-5, 1e-6), Seconds(4e-5, 2e-6, False), None, None)
 ]
 ROWS = (1, 8, 32, 128)
-VERDICT = Verdict(fake_card.KEY, frozenset({DECODE}), {OTHER: "memory: no"}, POINTS, {}, "2026")
+VERDICT = Verdict(fake_card.KEY, frozenset({DECODE}), {OTHER: "memory: no"}, POINTS, "2026")
 
-NO_RATES = '{"key": {}, "passed": [], "failed": [], "points": [], "rates": [], "date": ""}'
+NO_PAIRS = '{"key": {}, "passed": [], "failed": [0], "points": [], "date": ""}'
 KEY = verdicts.key  # the fixture `card` replaces it
 
 
@@ -51,7 +52,7 @@ def test_written_verdict_is_read_back_with_every_field() -> None:
     assert replace(found, date="2027").digest != found.digest
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "[" * 100_000, NO_RATES])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "[" * 100_000, NO_PAIRS])
 def test_read_of_a_damaged_file_is_no_verdict_and_no_error(text: str) -> None:
     verdicts.write(VERDICT).write_text(text)
     found = verdicts.read(fake_card.KEY)
@@ -90,7 +91,7 @@ def test_verdict_that_cannot_be_written_leaves_no_file(monkeypatch: pytest.Monke
 
 def test_key_names_all_that_kernels_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "gpu", {1: DeviceInfo("cuda", 90, 132, 9, "H100", 80)}.get)
-    monkeypatch.setattr(verdicts, "driver_version", lambda: "1")
+    monkeypatch.setattr(device, "driver_version", lambda: "1")
     monkeypatch.setattr(torch, "__version__", "2")
     monkeypatch.setattr(torch.version, "cuda", "3")
     monkeypatch.setattr(device, "version", lambda name: f"{name} 4")
@@ -103,14 +104,8 @@ def test_key_names_all_that_kernels_depend_on(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_driver_version_is_all_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19\nGCC 12.2.0"
-    monkeypatch.setattr(Path, "read_text", lambda self: text)
-    assert verdicts.driver_version.__wrapped__() == "535.129.03"
-
-
 def test_digest_is_of_each_kernel_s_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "verdicts.py"))
+    monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "choice/verdicts.py"))
     found = set()
     for name in ("backends/a.py", "backends/b/c.py", "core/d.py", "_cuda.so", "peft.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -131,14 +126,13 @@ def test_choose_follows_the_tensors_gpu(card: DeviceInfo, monkeypatch: pytest.Mo
     assert chosen == ["cuda", "eager", "cuda", "eager"]
 
 
-def test_group_of_a_group_s_problem_is_the_group() -> None:
+def test_group_of_a_call_has_its_dtypes() -> None:
     group = Group("cuda", "cooperative", "bfloat16", "float32", "4bit")
-    call = group.problem(3, 5, 7, 9)
+    call = fake_card.problem(group, 3, 5, 7, 9)
     assert call == Problem("cuda", bf16, f32, f32, bf16, 9, 3, True, 5, 7)
     assert verdicts.group_of(*group[:2], call) == group
-    other = call._replace(a_dtype=bf16, rank=verdicts.MAX_RANK)
+    other = call._replace(a_dtype=bf16)
     assert verdicts.group_of(*group[:2], other) == group._replace(adapter="mixed")
-    assert verdicts.unqualified_reason(other) is None
 
 
 def test_current_is_read_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,34 +192,133 @@ def test_choose_with_a_verdict_takes_what_passed_and_is_faster() -> None:
     assert off.backend == "eager" and off.reason.endswith(verdicts.OFF)
 
 
-def test_choose_takes_the_next_of_what_passed_if_both_directions_run() -> None:
-    passed = frozenset({DECODE._replace(strategy="two_pass")})
-    verdicts.set_current(0, replace(VERDICT, passed=passed, failed={DECODE: "memory: no"}))
-    choice = selection.choose(problem(8, columns=4096, inner=4096))
+def timed(
+    group: Group, rows: int, ratio: float, step: float | None = None, shape: Any = (4096, 4096)
+) -> Point:
+    """A point whose device and host take `ratio` of eager's seconds, and a step `step`."""
+    ours, eager = Seconds(ratio, ratio), Seconds(1.0, 1.0)
+    steps = (None, None) if step is None else (Seconds(step, step), eager)
+    return Point(group, rows, *shape, 16, ours, eager, *steps)
+
+
+def choose_after(points: list[Point], call: Problem, **fields: Any) -> Choice:
+    """The choice after a verdict by which the points' groups passed."""
+    passed = frozenset(point.group for point in points)
+    found = replace(VERDICT, passed=passed, failed={}, points=points, **fields)
+    verdicts.set_current(0, found)
+    return selection.choose(call)
+
+
+def test_choose_takes_the_smallest_ratio_of_what_can_run_the_call() -> None:
+    points = [timed(DECODE, 1, 0.7), timed(OTHER, 8, 0.6, 0.9), timed(TRITON, 16, 0.8, 0.8)]
+    choice = choose_after(points, problem())
     assert (choice.backend, choice.strategy) == ("cuda", "two_pass")
-    assert selection.choose(problem(8, columns=4097, inner=4096)).backend == "eager"
+    assert choice.reason == "measured 0.60 of eager's time at 8×4096×4096, step 0.90"
+    assert choose_after(points[::-1], problem()) == choice
+    off = problem(layout=Layout(64, unsupported_reason="the packed bytes are not aligned to 16"))
+    choice = choose_after(points, off)
+    assert (choice.backend, choice.strategy) == ("triton", "fused")
+    assert choice_reasons(points[:2], off) == (
+        "cuda 'cooperative' cannot run it: the packed bytes are not aligned to 16; "
+        "cuda 'two_pass' cannot run it: the packed bytes are not aligned to 16"
+    )
+
+
+def choice_reasons(points: list[Point], call: Problem) -> str:
+    """Why the choice is eager, after the words on PyTorch's GEMMs."""
+    choice = choose_after(points, call)
+    assert (choice.backend, choice.strategy) == ("eager", "library")
+    return choice.reason.removeprefix(f"{selection._ON_GPU}; ")
+
+
+def test_choose_of_what_one_direction_cannot_run_is_eager() -> None:
+    """The forward would take N = 4097, dx would not."""
+    points = [timed(OTHER, 8, 0.5, 0.5)]
+    assert choose_after(points, problem(8)).backend == "cuda"
+    assert "N = 4097 is no multiple of 8" in choice_reasons(points, problem(8, columns=4097))
+
+
+def test_choose_asks_a_strategy_for_its_own_largest_rank() -> None:
+    two_pass = TRITON._replace(strategy="two_pass")
+    points = [timed(TRITON, 16, 0.5, 0.5), timed(two_pass, 16, 0.6, 0.6)]
+    ranks = {rank: choose_after(points, problem(rank=rank)) for rank in (64, 65, 128, 129)}
+    strategies = [choice.strategy for choice in ranks.values()]
+    assert strategies == ["fused", "two_pass", "two_pass", "library"]
+    assert ranks[129].reason.endswith("rank 129 is above the qualified 128")
+    assert choice_reasons(points[:1], problem(rank=65)).endswith("rank 65 is above 64")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner", "want"),
+    [
+        (0, 4096, 4096, 0.1),
+        (1, 4096, 4096, 0.1),
+        (3, 4096, 4096, 0.1),
+        (4, 4096, 4096, 0.1),  # as far from 16, but measured first
+        (5, 4096, 4096, 0.2),
+        (16, 8192, 4096, 0.3),  # the weight's size is twice and 7/8 of those
+        (16, 4096, 14336, 0.3),  # of equal size, if of another shape
+        (16, 14336, 4096, 0.3),
+        (16, 64, 64, 0.2),
+        (1, 14336, 4096, 0.1),  # the rows count first
+        (128, 4096, 4096, 0.4),
+    ],
+)
+def test_choose_follows_the_nearest_point(rows: int, columns: int, inner: int, want: float) -> None:
+    wide = (14336, 4096)
+    sizes = [(1, (4096, 4096), 0.1), (16, (4096, 4096), 0.2), (16, wide, 0.3), (128, wide, 0.4)]
+    points = [timed(OTHER, M, ratio, shape=shape) for M, shape, ratio in sizes]
+    choice = choose_after(points, problem(rows, columns=columns, inner=inner))
+    assert choice.reason.startswith(f"measured {want:.2f} of eager's time"), choice.reason
+
+
+def test_nearest_point_of_equal_sizes_has_the_nearer_columns() -> None:
+    points = [timed(OTHER, 16, 0.5, shape=shape) for shape in ((4096, 14336), (14336, 4096))]
+    verdict = replace(VERDICT, points=points)
+    for point in points:
+        assert verdict.nearest_point(OTHER, 16, point.columns, point.inner) == point
+    assert verdict.nearest_point(DECODE, 16, 1, 1) is None
+
+
+def test_choose_above_the_measured_rows_is_eager() -> None:
+    points = [timed(OTHER, 128, 0.5, 0.5), timed(TRITON, 32, 0.4, 0.4)]
+    assert choose_after(points, problem(32)).backend == "triton"
+    assert choose_after(points, problem(33)).backend == "cuda"  # Triton's was measured up to 32
+    assert choice_reasons(points, problem(129)) == "129 rows are above the 128 that were measured"
+    assert choice_reasons(points[1:], problem(33)) == "33 rows are above the 32 that were measured"
+
+
+def test_choose_is_the_same_with_and_without_gradients() -> None:
+    points = [timed(OTHER, 8, 0.5, 1.1)]
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert "step 1.10" in choice_reasons(points, problem(8))
+
+
+def test_choose_of_what_passed_but_was_not_timed_is_eager() -> None:
+    verdicts.set_current(0, replace(VERDICT, points=[]))
+    assert "cuda 'cooperative' was not measured" in selection.choose(problem()).reason
+
+
+def test_choose_of_a_call_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = choose_after(POINTS, problem())
+    monkeypatch.setattr(selection, "_judge", lambda *args: pytest.fail("judged again"))
+    assert selection.choose(problem()) is first
 
 
 def test_choose_asks_what_runs_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager is expected to take longer where bitsandbytes does not decode for it."""
     asked: list[Any] = []
-    times = []
     monkeypatch.setattr(cuda, "unsupported_device_reason", lambda *where: asked.append(where))
-    for why in (None, "not installed"):
-        monkeypatch.setattr(
-            decode4bit, "bitsandbytes_reason", lambda at, w=why: asked.append(at) or w
-        )
-        verdicts.set_current(1, replace(VERDICT))
-        reason = selection.choose(problem(device_index=1)).reason
-        times += map(int, re.findall(r"of eager's (\d+) µs", reason))
-    assert asked == [("cuda", 1), torch.device("cuda", 1)] * 2 and times[0] < times[1]
+    verdicts.set_current(1, VERDICT)
+    assert selection.choose(problem(device_index=1)).backend == "cuda"
+    assert asked == [("cuda", 1)]
 
 
 def test_choose_takes_no_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing, backend in ((None, "triton"), ("not installed", "eager")):
         monkeypatch.setattr(triton, "unavailable_reason", lambda why=missing: why)
-        verdicts.set_current(0, replace(VERDICT, passed=frozenset({TRITON})))
-        assert selection.choose(problem(128, columns=14336, inner=4096)).backend == backend
+        choice = choose_after([timed(TRITON, 128, 0.5)], problem(128))
+        assert choice.backend == backend and (missing or "measured") in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -236,9 +329,10 @@ def test_choose_takes_no_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch
         ({"dtype": torch.float16}, "not checked"),
         ({"four_bit": False}, "not checked"),
         ({"dropout": True}, "dropout"),
-        ({"rank": 65}, "rank 65"),
+        ({"rank": 129}, "rank 129"),
         ({"x_dtype": torch.float64}, "float64"),
         ({"layout": Layout(columns=True)}, "stored as [K, N]"),
+        ({"layout": Layout(unsupported_reason=constraints.NO_BASE)}, "without a base GEMM"),
     ],
     ids=str,
 )
@@ -260,12 +354,12 @@ def test_choose_says_which_claim_failed() -> None:
     ("times", "reason"),
     [
         ({"forward": Seconds(3.7e-5, 0.0)}, ""),
-        ({"forward": Seconds(3.9e-5, 0.0)}, "took 0.97 of eager's time"),
-        ({"forward": Seconds(1e-5, 3.9e-5)}, "took 0.97 of eager's time"),
+        ({"forward": Seconds(3.9e-5, 0.0)}, "measured 0.97 of eager's time"),
+        ({"forward": Seconds(1e-5, 3.9e-5)}, "measured 0.97 of eager's time"),
         ({"step": Seconds(1.0, 0.0), "eager_step": Seconds(0.0, 1.0)}, ""),
         (
             {"step": Seconds(1.01, 0.0), "eager_step": Seconds(1.0, 0.0)},
-            "took 1.01 of eager's time for a step",
+            "measured 0.25 of eager's time at 1×4096×4096, step 1.01",
         ),
     ],
     ids=str,
@@ -289,52 +383,21 @@ def test_choose_in_a_captured_graph_leaves_the_host_s_time_out(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: in_graph)
     choice = selection.choose(problem())
     assert choice.backend == ("cuda" if in_graph else "eager")
-    assert in_graph or "took 1.25 of eager's time" in choice.reason
+    assert f"measured {0.25 if in_graph else 1.25:.2f} of eager's time" in choice.reason
 
 
-def test_cost_model_leaves_the_host_s_time_out_in_a_graph(card: DeviceInfo) -> None:
-    one = problem(columns=512, inner=512)  # smaller than any launch from Python
-    available: dict[str, str | None] = {"triton": None, "cuda": None, "bitsandbytes": None}
-    reasons = [
-        str(costs.choose_fastest(one, card, available, in_graph=in_graph))
-        for in_graph in (False, True)
-    ]
-    assert [costs_host in reasons[0] for costs_host in ("launches from Python",)] == [True]
-    assert "launches from Python" not in reasons[1]
-
-
-def test_ratios_are_of_the_nearest_rows() -> None:
-    def times(forward: float, step: float | None) -> list[Seconds | None]:
-        """The longer of both is the device's for ours, and the host's for eager."""
-        steps = (None if step is None else Seconds(step, 0.1)), Seconds(8.0, 4.0)
-        return [Seconds(forward, 0.1), Seconds(1.0, 2.0), *steps]
-
-    points = [
-        Point(DECODE, M, 1, 1, 16, *times(float(M) * (step or 1.0), step))
-        for M, step in ((1, None), (32, 2.0), (32, 4.0), (32, 16.0), (1024, 8.0))
-    ]
-    verdict = replace(VERDICT, points=[*points, POINTS[0]._replace(group=OTHER)])
-    assert verdict.ratios(DECODE, 0) == verdict.ratios(DECODE, 5) == (0.5, 0.0)
-    assert verdict.ratios(DECODE, 6) == verdict.ratios(DECODE, 181) == (64.0, 0.5)
-    assert verdict.ratios(DECODE, 182) == (4096.0, 1.0)
-    assert verdict.ratios(DECODE, 182, in_graph=True) == (8192.0, 1.0)
-    assert verdict.ratios(OTHER, 1) == (0.25, 0.0)
-    assert verdict.ratios(DECODE._replace(weight="dense"), 1) is None
-
-
-def test_choose_takes_no_kernel_without_the_base_gemm_that_is_checked() -> None:
-    verdict = replace(VERDICT, passed=frozenset({DECODE}))
-    assert costs._unqualified(*DECODE[:2], problem(), verdict) is None
-    without = problem(layout=Layout(unsupported_reason=constraints.NO_BASE))
-    assert "base GEMM" in str(costs._unqualified(*DECODE[:2], without, verdict))
+def test_ratios_are_of_the_longer_of_device_and_host() -> None:
+    step = Seconds(8.0, 4.0), Seconds(2.0, 16.0)
+    point = Point(DECODE, 1, 1, 1, 16, Seconds(3.0, 0.1), Seconds(1.0, 2.0), *step)
+    assert point.ratios() == (1.5, 0.5) and point.ratios(in_graph=True) == (3.0, 4.0)
+    assert point._replace(step=None).ratios() == (1.5, None)
 
 
 def everything_qualified() -> Verdict:
     """Every strategy of both backends passed, ten times as fast as eager with any rows."""
-    kinds = [(*each, "bfloat16", "bfloat16", "4bit") for each in STRATEGIES]
+    kinds = {(*each[:2], "bfloat16", "bfloat16", "4bit") for each in CANDIDATES}
     groups = [Group(*kind) for kind in kinds]
-    times = (Seconds(1e-6, 1e-6), Seconds(1e-5, 1e-5)) * 2
-    points = [Point(group, M, 4096, 4096, 16, *times) for group in groups for M in ROWS]
+    points = [timed(group, M, 0.1, 0.1) for group in groups for M in ROWS]
     return replace(VERDICT, passed=frozenset(groups), failed={}, points=points)
 
 

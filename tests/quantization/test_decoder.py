@@ -17,13 +17,13 @@ import lora_kernels
 from lora_kernels import lora_linear, traffic
 from lora_kernels.backends import decode4bit, workspace
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.bench import claims
 from lora_kernels.bench.traffic import Cell, stock
+from lora_kernels.choice.verdicts import Group
 from lora_kernels.layers import QLoRALinear
 from lora_kernels.layers.quantized import _quantize_on_meta
 from lora_kernels.peft import fuse
+from lora_kernels.qualification import timing
 from lora_kernels.quantization import quantize_4bit
-from lora_kernels.verdicts import Group
 from tests.support import fake_card
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -80,7 +80,7 @@ def call_of_weight():
 def call_of_worker():
     """A timed call of `qualify`'s worker, by the eager backend that it times."""
     card = fake_card.FakeCard.__new__(fake_card.FakeCard)
-    timed = claims._Timed(card, GROUP, 2, 64, 128)
+    timed = timing.Timed(card, GROUP, 2, 64, 128)
     return lambda x: timed.forward(0)
 
 
@@ -202,13 +202,13 @@ def test_bitsandbytes_reason_is_of_one_gpu(no_reasons, monkeypatch):
 def test_eager_of_the_worker_moves_no_more_than_peft_s_layer(M, monkeypatch):
     """Counted on meta, where bitsandbytes' ops stand for those of a GPU: kernels qualify against
     what PEFT's users have."""
-    monkeypatch.setattr(claims, "quantize_4bit", _quantize_on_meta)
+    monkeypatch.setattr(timing, "quantize_4bit", _quantize_on_meta)
     card = fake_card.FakeCard.__new__(fake_card.FakeCard)
     card.device = "meta"
-    timed = claims._Timed(card, GROUP, M, 4096, 4096)
+    timed = timing.Timed(card, GROUP, M, 4096, 4096)
     with lora_kernels.backend("eager"):
         ours = traffic.count(lambda: timed.forward(0))
-    layer, x = stock(Cell("NF4", bf16, bf16, "nf4"), 4096, 4096, claims.RANK), timed.leaves[0]
+    layer, x = stock(Cell("NF4", bf16, bf16, "nf4"), 4096, 4096, timing.RANK), timed.leaves[0]
     with torch.no_grad():
         peft = traffic.count(lambda: layer(x))
     assert ours.bytes <= peft.bytes and ours.kernels <= peft.kernels

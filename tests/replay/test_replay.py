@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lora_kernels.backends import cuda, replay, triton, workspace
 from lora_kernels.backends.triton import FUSED, TWO_PASS
-from lora_kernels.bench import claims
+from lora_kernels.choice.verdicts import Group
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.device import DeviceInfo
+from lora_kernels.qualification import claims
 from lora_kernels.quantization import quantize_4bit
-from lora_kernels.verdicts import Group
 from tests.support.allocations import Allocations
 from tests.support.fake_driver import STREAM, Log, cpu_as_gpu, fake_cuda, fake_triton
 from tests.support.problems import bf16, f32
@@ -587,7 +587,8 @@ def test_cuda_allocates_results_and_one_workspace(call: Call) -> None:
 def test_qualification_compares_a_replay(
     emulated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card: Any = SimpleNamespace(device="cpu", synchronize=lambda: None)
+    card: Any = SimpleNamespace(device="cpu", synchronize=lambda: None, repeats=10)
+    card.whole, card.many = (208, 192), (70, 264, 64)
     group = Group("cuda", "two_pass", "bfloat16", "bfloat16", "dense")
     assert claims.memory(card, group) is None
     original = replay.Replay.__call__

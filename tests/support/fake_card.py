@@ -7,35 +7,38 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels import selection
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import launch
+from lora_kernels.choice import choose as selection
+from lora_kernels.choice.verdicts import Group, Seconds
+from lora_kernels.core.problem import Problem
 from lora_kernels.qualification import Claim
-from lora_kernels.verdicts import Group, Seconds
 
 NAME = "tests.support.fake_card:FakeCard"
 KEY = {"name": "Fake H100", "driver": "1.2"}
 # In the environment: a key, and for a claim ("cuda cooperative … dense/memory") what befalls it.
 KEY_VARIABLE, FAULTS = "FAKE_CARD_KEY", "FAKE_CARD_FAULTS"
+RATIO = "FAKE_CARD_RATIO"  # in the environment: our seconds over eager's
 EAGER_SECONDS, SECONDS = Seconds(1e-3, 0.25e-3, False), Seconds(0.5e-3, 0.125e-3)
 
 
 class FakeCard:
     device = "cpu"
     many = (40, 264, 64)
-    few_rows, rows = (1, 3), (20,)
+    whole = (208, 192)
+    repeats = 10
     cold_bytes = 1
     broken = False
 
     def __init__(self) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        self.repeats = 2  # in a worker, where the interpreter takes a second for a call
         self.right = cuda.lora_linear
         self.faults = dict(
             fault.split("=") for fault in os.environ.get(FAULTS, "").split(";") if fault
@@ -53,7 +56,7 @@ class FakeCard:
             stack.enter_context(selection.backend(group.backend, group.strategy))
             yield
 
-    def compile(self, claims: Sequence[Claim], shapes: object) -> None:
+    def compile(self, claims: Sequence[Claim]) -> None:
         pass
 
     def before(self, claim: Claim) -> None:
@@ -100,10 +103,16 @@ class FakeCard:
             yield call()
 
     def clocks(self, name: str, call: Callable[[int], Any], count: int) -> Any:
-        def clock(seconds: Seconds, which: str) -> float:
-            call(0)
-            return count * float(getattr(seconds, which))
-
-        seconds = EAGER_SECONDS if name == "eager" else SECONDS
-        device, host = (partial(clock, seconds, which) for which in ("device", "host"))
+        call(0)
+        seconds, scale = EAGER_SECONDS, 1.0
+        if name != "eager":
+            seconds, scale = SECONDS, float(os.environ.get(RATIO, 0.5)) / 0.5
+        device, host = (lambda s=s: count * scale * s for s in seconds[:2])
         return SimpleNamespace(device=device, host=host, is_captured=seconds.is_captured)
+
+
+def problem(group: Group, rows: int, columns: int, inner: int, rank: int = 16) -> Problem:
+    """A call of the group: M, N, K and R."""
+    dtype, adapter = getattr(torch, group.dtype), getattr(torch, group.adapter)
+    dtypes = dtype, adapter, adapter, dtype
+    return Problem("cuda", *dtypes, rank, rows, group.weight == "4bit", columns, inner)

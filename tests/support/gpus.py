@@ -1,4 +1,4 @@
-"""GPUs by their data sheets, for the cost model."""
+"""GPUs by their data sheets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def from_sheet(
 
 
 A100, RTX4090, H100, B200 = SHEETS.values()
-T4 = from_sheet("T4", 75, 40, 64, 1.59e9, 0.32e12, 65e12, 8.1e12)
 RTX3090 = from_sheet("RTX 3090", 86, 82, 99, 1.695e9, 0.936e12, 71e12, 35.6e12)
 RTX5090 = from_sheet("RTX 5090", 120, 170, 99, 2.41e9, 1.79e12, 210e12, 105e12)
 SERVED = [A100, RTX4090, H100, B200, RTX5090]

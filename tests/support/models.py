@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lora_kernels import layers, selection
+from lora_kernels import layers
 from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.bench import tolerance
 from lora_kernels.bench.memory import held
+from lora_kernels.choice import choose as selection
 from lora_kernels.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, QLoRALinear
 from tests.support.assertions import (
     assert_bitwise_equal,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import lora_kernels
-from lora_kernels import selection
+from lora_kernels.choice import choose as selection
 from tests.autograd import frozen
 from tests.autograd.cases import K, M
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import selection
+from lora_kernels.choice import choose as selection
 from tests.layers import test_group
 from tests.support.models import NAMES, check, check_memory
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import device, selection
+from lora_kernels import device
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch
+from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.device import DeviceInfo
 from lora_kernels.quantization import quantize_4bit

@@ -17,14 +17,18 @@ def plan(problem: Problem, strategy: Strategy | None) -> Choice:
     reason = configs.unsupported_reason(target, problem.device_type)
     require_supported("triton", reason or problem.unsupported_reason())
     assert target is not None
-    if strategy == FUSED and problem.rank > configs.MAX_FUSED_RANK:
-        raise RuntimeError(
-            f"strategy {strategy!r} was requested and cannot run here: rank {problem.rank} is "
-            f"above {configs.MAX_FUSED_RANK}"
-        )
     if strategy:
+        if (why := unsupported_reason(problem, strategy)) is not None:
+            raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: {why}")
         return Choice("triton", strategy, REQUESTED)
     return _plan(problem, target)
+
+
+def unsupported_reason(problem: Problem, strategy: str) -> str | None:
+    """Return why the strategy cannot run the call and its backward, or None."""
+    if strategy == FUSED and problem.rank > configs.MAX_FUSED_RANK:
+        return f"rank {problem.rank} is above {configs.MAX_FUSED_RANK}"
+    return None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""The verdicts of `lora_kernels.qualify` on GPUs, which `selection` follows.
+"""The verdicts of `lora_kernels.qualify` on GPUs, which `choose` follows.
 
 A verdict is a file in `folder()`, one for each combination of card, driver, versions and kernel
 sources (`key`). It is read once a process. Without a verdict the eager backend runs.
@@ -6,14 +6,11 @@ sources (`key`). It is read once a process. Without a verdict the eager backend 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import json
-import math
 import os
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import device
-from .core.problem import ONE_ADAPTER, Problem
+from .. import device
+from ..core.problem import Problem
 
 ADVICE = "run `lora-kernels qualify` (up to 25 s)"
 KEEP_EAGER = 0.95  # of eager's time: a strategy replaces it if it takes at most that
-MAX_RANK = 64  # the largest that claims are checked for
-FORMAT = "2"  # of a verdict's file; part of its key
+MAX_RANK = 128  # the largest that claims are checked for
+FORMAT = "3"  # of a verdict's file; part of its key
 OFF = 'qualification is switched off: fuse(qualify="off")'
 
 
@@ -48,12 +45,6 @@ class Group(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(self)
-
-    def problem(self, rows: int, columns: int, inner: int, rank: int = 16) -> Problem:
-        """Return a call of the group: M, N, K and R."""
-        dtype, adapter = getattr(torch, self.dtype), getattr(torch, self.adapter)
-        dtypes = dtype, adapter, adapter, dtype
-        return Problem("cuda", *dtypes, rank, rows, self.weight == "4bit", columns, inner)
 
 
 class Seconds(NamedTuple):
@@ -79,10 +70,19 @@ class Seconds(NamedTuple):
         return self.device if in_graph else max(self.device, self.host)
 
 
+class Ratios(NamedTuple):
+    """A group's time over the eager backend's. step: None if only the forward was timed."""
+
+    forward: float
+    step: float | None
+
+
 class Point(NamedTuple):
     """Measured seconds of a group and of the eager backend, weights cold.
 
-    step, eager_step: forward and backward; None if only the forward was timed.
+    Args:
+        rows, columns, inner: M, N and K.
+        step, eager_step: forward and backward; None if only the forward was timed.
     """
 
     group: Group
@@ -95,6 +95,21 @@ class Point(NamedTuple):
     step: Seconds | None
     eager_step: Seconds | None
 
+    @property
+    def sizes(self) -> str:
+        """M×N×K."""
+        return f"{self.rows}×{self.columns}×{self.inner}"
+
+    def ratios(self, in_graph: bool = False) -> Ratios:
+        """Return the group's time over eager's.
+
+        in_graph: whether the calls are captured in a CUDA graph, so that the host has no part.
+        """
+        forward = self.forward.elapsed(in_graph) / self.eager_forward.elapsed(in_graph)
+        if self.step is None or self.eager_step is None:
+            return Ratios(forward, None)
+        return Ratios(forward, self.step.elapsed(in_graph) / self.eager_step.elapsed(in_graph))
+
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
@@ -105,7 +120,6 @@ class Verdict:
         passed: the groups whose claims all hold.
         failed: for each other group the claim that does not hold, and what was seen.
         points: the times of the groups that passed.
-        rates: fields of `costs.Rates` that were fitted to the points.
         date: of the qualification, ISO 8601.
     """
 
@@ -113,7 +127,6 @@ class Verdict:
     passed: frozenset[Group] = frozenset()
     failed: Mapping[Group, str] = field(default_factory=dict)
     points: Sequence[Point] = ()
-    rates: Mapping[str, float] = field(default_factory=dict)
     date: str = ""
 
     def json(self) -> dict[str, Any]:
@@ -132,26 +145,26 @@ class Verdict:
         """A short name of the verdict's content, for logs and checkpoints."""
         return _digest(self.json())
 
-    def ratios(self, group: Group, rows: int, in_graph: bool = False) -> tuple[float, float] | None:
-        """Return the group's time over eager's for a forward and for a step, or None.
+    def nearest_point(self, group: Group, rows: int, columns: int, inner: int) -> Point | None:
+        """Return the point that is measured nearest to a call's M, N and K.
 
-        Medians over the points whose number of rows is nearest to `rows`; 0 for a step that was
-        not timed.
-
-        in_graph: whether the calls are captured in a CUDA graph, so that the host has no part.
+        The ratio of the rows counts first, then that of the weights' sizes, then that of N. None
+        above the largest number of rows that was timed, and if none was.
         """
         timed = [point for point in self.points if point.group == group]
-        if not timed:
+        if rows > max((point.rows for point in timed), default=-1):
             return None
-        nearest = min({p.rows for p in timed}, key=lambda n: abs(math.log((rows or 1) / n)))
-        near = [point for point in timed if point.rows == nearest]
 
-        def ratio(ours: Seconds | None, eager: Seconds | None) -> float:
-            return ours.elapsed(in_graph) / eager.elapsed(in_graph) if ours and eager else 0.0
+        def distance(p: Point) -> tuple[float, float, float]:
+            size = _ratio(columns * inner, p.columns * p.inner)
+            return _ratio(rows, p.rows), size, _ratio(columns, p.columns)
 
-        forwards = [ratio(point.forward, point.eager_forward) for point in near]
-        steps = [ratio(point.step, point.eager_step) for point in near]
-        return statistics.median(forwards), statistics.median(steps)
+        return min(timed, key=distance)
+
+
+def _ratio(a: int, b: int) -> float:
+    """Return the larger over the smaller, where 0 counts as 1."""
+    return max(a, b, 1) / max(min(a, b), 1)
 
 
 def read_verdict(data: Mapping[str, Any]) -> Verdict:
@@ -159,8 +172,7 @@ def read_verdict(data: Mapping[str, Any]) -> Verdict:
     points = [read_point(point) for point in data["points"]]
     failed = {Group(*group): str(reason) for group, reason in data["failed"]}
     passed = frozenset(Group(*group) for group in data["passed"])
-    rates = {str(name): float(value) for name, value in data["rates"].items()}
-    return Verdict(dict(data["key"]), passed, failed, points, rates, str(data["date"]))
+    return Verdict(dict(data["key"]), passed, failed, points, str(data["date"]))
 
 
 def read_point(data: Sequence[Any]) -> Point:
@@ -175,19 +187,6 @@ def group_of(backend: str, strategy: str, problem: Problem) -> Group:
     adapter = _name(problem.a_dtype) if problem.a_dtype is problem.b_dtype else "mixed"
     weight = "4bit" if problem.four_bit else "dense"
     return Group(backend, str(strategy), _name(problem.dtype), adapter, weight)
-
-
-def unqualified_reason(problem: Problem) -> str | None:
-    """Return why no qualification covers a call, whatever was found out; None if one may."""
-    if problem.mixed:
-        return ONE_ADAPTER
-    if problem.dropout:
-        return "PyTorch's kernel draws dropout masks on a GPU"
-    if problem.rank > MAX_RANK:
-        return f"rank {problem.rank} is above the qualified {MAX_RANK}"
-    if problem.layout is not None and problem.layout.columns:
-        return "weights stored as [K, N] are not part of the qualification"
-    return None
 
 
 def folder() -> Path:
@@ -217,7 +216,7 @@ def key(index: int) -> dict[str, str]:
         "capability": str(gpu.capability),
         "multiprocessors": str(gpu.multiprocessors),
         "memory": str(gpu.memory),
-        "driver": driver_version(),
+        "driver": device.driver_version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda or torch.version.hip),
         "triton": str(device.version("triton")),
@@ -228,29 +227,9 @@ def key(index: int) -> dict[str, str]:
 
 
 @functools.cache
-def driver_version() -> str:
-    """Return the version of NVIDIA's driver; of its CUDA API where the system names no other."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
-        if found:
-            return found[0]
-    except OSError:
-        pass
-    version = ctypes.c_int()
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            ctypes.CDLL(name).cuDriverGetVersion(ctypes.byref(version))
-            return str(version.value)
-        except (OSError, AttributeError):
-            continue
-    return "unknown"
-
-
-@functools.cache
 def _source_digest() -> str:
     """Return a digest of the sources and binaries that kernels and their launches come from."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files = [
         *(package / "backends").rglob("*.py"),
         *package.glob("_cuda*"),

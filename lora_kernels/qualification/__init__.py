@@ -21,85 +21,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 
-from . import costs, verdicts
-from . import device as devices
-from .backends import decode4bit
-from .core.problem import Strategy
-from .device import DeviceInfo
-from .verdicts import Group, Point, Verdict
+from .. import device as devices
+from ..choice import verdicts
+from ..choice.verdicts import Group, Point, Verdict
+from .plan import DTYPES, Claim, plan
 
-WORKER = "lora_kernels.bench.claims"
+__all__ = ["BUDGET", "DTYPES", "Claim", "index_of", "plan", "qualify"]
+
+WORKER = "lora_kernels.qualification.claims"
 CARD = f"{WORKER}:Card"
-DTYPES = ("bfloat16",)  # of the base GEMM, in the default plan
-SHAPES = ((4096, 4096), (14336, 4096))  # N and K of the timed weights: Llama-3-8B's
-FEW_ROWS: tuple[int, ...] = (1, 8, 16)  # of the timed calls of "cooperative"
-ROWS: tuple[int, ...] = (32, 128, 1024)  # and of others
 BUDGET = 25.0  # seconds
 SILENCE = 30.0  # seconds without a line from the worker, after which it counts as hanging
 START = 120.0  # the same to import torch and open the device, and to compile, on a busy machine
 MAX_WORKERS = 6  # one, and five restarts
-# What the cost model may choose (`costs.predict`). It expects cuBLAS ahead of Triton in float32.
-STRATEGIES = (
-    ("cuda", Strategy.COOPERATIVE),
-    ("cuda", Strategy.TWO_PASS),
-    ("triton", Strategy.TWO_PASS),
-)
-
-
-class Claim(NamedTuple):
-    """A statement about a group that the worker checks; tiers are checked in order.
-
-    - "odd sizes": y and every gradient are within the tolerance of the float64 reference, at sizes
-      that are no multiple of a tile.
-    - "many blocks": the same where the grid has several times the blocks that fit the card.
-    - "memory": nothing outside of the results is written and no uninitialised memory is read; ten
-      repeats, and a replay of recorded launches, have equal bits.
-    - "autocast": the same as "odd sizes" for float32 inputs under autocast.
-    - "two streams", "graph": calls on two streams at once, and replays of a captured CUDA graph,
-      have the bits of a call by itself.
-    - "time": always holds; measures the group and eager.
-    """
-
-    group: Group
-    name: str
-    tier: int
-
-
-def plan(dtypes: Sequence[str] = DTYPES, gpu: DeviceInfo | None = None) -> list[Claim]:
-    """Return the claims on the kernels for these dtypes of the base GEMM, in order.
-
-    gpu: on which groups that the cost model expects to be slower than eager are left out.
-
-    >>> plan()[0].name
-    'odd sizes'
-    """
-    claims = []
-    for dtype in dtypes:
-        for adapter in dict.fromkeys((dtype, "float32")):
-            for backend, strategy in STRATEGIES:
-                for weight in ("dense", "4bit"):
-                    group = Group(backend, str(strategy), dtype, adapter, weight)
-                    rows = FEW_ROWS if strategy is Strategy.COOPERATIVE else ROWS
-                    if gpu and not costs.is_contender(group, gpu, rows, SHAPES):
-                        continue
-                    names = {"odd sizes": 1, "many blocks": 1, "memory": 1, "graph": 2, "time": 3}
-                    if adapter == dtype:  # which autocast rounds float32 adapters to
-                        names["autocast"] = 1
-                    if strategy is Strategy.COOPERATIVE:
-                        names["two streams"] = 2
-                    claims += [Claim(group, name, tier) for name, tier in names.items()]
-    return sorted(claims, key=lambda claim: claim.tier)
 
 
 def qualify(
     device: int | str | torch.device | None = None,
     *,
     dtypes: Sequence[str] = DTYPES,
-    shapes: Sequence[tuple[int, int]] = SHAPES,
+    shapes: Sequence[tuple[int, int]] | None = None,
     budget_s: float = BUDGET,
     report: Callable[[Claim, str | None], None] | None = None,
     card: str = CARD,
@@ -107,14 +52,16 @@ def qualify(
     """Check the kernels on a GPU against the reference, time them, and cache the verdict.
 
     From then on this process, and others on the same kind of card with the same driver, versions
-    and kernels, use what passed where the cost model, fitted to the times, expects it to be at
-    least 5 % faster than the eager backend. Takes up to `budget_s`, less if Triton's cache is
-    warm. It makes no collective call: run it once a machine, before a distributed program.
+    and kernels, use what passed where it was measured at least 5 % faster than the eager backend,
+    and no slower in a training step. The nearest measured size counts; with more rows than were
+    measured the eager backend runs. Takes up to `budget_s`, less if Triton's cache is warm. It
+    makes no collective call: run it once a machine, before a distributed program.
 
     Args:
         device: a CUDA device or its index. Default: the current one.
         dtypes: of the base GEMM: "bfloat16", "float16".
-        shapes: N and K of the weights whose calls are timed.
+        shapes: N and K of the weights whose calls are timed. Default: those of Llama-3-8B that
+            `lora-kernels qualify --dry-run` prints.
         budget_s: seconds, after which the claims that are left count as not checked.
         report: called after each claim with the claim, and why it does not hold or None.
         card: the worker's access to the device, "module:class"; tests pass an emulated one.
@@ -129,14 +76,14 @@ def qualify(
     index = index_of(device)
     if wrong := [name for name in dtypes if name not in ("bfloat16", "float16")]:
         raise ValueError(f"dtypes: got {wrong[0]!r}, want 'bfloat16' or 'float16'")
-    claims = plan(tuple(dict.fromkeys(dtypes)), devices.gpu(index))
+    claims = plan(tuple(dict.fromkeys(dtypes)), shapes)
     if not budget_s > 0:
         raise ValueError(f"budget_s: got {budget_s}, want seconds above 0")
     if (why := _unready_reason()) is not None:
         raise RuntimeError(f"qualify: {why}; nothing was cached")
     with _locked():
         before = verdicts.key(index)
-        run = _Run(claims, card, index, before, shapes, time.monotonic() + budget_s, budget_s)
+        run = _Run(claims, card, index, before, time.monotonic() + budget_s, budget_s)
         run.check(report or (lambda claim, reason: None))
         if (after := verdicts.key(index)) != before:
             changed = ", ".join(name for name in before if before[name] != after.get(name))
@@ -204,7 +151,6 @@ class _Run:
     card: str
     index: int
     key: Mapping[str, str]
-    shapes: Sequence[tuple[int, int]]
     end: float  # by time.monotonic
     budget_s: float
     holds: set[Claim] = field(default_factory=set)
@@ -225,7 +171,6 @@ class _Run:
         """Let one worker check claims until it ends, dies or is silent."""
         order = {
             "claims": left,
-            "shapes": self.shapes,
             "end": time.time() + self.end - time.monotonic(),
             "compile": compiles,
         }
@@ -275,10 +220,8 @@ class _Run:
                 failed[claim.group] = f"{claim.name}: not checked within {limit}"
         passed = frozenset(claim.group for claim in self.claims) - failed.keys()
         points = [point for point in self.points if point.group in passed]
-        gpu, where = devices.gpu(self.index), torch.device("cuda", self.index)
-        rates = costs.fit(points, gpu, decode4bit.bitsandbytes_reason(where) is None)
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return Verdict(key, passed, failed, points, rates, date)
+        return Verdict(key, passed, failed, points, date)
 
 
 class _Worker:
@@ -297,7 +240,7 @@ class _Worker:
             stderr=self._errors,
             text=True,
             env=environment,
-            cwd=Path(__file__).parents[1],  # -m finds this package there, and no file of the user's
+            cwd=Path(__file__).parents[2],  # -m finds this package there, and no file of the user's
             start_new_session=True,  # its compilers end with it
         )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()

@@ -1,9 +1,9 @@
 """The worker of `lora_kernels.qualify`: checks the claims of a plan on one card.
 
-    python -m lora_kernels.bench.claims MODULE:CARD
+    python -m lora_kernels.qualification.claims MODULE:CARD
 
-Reads its order from stdin, JSON with "claims", "shapes", "end" (by time.time) and "compile". Prints
-a line of JSON for each thing that happens:
+Reads its order from stdin, JSON with "claims", "end" (by time.time) and "compile". Prints a line of
+JSON for each thing that happens:
 
     {"ready": key of the card}      or {"refused": why}, and it ends
     {"compiled": seconds}           if kernels were compiled ahead
@@ -16,62 +16,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import itertools
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .. import functional, qualification, selection, verdicts
 from ..backends import cuda, replay, triton
-from ..backends.cuda import DECODE_ROWS
-from ..backends.triton import launch
+from ..backends.triton import configs, launch
+from ..bench import case as cases
+from ..bench.case import AnyCase, Case
+from ..choice import choose as selection
+from ..choice import verdicts
+from ..choice.verdicts import Group
 from ..core.call import Needs, Operands, Spec
 from ..core.problem import Strategy
-from ..qualification import Claim
-from ..quantization import Weight4bit, quantize_4bit
-from ..verdicts import Group, Seconds
-from . import case as cases
-from .case import AnyCase, Case
+from ..quantization import Weight4bit
+from . import CARD, WORKER, timing
+from .plan import CANDIDATES, STEP_ROWS, Claim
 
-Shapes = Sequence[tuple[int, int]]  # N and K of the timed weights
-
-REPEATS = 10
 GUARD = 4096  # bytes before and after each tensor of "memory"
 FREE = 2 << 30  # bytes that the claims may need: the timed weights, several times
-RANK = 16
-ROUNDS, HOST_ROUNDS = 7, 3
-FEW, LEAST_CALLS = 128, 12  # up to so many rows at least so many calls are timed as one
-# Cycles that a stream sleeps: while a graph and two events are launched, 0.16 ms or more at up to
-# 3 GHz; and while Python launches calls, 1 ms or more.
-FILL, BUSY = 500_000, 3_000_000
-CLOCK = 3e9  # cycles a second, above those of any GPU, so that a sleep is never too short
 BROKEN = 3  # the exit status after an error that the device may not recover from
-
-
-class Clocks(NamedTuple):
-    """Two clocks of the same calls, in seconds of all of them.
-
-    Args:
-        device: from the first kernel to the last, without waiting for launches.
-        host: of the Python code that launches them.
-        is_captured: whether `device` replays a CUDA graph.
-    """
-
-    device: Callable[[], float]
-    host: Callable[[], float]
-    is_captured: bool
 
 
 class Card:
@@ -80,13 +54,16 @@ class Card:
     Attributes:
         device: of the tensors.
         many: M, N and K of a call with several times the blocks that fit the card.
-        few_rows, rows: M of the timed calls of strategies for few rows, and of others.
+        whole: N and K of calls with whole rows of 16 bytes. K is split in both directions, as it
+            is in the timed calls.
+        repeats: how often "memory" and "two streams" compare a call's bits.
         cold_bytes: of weights that calls read in turn, so that none is in a cache.
     """
 
     device = "cuda"
-    many = (304, 33792, 128)
-    few_rows, rows = qualification.FEW_ROWS, qualification.ROWS
+    many = (304, 33792, 576)
+    whole = (528, 576)
+    repeats = 10
 
     def __init__(self) -> None:
         torch.empty(1, device="cuda")  # the context: fails if the card accepts no other
@@ -105,14 +82,14 @@ class Card:
         """Force the group's backend and strategy."""
         return selection.backend(group.backend, group.strategy)
 
-    def compile(self, claims: Sequence[Claim], shapes: Shapes) -> None:
+    def compile(self, claims: Sequence[Claim]) -> None:
         """Compile what the claims launch, on all processor cores."""
         mine = [claim for claim in claims if claim.group.backend == "triton"]
         count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 16)
-        command = [sys.executable, "-m", "lora_kernels.bench.claims", qualification.CARD]
+        command = [sys.executable, "-m", WORKER, CARD]
         workers = []
         for number in range(count if mine else 0):
-            order = {"claims": mine, "shapes": shapes, "part": [number, count]}
+            order = {"claims": mine, "part": [number, count]}
             worker = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
@@ -148,7 +125,7 @@ class Card:
         torch.cuda.synchronize()
         gate, start = torch.cuda.Stream(), torch.cuda.Event()
         with torch.cuda.stream(gate):
-            torch.cuda._sleep(BUSY)
+            torch.cuda._sleep(timing.BUSY)
             start.record()
         found = []
         for call in calls:
@@ -160,13 +137,13 @@ class Card:
 
     def replays(self, call: Callable[[], Tensor], count: int) -> Iterator[Tensor]:
         """Capture the call in a graph, and yield its result after each replay."""
-        graph, y = _capture(call, self.aside)
+        graph, y = timing.capture(call, self.aside)
         for _ in range(count):
             graph.replay()
             torch.cuda.synchronize()
             yield y
 
-    def clocks(self, name: str, call: Callable[[int], object], count: int) -> Clocks:
+    def clocks(self, name: str, call: Callable[[int], object], count: int) -> timing.Clocks:
         """Return clocks of `call(0)` to `call(count - 1)`, which are warmed up and captured here.
 
         name: of the engine that is forced.
@@ -178,61 +155,30 @@ class Card:
 
         def host() -> float:
             torch.cuda.synchronize()
-            torch.cuda._sleep(BUSY)
+            torch.cuda._sleep(timing.BUSY)
             begun = time.perf_counter()
             calls()
             return time.perf_counter() - begun
 
         try:
-            graph, _ = _capture(calls, self.aside)
+            graph, _ = timing.capture(calls, self.aside)
         except RuntimeError:  # what cannot be captured: a call that synchronizes, for one
             torch.cuda.synchronize()
             host()
-            cycles = BUSY + int(2 * CLOCK * host())
-            return Clocks(functools.partial(_device_seconds, calls, cycles), host, False)
-        return Clocks(functools.partial(_device_seconds, graph.replay, FILL), host, True)
+            cycles = timing.BUSY + int(2 * timing.CLOCK * host())
+            return timing.Clocks(
+                functools.partial(timing.device_seconds, calls, cycles), host, False
+            )
+        return timing.Clocks(
+            functools.partial(timing.device_seconds, graph.replay, timing.FILL), host, True
+        )
 
 
-def _capture(
-    call: Callable[[], Any], stream: torch.cuda.Stream
-) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Return a graph of the call, and the call's result, which a replay overwrites.
-
-    Before, on the same stream, the call allocates what it keeps and records its launches. The
-    context `torch.cuda.graph` would empty the allocator's cache and, before torch 2.9, collect
-    garbage each time, which takes longer than all the rest.
-    """
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        try:
-            found = call()
-        finally:
-            graph.capture_end()
-    return graph, found
-
-
-def _device_seconds(launch: Callable[[], object], cycles: int) -> float:
-    """Return the device's seconds of what `launch` launches, which takes the host fewer cycles."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(cycles)
-    begin.record()
-    launch()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
-
-
-def check(card: Card, claim: Claim, shapes: Shapes) -> tuple[str | None, Any]:
+def check(card: Card, claim: Claim) -> tuple[str | None, Any]:
     """Return why the claim does not hold or None, and the points of "time"."""
     group = claim.group
     if claim.name == "time":
-        return None, list(_times(card, group, shapes))
+        return None, list(timing.measure(card, group, claim.sizes))
     with card.engine(group):
         if claim.name in _CASES:
             judged = map(judge, _CASES[claim.name](card, group))
@@ -242,40 +188,41 @@ def check(card: Card, claim: Claim, shapes: Shapes) -> tuple[str | None, Any]:
 
 def _case(card: Card, group: Group, M: int, N: int, K: int, **fields: Any) -> Case:
     dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
-    quant = fields.pop("quant", "nf4-64-nested") if group.weight == "4bit" else ""
-    options = {"R": RANK, "adapter_dtype": adapter, "quant": quant, "device": card.device}
+    quant = fields.pop("quant", "nf4-64-nested")
+    quant = quant if group.weight == "4bit" else ""
+    options = {"R": timing.RANK, "adapter_dtype": adapter, "quant": quant, "device": card.device}
     return Case(M, N, K, dtype=dtype, **(options | fields))
 
 
-def _sizes(group: Group) -> list[tuple[int, int, int]]:
-    """M, N and K: no multiples of a tile, odd where the kernels take it; then with whole rows."""
-    rows = 5 if _waits(group) else 70
-    if group.backend == "triton":
-        return [(rows, 203, 99), (rows, 208, 192)]
-    return [(rows, 200, 192), (rows, 208, 192)]
-
-
-def _waits(group: Group) -> bool:
-    """Return True if its blocks wait for each other; it is for few rows."""
-    return group.strategy == Strategy.COOPERATIVE
+def _rows(card: Card, group: Group) -> tuple[int, int]:
+    """Return the smallest and the largest M for which the group is timed, at most `card.many`'s."""
+    which = group.backend, group.strategy, group.weight
+    (rows,) = (each.rows for each in CANDIDATES if each[:3] == which)
+    return rows[0], min(rows[-1], card.many[0])
 
 
 def odd_sizes(card: Card, group: Group) -> list[Case]:
-    odd, even = _sizes(group)
-    options = {"R": verdicts.MAX_RANK, "gate": True, "column_scale": True, "bias": True}
-    return [
-        _case(card, group, *odd, R=13, bias=True, quant="fp4-128"),
-        _case(card, group, *even, **options),
-    ]
+    """Return a case with every option and no size a multiple of a tile, and one of few rows.
+
+    Triton compiles a kernel for each set of options: the second case, and those of the other
+    claims, have the options of the timed calls, so that the claims share their kernels.
+    """
+    few, most = _rows(card, group)
+    N, K = (203, 99) if group.backend == "triton" else (200, 192)  # CUDA loads whole 16 bytes
+    rank = configs.MAX_FUSED_RANK if group.strategy == Strategy.FUSED else verdicts.MAX_RANK
+    options = {"R": rank, "gate": True, "column_scale": True, "bias": True, "quant": "fp4-128"}
+    return [_case(card, group, most - 3, N, K, **options), _case(card, group, few, *card.whole)]
 
 
 def many_blocks(card: Card, group: Group) -> list[Case]:
-    M, N, K = card.many
-    return [_case(card, group, min(M, DECODE_ROWS) if _waits(group) else M, N, K)]
+    _, N, K = card.many
+    return [_case(card, group, _rows(card, group)[1], N, K)]
 
 
 def autocast(card: Card, group: Group) -> list[Case]:
-    case = _case(card, group, *_sizes(group)[1], autocast=getattr(torch, group.dtype))
+    case = _case(
+        card, group, _rows(card, group)[1], *card.whole, autocast=getattr(torch, group.dtype)
+    )
     return [replace(case, dtype=torch.float32, adapter_dtype=torch.float32)]
 
 
@@ -290,7 +237,7 @@ class _Call:
 
     def __init__(self, card: Card, group: Group, seed: int = 0) -> None:
         with selection.backend("eager"):
-            args = cases.inputs(_case(card, group, *_sizes(group)[1], seed=seed))
+            args = cases.inputs(_case(card, group, _rows(card, group)[1], *card.whole, seed=seed))
         dtype, weight = args["x"].dtype, args["weight"]
         base = weight.codes if isinstance(weight, Weight4bit) else weight
         tensors = (args["x"], base, args["lora_A"], args["lora_B"])
@@ -364,7 +311,7 @@ def memory(card: Card, group: Group) -> str | None:
     before = [t.clone() for t in operands]
     first: dict[str, Tensor] = {}
     replay.forget()
-    for number in range(REPEATS):  # as written, since guarded memory is never replayed
+    for number in range(card.repeats):  # as written, since guarded memory is never replayed
         with GuardedMemory() as guarded:
             found = call.run()
         card.synchronize()
@@ -402,7 +349,7 @@ def graph(card: Card, group: Group) -> str | None:
 def two_streams(card: Card, group: Group) -> str | None:
     calls = [_Call(card, group, seed) for seed in range(2)]
     want = [call.y().clone() for call in calls]
-    for number in range(REPEATS):
+    for number in range(card.repeats):
         got = card.concurrently([call.y for call in calls])
         if not all(map(torch.equal, got, want)):
             return f"a call beside another had other bits in repeat {number}"
@@ -421,95 +368,6 @@ _CHECKS: dict[str, Callable[[Card, Group], str | None]] = {
 }
 
 
-def _times(card: Card, group: Group, shapes: Shapes) -> Iterator[tuple[Any, ...]]:
-    """Yield the numbers of a `verdicts.Point` for each shape and number of rows.
-
-    Few rows are timed without gradients, as they are when text is generated.
-    """
-    for (N, K), M in itertools.product(shapes, card.few_rows if _waits(group) else card.rows):
-        card.free_memory()
-        call = _Timed(card, group, M, N, K)
-        passes = -(-LEAST_CALLS // call.count) if M <= FEW else 1
-        forward = _interleave(card, group, call.forward, passes * call.count)
-        step: tuple[Seconds | None, ...] = (None, None)
-        if not _waits(group):
-            step = _interleave(card, group, call.step, min(call.count, 4))
-        yield M, N, K, RANK, *forward, *step
-
-
-class _Timed:
-    """`lora_linear` on cold weights: a call reads another copy than the one before."""
-
-    def __init__(self, card: Card, group: Group, M: int, N: int, K: int) -> None:
-        dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
-
-        def draw(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.randn(shape, device=card.device, dtype=dtype) / math.sqrt(shape[-1])
-
-        self.weights = _weights(card, dtype, group.weight, N, K)
-        self.count = len(self.weights)
-        x, A, B = (
-            draw(M, K, dtype=dtype),
-            draw(RANK, K, dtype=adapter),
-            draw(N, RANK, dtype=adapter),
-        )
-        self.leaves = [t.requires_grad_() for t in (x, A, B)]
-        self.dy = draw(M, N, dtype=dtype)
-
-    def y(self, number: int) -> Tensor:
-        x, A, B = self.leaves
-        return functional.lora_linear(x, self.weights[number % self.count], A, B, 2.0)
-
-    def forward(self, number: int) -> object:
-        with torch.no_grad():
-            return self.y(number)
-
-    def step(self, number: int) -> object:
-        return torch.autograd.grad(self.y(number), self.leaves, self.dy)
-
-
-@functools.lru_cache(maxsize=1)  # the groups of a plan with equal weights follow each other
-def _weights(card: Card, dtype: torch.dtype, kind: str, N: int, K: int) -> list[Any]:
-    """Return copies of a weight, in all twice the L2 cache and at least two."""
-    dense = torch.randn(N, K, device=card.device, dtype=dtype) / K**0.5
-    with selection.backend("eager"):
-        weight = quantize_4bit(dense, "nf4", 64, True) if kind == "4bit" else dense
-    size = weight.packed.nbytes if isinstance(weight, Weight4bit) else weight.nbytes
-    count = max(2, -(-card.cold_bytes // size))
-    if isinstance(weight, Weight4bit):
-        return [replace(weight, packed=weight.packed.clone()) for _ in range(count)]
-    return [weight.clone() for _ in range(count)]
-
-
-def _interleave(
-    card: Card, group: Group, call: Callable[[int], object], count: int
-) -> tuple[Seconds, Seconds]:
-    """Return the median seconds of a call by the group and by eager, which take turns."""
-    engines: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        str(group): functools.partial(card.engine, group),
-        "eager": functools.partial(selection.backend, "eager"),
-    }
-    clocks, device, host = {}, dict[str, list[float]](), dict[str, list[float]]()
-    for name, engine in engines.items():
-        with engine():
-            clocks[name] = card.clocks(name, call, count)
-    for number in range(ROUNDS + 1):  # the first warms up
-        for name, engine in engines.items():
-            with engine():
-                device.setdefault(name, []).append(clocks[name].device() / count)
-                if number <= HOST_ROUNDS:
-                    host.setdefault(name, []).append(clocks[name].host() / count)
-    ours, eager = (
-        Seconds(
-            statistics.median(device[name][1:]),
-            statistics.median(host[name][1:]),
-            clocks[name].is_captured,
-        )
-        for name in engines
-    )
-    return ours, eager
-
-
 def main(arguments: Sequence[str]) -> int:
     module, _, name = arguments[0].partition(":")
     with os.fdopen(os.dup(1), "w") as lines:
@@ -519,25 +377,23 @@ def main(arguments: Sequence[str]) -> int:
             print(json.dumps(line), file=lines, flush=True)
 
         order = json.load(sys.stdin)
-        claims = [Claim(Group(*group), name, tier) for group, name, tier in order["claims"]]
+        claims = [Claim(Group(*group), *rest) for group, *rest in order["claims"]]
         try:
             card = getattr(importlib.import_module(module), name)()
         except RuntimeError as error:
             say(refused=_first_line(error))
             return 1
         if "part" in order:
-            return _compile_part(card, claims, order["shapes"], *order["part"])
+            return _compile_part(card, claims, *order["part"])
         say(ready=card.key())
         if order["compile"]:
             begun = time.time()
-            card.compile(claims, order["shapes"])
+            card.compile(claims)
             say(compiled=time.time() - begun)
-        return _check_all(card, claims, order["shapes"], order["end"], say)
+        return _check_all(card, claims, order["end"], say)
 
 
-def _check_all(
-    card: Card, claims: Sequence[Claim], shapes: Shapes, end: float, say: Callable[..., None]
-) -> int:
+def _check_all(card: Card, claims: Sequence[Claim], end: float, say: Callable[..., None]) -> int:
     failed = set[Group]()
     for number, claim in enumerate(claims):
         if claim.group in failed:
@@ -548,7 +404,7 @@ def _check_all(
         reason, points, retry = None, (), None
         try:
             card.before(claim)
-            reason, points = check(card, claim, shapes)
+            reason, points = check(card, claim)
         except torch.cuda.OutOfMemoryError as error:
             retry = _first_line(error)
         except Exception as error:  # of the compiler, the driver or the launch
@@ -564,18 +420,16 @@ def _check_all(
     return 0
 
 
-def _compile_part(
-    card: Card, claims: Sequence[Claim], shapes: Shapes, part: int, parts: int
-) -> int:
+def _compile_part(card: Card, claims: Sequence[Claim], part: int, parts: int) -> int:
     """Compile every `parts`-th kernel that the claims launch, and launch none."""
     with launch.compile_only(part, parts):
         for claim in claims:
             with contextlib.suppress(Exception):  # the check itself will meet it
-                launch_all(card, claim, shapes)
+                launch_all(card, claim)
     return 0
 
 
-def launch_all(card: Card, claim: Claim, shapes: Shapes) -> None:
+def launch_all(card: Card, claim: Claim) -> None:
     """Launch what the claim launches, each call once, and judge nothing."""
     group, name = claim.group, claim.name
     if name in _CASES:
@@ -585,12 +439,12 @@ def launch_all(card: Card, claim: Claim, shapes: Shapes) -> None:
             with card.engine(group):
                 cases.run(case.op, args, case.autocast)
     elif name == "time":
-        for (N, K), M in itertools.product(shapes, card.few_rows if _waits(group) else card.rows):
-            call_ = _Timed(card, group, M, N, K)
+        for M, N, K in claim.sizes:
+            call = timing.Timed(card, group, M, N, K)
             with card.engine(group):
-                call_.forward(0)
-                if not _waits(group):
-                    call_.step(0)
+                call.forward(0)
+                if M >= STEP_ROWS:
+                    call.step(0)
     elif name == "memory":  # "graph" and "two streams" launch the same
         with card.engine(group):
             _Call(card, group).run()

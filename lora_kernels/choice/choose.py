@@ -12,15 +12,16 @@ from collections.abc import Iterator
 
 import torch
 
-from . import costs, device, verdicts
-from .backends import cpu_heuristics, cuda, forced, native, triton, workspace
-from .backends.cuda import heuristics as cuda_heuristics
-from .backends.forced import Forced
-from .backends.library import is_on_gpu_path
-from .backends.triton import configs
-from .backends.triton import heuristics as triton_heuristics
-from .core.call import Guard
-from .core.problem import (
+from .. import device
+from ..backends import cpu_heuristics, cuda, forced, native, triton, workspace
+from ..backends.cuda import constraints
+from ..backends.cuda import heuristics as cuda_heuristics
+from ..backends.forced import Forced
+from ..backends.library import is_on_gpu_path
+from ..backends.triton import configs
+from ..backends.triton import heuristics as triton_heuristics
+from ..core.call import Guard
+from ..core.problem import (
     NO_DROPOUT,
     ONE_ADAPTER,
     Choice,
@@ -28,7 +29,8 @@ from .core.problem import (
     Strategy,
     require_supported,
 )
-from .verdicts import Verdict
+from . import verdicts
+from .verdicts import KEEP_EAGER, MAX_RANK, Group, Verdict, group_of
 
 STRATEGIES = {
     "eager": (Strategy.LIBRARY,),
@@ -38,6 +40,7 @@ STRATEGIES = {
 }
 BACKENDS = tuple(STRATEGIES)
 
+_HEURISTICS = {"triton": triton_heuristics, "cuda": cuda_heuristics}
 _ON_GPU = "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's"
 
 
@@ -88,12 +91,14 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
         yield
 
 
-def choose(problem: Problem) -> Choice:
+def choose(problem: Problem, requested: Forced | None = None) -> Choice:
     """Choose the backend and strategy of a call, the same for forward and backward.
 
     Raises RuntimeError if a requested backend or strategy cannot run it.
+
+    requested: None for the backend in force.
     """
-    requested = forced.current.get()
+    requested = requested or forced.current.get()
     if problem.device_type == "cpu" and requested.backend in (None, "cpu"):
         return _choose_cpu(
             problem, requested, (native.reason, native.isa, native.amx_bf16, native.intel)
@@ -115,18 +120,91 @@ def choose(problem: Problem) -> Choice:
 
 
 def _choose_gpu(problem: Problem) -> Choice:
-    """Choose for a GPU's tensors: what qualified and is expected to be faster, or eager."""
+    """Choose for a GPU's tensors: what qualified and was measured to be faster, or eager."""
     target = device.gpu(problem.device_index)
     if (reason := configs.capability_unsupported_reason(target)) is not None:
         bf16 = torch.bfloat16 in (problem.x_dtype, problem.dtype)
         slow = f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
         return Choice("eager", Strategy.LIBRARY, reason + slow * bf16)
-    reason = problem.unsupported_reason() or verdicts.unqualified_reason(problem)
+    reason = problem.unsupported_reason() or _uncovered_reason(problem)
     verdict = verdicts.current(problem.device_index)
     if reason is None and isinstance(verdict, Verdict):
-        in_graph = workspace.is_capturing(torch.device("cuda"))
-        return costs.choose(problem, target, verdict, in_graph)
-    return Choice("eager", Strategy.LIBRARY, f"{_ON_GPU}; {reason or verdict}")
+        return _choose_measured(problem, verdict, workspace.is_capturing(torch.device("cuda")))
+    return _keep_eager(reason or str(verdict))
+
+
+def _keep_eager(reason: str) -> Choice:
+    return Choice("eager", Strategy.LIBRARY, f"{_ON_GPU}; {reason}")
+
+
+def _uncovered_reason(problem: Problem) -> str | None:
+    """Return why no qualification covers a call, whatever was found out; None if one may."""
+    if problem.mixed:
+        return ONE_ADAPTER
+    if problem.dropout:
+        return "PyTorch's kernel draws dropout masks on a GPU"
+    if problem.rank > MAX_RANK:
+        return f"rank {problem.rank} is above the qualified {MAX_RANK}"
+    if problem.layout is not None and problem.layout.columns:
+        return "weights stored as [K, N] are not part of the qualification"
+    if problem.layout is not None and problem.layout.unsupported_reason == constraints.NO_BASE:
+        return "calls without a base GEMM are not part of the qualification"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_measured(problem: Problem, verdict: Verdict, in_graph: bool) -> Choice:
+    """Choose the strategy with the smallest measured ratio to eager's time, or eager.
+
+    Cached for the process: a later change of libraries is not seen.
+
+    in_graph: whether the call is captured in a CUDA graph, so that the host's time has no part.
+    """
+    kind = dtype, adapter, weight = group_of("", "", problem)[2:]
+    groups = [group for group in {*verdict.passed, *verdict.failed} if group[2:] == kind]
+    if not groups:
+        return _keep_eager(f"{weight} weights in {dtype} with {adapter} adapters were not checked")
+    most = max((point.rows for point in verdict.points if point.group in groups), default=None)
+    if most is not None and problem.rows > most:
+        return _keep_eager(f"{problem.rows} rows are above the {most} that were measured")
+    faster, reasons = [], []
+    for group in sorted(groups):
+        ratio, reason = _judge(group, problem, verdict, in_graph)
+        if ratio is None:
+            reasons.append(f"{group.backend} {group.strategy!r} {reason}")
+        else:
+            faster.append((ratio, group, reason))
+    if not faster:
+        return _keep_eager("; ".join(reasons))
+    _, (backend, strategy, *_), reason = min(faster)
+    return Choice(backend, Strategy(strategy), reason)
+
+
+def _judge(
+    group: Group, problem: Problem, verdict: Verdict, in_graph: bool
+) -> tuple[float | None, str]:
+    """Return the group's ratio to eager's time for a forward, and the measurement in words.
+
+    The ratio is None, and the words are the reason, if the group may not run the call.
+    """
+    if group not in verdict.passed:
+        return None, f"did not qualify: {verdict.failed[group]}"
+    why = (
+        cuda.unsupported_device_reason(problem.device_type, problem.device_index)
+        if group.backend == "cuda"
+        else triton.unavailable_reason()
+    )
+    why = why or _HEURISTICS[group.backend].unsupported_reason(problem, group.strategy)
+    if why is not None:
+        return None, f"cannot run it: {why}"
+    point = verdict.nearest_point(group, problem.rows, problem.columns, problem.inner)
+    if point is None:
+        return None, f"was not measured with {problem.rows} rows or more"
+    forward, step = point.ratios(in_graph)
+    said = f"measured {forward:.2f} of eager's time at {point.sizes}"
+    said += "" if step is None else f", step {step:.2f}"
+    is_faster = forward <= KEEP_EAGER and (step is None or step <= 1.0)
+    return forward if is_faster else None, said
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,13 +219,16 @@ def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, 
     return cpu_heuristics.plan(problem, None)
 
 
-def choose_experts(problem: Problem) -> Choice:
-    """Choose the backend of `lora_experts_linear`, the same for forward and backward."""
-    requested = forced.current.get()
+def choose_experts(problem: Problem, requested: Forced | None = None) -> Choice:
+    """Choose the backend of `lora_experts_linear`, the same for forward and backward.
+
+    requested: None for the backend in force.
+    """
+    requested = requested or forced.current.get()
     if requested.backend in ("triton", "cuda"):
         require_supported(requested.backend, "it has no kernels for experts")
     strategy = cpu_heuristics.plan_experts(requested.strategy)
-    return _choose_cpu_or_eager(problem, strategy, Strategy.LIBRARY)
+    return _choose_cpu_or_eager(problem, requested.backend, strategy, Strategy.LIBRARY)
 
 
 def choose_norm(problem: Problem) -> Choice:
@@ -157,12 +238,13 @@ def choose_norm(problem: Problem) -> Choice:
         require_supported("triton", "it has no kernel for row norms")
     if requested == "cuda":
         require_supported("cuda", "it has no kernel for row norms")
-    return _choose_cpu_or_eager(problem, Strategy.FUSED, Strategy.PANELS)
+    return _choose_cpu_or_eager(problem, requested, Strategy.FUSED, Strategy.PANELS)
 
 
-def _choose_cpu_or_eager(problem: Problem, on_cpu: Strategy, eager: Strategy) -> Choice:
+def _choose_cpu_or_eager(
+    problem: Problem, requested: str | None, on_cpu: Strategy, eager: Strategy
+) -> Choice:
     """Choose the CPU backend with strategy `on_cpu` if it can run the call, or else eager."""
-    requested = forced.current.get().backend
     if requested == "eager":
         return Choice("eager", eager, "the eager backend was requested")
     reason = cpu_heuristics.unsupported_reason(problem)
@@ -181,9 +263,9 @@ def is_eager_on_gpu(device_type: str) -> bool:
     return is_on_gpu_path(device_type) and forced_backend() in (None, "eager")
 
 
-def choose_for_mask() -> Choice:
+def choose_for_mask(requested: Forced | None = None) -> Choice:
     """Return the eager backend, which alone takes a dropout mask; RuntimeError if it may not."""
-    name = forced_backend()
+    name = (requested or forced.current.get()).backend
     if name in ("triton", "cuda"):
         require_supported(name, NO_DROPOUT)
     if name not in (None, "eager"):

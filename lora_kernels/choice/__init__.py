@@ -1,0 +1,1 @@
+"""The choice of each call's backend and strategy: `choose`, and the `verdicts` that it follows."""

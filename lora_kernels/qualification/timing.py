@@ -1,0 +1,166 @@
+"""The times of a group's calls and of the eager backend's, in the worker of a qualification."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..choice import choose as selection
+from ..choice.verdicts import Group, Seconds
+from ..quantization import Weight4bit, quantize_4bit
+from .plan import STEP_ROWS
+
+if TYPE_CHECKING:
+    from .claims import Card
+
+RANK = 16
+ROUNDS, HOST_ROUNDS = 7, 3
+FEW, LEAST_CALLS = 128, 12  # up to so many rows at least so many calls are timed as one
+# Cycles that a stream sleeps: while a graph and two events are launched, 0.16 ms or more at up to
+# 3 GHz; and while Python launches calls, 1 ms or more.
+FILL, BUSY = 500_000, 3_000_000
+CLOCK = 3e9  # cycles a second, above those of any GPU, so that a sleep is never too short
+
+
+class Clocks(NamedTuple):
+    """Two clocks of the same calls, in seconds of all of them.
+
+    Args:
+        device: from the first kernel to the last, without waiting for launches.
+        host: of the Python code that launches them.
+        is_captured: whether `device` replays a CUDA graph.
+    """
+
+    device: Callable[[], float]
+    host: Callable[[], float]
+    is_captured: bool
+
+
+def capture(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Return a graph of the call, and the call's result, which a replay overwrites.
+
+    Before, on the same stream, the call allocates what it keeps and records its launches. The
+    context `torch.cuda.graph` would empty the allocator's cache and, before torch 2.9, collect
+    garbage each time, which takes longer than all the rest.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            found = call()
+        finally:
+            graph.capture_end()
+    return graph, found
+
+
+def device_seconds(launch: Callable[[], object], cycles: int) -> float:
+    """Return the device's seconds of what `launch` launches, which takes the host fewer cycles."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(cycles)
+    begin.record()
+    launch()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def measure(
+    card: Card, group: Group, sizes: Sequence[tuple[int, int, int]]
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the numbers of a `verdicts.Point` for each M, N and K."""
+    for M, N, K in sizes:
+        card.free_memory()
+        call = Timed(card, group, M, N, K)
+        passes = -(-LEAST_CALLS // call.count) if M <= FEW else 1
+        forward = interleave(card, group, call.forward, passes * call.count)
+        step: tuple[Seconds | None, ...] = (None, None)
+        if M >= STEP_ROWS:
+            step = interleave(card, group, call.step, min(call.count, 4))
+        yield M, N, K, RANK, *forward, *step
+
+
+class Timed:
+    """`lora_linear` on cold weights: a call reads another copy than the one before."""
+
+    def __init__(self, card: Card, group: Group, M: int, N: int, K: int) -> None:
+        dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
+
+        def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.randn(shape, device=card.device, dtype=dtype) / math.sqrt(shape[-1])
+
+        self.weights = cold_weights(card, dtype, group.weight, N, K)
+        self.count = len(self.weights)
+        x, A, B = (
+            draw(M, K, dtype=dtype),
+            draw(RANK, K, dtype=adapter),
+            draw(N, RANK, dtype=adapter),
+        )
+        self.leaves = [t.requires_grad_() for t in (x, A, B)]
+        self.dy = draw(M, N, dtype=dtype)
+
+    def y(self, number: int) -> Tensor:
+        x, A, B = self.leaves
+        return functional.lora_linear(x, self.weights[number % self.count], A, B, 2.0)
+
+    def forward(self, number: int) -> object:
+        with torch.no_grad():
+            return self.y(number)
+
+    def step(self, number: int) -> object:
+        return torch.autograd.grad(self.y(number), self.leaves, self.dy)
+
+
+@functools.lru_cache(maxsize=1)  # the groups of a plan with equal weights follow each other
+def cold_weights(card: Card, dtype: torch.dtype, kind: str, N: int, K: int) -> list[Any]:
+    """Return copies of a weight, in all twice the L2 cache and at least two."""
+    dense = torch.randn(N, K, device=card.device, dtype=dtype) / K**0.5
+    with selection.backend("eager"):
+        weight = quantize_4bit(dense, "nf4", 64, True) if kind == "4bit" else dense
+    size = weight.packed.nbytes if isinstance(weight, Weight4bit) else weight.nbytes
+    count = max(2, -(-card.cold_bytes // size))
+    if isinstance(weight, Weight4bit):
+        return [replace(weight, packed=weight.packed.clone()) for _ in range(count)]
+    return [weight.clone() for _ in range(count)]
+
+
+def interleave(
+    card: Card, group: Group, call: Callable[[int], object], count: int
+) -> tuple[Seconds, Seconds]:
+    """Return the median seconds of a call by the group and by eager, which take turns."""
+    engines: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        str(group): functools.partial(card.engine, group),
+        "eager": functools.partial(selection.backend, "eager"),
+    }
+    clocks, device, host = {}, dict[str, list[float]](), dict[str, list[float]]()
+    for name, engine in engines.items():
+        with engine():
+            clocks[name] = card.clocks(name, call, count)
+    for number in range(ROUNDS + 1):  # the first warms up
+        for name, engine in engines.items():
+            with engine():
+                device.setdefault(name, []).append(clocks[name].device() / count)
+                if number <= HOST_ROUNDS:
+                    host.setdefault(name, []).append(clocks[name].host() / count)
+    ours, eager = (
+        Seconds(
+            statistics.median(device[name][1:]),
+            statistics.median(host[name][1:]),
+            clocks[name].is_captured,
+        )
+        for name in engines
+    )
+    return ours, eager

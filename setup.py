@@ -238,7 +238,7 @@ class Ninja:
         environment = os.environ | {"NINJA_STATUS": "step %f of %t: "}
         out, err = subprocess.PIPE, subprocess.STDOUT
         terminal, steps, start = os.isatty(1), 0, time.monotonic()
-        clear, shown = b"\r\x1b[K" if terminal else b"", start
+        clear, shown = b"\r\x1b[K" if terminal else b"", start - LOG_SECONDS
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err) as ninja:
             assert ninja.stdout is not None
             for line in ninja.stdout:

@@ -346,7 +346,8 @@ def traffic_rows(rows: list[Row]) -> Cells:
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         if row["R"] == 16 and row["M"] in TRAFFIC_ROWS:
-            key = (row["cell"], f"{row['dropout_p']:g}", shape(row))
+            name = row["cell"] + ", left to PEFT" * (not row["fused"])
+            key = (name, f"{row['dropout_p']:g}", shape(row))
             lines.setdefault(key, []).extend(traffic_cells(row))
     return ((*key, *cells) for key, cells in lines.items())
 

@@ -139,6 +139,8 @@ def _triton_backend() -> dict[str, Any]:
 
 def _cuda_backend() -> dict[str, Any]:
     reason = cuda.unavailable_reason()
+    if reason is not None and not device.gpus():
+        return _backend(False, f"no GPU, and {reason}")
     if reason is not None:
         install = f"{_INSTALL} {device.origin()}"
         compiler = "" if device.nvcc() else "install CUDA's nvcc 12 or newer, then "

@@ -659,7 +659,7 @@ def _dora_norm_fake(
     return lora_A.new_empty(lora_B.shape[0], dtype=eager.stat_dtype(lora_A.dtype))
 
 
-# Op name -> implementation, for `lora_kernels.traffic`, which counts the kernels inside an op.
+# Op name -> implementation, for `bench.counter`, which counts the kernels inside an op.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _FORWARD_TYPES = (Operands, Spec)
 _BACKWARD_TYPES = (Operands, Saved, Spec, Needs)

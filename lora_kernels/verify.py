@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -83,6 +84,11 @@ PEERS = {"peft": (("peft",), ""), "bitsandbytes": (("peft", "bitsandbytes"), "nf
 # at least tolerance.POOL, so that one seed is enough.
 PEER_SHAPES = ((70, 192, 128, 13), (7, 128, 192, 40))
 
+LEGEND = """\
+A line is the output, y or a gradient, that uses most of its tolerance: its rms and largest error
+against the float64 reference, those of plain PyTorch ("eager"), and the limits. u is the unit
+roundoff of the output's dtype."""
+
 Line = tuple[dict[str, Any], str]  # a row of --json, and as text
 Check = Callable[[], Line | None]
 
@@ -120,12 +126,12 @@ def run(args: argparse.Namespace) -> int:
         pairs = itertools.product(dict.fromkeys(args.peer), peer_cases())
         checks = [partial(compare_with_peer, peer, case) for peer, case in pairs]
     else:
-        head = f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients"
+        head = f"{LEGEND}\n{'engine':34} {'x':9} {'adapters':9} {'option':13} worst output"
         shapes = THOROUGH if args.thorough else SHAPES
         # Engines follow each other, so that a reference is computed once.
         each = itertools.product(DTYPES, OPTIONS, names)
         checks = [partial(judge_option, shapes, *one) for one in each]
-    rows = []
+    rows, begun = [], time.perf_counter()
     with progress.printed(args.json, len(checks)) as say:
         say(head)
         for row, line in filter(None, (check() for check in checks)):
@@ -135,7 +141,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        print(f"{len(rows) - missed} of {len(rows)} within the tolerance")
+        seconds = f"{time.perf_counter() - begun:.0f} s"
+        print(f"{len(rows) - missed} of {len(rows)} within the tolerance, {seconds}")
     return 1 if missed else 0
 
 

@@ -1,14 +1,15 @@
 """`lora-kernels bench --count`: memory traffic of a LoRA layer on a GPU, ours beside PEFT's.
 
-Counted on meta tensors by `traffic`, without a GPU: bytes, kernels and peak memory, no timings.
+Counted on meta tensors by `counter`, without a GPU: bytes, kernels and peak memory, no timings.
 Ours is PEFT's layer after `fuse`, the peer the same layer before. Both are in training mode, and x
 and the adapters need gradients. A row is one direction of one layer. Before every count the
 versions of the adapters change, as in an optimizer's step. A call before the first count fills what
-the process caches.
+the process caches. A layer that `fuse` leaves to PEFT is the same twice.
 
-Ours loses a row where it moves more bytes, takes a peak that is higher by more than `PEAK_UNIT`, or
-launches more kernels than `allowed_kernels`. PEFT under torch.compile is left out: its generated
-kernels fuse in ways that meta tensors do not show.
+A forward is judged by itself, a backward with its forward: a step is what a user pays for. Ours
+loses a row where it moves more bytes with more than `FEW_ROWS` rows of x, launches more kernels
+than `allowed_kernels`, or takes a peak that is higher by more than `PEAK_UNIT`. PEFT under
+torch.compile is left out: its generated kernels fuse in ways that meta tensors do not show.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from .. import traffic
-from ..traffic import Traffic
-from . import baselines
+from . import baselines, counter
+from .counter import Kernel, Traffic
 from .results import Facts, Suite
 
 ROWS = (1, 16, 512, 8192)  # M
-SHAPES = ((4096, 4096), (4096, 14336))  # K, N
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # K, N
 RANKS = (8, 16, 64)
 DROPOUTS = (0.0, 0.05)
 FEW_ROWS = 64  # up to here a layer is bound by launches, not by bandwidth
 # CUDA's caching allocator reserves memory in blocks of 2 MiB at least: what differs by less takes
 # the same memory of a card. Ours keeps P, a few vectors of N and DoRA's norm in float32.
 PEAK_UNIT = 2 << 20
-EXTRA_KERNELS, LESS_BYTES = 8, 0.7  # see `allowed_kernels`
-SAVED_BYTES = 48 << 20  # moved by an H100 in the 16 µs that as many small kernels take (estimate)
-MEASURES = ("bytes", "kernels", "peak")
+KERNEL_BYTES = 6_000_000  # moved by an H100 in the 2 µs that a small kernel takes (estimate)
+MASK_KERNELS = 8  # see `allowed_kernels`
+MEASURES, DIRECTIONS = ("bytes", "kernels", "peak"), ("forward", "backward")
 
 
 class Cell(NamedTuple):
@@ -64,16 +65,6 @@ class Cell(NamedTuple):
     dora: bool = False
     adapters: int = 1
 
-    @property
-    def dropouts(self) -> tuple[float, ...]:
-        """The dropout probabilities of its rows."""
-        return DROPOUTS if self.adapters == 1 and not self.dora else (0.0,)
-
-    @property
-    def has_fp32_gemms(self) -> bool:
-        """True if PEFT multiplies in float32: float32 adapters without autocast."""
-        return self.adapter_dtype is torch.float32 and not self.autocast
-
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 CELLS = (
@@ -86,39 +77,45 @@ CELLS = (
     Cell("NF4 bf16, fp32 adapters", _BF16, _F32, "nf4"),
     Cell("DoRA bf16, bf16 adapter", _BF16, _BF16, dora=True),
     Cell("DoRA bf16, fp32 adapter", _BF16, _F32, dora=True),
+    Cell("NF4 DoRA bf16, bf16 adapter", _BF16, _BF16, "nf4", dora=True),
+    Cell("NF4 DoRA bf16, fp32 adapter", _BF16, _F32, "nf4", dora=True),
     Cell("bf16, two bf16 adapters", _BF16, _BF16, adapters=2),
     Cell("bf16, two fp32 adapters", _BF16, _F32, adapters=2),
 )
 
 
-def allowed_kernels(cell: Cell, M: int, ours: Traffic, peft: Traffic) -> int:
-    """Return the most kernels that ours may launch: PEFT's number.
+def allowed_kernels(cell: Cell, dropout_p: float, ours: Traffic, peft: Traffic) -> int:
+    """Return the most kernels that ours may launch: PEFT's, and one for each KERNEL_BYTES saved.
 
-    With float32 GEMMs in PEFT's and more than FEW_ROWS rows, EXTRA_KERNELS more if ours moves at
-    most LESS_BYTES of PEFT's bytes, or SAVED_BYTES fewer.
+    MASK_KERNELS more if each adapter, or a DoRA's base GEMM too, has a mask.
 
-    >>> ours, peft = Traffic(60, 0, 9, 0), Traffic(100, 0, 7, 0)
-    >>> allowed_kernels(CELLS[0], 512, ours, peft), allowed_kernels(CELLS[1], 512, ours, peft)
-    (7, 15)
+    >>> allowed_kernels(CELLS[0], 0.0, Traffic(60_000_000, 0, 9, 0), Traffic(100_000_000, 0, 7, 0))
+    13
     """
-    pays = ours.bytes <= LESS_BYTES * peft.bytes or ours.bytes <= peft.bytes - SAVED_BYTES
-    if cell.has_fp32_gemms and M > FEW_ROWS and pays:
-        return peft.kernels + EXTRA_KERNELS
-    return peft.kernels
+    has_masks = dropout_p > 0 and (cell.dora or cell.adapters > 1)
+    return peft.kernels + (peft.bytes - ours.bytes) // KERNEL_BYTES + MASK_KERNELS * has_masks
 
 
-def losses(cell: Cell, M: int, ours: Traffic, peft: Traffic) -> list[str]:
+def losses(cell: Cell, M: int, dropout_p: float, ours: Traffic, peft: Traffic) -> list[str]:
     """Return the measures in which ours loses.
 
-    >>> losses(CELLS[0], 512, Traffic(60, 0, 9, 4 << 20), Traffic(100, 0, 7, 1 << 20))
+    ours, peft: of a forward, or of a forward and its backward together.
+
+    >>> losses(CELLS[0], 512, 0.0, Traffic(60, 0, 9, 4 << 20), Traffic(100, 0, 7, 1 << 20))
     ['kernels', 'peak']
     """
     lost = {
-        "bytes": ours.bytes > peft.bytes,
-        "kernels": ours.kernels > allowed_kernels(cell, M, ours, peft),
+        "bytes": M > FEW_ROWS and ours.bytes > peft.bytes,
+        "kernels": ours.kernels > allowed_kernels(cell, dropout_p, ours, peft),
         "peak": ours.peak > peft.peak + PEAK_UNIT,
     }
     return [name for name in MEASURES if lost[name]]
+
+
+def both(first: Traffic, second: Traffic) -> Traffic:
+    """Return the traffic of one call after the other."""
+    read, written, kernels = (a + b for a, b in zip(first[:3], second[:3], strict=True))
+    return Traffic(read, written, kernels, max(first.peak, second.peak))
 
 
 def stock(cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0) -> Any:
@@ -126,18 +123,24 @@ def stock(cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0) -> Any:
     base: Any = nn.Linear(K, N, bias=False, device="meta", dtype=cell.dtype)
     if cell.base == "nf4":
         base = baselines.linear_4bit(base, "nf4")
-    return baselines.peft_layer(
-        base,
-        [R] * cell.adapters,
-        adapter_dtype=cell.adapter_dtype,
-        lora_dropout=dropout_p,
-        use_dora=cell.dora,
-    )
+    # PEFT's DoRA copies a 4-bit base, which bitsandbytes cannot on meta.
+    with mock.patch("peft.tuners.lora.dora.deepcopy", lambda layer: layer):
+        return baselines.peft_layer(
+            base,
+            [R] * cell.adapters,
+            adapter_dtype=cell.adapter_dtype,
+            lora_dropout=dropout_p,
+            use_dora=cell.dora,
+        )
 
 
 @dataclass
 class TrafficRow:
-    """One direction of one layer, ours and PEFT's."""
+    """One direction of one layer, ours and PEFT's.
+
+    fused: whether `fuse` takes the layer.
+    losses: of a forward by itself, or of a backward with its forward.
+    """
 
     cell: str
     M: int
@@ -146,10 +149,10 @@ class TrafficRow:
     R: int
     dropout_p: float
     direction: str
+    fused: bool
     bytes: dict[str, int]
     kernels: dict[str, int]
     peak: dict[str, int]
-    allowed_kernels: int
     losses: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -157,14 +160,23 @@ class TrafficRow:
 
 
 def count_cell(
-    cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0, Ms: Sequence[int] = ROWS
+    cell: Cell,
+    K: int,
+    N: int,
+    R: int,
+    dropout_p: float = 0.0,
+    Ms: Sequence[int] = ROWS,
+    by_rule: bool = True,
 ) -> Iterator[TrafficRow]:
     """Yield the rows of a cell at one shape and rank: both directions for each M.
+
+    by_rule: whether `fuse` leaves the layer to PEFT if its rule says so.
 
     >>> [row.bytes["peft"] for row in count_cell(CELLS[0], 64, 64, 8, Ms=[32])]
     [48128, 59392]
     """
-    from ..peft import fuse
+    from ..peft import eligibility, fuse, swap
+    from ..peft.linear import Fused
 
     layer = stock(cell, K, N, R, dropout_p)
 
@@ -173,28 +185,32 @@ def count_cell(
         return [count_step(layer, cell, M, K) for M in Ms]
 
     peft = count()
-    fuse(nn.Sequential(layer))
+    rule = eligibility.heavier_reason if by_rule else lambda layer: None
+    with mock.patch.object(swap, "heavier_reason", rule):
+        fuse(nn.Sequential(layer))
     ours = count()
-    for M, of_ours, of_peft in zip(Ms, ours, peft, strict=True):
-        for direction, mine, theirs in zip(("forward", "backward"), of_ours, of_peft, strict=True):
+    for M, mine, theirs in zip(Ms, ours, peft, strict=True):
+        forwards, backwards = zip(mine, theirs, strict=True)
+        judged = forwards, (both(*mine), both(*theirs))
+        for direction, pair, of in zip(DIRECTIONS, (forwards, backwards), judged, strict=True):
             counts: Any = {
-                name: {"ours": getattr(mine, name), "peft": getattr(theirs, name)}
+                name: dict(zip(("ours", "peft"), (getattr(t, name) for t in pair), strict=True))
                 for name in MEASURES
             }
-            counts["allowed_kernels"] = allowed_kernels(cell, M, mine, theirs)
-            counts["losses"] = losses(cell, M, mine, theirs)
-            yield TrafficRow(cell.name, M, K, N, R, dropout_p, direction, **counts)
+            counts["losses"] = losses(cell, M, dropout_p, *of)
+            fused = isinstance(layer, Fused)
+            yield TrafficRow(cell.name, M, K, N, R, dropout_p, direction, fused, **counts)
 
 
 def count_step(
-    layer: nn.Module, cell: Cell, M: int, K: int, log: list[traffic.Kernel] | None = None
+    layer: nn.Module, cell: Cell, M: int, K: int, log: list[Kernel] | None = None
 ) -> tuple[Traffic, Traffic]:
     """Count forward and backward of one training step with x [M, K].
 
     Args:
         layer: of `stock`, fused or not.
         cell: the layer's.
-        log: as `traffic.count_layer`'s.
+        log: as `counter.count_layer`'s.
     """
     x = torch.empty(M, K, dtype=cell.dtype, device="meta").requires_grad_()
     adapters = [p for p in layer.parameters() if p.requires_grad]
@@ -203,10 +219,10 @@ def count_step(
             p.add_(0.0)  # a new version, for which nothing is cached
 
     def forward() -> Tensor:
-        with traffic.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
+        with counter.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
             return layer(x)  # type: ignore[no-any-return]
 
-    return traffic.count_layer(forward, [x, *adapters], log)
+    return counter.count_layer(forward, [x, *adapters], log)
 
 
 def ratio(measure: dict[str, int]) -> float:
@@ -229,7 +245,7 @@ class Count(Suite):
         for cell in CELLS:
             if cell.base == "nf4" and not has_bitsandbytes:
                 continue
-            for dropout_p, (K, N), R in itertools.product(cell.dropouts, SHAPES, RANKS):
+            for dropout_p, (K, N), R in itertools.product(DROPOUTS, SHAPES, RANKS):
                 yield from count_cell(cell, K, N, R, dropout_p)
 
     def line(self, row: TrafficRow) -> str:
@@ -240,17 +256,19 @@ class Count(Suite):
         )
         lost = f"  ✗ {', '.join(row.losses)}" if row.losses else ""
         return (
-            f"{row.cell}, {row.M}×{row.K}×{row.N} r={row.R} p={row.dropout_p:g} {row.direction}: "
+            f"{row.cell}, {row.M}×{row.K}×{row.N} r={row.R} p={row.dropout_p:g} {row.direction}"
+            f"{'' if row.fused else ', left to PEFT'}: "
             f"bytes {by}, kernels {row.kernels['ours']}/{row.kernels['peft']}, peak {peak}{lost}"
         )
 
     def summary(self, rows: list[TrafficRow]) -> Iterator[str]:
         """Yield how many rows ours loses, and the range of the ratio of bytes."""
-        ratios = sorted(ratio(row.bytes) for row in rows)
+        ratios = sorted(ratio(row.bytes) for row in rows if row.fused)
         lost = [row.losses for row in rows if row.losses]
         counts = (f"{sum(name in each for each in lost)} in {name}" for name in MEASURES)
         yield (
-            f"{len(rows)} rows, ours loses {len(lost)} ({', '.join(counts)}); bytes over PEFT's: "
+            f"{len(rows)} rows, ours loses {len(lost)} ({', '.join(counts)}); `fuse` leaves "
+            f"{sum(not row.fused for row in rows)} to PEFT; bytes over PEFT's elsewhere: "
             f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
         )
 

@@ -6,9 +6,8 @@ backend that is forced where it cannot run raises, naming what is missing.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -70,9 +69,8 @@ if (_named := forced_backend()) is not None:
     _check_names(_named)
 
 
-@contextlib.contextmanager
-def backend(name: str, strategy: str | None = None) -> Iterator[None]:
-    """Force one backend inside a `with`; an op that it cannot run raises RuntimeError.
+def backend(name: str, strategy: str | None = None) -> AbstractContextManager[None]:
+    """Return a context that forces one backend; an op that it cannot run raises RuntimeError.
 
     Args:
         name: "eager", "cpu", "triton" or "cuda".
@@ -87,8 +85,7 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
     ...     lora_kernels.lora_linear(x, W, A, B).shape
     torch.Size([2, 3])
     """
-    with forced.set_to(_check_names(name, strategy)):
-        yield
+    return forced.set_to(_check_names(name, strategy))
 
 
 def choose(problem: Problem, requested: Forced | None = None) -> Choice:

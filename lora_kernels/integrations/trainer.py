@@ -16,8 +16,10 @@ from transformers.trainer_callback import ExportableState
 from ..choice import verdicts
 from ..peft import explain, fuse
 from ..peft.base import missing_layers
-from ..peft.explain_rows import PEFT, TORCH
-from ..peft.swap import lora_layers
+from ..peft.explain_rows import ADAPTER, LIBRARY, PEFT, TORCH
+from ..peft.swap import check_qualify, lora_layers
+
+MOST_REASONS = 3  # that are printed for a state
 
 logger = logging.getLogger("lora_kernels")
 
@@ -50,8 +52,9 @@ class LayerReport(TrainerCallback):
     """Print how the LoRA layers will be computed, when accelerate has wrapped the model.
 
     DeepSpeed's ZeRO-3 and FSDP1 change a model so that its layers run PEFT's forward. The main
-    process prints one line; layers that are left to PEFT, and a loss that is left to transformers,
-    are warnings of the logger "lora_kernels", each with its reason.
+    process prints a line, and one for each reason why layers run library GEMMs; layers that are
+    left to PEFT, and a loss that is left to transformers, are warnings of the logger
+    "lora_kernels", each with its reason.
     """
 
     _said: str | None = None
@@ -72,19 +75,24 @@ class FuseCallback(LayerReport, VerdictLog):
     layers that were adapted in between. Loading, resuming, evaluation and merging go on as before.
 
     Before the first step the main process prints how many layers are "ours, kernels", "ours,
-    library GEMMs", "adapter only" and "PEFT's", as `explain` has them. Layers that are PEFT's are a
-    warning of the logger "lora_kernels", with the reason.
+    library GEMMs", "adapter only" and "PEFT's", as `explain` has them, and why they are not in a
+    state before. Layers that are PEFT's are a warning of the logger "lora_kernels", with the
+    reason.
 
     Args:
         linears, loss, qualify: as `fuse`'s.
 
-    Raises ValueError, from the trainer's `__init__`, if the model has no LoRA layers.
+    Raises ValueError if `qualify` is another word; and, from the trainer's `__init__`, if the model
+    has no LoRA layers.
 
     >>> from lora_kernels.integrations import FuseCallback
     >>> callback = FuseCallback()  # SFTTrainer(..., peft_config=config, callbacks=[callback])
     """
 
-    def __init__(self, linears: bool = False, loss: bool = False, qualify: str = "cached") -> None:
+    def __init__(
+        self, *, linears: bool = False, loss: bool = False, qualify: str = "cached"
+    ) -> None:
+        check_qualify(qualify)
         self.linears, self.loss, self.qualify = linears, loss, qualify
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -120,19 +128,23 @@ def report_at_first_forward(model: nn.Module) -> None:
 
 
 def _report(model: nn.Module, said: str | None = None) -> str:
-    """Print and return the line on the model's layers, and warn of those left to others.
+    """Print and return what the model's layers are, and warn of those left to others.
 
-    said: the line printed before, which is not repeated.
+    said: the text printed before, which is not repeated.
     """
     explanation = explain(model)
-    line = f"lora_kernels: {explanation.summary()}"
-    if line == said:
-        return line
-    tqdm.write(line)  # above a progress bar, as transformers writes its losses
+    lines = [f"lora_kernels: {explanation.summary()}"]
+    for state in (LIBRARY, ADAPTER):
+        reasons = Counter(row.reason for row in explanation.rows if row.state == state)
+        lines += [f"  {n} {state}: {reason}" for reason, n in reasons.most_common(MOST_REASONS)]
+    text = "\n".join(lines)
+    if text == said:
+        return text
+    tqdm.write(text)  # above a progress bar, as transformers writes its losses
     left = Counter(row.reason for row in explanation.rows if row.state == PEFT)
     for reason, count in left.most_common():
         logger.warning("%d of %d LoRA layers are PEFT's: %s", count, len(explanation.rows), reason)
     for row in explanation.losses:
         if row.state == TORCH:
             logger.warning("%s is transformers' own: %s", row.layer, row.reason)
-    return line
+    return text

@@ -68,6 +68,45 @@ def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
     return replaced_reason(fused_class) or patched_reason(layer)
 
 
+def heavier_reason(layer: Any) -> str | None:
+    """Return why PEFT's layer moves fewer bytes than PyTorch's GEMMs in our order; None if not.
+
+    The rule stands for what `lora-kernels bench --count` counts, a forward and a training step with
+    x in the base's dtype. Ours draws dropout's mask again in the backward, and runs the base GEMM
+    of a DoRA with dropout twice: passes over x, for passes over y that it saves. So PEFT's moves
+    fewer bytes where y is narrower than x, and where the ranks are as many as y's columns.
+    """
+    base = layer.get_base_layer()
+    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
+        return None  # a module, whose bytes are the same in both
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names or any(variant_of(layer, name) == ALORA for name in names):
+        return None  # an aLoRA's bytes depend on the rows in which it is active
+    four_bit = is_linear4bit(base)
+    dtype = (base.compute_dtype or torch.bfloat16) if four_bit else base.weight.dtype
+    A = layer.lora_A[names[0]]
+    is_wide = getattr(A, "weight", A).dtype.itemsize > dtype.itemsize
+    has_dropout = any(getattr(layer.lora_dropout[name], "p", 0.0) for name in names)
+    N, K, ranks = layer.out_features, layer.in_features, [layer.r[name] for name in names]
+    of_dora, R = is_dora(layer, names[0]), sum(ranks)
+    if not has_dropout:
+        is_heavier = N < K and R > N
+    elif is_wide:  # from 64 ranks on, 512 rows of x are copied to float32 for each adapter
+        is_heavier = N < K and (R > N or (len(names) > 1 and max(ranks) >= 64))
+    elif of_dora:
+        many = (16 if four_bit else 8) * R >= min(N, K)
+        is_heavier = N < K or many or dtype is torch.float16
+    else:
+        is_heavier = N < K and (len(names) > 1 or 8 * R >= N)
+    if not is_heavier:
+        return None
+    what = f"{len(names)} adapters" if len(names) > 1 else "DoRA" if of_dora else "one adapter"
+    return (
+        f"PEFT's own forward moves fewer bytes for {what}{' with dropout' * has_dropout}, "
+        f"{R} ranks, {K} columns of x and {N} of y"
+    )
+
+
 def linear_reason(
     layer: Any,
     adapters: Sequence[Adapter],

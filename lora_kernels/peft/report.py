@@ -123,7 +123,9 @@ class Explanation:
         text = f"{layers}: {'; '.join(counts) or 'nothing to fuse'}"
         if self.linears:
             served = sum(row.state == KERNELS for row in self.linears)
-            text += f"; without an adapter {served} of {len(self.linears)} by our GEMV"
+            text += f"; our GEMV serves {served} of {len(self.linears)} linears without an adapter"
+        for row in self.losses:
+            text += f"; the loss is {row.state}"
         return text
 
     def __str__(self) -> str:
@@ -166,7 +168,7 @@ def explain(
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
     >>> print(explain(model))
     layer               state   backend  strategy            reason
-    base_model.model.0  PEFT's  peft     PEFT's own forward  fuse() was not called
+    base_model.model.0  PEFT's  peft     PEFT's own forward  not fused: call fuse()
     1 LoRA layer: 1 PEFT's
     """
     if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
@@ -187,7 +189,7 @@ def explain(
     for name, layer, reason in layers_of_peft:
         if reason is None and not isinstance(layer, Fused):
             reason = "adapted, or made fusable, after fuse(): call fuse again"
-            reason = reason if was_fused else "fuse() was not called"
+            reason = reason if was_fused else "not fused: call fuse()"
         add(name, partial(row_of_peft, name, layer, reason, x_dtype, rows))
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):

@@ -19,10 +19,10 @@ from torch import nn
 from .. import qualification
 from ..choice import choose as selection
 from ..choice import verdicts
-from . import foreign, traffic
+from . import foreign
 from .adalora import FusedSVDLinear
 from .base import missing_layers
-from .eligibility import patched_reason, unfusable_reason
+from .eligibility import heavier_reason, patched_reason, unfusable_reason
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper
 from .frozen import StreamedLinear
@@ -70,9 +70,7 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
     >>> type(fuse(model).base_model.model[0]).__name__
     'FusedLinear'
     """
-    if qualify not in QUALIFY:
-        want = ", ".join(map(repr, QUALIFY))
-        raise ValueError(f"qualify: got {qualify!r}, want one of {want}")
+    check_qualify(qualify)
     layers = list(lora_layers(model))
     if not layers and not loss:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
@@ -86,6 +84,13 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
         fuse_losses(model)
     _follow_verdicts(model, qualify)
     return model
+
+
+def check_qualify(qualify: str) -> None:
+    """Raise ValueError unless `fuse` takes this word."""
+    if qualify not in QUALIFY:
+        want = ", ".join(map(repr, QUALIFY))
+        raise ValueError(f"qualify: got {qualify!r}, want one of {want}")
 
 
 def _follow_verdicts(model: nn.Module, qualify: str) -> None:
@@ -158,21 +163,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
 
 def _unfusable_reason(layer: Any) -> str | None:
     fused_class = type(layer) if isinstance(layer, Fused) else _fused_class(layer)
-    return unfusable_reason(layer, fused_class) or _excess_traffic(layer)
-
-
-def _excess_traffic(layer: Any) -> str | None:
-    """Return the reason if PEFT's layer moves fewer bytes than the fused one, eager on a GPU."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    if (
-        isinstance(layer, Fused)
-        or weight is None
-        or not selection.is_eager_on_gpu(weight.device.type)
-    ):
-        return None
-    if weight.is_meta or weight.dim() < 2 or not layer.active_adapters:
-        return None
-    return traffic.excess(layer, _fused_class(layer))
+    reason = unfusable_reason(layer, fused_class)
+    if reason is None and not isinstance(layer, Fused) and fused_class is not None:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is not None and selection.is_eager_on_gpu(weight.device.type):
+            return heavier_reason(layer)
+    return reason
 
 
 def _fused_class(layer: LoraLayer) -> Any:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
-from lora_kernels import lora_linear, ops, traffic
+from lora_kernels import lora_linear, ops
 from lora_kernels.backends import eager
-from lora_kernels.bench import baselines, memory
+from lora_kernels.bench import baselines, counter, memory
 from lora_kernels.bench import traffic as bench_traffic
+from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
 from lora_kernels.choice import choose as selection
-from lora_kernels.traffic import Kernel, Traffic, count, count_layer
 
 pytest.importorskip("peft")
+from lora_kernels.peft.eligibility import heavier_reason
 
 M, K, N = 8, 16, 32
 BY_NAME = {cell.name: cell for cell in CELLS}
@@ -156,7 +158,7 @@ def test_autocast_casts_trainable_leaves_once() -> None:
     assert before is not BF16
 
     def forward() -> Tensor:
-        with traffic.autocast(BF16):
+        with counter.autocast(BF16):
             assert torch.is_autocast_enabled()
             return F.linear(x, w) + F.linear(x, w)
 
@@ -179,7 +181,12 @@ def test_autocast_of_peft_layer_runs_the_ops_of_cpu_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [cell.name for cell in CELLS if cell.base == "dense" and not cell.has_fp32_gemms]
+    "name",
+    [
+        c.name
+        for c in CELLS
+        if c.base == "dense" and (c.autocast or c.adapter_dtype != torch.float32)
+    ],
 )
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_count_layer_peak_of_peft_layer_is_what_a_cpu_allocates(name: str) -> None:
@@ -243,7 +250,7 @@ def test_count_op_of_this_package_is_its_eager_implementation(dtype: torch.dtype
     through: list[Kernel] = []
     direct: list[Kernel] = []
     count(lambda: torch.ops.lora_kernels.lora_linear(*args, *rest), through)
-    with selection.backend("eager"), traffic._set_meta_autocast(None):
+    with selection.backend("eager"), counter._set_meta_autocast(None):
         count(lambda: ops.IMPLEMENTATIONS["lora_linear"](*args, *rest), direct)
     assert through == direct
     assert sum(kernel.read for kernel in through) >= 2 * (M * K + N * K)
@@ -260,7 +267,7 @@ FUSED = {
 def test_gemm_4bit_on_h100_is_fused_for_few_rows(shape: tuple[int, int, int], fused: bool) -> None:
     pytest.importorskip("bitsandbytes")
     rows, n, k = shape
-    assert traffic._is_gemm_4bit_fused(meta(rows, k, dtype=BF16), [n, k], 64) is fused
+    assert counter._is_gemm_4bit_fused(meta(rows, k, dtype=BF16), [n, k], 64) is fused
 
 
 def test_count_layer_nf4_falls_back_to_dense_weight_for_many_rows() -> None:
@@ -288,26 +295,44 @@ def test_count_layer_nf4_falls_back_to_dense_weight_for_many_rows() -> None:
 
 PASSES = Traffic(100, 100, 7, 50)
 BF16_CELL, FP32_CELL = BY_NAME["bf16, bf16 adapters"], BY_NAME["bf16, fp32 adapters"]
-AUTOCAST = BY_NAME["bf16, fp32 adapters, autocast"]
-LOSSES: list[tuple[Cell, int, dict[str, int], list[str]]] = [
-    (BF16_CELL, 512, {}, []),
-    (BF16_CELL, 512, {"read": 101}, ["bytes"]),
-    (BF16_CELL, 512, {"peak": 51}, []),
-    (BF16_CELL, 512, {"peak": 51 + (2 << 20)}, ["peak"]),
-    (BF16_CELL, 512, {"read": 10, "kernels": 8}, ["kernels"]),
-    (FP32_CELL, 512, {"read": 40, "kernels": 15}, []),
-    (FP32_CELL, 512, {"read": 40, "kernels": 16}, ["kernels"]),
-    (FP32_CELL, 512, {"read": 41, "kernels": 8}, ["kernels"]),
-    (FP32_CELL, 64, {"read": 10, "kernels": 8}, ["kernels"]),
-    (AUTOCAST, 512, {"read": 10, "kernels": 8}, ["kernels"]),
+DORA, TWO = BY_NAME["DoRA bf16, fp32 adapter"], BY_NAME["bf16, two bf16 adapters"]
+LOSSES: list[tuple[Cell, int, float, dict[str, int], list[str]]] = [
+    (BF16_CELL, 512, 0.0, {}, []),
+    (BF16_CELL, 512, 0.0, {"read": 101, "kernels": 6}, ["bytes"]),
+    (BF16_CELL, 65, 0.0, {"read": 101, "kernels": 6}, ["bytes"]),
+    (BF16_CELL, 64, 0.0, {"read": 101, "kernels": 6}, []),
+    (BF16_CELL, 64, 0.0, {"read": 101}, ["kernels"]),
+    (BF16_CELL, 64, 0.0, {"read": 6_000_101, "kernels": 6}, ["kernels"]),
+    (BF16_CELL, 512, 0.0, {"peak": 50 + (2 << 20)}, []),
+    (BF16_CELL, 512, 0.0, {"peak": 51 + (2 << 20)}, ["peak"]),
+    (BF16_CELL, 512, 0.0, {"read": 10, "kernels": 8}, ["kernels"]),
+    (BF16_CELL, 512, 0.1, {"read": 10, "kernels": 8}, ["kernels"]),
+    (BF16_CELL, 512, 0.0, {"read": 100 - 12_000_000, "kernels": 9}, []),
+    (BF16_CELL, 512, 0.0, {"read": 100 - 12_000_000, "kernels": 10}, ["kernels"]),
+    (DORA, 16, 0.1, {"kernels": 15}, []),
+    (TWO, 16, 0.1, {"kernels": 16}, ["kernels"]),
+    (TWO, 16, 0.0, {"kernels": 8}, ["kernels"]),
 ]
 
 
-@pytest.mark.parametrize(("cell", "rows", "ours", "want"), LOSSES)
+@pytest.mark.parametrize(("cell", "rows", "dropout_p", "ours", "want"), LOSSES)
 def test_losses_against_peft_names_each_measure(
-    cell: Cell, rows: int, ours: dict[str, int], want: list[str]
+    cell: Cell, rows: int, dropout_p: float, ours: dict[str, int], want: list[str]
 ) -> None:
-    assert bench_traffic.losses(cell, rows, PASSES._replace(**ours), PASSES) == want
+    found = PASSES._replace(**ours)
+    assert bench_traffic.losses(cell, rows, dropout_p, found, PASSES) == want
+
+
+def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward saves two bytes; the backward moves one more, then three more."""
+    less, more, most = (PASSES._replace(read=n) for n in (98, 101, 103))
+    assert bench_traffic.both(less, more) == Traffic(199, 200, 14, 50)
+    assert bench_traffic.both(less, PASSES._replace(peak=60)).peak == 60
+    for backward, want in ((more, []), (most, ["bytes", "kernels"])):
+        counts = iter([(PASSES, PASSES)] * 2 + [(less, backward)] * 2)
+        monkeypatch.setattr(bench_traffic, "count_step", lambda *args, found=counts: next(found))
+        forward_row, row = bench_traffic.count_cell(BF16_CELL, 64, 64, 8, Ms=[512])
+        assert forward_row.losses == [] and row.losses == want
 
 
 @pytest.fixture
@@ -321,11 +346,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> None:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
-    found = list(bench_traffic.count_cell(cell, 128, 256, 16, cell.dropouts[-1]))
+    found = list(bench_traffic.count_cell(cell, 128, 256, 16, 0.05, by_rule=False))
     assert [(row.M, row.direction) for row in found] == [
         (rows, direction) for rows in bench_traffic.ROWS for direction in ("forward", "backward")
     ]
     for row in found:
+        assert row.fused
         for name in bench_traffic.MEASURES:
             assert min(getattr(row, name).values()) > 0
         # x·Wᵀ alone reads x and writes y; ours is not PEFT's under another name.
@@ -336,8 +362,7 @@ def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> 
 def test_bench_count_prints_and_writes_every_row(small: None, run: Any) -> None:
     ran = run("--count")
     counted = [c for c in CELLS if c.base != "nf4" or find_spec("bitsandbytes") is not None]
-    cells = [cell for cell in counted for _ in cell.dropouts for _ in bench_traffic.ROWS]
-    assert len(ran.rows) == 2 * len(cells)
+    assert len(ran.rows) == 2 * len(counted) * len(bench_traffic.DROPOUTS) * len(bench_traffic.ROWS)
     assert set(ran.data["provenance"]) == {"version", "torch", "peft", "bitsandbytes"}
     assert ran.status == any(row["losses"] for row in ran.rows)
     lines = ran.out.splitlines()
@@ -358,34 +383,44 @@ def test_report_without_traffic_json_has_no_section(
 
 def test_line_of_a_lost_row_is_marked() -> None:
     counts = ({"ours": ours, "peft": peft} for ours, peft in ((3e6, 2e6), (9, 7), (1e6, 2e6)))
-    row = TrafficRow("bf16", 1, 2, 3, 4, 0.05, "forward", *counts, 7, ["bytes", "kernels"])
+    row = TrafficRow("bf16", 1, 2, 3, 4, 0.05, "forward", True, *counts, ["bytes", "kernels"])
     assert bench_traffic.Count().line(row) == (
         "bf16, 1×2×3 r=4 p=0.05 forward: bytes 1.50 (3.00/2.00 MB), kernels 9/7, "
         "peak 0.50 (1.00/2.00 MB)  ✗ bytes, kernels"
     )
+    left = bench_traffic.Count().line(replace(row, fused=False, losses=[]))
+    assert left.startswith("bf16, 1×2×3 r=4 p=0.05 forward, left to PEFT: bytes ")
 
 
-def full_size(cell: Cell, R: int, rows: Sequence[int], N: int = 4096) -> list[TrafficRow]:
-    if cell.base == "nf4":
-        pytest.importorskip("bitsandbytes")
-    return [
-        row
-        for dropout_p in cell.dropouts
-        for row in bench_traffic.count_cell(cell, 4096, N, R, dropout_p, rows)
-    ]
+def full_size(cell: Cell, R: int, rows: Sequence[int]) -> list[TrafficRow]:
+    return list(bench_traffic.count_cell(cell, 4096, 4096, R, 0.0, rows))
 
 
 EVERY_SIZE = [
-    pytest.param(R, N, marks=[pytest.mark.proof] if (R, N) != (16, 4096) else [])
-    for R, (_, N) in itertools.product(bench_traffic.RANKS, bench_traffic.SHAPES)
+    pytest.param(
+        K,
+        N,
+        R,
+        marks=[pytest.mark.proof] if R != 16 or 4096 not in (K, N) or max(K, N) > 4096 else [],
+    )
+    for (K, N), R in itertools.product(bench_traffic.SHAPES, bench_traffic.RANKS)
 ]
 
 
-@pytest.mark.parametrize(("R", "N"), EVERY_SIZE)
+@pytest.mark.parametrize(("K", "N", "R"), EVERY_SIZE)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_fused_layer_at_full_size_loses_no_row(cell: Cell, R: int, N: int) -> None:
-    for row in full_size(cell, R, bench_traffic.ROWS, N):
-        assert not row.losses, bench_traffic.Count().line(row)
+def test_fuse_at_full_size_loses_no_row_and_leaves_what_moves_more(
+    cell: Cell, K: int, N: int, R: int
+) -> None:
+    if cell.base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    for p in bench_traffic.DROPOUTS:
+        rows = list(bench_traffic.count_cell(cell, K, N, R, p, by_rule=False))
+        said = heavier_reason(bench_traffic.stock(cell, K, N, R, p))
+        moves_more = any({"bytes", "kernels"} & {*row.losses} for row in rows)
+        assert (said is not None) == moves_more, (said, [row.losses for row in rows])
+        for row in rows if said is None else ():
+            assert not row.losses, bench_traffic.Count().line(row)
 
 
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
@@ -429,7 +464,7 @@ def test_autocast_casts_a_float32_weight_once() -> None:
     log: list[Kernel] = []
 
     def forward() -> Tensor:
-        with traffic.autocast(BF16):
+        with counter.autocast(BF16):
             return lora_linear(x, W, A, B)
 
     _, backward = count_layer(forward, [x, A, B], log)

@@ -118,6 +118,28 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in lines if line.startswith("lora_kernels: ")]
 
 
+def test_fuse_callback_says_why_layers_run_library_gemms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(96).view(8, 12)]
+    callbacks = [FuseCallback(loss=True)]
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=callbacks)
+    with lora_kernels.backend("eager"):
+        trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("lora_kernels: "))
+    assert lines[at : at + 2] == [
+        "lora_kernels: 4 LoRA layers: 4 ours, library GEMMs; the loss is ours, library GEMMs",
+        "  4 ours, library GEMMs: the eager backend was requested",
+    ]
+
+
+def test_fuse_callback_refuses_another_word_before_a_trainer_has_it() -> None:
+    with pytest.raises(ValueError, match="qualify: got 'nope', want one of 'cached'"):
+        FuseCallback(qualify="nope")
+
+
 def test_fuse_callback_prints_one_line_that_explain_and_assert_fused_agree_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +183,8 @@ def test_fuse_callback_warns_of_layers_left_to_peft(
     model.get_output_embeddings().register_forward_hook(lambda *_: None)
     trainer.train()
     shares = f"2 PEFT's (57.1%); 2 {OURS} (42.9%) of the LoRA parameters"
-    assert printed(capsys) == [f"lora_kernels: 4 LoRA layers: {shares}"]
+    loss = "; the loss is PyTorch's"
+    assert printed(capsys) == [f"lora_kernels: 4 LoRA layers: {shares}{loss}"]
     said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "lora_kernels"]
     hook = "adapter 'default': a hook sits on its nn.Linear"
     loss = "base_model.model.loss is transformers' own: its head: a hook sits on it"

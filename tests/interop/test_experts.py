@@ -26,12 +26,12 @@ from transformers import (
 
 import lora_kernels.integrations
 from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.bench.counter import count
 from lora_kernels.layers import Experts, adaptable_experts, quantize_experts
 from lora_kernels.layers.experts import stack
 from lora_kernels.peft import explain, fuse, unfuse
 from lora_kernels.peft.experts import FusedParamWrapper, experts_reason
 from lora_kernels.quantization import Weight4bit
-from lora_kernels.traffic import count
 from tests.support.peft_models import loss_and_gradients
 
 SIZES = {

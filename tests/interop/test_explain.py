@@ -113,18 +113,18 @@ def test_assert_fused_with_a_layer_in_another_state_raises(state: str, kernels: 
 def test_summary_counts_the_streamed_layers() -> None:
     linears = [Row(n, s, "", "", "") for n, s in (("a", "ours, kernels"), ("b", "PyTorch's"))]
     summary = str(Explanation([], linears=linears)).splitlines()[-1]
-    assert summary.endswith("without an adapter 1 of 2 by our GEMV")
+    assert summary.endswith("our GEMV serves 1 of 2 linears without an adapter")
 
 
 def test_unfused_model_fails_assert_fused() -> None:
     explanation = explain(mlp(torch.float32))
-    assert [row.reason for row in explanation.rows] == ["fuse() was not called"] * 2
+    assert [row.reason for row in explanation.rows] == ["not fused: call fuse()"] * 2
     with pytest.raises(RuntimeError) as error:
         explanation.assert_fused()
     assert str(error.value) == (
         "want all ours, got 2 LoRA layers: 2 PEFT's\n"
-        "  base_model.model.up: PEFT's (peft): fuse() was not called\n"
-        "  base_model.model.down: PEFT's (peft): fuse() was not called"
+        "  base_model.model.up: PEFT's (peft): not fused: call fuse()\n"
+        "  base_model.model.down: PEFT's (peft): not fused: call fuse()"
     )
 
 

@@ -177,7 +177,7 @@ def test_explain_says_what_is_streamed(head: Any) -> None:
     assert f"up to {few} rows without gradients" in here[0].reason
     assert explain(fused()).linears[0].layer == "base_model.model.head"
     explain(fused()).assert_fused()  # which is about LoRA layers
-    assert "without an adapter 1 of 1 by our GEMV" in str(explain(fused()))
+    assert "our GEMV serves 1 of 1 linears without an adapter" in str(explain(fused()))
     assert json.loads(explain(model).json())["linears"] == [here[0]._asdict()]
     for rows, state in ((few, "ours, kernels"), (few + 1, "PyTorch's")):
         told = explain(fused(), rows=rows)

@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends import decode4bit, eager
+from lora_kernels.backends import decode4bit, eager, library
 from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
-from lora_kernels.peft import FusedLinear, explain, fuse, traffic, unfuse
-from lora_kernels.traffic import _NativeDropout
-from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from lora_kernels.peft import FusedLinear, explain, fuse, swap
+from tests.support.assertions import assert_close_derived
 
 K, N, R, ALPHA = 320, 192, 5, 7
 f32, bf16 = torch.float32, torch.bfloat16
@@ -26,7 +26,6 @@ f32, bf16 = torch.float32, torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def gpu_path() -> Iterator[None]:
-    traffic._counted.clear()
     before = dict(decode4bit.bitsandbytes_reasons)
     with as_on_gpu(), lora_kernels.backend("eager"):
         yield
@@ -34,10 +33,15 @@ def gpu_path() -> Iterator[None]:
     decode4bit.bitsandbytes_reasons.update(before)
 
 
-def model(quantized: bool = False, second: dict[str, Any] | None = None, **config: Any) -> Any:
+def model(
+    quantized: bool = False,
+    second: dict[str, Any] | None = None,
+    base: nn.Module | None = None,
+    **config: Any,
+) -> Any:
     """One PEFT layer, its adapters as if trained. second: the config of another active one."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(K, N))
+    base = base or nn.Sequential(nn.Linear(K, N))
     if quantized:
         bnb = pytest.importorskip("bitsandbytes").nn
         linear = bnb.Linear4bit(K, N, bias=False, compute_dtype=f32, quant_type="nf4")
@@ -83,10 +87,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("M", [3, 100])
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_fused_step_equals_peft_with_its_dropout(setting: str, quantized: bool, M: int) -> None:
+def test_fused_step_equals_peft_with_its_dropout(setting, quantized, M, monkeypatch) -> None:
     """In float32, the masks too: both draw them by one kernel from one generator."""
     found = model(quantized, **copy.deepcopy(SETTINGS[setting]))
     want = results(found, M)
+    monkeypatch.setattr(swap, "heavier_reason", lambda layer: None)
     fuse(found)
     assert "Fused" in type(found.base_model.model[0]).__name__
     assert_close_derived(results(found, M), want, terms=K, layers=2)  # DoRA's norm is a sum too
@@ -111,39 +116,62 @@ def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
     assert ("stacking adapters would copy them" in row.reason) == (M == 3)
 
 
-@pytest.mark.parametrize(
-    ("wasteful", "said"),
-    [
-        ("_expand", "its forward with 1 row of x would move"),
-        ("_gradient_A", "its training step with 1 row of x"),  # the backward counts too
-    ],
-)
-def test_fuse_leaves_a_layer_that_would_move_more(
-    wasteful: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = getattr(eager, wasteful)
-
-    def copying(first: Tensor, second: Any, third: Tensor, *rest: Any, **options: Any) -> Tensor:
-        for _ in range(20):
-            third.double()
-        return original(first, second, third, *rest, **options)
-
-    monkeypatch.setattr(eager, wasteful, copying)
-    found = fuse(model())
-    assert type(found.base_model.model[0]) is not FusedLinear
-    row = explain(found).rows[0]
-    assert row.backend == "peft" and said in row.reason
-    assert row.reason.count(". ") == 0  # one sentence
+WIDE, NARROW = (64, 192), (192, 64)  # K, N
+# Config, dtype of the adapters beside bfloat16, and the sizes of layers that PEFT keeps.
+LEFT = {
+    "dropout": ({"lora_dropout": 0.1}, bf16, ()),
+    "dropout, many ranks": ({"lora_dropout": 0.1, "r": 8}, bf16, (NARROW,)),
+    "dropout, many float32 ranks": ({"lora_dropout": 0.1, "r": 8}, f32, ()),
+    "dropout, more float32 ranks than columns": ({"lora_dropout": 0.1, "r": 65}, f32, (NARROW,)),
+    "DoRA": ({"use_dora": True}, bf16, ()),
+    "DoRA with dropout": ({"use_dora": True, "lora_dropout": 0.1}, bf16, (NARROW,)),
+    "DoRA with dropout, many ranks": (
+        {"use_dora": True, "lora_dropout": 0.1, "r": 8}, bf16, (WIDE, NARROW),
+    ),
+    "DoRA with dropout in float32": ({"use_dora": True, "lora_dropout": 0.1}, f32, ()),
+    "two": ({"second": {}}, bf16, ()),
+    "two of more ranks than columns": ({"second": {"r": 60}}, bf16, (NARROW,)),
+    "two, one with dropout": ({"second": {"lora_dropout": 0.1}}, bf16, (NARROW,)),
+    "two with dropout": ({"second": {}, "lora_dropout": 0.1}, bf16, (NARROW,)),
+    "two with dropout in float32": ({"second": {}, "lora_dropout": 0.1}, f32, ()),
+    "two with dropout in float32, 64 ranks": (
+        {"second": {"r": 64}, "lora_dropout": 0.1}, f32, (NARROW,),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_fuse_counts_dropout_whatever_the_mode(training: bool) -> None:
-    """A DoRA with dropout and few columns moves more as ours: also if fused in eval mode."""
-    base = nn.Sequential(nn.Linear(1024, 128, bias=False, dtype=bf16))
-    config = LoraConfig(r=R, lora_dropout=0.1, use_dora=True, target_modules=["0"])
-    found = get_peft_model(base, config, autocast_adapter_dtype=False).to(bf16).train(training)
-    row = explain(fuse(found)).rows[0]
-    assert row.backend == "peft" and "rows of x would move" in row.reason
+@pytest.mark.parametrize("sizes", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("setting", LEFT)
+def test_fuse_leaves_layers_whose_bytes_peft_s_moves_fewer_of(setting, sizes, training) -> None:
+    """Dropout counts in eval mode too: the layer may train later."""
+    config, dtype, left = LEFT[setting]
+    base = nn.Sequential(nn.Linear(*sizes, dtype=bf16))
+    found = model(base=base, **copy.deepcopy(config)).to(dtype).train(training)
+    found.base_model.model[0].base_layer.to(bf16)
+    (row,) = explain(fuse(found)).rows
+    assert (row.backend == "peft") is (sizes in left), row
+    if sizes in left:
+        assert row.reason.startswith("PEFT's own forward moves fewer bytes for ")
+        assert f"{sizes[0]} columns of x and {sizes[1]} of y" in row.reason
+        assert ("with dropout" in row.reason) is ("dropout" in setting)
+
+
+def test_fuse_leaves_a_float16_dora_with_dropout_of_any_size() -> None:
+    base = nn.Sequential(nn.Linear(64, 640, dtype=torch.float16))
+    found = model(base=base, use_dora=True, lora_dropout=0.1).to(torch.float16)
+    (row,) = explain(fuse(found)).rows
+    assert row.backend == "peft" and "DoRA with dropout" in row.reason
+
+
+def test_fuse_on_a_cpu_takes_layers_that_peft_s_moves_fewer_bytes_of(monkeypatch) -> None:
+    base = nn.Sequential(nn.Linear(*NARROW, dtype=bf16))
+    found = model(base=base, use_dora=True, lora_dropout=0.1).to(bf16)
+    with monkeypatch.context() as on_cpu:
+        on_cpu.setattr(library, "_emulate_gpu", False)
+        fuse(found)
+    assert type(found.base_model.model[0]) is FusedLinear
+    assert explain(found).rows[0].backend == "eager"  # and stays fused
 
 
 def test_explain_of_equal_layers_prints_one_line() -> None:
@@ -153,60 +181,6 @@ def test_explain_of_equal_layers_prints_one_line() -> None:
     _, line, _ = str(explain(found)).splitlines()
     assert line.startswith("30 × base_model.model.*  ")
     assert len(str(explain(found, all=True)).splitlines()) == 32
-
-
-def test_what_decides_the_traffic_is_told_apart() -> None:
-    """No layer reuses the count of a different one."""
-    changes = ({"lora_dropout": 0.1}, {"r": R + 1}, {"use_dora": True}, {"lora_bias": True})
-    found = [model(), *(model(**change) for change in changes), model(second={}), model().to(bf16)]
-    keys = [traffic._signature(each.base_model.model[0]) for each in found]
-    assert len(set(keys)) == len(keys)
-    assert keys[0] == traffic._signature(model().base_model.model[0])
-
-
-def test_parameters_of_another_kind_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP2's, for one: what lies on the card is not known before the forward."""
-
-    class Sharded(nn.Parameter):
-        pass
-
-    monkeypatch.setattr(traffic, "_count", lambda *args: pytest.fail("counted"))
-    layer = model().base_model.model[0]
-    layer.get_base_layer().weight = Sharded(torch.zeros(N, K), requires_grad=False)
-    assert traffic.excess(layer, FusedLinear) is None
-
-
-def test_fuse_leaves_a_layer_that_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(layer: Any, rows: int) -> tuple[int, int]:
-        raise RuntimeError("no such op\nand more")
-
-    monkeypatch.setattr(traffic, "_count", broken)
-    row = explain(fuse(model())).rows[0]
-    assert row.backend == "peft"
-    assert row.reason == "its memory traffic could not be counted: RuntimeError: no such op"
-
-
-def test_counted_once_for_layers_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted: list[int] = []
-    original = traffic._count
-    monkeypatch.setattr(traffic, "_count", lambda layer, M: counted.append(M) or original(layer, M))
-    layers = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K), nn.Linear(K, N))
-    found = get_peft_model(layers, LoraConfig(r=R, target_modules=["0", "1", "2"]))
-    fuse(found)
-    explain(found)
-    assert len(counted) == 2 * 2 * len(traffic.ROWS)  # two kinds, PEFT's and ours
-    assert all(p.device.type == "cpu" for p in found.parameters())
-
-
-def test_counting_leaves_the_layer_and_its_weight_alone() -> None:
-    found = model(quantized=True)
-    layer = found.base_model.model[0]
-    before = {name: p.clone() for name, p in found.named_parameters()}
-    training, state = layer.training, layer.get_base_layer().weight.quant_state
-    fuse(found)
-    assert layer.training is training and layer.get_base_layer().weight.quant_state is state
-    assert_bitwise_equal(dict(found.named_parameters()), before)
-    unfuse(found)
 
 
 def _raise(*args: Any) -> Tensor:
@@ -259,13 +233,12 @@ def test_bitsandbytes_that_fails_its_check_is_not_used(breakage, monkeypatch) ->
     assert_close_derived(results(found, 5), want, terms=K, layers=1)
 
 
-def test_fuse_takes_a_layer_without_active_adapters_uncounted() -> None:
+def test_fuse_takes_a_layer_without_active_adapters() -> None:
     """Such a layer computes the base alone, in both."""
     found = model()
     found.base_model.model[0]._active_adapter = []
     fuse(found)
     assert type(found.base_model.model[0]) is FusedLinear
-    assert "could not be counted" not in explain(found).rows[0].reason
 
 
 def test_explain_says_what_decodes() -> None:

@@ -76,7 +76,7 @@ def test_layers_added_later_are_reported() -> None:
     assert len(fused_layers(fuse(model))) == 2
     assert not any("call fuse again" in row.reason for row in explain(model).rows)
     reasons = {row.reason for row in explain(unfuse(model)).rows}
-    assert reasons == {"fuse() was not called"}
+    assert reasons == {"not fused: call fuse()"}
 
 
 # Variants and layers of other kinds stay PEFT's own

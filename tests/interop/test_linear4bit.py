@@ -255,7 +255,7 @@ def test_variant_over_4_bits_follows_its_formula(variant, dropout, autocast, loa
 @loaded_or_not
 def test_explain_says_fused_for_every_x(loaded: bool, storage: torch.dtype) -> None:
     model = four_bit_mlp(loaded, quant_storage=storage)
-    assert [row.reason for row in explain(model).rows] == ["fuse() was not called"] * 2
+    assert [row.reason for row in explain(model).rows] == ["not fused: call fuse()"] * 2
     explanation = explain(fuse(model))
     explanation.assert_fused(kernels=True)
     assert "2 LoRA layers: 2 ours, kernels" in str(explanation)

@@ -22,11 +22,11 @@ from lora_kernels import (
     lora_linear,
     ops,
     reference,
-    traffic,
 )
 from lora_kernels.backends import decode4bit, eager, library
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import case as cases
+from lora_kernels.bench import counter
 from lora_kernels.bench.case import Case
 from lora_kernels.choice import choose as selection
 from lora_kernels.quantization import quantize_4bit
@@ -272,7 +272,7 @@ def test_float16_column_scale_gradient_does_not_overflow() -> None:
 
 def test_column_scale_gradient_of_float16_holds_two_panels() -> None:
     dy, z = (torch.empty(8192, 4096, dtype=f16, device="meta") for _ in range(2))
-    found = traffic.count(lambda: eager._column_dot(dy, z, f32))
+    found = counter.count(lambda: eager._column_dot(dy, z, f32))
     # A panel's dY and its product with z, in float32; [N] beside them.
     assert found.peak <= 2 * 4 * eager.PANEL + 4 * 4 * 4096
 

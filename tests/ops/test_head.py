@@ -20,10 +20,9 @@ from lora_kernels import (
     lora_linear_log_probs,
     ops,
     reference,
-    traffic,
 )
 from lora_kernels.backends import head, native
-from lora_kernels.bench import head_case
+from lora_kernels.bench import counter, head_case
 from lora_kernels.bench.case import EAGERS, STATISTICS, inputs, judge, run
 from lora_kernels.bench.head_case import HeadCase
 from lora_kernels.core import call
@@ -299,12 +298,12 @@ def test_head_s_step_under_autocast_casts_the_weight_once_on_a_gpu(of: str) -> N
         for name, t in arguments(case).items()
     }
     args["weight"].requires_grad_(False)
-    log: list[traffic.Kernel] = []
-    with traffic.autocast(bf16):
+    log: list[counter.Kernel] = []
+    with counter.autocast(bf16):
         y = []
-        traffic.count(lambda: y.append(HeadCase.op(**args)), log)
+        counter.count(lambda: y.append(HeadCase.op(**args)), log)
     loss = y[0].log_probs if of == "log_probs" else y[0]
-    traffic.count(lambda: loss.sum().backward(), log)
+    counter.count(lambda: loss.sum().backward(), log)
     read, written = 4 * case.V * case.K, 2 * case.V * case.K
     casts = [k for k in log if "_to_copy" in k.op and (k.read, k.written) == (read, written)]
     assert len(casts) == 1

@@ -313,7 +313,7 @@ def test_lora_experts_linear_of_bad_input_names_the_argument(name: str) -> None:
 
 def test_lora_experts_linear_on_meta_has_no_temporary_of_the_stack_s_size() -> None:
     """On a GPU's path no tensor of E·N·K elements is made in either direction."""
-    from lora_kernels.traffic import count
+    from lora_kernels.bench.counter import count
 
     E, N, K, R, M = 64, 256, 512, 16, 64
     meta = {"device": "meta", "dtype": bf16}

@@ -244,7 +244,6 @@ inline void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
                     .threads = l.threads,
                     .shared_bytes = l.shared_bytes,
                     .cooperative = l.cooperative,
-                    .dependent = false,
                     .stream = l.stream.handle});
 }
 

@@ -81,7 +81,6 @@ struct Lane {
   std::vector<Copy> copies;              // not committed
   std::deque<std::vector<Copy>> groups;  // committed
   Clock acquired;                        // since the last barrier
-  bool waited_for_grids = false;
 };
 
 struct Warp {
@@ -94,13 +93,11 @@ struct Block {
   Dim index;
   uint32_t id, interval;
   Clock acquired;  // by any thread before the last barrier
-  bool waited_for_grids = false;
   std::vector<Lane> lanes;
   std::vector<Warp> warps;
   int arrived = 0, done = 0;
   Site site{};
   int64_t barriers = 0;
-  bool let_dependents = false;
   std::vector<unsigned char> shared;
   std::vector<Cell> cells;
   std::unordered_map<uintptr_t, Stored> stores;
@@ -110,7 +107,7 @@ struct Launched {
   Grid grid;
   std::vector<Range> ranges;
   uint32_t number;  // from 1 on, in the order of launches
-  unsigned started = 0, finished = 0, let_dependents = 0;
+  unsigned started = 0, finished = 0;
   unsigned size() const { return grid.blocks.x * grid.blocks.y * grid.blocks.z; }
   bool over() const { return finished == size(); }
   size_t last_range = 0;
@@ -236,16 +233,9 @@ bool knows(const Clock& clock, uint32_t block, uint32_t interval) {
   return it != clock.end() && it->second >= interval;
 }
 
-// Whether both may run at once: of one stream's, where no grid from the later one back to the
-// earlier one waits for the end of those before it.
+// Whether blocks of both may run at once: of one grid, or of two streams.
 bool may_overlap(const Launched& a, const Launched& b) {
-  if (a.grid.stream != b.grid.stream) return true;
-  const auto [first, last] = std::minmax(a.number, b.number);
-  for (uint32_t number = first + 1; number <= last; ++number) {
-    const Grid& between = state.grids[number - 1]->grid;
-    if (between.stream == a.grid.stream && !between.dependent) return false;
-  }
-  return true;
+  return a.number == b.number || a.grid.stream != b.grid.stream;
 }
 
 // Whether what that interval did comes before what the block does now, or this lane of it.
@@ -254,11 +244,7 @@ bool is_ordered(uint32_t interval, const Block& block, const Lane* lane) {
   if (other.block == block.id || knows(block.acquired, other.block, interval) ||
       (lane && knows(lane->acquired, other.block, interval)))
     return true;
-  if (other.grid->number >= block.grid->number ||
-      other.grid->grid.stream != block.grid->grid.stream)
-    return false;
-  return !may_overlap(*other.grid, *block.grid) || block.waited_for_grids ||
-         (lane && lane->waited_for_grids);
+  return other.grid->number < block.grid->number && !may_overlap(*other.grid, *block.grid);
 }
 
 // The page that an access of at most 16 aligned bytes lies in; null where none is and none is made.
@@ -344,9 +330,7 @@ bool stream_is_free(size_t index) {
   const Launched& grid = *state.grids[index];
   for (size_t i = 0; i < index; ++i) {
     const Launched& other = *state.grids[i];
-    if (other.grid.stream != grid.grid.stream || other.over()) continue;
-    if (grid.grid.dependent && other.let_dependents == other.size()) continue;
-    return false;
+    if (other.grid.stream == grid.grid.stream && !other.over()) return false;
   }
   return true;
 }
@@ -380,14 +364,10 @@ void start_block(Launched& grid) {
 }
 
 void end_block(Block* block) {
-  for (const Lane& lane : block->lanes) {
-    join(block->acquired, lane.acquired);
-    block->waited_for_grids |= lane.waited_for_grids;
-  }
+  for (const Lane& lane : block->lanes) join(block->acquired, lane.acquired);
   flush(*block, nullptr, nullptr);
   Launched& grid = *block->grid;
   ++grid.finished;
-  if (!block->let_dependents) ++grid.let_dependents;
   for (Lane& lane : block->lanes) {
     auto it = std::find_if(state.fibers.begin(), state.fibers.end(),
                            [&](const auto& f) { return f.get() == lane.fiber; });
@@ -518,7 +498,6 @@ void barrier(const Site& site) {
   ++block.barriers;
   for (Lane& other : block.lanes) {
     if (!other.acquired.empty()) join(block.acquired, std::exchange(other.acquired, {}));
-    block.waited_for_grids |= other.waited_for_grids;
     if (other.waiting) wake(other);
   }
 }
@@ -720,27 +699,6 @@ void flag_store(int* flag, int value) {
              " without an acquire, though " + author_of(interval) + " looked at it");
   f = {};
   *flag = value;
-}
-
-void launch_dependents() {
-  Block& block = *state.lane->block;
-  if (block.let_dependents) return;
-  block.let_dependents = true;
-  ++block.grid->let_dependents;
-}
-
-void wait_for_grids_before() {
-  const Launched* grid = state.lane->block->grid;
-  for (;;) {
-    bool clear = true;
-    for (const auto& other : state.grids) {
-      if (other.get() == grid) break;
-      if (other->grid.stream == grid->grid.stream && !other->over()) clear = false;
-    }
-    if (clear) break;
-    look_again("waits forever for the grid before");
-  }
-  state.lane->waited_for_grids = true;
 }
 
 }  // namespace emulator

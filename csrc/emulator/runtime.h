@@ -54,7 +54,7 @@ struct Grid {
   std::function<void()> body;
   Dim blocks;
   unsigned threads, shared_bytes;
-  bool cooperative, dependent;
+  bool cooperative;
   uintptr_t stream;
 };
 void launch(Grid grid);
@@ -95,9 +95,6 @@ void global_write(void* to, const void* from, int bytes);
 int flag_load(const int* flag, bool acquire);
 int flag_add(int* flag, int value, bool release, bool acquire);
 void flag_store(int* flag, int value);
-
-void launch_dependents();
-void wait_for_grids_before();
 
 }  // namespace emulator
 }  // namespace lora_kernels

@@ -5,16 +5,13 @@
 The schemas of the ops list these fields in the same order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..core.packed4bit import Packed4bit
+from .packed4bit import Packed4bit
 
 
 class Operands(NamedTuple):

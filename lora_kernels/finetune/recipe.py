@@ -100,7 +100,7 @@ def finetune(options: Options) -> int:
 
 
 def _finetune(options: Options, lock: FolderLock) -> int:
-    console = Console(markup=False, highlight=False)  # answers may contain brackets
+    console = report.new_console()
     dtype = model.DTYPES[options.dtype]
     lora = adapter_settings(options)
     preset: Preset = lora["preset"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,17 @@ from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     from .compare import Row
+
+
+LOG_COLUMNS = 120
+
+
+def new_console() -> Console:
+    """Return a console for text that may contain brackets; its lines in a log are LOG_COLUMNS."""
+    console = Console(markup=False, highlight=False)
+    if not (console.is_terminal or os.environ.get("COLUMNS")):
+        console.width = LOG_COLUMNS
+    return console
 
 
 class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from rich.console import Console
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -44,7 +43,7 @@ from .checkpoints import (
 from .model import adapters
 from .options import check_numbers
 from .plots import draw_png
-from .report import Progress
+from .report import Progress, new_console
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 _PARTIAL = ".partial"  # the folder in which a checkpoint is written before it is renamed
@@ -199,7 +198,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if not self.args.disable_tqdm:
-            self.add_callback(Progress(Console(markup=False, highlight=False), "training"))
+            self.add_callback(Progress(new_console(), "training"))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does. A resumed run has the losses of an uninterrupted run.

@@ -1,12 +1,24 @@
+import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from lora_kernels.finetune import report
 from lora_kernels.finetune.compare import Row
 from lora_kernels.finetune.trainer import plot_metrics
+
+
+def test_lines_of_a_log_are_not_wrapped_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stdout", log := io.StringIO())
+    report.new_console().print("x" * 90 + " " + "y" * 20)
+    assert log.getvalue() == "x" * 90 + " " + "y" * 20 + "\n"
+    monkeypatch.setenv("COLUMNS", "40")
+    assert report.new_console().width == 40
 
 
 def printed(renderable: object, width: int = 80) -> str:

@@ -417,10 +417,12 @@ def test_fuse_at_full_size_loses_no_row_and_leaves_what_moves_more(
     for p in bench_traffic.DROPOUTS:
         rows = list(bench_traffic.count_cell(cell, K, N, R, p, by_rule=False))
         said = heavier_reason(bench_traffic.stock(cell, K, N, R, p))
-        moves_more = any({"bytes", "kernels"} & {*row.losses} for row in rows)
-        assert (said is not None) == moves_more, (said, [row.losses for row in rows])
-        for row in rows if said is None else ():
-            assert not row.losses, bench_traffic.Count().line(row)
+        if said is None:
+            for row in rows:
+                assert not row.losses, bench_traffic.Count().line(row)
+        else:  # with many rows a step of ours would save next to nothing, or lose
+            ours, peft = (sum(row.bytes[who] for row in rows[-2:]) for who in ("ours", "peft"))
+            assert ours > 0.99 * peft, said
 
 
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:

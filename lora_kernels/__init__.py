@@ -4,6 +4,10 @@ __version__ = "0.1.0"
 
 import os as _os
 import sys as _sys
+import typing as _typing
+
+if _typing.TYPE_CHECKING:
+    from .qualification import qualify
 
 try:
     from .choice.choose import backend
@@ -16,7 +20,6 @@ try:
         multi_lora_linear,
     )
     from .head import lora_linear_cross_entropy, lora_linear_log_probs
-    from .qualification import qualify
 except KeyboardInterrupt:
     # The command line imports this package, and torch, before any code of its own runs.
     _words = _sys.orig_argv[1:3] or [""]
@@ -38,3 +41,16 @@ __all__ = [
     "qualify",
     "reference",
 ]
+
+
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name == "qualify":  # of GPUs, imported when it is asked for
+            from .qualification import qualify
+
+            return qualify
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

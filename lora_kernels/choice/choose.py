@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 from .. import device
 from ..backends import cpu_heuristics, cuda, forced, native, triton, workspace
 from ..backends.cuda import constraints
-from ..backends.cuda import heuristics as cuda_heuristics
 from ..backends.forced import Forced
 from ..backends.library import is_on_gpu_path
-from ..backends.triton import configs
-from ..backends.triton import heuristics as triton_heuristics
 from ..core.call import Guard
 from ..core.problem import (
     NO_DROPOUT,
@@ -39,7 +37,6 @@ STRATEGIES = {
 }
 BACKENDS = tuple(STRATEGIES)
 
-_HEURISTICS = {"triton": triton_heuristics, "cuda": cuda_heuristics}
 _ON_GPU = "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's"
 
 
@@ -104,9 +101,9 @@ def choose(problem: Problem, requested: Forced | None = None) -> Choice:
         require_supported(requested.backend, ONE_ADAPTER)
     if requested.backend == "triton":
         require_supported("triton", NO_DROPOUT if problem.dropout else None)
-        return triton_heuristics.plan(problem, requested.strategy)
+        return _heuristics("triton").plan(problem, requested.strategy)  # type: ignore[no-any-return]
     if requested.backend == "cuda":
-        return cuda_heuristics.plan(problem, requested.strategy)
+        return _heuristics("cuda").plan(problem, requested.strategy)  # type: ignore[no-any-return]
     if requested.backend == "eager":
         return Choice("eager", Strategy.LIBRARY, "the eager backend was requested")
     if requested.backend == "cpu":
@@ -116,8 +113,19 @@ def choose(problem: Problem, requested: Forced | None = None) -> Choice:
     return Choice("eager", Strategy.LIBRARY, _eager_reason(problem))
 
 
+def _heuristics(backend: str) -> Any:
+    """Import the heuristics of a GPU backend, which the first call on a CPU need not wait for."""
+    if backend == "triton":
+        from ..backends.triton import heuristics
+    else:
+        from ..backends.cuda import heuristics  # type: ignore[no-redef]
+    return heuristics
+
+
 def _choose_gpu(problem: Problem) -> Choice:
     """Choose for a GPU's tensors: what qualified and was measured to be faster, or eager."""
+    from ..backends.triton import configs
+
     target = device.gpu(problem.device_index)
     if (reason := configs.capability_unsupported_reason(target)) is not None:
         bf16 = torch.bfloat16 in (problem.x_dtype, problem.dtype)
@@ -191,7 +199,7 @@ def _judge(
         if group.backend == "cuda"
         else triton.unavailable_reason()
     )
-    why = why or _HEURISTICS[group.backend].unsupported_reason(problem, group.strategy)
+    why = why or _heuristics(group.backend).unsupported_reason(problem, group.strategy)
     if why is not None:
         return None, f"cannot run it: {why}"
     point = verdict.nearest_point(group, problem.rows, problem.columns, problem.inner)

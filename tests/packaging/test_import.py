@@ -28,3 +28,14 @@ def test_import_leaves_optional_libraries_alone() -> None:
     """Not even torch's own imports count: what it might load on our account would be seen here."""
     packages = new_packages("import lora_kernels")
     assert not {"triton", "peft", "transformers", "safetensors", "rich"} & packages
+
+
+def test_import_leaves_what_a_gpu_needs_until_it_is_asked_for() -> None:
+    code = """
+import sys, lora_kernels
+late = {"lora_kernels.qualification", "lora_kernels.backends.triton.configs"}
+assert not late & set(sys.modules)
+assert {*lora_kernels.__all__} <= {*dir(lora_kernels)}
+assert lora_kernels.qualify.__module__ == "lora_kernels.qualification"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -273,7 +273,7 @@ def test_plan_names_each_strategy_and_times_at_most_100_points() -> None:
     assert all(bool(claim.sizes) == (claim.name == "time") for claim in claims)
     for backend, strategy, weight, rows, shapes in CANDIDATES:
         group = Group(backend, strategy, "float16", "float32", weight)
-        heuristics = selection._HEURISTICS[backend]
+        heuristics = selection._heuristics(backend)
         for M, (N, K) in itertools.product(rows, shapes):
             problem = fake_card.problem(group, M, N, K)
             assert heuristics.unsupported_reason(problem, strategy) is None

@@ -172,7 +172,7 @@ def projections_of(block: nn.Module) -> list[Projection]:
 
 
 class Order(NamedTuple):
-    """What a peer computes twice and what it overwrites.
+    """The choices of a peer: tensors computed twice, and memory that is overwritten.
 
     Args:
         keeps_p: P is saved for dB, not computed again.

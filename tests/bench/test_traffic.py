@@ -72,6 +72,10 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
         [(X + 4 * K * N, Y)],
     ),
     "addmm of a bias": (lambda: F.linear(A, B.t(), meta(N)), [(X + 4 * K * N + 4 * N, Y)]),
+    "silu's backward, composite on meta": (
+        lambda: torch.ops.aten.silu_backward(A, meta(M, K)),
+        [(2 * X, X)],
+    ),
     "index_select from a small table": (
         lambda: meta(4, K).index_select(0, meta(M, dtype=torch.int64)),
         [(4 * 4 * K + 8 * M, X)],

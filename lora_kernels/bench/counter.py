@@ -11,6 +11,8 @@ One op is one kernel, except that:
   cuBLAS adds in its epilogue, or `beta` is 0. In place it reads and writes the result once.
 - An op reads the arguments that it changes in place, whatever its name, but no `out`.
 - `index_select` and other gathers read the indices, and of the table no more than they copy.
+- An op that has a kernel on CUDA and several ops in its place on meta is one kernel (SiLU's
+  backward).
 - Dropout is `native_dropout`, which CUDA runs in training. On meta, PyTorch would run several ops.
 - An op of this package is what its eager implementation runs.
 - `bitsandbytes::gemm_4bit` is its fused kernel or the ops it falls back to, whichever bitsandbytes
@@ -59,8 +61,8 @@ _OVERWRITES = {
     "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_",
     "normal_", "random_", "uniform_", "zero_",
 }  # fmt: skip
-# Composite ops for which CUDA has a kernel. On meta PyTorch would run several ops: 17 passes for 3.
-_CUDA_KERNELS = {"_fused_rms_norm", "mish_backward", "silu_backward"}
+# Composite ops for which CUDA has a kernel. On meta PyTorch would run 7 ops for 1, 17 passes for 3.
+_CUDA_KERNELS = {"silu_backward"}
 _GATHERS = {"embedding", "gather", "index", "index_select", "take"}
 _ADDS_TO_SELF = {"addbmm", "addmm", "addmv", "addr", "baddbmm"}
 # The functions that autocast casts, as far as layers call them.

@@ -240,6 +240,12 @@ class _Counter(TorchDispatchMode):
         self._peak = max(self._peak, sum(self._allocated.values()))
 
 
+def _name(func: Any) -> str:
+    """Return the name of an op without its namespace and overload."""
+    name: str = func.name().partition("::")[2].partition(".")[0]
+    return name
+
+
 def _kernels(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> list[Kernel]:
     """Return the kernels that an op launches on a GPU."""
     name = _name(func)
@@ -268,11 +274,6 @@ def _kernels(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> list
         table, *indices = _tensors(read)
         read_bytes = min(_bytes([table]), _bytes(written)) + _bytes(indices)
     return [*kernels, Kernel(str(func), read_bytes, _bytes(written))]
-
-
-def _name(func: Any) -> str:
-    """Return the op's name without its namespace and overload."""
-    return str(func.name().partition("::")[2].partition(".")[0])
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:

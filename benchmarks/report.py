@@ -86,6 +86,16 @@ CODES_TARGETS = (
 # Variant -> its numerator, its denominator, and how many times the latter it may take.
 VARIANT_TARGETS = {"DoRA step": ("ours", "LoRA", 1.15), "16 adapters": ("ours", "ours, 1", 1.3)}
 TRAFFIC_ROWS = (1, 512, 8192)  # those of the table
+BLOCKS = {"layer": "one layer", "qkv": "q, k, v", "mlp": "gated MLP"}
+# Name in the JSON -> column.
+BLOCK_PEERS = {
+    "ours": "ours",
+    "peft": "PEFT",
+    "unsloth": "Unsloth",
+    "axolotl": "axolotl",
+    "addmm": "addmm_",
+    "unsloth_inplace": "Unsloth, x overwritten",
+}
 README_TRAFFIC = (
     "bf16, bf16 adapters",
     "bf16, fp32 adapters",
@@ -364,6 +374,33 @@ def traffic_cells(row: Row) -> list[str]:
     ]
 
 
+def block_rows(rows: list[Row]) -> Cells:
+    """A line has the step of one block: forward and backward together, M = 8192."""
+    steps: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["M"] == 8192:
+            name = f"{BLOCKS[row['block']]}, {row['sizes']}"
+            steps.setdefault((name, row["cell"]), []).append(row)
+    for key, directions in steps.items():
+        lost = directions[-1]["losses"]  # the backward's are those of the step
+        cells = []
+        for name in BLOCK_PEERS:
+            if name not in directions[0]["bytes"]:
+                cells.append("–")
+                continue
+            marks = {m: " ✗" * (name == "ours" and m in lost) for m in ("bytes", "peak")}
+            moved, kernels = (sum(row[m][name] for row in directions) for m in ("bytes", "kernels"))
+            peak = max(row["peak"][name] for row in directions)
+            cells.append(
+                f"{megabytes(moved)}{marks['bytes']} / {kernels} / {megabytes(peak)}{marks['peak']}"
+            )
+        yield *key, *cells
+
+
+def block_head() -> str:
+    return f"| block | base, adapters | {' | '.join(BLOCK_PEERS.values())} |"
+
+
 def megabytes(count: int) -> str:
     """Three digits, or all in front of the point."""
     return f"{count / 1e6:.{max(0, 2 - len(str(count // 1_000_000)) + 1)}f}"
@@ -399,7 +436,7 @@ def readme_traffic(rows: list[Row]) -> Cells:
 
 TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
-    *(variant_rows, memory_rows, traffic_versions, traffic_rows),
+    *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
     *(cpu_head, cpu_rows, readme_traffic),
 )
 

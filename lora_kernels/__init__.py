@@ -46,7 +46,7 @@ __all__ = [
 if not _typing.TYPE_CHECKING:
 
     def __getattr__(name):
-        if name == "qualify":  # of GPUs, imported when it is asked for
+        if name == "qualify":  # of GPUs alone
             from .qualification import qualify
 
             return qualify

@@ -1,7 +1,7 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
-`dense`, `quantized`, `variants`, `experts`, `head`, `memory` and `traffic` are the suites;
-`compare` compares two runs of one.
+`dense`, `quantized`, `variants`, `experts`, `head`, `memory` and `blocks`, with `traffic`, are the
+suites; `compare` compares two runs of one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from . import compare, models, outputs
+from .blocks import Count
 from .dense import Layers
 from .experts import Experts
 from .head import Head
 from .memory import Memory
 from .quantized import Codes
 from .results import Result, Row, Suite
-from .traffic import Count
 from .variants import Variants
 
 QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = (1, 512), (16,), 0.25
@@ -83,8 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("head", text + "PyTorch's and TRL's; on a CPU", instead, action="store_true")
     text = "count the bytes that layers, and a small Llama, hold for the backward instead"
     add("memory", text, instead, action="store_true")
-    text = "count the memory traffic, kernels and peak memory of a layer on a GPU instead, ours "
-    text += "beside PEFT's, without a GPU; exit status 1 where ours loses"
+    text = "count the memory traffic, kernels and peak memory of layers, and of q/k/v and gated "
+    text += "MLPs, on a GPU instead, ours beside PEFT's and others', without a GPU; exit status 1 "
+    text += "where ours loses"
     add("count", text, instead, action="store_true")
     add("json", "write every figure there", type=Path, metavar="FILE")
     add("csv", "write the times and bytes there, a call a line", type=Path, metavar="FILE")

@@ -251,17 +251,24 @@ class Result:
     overhead_us: dict[str, float] | None = None
 
     def write(self, json_file: Path | None, csv_file: Path | None) -> None:
-        """Write JSON, a row a line; and the times and bytes as CSV, a call a line."""
+        """Write JSON, a row a line; and the times and bytes as CSV, a call a line.
+
+        Rows are in the list "rows", or in the one that their class names as its `table`.
+        """
         for file in filter(None, (json_file, csv_file)):
             file.parent.mkdir(parents=True, exist_ok=True)
         if json_file:
-            rows = (json.dumps(row.to_json(), ensure_ascii=False) for row in self.rows)
+            tables: dict[str, list[str]] = {"rows": []}
+            for row in self.rows:
+                line = json.dumps(row.to_json(), ensure_ascii=False)
+                tables.setdefault(getattr(row, "table", "rows"), []).append(line)
             facts = json.dumps(self.provenance, indent=1, ensure_ascii=False)
+            sep = ",\n  "
             more = f',\n "overhead_us": {json.dumps(self.overhead_us)}' if self.overhead_us else ""
-            lines = ",\n  ".join(rows)
-            json_file.write_text(
-                f'{{\n "provenance": {facts},\n "rows": [\n  {lines}\n ]{more}\n}}\n'
+            lists = ",\n ".join(
+                f'"{name}": [\n  {sep.join(lines)}\n ]' for name, lines in tables.items()
             )
+            json_file.write_text(f'{{\n "provenance": {facts},\n {lists}{more}\n}}\n')
         if csv_file:
             with csv_file.open("w", newline="", encoding="utf-8") as text:
                 writer = csv.DictWriter(text, f"{OF_ROW} {OF_CALL}".split(), lineterminator="\n")

@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import itertools
 import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -203,14 +203,20 @@ def count_cell(
 
 
 def count_step(
-    layer: nn.Module, cell: Cell, M: int, K: int, log: list[Kernel] | None = None
+    layer: nn.Module,
+    cell: Cell,
+    M: int,
+    K: int,
+    log: list[Kernel] | None = None,
+    call: Callable[[Tensor], Any] | None = None,
 ) -> tuple[Traffic, Traffic]:
     """Count forward and backward of one training step with x [M, K].
 
     Args:
-        layer: of `stock`, fused or not.
+        layer: of `stock`, fused or not, or a module of such layers.
         cell: the layer's.
         log: as `counter.count_layer`'s.
+        call: computes y with the layer's parameters in place of the layer.
     """
     x = torch.empty(M, K, dtype=cell.dtype, device="meta").requires_grad_()
     adapters = [p for p in layer.parameters() if p.requires_grad]
@@ -218,9 +224,9 @@ def count_step(
         for p in adapters:
             p.add_(0.0)  # a new version, for which nothing is cached
 
-    def forward() -> Tensor:
+    def forward() -> Any:
         with counter.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
-            return layer(x)  # type: ignore[no-any-return]
+            return (call or layer)(x)
 
     return counter.count_layer(forward, [x, *adapters], log)
 

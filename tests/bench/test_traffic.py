@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels import lora_linear, ops
 from lora_kernels.backends import eager
-from lora_kernels.bench import baselines, counter, memory
+from lora_kernels.bench import baselines, blocks, counter, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
@@ -72,6 +72,10 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
         [(X + 4 * K * N, Y)],
     ),
     "addmm of a bias": (lambda: F.linear(A, B.t(), meta(N)), [(X + 4 * K * N + 4 * N, Y)]),
+    "silu's backward, composite on meta": (
+        lambda: torch.ops.aten.silu_backward(A, meta(M, K)),
+        [(2 * X, X)],
+    ),
     "index_select from a small table": (
         lambda: meta(4, K).index_select(0, meta(M, dtype=torch.int64)),
         [(4 * 4 * K + 8 * M, X)],
@@ -337,7 +341,8 @@ def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers, which take a second."""
+    """Small layers, which take a second, and no blocks."""
+    monkeypatch.setattr(blocks, "BLOCKS", ())
     monkeypatch.setattr(bench_traffic, "SHAPES", ((128, 256),))
     monkeypatch.setattr(bench_traffic, "RANKS", (16,))
 

@@ -30,7 +30,7 @@ def test_import_leaves_optional_libraries_alone() -> None:
     assert not {"triton", "peft", "transformers", "safetensors", "rich"} & packages
 
 
-def test_import_leaves_what_a_gpu_needs_until_it_is_asked_for() -> None:
+def test_import_leaves_what_a_gpu_needs_until_it_is_requested() -> None:
     code = """
 import sys, lora_kernels
 late = {"lora_kernels.qualification", "lora_kernels.backends.triton.configs"}

@@ -1,0 +1,509 @@
+"""`lora-kernels bench --count`: memory traffic of blocks of LoRA layers, beside all peers.
+
+A block is one linear layer, q, k and v of one x, or a gated MLP, as in `traffic` on meta tensors.
+Ours is what `fuse` makes of PEFT's modules. The peers are PEFT's modules, and the orders of GEMMs
+in which others compute such a block. Those are autograd Functions written here from the formulas
+that Unsloth and axolotl publish; no source of theirs is in them.
+
+With S the scaling, P = x·Aᵀ, dS = dY·B, h = silu(g) ⊙ u, and every tensor in x's dtype:
+
+- Each projection is ``y = x·Wᵀ``, then ``y.addmm_(P, Bᵀ, alpha=S)`` in place.
+- dA = S·dSᵀ·x. dB = S·dYᵀ·P, with P computed again.
+- dx = dY·W + S·dS·A, summed over the projections in place.
+- A gated MLP keeps x, g and u. Its backward makes h again, and h, dg and du take the memory of dh,
+  g and u. silu(g) ⊙ u is one kernel, and so is its backward.
+- Unsloth computes dS once for dA and again for dx. axolotl keeps dS, except for the MLP's last
+  projection. Unsloth may put dx into x's memory ("unsloth_inplace"), which others must then not
+  read: ours is not compared with that.
+- "addmm" is what one writes without a Function for the block: one a projection that keeps P,
+  PyTorch's own silu(g) ⊙ u, and a sum of the dx by autograd.
+
+Adapters of another dtype are cast in each direction. A 4-bit W is decoded by bitsandbytes' ops in
+each direction, one kernel and two for nested scales.
+
+A forward is judged by itself, a backward with its forward, as in `traffic`. Ours loses a row where
+it moves more than `MOST_BYTES` times the bytes of the best peer, or where its peak is more than
+`traffic.PEAK_UNIT` above the lowest peer's. The best peer is the best in that measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends import decode4bit
+from ..core.packed4bit import Packed4bit
+from ..quantization import Weight4bit
+from . import traffic
+from .counter import Traffic
+from .results import Facts
+from .traffic import DIRECTIONS, MEASURES, PEAK_UNIT, Cell
+
+ROWS = (1, 512, 8192)  # M
+RANK = 16
+MOST_BYTES = 1.01
+_F32, _BF16 = torch.float32, torch.bfloat16
+CELLS = tuple(
+    Cell(
+        f"{'NF4 ' * (base == 'nf4')}bf16, {name} adapters{', autocast' * autocast}",
+        _BF16,
+        dtype,
+        base,
+        autocast,
+    )
+    for base in ("dense", "nf4")
+    for name, dtype, autocast in (
+        ("bf16", _BF16, False),
+        ("fp32", _F32, False),
+        ("fp32", _F32, True),
+    )
+)
+
+
+class Block(NamedTuple):
+    """Projections that are counted together.
+
+    Args:
+        name: "layer", "qkv" or "mlp".
+        K: in-features, of the MLP also the out-features.
+        Ns: out-features of each projection of x.
+    """
+
+    name: str
+    K: int
+    Ns: tuple[int, ...]
+
+    @property
+    def sizes(self) -> str:
+        """In-features and out-features.
+
+        >>> Block("mlp", 64, (96, 96)).sizes
+        '64→96→64'
+        """
+        out = f"{self.Ns[0]}→{self.K}" if self.name == "mlp" else "+".join(map(str, self.Ns))
+        return f"{self.K}→{out}"
+
+
+BLOCKS = (
+    Block("layer", 4096, (4096,)),
+    Block("qkv", 4096, (4096, 1024, 1024)),
+    Block("mlp", 4096, (14336, 14336)),
+)
+# The blocks and kinds of layers whose losses are an exit status of 1; the other rows are marked
+# alone. q/k/v and the MLP join when `fuse` makes one Function of each. float32 adapters without
+# autocast join when ours can be told to round them to 16 bits, as the Functions of others do: ours
+# multiplies with float32's precision, as PEFT does, and moves up to 4 % more than they for that.
+HELD = tuple(("layer", c.name) for c in CELLS if c.autocast or c.adapter_dtype is c.dtype)
+
+
+class Projections(nn.Module):
+    """q, k and v of one x, as an attention layer calls them; one projection: that alone.
+
+    x [M, K] -> a tuple of [M, N].
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for name, layer in zip(("q_proj", "k_proj", "v_proj"), layers, strict=False):
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.children())
+
+
+def stock(block: Block, cell: Cell, R: int = RANK) -> nn.Module:
+    """Build a block of PEFT's layers on meta, in training mode; an MLP is transformers' LlamaMLP.
+
+    >>> type(stock(Block("mlp", 64, (96, 96)), CELLS[0])).__name__
+    'LlamaMLP'
+    """
+    if block.name != "mlp":
+        return Projections([traffic.stock(cell, block.K, N, R) for N in block.Ns])
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    K, H = block.K, block.Ns[0]
+    with torch.device("meta"):
+        mlp = cast(Any, LlamaMLP)(LlamaConfig(hidden_size=K, intermediate_size=H))
+    mlp.gate_proj, mlp.up_proj = (traffic.stock(cell, K, H, R) for _ in range(2))
+    mlp.down_proj = traffic.stock(cell, H, K, R)
+    return cast(nn.Module, mlp)
+
+
+# ---- The peers' Functions ----
+
+
+class Projection(NamedTuple):
+    """A frozen weight [N, K] with its adapter A [R, K] and B [N, R]."""
+
+    weight: Tensor | Packed4bit
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return W; a 4-bit weight is decoded to `dtype`."""
+        if not isinstance(self.weight, Packed4bit):
+            return self.weight
+        shape = self.lora_B.shape[0], self.lora_A.shape[1]
+        return decode4bit.bitsandbytes_dense(self.weight, shape, dtype)
+
+
+def projections_of(block: nn.Module) -> list[Projection]:
+    """Return the projections of a block of `stock`, with the layers' own tensors."""
+    from ..peft.base import readable_weight
+
+    found = []
+    for layer in cast(Any, block.children()):
+        if hasattr(layer, "lora_A"):
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            weight, _ = readable_weight(layer.base_layer, A.new_empty(1, 1, dtype=_BF16))
+            form = weight.codes if isinstance(weight, Weight4bit) else weight
+            found.append(Projection(form, A, B, layer.scaling["default"]))
+    return found
+
+
+class Order(NamedTuple):
+    """The choices of a peer: tensors computed twice, and memory that is overwritten.
+
+    Args:
+        keeps_p: P is saved for dB, not computed again.
+        keeps_ds: dS is computed once for dA and dx.
+        overwrites_x: dx takes the memory of x.
+    """
+
+    keeps_p: bool = False
+    keeps_ds: bool = True
+    overwrites_x: bool = False
+
+
+UNSLOTH, UNSLOTH_INPLACE = Order(keeps_ds=False), Order(keeps_ds=False, overwrites_x=True)
+AXOLOTL, ADDMM = Order(), Order(keeps_p=True)
+
+
+def _project(x: Tensor, p: Projection, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """Return x·Wᵀ + s·P·Bᵀ and P = x·Aᵀ; transposed: x·W + s·dS·A and dS = x·B."""
+    weight = p.dense(x.dtype)
+    y = torch.mm(x, weight if transposed else weight.t())
+    del weight
+    down, up = (p.lora_B, p.lora_A) if transposed else (p.lora_A.t(), p.lora_B.t())
+    low_rank = torch.mm(x, down)
+    return y.addmm_(low_rank, up, alpha=p.scaling), low_rank
+
+
+def _adapter_gradients(
+    x: Tensor, dy: Tensor, p: Projection, ds: Tensor, P: Tensor | None = None
+) -> list[Tensor]:
+    """Return dA = s·dSᵀ·x and dB = s·dYᵀ·P. P: x·Aᵀ, None to compute it here."""
+    dA, dB = torch.empty_like(p.lora_A), torch.empty_like(p.lora_B)
+    dA.addmm_(ds.t(), x, beta=0, alpha=p.scaling)
+    dB.addmm_(dy.t(), torch.mm(x, p.lora_A.t()) if P is None else P, beta=0, alpha=p.scaling)
+    return [dA, dB]
+
+
+def _input_gradient(
+    dys: Sequence[Tensor],
+    projections: Sequence[Projection],
+    kept: Sequence[Tensor | None],
+    out: Tensor | None,
+) -> Tensor:
+    """Return Σ dY·W + s·dS·A. kept: dS of each, None to compute it here. out: memory to take."""
+    dx = out
+    for i, (dy, p, ds) in enumerate(zip(dys, projections, kept, strict=True)):
+        weight = p.dense(dy.dtype)
+        dx = torch.mm(dy, weight, out=dx) if i == 0 else cast(Tensor, dx).addmm_(dy, weight)
+        del weight
+        dx.addmm_(torch.mm(dy, p.lora_B) if ds is None else ds, p.lora_A, alpha=p.scaling)
+    return cast(Tensor, dx)
+
+
+class _Frozen(NamedTuple):
+    """The arguments of a Function that have no gradient."""
+
+    order: Order
+    weights: tuple[Tensor | Packed4bit, ...]
+    scalings: tuple[float, ...]
+
+    def projections(self, adapters: Sequence[Tensor], dtype: torch.dtype) -> list[Projection]:
+        """Return the projections with their adapters, A and B in turns, cast to `dtype`."""
+        adapters = [t.to(dtype) for t in adapters]
+        return [*map(Projection, self.weights, adapters[::2], adapters[1::2], self.scalings)]
+
+
+class FusedProjections(torch.autograd.Function):
+    """Projections of one x: Unsloth's and axolotl's LoRA_QKV; LoRA_W and LoRA_O are one of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: _Frozen, *adapters: Tensor) -> tuple[Tensor, ...]:
+        ys, ps = [], []
+        for p in frozen.projections(adapters, x.dtype):
+            y, low_rank = _project(x, p)
+            ys.append(y)
+            ps += [low_rank] if frozen.order.keeps_p else []
+            del low_rank
+        ctx.save_for_backward(x, *adapters, *ps)
+        ctx.frozen = frozen
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        order, count = ctx.frozen.order, len(dys)
+        x, *saved = ctx.saved_tensors
+        projections = ctx.frozen.projections(saved[: 2 * count], x.dtype)
+        ps = saved[2 * count :] or [None] * count
+        grads, kept = [], []
+        for dy, p, P in zip(dys, projections, ps, strict=True):
+            ds = torch.mm(dy, p.lora_B)
+            grads += _adapter_gradients(x, dy, p, ds, P)
+            kept.append(ds if order.keeps_ds else None)
+            del ds
+        dx = _input_gradient(dys, projections, kept, x if order.overwrites_x else None)
+        return dx, None, *grads
+
+
+# Ops of their own, so that the counter sees one kernel.
+@torch.library.custom_op("lora_kernels_bench::silu_mul", mutates_args=())
+def silu_mul(g: Tensor, u: Tensor) -> Tensor:
+    """Return h = silu(g) ⊙ u."""
+    return F.silu(g) * u
+
+
+@silu_mul.register_fake
+def _(g: Tensor, u: Tensor) -> Tensor:
+    return torch.empty_like(g)
+
+
+@torch.library.custom_op("lora_kernels_bench::silu_mul_backward_", mutates_args=("dh", "g", "u"))
+def silu_mul_backward_(dh: Tensor, g: Tensor, u: Tensor) -> None:
+    """Overwrite dh by h, g by dg and u by du."""
+    sigma = torch.sigmoid(g)
+    activation = g * sigma
+    h, du = activation * u, dh * activation
+    dg = dh * u * sigma * (1 + g * (1 - sigma))
+    for to, found in zip((dh, g, u), (h, dg, du), strict=True):
+        to.copy_(found)
+
+
+@silu_mul_backward_.register_fake
+def _(dh: Tensor, g: Tensor, u: Tensor) -> None:
+    return None
+
+
+class FusedMLP(torch.autograd.Function):
+    """A gated MLP of the projections gate, up and down: Unsloth's and axolotl's LoRA_MLP."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: _Frozen, *adapters: Tensor) -> Tensor:
+        gate, up, down = frozen.projections(adapters, x.dtype)
+        g, u = _project(x, gate)[0], _project(x, up)[0]
+        ctx.save_for_backward(x, g, u, *adapters)
+        ctx.frozen = frozen
+        return _project(silu_mul(g, u), down)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        order = ctx.frozen.order
+        x, g, u, *adapters = ctx.saved_tensors
+        gate, up, down = ctx.frozen.projections(adapters, x.dtype)
+        dh = _project(dy, down, transposed=True)[0]
+        silu_mul_backward_(dh, g, u)
+        h, dg, du = dh, g, u  # h stays to the end, as in the peers
+        of_down = _adapter_gradients(h, dy, down, torch.mm(dy, down.lora_B))
+        grads: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        for each, p in ((dg, gate), (du, up)):
+            ds = torch.mm(each, p.lora_B)
+            grads += _adapter_gradients(x, each, p, ds)
+            kept.append(ds if order.keeps_ds else None)
+            del ds
+        dx = _input_gradient((dg, du), (gate, up), kept, x if order.overwrites_x else None)
+        return dx, None, *grads, *of_down
+
+
+def _apply(function: Any, order: Order, projections: Sequence[Projection], x: Tensor) -> Any:
+    frozen = _Frozen(
+        order, tuple(p.weight for p in projections), tuple(p.scaling for p in projections)
+    )
+    return function.apply(x, frozen, *(t for p in projections for t in (p.lora_A, p.lora_B)))
+
+
+Call = Callable[[Tensor], Any]
+
+
+def fused(order: Order, block: str, projections: Sequence[Projection]) -> Call:
+    """Return the call of a peer that has one Function for the block."""
+    function = FusedMLP if block == "mlp" else FusedProjections
+    return lambda x: _apply(function, order, projections, x)
+
+
+def separate(order: Order, block: str, projections: Sequence[Projection]) -> Call:
+    """Return the call of a peer that has one Function for each projection."""
+
+    def call(x: Tensor) -> Any:
+        def project(x: Tensor, p: Projection) -> Tensor:
+            return _apply(FusedProjections, order, [p], x)[0]  # type: ignore[no-any-return]
+
+        if block != "mlp":
+            return tuple(project(x, p) for p in projections)
+        gate, up, down = projections
+        return project(F.silu(project(x, gate)) * project(x, up), down)
+
+    return call
+
+
+INPLACE = "unsloth_inplace"
+# Name in the JSON -> what builds the peer's call from a block's name and its projections.
+FUNCTIONS: dict[str, Callable[[str, Sequence[Projection]], Call]] = {
+    "unsloth": lambda block, projections: fused(UNSLOTH, block, projections),
+    "axolotl": lambda block, projections: fused(AXOLOTL, block, projections),
+    "addmm": lambda block, projections: separate(ADDMM, block, projections),
+    INPLACE: lambda block, projections: fused(UNSLOTH_INPLACE, block, projections),
+}
+
+# ---- Rows ----
+
+Counts = dict[str, Traffic]  # of ours and each peer
+
+
+def best(counts: Counts, measure: str) -> str:
+    """Return the peer that is best in "bytes" or "peak", of those that do not overwrite x."""
+    peers = [name for name in counts if name not in ("ours", INPLACE)]
+    return min(peers, key=lambda name: cast(int, getattr(counts[name], measure)))
+
+
+def losses(counts: Counts) -> list[str]:
+    """Return the measures in which ours loses.
+
+    counts: of a forward, or of a forward and its backward together.
+
+    >>> peers = {"peft": Traffic(90, 9, 7, 0), INPLACE: Traffic(0, 0, 0, 0)}
+    >>> losses({"ours": Traffic(99, 0, 9, 2 << 20), **peers})
+    []
+    >>> losses({"ours": Traffic(99, 1, 9, 1 + (2 << 20)), **peers})
+    ['bytes', 'peak']
+    """
+    ours = counts["ours"]
+    lost = {
+        "bytes": ours.bytes > MOST_BYTES * counts[best(counts, "bytes")].bytes,
+        "peak": ours.peak > counts[best(counts, "peak")].peak + PEAK_UNIT,
+    }
+    return [name for name in lost if lost[name]]
+
+
+@dataclass
+class BlockRow:
+    """One direction of one block: ours and the peers.
+
+    losses: of a forward by itself, or of a backward with its forward.
+    """
+
+    table: ClassVar[str] = "blocks"
+
+    block: str
+    sizes: str
+    cell: str
+    M: int
+    R: int
+    direction: str
+    bytes: dict[str, int]
+    kernels: dict[str, int]
+    peak: dict[str, int]
+    losses: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def has_failed(self) -> bool:
+        """True if the row makes the exit status 1."""
+        return (self.block, self.cell) in HELD and bool(self.losses)
+
+    def __str__(self) -> str:
+        """Return MB, kernels and peak in MB of ours and each peer, and what ours loses."""
+        each = (
+            f"{name} {self.bytes[name] / 1e6:.1f}/{self.kernels[name]}/{self.peak[name] / 1e6:.1f}"
+            for name in self.bytes
+        )
+        lost = f"  ✗ {', '.join(self.losses)}" if self.losses else ""
+        return (
+            f"{self.block} {self.sizes}, {self.cell}, M={self.M} r={self.R} {self.direction}, "
+            f"MB/kernels/peak MB: {', '.join(each)}{lost}"
+        )
+
+
+def count_block(
+    block: Block, cell: Cell, R: int = RANK, Ms: Sequence[int] = ROWS
+) -> Iterator[BlockRow]:
+    """Yield the rows of a block and a kind of layer: both directions for each M.
+
+    >>> [row.kernels["axolotl"] for row in count_block(Block("layer", 64, (64,)), CELLS[0], 8, [9])]
+    [3, 6]
+    """
+    from ..peft import fuse
+
+    module = stock(block, cell, R)
+    projections = projections_of(module)
+
+    def count(call: Call | None = None) -> list[tuple[Traffic, Traffic]]:
+        traffic.count_step(module, cell, Ms[0], block.K, call=call)
+        return [traffic.count_step(module, cell, M, block.K, call=call) for M in Ms]
+
+    found = {"peft": count()}
+    for name, build in FUNCTIONS.items():
+        if name != INPLACE or block.name != "layer":  # Unsloth's single layer overwrites nothing
+            found[name] = count(build(block.name, projections))
+    fuse(nn.Sequential(module))
+    found = {"ours": count(), **found}
+    for i, M in enumerate(Ms):
+        steps = {name: counts[i] for name, counts in found.items()}
+        forwards, backwards = ({n: step[d] for n, step in steps.items()} for d in range(2))
+        judged = forwards, {name: traffic.both(*step) for name, step in steps.items()}
+        for direction, counts, of in zip(DIRECTIONS, (forwards, backwards), judged, strict=True):
+            measures: Any = {
+                measure: {name: getattr(t, measure) for name, t in counts.items()}
+                for measure in MEASURES
+            }
+            measures["losses"] = losses(of)
+            yield BlockRow(block.name, block.sizes, cell.name, M, R, direction, **measures)
+
+
+class Count(traffic.Count):
+    """Memory traffic, counted: layers beside PEFT's, then blocks beside all peers."""
+
+    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Any]:
+        """Yield the rows of `traffic`, then those of the blocks."""
+        yield from super().rows(args, facts, only)
+        has_bitsandbytes = find_spec("bitsandbytes") is not None
+        for block, cell in itertools.product(BLOCKS, CELLS):
+            if cell.base != "nf4" or has_bitsandbytes:
+                yield from count_block(block, cell)
+
+    def line(self, row: Any) -> str:
+        return str(row) if isinstance(row, BlockRow) else super().line(row)
+
+    def summary(self, rows: list[Any]) -> Iterator[str]:
+        """Yield `traffic`'s summary, and how many rows of each block ours loses."""
+        of_blocks = [row for row in rows if isinstance(row, BlockRow)]
+        yield from super().summary([row for row in rows if not isinstance(row, BlockRow)])
+        for block in BLOCKS:
+            found = [row for row in of_blocks if row.block == block.name]
+            lost = [row for row in found if row.losses]
+            counts = (f"{sum(n in row.losses for row in lost)} in {n}" for n in ("bytes", "peak"))
+            yield (
+                f"{block.name} {block.sizes}: {len(found)} rows, ours loses {len(lost)} to the "
+                f"best peer ({', '.join(counts)}), {sum(row.has_failed for row in lost)} of them "
+                "in the exit status"
+            )
+
+    def has_failed(self, rows: list[Any]) -> bool:
+        return any(
+            row.has_failed if isinstance(row, BlockRow) else bool(row.losses) for row in rows
+        )

@@ -1,0 +1,364 @@
+"""The peers' Functions against PyTorch's gradients, and the blocks of `bench --count`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import report
+from lora_kernels.backends import decode4bit
+from lora_kernels.bench import blocks, traffic
+from lora_kernels.bench.blocks import BLOCKS, CELLS, FUNCTIONS, HELD, INPLACE, Block, BlockRow
+from lora_kernels.bench.counter import Kernel, Traffic, count
+from lora_kernels.bench.traffic import Cell
+from lora_kernels.quantization.weight4bit import quantize_4bit
+
+pytest.importorskip("peft")
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+M, K, H, R = 7, 24, 40, 3
+OUT = {"layer": (H,), "qkv": (K, 8, 16), "mlp": (H, H)}  # out-features of the projections of x
+
+
+def projections(block: str, dtype: torch.dtype = F64) -> list[blocks.Projection]:
+    """Random projections of a small block; each has a scaling of its own."""
+    sizes = [(N, K) for N in OUT[block]] + [(K, H)] * (block == "mlp")
+    return [
+        blocks.Projection(
+            torch.randn(rows, columns, dtype=dtype),
+            torch.randn(R, columns, dtype=dtype, requires_grad=True),
+            torch.randn(rows, R, dtype=dtype, requires_grad=True),
+            0.5 + i,
+        )
+        for i, (rows, columns) in enumerate(sizes)
+    ]
+
+
+def composed(block: str, projections: Sequence[blocks.Projection], x: Tensor) -> tuple[Tensor, ...]:
+    """The block as one writes it first."""
+
+    def project(x: Tensor, p: blocks.Projection) -> Tensor:
+        assert isinstance(p.weight, Tensor)
+        return x @ p.weight.t() + p.scaling * (x @ p.lora_A.t()) @ p.lora_B.t()
+
+    if block != "mlp":
+        return tuple(project(x, p) for p in projections)
+    gate, up, down = projections
+    return (project(F.silu(project(x, gate)) * project(x, up), down),)
+
+
+def outputs_and_gradients(
+    ys: Any, x: Tensor, projections: Sequence[blocks.Projection]
+) -> list[Tensor]:
+    """y, then the gradients of x and of each A and B for one random dy of each y."""
+    ys = (ys,) if isinstance(ys, Tensor) else ys
+    generator = torch.Generator().manual_seed(0)
+    dys = [torch.randn(y.shape, dtype=y.dtype, generator=generator) for y in ys]
+    wanted = [x, *(t for p in projections for t in (p.lora_A, p.lora_B))]
+    copies = [y.detach().clone() for y in ys]
+    return [*copies, *torch.autograd.grad(ys, wanted, dys)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("block", OUT)
+def test_function_of_peer_equals_pytorch_in_float64(block: str, name: str) -> None:
+    torch.manual_seed(1)
+    parts, x = projections(block), torch.randn(M, K, dtype=F64, requires_grad=True)
+    want = outputs_and_gradients(composed(block, parts, x), x, parts)
+    call = FUNCTIONS[name](block, parts)
+    before = x.detach().clone()
+    got = outputs_and_gradients(call(x), x, parts)
+    for each, expected in zip(got, want, strict=True):
+        # 40 terms of order 1 a GEMM; three GEMMs after another.
+        torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, before) == (name != INPLACE)
+    if name == INPLACE:
+        dx = got[len(got) - 1 - 2 * len(parts)]
+        assert dx.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("block", OUT)
+def test_function_of_peer_decodes_4bit_weights_in_both_directions(block: str) -> None:
+    """bitsandbytes' CPU ops; the same GEMMs as over the decoded weights."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(2)
+    dense, packed = [], []
+    for p in projections(block, F32):
+        assert isinstance(p.weight, Tensor)
+        codes = quantize_4bit(p.weight, "nf4", blocksize=64).codes
+        decoded = decode4bit.bitsandbytes_dense(codes, p.weight.shape, F32)  # type: ignore[arg-type]
+        assert 0 < (decoded - p.weight).abs().max() < 1
+        dense.append(p._replace(weight=decoded))
+        packed.append(p._replace(weight=codes))
+    x = torch.randn(M, K, requires_grad=True)
+    for name in ("unsloth", "axolotl", "addmm"):
+        build = FUNCTIONS[name]
+        got = outputs_and_gradients(build(block, packed)(x), x, packed)
+        want = outputs_and_gradients(build(block, dense)(x), x, dense)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["unsloth", "axolotl", "addmm"])
+@pytest.mark.parametrize("block", OUT)
+def test_function_of_peer_casts_float32_adapters_and_their_gradients(block: str, name: str) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(M, K).to(BF16).requires_grad_()
+    narrow = projections(block, BF16)
+    wide = [
+        p._replace(
+            lora_A=p.lora_A.detach().float().requires_grad_(),
+            lora_B=p.lora_B.detach().float().requires_grad_(),
+        )
+        for p in narrow
+    ]
+    got, want = (
+        outputs_and_gradients(FUNCTIONS[name](block, parts)(x), x, parts)
+        for parts in (wide, narrow)
+    )
+    assert [t.dtype for t in got[-2 * len(wide) :]] == [F32] * 2 * len(wide)
+    assert all(torch.equal(a.to(BF16), b) for a, b in zip(got, want, strict=True))
+
+
+def test_functions_that_overwrite_refuse_a_second_backward() -> None:
+    torch.manual_seed(4)
+    parts, x = projections("mlp"), torch.randn(M, K, dtype=F64, requires_grad=True)
+    y = FUNCTIONS["axolotl"]("mlp", parts)(x)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_silu_mul_and_its_backward_are_one_kernel_each() -> None:
+    g, u, dh = (torch.empty(M, K, device="meta") for _ in range(3))
+    log: list[Kernel] = []
+    found = count(lambda: (blocks.silu_mul(g, u), blocks.silu_mul_backward_(dh, g, u)), log)
+    a_pass = 4 * M * K
+    assert [(kernel.read, kernel.written) for kernel in log] == [
+        (2 * a_pass, a_pass),
+        (3 * a_pass, 3 * a_pass),
+    ]
+    assert found.peak == a_pass
+
+
+# ---- The rule ----
+
+PEERS = {"peft": Traffic(900, 100, 9, 50), "axolotl": Traffic(1000, 1000, 7, 40)}
+OVERWRITING = {INPLACE: Traffic(10, 10, 1, 10)}
+MIB2 = 2 << 20
+RULE: list[tuple[Traffic, list[str]]] = [
+    (Traffic(1010, 0, 99, 40), []),
+    (Traffic(1011, 0, 9, 40), ["bytes"]),
+    (Traffic(1000, 0, 9, 40 + MIB2), []),
+    (Traffic(1000, 0, 9, 41 + MIB2), ["peak"]),
+    (Traffic(1000, 11, 9, 51 + MIB2), ["bytes", "peak"]),
+]
+
+
+@pytest.mark.parametrize(("ours", "want"), RULE)
+def test_losses_against_the_best_peer_of_each_measure(ours: Traffic, want: list[str]) -> None:
+    counts = {"ours": ours, **PEERS, **OVERWRITING}
+    assert (blocks.best(counts, "bytes"), blocks.best(counts, "peak")) == ("peft", "axolotl")
+    assert blocks.losses(counts) == want
+
+
+def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours saves 1 % in the forward, and moves 3 % more in one backward, 4 % more in the other."""
+    peer = Traffic(1000, 0, 7, 0)
+    for read, want in ((1030, []), (1040, ["bytes"])):
+        steps = {"ours": (peer._replace(read=990), peer._replace(read=read))}
+        monkeypatch.setattr(
+            traffic,
+            "count_step",
+            lambda module, *args, call=None, steps=steps: (
+                steps["ours"] if call is None and is_fused(module) else (peer, peer)
+            ),
+        )
+        forward, backward = blocks.count_block(Block("layer", 64, (64,)), CELLS[0], 4, [512])
+        assert forward.losses == [] and backward.losses == want
+
+
+def is_fused(module: nn.Module) -> bool:
+    from lora_kernels.peft.linear import Fused
+
+    return isinstance(next(module.children()), Fused)
+
+
+ROW = BlockRow(
+    *("layer", "2→3", CELLS[0].name, 9, 4, "backward"),
+    bytes={"ours": 3_000_000, "peft": 2_000_000},
+    kernels={"ours": 9, "peft": 7},
+    peak={"ours": 1_000_000, "peft": 1_250_000},
+    losses=["bytes"],
+)
+
+
+def test_line_of_a_lost_row_is_marked() -> None:
+    line = blocks.Count().line
+    assert line(ROW) == (
+        "layer 2→3, bf16, bf16 adapters, M=9 r=4 backward, MB/kernels/peak MB: ours 3.0/9/1.0, "
+        "peft 2.0/7/1.2  ✗ bytes"
+    )
+    assert line(replace(ROW, losses=[])).endswith("peft 2.0/7/1.2")
+
+
+def test_exit_status_counts_the_losses_of_held_blocks() -> None:
+    suite = blocks.Count()
+    assert ("layer", CELLS[0].name) in HELD and {block for block, _ in HELD} <= {
+        block.name for block in BLOCKS
+    }
+    assert suite.has_failed([ROW])
+    assert not suite.has_failed([replace(ROW, losses=[]), replace(ROW, block="mlp")])
+    rounded = next(c for c in CELLS if c.adapter_dtype is F32 and not c.autocast)
+    assert not suite.has_failed([replace(ROW, cell=rounded.name)])
+
+
+# ---- Small sizes ----
+
+SMALL = (
+    Block("layer", 128, (64,)),
+    Block("qkv", 128, (128, 64, 64)),
+    Block("mlp", 128, (256,) * 2),
+)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("block", SMALL, ids=lambda block: block.name)
+def test_count_block_every_cell_is_counted(block: Block, cell: Cell) -> None:
+    if cell.base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    rows = list(blocks.count_block(block, cell, 4, [96]))
+    assert [(row.M, row.direction) for row in rows] == [(96, "forward"), (96, "backward")]
+    names = {"ours", "peft", *FUNCTIONS} - ({INPLACE} if block.name == "layer" else set())
+    for row in rows:
+        assert row.bytes.keys() == row.kernels.keys() == row.peak.keys() == names
+        assert min(row.bytes.values()) > 2 * row.M * block.K
+        assert row.bytes["ours"] != row.bytes["peft"]  # not PEFT's under another name
+
+
+def test_block_is_what_fuse_sees_in_a_model() -> None:
+    """transformers' LlamaMLP with PEFT's layers; q, k and v under one parent, called with one x."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    mlp, qkv = (blocks.stock(block, CELLS[0], 4) for block in SMALL[:0:-1])
+    assert isinstance(mlp, LlamaMLP) and mlp.training
+    assert [name for name, _ in qkv.named_children()] == ["q_proj", "k_proj", "v_proj"]
+    for module in (mlp, qkv):
+        found = blocks.projections_of(module)
+        assert len(found) == 3 and all(p.scaling == 2.0 and p.lora_A.requires_grad for p in found)
+        own = {id(p) for p in module.parameters()}
+        assert all(id(t) in own for p in found for t in (p.weight, p.lora_A, p.lora_B))
+
+
+def test_bench_count_has_a_list_of_blocks(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    monkeypatch.setattr(traffic, "SHAPES", ((128, 256),))
+    monkeypatch.setattr(traffic, "CELLS", traffic.CELLS[:1])
+    monkeypatch.setattr(blocks, "BLOCKS", SMALL)
+    monkeypatch.setattr(blocks, "CELLS", CELLS[:1])
+    ran = run("--count")
+    found = ran.data["blocks"]
+    assert len(found) == 2 * len(SMALL) * len(blocks.ROWS) and "block" not in ran.rows[0]
+    assert sum("✗" in line for line in ran.out.splitlines()) == sum(
+        bool(row["losses"]) for row in [*ran.rows, *found]
+    )
+    held = [row for row in found if (row["block"], row["cell"]) in HELD]
+    assert ran.status == any(row["losses"] for row in [*ran.rows, *held])
+    assert ran.out.splitlines()[-1].startswith("mlp 128→256→128: 6 rows, ours loses ")
+    table = report.table(report.block_head(), report.block_rows(found))
+    lines = table.splitlines()
+    assert len(lines) == 2 + len(SMALL) and lines[2].endswith(" | – |")
+    assert lines[4].startswith("| gated MLP, 128→256→128 | bf16, bf16 adapters | ")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            report, "read", lambda file: ran.data if file == report.JSON_TRAFFIC else None
+        )
+        assert table in report.render("RESULTS.md.j2", report.runs())
+
+
+# ---- Full size: M = 8192, bf16 ----
+
+
+@functools.cache
+def step(block: str, cell: str) -> dict[str, Traffic]:
+    """Forward and backward together, of ours and each peer."""
+    sizes = next(each for each in BLOCKS if each.name == block)
+    kind = next(each for each in CELLS if each.name == cell)
+    forward, backward = blocks.count_block(sizes, kind, Ms=[8192])
+    return {
+        name: Traffic(
+            forward.bytes[name] + backward.bytes[name],
+            0,
+            forward.kernels[name] + backward.kernels[name],
+            max(forward.peak[name], backward.peak[name]),
+        )
+        for name in forward.bytes
+    }
+
+
+# Passes over x, dx or the MLP's y (4096 columns), over all y of q/k/v or one of the MLP's wide
+# tensors, and over the weights; kernels; of the peak, passes over the two.
+# A projection: x·Wᵀ, P and addmm_ take 2 passes over x and 3 over y. Its gradients: dS, dA, P, dB
+# take 2 over x and 2 over dY; dx takes 1 or 2 over dx, 1 over dY, 2 more over dx, and 1 over dY for
+# a second dS. The MLP: 3 for h, 6 for the backward of that, and dh instead of the last dx. addmm:
+# without P in the backward, with 2 sums of dx (3 each); 5 for h and 9 for its backward, dh's 3
+# among those of `down`.
+DERIVED: dict[tuple[str, str], tuple[tuple[int, int, int], int, tuple[int, int]]] = {
+    ("layer", "unsloth"): ((7, 7, 2), 10, (1, 1)),
+    ("layer", "axolotl"): ((7, 6, 2), 9, (1, 1)),
+    ("layer", "addmm"): ((6, 6, 2), 8, (1, 1)),
+    ("layer", "ours"): ((6, 6, 2), 10, (1, 1)),
+    ("layer", "peft"): ((8, 12, 2), 12, (1, 2)),
+    ("qkv", "unsloth"): ((23, 7, 2), 30, (1, 1)),
+    ("qkv", INPLACE): ((23, 7, 2), 30, (0, 1)),
+    ("qkv", "axolotl"): ((23, 6, 2), 27, (1, 1)),
+    ("qkv", "addmm"): ((24, 6, 2), 26, (2, 1)),
+    ("mlp", "unsloth"): ((22, 30, 2), 32, (2, 3)),
+    ("mlp", INPLACE): ((22, 30, 2), 32, (1, 3)),
+    ("mlp", "axolotl"): ((22, 28, 2), 30, (2, 3)),
+    ("mlp", "addmm"): ((21, 32, 2), 30, (1, 6)),
+}
+X = 2 * 8192 * 4096
+WIDE = {"layer": X, "qkv": 2 * 8192 * 6144, "mlp": 2 * 8192 * 14336}
+WEIGHTS = {"layer": 2 * 4096 * 4096, "qkv": 2 * 4096 * 6144, "mlp": 6 * 4096 * 14336}
+
+
+@pytest.mark.parametrize(("at", "want"), DERIVED.items(), ids=lambda at: "-".join(map(str, at)))
+def test_count_block_at_full_size_is_what_was_derived(
+    at: tuple[str, str], want: tuple[tuple[int, int, int], int, tuple[int, int]]
+) -> None:
+    """The rest, adapters and [M, R], is at most a quarter of a pass over x."""
+    block, name = at
+    (x, wide, weights), kernels, (x_peak, wide_peak) = want
+    found = step(block, CELLS[0].name)[name]
+    derived = x * X + wide * WIDE[block] + weights * WEIGHTS[block]
+    assert found.kernels == kernels
+    assert 0 < found.bytes - derived < 0.25 * X
+    assert 0 < found.peak - (x_peak * X + wide_peak * WIDE[block]) < 0.05 * X
+
+
+def test_count_block_at_full_size_4bit_adds_two_decodes_of_each_weight() -> None:
+    """A decode reads half a byte and writes two; a 64th of the codes has a scale, which 3 kernels
+    read and write in 1 + 4, 4 + 4 and 4 bytes."""
+    pytest.importorskip("bitsandbytes")
+    for block, projections in (("layer", 1), ("qkv", 3), ("mlp", 3)):
+        dense, packed = (step(block, CELLS[i].name) for i in (0, 3))
+        for name in ("unsloth", "axolotl", "addmm"):
+            assert packed[name].kernels - dense[name].kernels == 6 * projections
+            extra = packed[name].bytes - dense[name].bytes
+            assert extra == pytest.approx(2 * WEIGHTS[block] / 2 * (2.5 + 17 / 64), rel=1e-3)
+
+
+@pytest.mark.parametrize(("block", "cell"), HELD)
+def test_fuse_at_full_size_loses_no_held_row(block: str, cell: str) -> None:
+    sizes = next(each for each in BLOCKS if each.name == block)
+    kind = next(each for each in CELLS if each.name == cell)
+    if kind.base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    for row in blocks.count_block(sizes, kind):
+        assert not row.losses, str(row)

@@ -49,9 +49,12 @@ class SiblingGrads(NamedTuple):
     bias: Tensor | None = None
 
 
-def is_p_rounded(dtype: torch.dtype, adapters: Sequence[Tensor], has_gate: bool) -> bool:
-    """Return True if P may be stored in the 16-bit `dtype` of x: all GEMMs that read P round it."""
-    return dtype in _HALVES and not has_gate and all(t.dtype is dtype for t in adapters)
+def is_p_rounded(dtype: torch.dtype, adapters: Sequence[torch.dtype], has_gate: bool) -> bool:
+    """Return True if all GEMMs that read P would round it to x's 16-bit `dtype`.
+
+    adapters: the dtypes of the A and the B.
+    """
+    return dtype in _HALVES and not has_gate and all(each is dtype for each in adapters)
 
 
 def down_projections(x: Tensor, lora_A: Sequence[Tensor], is_rounded: bool) -> Sequence[Tensor]:

@@ -92,7 +92,9 @@ class _SiblingLinear(torch.autograd.Function):
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         with ops.no_autocast(x):
             y = eager_blocks.sibling_linear(x, p, base, lora_B, scaling, rank_gate, bias)
-        if len(y_shape) != 2:  # in place: autograd lets no one change a view that a Function returns
+        if (
+            len(y_shape) != 2
+        ):  # in place: autograd lets no one change a view that a Function returns
             y = y.contiguous().resize_(y_shape)
         need_x, _, need_B, need_gate, *_ = ctx.needs_input_grad
         kept_p = p if need_B or need_gate else None

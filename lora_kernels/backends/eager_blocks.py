@@ -57,11 +57,11 @@ def is_p_rounded(dtype: torch.dtype, adapters: Sequence[torch.dtype], has_gate: 
     return dtype in _HALVES and not has_gate and all(each is dtype for each in adapters)
 
 
-def down_projections(x: Tensor, lora_A: Sequence[Tensor], is_rounded: bool) -> Sequence[Tensor]:
+def down_projections(x: Tensor, lora_A: Sequence[Tensor], is_rounded: bool) -> list[Tensor]:
     """Return P_i [M, R_i], columns of one tensor, for x [M, K] and each A_i [R_i, K]."""
     stacked = torch.cat(list(lora_A))
     p = torch.mm(x, stacked.t()) if is_rounded else _contract(x, stacked, 0)
-    return p.split([A.shape[0] for A in lora_A], dim=1)
+    return list(p.split([A.shape[0] for A in lora_A], dim=1))
 
 
 def down_projections_backward(

@@ -27,18 +27,19 @@ from ..backends.eager_blocks import is_p_rounded
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
 from ..core.call import Operands, Spec
+from ..core.packed4bit import Packed4bit
 from ..quantization import Weight4bit
 from .adapters import Adapter, adapters_of, dropout_p, lora_bias, stack, weight_of
-from .base import readable_weight
+from .base import is_linear4bit, readable_weight
 from .eligibility import hooks_of, is_dora, linear_reason, unreadable_reason
 
-# As many slots of a forward may serve one layer alone: that of q, if k and v get another tensor. More
-# are a sign of layers that are called one after the other.
+# The slots of a forward that may serve one layer alone: that of q, if k and v get another tensor.
+# More of them are a sign of layers that are called one after the other.
 MISSES = 1
 
 
 class _Slot:
-    """What the layers that are called with one x share.
+    """The tensors that layers share which are called with one x.
 
     Args:
         key: of `_key`.
@@ -88,8 +89,8 @@ _frames = _Frames()
 class Siblings:
     """The names of a module's children that may share x, and the hooks of that module.
 
-    It refers to no module and no tensor, so it is copied and pickled with the model. What is shared
-    is kept in a `_Frame`, from the parent's pre-hook to its forward hook.
+    It refers to no module and no tensor, so it is copied and pickled with the model. The shared
+    tensors are in a `_Frame`, from the parent's pre-hook to its forward hook.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -158,9 +159,10 @@ class _Call(NamedTuple):
         lora_A, lora_B, scaling, gate, _ = stack([adapter], 0.0)
         cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
         is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
+        if compute_dtype not in (None, dtype) and not is_cast:
+            return None
+        codes: Tensor | Packed4bit
         if isinstance(weight, Weight4bit):
-            if x.dtype is torch.float64 or not (is_cast or compute_dtype in (None, dtype)):
-                return None
             codes = weight.codes
         elif not is_cast and weight.dtype is not dtype:
             return None
@@ -170,8 +172,8 @@ class _Call(NamedTuple):
         if base_bias is not None:
             bias = base_bias if bias is None else base_bias + bias
         lora_B = lora_B.to(dtype) if is_cast else lora_B
-        stand_ins = (t.new_empty((), dtype=dtype).expand(t.shape) for t in (x, lora_A))
-        x, lora_A = stand_ins if is_cast else (x, lora_A)  # of which a choice reads the shapes
+        if is_cast:  # the choice reads shapes and dtypes alone
+            x, lora_A = (t.new_empty((), dtype=dtype).expand(t.shape) for t in (x, lora_A))
         operands = Operands(x, codes, lora_A, lora_B, gate, None, bias)
         if ops.choose(operands, Spec(scaling, 0.0, dtype, dtype)).backend != "eager":
             return None
@@ -227,6 +229,8 @@ def sharing_adapter(layer: Any, device: torch.device, x_dtype: torch.dtype) -> A
     reason = linear_reason(layer, adapters, device, x_dtype) or unreadable_reason(base, device)
     if reason is not None:
         return reason
+    if not _computes_in(base, device, x_dtype):
+        return f"its base computes in {base.compute_dtype}, x has {x_dtype}"
     if len(adapters) > 1:
         return "several adapters are active"
     (adapter,) = adapters
@@ -237,6 +241,13 @@ def sharing_adapter(layer: Any, device: torch.device, x_dtype: torch.dtype) -> A
     if weight_of(adapter.lora_A).is_inference():
         return "its lora_A is an inference tensor"
     return adapter
+
+
+def _computes_in(base: Any, device: torch.device, x_dtype: torch.dtype) -> bool:
+    """Return True if the base GEMM runs in x's dtype or autocast's, as far as the base knows."""
+    if not is_linear4bit(base) or autocast_dtype(device.type, x_dtype) is not None:
+        return True
+    return not base.compute_type_is_set or base.compute_dtype in (None, x_dtype)
 
 
 def _can_share(x: Tensor) -> bool:

@@ -133,10 +133,8 @@ class _SiblingLinear(torch.autograd.Function):
                 ctx.needs_input_grad[:5],
             )
         dg, dbias = grads.rank_gate, grads.bias
-        if dg is not None:
-            dg = dg.to(rank_gate.dtype)
-        if dbias is not None:
-            dbias = dbias.to(ctx.bias_dtype)
+        dg = None if rank_gate is None or dg is None else dg.to(rank_gate.dtype)
+        dbias = None if ctx.bias_dtype is None or dbias is None else dbias.to(ctx.bias_dtype)
         return grads.x, grads.p, grads.lora_B, dg, dbias, *others[4:]
 
 

@@ -84,6 +84,8 @@ def down_projections_backward(
     given = [(i, t) for i, t in enumerate(dp) if t is not None]
     if not given:
         return dx, dA
+    if _is_batched(given[0][1]):
+        return _batched_projections_backward(dx, dp, x, lora_A, x_dtype)
     ds = torch.cat([t for _, t in given], dim=1) if len(given) > 1 else given[0][1]
     stacked = torch.cat([lora_A[i] for i, _ in given]) if len(given) > 1 else lora_A[given[0][0]]
     dtype = x_dtype if x is None else x.dtype
@@ -145,6 +147,8 @@ def sibling_linear_backward(
     """
     need_x, need_p, need_B, need_gate, need_bias = needs
     dp = dB = dg = dbias = None
+    if _is_batched(dy):
+        return _batched_backward(dy, dx, p, weight, lora_B, scaling, rank_gate, columns, p_dtype)
     if need_x:  # before anything else is held beside the dense copy of a 4-bit weight
         assert weight is not None
         w = _dense(weight, (dy.shape[1], columns), dy.dtype)
@@ -173,3 +177,63 @@ def _dense(weight: Tensor | Packed4bit, shape: tuple[int, int], dtype: torch.dty
     if isinstance(weight, Packed4bit):
         return decode4bit.dense(weight, shape, dtype)
     return weight
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Return True for a tensor of `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    It stands for several gradients. It has no memory, is not changed in place, and is no `out`.
+    """
+    try:
+        t.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _batched_projections_backward(
+    dx: Tensor | None,
+    dp: Sequence[Tensor | None],
+    x: Tensor | None,
+    lora_A: Sequence[Tensor],
+    x_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """`down_projections_backward` in plain expressions, each in the widest dtype."""
+    dA: list[Tensor | None] = [None] * len(lora_A)
+    for i, (t, A) in enumerate(zip(dp, lora_A, strict=True)):
+        if t is None:
+            continue
+        wide = stat_dtype(t.dtype)
+        t = t.to(wide)
+        if x is not None:
+            dA[i] = torch.mm(t.t(), x.to(wide)).to(A.dtype)
+        if x_dtype is not None:
+            update = torch.mm(t, A.to(wide))
+            dx = (update if dx is None else dx + update).to(x_dtype)
+    return dx, dA
+
+
+def _batched_backward(
+    dy: Tensor,
+    dx: Tensor | None,
+    p: Tensor | None,
+    weight: Tensor | Packed4bit | None,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    columns: int,
+    p_dtype: torch.dtype,
+) -> SiblingGrads:
+    """`sibling_linear_backward` in plain expressions, each in the widest dtype."""
+    wide = stat_dtype(dy.dtype)
+    d, B = dy.to(wide), lora_B.to(wide)
+    if weight is not None:
+        own = torch.mm(dy, _dense(weight, (lora_B.shape[0], columns), dy.dtype))
+        dx = own if dx is None else dx + own
+    ds, dB, dg = torch.mm(d, B) * scaling, None, None
+    if p is not None:
+        s = p.to(wide) if rank_gate is None else p.to(wide) * rank_gate
+        dB = (torch.mm(d.t(), s) * scaling).to(lora_B.dtype)
+        dg = (ds * p).sum(0)
+    dp = ds if rank_gate is None else ds * rank_gate
+    return SiblingGrads(dx, dp.to(p_dtype), dB, dg, d.sum(0))

@@ -110,7 +110,9 @@ class Siblings:
     def call(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return y of a layer that shares x with its siblings; None if it runs its own call."""
         frame = _frames.of.get(self)
-        if frame is None or not any(each is layer for each in frame.waiting):
+        if frame is None or not _has_many_rows(x):
+            return None
+        if not any(each is layer for each in frame.waiting):
             return None
         frame.waiting = [each for each in frame.waiting if each is not layer]
         if not _can_share(x) or frame.hooks != _saved_tensors_hooks():
@@ -220,7 +222,7 @@ def _fill(members: Sequence[tuple[Any, Adapter]], x: Tensor, key: tuple[Any, ...
 
 def sharing_adapter(layer: Any, device: torch.device, x_dtype: torch.dtype) -> Adapter | str:
     """Return the adapter of a layer that can share x on this device, or why it cannot."""
-    if not getattr(layer, "shares_x", False):
+    if not getattr(type(layer), "shares_x", False):  # no wrapper that hands attributes on
         return f"it is a {type(layer).__name__}"
     if any(hooks_of(layer)):
         return "a hook sits on it"
@@ -250,6 +252,10 @@ def _computes_in(base: Any, device: torch.device, x_dtype: torch.dtype) -> bool:
     return not base.compute_type_is_set or base.compute_dtype in (None, x_dtype)
 
 
+def _has_many_rows(x: Tensor) -> bool:
+    return x.dim() > 0 and x.numel() > eager.UPCAST_ROWS * x.shape[-1]
+
+
 def _can_share(x: Tensor) -> bool:
     """Return True if layers may share x in the state of this thread."""
     device_type, _ = ops.device_of(x)
@@ -258,8 +264,6 @@ def _can_share(x: Tensor) -> bool:
         and not x.is_inference()
         and not (x._backward_hooks or x._post_accumulate_grad_hooks)
         and x.dtype in FLOATS
-        and x.dim() > 0
-        and x.numel() > eager.UPCAST_ROWS * x.shape[-1]
         and selection.is_eager_on_gpu(device_type)
         and forced.entered in (None, "eager")  # the backward's thread knows no other
         # A mode may replay single ops, as selective checkpointing does. On meta the counter looks.
@@ -302,7 +306,7 @@ def _groups(parent: nn.Module) -> Iterator[list[str]]:
         return  # calls them one after the other
     groups: dict[int, dict[int, str]] = {}
     for name, layer in parent._modules.items():
-        if getattr(layer, "shares_x", False) and _is_on_gpu(layer):
+        if getattr(type(layer), "shares_x", False) and _is_on_gpu(layer):
             groups.setdefault(cast(Any, layer).in_features, {}).setdefault(id(layer), name)
     yield from (list(names.values()) for names in groups.values() if len(names) > 1)
 

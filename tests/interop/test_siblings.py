@@ -414,7 +414,7 @@ def test_siblings_with_rank_gates_equal_peft(shared) -> None:
 
 
 def test_siblings_with_one_rank_gate_equal_peft(shared) -> None:
-    """Of 16 bits, where P is float32 for the gate alone."""
+    """In 16 bits P is float32 if any layer has a gate."""
     skip_without_kasa()
     import peft
 
@@ -689,7 +689,7 @@ def test_checkpointed_siblings_equal_peft(way, reentrant) -> None:
 
 
 def test_selectively_checkpointed_siblings_equal_peft(shared) -> None:
-    """What was saved of single ops must not be changed in place."""
+    """A saved result of an op must not change in place."""
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:

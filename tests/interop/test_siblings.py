@@ -60,12 +60,13 @@ class Shared:
     """How many down-projections were computed for siblings, and by how many layers used."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.counts = [0, 0]
+        self.counts, self._lock = [0, 0], threading.Lock()
         for i, name in enumerate(("down_projections", "sibling_linear")):
             monkeypatch.setattr(blocks, name, partial(self._count, i, getattr(blocks, name)))
 
     def _count(self, i: int, function: Any, *args: Any) -> Any:
-        self.counts[i] += 1
+        with self._lock:
+            self.counts[i] += 1
         return function(*args)
 
     def take(self) -> tuple[int, int]:
@@ -948,7 +949,7 @@ def test_siblings_outside_of_the_parent_equal_peft(shared) -> None:
     assert shared.take() == (0, 0)
 
 
-def test_siblings_in_four_threads_equal_peft() -> None:
+def test_siblings_in_four_threads_equal_peft(shared) -> None:
     stock, fused = pair()
     want, got, errors = [], [None] * 4, []
     xs = [batch() * (i + 1) for i in range(4)]
@@ -987,6 +988,7 @@ def test_siblings_in_four_threads_equal_peft() -> None:
         thread.join()
     assert not errors
     assert_close_derived(got, want, 1e-12)
+    assert shared.take() == (4 * 5, 4 * 5 * 3)
 
 
 def test_siblings_of_replaced_values_equal_peft(shared) -> None:

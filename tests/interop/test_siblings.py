@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels import blocks
-from lora_kernels.backends import decode4bit
+from lora_kernels.backends import decode4bit, forced
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import baselines, counter
 from lora_kernels.core.problem import Choice, Strategy
@@ -190,6 +190,10 @@ def one_after_the_other(self: Any, x: Tensor) -> Tensor:
     return self.o(self.q(torch.tanh(self.q(x))) + x.cos())
 
 
+def each_another_x(self: Any, x: Tensor) -> Tensor:
+    return self.o(x.tan()) + mix(self.q(x), self.k(x.sin()), self.v(x.cos()))
+
+
 def flat_and_not(self: Any, x: Tensor) -> Tensor:
     flat = x.view(-1, K)
     return self.o(mix(self.q(flat), self.k(flat), self.v(flat)))
@@ -269,6 +273,7 @@ WAYS: dict[Callable[..., Any], tuple[int, int]] = {
     changed_x_between: (2, 3),
     in_two_grad_modes: (2, 3),
     one_after_the_other: (2, 2),
+    each_another_x: (2, 2),
     flat_and_not: (1, 3),
     strided: (1, 3),
     few_rows: (0, 0),
@@ -475,16 +480,19 @@ def test_siblings_over_a_wider_base_under_autocast_are_as_exact_as_peft(x_dtype,
     assert_as_exact_as(got, want, step(stock, x.float()))
 
 
-def test_siblings_over_a_base_of_another_compute_dtype_do_not_share(shared) -> None:
-    stock = build(dtype=f32, base="nf4")
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(f32, bf16), (torch.float16, f32)], ids=str)
+def test_siblings_over_a_base_of_another_compute_dtype_equal_peft(x_dtype, dtype, shared) -> None:
+    """bitsandbytes sets the dtype in the first call, but not for float16."""
+    stock = build(dtype=x_dtype, base="nf4")
     for name in ALL:
         base = getattr(parent_of(stock), name).base_layer
-        base.compute_dtype, base.compute_type_is_set = bf16, True
+        base.compute_dtype, base.compute_type_is_set = dtype, x_dtype is f32
     fused = fuse(copy.deepcopy(stock))
-    assert_close_derived(step(fused, batch(f32)), step(stock, batch(f32)), 8 * 2.0**-8)
+    got, want = (step(model, batch(x_dtype)) for model in (fused, stock))
+    assert_close_derived(got, want, 8 * 2.0**-8)  # each of 4 layers rounds to the narrower dtype
     assert shared.take() == (0, 0)
-    (row,) = explain(fused, x_dtype=f32).blocks
-    assert row.state == "x is not shared" and "computes in torch.bfloat16" in row.reason
+    (row,) = explain(fused, x_dtype=x_dtype).blocks
+    assert row.state == "x is not shared" and f"computes in {dtype}" in row.reason
 
 
 @pytest.mark.parametrize("x_grad", [False, True])
@@ -749,6 +757,14 @@ def test_siblings_of_another_backend_do_not_share(shared) -> None:
     stock, fused = pair(dtype=f32)
     with lora_kernels.backend("cpu"):
         assert_equal_step(stock, fused, batch(f32))
+    assert shared.take() == (0, 0)
+
+
+def test_siblings_while_a_thread_forces_a_backend_do_not_share(shared, monkeypatch) -> None:
+    """Autograd's thread, where checkpoints are recomputed, knows `forced.entered` alone."""
+    stock, fused = pair()
+    monkeypatch.setattr(forced, "entered", "triton")
+    assert_equal_step(stock, fused, batch())
     assert shared.take() == (0, 0)
 
 

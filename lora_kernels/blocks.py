@@ -91,7 +91,8 @@ class _SiblingLinear(torch.autograd.Function):
         scaling, y_shape, blocksizes = options
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         with ops.no_autocast(x):
-            y = eager_blocks.sibling_linear(x, p, base, lora_B, scaling, rank_gate, bias)
+            sibling = eager_blocks.Sibling(p, base, lora_B, scaling, rank_gate)
+            y = eager_blocks.sibling_linear(x, sibling, bias)
         if (
             len(y_shape) != 2
         ):  # in place: autograd lets no one change a view that a Function returns
@@ -119,18 +120,11 @@ class _SiblingLinear(torch.autograd.Function):
         if weight:
             blocksizes = ctx.options.blocksizes
             base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        sibling = eager_blocks.Sibling(p, base, lora_B, ctx.options.scaling, rank_gate)
+        rows, needs = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad[:5]
         with ops.no_autocast(dy):
             grads = eager_blocks.sibling_linear_backward(
-                dy.reshape(-1, dy.shape[-1]),
-                dx,
-                p,
-                base,
-                lora_B,
-                ctx.options.scaling,
-                rank_gate,
-                ctx.columns,
-                ctx.p_dtype,
-                ctx.needs_input_grad[:5],
+                rows, dx, sibling, ctx.columns, ctx.p_dtype, needs
             )
         dg, dbias = grads.rank_gate, grads.bias
         dg = None if rank_gate is None or dg is None else dg.to(rank_gate.dtype)

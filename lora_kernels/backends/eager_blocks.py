@@ -36,6 +36,24 @@ from .eager import (
 )
 
 
+class Sibling(NamedTuple):
+    """The operands of one sibling beside x and its bias.
+
+    Args:
+        p: x·Aᵀ [M, R]. In the backward None if neither dB nor dg is needed.
+        weight: W [N, K], dense or packed in 4 bits. In the backward None if dx is not needed.
+        lora_B: [N, R].
+        scaling: alpha / r.
+        rank_gate: [R] or None.
+    """
+
+    p: Tensor | None
+    weight: Tensor | Packed4bit | None
+    lora_B: Tensor
+    scaling: float
+    rank_gate: Tensor | None
+
+
 class SiblingGrads(NamedTuple):
     """The gradients of one sibling; None for a gradient that is not needed.
 
@@ -102,16 +120,10 @@ def down_projections_backward(
     return dx, dA
 
 
-def sibling_linear(
-    x: Tensor,
-    p: Tensor,
-    weight: Tensor | Packed4bit,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Return y [M, N] in the dtype of x [M, K]; p [M, R] is x·Aᵀ."""
+def sibling_linear(x: Tensor, sibling: Sibling, bias: Tensor | None) -> Tensor:
+    """Return y [M, N] in the dtype of x [M, K]."""
+    p, weight, lora_B, scaling, rank_gate = sibling
+    assert p is not None and weight is not None
     N, K = lora_B.shape[0], x.shape[1]
     base = None
     if isinstance(weight, Packed4bit):
@@ -126,11 +138,7 @@ def sibling_linear(
 def sibling_linear_backward(
     dy: Tensor,
     dx: Tensor | None,
-    p: Tensor | None,
-    weight: Tensor | Packed4bit | None,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
+    sibling: Sibling,
     columns: int,
     p_dtype: torch.dtype,
     needs: Sequence[bool],
@@ -139,16 +147,15 @@ def sibling_linear_backward(
 
     Args:
         dx: [M, K] of the siblings after this one, which is overwritten; None for the last.
-        p: [M, R]; None if neither dB nor dg is needed.
-        weight: None if dx is not needed.
         columns: K.
         p_dtype: the dtype of P and dP.
         needs: of x, p, lora_B, rank_gate and bias.
     """
+    p, weight, lora_B, scaling, rank_gate = sibling
     need_x, need_p, need_B, need_gate, need_bias = needs
     dp = dB = dg = dbias = None
     if _is_batched(dy):
-        return _batched_backward(dy, dx, p, weight, lora_B, scaling, rank_gate, columns, p_dtype)
+        return _batched_backward(dy, dx, sibling, columns, p_dtype)
     if need_x:  # before anything else is held beside the dense copy of a 4-bit weight
         assert weight is not None
         w = _dense(weight, (dy.shape[1], columns), dy.dtype)
@@ -214,17 +221,10 @@ def _batched_projections_backward(
 
 
 def _batched_backward(
-    dy: Tensor,
-    dx: Tensor | None,
-    p: Tensor | None,
-    weight: Tensor | Packed4bit | None,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    columns: int,
-    p_dtype: torch.dtype,
+    dy: Tensor, dx: Tensor | None, sibling: Sibling, columns: int, p_dtype: torch.dtype
 ) -> SiblingGrads:
     """`sibling_linear_backward` in plain expressions, each in the widest dtype."""
+    p, weight, lora_B, scaling, rank_gate = sibling
     wide = stat_dtype(dy.dtype)
     d, B = dy.to(wide), lora_B.to(wide)
     if weight is not None:

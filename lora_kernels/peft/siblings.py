@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from .. import blocks, ops
 from ..arguments import FLOATS, autocast_dtype
@@ -283,7 +284,7 @@ def _is_same(a: object, b: object) -> bool:
 
 
 def _saved_tensors_hooks() -> object:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return _top_saved_tensors_default_hooks(True)
 
 
 # Groups in a model

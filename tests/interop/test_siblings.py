@@ -471,9 +471,11 @@ def test_siblings_in_bfloat16_are_as_exact_as_peft(adapters, base, autocast, sha
     assert_as_exact_as(got, want, step(wide, x.float()))
 
 
+@pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("x_dtype", [f32, bf16], ids=str)
-def test_siblings_over_a_wider_base_under_autocast_are_as_exact_as_peft(x_dtype, shared) -> None:
-    stock = build(dtype=f32)
+def test_siblings_in_float32_under_autocast_are_as_exact_as_peft(x_dtype, base, shared) -> None:
+    """Over 4 bits y has x's dtype."""
+    stock = build(dtype=f32, base=base)
     for name, p in stock.named_parameters():
         if "lora_" in name:
             p.data *= 0.3
@@ -512,6 +514,22 @@ def test_siblings_with_frozen_parts_equal_peft(frozen, x_grad, shared) -> None:
 
     assert_equal_step(stock, fused, batch(), call)
     assert shared.take() == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "shape"),
+    [(".lora_A.", [*ROWS, K]), (".lora_B.", [80, R]), ("x", [SIZES["q"], K]), ("", [80, R])],
+)
+def test_siblings_save_no_tensor_that_no_gradient_needs(frozen, shape) -> None:
+    """x for dA, P for dB and the weight for dx; of q, k and v."""
+    _, fused = pair(lambda self, x: torch.cat([self.q(x), self.k(x), self.v(x)], -1))
+    for name, p in fused.named_parameters():
+        p.requires_grad_(p.requires_grad and not (frozen and frozen in name))
+    shapes: list[list[int]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append([*t.shape]) or t, id):
+        fused(batch().requires_grad_(frozen != "x"))
+    assert (shape in shapes) is (frozen == "")
+    assert [R, K] in shapes
 
 
 def test_siblings_without_gradient_of_x_compute_no_dx() -> None:

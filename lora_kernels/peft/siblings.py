@@ -54,10 +54,11 @@ class _Slot:
         self.key, self.rows, self.p = key, rows, p
         self.served = 0
 
-    def take(self, layer: Any, key: tuple[Any, ...], lora_A: Tensor) -> Tensor | None:
-        """Return P of a layer, once; None if it was computed from another x or another A."""
-        if not all(map(_is_same, key, self.key)):
-            return None
+    def is_of(self, key: tuple[Any, ...]) -> bool:
+        return all(map(_is_same, key, self.key))
+
+    def take(self, layer: Any, lora_A: Tensor) -> Tensor | None:
+        """Return P of a layer, once; None if there is none of this A."""
         kept, version, p = self.p.pop(layer, (None, 0, None))
         return p if kept is lora_A and version == lora_A._version else None
 
@@ -123,17 +124,16 @@ class Siblings:
         if isinstance(adapter, str) or operands is None:
             return None
         key, lora_A = _key(x), weight_of(adapter.lora_A)
-        p = None if frame.slot is None else frame.slot.take(layer, key, lora_A)
-        if p is None:
-            frame.misses += frame.slot is not None and frame.slot.served == 1
-            frame.slot = None
-            if frame.misses <= MISSES:
-                frame.slot = _fill([(layer, adapter), *_sharing(frame.waiting, x)], x, key)
-            if frame.slot is None:
-                return None
-            _, _, p = frame.slot.p.pop(layer)
         slot = frame.slot
-        assert slot is not None
+        if slot is None or not slot.is_of(key):
+            frame.misses += slot is not None and slot.served == 1
+            slot = frame.slot = None
+            if frame.misses <= MISSES:
+                members = [(layer, adapter), *_sharing(frame.waiting, x)]
+                slot = frame.slot = _fill(members, x, key)
+        p = None if slot is None else slot.take(layer, lora_A)
+        if slot is None or p is None:
+            return None
         y, slot.rows = operands.run(slot.rows, p, x.shape[:-1])
         slot.served += 1
         if not slot.p:

@@ -485,6 +485,20 @@ def test_siblings_in_float32_under_autocast_are_as_exact_as_peft(x_dtype, base, 
     assert_as_exact_as(got, want, step(stock, x.float()))
 
 
+def test_siblings_in_and_out_of_autocast_equal_peft(shared) -> None:
+    def way(self: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", bf16):
+            q = self.q(x)
+        return torch.cat([q.float(), self.k(x), self.v(x)], -1)
+
+    stock, fused = pair(way, f32)
+    got, want = step(fused, batch(f32)), step(stock, batch(f32))
+    assert shared.take() == (2, 3)
+    assert_close_derived(got, want, 2.0**-7)  # q is rounded to 2⁻⁹ twice
+    apart = {name: (got[name], want[name]) for name in want if ".k." in name or ".v." in name}
+    assert_close_derived([a for a, _ in apart.values()], [b for _, b in apart.values()])
+
+
 @pytest.mark.parametrize(("x_dtype", "dtype"), [(f32, bf16), (torch.float16, f32)], ids=str)
 def test_siblings_over_a_base_of_another_compute_dtype_equal_peft(x_dtype, dtype, shared) -> None:
     """bitsandbytes sets the dtype in the first call, but not for float16."""

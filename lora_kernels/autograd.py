@@ -60,8 +60,8 @@ def differentiable_once(backward: _Backward) -> _Backward:
         saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
         if not torch.is_grad_enabled():
             return backward(ctx, saved, *dy)
-        with torch.no_grad():
-            grads = backward(ctx, saved, *dy)
+        with torch.no_grad():  # copies, because `blocks` overwrites what it is given
+            grads = backward(ctx, saved, *(None if t is None else t.clone() for t in dy))
         return cast(tuple[Tensor | None, ...], _Gradients.apply(len(grads), *grads, *dy, *saved))
 
     return call

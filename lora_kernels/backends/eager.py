@@ -385,15 +385,29 @@ def _gradient_A(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tens
 
 
 def _input_update(
-    dxa: Tensor, parts: Tensor | None, lora_A: Tensor, x_dtype: torch.dtype
+    dxa: Tensor,
+    parts: Tensor | None,
+    lora_A: Tensor,
+    x_dtype: torch.dtype,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """dXA·A [M, K]: of parts in their dtype, else in the wider of lora_A's and x's."""
+    """dXA·A [M, K]: of parts in their dtype, else in the wider of lora_A's and x's.
+
+    If `onto` has that dtype, the update is added to it in place.
+    """
     if parts is None:
-        dtype = torch.promote_types(x_dtype, lora_A.dtype)
-        return torch.mm(dxa.to(dtype), lora_A.to(dtype))
-    prescale = _PRESCALE[x_dtype]
-    wide = lora_A if prescale == 1.0 else lora_A * prescale
-    return _scaled_mm(parts, _three_parts(wide, x_dtype, 0, lo_first=True), 1.0 / prescale)
+        dtype, scale = torch.promote_types(x_dtype, lora_A.dtype), 1.0
+        a, small = dxa.to(dtype), lora_A.to(dtype)
+    else:
+        prescale = _PRESCALE[x_dtype]
+        wide = lora_A if prescale == 1.0 else lora_A * prescale
+        a, scale = parts, 1.0 / prescale
+        small = _three_parts(wide, x_dtype, 0, lo_first=True)
+    if onto is None:
+        return _scaled_mm(a, small, scale)
+    if onto.dtype is a.dtype and not _is_added_first(onto):
+        return onto.addmm_(a, small, alpha=scale)
+    return _sum(_scaled_mm(a, small, scale), onto, x_dtype)
 
 
 def _column_dot(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -80,7 +80,7 @@ class FuseCallback(LayerReport, VerdictLog):
     reason.
 
     Args:
-        linears, loss, qualify: as `fuse`'s.
+        linears, loss, qualify, blocks: as `fuse`'s.
 
     Raises ValueError if `qualify` is another word; and, from the trainer's `__init__`, if the model
     has no LoRA layers.
@@ -90,10 +90,15 @@ class FuseCallback(LayerReport, VerdictLog):
     """
 
     def __init__(
-        self, *, linears: bool = False, loss: bool = False, qualify: str = "cached"
+        self,
+        *,
+        linears: bool = False,
+        loss: bool = False,
+        qualify: str = "cached",
+        blocks: bool = True,
     ) -> None:
         check_qualify(qualify)
-        self.linears, self.loss, self.qualify = linears, loss, qualify
+        self.linears, self.loss, self.qualify, self.blocks = linears, loss, qualify, blocks
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fuse(kwargs["model"])
@@ -108,7 +113,13 @@ class FuseCallback(LayerReport, VerdictLog):
             raise missing_layers(
                 model, "give the trainer a peft_config, or peft.get_peft_model(model, config)"
             )
-        fuse(model, linears=self.linears, loss=self.loss, qualify=self.qualify)
+        fuse(
+            model,
+            linears=self.linears,
+            loss=self.loss,
+            qualify=self.qualify,
+            blocks=self.blocks,
+        )
 
 
 def report_at_first_forward(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from .. import ops
 from ..arguments import FLOATS, base_dtype
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
+from ..backends.eager import UPCAST_ROWS
 from ..backends.head import chunk_rows
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
@@ -45,9 +46,11 @@ from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
 from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
+from .siblings import Siblings, sharing_adapter
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
+SHARED, APART = "x is shared", "x is not shared"
 MAX_ROWS = 1 << 17  # the largest M of `choose_by_rows`
 EVERY_ROW = 256  # `choose_by_rows` tries each M up to here, and then steps by an eighth
 
@@ -64,6 +67,8 @@ class Row(NamedTuple):
     - "PEFT's": PEFT's own forward.
     - "PyTorch's": PyTorch alone, for a layer of this package without an active adapter, for a loss
       with logits, or for a layer without an adapter that `fuse(model, linears=True)` took.
+    - "x is shared", "x is not shared": whether layers of one module share their x. `layer` is the
+      module's name.
     """
 
     layer: str
@@ -273,6 +278,35 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
         choice = selection.choose_for_mask()
     reason = f"in training {rows} rows of logits at a time; {choice.reason}"
     return Row(name, _backend_state(choice.backend), choice.backend, choice.strategy, reason)
+
+
+def row_of_siblings(
+    name: str, parent: nn.Module, siblings: Siblings, x_dtype: torch.dtype | None
+) -> Row:
+    """Return the row of the layers of one module that may share x."""
+    sharing, apart = [], []
+    for each in siblings.names:
+        layer: Any = parent._modules.get(each)
+        found: Adapter | str = f"it is a {type(layer).__name__}"
+        if isinstance(layer, Fused):
+            adapters = adapters_of(layer)
+            device, dtype = _expected_input(layer.base_layer, adapters, x_dtype)
+            found = sharing_adapter(layer, device, dtype)
+        if not isinstance(found, str):
+            todo = calls([found], device.type, None)
+            (problem,) = _call_problems(layer.base_layer, todo, [], dtype, True)
+            choice = selection.choose(problem._replace(rows=MANY_ROWS))
+            found = found if choice.backend == "eager" else f"{choice.backend} computes its call"
+        if isinstance(found, str):
+            apart.append(f"{each} not: {found}")
+        else:
+            sharing.append(each)
+    state = SHARED if len(sharing) > 1 else APART
+    if len(sharing) == 1:
+        apart.append(f"{sharing[0]} alone")
+    strategy = f"x is threaded through {', '.join(sharing)}" if len(sharing) > 1 else "own calls"
+    reasons = [f"those that get one x, of more than {UPCAST_ROWS} rows"] * (len(sharing) > 1)
+    return Row(name, state, "eager", strategy, "; ".join([*reasons, *apart]))
 
 
 def _expected_input(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners import lora
@@ -28,6 +28,9 @@ from .base import is_linear4bit, library_forward, readable_weight
 from .eligibility import has_invalid_sequences, is_dora, linear_reason, unreadable_reason
 from .prepared import PreparedForward
 
+if TYPE_CHECKING:
+    from .siblings import Siblings
+
 # Keyword arguments that PEFT's variants read and that a base layer does not take.
 _NOT_FOR_BASE = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
 
@@ -49,7 +52,9 @@ class Fused(nn.Module):
     mixed_batch: tuple[str, ...] | None = None
     peft_class: Any  # the class of PEFT's that a subclass overrides
     peft_forward: Any  # its forward; None if it had been replaced before
+    shares_x = False  # whether `Siblings` know how to call the layer
     _prepared: PreparedForward | None = None
+    _siblings: Siblings | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,6 +65,10 @@ class Fused(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = not (args or kwargs or torch.compiler.is_compiling())
+        if alone and (siblings := self._siblings) is not None:
+            y = siblings.call(self, x)
+            if y is not None:
+                return y
         if alone and (prepared := self._prepared) is not None:
             y = prepared(self, x)
             if y is not None:
@@ -104,6 +113,8 @@ class Fused(nn.Module):
 
 class FusedLinear(Fused, lora.Linear):
     """PEFT's LoRA layer over `nn.Linear`, or over a base that is called as a module."""
+
+    shares_x = True
 
 
 def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:

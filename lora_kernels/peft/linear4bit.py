@@ -19,6 +19,7 @@ class FusedLinear4bit(Fused, Linear4bit):
     is merged, or if the error is unknown, as with DoRA.
     """
 
+    shares_x = True
     merge_loss: MergeLoss | None = None
 
     @torch.no_grad()

@@ -21,12 +21,14 @@ from .explain_rows import (
     row_of_layer,
     row_of_loss,
     row_of_peft,
+    row_of_siblings,
     row_of_streamed,
 )
 from .frozen import StreamedLinear
 from .linear import Fused
 from .loss import requested_losses
 from .sharded import gathered_parameters
+from .siblings import siblings_of
 from .swap import lora_layers
 
 
@@ -42,6 +44,7 @@ class Explanation:
         losses: a `Row` for each causal language model that `fuse(model, loss=True)` was given.
         all: whether the table has a line for each layer. Otherwise layers whose names differ only
             in numbers share a line, "30 × model.layers.*.mlp.up_proj".
+        blocks: a `Row` for each module on a GPU whose layers may share their x.
     """
 
     rows: list[Row]
@@ -49,6 +52,7 @@ class Explanation:
     linears: list[Row] = field(default_factory=list)
     all: bool = False
     losses: list[Row] = field(default_factory=list)
+    blocks: list[Row] = field(default_factory=list)
 
     def assert_fused(self, kernels: bool = False) -> None:
         """Raise RuntimeError with a list of the layers and losses that are not ours.
@@ -94,6 +98,8 @@ class Explanation:
             data["linears"] = [row._asdict() for row in self.linears]
         if self.losses:
             data["losses"] = [row._asdict() for row in self.losses]
+        if self.blocks:
+            data["blocks"] = [row._asdict() for row in self.blocks]
         return json.dumps(data, indent=1, ensure_ascii=False)
 
     def _groups(self, rows: Sequence[Row]) -> Iterator[Row]:
@@ -129,7 +135,7 @@ class Explanation:
         return text
 
     def __str__(self) -> str:
-        rows = self._groups([*self.rows, *self.linears, *self.losses])
+        rows = self._groups([*self.rows, *self.linears, *self.losses, *self.blocks])
         table: list[tuple[str, ...]] = [Row._fields, *rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
@@ -177,7 +183,7 @@ def explain(
         )
     found: list[Row] = []
 
-    def add(name: str, explain_layer: Callable[[], Row]) -> None:
+    def add(name: str, explain_layer: Callable[[], Row], found: list[Row] = found) -> None:
         with gathered_parameters(model, name) as sharded:
             row = explain_layer()
         if sharded:
@@ -201,7 +207,10 @@ def explain(
         if isinstance(module, StreamedLinear)
     ]
     losses = [row_of_loss(name, module, x_dtype) for name, module in requested_losses(model)]
-    return Explanation(found, sizes, linears, all, losses)
+    blocks: list[Row] = []
+    for name, parent, siblings in siblings_of(model):
+        add(name, partial(row_of_siblings, name, parent, siblings, x_dtype), blocks)
+    return Explanation(found, sizes, linears, all, losses, blocks)
 
 
 def _lora_size(layer: nn.Module) -> int:

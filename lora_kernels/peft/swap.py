@@ -28,13 +28,20 @@ from .experts import FusedParamWrapper
 from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
+from .siblings import add_siblings, remove_siblings
 
 Model = TypeVar("Model", bound=nn.Module)
 QUALIFY = ("cached", "now", "off")
 logger = logging.getLogger("lora_kernels")
 
 
-def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str = "cached") -> Model:
+def fuse(
+    model: Model,
+    linears: bool = False,
+    loss: bool = False,
+    qualify: str = "cached",
+    blocks: bool = True,
+) -> Model:
     """Fuse the LoRA layers of a PEFT model in place, and return the model.
 
     LoRA and AdaLoRA layers compute with `lora_linear`, layers over a mixture's experts with
@@ -59,6 +66,9 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
             after qualifying a card of the model that has no verdict yet (up to 25 s); "off", none.
             Every other call runs PyTorch's GEMMs, the eager backend. If a card cannot be qualified
             now, a warning is logged and the eager backend runs.
+        blocks: whether LoRA layers on a GPU that are children of one module, such as q, k and v,
+            share the x that they are called with. PyTorch's GEMMs then read it less often, and
+            autograd adds no gradients of it. `explain` has a line for each such module.
 
     Raises:
         TypeError: `model` is not a module.
@@ -80,6 +90,9 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
             set_class(layer, _fused_class(layer))
     for linear in _plain_linears(model) if linears else ():
         set_class(linear, StreamedLinear)
+    remove_siblings(model)
+    if blocks:
+        add_siblings(model)
     if loss:
         fuse_losses(model)
     _follow_verdicts(model, qualify)
@@ -125,6 +138,7 @@ def unfuse(model: Model) -> Model:
             set_class(layer, peft_class(layer))
             for name in ("mixed_batch", "_norm", "_prepared", "merge_loss"):
                 vars(layer).pop(name, None)
+    remove_siblings(model)
     _restore_linears(model.modules())
     restore_losses(model)
     return model

@@ -53,6 +53,10 @@ TESTS = {
     "core/reference.py": "tests/reference tests/ops/test_head.py",
     "backends/eager.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
     "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
+    **dict.fromkeys(
+        ("backends/eager_blocks.py", "blocks.py", "peft/siblings.py"),
+        "tests/interop/test_siblings.py",
+    ),
     "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py",
     "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "

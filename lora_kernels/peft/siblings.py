@@ -1,0 +1,342 @@
+"""Siblings: fused layers of one parent module that are called with one x, such as q, k and v.
+
+`fuse` gives layers that are children of one module and have as many in-features a `Siblings`. While
+the parent's forward runs, the first layer that is called computes P = x·Aᵀ of all, and each layer
+threads x on to the next (see `blocks`). It happens on the eager backend's GPU path alone, with more
+rows than `UPCAST_ROWS`: for few rows, stacking the A would move more bytes than it saves.
+
+A layer shares x with the siblings that were not called yet in the parent's forward, if it gets the
+same tensor object at the same version, in the same grad mode, autocast and saved-tensor hooks.
+Otherwise it runs its own call. No value of a tensor and no earlier step has a part in it, so that a
+forward and its recomputation by checkpointing decide alike.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+
+from .. import blocks, ops
+from ..arguments import FLOATS, autocast_dtype
+from ..backends import eager, forced
+from ..backends.eager_blocks import is_p_rounded
+from ..backends.library import is_on_gpu_path
+from ..choice import choose as selection
+from ..core.call import Operands, Spec
+from ..core.packed4bit import Packed4bit
+from ..quantization import Weight4bit
+from .adapters import Adapter, adapters_of, dropout_p, lora_bias, stack, weight_of
+from .base import is_linear4bit, readable_weight
+from .eligibility import hooks_of, is_dora, linear_reason, unreadable_reason
+
+# The slots of a forward that may serve one layer alone: that of q, if k and v get another tensor.
+# More of them are a sign of layers that are called one after the other.
+MISSES = 1
+
+
+class _Slot:
+    """The tensors that layers share which are called with one x.
+
+    Args:
+        key: of `_key`.
+        rows: x as rows [M, K], threaded through the layers that have been called.
+        p: lora_A, its version and P for each layer that has not been called.
+    """
+
+    def __init__(
+        self, key: tuple[Any, ...], rows: Tensor, p: dict[Any, tuple[Tensor, int, Tensor]]
+    ) -> None:
+        self.key, self.rows, self.p = key, rows, p
+        self.served = 0
+
+    def is_of(self, key: tuple[Any, ...]) -> bool:
+        return all(map(_is_same, key, self.key))
+
+    def take(self, layer: Any, lora_A: Tensor) -> Tensor | None:
+        """Return P of a layer, once; None if there is none of this A."""
+        kept, version, p = self.p.pop(layer, (None, 0, None))
+        return p if kept is lora_A and version == lora_A._version else None
+
+
+class _Frame:
+    """A forward of the parent in one thread.
+
+    Args:
+        waiting: the layers that have not been called.
+        hooks: the saved-tensor hooks in force. Other ones tell that a layer is checkpointed by
+            itself: it would be recomputed without its siblings.
+    """
+
+    def __init__(self, waiting: list[Any], hooks: object) -> None:
+        self.waiting, self.hooks = waiting, hooks
+        self.slot: _Slot | None = None
+        self.misses = 0
+
+
+class _Frames(threading.local):
+    """The frames of the forwards that are running in this thread."""
+
+    def __init__(self) -> None:
+        self.of: dict[Siblings, _Frame] = {}
+
+
+_frames = _Frames()
+
+
+class Siblings:
+    """The names of a module's children that may share x, and the hooks of that module.
+
+    It refers to no module and no tensor, so it is copied and pickled with the model. The shared
+    tensors are in a `_Frame`, from the parent's pre-hook to its forward hook.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+
+    def begin(self, parent: nn.Module, args: Any) -> None:
+        """Let the siblings share x from here on. A forward pre-hook of the parent."""
+        if not torch.compiler.is_compiling():
+            layers = [parent._modules.get(name) for name in self.names]
+            _frames.of[self] = _Frame(layers, _saved_tensors_hooks())
+
+    def end(self, parent: nn.Module, args: Any, result: Any) -> None:
+        """Drop what is shared. A forward hook of the parent, which runs after an exception too."""
+        if not torch.compiler.is_compiling():
+            _frames.of.pop(self, None)
+
+    def call(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Return y of a layer that shares x with its siblings; None if it runs its own call."""
+        frame = _frames.of.get(self)
+        if frame is None or not _has_many_rows(x):
+            return None
+        if not any(each is layer for each in frame.waiting):
+            return None
+        frame.waiting = [each for each in frame.waiting if each is not layer]
+        if not _can_share(x) or frame.hooks != _saved_tensors_hooks():
+            return None
+        adapter = sharing_adapter(layer, x.device, x.dtype)
+        operands = None if isinstance(adapter, str) else _Call.build(layer, adapter, x)
+        if isinstance(adapter, str) or operands is None:
+            return None
+        key, lora_A = _key(x), weight_of(adapter.lora_A)
+        slot = frame.slot
+        if slot is None or not slot.is_of(key):
+            frame.misses += slot is not None and slot.served == 1
+            slot = frame.slot = None
+            if frame.misses <= MISSES:
+                members = [(layer, adapter), *_sharing(frame.waiting, x)]
+                slot = frame.slot = _fill(members, x, key)
+        p = None if slot is None else slot.take(layer, lora_A)
+        if slot is None or p is None:
+            return None
+        y, slot.rows = operands.run(slot.rows, p, x.shape[:-1])
+        slot.served += 1
+        if not slot.p:
+            frame.slot = None
+        if layer.mixed_batch is not None:
+            layer.mixed_batch = None
+        # bitsandbytes returns x's dtype, under autocast too.
+        return y.to(x.dtype) if isinstance(operands.weight, Weight4bit) else y
+
+
+class _Call(NamedTuple):
+    """The arguments of a layer's `blocks.sibling_linear`, beside x and P."""
+
+    weight: Tensor | Weight4bit
+    lora_B: Tensor
+    scaling: float
+    bias: Tensor | None
+    rank_gate: Tensor | None
+
+    @classmethod
+    def build(cls, layer: Any, adapter: Adapter, x: Tensor) -> _Call | None:
+        """Return the call of a layer; None if the base computes in another dtype than x's, or if
+        the call is another backend's."""
+        base = cast(nn.Module, layer._modules["base_layer"])
+        weight, compute_dtype = readable_weight(base, x)
+        lora_A, lora_B, scaling, gate, _ = stack([adapter], 0.0)
+        cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+        is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
+        if compute_dtype not in (None, dtype) and not is_cast:
+            return None
+        codes: Tensor | Packed4bit
+        if isinstance(weight, Weight4bit):
+            codes = weight.codes
+        elif not is_cast and weight.dtype is not dtype:
+            return None
+        else:
+            weight = codes = weight.to(dtype)
+        bias, base_bias = lora_bias([adapter]), base._parameters["bias"]
+        if base_bias is not None:
+            bias = base_bias if bias is None else base_bias + bias
+        lora_B = lora_B.to(dtype) if is_cast else lora_B
+        if is_cast:  # the choice reads shapes and dtypes alone
+            x, lora_A = (t.new_empty((), dtype=dtype).expand(t.shape) for t in (x, lora_A))
+        operands = Operands(x, codes, lora_A, lora_B, gate, None, bias)
+        if ops.choose(operands, Spec(scaling, 0.0, dtype, dtype)).backend != "eager":
+            return None
+        return cls(weight, lora_B, scaling, bias, gate)
+
+    def run(self, rows: Tensor, p: Tensor, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
+        weight, lora_B, scaling, bias, gate = self
+        return blocks.sibling_linear(rows, p, weight, lora_B, scaling, bias, gate, leading)
+
+
+def _sharing(layers: Sequence[Any], x: Tensor) -> Iterator[tuple[Any, Adapter]]:
+    """Yield the layers that would share x, each with its adapter."""
+    for layer in layers:
+        adapter = sharing_adapter(layer, x.device, x.dtype)
+        if not isinstance(adapter, str):
+            yield layer, adapter
+
+
+def _fill(members: Sequence[tuple[Any, Adapter]], x: Tensor, key: tuple[Any, ...]) -> _Slot | None:
+    """Compute P of the members whose A fits the first one's; None if that is alone."""
+    first = weight_of(members[0][1].lora_A)
+    members = [
+        (layer, adapter)
+        for layer, adapter in members
+        if weight_of(adapter.lora_A).dtype is first.dtype
+        and weight_of(adapter.lora_A).shape[1] == x.shape[-1]
+    ]
+    if len(members) < 2:
+        return None
+    cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+    is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
+    lora_A = [weight_of(adapter.lora_A) for _, adapter in members]
+    lora_B = [weight_of(adapter.lora_B) for _, adapter in members]
+    dtypes = [dtype if is_cast else t.dtype for t in (*lora_A, *lora_B)]
+    has_gate = any(isinstance(a.scaling, Tensor) or a.diag is not None for _, a in members)
+    rows, p = blocks.down_projections(
+        x.to(dtype),
+        [A.to(dtype) for A in lora_A] if is_cast else lora_A,
+        is_p_rounded(dtype, dtypes, has_gate),
+    )
+    found = zip(members, lora_A, p, strict=True)
+    return _Slot(key, rows, {layer: (A, A._version, t) for (layer, _), A, t in found})
+
+
+def sharing_adapter(layer: Any, device: torch.device, x_dtype: torch.dtype) -> Adapter | str:
+    """Return the adapter of a layer that can share x on this device, or why it cannot."""
+    if not getattr(type(layer), "shares_x", False):  # no wrapper that hands attributes on
+        return f"it is a {type(layer).__name__}"
+    if any(hooks_of(layer)):
+        return "a hook sits on it"
+    adapters = adapters_of(layer)
+    base = cast(nn.Module, layer._modules["base_layer"])
+    reason = linear_reason(layer, adapters, device, x_dtype) or unreadable_reason(base, device)
+    if reason is not None:
+        return reason
+    if not _computes_in(base, device, x_dtype):
+        return f"its base computes in {base.compute_dtype}, x has {x_dtype}"
+    if len(adapters) > 1:
+        return "several adapters are active"
+    (adapter,) = adapters
+    if is_dora(layer, adapter.name) or adapter.is_alora:
+        return f"adapter {adapter.name!r} is a {'n aLoRA' if adapter.is_alora else ' DoRA'}"
+    if dropout_p(adapter.dropout):
+        return "its dropout is active"
+    if weight_of(adapter.lora_A).is_inference():
+        return "its lora_A is an inference tensor"
+    return adapter
+
+
+def _computes_in(base: Any, device: torch.device, x_dtype: torch.dtype) -> bool:
+    """Return True if the base GEMM runs in x's dtype or autocast's, as far as the base knows."""
+    if not is_linear4bit(base) or autocast_dtype(device.type, x_dtype) is not None:
+        return True
+    return not base.compute_type_is_set or base.compute_dtype in (None, x_dtype)
+
+
+def _has_many_rows(x: Tensor) -> bool:
+    return x.dim() > 0 and x.numel() > eager.UPCAST_ROWS * x.shape[-1]
+
+
+def _can_share(x: Tensor) -> bool:
+    """Return True if layers may share x in the state of this thread."""
+    device_type, _ = ops.device_of(x)
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not x.is_inference()
+        and not (x._backward_hooks or x._post_accumulate_grad_hooks)
+        and x.dtype in FLOATS
+        and selection.is_eager_on_gpu(device_type)
+        and forced.entered in (None, "eager")  # the backward's thread knows no other
+        # A mode may replay single ops, as selective checkpointing does. On meta the counter looks.
+        and (device_type == "meta" or not ops.is_intercepted())
+    )
+
+
+def _key(x: Tensor) -> tuple[Any, ...]:
+    """Return what is equal for calls that share x, to be compared by identity or equality."""
+    cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return x, x._version, cast_dtype, *modes
+
+
+def _is_same(a: object, b: object) -> bool:
+    return a is b or (not isinstance(a, Tensor) and a == b)
+
+
+def _saved_tensors_hooks() -> object:
+    return _top_saved_tensors_default_hooks(True)
+
+
+# Groups in a model
+
+
+def add_siblings(model: nn.Module) -> None:
+    """Let the fused linear layers on GPUs share x with those beside them."""
+    for parent in model.modules():
+        for names in _groups(parent):
+            siblings = Siblings(names)
+            for name in names:
+                vars(parent._modules[name])["_siblings"] = siblings
+            parent.register_forward_pre_hook(siblings.begin)
+            parent.register_forward_hook(siblings.end, always_call=True)
+
+
+def _groups(parent: nn.Module) -> Iterator[list[str]]:
+    """Yield the names of children that are fused linear layers and have as many in-features."""
+    if isinstance(parent, nn.Sequential):
+        return  # calls them one after the other
+    groups: dict[int, dict[int, str]] = {}
+    for name, layer in parent._modules.items():
+        if getattr(type(layer), "shares_x", False) and _is_on_gpu(layer):
+            groups.setdefault(cast(Any, layer).in_features, {}).setdefault(id(layer), name)
+    yield from (list(names.values()) for names in groups.values() if len(names) > 1)
+
+
+def _is_on_gpu(layer: Any) -> bool:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return isinstance(weight, Tensor) and is_on_gpu_path(weight.device.type)
+
+
+def remove_siblings(model: nn.Module) -> None:
+    """Undo `add_siblings`."""
+    for module in model.modules():
+        vars(module).pop("_siblings", None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if _owner(hook) is not None:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+
+
+def siblings_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Siblings]]:
+    """Yield the name of each parent, the parent and its siblings."""
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if (found := _owner(hook)) is not None:
+                yield name, module, found
+
+
+def _owner(hook: Any) -> Siblings | None:
+    """Return the siblings whose method the hook is."""
+    found = getattr(hook, "__self__", None)
+    return found if isinstance(found, Siblings) else None

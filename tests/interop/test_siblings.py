@@ -1,0 +1,1223 @@
+"""Layers that share their x on the GPU path, on CPU tensors, beside PEFT's own forward.
+
+Every case compares y, dx and each gradient, and says how many down-projections were computed and
+how many layers shared one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_kernels
+from lora_kernels import blocks
+from lora_kernels.backends import decode4bit, forced
+from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.bench import baselines, counter
+from lora_kernels.core.problem import Choice, Strategy
+from lora_kernels.integrations import FuseCallback
+from lora_kernels.peft import explain, fuse, siblings, swap, unfuse
+from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.peft_models import (
+    R,
+    activate,
+    add_adapter,
+    count_ops,
+    randomize,
+    skip_without_kasa,
+)
+
+K, ROWS = 64, (2, 40)  # 80 rows, more than UPCAST_ROWS
+SIZES = {"q": 64, "k": 32, "v": 32, "o": 64}
+f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+ALL = ("q", "k", "v", "o")
+
+
+@pytest.fixture(autouse=True)
+def gpu_path() -> Iterator[None]:
+    before = dict(decode4bit.bitsandbytes_reasons)
+    with as_on_gpu(), lora_kernels.backend("eager"):
+        yield
+    decode4bit.bitsandbytes_reasons.clear()
+    decode4bit.bitsandbytes_reasons.update(before)
+    assert not siblings._frames.of
+
+
+class Shared:
+    """How many down-projections were computed for siblings, and by how many layers used."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts, self._lock = [0, 0], threading.Lock()
+        self.is_rounded = False  # whether the last down-projections were rounded to 16 bits
+        for i, name in enumerate(("down_projections", "sibling_linear")):
+            monkeypatch.setattr(blocks, name, partial(self._count, i, getattr(blocks, name)))
+
+    def _count(self, i: int, function: Any, *args: Any) -> Any:
+        with self._lock:
+            self.counts[i] += 1
+            if i == 0:
+                self.is_rounded = args[2]
+        return function(*args)
+
+    def take(self) -> tuple[int, int]:
+        found, self.counts = tuple(self.counts), [0, 0]
+        return found  # type: ignore[return-value]
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Shared:
+    return Shared(monkeypatch)
+
+
+# Parents
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kv = torch.cat([k, v], -1)
+    return torch.tanh(q * kv + q)
+
+
+class Parent(nn.Module):
+    """Attention without attention. `way` of the parent and x calls the layers."""
+
+    def __init__(self, way: Any = None, linear: Any = nn.Linear, **kwargs: Any) -> None:
+        super().__init__()
+        self.way = way or in_order
+        for name, size in SIZES.items():
+            setattr(self, name, linear(K, size, **kwargs))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.way(self, x)
+
+
+class Stack(nn.Module):
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.parent = parent
+
+    def forward(self, x: Tensor) -> Any:
+        return self.parent(x)
+
+
+def in_order(self: Any, x: Tensor) -> Tensor:
+    return self.o(mix(self.q(x), self.k(x), self.v(x)))
+
+
+def out_of_order(self: Any, x: Tensor) -> Tensor:
+    v, q, k = self.v(x), self.q(x), self.k(x)
+    return self.o(mix(q, k, v))
+
+
+def twice(self: Any, x: Tensor) -> Tensor:
+    return self.o(mix(self.q(x) + self.q(x), self.k(x), self.v(x) - self.k(x)))
+
+
+def cross(self: Any, x: Tensor) -> Tensor:
+    other = x.flip(1)
+    return self.o(mix(self.q(x), self.k(other), self.v(other)))
+
+
+def own_copies(self: Any, x: Tensor) -> Tensor:
+    return self.o(mix(self.q(x), self.k(x.clone()), self.v(x.clone())))
+
+
+def views(self: Any, x: Tensor) -> Tensor:
+    return self.o(mix(self.q(x), self.k(x[:]), self.v(x.view(*ROWS, K))))
+
+
+def alone(self: Any, x: Tensor) -> Tensor:
+    return self.k(x)
+
+
+def never(self: Any, x: Tensor) -> Tensor:
+    return x.square()
+
+
+def two_of_three(self: Any, x: Tensor) -> Tensor:
+    return torch.cat([self.q(x), self.v(x)], -1)
+
+
+def unused_results(self: Any, x: Tensor) -> Tensor:
+    self.q(x), self.v(x)
+    return self.k(x)
+
+
+def last_unused(self: Any, x: Tensor) -> Tensor:
+    q, k, _ = self.q(x), self.k(x), self.v(x)
+    return torch.cat([q, k], -1)
+
+
+def x_used_elsewhere(self: Any, x: Tensor) -> Tensor:
+    return self.o(mix(self.q(x), self.k(x), self.v(x))) + x.tanh() * x
+
+
+def changed_results(self: Any, x: Tensor) -> Tensor:
+    q = self.q(x)
+    q *= 3.0
+    k = self.k(x).add_(1.0)
+    v = self.v(x)
+    v.view(-1, v.shape[-1])[3] = 0.5
+    return self.o(mix(q, k, v))
+
+
+def changed_x_between(self: Any, x: Tensor) -> Tensor:
+    """Without gradients of A, whose backward would need what x was."""
+    h = x * 1.0
+    for layer in (self.q, self.k, self.v, self.o):
+        layer.lora_A["default"].weight.requires_grad_(False)
+    q = self.q(h)
+    h.mul_(2.0)
+    return self.o(mix(q, self.k(h), self.v(h)))
+
+
+def in_two_grad_modes(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        q = self.q(x)
+    return self.o(mix(q, self.k(x), self.v(x)))
+
+
+def one_after_the_other(self: Any, x: Tensor) -> Tensor:
+    return self.o(self.q(torch.tanh(self.q(x))) + x.cos())
+
+
+def each_another_x(self: Any, x: Tensor) -> Tensor:
+    return self.o(x.tan()) + mix(self.q(x), self.k(x.sin()), self.v(x.cos()))
+
+
+def flat_and_not(self: Any, x: Tensor) -> Tensor:
+    flat = x.view(-1, K)
+    return self.o(mix(self.q(flat), self.k(flat), self.v(flat)))
+
+
+def strided(self: Any, x: Tensor) -> Tensor:
+    h = x.transpose(0, 1)
+    return self.o(mix(self.q(h), self.k(h), self.v(h)))
+
+
+def few_rows(self: Any, x: Tensor) -> Tensor:
+    h = x[:, :32]
+    return self.o(mix(self.q(h), self.k(h), self.v(h)))
+
+
+def checkpointed_alone(self: Any, x: Tensor) -> Tensor:
+    q: Any = checkpoint(self.q, x, use_reentrant=False)
+    return self.o(mix(q, self.k(x), self.v(x)))
+
+
+def checkpointed_alone_later(self: Any, x: Tensor) -> Tensor:
+    q = self.q(x)
+    k: Any = checkpoint(self.k, x, use_reentrant=False)
+    return self.o(mix(q, k, self.v(x)))
+
+
+def checkpointed_alone_reentrant(self: Any, x: Tensor) -> Tensor:
+    q: Any = checkpoint(self.q, x, use_reentrant=True)
+    return self.o(mix(q, self.k(x), self.v(x)))
+
+
+def hook_on_x(self: Any, x: Tensor) -> Tensor:
+    h = x * 1.5
+    h.register_hook(lambda grad: grad * 2.0)
+    return self.o(mix(self.q(h), self.k(h), self.v(h)))
+
+
+def hook_on_x_later(self: Any, x: Tensor) -> Tensor:
+    h = x * 1.5
+    q = self.q(h)
+    h.register_hook(lambda grad: grad * 2.0)
+    return self.o(mix(q, self.k(h), self.v(h)))
+
+
+def kept_gradient(self: Any, x: Tensor) -> Tensor:
+    h = x * 1.5
+    h.retain_grad()
+    return self.o(mix(self.q(h), self.k(h), self.v(h)))
+
+
+def nested(self: Any, x: Tensor) -> Tensor:
+    """The parent is called again in its own forward."""
+    if self.way is in_order:
+        return in_order(self, x)
+    self.way = in_order
+    try:
+        q = self.q(x)
+        return self.o(mix(q, self.k(x), self.v(x))) + self(x)
+    finally:
+        self.way = nested
+
+
+WAYS: dict[Callable[..., Any], tuple[int, int]] = {
+    in_order: (1, 3),
+    out_of_order: (1, 3),
+    twice: (1, 3),
+    cross: (2, 3),
+    own_copies: (2, 2),
+    views: (2, 2),
+    alone: (1, 1),
+    never: (0, 0),
+    two_of_three: (1, 2),
+    unused_results: (1, 3),
+    last_unused: (1, 3),
+    x_used_elsewhere: (1, 3),
+    changed_results: (1, 3),
+    changed_x_between: (2, 3),
+    in_two_grad_modes: (2, 3),
+    one_after_the_other: (2, 2),
+    each_another_x: (2, 2),
+    flat_and_not: (1, 3),
+    strided: (1, 3),
+    few_rows: (0, 0),
+    checkpointed_alone: (1, 2),
+    checkpointed_alone_later: (1, 2),
+    checkpointed_alone_reentrant: (2, 3),
+    hook_on_x: (0, 0),
+    hook_on_x_later: (1, 1),
+    kept_gradient: (1, 3),
+    nested: (2, 6),
+}
+
+
+def build(way: Any = in_order, dtype: torch.dtype = f64, base: str = "dense", **config: Any) -> Any:
+    """A PEFT model of a parent, its adapters as if trained, and biases that are not zero."""
+    torch.manual_seed(0)
+    parent = Parent(way).to(dtype)
+    if base == "nf4":
+        bnb = pytest.importorskip("bitsandbytes").nn
+        for name, size in SIZES.items():
+            linear = bnb.Linear4bit(K, size, compute_dtype=dtype, quant_type="nf4")
+            linear.weight = bnb.Params4bit(getattr(parent, name).weight.data, False)
+            linear.bias = nn.Parameter(getattr(parent, name).bias.data)
+            setattr(parent, name, linear.to("cpu"))
+    settings = {"r": R, "lora_alpha": 7, "target_modules": list(ALL)} | config
+    model = get_peft_model(Stack(parent), LoraConfig(**settings), autocast_adapter_dtype=False)
+    randomize(model)
+    return model.train()
+
+
+def parent_of(model: Any) -> Any:
+    return model.base_model.model.parent
+
+
+def pair(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    stock = build(*args, **kwargs)
+    return stock, fuse(copy.deepcopy(stock))
+
+
+def batch(dtype: torch.dtype = f64) -> Tensor:
+    return torch.randn(*ROWS, K, dtype=f64, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def step(model: Any, x: Tensor, call: Any = None, times: int = 1) -> dict[str, Tensor]:
+    """y, dx and each gradient, the last of `times` backwards of one graph."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    y = (model if call is None else call)(x)
+    if isinstance(y, tuple):
+        y = torch.cat(y, -1)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    found = {"y": y.detach().clone()}
+    for i in range(times):
+        model.zero_grad()
+        x.grad = None
+        if y.requires_grad:
+            y.backward(dy, retain_graph=i + 1 < times)
+    named = {n: p.grad for n, p in [("x", x), *model.named_parameters()] if p.grad is not None}
+    return found | {name: grad.clone() for name, grad in named.items()}
+
+
+def assert_equal_step(stock: Any, fused: Any, x: Tensor, call: Any = None, **kwargs: Any) -> None:
+    want, got = (
+        step(model, x, None if call is None else call(model), **kwargs) for model in (stock, fused)
+    )
+    assert got.keys() == want.keys()
+    rtol = 1e-12 if x.dtype is f64 else None
+    assert_close_derived(got, want, rtol, layers=4)
+
+
+@pytest.mark.parametrize("dtype", [f64, f32], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_siblings_in_any_way_of_calling_equal_peft(way: Any, dtype: Any, shared: Shared) -> None:
+    stock, fused = pair(way, dtype)
+    want, got = step(stock, batch(dtype)), step(fused, batch(dtype))
+    assert got.keys() == want.keys()
+    assert_close_derived(got, want, 1e-12 if dtype is f64 else None, layers=4)
+    assert shared.take() == WAYS[way]
+
+
+@pytest.mark.parametrize(
+    "way", [w for w in WAYS if "checkpointed" not in w.__name__], ids=lambda way: way.__name__
+)
+def test_siblings_second_backward_equals_the_first(way: Any) -> None:
+    _, fused = pair(way)
+    assert_bitwise_equal(step(fused, batch(), times=2), step(fused, batch()))
+
+
+# Layers and adapters
+
+
+def rounded(model: Any) -> Any:
+    """The model with adapters in bfloat16."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(bf16)
+    return model
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "rslora": ({"use_rslora": True}, (1, 3)),
+    "biases": ({"bias": "all"}, (1, 3)),
+    "lora_bias": ({"lora_bias": True}, (1, 3)),
+    "ranks": ({"rank_pattern": {"k": 3, "v": 9}}, (1, 3)),
+    "scalings": ({"alpha_pattern": {"k": 3, "v": 9}}, (1, 3)),
+    "dropout": ({"lora_dropout": 0.3}, (0, 0)),
+    "DoRA": ({"use_dora": True}, (0, 0)),
+    "two targets": ({"target_modules": ["q", "v"]}, (1, 2)),
+    "one target": ({"target_modules": ["q"]}, (0, 0)),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, (0, 0)),
+}
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_siblings_of_any_configuration_equal_peft(name, base, shared, monkeypatch) -> None:
+    monkeypatch.setattr(swap, "heavier_reason", lambda layer: None)
+    config, want = CONFIGS[name]
+    stock, fused = pair(dtype=f32, base=base, **copy.deepcopy(config))
+    if name == "dropout":
+        with counter._NativeDropout():
+            torch.manual_seed(1)
+            expected = step(stock, batch(f32))
+            torch.manual_seed(1)
+            assert_close_derived(step(fused, batch(f32)), expected, layers=4)
+        assert shared.take() == (0, 0)
+        stock.eval(), fused.eval()
+        want = (1, 3)
+    assert_equal_step(stock, fused, batch(f32))
+    assert shared.take() == want
+
+
+def test_siblings_with_rank_gates_equal_peft(shared) -> None:
+    """KaSA's factors train."""
+    skip_without_kasa()
+    import peft
+
+    stock = build(dtype=f32, kasa_config=peft.KasaConfig())
+    step(stock, batch(f32))  # which truncates the base
+    fused = fuse(copy.deepcopy(stock))
+    assert_equal_step(stock, fused, batch(f32))
+    assert shared.take() == (1, 3)
+    assert any("lora_diag" in name for name in step(fused, batch(f32)))
+
+
+def test_siblings_with_one_rank_gate_equal_peft(shared) -> None:
+    """In 16 bits P is float32 if any layer has a gate."""
+    skip_without_kasa()
+    import peft
+
+    stock = rounded(build(dtype=bf16, kasa_config=peft.KasaConfig()))
+    step(stock, batch(bf16))
+    for name in ("k", "v"):
+        del getattr(parent_of(stock), name).lora_variant["default"]
+    fused = fuse(copy.deepcopy(stock))
+    assert_equal_step(stock, fused, batch(bf16))
+    assert shared.take() == (1, 3) and not shared.is_rounded
+
+
+def under_autocast(model: Any) -> Any:
+    def forward(x: Tensor) -> Any:
+        with torch.autocast("cpu", bf16):
+            return model(x)
+
+    return forward
+
+
+def assert_as_exact_as(got: Any, want: Any, true: Any) -> None:
+    """No further from `true` than PEFT's, as bench/tolerance.py bounds it for bfloat16."""
+    assert got.keys() == want.keys() == true.keys()
+    for name, t in true.items():
+        assert got[name].dtype is want[name].dtype
+        of_ours, of_peft = ((each[name].float() - t).norm() / t.norm() for each in (got, want))
+        assert of_ours <= 1.25 * of_peft + 2.0**-11, name
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("adapters", [f32, bf16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_siblings_in_bfloat16_are_as_exact_as_peft(adapters, base, autocast, shared) -> None:
+    stock = build(dtype=bf16, base=base)
+    for name, p in stock.named_parameters():
+        if "lora_" in name:  # small, so that tanh keeps gradients that are not noise
+            p.data = 0.3 * p.data.to(adapters)
+    fused, wide = fuse(copy.deepcopy(stock)), copy.deepcopy(stock).float()
+    for name in ALL if base == "nf4" else ():
+        linear = getattr(parent_of(wide), name).base_layer
+        linear.compute_dtype, linear.compute_type_is_set = f32, True
+    x, call = batch(bf16), under_autocast if autocast else None
+    want, got = (step(m, x, None if call is None else call(m)) for m in (stock, fused))
+    assert shared.take() == (1, 3)
+    assert_as_exact_as(got, want, step(wide, x.float()))
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("x_dtype", [f32, bf16], ids=str)
+def test_siblings_in_float32_under_autocast_are_as_exact_as_peft(x_dtype, base, shared) -> None:
+    """Over 4 bits y has x's dtype."""
+    stock = build(dtype=f32, base=base)
+    for name, p in stock.named_parameters():
+        if "lora_" in name:
+            p.data *= 0.3
+    fused, x = fuse(copy.deepcopy(stock)), batch(x_dtype)
+    want, got = (step(model, x, under_autocast(model)) for model in (stock, fused))
+    assert shared.take() == (1, 3)
+    assert_as_exact_as(got, want, step(stock, x.float()))
+
+
+def test_siblings_in_and_out_of_autocast_equal_peft(shared) -> None:
+    def way(self: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", bf16):
+            q = self.q(x)
+        return torch.cat([q.float(), self.k(x), self.v(x)], -1)
+
+    stock, fused = pair(way, f32)
+    got, want = step(fused, batch(f32)), step(stock, batch(f32))
+    assert shared.take() == (2, 3)
+    assert_close_derived(got, want, 2.0**-7)  # q is rounded to 2⁻⁹ twice
+    apart = {name: (got[name], want[name]) for name in want if ".k." in name or ".v." in name}
+    assert_close_derived([a for a, _ in apart.values()], [b for _, b in apart.values()])
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(f32, bf16), (torch.float16, f32)], ids=str)
+def test_siblings_over_a_base_of_another_compute_dtype_equal_peft(x_dtype, dtype, shared) -> None:
+    """bitsandbytes sets the dtype in the first call, but not for float16."""
+    stock = build(dtype=x_dtype, base="nf4")
+    for name in ALL:
+        base = getattr(parent_of(stock), name).base_layer
+        base.compute_dtype, base.compute_type_is_set = dtype, x_dtype is f32
+    fused = fuse(copy.deepcopy(stock))
+    got, want = (step(model, batch(x_dtype)) for model in (fused, stock))
+    assert_close_derived(got, want, 8 * 2.0**-8)  # each of 4 layers rounds to the narrower dtype
+    assert shared.take() == (0, 0)
+    (row,) = explain(fused, x_dtype=x_dtype).blocks
+    assert row.state == "x is not shared" and f"computes in {dtype}" in row.reason
+
+
+@pytest.mark.parametrize("x_grad", [False, True])
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "q", "k", "all"])
+def test_siblings_with_frozen_parts_equal_peft(frozen, x_grad, shared) -> None:
+    stock = build()
+    for name, p in stock.named_parameters():
+        if f".{frozen}." in name or frozen == "all":
+            p.requires_grad_(False)
+    fused = fuse(copy.deepcopy(stock))
+
+    def call(model: Any) -> Any:
+        return lambda x: model(x if x_grad else x.detach())
+
+    assert_equal_step(stock, fused, batch(), call)
+    assert shared.take() == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "shape"),
+    [(".lora_A.", [*ROWS, K]), (".lora_B.", [80, R]), ("x", [SIZES["q"], K]), ("", [80, R])],
+)
+def test_siblings_save_no_tensor_that_no_gradient_needs(frozen, shape) -> None:
+    """x for dA, P for dB and the weight for dx; of q, k and v."""
+    _, fused = pair(lambda self, x: torch.cat([self.q(x), self.k(x), self.v(x)], -1))
+    for name, p in fused.named_parameters():
+        p.requires_grad_(p.requires_grad and not (frozen and frozen in name))
+    shapes: list[list[int]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append([*t.shape]) or t, id):
+        fused(batch().requires_grad_(frozen != "x"))
+    assert (shape in shapes) is (frozen == "")
+    assert [R, K] in shapes
+
+
+def test_siblings_without_gradient_of_x_compute_no_dx() -> None:
+    _, fused = pair()
+    y = fused(batch())
+    with count_mm() as found:
+        y.sum().backward()
+    # Of q, k, v: dB and dP, one dA, no dx. The backward of o is an op of this package.
+    assert len(found) == 3 * 2 + 1
+
+
+@contextlib.contextmanager
+def count_mm() -> Iterator[list[str]]:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found: list[str] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func.name().split("::")[1].split(".")[0] in ("mm", "addmm", "addmm_"):
+                found.append(str(func))
+            return func(*args, **kwargs or {})
+
+    with Mode():
+        yield found
+
+
+# States of layers
+
+
+def with_two_adapters(model: Any) -> Any:
+    add_adapter(model)
+    return activate(model, "default", "second")
+
+
+def with_two_adapters_in_k(model: Any) -> Any:
+    add_adapter(model, target_modules=["k"])
+    return activate(model, "default", "second")
+
+
+def with_second_adapter(model: Any) -> Any:
+    add_adapter(model, r=3)
+    return activate(model, "second")
+
+
+def disabled(model: Any) -> Any:
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def merged_k(model: Any) -> Any:
+    parent_of(model).k.merge()
+    return model
+
+
+def scaled_by_a_tensor(model: Any) -> Any:
+    for name in ALL:
+        layer = getattr(parent_of(model), name)
+        layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+    return model
+
+
+def hooked(kind: str, path: str) -> Callable[[Any], Any]:
+    def hook(module: Any, *args: Any) -> None:
+        return None
+
+    def apply(model: Any) -> Any:
+        getattr(parent_of(model).get_submodule(path), f"register_{kind}_hook")(hook)
+        return model
+
+    return apply
+
+
+def doubling_hook(model: Any) -> Any:
+    parent_of(model).k.register_forward_hook(lambda module, args, y: 2 * y)
+    return model
+
+
+def doubling_gradient_hook(model: Any) -> Any:
+    parent_of(model).k.register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],))
+    return model
+
+
+def other_forward(model: Any) -> Any:
+    k = parent_of(model).k
+    own = k.forward
+    k.forward = lambda x: 2 * own(x)
+    return model
+
+
+STATES: dict[str, tuple[Callable[[Any], Any], tuple[int, int]]] = {
+    "two adapters": (with_two_adapters, (0, 0)),
+    "two adapters in k": (with_two_adapters_in_k, (1, 2)),
+    "second adapter": (with_second_adapter, (1, 3)),
+    "disabled": (disabled, (0, 0)),
+    "k merged": (merged_k, (1, 2)),
+    "scaling in a tensor": (scaled_by_a_tensor, (1, 3)),
+    "forward hook on k": (hooked("forward", "k"), (1, 2)),
+    "forward pre-hook on q": (hooked("forward_pre", "q"), (1, 2)),
+    "backward hook on v": (hooked("full_backward", "v"), (1, 2)),
+    "backward pre-hook on v": (hooked("full_backward_pre", "v"), (1, 2)),
+    "hook on k's lora_A": (hooked("forward", "k.lora_A.default"), (1, 2)),
+    "hook on k's lora_B": (hooked("forward", "k.lora_B.default"), (1, 2)),
+    "hook on k's base": (hooked("forward", "k.base_layer"), (1, 2)),
+    "hook on k's dropout": (hooked("forward", "k.lora_dropout.default"), (1, 2)),
+    "hook on the parent": (hooked("forward", ""), (1, 3)),
+    "backward hook on the parent": (hooked("full_backward", ""), (1, 3)),
+    "hook that doubles": (doubling_hook, (1, 2)),
+    "hook that doubles a gradient": (doubling_gradient_hook, (1, 2)),
+    "other forward": (other_forward, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("when", ["before fuse", "after fuse"])
+@pytest.mark.parametrize("name", STATES)
+def test_siblings_in_any_state_equal_peft(name, when, shared) -> None:
+    change, want = STATES[name]
+    stock = build()
+    if when == "before fuse":
+        fused = fuse(change(copy.deepcopy(stock)))
+    else:
+        fused = change(fuse(copy.deepcopy(stock)))
+    change(stock)
+    assert_equal_step(stock, fused, batch())
+    if name == "other forward" and when == "after fuse":
+        want = (1, 3)  # it calls the layer's own
+    assert shared.take() == want
+
+
+def test_siblings_with_an_adapter_of_another_dtype_equal_peft(shared) -> None:
+    """A of another dtype is not stacked."""
+    stock = build(dtype=f32)
+    layer = parent_of(stock).k
+    layer.lora_A["default"].to(bf16), layer.lora_B["default"].to(bf16)
+    fused = fuse(copy.deepcopy(stock))
+    stock.base_model.model.parent.k.to(f32)
+    got, want = step(fused, batch(f32)), step(stock, batch(f32))
+    assert_close_derived({n: t.float() for n, t in got.items()}, want, 2.0**-7)
+    assert shared.take() == (1, 2)
+
+
+def test_siblings_in_a_mixed_batch_equal_peft(shared) -> None:
+    stock = with_two_adapters(build()).eval()
+    fused = fuse(copy.deepcopy(stock))
+    activate(stock, "default"), activate(fused, "default")
+    names = ["default", "second"]
+
+    def call(model: Any) -> Any:
+        return lambda x: model(x, adapter_names=names)
+
+    assert_equal_step(stock, fused, batch(), call)
+    assert shared.take() == (0, 0)
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (1, 3)
+    assert all(getattr(parent_of(fused), name).mixed_batch is None for name in ALL)
+
+
+# Contexts
+
+
+def checkpointed(reentrant: bool) -> Callable[[Any], Any]:
+    return lambda model: partial(checkpoint, model, use_reentrant=reentrant)
+
+
+def without_grad(model: Any) -> Any:
+    return torch.no_grad()(model.forward)
+
+
+# A reentrant checkpoint runs without gradients first.
+NOT_REENTRANT = (in_two_grad_modes, never, hook_on_x, hook_on_x_later, kept_gradient)
+CHECKPOINTED = [
+    (way, reentrant)
+    for way in WAYS
+    for reentrant in (False, True)
+    if way is not nested and "checkpointed" not in way.__name__
+    if not (reentrant and way in NOT_REENTRANT)
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "reentrant"),
+    CHECKPOINTED,
+    ids=lambda v: v.__name__ if callable(v) else f"reentrant {v}",
+)
+def test_checkpointed_siblings_equal_peft(way, reentrant) -> None:
+    stock, fused = pair(way)
+    assert_equal_step(stock, fused, batch(), checkpointed(reentrant))
+
+
+def test_selectively_checkpointed_siblings_equal_peft(shared) -> None:
+    """A saved result of an op must not change in place."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        is_saved = op.name().startswith(("aten::mm", "aten::addmm"))
+        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context_fn = partial(create_selective_checkpoint_contexts, policy)
+    stock, fused = pair()
+    kwargs = {"use_reentrant": False, "context_fn": context_fn}
+    assert_equal_step(stock, fused, batch(), lambda model: partial(checkpoint, model, **kwargs))
+    assert shared.take() == (0, 0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_siblings_without_gradients_equal_peft(mode, shared) -> None:
+    stock, fused = pair()
+    x = batch()
+    with mode():
+        got, want = fused(x), stock(x)
+        assert_close_derived(got, want, 1e-12)
+        assert shared.take() == (1, 3)
+        made_here = x + 0.0
+        got, want = fused(made_here), stock(made_here)
+    assert_close_derived(got, want, 1e-12)
+    assert shared.take() == ((0, 0) if mode is torch.inference_mode else (1, 3))
+    assert_equal_step(stock, fused, x)
+
+
+def test_siblings_in_a_compiled_model_equal_peft(shared) -> None:
+    stock, fused = pair(dtype=f32)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    assert_equal_step(stock, fused, batch(f32), lambda m: compiled if m is fused else m)
+    assert shared.take() == (0, 0)
+    assert_equal_step(stock, fused, batch(f32))
+    assert shared.take() == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["vmap", "grad", "jvp", "forward-mode AD"])
+def test_siblings_in_a_transform_equal_peft(name, shared) -> None:
+    from tests.interop.test_contexts import TRANSFORMS
+
+    stock, fused = pair(dtype=f32)
+    x, call = batch(f32), TRANSFORMS[name]
+    x = x if name != "vmap" else x.expand(3, *x.shape)
+    assert_bitwise_equal(call(fused, x), call(stock, x))
+    assert shared.take() == (0, 0)
+
+
+def test_siblings_under_a_dispatch_mode_do_not_share(shared) -> None:
+    _, fused = pair()
+    assert count_ops(lambda: fused(batch()))["lora_linear"] == 4
+    assert shared.take() == (0, 0)
+
+
+def test_siblings_of_another_backend_do_not_share(shared) -> None:
+    stock, fused = pair(dtype=f32)
+    with lora_kernels.backend("cpu"):
+        assert_equal_step(stock, fused, batch(f32))
+    assert shared.take() == (0, 0)
+
+
+def test_siblings_while_a_thread_forces_a_backend_do_not_share(shared, monkeypatch) -> None:
+    """Autograd's thread, where checkpoints are recomputed, knows `forced.entered` alone."""
+    stock, fused = pair()
+    monkeypatch.setattr(forced, "entered", "triton")
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (0, 0)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist: Any = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", [in_order, cross, last_unused, unused_results])
+def test_siblings_under_ddp_equal_peft(way, shared, one_process) -> None:
+    stock, fused = pair(way)
+    want = step(stock, batch())
+    shared.take()
+    model = nn.parallel.DistributedDataParallel(fused, find_unused_parameters=way is not in_order)
+    for _ in range(2):  # DDP arranges its buckets after the first step
+        got = {n.removeprefix("module."): t for n, t in step(model, batch()).items()}
+        # DDP gives parameters without a gradient zeros.
+        assert all(not t.any() for n, t in got.items() if n not in want)
+        assert_close_derived({n: got[n] for n in want}, want, 1e-12)
+    assert shared.take()[0] == 2 * WAYS[way][0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("around", ["model", "parent", "layers", "k"])
+def test_siblings_under_fsdp2_equal_peft(around, recompute, shared, one_process) -> None:
+    """Shared where one gather brings all parameters."""
+    from torch.distributed.fsdp import fully_shard
+
+    stock, fused = pair()
+    call = checkpointed(False) if recompute else lambda model: model
+    want = step(stock, batch(), call(stock))
+    parent = parent_of(fused)
+    inner = {"model": [], "parent": [parent], "k": [parent.k]}
+    for module in inner.get(around, [getattr(parent, name) for name in ALL]):
+        fully_shard(module)
+    fully_shard(fused)
+    (row,) = explain(fused).blocks
+    got = step(fused, batch(), call(fused))
+    whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in got.items()}
+    assert_close_derived(whole, want, 1e-12)
+    counts = {"layers": (0, 0), "k": (1, 2)}.get(around, (1, 3))
+    assert shared.take() == tuple(n * (1 + recompute) for n in counts)
+    assert row.state == ("x is not shared" if around == "layers" else "x is shared"), row
+
+
+def test_siblings_that_a_verdict_gives_to_kernels_do_not_share(shared, monkeypatch) -> None:
+    """Only that of k."""
+    from lora_kernels.choice import choose as selection
+
+    stock, fused = pair(dtype=f32)
+    own = selection.choose
+
+    def choose(problem: Any, requested: Any = None) -> Any:
+        choice = own(problem, requested)
+        if problem.columns == SIZES["k"] and requested is None:
+            return Choice("cpu", Strategy.FUSED, "measured")
+        return choice
+
+    monkeypatch.setattr(selection, "choose", choose)
+    (row,) = explain(fused).blocks
+    assert "x is threaded through q, o" in row.strategy
+    assert "k not: cpu computes its call" in row.reason
+    assert_equal_step(stock, fused, batch(f32))
+    assert shared.take() == (1, 1)
+
+
+def test_siblings_differentiated_twice_raise_the_remedy() -> None:
+    _, fused = pair()
+    x = batch().requires_grad_()
+    (dx,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
+    (want,) = torch.autograd.grad(fused(x).square().sum(), x)
+    assert torch.equal(dx, want)
+    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("way", [in_order, last_unused, unused_results])
+def test_siblings_gradients_of_single_tensors_equal_peft(way) -> None:
+    """Only one gradient is wanted."""
+    stock, fused = pair(way)
+    names = [n for n, p in stock.named_parameters() if p.requires_grad and ".o." not in n]
+    for name in ["x", *names]:
+        found = []
+        for model in (stock, fused):
+            x = batch().requires_grad_()
+            wanted = x if name == "x" else model.get_parameter(name)
+            found += torch.autograd.grad(model(x).square().sum(), wanted, allow_unused=True)
+        assert (found[0] is None) == (found[1] is None), name
+        if found[0] is not None:
+            assert_close_derived(found[1], found[0], 1e-12)
+
+
+def test_siblings_gradients_of_several_dy_at_once_equal_each() -> None:
+    _, fused = pair()
+    x = batch().requires_grad_()
+    y, wanted = fused(x), [x, *(p for p in fused.parameters() if p.requires_grad)]
+    dys = torch.linspace(-1, 1, 3 * y.numel(), dtype=y.dtype).view(3, *y.shape)
+    kwargs: dict[str, Any] = {"retain_graph": True}
+    together = torch.autograd.grad(y, wanted, dys, is_grads_batched=True, **kwargs)
+    for i, dy in enumerate(dys):
+        for found, want in zip(together, torch.autograd.grad(y, wanted, dy, **kwargs), strict=True):
+            assert_close_derived(found[i], want, 1e-12)
+
+
+@pytest.mark.parametrize("call", ["hooks", "save_on_cpu"])
+def test_siblings_under_saved_tensor_hooks_equal_peft(call, shared) -> None:
+    stock, fused = pair()
+
+    def under(model: Any) -> Any:
+        def forward(x: Tensor) -> Any:
+            hooks: Any = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
+            with hooks if call == "hooks" else torch.autograd.graph.save_on_cpu():
+                return model(x)
+
+        return forward
+
+    assert_equal_step(stock, fused, batch(), under)
+    assert shared.take() == (1, 3)
+
+
+# Nothing is held
+
+
+class Failure(Exception):
+    pass
+
+
+def fails(self: Any, x: Tensor) -> Tensor:
+    self.q(x)
+    raise Failure
+
+
+def held(self: Any, x: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def test_siblings_hold_nothing_after_an_exception(shared) -> None:
+    stock, fused = pair(fails)
+    x = batch()
+    seen, count = weakref.ref(x), len(gc.get_objects())
+    del count
+    for _ in range(2):
+        with pytest.raises(Failure):
+            fused(x)
+        assert not siblings._frames.of
+        assert shared.take() == (1, 1)
+    del x
+    assert seen() is None
+    for model in (stock, fused):
+        parent_of(model).way = in_order
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (1, 3)
+
+
+@pytest.mark.parametrize("way", [in_order, alone, two_of_three, cross, never])
+@pytest.mark.parametrize("grad", [False, True])
+def test_siblings_hold_nothing_after_the_parent(way, grad) -> None:
+    _, fused = pair(way)
+    x = batch()
+    seen = weakref.ref(x)
+    with torch.set_grad_enabled(grad):
+        y = fused(x)
+    assert not siblings._frames.of
+    del x, y
+    assert seen() is None
+
+
+def test_last_sibling_drops_the_slot() -> None:
+    seen = []
+
+    def way(self: Any, x: Tensor) -> Tensor:
+        found = mix(self.q(x), self.k(x), self.v(x))
+        self.o(x)
+        (frame,) = siblings._frames.of.values()
+        seen.append(frame.slot)
+        return found
+
+    _, fused = pair(way)
+    fused(batch())
+    assert seen == [None]
+
+
+def test_siblings_outside_of_the_parent_equal_peft(shared) -> None:
+    stock, fused = pair()
+    fused(batch())
+    shared.take()
+    calls: list[Callable[[Any], Any]] = [
+        lambda model: lambda x: mix(*(getattr(parent_of(model), n)(x) for n in "qkv")),
+        lambda model: parent_of(model).forward,
+        lambda model: parent_of(model).v,
+    ]
+    for call in calls:
+        assert_equal_step(stock, fused, batch(), call)
+        assert not siblings._frames.of
+    assert shared.take() == (0, 0)
+
+
+def test_siblings_in_four_threads_equal_peft(shared) -> None:
+    stock, fused = pair()
+    want, got, errors = [], [None] * 4, []
+    xs = [batch() * (i + 1) for i in range(4)]
+    weights = [p for p in fused.parameters() if p.requires_grad]
+    barrier = threading.Barrier(4)
+
+    def waiting(self: Any, x: Tensor) -> Tensor:
+        q = self.q(x)
+        barrier.wait()
+        k = self.k(x)
+        barrier.wait()
+        return self.o(mix(q, k, self.v(x)))
+
+    def run(i: int) -> None:
+        try:
+            with lora_kernels.backend("eager"):
+                for _ in range(5):
+                    x = xs[i].clone().requires_grad_()
+                    y = fused(x)
+                    got[i] = (y, *torch.autograd.grad(y.sum(), [x, *weights]))
+                assert not siblings._frames.of
+        except BaseException as error:
+            barrier.abort()
+            errors.append(error)
+
+    for x in xs:
+        x = x.clone().requires_grad_()
+        y = stock(x)
+        trained = [p for p in stock.parameters() if p.requires_grad]
+        want.append((y, *torch.autograd.grad(y.sum(), [x, *trained])))
+    parent_of(fused).way = waiting
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert_close_derived(got, want, 1e-12)
+    assert shared.take() == (4 * 5, 4 * 5 * 3)
+
+
+def test_siblings_of_replaced_values_equal_peft(shared) -> None:
+    """An optimizer's step, and one that moves no version."""
+    stock, fused = pair()
+    for _ in range(3):
+        assert_close_derived(step(fused, batch()), step(stock, batch()))
+        for model in (stock, fused):
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.data -= 1e-4 * p.grad
+    assert shared.take() == (3, 9)
+
+
+def test_adapter_that_changes_between_siblings_is_read(shared) -> None:
+    def way(self: Any, x: Tensor) -> Tensor:
+        q = self.q(x)
+        with torch.no_grad():
+            self.k.lora_A["default"].weight.mul_(2.0)
+        k, v = self.k(x), self.v(x)
+        with torch.no_grad():
+            self.k.lora_A["default"].weight.mul_(0.5)
+        return self.o(mix(q, k, v))
+
+    stock, fused = pair(way)
+    with torch.no_grad():
+        assert_close_derived(fused(batch()), stock(batch()), 1e-12)
+
+
+# fuse, unfuse, explain
+
+
+def hooks_in(model: nn.Module) -> int:
+    found = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return found + sum(len(m._forward_hooks_always_called) for m in model.modules())
+
+
+def test_unfuse_and_blocks_false_remove_all(shared) -> None:
+    stock = build()
+    fused = fuse(copy.deepcopy(stock))
+    assert hooks_in(fused) == 3
+    assert hooks_in(fuse(fused)) == 3
+    assert hooks_in(fuse(fused, blocks=False)) == 0
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (0, 0) and explain(fused).blocks == []
+    fuse(fused)
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (1, 3)
+    assert hooks_in(unfuse(fused)) == 0
+    assert not any("_siblings" in vars(m) for m in fused.modules())
+    assert_bitwise_equal(step(fused, batch()), step(stock, batch()))
+
+
+def test_unfuse_leaves_other_hooks() -> None:
+    model = hooked("forward", "")(hooked("forward_pre", "")(build()))
+    assert hooks_in(unfuse(fuse(model))) == 2
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_of_a_fused_model_share(way, shared) -> None:
+    stock, fused = pair()
+    found = copy.deepcopy(fused) if way == "deepcopy" else pickle.loads(pickle.dumps(fused))
+    assert_equal_step(stock, found, batch())
+    assert shared.take() == (1, 3)
+    (own,), (other,) = (
+        {vars(m)["_siblings"] for m in each.modules() if "_siblings" in vars(m)}
+        for each in (fused, found)
+    )
+    assert own is not other and own.names == other.names == ALL
+    unfuse(found)
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (1, 3)
+
+
+def test_layer_copied_out_of_its_parent_equals_peft(shared) -> None:
+    stock, fused = pair()
+    layer = copy.deepcopy(parent_of(fused).k)
+    assert_equal_step(parent_of(stock).k, layer, batch())
+    assert shared.take() == (0, 0)
+
+
+def test_unloaded_and_merged_models_equal_peft() -> None:
+    stock, fused = pair()
+    stock.eval(), fused.eval()
+    want, got = (m.merge_and_unload()(batch()) for m in (stock, fused))
+    assert_close_derived(got, want, 1e-12)
+
+
+def test_children_of_a_sequential_are_not_siblings() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K)).double()
+    model = fuse(get_peft_model(base, LoraConfig(r=R, target_modules=["0", "1"])))
+    assert explain(model).blocks == [] and hooks_in(model) == 0
+
+
+def test_model_on_a_cpu_has_no_siblings() -> None:
+    from lora_kernels.backends import library
+
+    stock = build()
+    library._emulate_gpu = False
+    try:
+        assert explain(fuse(stock)).blocks == [] and hooks_in(stock) == 0
+    finally:
+        library._emulate_gpu = True
+
+
+def test_explain_has_a_line_for_each_parent() -> None:
+    stock = build()
+    assert explain(stock).blocks == []
+    fused = fuse(stock)
+    (row,) = explain(fused).blocks
+    assert row == (
+        "base_model.model.parent",
+        "x is shared",
+        "eager",
+        "x is threaded through q, k, v, o",
+        "those that get one x, of more than 64 rows",
+    )
+    assert row.strategy in str(explain(fused)) and '"blocks"' in explain(fused).json()
+    explain(fused).assert_fused()
+    hooked("forward", "k")(fused)
+    (row,) = explain(fused).blocks
+    assert row.strategy.endswith("through q, v, o")
+    assert row.reason.endswith("; k not: a hook sits on it")
+    disabled(fused)
+    (row,) = explain(fused).blocks
+    assert row.state == "x is not shared" and "v not: adapters are disabled" in row.reason
+    with lora_kernels.backend("cpu"):
+        (row,) = explain(fused).blocks
+    assert row.state == "x is not shared"
+
+
+def test_fuse_callback_hands_blocks_on() -> None:
+    assert FuseCallback().blocks is True
+    model = build()
+    FuseCallback(blocks=False).on_init_end(None, None, None, model=model)
+    assert hooks_in(model) == 0
+    FuseCallback().on_init_end(None, None, None, model=model)
+    assert hooks_in(model) == 3
+
+
+# Counts
+
+
+class QKV(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, size in zip("qkv", (4096, 1024, 1024), strict=True):
+            linear = nn.Linear(4096, size, bias=False, device="meta", dtype=bf16)
+            setattr(self, name, linear)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize(
+    ("base", "megabytes", "kernels", "peak"), [("dense", 1600, 24, 172), ("nf4", 1740, 44, 207)]
+)
+def test_step_of_siblings_moves_few_bytes(base, megabytes, kernels, peak) -> None:
+    parent = QKV()
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+        for name in "qkv":
+            setattr(parent, name, baselines.linear_4bit(getattr(parent, name), "nf4"))
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=list("qkv"))
+    model = fuse(get_peft_model(parent, config, autocast_adapter_dtype=False))
+    adapters = [p.requires_grad_() for n, p in model.named_parameters() if "lora_" in n]
+    assert {p.dtype for p in adapters} == {bf16}
+    for _ in range(2):  # the first call fills what the process caches
+        x = torch.empty(8192, 4096, dtype=bf16, device="meta", requires_grad=True)
+        count = counter._Counter([])
+        y = count.run(lambda x=x: model(x))
+        forward = count.traffic()
+        dy = [torch.empty_like(each) for each in y]
+        grads = count.run(lambda x=x, y=y, dy=dy: torch.autograd.grad(y, [x, *adapters], dy))
+        backward = count.traffic()
+        del grads, y
+    assert forward.bytes + backward.bytes <= megabytes * 1e6
+    assert forward.kernels + backward.kernels <= kernels
+    assert max(forward.peak, backward.peak) <= peak * 1e6

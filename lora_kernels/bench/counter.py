@@ -11,7 +11,7 @@ One op is one kernel, except that:
   cuBLAS adds in its epilogue, or `beta` is 0. In place it reads and writes the result once.
 - `index_select` and other gathers read the indices, and of the table no more than they copy.
 - Dropout is `native_dropout`, which CUDA runs in training. On meta, PyTorch would run several ops.
-- An op of this package is what its eager implementation runs.
+- An op of this package is what its eager implementation runs, or the kernel that it launches.
 - `bitsandbytes::gemm_4bit` is its fused kernel or the ops it falls back to, whichever bitsandbytes
   chooses on an H100.
 - Autograd adds two gradients of one tensor in place, into the first that arrives. Under a dispatch
@@ -180,7 +180,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "lora_kernels":
+        if func.namespace == "lora_kernels" and _name(func) in ops.IMPLEMENTATIONS:
             return self._run_implementation(func, args, kwargs)
         if str(func) == "bitsandbytes.gemm_4bit.default":
             given = _by_name(func, args, kwargs)
@@ -208,7 +208,7 @@ class _Counter(TorchDispatchMode):
 
     def _run_implementation(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run the eager implementation of an op of this package, counting what it calls."""
-        implementation = ops.IMPLEMENTATIONS[func.name().partition("::")[2].partition(".")[0]]
+        implementation = ops.IMPLEMENTATIONS[_name(func)]
         with (
             self,
             _NativeDropout(),
@@ -232,9 +232,15 @@ class _Counter(TorchDispatchMode):
         self._peak = max(self._peak, sum(self._allocated.values()))
 
 
+def _name(func: Any) -> str:
+    """Return the name of an op without its namespace and overload."""
+    name: str = func.name().partition("::")[2].partition(".")[0]
+    return name
+
+
 def _kernels(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> list[Kernel]:
     """Return the kernels that an op launches on a GPU."""
-    name = func.name().partition("::")[2].partition(".")[0]
+    name = _name(func)
     if name in _FREE or func.is_view or torch.Tag.inplace_view in func.tags:
         return []
     given = _by_name(func, args, kwargs)

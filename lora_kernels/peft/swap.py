@@ -28,13 +28,20 @@ from .experts import FusedParamWrapper
 from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
+from .mlp import fuse_mlps, restore_mlps
 
 Model = TypeVar("Model", bound=nn.Module)
 QUALIFY = ("cached", "now", "off")
 logger = logging.getLogger("lora_kernels")
 
 
-def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str = "cached") -> Model:
+def fuse(
+    model: Model,
+    linears: bool = False,
+    loss: bool = False,
+    qualify: str = "cached",
+    blocks: bool = True,
+) -> Model:
     """Fuse the LoRA layers of a PEFT model in place, and return the model.
 
     LoRA and AdaLoRA layers compute with `lora_linear`, layers over a mixture's experts with
@@ -59,6 +66,8 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
             after qualifying a card of the model that has no verdict yet (up to 25 s); "off", none.
             Every other call runs PyTorch's GEMMs, the eager backend. If a card cannot be qualified
             now, a warning is logged and the eager backend runs.
+        blocks: whether gated MLPs, down(act(gate(x)) * up(x)), run as one block on a GPU, which
+            keeps no act(gate(x)) * up(x) for the backward.
 
     Raises:
         TypeError: `model` is not a module.
@@ -80,6 +89,8 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
             set_class(layer, _fused_class(layer))
     for linear in _plain_linears(model) if linears else ():
         set_class(linear, StreamedLinear)
+    if blocks:
+        fuse_mlps(model)
     if loss:
         fuse_losses(model)
     _follow_verdicts(model, qualify)
@@ -126,6 +137,7 @@ def unfuse(model: Model) -> Model:
             for name in ("mixed_batch", "_norm", "_prepared", "merge_loss"):
                 vars(layer).pop(name, None)
     _restore_linears(model.modules())
+    restore_mlps(model)
     restore_losses(model)
     return model
 

@@ -73,7 +73,7 @@ class RowTiles(Tiles):
 
 @dataclass(frozen=True)
 class ColumnTiles(Tiles):
-    """block_n columns of `reduce_kernel`."""
+    """block_n columns of `reduce_kernel`, or elements of the kernels in gated.py."""
 
     block_n: int
     warps: int
@@ -214,6 +214,7 @@ def linear(
 UPDATE = GemmTiles(64, 64, 64, 4, 1)
 DEQUANTIZE = RowTiles(32, 128, 4, 1)
 REDUCE = ColumnTiles(256, 4, 1)
+ELEMENTWISE = ColumnTiles(1024, 4, 1)  # 128 bits of 16-bit elements a thread
 
 
 def shared_memory(config: GemmTiles, itemsize: int, block_r: int) -> int:

@@ -103,9 +103,7 @@ class GatedMLPFunction(torch.autograd.Function):
             h = eager_mlp.gated(g, u, activation).view(-1, g.shape[-1])
             operands = Operands(h, base, lora_A, lora_B, bias=bias)
             y, (p, _, _) = eager.lora_linear(operands, spec, "")
-        ctx.save_for_backward(
-            g, u, lora_A, lora_B, p if ctx.needs_input_grad[3] else None, *weight
-        )
+        ctx.save_for_backward(g, u, lora_A, lora_B, p if ctx.needs_input_grad[3] else None, *weight)
         ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
         return y.view(*g.shape[:-1], y.shape[-1])
 

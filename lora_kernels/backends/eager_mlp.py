@@ -138,12 +138,12 @@ _LIB = torch.library.Library("lora_kernels", "FRAGMENT")
 _OUTPUTS = "Tensor(a!) dg, Tensor(b!) du, Tensor(c!) h"
 _LIB.define("gated(Tensor g, Tensor u, str activation) -> Tensor")
 _LIB.define(f"gated_backward(Tensor g, Tensor u, Tensor dh, {_OUTPUTS}, str activation) -> ()")
-torch.library.register_kernel("lora_kernels::gated", None, _launch_gated, lib=_LIB)
-torch.library.register_kernel("lora_kernels::gated_backward", None, _launch_gated_backward, lib=_LIB)
-torch.library.register_fake(
-    "lora_kernels::gated", lambda g, u, activation: torch.empty_like(g), lib=_LIB
-)
-torch.library.register_fake("lora_kernels::gated_backward", lambda *args: None, lib=_LIB)
+for _name, _run, _fake in (
+    ("gated", _launch_gated, lambda g, u, activation: torch.empty_like(g)),
+    ("gated_backward", _launch_gated_backward, lambda *args: None),
+):
+    torch.library.register_kernel(f"lora_kernels::{_name}", None, _run, lib=_LIB)
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIB)
 
 
 # Device type and index -> why Triton's kernels are not used there; None after they passed.
@@ -195,7 +195,8 @@ def compare_kernels(device: torch.device) -> str | None:
     try:
         for activation in ACTIVATIONS:
             for dtype in KERNEL_DTYPES:
-                found = _find_difference(*sample.to(device, dtype), activation)
+                g, u, dh = sample.to(device, dtype).unbind()
+                found = _find_difference(g, u, dh, activation)
                 if found is not None:
                     return f"Triton's elementwise kernel of {activation} in {dtype} {found}"
     except Exception as error:  # whatever the compiler or the driver raises

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..arguments import FLOATS, base_dtype
-from ..backends import cpu, cpu_heuristics
+from ..backends import cpu, cpu_heuristics, eager_mlp
 from ..backends.decode4bit import decoded_by
 from ..backends.head import chunk_rows
 from ..backends.library import is_on_gpu_path
@@ -45,6 +45,7 @@ from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
 from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
+from .mlp import block_reason, mlp_reasons
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
@@ -63,7 +64,8 @@ class Row(NamedTuple):
     - "adapter only": the base layer is called as a module, and the adapter is one of the two above.
     - "PEFT's": PEFT's own forward.
     - "PyTorch's": PyTorch alone, for a layer of this package without an active adapter, for a loss
-      with logits, or for a layer without an adapter that `fuse(model, linears=True)` took.
+      with logits, for a block that is called layer by layer, or for a layer without an adapter that
+      `fuse(model, linears=True)` took.
     """
 
     layer: str
@@ -273,6 +275,39 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
         choice = selection.choose_for_mask()
     reason = f"in training {rows} rows of logits at a time; {choice.reason}"
     return Row(name, _backend_state(choice.backend), choice.backend, choice.strategy, reason)
+
+
+def rows_of_mlps(model: nn.Module, x_dtype: torch.dtype | None, rows: int | None) -> Iterator[Row]:
+    """Yield the row of each module on a GPU that may be a gated MLP."""
+    for name, mlp, reason in mlp_reasons(model):
+        parameters = mlp.parameters()
+        if any(is_on_gpu_path(p.device.type) for p in parameters):
+            reason = reason or _find_block_reason(mlp, x_dtype, rows)
+            if reason is not None:
+                yield Row(name, TORCH, "torch", "layer by layer", reason)
+                continue
+            yield Row(name, LIBRARY, "eager", "one block", _describe_block(mlp, x_dtype))
+
+
+def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, rows: int | None) -> str | None:
+    """Return why the next call of a gated MLP on a GPU runs layer by layer."""
+    down = mlp._modules[mlp._parts.down]
+    adapters = adapters_of(down) if isinstance(down, Fused) else []
+    device, x_dtype = _expected_input(getattr(down, "base_layer", down), adapters, x_dtype)
+    if (reason := block_reason(mlp, device, x_dtype)) is not None:
+        return reason
+    todo = calls(adapters, device.type, rows)
+    (problem,) = _call_problems(down.base_layer, todo, [], x_dtype, True)
+    choice = _describe(problem, rows)
+    return None if choice.backend == "eager" else f"{mlp._parts.down}: {choice.reason}"
+
+
+def _describe_block(mlp: Any, x_dtype: torch.dtype | None) -> str:
+    down = mlp._modules[mlp._parts.down]
+    device, x_dtype = _expected_input(down.base_layer, adapters_of(down), x_dtype)
+    reason = "a gated MLP, whose act(gate) * up the backward makes again, by "
+    found = eager_mlp.kernel_reason(device, x_dtype)
+    return reason + ("one Triton kernel" if found is None else f"PyTorch's ops: {found}")
 
 
 def _expected_input(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -87,11 +87,12 @@ def _rebuild(cls: Any) -> Any:
 
 
 @functools.cache
-def _fused_class(cls: Any) -> Any:
+def _fused_class(cls: Hashable) -> Any:
     """Return the class that `fuse` gives a gated MLP of a class."""
-    fields = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    fields |= {"own_class": cls, "own_forward": cls.forward}
-    return type(f"Fused{cls.__name__}", (GatedMLP, cls), fields)
+    own: Any = cls
+    fields = {"__module__": own.__module__, "__doc__": own.__doc__}
+    fields |= {"own_class": own, "own_forward": own.forward}
+    return type(f"Fused{own.__name__}", (GatedMLP, own), fields)
 
 
 def fuse_mlps(model: nn.Module) -> None:
@@ -101,7 +102,8 @@ def fuse_mlps(model: nn.Module) -> None:
             found = recognize(module)
             if isinstance(found, Parts):
                 module._parts = found
-                set_class(module, _fused_class(type(module)))
+                cls: Any = type(module)
+                set_class(module, _fused_class(cls))
 
 
 def restore_mlps(model: nn.Module) -> None:
@@ -113,8 +115,10 @@ def restore_mlps(model: nn.Module) -> None:
 
 
 def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """Yield the name of each module that may be a gated MLP, the module, and why `fuse` leaves it as
-    it is; None if it does not."""
+    """Yield the name of each module that may be a gated MLP, the module, and why `fuse` leaves it.
+
+    None if `fuse` has taken it.
+    """
     for name, module in _candidates(model):
         found = module._parts if isinstance(module, GatedMLP) else recognize(module)
         if isinstance(found, Parts) and not isinstance(module, GatedMLP):
@@ -128,12 +132,12 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the modules that have three linear layers, of which `fuse` has taken one."""
+    """Yield the modules that have three linear layers, one or more of them fused."""
     for name, module in model.named_modules():
         linears = [each for each in module._modules.values() if _is_linear(each)]
-        if len(linears) == 3 and any(isinstance(each, Fused) for each in linears):
-            if not isinstance(module, LoraLayer):
-                yield name, module
+        is_fused = any(isinstance(each, Fused) for each in linears)
+        if len(linears) == 3 and is_fused and not isinstance(module, LoraLayer):
+            yield name, module
 
 
 def recognize(module: Any) -> Parts | str:
@@ -173,7 +177,7 @@ def recognize(module: Any) -> Parts | str:
 
 
 def _sample(*shape: int) -> Tensor:
-    """Return float64 values of all magnitudes, for some of which an activation saturates."""
+    """Return float64 values of all magnitudes; an activation saturates for the largest."""
     generator = torch.Generator().manual_seed(0)
     options: Any = {"dtype": torch.float64, "device": "cpu"}
     values = torch.randn(*shape, generator=generator, **options)
@@ -207,7 +211,7 @@ def _is_gated_mlp(module: Any, parts: Parts, training: bool) -> bool:
 
 
 def _stand_in(K: int, N: int) -> nn.Linear:
-    linear = nn.utils.skip_init(nn.Linear, K, N, dtype=torch.float64, device="cpu")
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, K, N, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(K + N)
     for p in linear.parameters():
         p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu"))
@@ -233,7 +237,7 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
         return "torch.compile traces it"
     if (reason := context_reason()) is not None:
         return reason
-    if mlp.own_class.forward is not mlp.own_forward:
+    if mlp.own_class.forward is not type(mlp).own_forward:
         return f"{mlp.own_class.__name__}.forward was replaced"
     parts, modules = mlp._parts, mlp._modules
     if modules.get(parts.act, vars(mlp).get(parts.act)) is not parts.function:
@@ -275,7 +279,7 @@ def _down_reason(down: Any, device: torch.device, x_dtype: torch.dtype) -> str |
 def _run(mlp: Any, x: Tensor) -> Tensor:
     """Run an MLP that has no `block_reason`."""
     parts, modules = mlp._parts, mlp._modules
-    gate, up, down = (modules[name] for name in parts[:3])
+    gate, up, down = modules[parts.gate], modules[parts.up], modules[parts.down]
     g, u = gate(x), up(x)
     is_plain = type(g) is type(u) is Tensor and g.shape == u.shape and g.dtype is u.dtype
     if not is_plain or g.device != x.device or u.device != x.device:
@@ -284,9 +288,9 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         y = down(eager_mlp.gated(g.contiguous(), u.contiguous(), parts.activation))
         return y
-    base = down.base_layer
+    base: Any = down.base_layer
     (adapter,) = adapters_of(down)
-    A, B, scaling = weight_of(adapter.lora_A), weight_of(adapter.lora_B), adapter.scaling
+    A, B, scaling = weight_of(adapter.lora_A), weight_of(adapter.lora_B), float(adapter.scaling)
     weight, compute_dtype = readable_weight(base, g)
     stored = weight.codes if isinstance(weight, Weight4bit) else weight
     dtype = base_dtype(ops.device_of(g)[0], g.dtype, compute_dtype)
@@ -309,5 +313,5 @@ def _makes_its_result(module: Any, device: torch.device) -> bool:
     """
     if isinstance(module, LoraLayer) and not isinstance(module, Fused):
         return False
-    base = module.base_layer if isinstance(module, LoraLayer) else module
+    base: Any = module.base_layer if isinstance(module, LoraLayer) else module
     return unreadable_reason(base, device) is None

@@ -22,6 +22,7 @@ from .explain_rows import (
     row_of_loss,
     row_of_peft,
     row_of_streamed,
+    rows_of_mlps,
 )
 from .frozen import StreamedLinear
 from .linear import Fused
@@ -42,6 +43,7 @@ class Explanation:
         losses: a `Row` for each causal language model that `fuse(model, loss=True)` was given.
         all: whether the table has a line for each layer. Otherwise layers whose names differ only
             in numbers share a line, "30 × model.layers.*.mlp.up_proj".
+        blocks: a `Row` for each module on a GPU that may be a gated MLP.
     """
 
     rows: list[Row]
@@ -49,6 +51,7 @@ class Explanation:
     linears: list[Row] = field(default_factory=list)
     all: bool = False
     losses: list[Row] = field(default_factory=list)
+    blocks: list[Row] = field(default_factory=list)
 
     def assert_fused(self, kernels: bool = False) -> None:
         """Raise RuntimeError with a list of the layers and losses that are not ours.
@@ -94,6 +97,8 @@ class Explanation:
             data["linears"] = [row._asdict() for row in self.linears]
         if self.losses:
             data["losses"] = [row._asdict() for row in self.losses]
+        if self.blocks:
+            data["blocks"] = [row._asdict() for row in self.blocks]
         return json.dumps(data, indent=1, ensure_ascii=False)
 
     def _groups(self, rows: Sequence[Row]) -> Iterator[Row]:
@@ -129,7 +134,7 @@ class Explanation:
         return text
 
     def __str__(self) -> str:
-        rows = self._groups([*self.rows, *self.linears, *self.losses])
+        rows = self._groups([*self.rows, *self.blocks, *self.linears, *self.losses])
         table: list[tuple[str, ...]] = [Row._fields, *rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
@@ -201,7 +206,8 @@ def explain(
         if isinstance(module, StreamedLinear)
     ]
     losses = [row_of_loss(name, module, x_dtype) for name, module in requested_losses(model)]
-    return Explanation(found, sizes, linears, all, losses)
+    blocks = list(rows_of_mlps(model, x_dtype, rows))
+    return Explanation(found, sizes, linears, all, losses, blocks)
 
 
 def _lora_size(layer: nn.Module) -> int:

@@ -272,7 +272,7 @@ def _down_reason(down: Any, device: torch.device, x_dtype: torch.dtype) -> str |
         return f"adapter {name!r} is prepared for hot-swapping"
     if dropout_p(dropout):
         return f"adapter {name!r} has dropout"
-    reason = unreadable_reason(down.base_layer, device)
+    reason = unreadable_reason(cast(nn.Module, down.base_layer), device)
     return None if reason is None else f"base layer: {reason}"
 
 
@@ -313,5 +313,4 @@ def _makes_its_result(module: Any, device: torch.device) -> bool:
     """
     if isinstance(module, LoraLayer) and not isinstance(module, Fused):
         return False
-    base: Any = module.base_layer if isinstance(module, LoraLayer) else module
-    return unreadable_reason(base, device) is None
+    return unreadable_reason(module._modules.get("base_layer", module), device) is None

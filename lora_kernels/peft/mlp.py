@@ -196,7 +196,8 @@ def _find_activation(function: Any) -> str | None:
 
 def _is_gated_mlp(module: Any, parts: Parts, training: bool) -> bool:
     """Return True if the module's forward on stand-ins gives that of a gated MLP of these parts."""
-    gate, up, down = (_stand_in(*sizes) for sizes in ((6, 10), (6, 10), (10, 6)))
+    # Each with weights of its own, or gate and up could change places.
+    gate, up, down = _stand_in(6, 10, seed=0), _stand_in(6, 10, seed=1), _stand_in(10, 6, seed=2)
     stand_ins = {parts.gate: gate, parts.up: up, parts.down: down}
     copy = object.__new__(type(module))
     own = {name: each for name, each in vars(module).items() if name != "forward"}
@@ -210,9 +211,9 @@ def _is_gated_mlp(module: Any, parts: Parts, training: bool) -> bool:
     return _is_same(found, down(parts.function(gate(x)) * up(x)))
 
 
-def _stand_in(K: int, N: int) -> nn.Linear:
+def _stand_in(K: int, N: int, seed: int) -> nn.Linear:
     linear: nn.Linear = nn.utils.skip_init(nn.Linear, K, N, dtype=torch.float64, device="cpu")
-    generator = torch.Generator().manual_seed(K + N)
+    generator = torch.Generator().manual_seed(seed)
     for p in linear.parameters():
         p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu"))
     return linear

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from . import ops
 from .arguments import autocast_dtype, check_weight
@@ -32,38 +33,48 @@ class GatedOptions(NamedTuple):
     blocksizes: tuple[Any, ...]
 
 
+class Hidden(NamedTuple):
+    """h = act(g) ⊙ u, which is not in memory.
+
+    Args:
+        g, u: [..., K], one shape and dtype, the outputs of the gate's and the up-projection.
+        activation: "silu", "gelu_tanh" or "gelu".
+        is_private: whether nothing but the call that gets this holds g and u. Its backward then
+            overwrites them, if autograd frees the graph.
+    """
+
+    g: Tensor
+    u: Tensor
+    activation: str
+    is_private: bool = False
+
+
 def gated_mlp(
-    g: Tensor,
-    u: Tensor,
+    hidden: Hidden,
     weight: Tensor | Weight4bit,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    activation: str,
-    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-    is_private: bool = False,
 ) -> Tensor:
     """Return the adapted down-projection of h = act(g) ⊙ u, as `lora_linear` returns it for h.
 
     h is not kept for the backward, which makes it again. The eager backend computes both.
 
     Args:
-        g, u: [..., K], one shape and dtype, the outputs of the gate's and the up-projection.
+        hidden: h [..., K].
         weight: [N, K] of the down-projection, dense or 4-bit.
         lora_A, lora_B, scaling, bias, compute_dtype: as in `lora_linear`.
-        activation: "silu", "gelu_tanh" or "gelu".
-        is_private: whether nothing but this call holds g and u. The backward then overwrites them,
-            if autograd frees its graph.
 
     Returns:
         y [..., N], in autocast's dtype if autocast is enabled for g's device, else in g's.
 
-    >>> g, u, W = torch.zeros(2, 3), torch.ones(2, 3), torch.eye(3)
-    >>> gated_mlp(g + 9, u, W, torch.ones(1, 3), torch.zeros(3, 1), 2.0, None, "gelu")[0]
+    >>> hidden = Hidden(torch.full((2, 3), 9.0), torch.ones(2, 3), "gelu")
+    >>> gated_mlp(hidden, torch.eye(3), torch.ones(1, 3), torch.zeros(3, 1))[0]
     tensor([9., 9., 9.])
     """
+    g, u, activation, is_private = hidden
     shape = lora_B.shape[0], lora_A.shape[1]
     cast_dtype = autocast_dtype(ops.device_of(g)[0], g.dtype)
     dense, codes, dtype = check_weight(g, weight, shape, compute_dtype, cast_dtype)
@@ -118,7 +129,7 @@ class GatedMLPFunction(torch.autograd.Function):
         if p is None:  # not read
             p = g.new_empty(rows[0].shape[0], dtype=eager.stat_dtype(spec.dtype))
         # A second backward reads g and u again.
-        in_place = is_private and not torch._C._autograd._get_current_graph_task_keep_graph()
+        in_place = is_private and not _get_current_graph_task_keep_graph()
         with ops.no_autocast(g):
             dg, du, grads = eager_mlp.down_backward(
                 dy.reshape(-1, dy.shape[-1]),

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..arguments import base_dtype
 from ..backends import eager_mlp
 from ..backends.library import is_on_gpu_path
 from ..core.call import Operands, Spec
-from ..gated_mlp import gated_mlp
+from ..gated_mlp import Hidden, gated_mlp
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import adapters_of, dropout_p, lora_bias, weight_of
@@ -246,7 +246,7 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     parts, modules = mlp._parts, mlp._modules
     if modules.get(parts.act, vars(mlp).get(parts.act)) is not parts.function:
         return f"its {parts.act} was replaced"
-    if torch_module._has_any_global_hook():
+    if _has_any_global_hook():
         return "a hook sits on all modules"
     if any(any(hooks_of(module)) for module in mlp.modules()):
         return "a hook sits on it or on one of its parts"
@@ -304,8 +304,8 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     bias, own = base._parameters["bias"], lora_bias([adapter])
     bias = bias if own is None else own if bias is None else bias + own
     is_private = _makes_its_result(gate, x.device) and _makes_its_result(up, x.device)
-    options: Any = {"compute_dtype": compute_dtype, "is_private": is_private}
-    y = gated_mlp(g, u, weight, A, B, scaling, bias, parts.activation, **options)
+    hidden = Hidden(g, u, parts.activation, is_private)
+    y = gated_mlp(hidden, weight, A, B, scaling, bias, compute_dtype)
     # bitsandbytes returns h's dtype, under autocast too.
     return y.to(g.dtype) if is_linear4bit(base) else y
 

@@ -26,7 +26,7 @@ import lora_kernels
 from lora_kernels.backends import decode4bit, eager_mlp
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import baselines, counter
-from lora_kernels.gated_mlp import GatedMLPFunction
+from lora_kernels.gated_mlp import GatedMLPFunction, Hidden, gated_mlp
 from lora_kernels.peft import explain, fuse, mlp, unfuse
 from lora_kernels.peft.mlp import GatedMLP
 from tests.support.assertions import assert_bitwise_equal
@@ -59,7 +59,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-class Plain(nn.Module):
+class GLU(nn.Module):
     """LlamaMLP with an activation that is a function, and other names."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor] = F.silu, bias: bool = False) -> None:
@@ -135,8 +135,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu by erf": functools.partial(llama_mlp, "gelu"),
     "gelu by tanh": functools.partial(llama_mlp, "gelu_pytorch_tanh"),
     "biases": functools.partial(llama_mlp, bias=True),
-    "a function": Plain,
-    "a function, biases": functools.partial(Plain, functools.partial(F.gelu), True),
+    "a function": GLU,
+    "a function, biases": functools.partial(GLU, functools.partial(F.gelu), True),
 }
 
 
@@ -351,7 +351,7 @@ def test_result_that_a_foreign_projection_holds_is_not_overwritten(named, runs) 
 def test_result_that_is_part_of_another_tensor_is_not_overwritten(runs) -> None:
     g, u = torch.randn(2, 4, H, dtype=f64).requires_grad_().unbind()
     A, B, W = (torch.randn(s, dtype=f64) for s in ((R, H), (K, R), (K, H)))
-    y = lora_kernels.gated_mlp.gated_mlp(g, u, W, A, B, 1.0, None, "silu", is_private=True)
+    y = gated_mlp(Hidden(g, u, "silu", is_private=True), W, A, B)
     y.sum().backward()
     assert runs == [False]
 
@@ -431,33 +431,33 @@ def test_generation_with_a_cache_equals_pefts() -> None:
     assert_bitwise_equal(fused.generate(IDS, **settings), stock.generate(IDS, **settings))
 
 
-# What is not recognized
+# Modules that are not recognized
 
 
-class WithClamp(Plain):
+class WithClamp(GLU):
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.function(self.w1(x)).clamp(max=50.0) * self.w3(x))
 
 
-class WithResidual(Plain):
+class WithResidual(GLU):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
 
-class InTraining(Plain):
+class InTraining(GLU):
     def forward(self, x: Tensor) -> Tensor:
         h = self.function(self.w1(x)) * self.w3(x)
         return self.w2(F.dropout(h, 0.5, self.training))
 
 
-class Rounded(Plain):
+class Rounded(GLU):
     def forward(self, x: Tensor) -> Tensor:
         h = self.function(self.w1(x).float()).to(x.dtype)
         return self.w2(h * self.w3(x))
 
 
-class WithScale(Plain):
-    """Which starts as 1."""
+class WithScale(GLU):
+    """The scale starts as 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -467,7 +467,7 @@ class WithScale(Plain):
         return self.scale * super().forward(x)
 
 
-class WithDropout(Plain):
+class WithDropout(GLU):
     def __init__(self) -> None:
         super().__init__()
         self.dropout = nn.Dropout(0.1)
@@ -477,7 +477,7 @@ class WithDropout(Plain):
 
 
 class Swish(nn.Module):
-    """Which starts as SiLU."""
+    """SiLU at its start."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -487,7 +487,7 @@ class Swish(nn.Module):
         return x * torch.sigmoid(self.beta * x)
 
 
-class TwoArguments(Plain):
+class TwoArguments(GLU):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return super().forward(x)
 
@@ -501,9 +501,9 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two arguments": (TwoArguments, NOT_THE_RESULT),
     "parameter": (WithScale, "not a gated MLP: it has parameters or buffers of its own"),
     "module": (WithDropout, "3 linear layers and 2 other modules and functions"),
-    "relu": (functools.partial(Plain, F.relu), "its activation function is not SiLU or GELU"),
+    "relu": (functools.partial(GLU, F.relu), "its activation function is not SiLU or GELU"),
     "gelu by other ops": (functools.partial(llama_mlp, "gelu_new"), "is not SiLU or GELU"),
-    "trained activation": (lambda: Plain(Swish()), "has parameters or buffers"),
+    "trained activation": (lambda: GLU(Swish()), "has parameters or buffers"),
 }
 
 
@@ -533,7 +533,7 @@ def test_recognition_reads_no_weight_and_changes_nothing() -> None:
 
 def test_recognition_under_other_defaults_is_the_same() -> None:
     with torch.device("meta"), torch.autocast("cpu", bf16):
-        assert isinstance(mlp.recognize(block_of(fuse(adapted(Plain()), blocks=False))), mlp.Parts)
+        assert isinstance(mlp.recognize(block_of(fuse(adapted(GLU()), blocks=False))), mlp.Parts)
 
 
 # When the module runs its own forward
@@ -645,10 +645,10 @@ def test_hooks_of_all_modules_are_seen(runs) -> None:
 
 
 def test_forward_of_the_class_replaced_later_is_called(monkeypatch) -> None:
-    _, fused = pair(adapted(Plain()))
-    monkeypatch.setattr(Plain, "forward", lambda self, x: 2 * x)
+    _, fused = pair(adapted(GLU()))
+    monkeypatch.setattr(GLU, "forward", lambda self, x: 2 * x)
     assert torch.equal(fused(input_of()), 2 * input_of())
-    assert "Plain.forward was replaced" in explain(fused).blocks[0].reason
+    assert "GLU.forward was replaced" in explain(fused).blocks[0].reason
 
 
 def test_transforms_and_tracing_take_the_own_forward(runs) -> None:

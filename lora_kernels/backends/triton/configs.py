@@ -214,7 +214,6 @@ def linear(
 UPDATE = GemmTiles(64, 64, 64, 4, 1)
 DEQUANTIZE = RowTiles(32, 128, 4, 1)
 REDUCE = ColumnTiles(256, 4, 1)
-ELEMENTWISE = ColumnTiles(1024, 4, 1)  # 128 bits of 16-bit elements a thread
 
 
 def shared_memory(config: GemmTiles, itemsize: int, block_r: int) -> int:
@@ -262,6 +261,11 @@ def shrink_outer(
     programs, chunks = _tiles(M, config.block_m), _tiles(N, config.block_n)
     num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
     return config, _tiles(chunks, num_splits) * config.block_n
+
+
+def elementwise(target: DeviceInfo) -> ColumnTiles:
+    """Return the elements of a program of gated.py: 128 bits of 16-bit elements a thread."""
+    return ColumnTiles(2048 if target.kind == "hip" else 1024, 4, 1)
 
 
 def power_of_two(n: int) -> int:

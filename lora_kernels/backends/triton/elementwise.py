@@ -29,8 +29,8 @@ def gated_backward(
 
 
 def _run(kernel: object, activation: str, **tensors: Tensor) -> None:
-    g, config = tensors["g_ptr"], configs.ELEMENTWISE
-    n = g.numel()
+    g = tensors["g_ptr"]
+    config, n = configs.elementwise(launch.target(g)), g.numel()
     if not n:
         return
     launch.run(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,6 +48,7 @@ class Parts(NamedTuple):
         act: name of the attribute that has the activation.
         function: the activation, a module or a function.
         activation: of `eager_mlp.ACTIVATIONS`.
+        is_up_first: whether up is called before gate. Dropout draws its masks in that order.
     """
 
     gate: str
@@ -56,6 +57,7 @@ class Parts(NamedTuple):
     act: str
     function: Any
     activation: str
+    is_up_first: bool = False
 
 
 class GatedMLP(nn.Module):
@@ -132,12 +134,21 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the modules that have three linear layers, one or more of them fused."""
+    """Yield the modules that have the linear layers of a gated MLP, one or more of them fused."""
     for name, module in model.named_modules():
         linears = [each for each in module._modules.values() if _is_linear(each)]
+        has_projections = len(linears) == 3 or _has_merged_gate(linears)
         is_fused = any(isinstance(each, Fused) for each in linears)
-        if len(linears) == 3 and is_fused and not isinstance(module, LoraLayer):
+        if has_projections and is_fused and not isinstance(module, LoraLayer):
             yield name, module
+
+
+def _has_merged_gate(linears: Sequence[Any]) -> bool:
+    """Return True for two linear layers that may be Phi-3's, whose gate and up are one."""
+    widths = [
+        (getattr(each, "in_features", 0), getattr(each, "out_features", 0)) for each in linears
+    ]
+    return len(widths) == 2 and any(a[1] == 2 * b[0] > 0 for a, b in (widths, widths[::-1]))
 
 
 def recognize(module: Any) -> Parts | str:
@@ -153,6 +164,8 @@ def recognize(module: Any) -> Parts | str:
         for name, each in attributes
         if name not in linears and callable(each) and name != "forward" and name[0] != "_"
     }
+    if len(linears) == 2:
+        return "gate and up are one linear layer, which is not covered in this version"
     if len(linears) != 3 or len(others) != 1:
         return (
             f"not a gated MLP: {len(linears)} linear layers and {len(others)} other modules and "
@@ -171,8 +184,9 @@ def recognize(module: Any) -> Parts | str:
             return f"its activation {act} is not SiLU or GELU, by erf or by tanh"
         for gate, up, down in itertools.permutations(linears):
             parts = Parts(gate, up, down, act, function, activation)
-            if all(_is_gated_mlp(module, parts, training) for training in (False, True)):
-                return parts
+            orders = [_call_order(module, parts, training) for training in (False, True)]
+            if orders[0] and orders[0] == orders[1]:
+                return parts._replace(is_up_first=orders[0][0] == up)
     return "not a gated MLP: its result is not down(act(gate(x)) * up(x))"
 
 
@@ -197,8 +211,11 @@ def _find_activation(function: Any) -> str | None:
     return None
 
 
-def _is_gated_mlp(module: Any, parts: Parts, training: bool) -> bool:
-    """Return True if the module's forward on stand-ins gives that of a gated MLP of these parts."""
+def _call_order(module: Any, parts: Parts, training: bool) -> list[str]:
+    """Return the projections in the order in which the module's forward calls stand-ins for them.
+
+    Empty if the result is not that of a gated MLP of these parts.
+    """
     # Each with weights of its own, or gate and up could change places.
     gate, up, down = _stand_in(6, 10, seed=0), _stand_in(6, 10, seed=1), _stand_in(10, 6, seed=2)
     stand_ins = {parts.gate: gate, parts.up: up, parts.down: down}
@@ -206,12 +223,15 @@ def _is_gated_mlp(module: Any, parts: Parts, training: bool) -> bool:
     own = {name: each for name, each in vars(module).items() if name != "forward"}
     modules = {**module._modules, **stand_ins}
     vars(copy).update(own, _modules=modules, training=training)
-    x = _sample(6, 2, 6)
+    x, called = _sample(6, 2, 6), list[str]()
+    want = down(parts.function(gate(x)) * up(x))
+    for name, linear in stand_ins.items():
+        linear.register_forward_pre_hook(lambda *args, name=name: called.append(name))
     try:
         found = type(module).forward(copy, x.clone())
     except Exception:  # other sizes, other arguments
-        return False
-    return _is_same(found, down(parts.function(gate(x)) * up(x)))
+        return []
+    return called if len(called) == 3 and _is_same(found, want) else []
 
 
 def _stand_in(K: int, N: int, seed: int) -> nn.Linear:
@@ -284,7 +304,12 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     """Run an MLP that has no `block_reason`."""
     parts, modules = mlp._parts, mlp._modules
     gate, up, down = modules[parts.gate], modules[parts.up], modules[parts.down]
-    g, u = gate(x), up(x)
+    if parts.is_up_first:
+        u = up(x)
+        g = gate(x)
+    else:
+        g = gate(x)
+        u = up(x)
     is_plain = type(g) is type(u) is Tensor and g.shape == u.shape and g.dtype is u.dtype
     if not is_plain or g.device != x.device or u.device != x.device:
         y: Tensor = down(parts.function(g) * u)

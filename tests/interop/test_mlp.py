@@ -487,6 +487,16 @@ class Swish(nn.Module):
         return x * torch.sigmoid(self.beta * x)
 
 
+class Merged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(K, 2 * H), nn.Linear(H, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, u = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(g) * u)
+
+
 class TwoArguments(GLU):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return super().forward(x)
@@ -500,6 +510,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "float32 between": (Rounded, NOT_THE_RESULT),
     "two arguments": (TwoArguments, NOT_THE_RESULT),
     "parameter": (WithScale, "not a gated MLP: it has parameters or buffers of its own"),
+    "merged gate and up": (Merged, "gate and up are one linear layer, which is not covered"),
     "module": (WithDropout, "3 linear layers and 2 other modules and functions"),
     "relu": (functools.partial(GLU, F.relu), "its activation function is not SiLU or GELU"),
     "gelu by other ops": (functools.partial(llama_mlp, "gelu_new"), "is not SiLU or GELU"),
@@ -625,6 +636,23 @@ def test_down_projection_that_is_called_as_a_module(config, runs) -> None:
     torch.manual_seed(1)
     assert_close(got, step(stock, input_of()), 1e-12)
     assert not runs
+
+
+@pytest.mark.parametrize("make", [llama_mlp, GLU])
+def test_dropout_of_gate_and_up_has_pefts_masks(make, runs) -> None:
+    """GLU calls up before gate."""
+    stock, fused = pair(adapted(make(), f32).train())
+    for model in (stock, fused):
+        for name in ("gate_proj", "up_proj") if make is llama_mlp else ("w1", "w3"):
+            layer = block_of(model)._modules[name]
+            layer.lora_dropout["default"] = nn.Dropout(0.5)
+    with counter._NativeDropout():
+        torch.manual_seed(1)
+        want = step(stock, input_of(f32))
+        torch.manual_seed(1)
+        got = step(fused, input_of(f32))
+    assert_close(got, want, 1e-5)
+    assert runs == [True]
 
 
 def test_dropout_of_down_counts_in_training_alone(runs) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora_kernels
 from lora_kernels.backends import eager_mlp
 from lora_kernels.backends.eager_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
 from lora_kernels.backends.triton import elementwise
+from lora_kernels.gated_mlp import Hidden, gated_mlp
 from tests.triton.device import DEVICE
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -83,6 +85,29 @@ def test_kernels_pass_their_check() -> None:
     assert eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16) is None
     reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.float64)
     assert reason == "Triton's elementwise kernels do not take torch.float64"
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_gated_mlp_by_the_kernels_repeats_its_backward(is_private: bool) -> None:
+    """Kernels write to saved tensors unseen by autograd, which would not complain."""
+    torch.manual_seed(0)
+    K, R, N = 33, 5, 9
+    leaves = [torch.randn(s, device=DEVICE) for s in ((4, K), (4, K), (R, K), (N, R))]
+    W, dy = torch.randn(N, K, device=DEVICE), torch.randn(4, N, device=DEVICE)
+    g, u, A, B = (t.requires_grad_() for t in leaves)
+    made = g * 1, u * 1
+    with lora_kernels.backend("eager"):
+        y = gated_mlp(Hidden(*made, "silu", is_private), W, A, B, 0.7)
+        first, second, third = (
+            torch.autograd.grad(y, [g, u, A, B], dy, retain_graph=i < 2) for i in range(3)
+        )
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, third))
+    h = torch.nn.functional.silu(g) * u
+    want = torch.autograd.grad(h @ W.T + 0.7 * (h @ A.T) @ B.T, [g, u, A, B], dy)
+    for got, exact in zip(first, want, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+    overwritten = not torch.equal(made[0], g)
+    assert overwritten is is_private  # by the third
 
 
 def swapped(*args: Any) -> None:

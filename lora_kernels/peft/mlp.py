@@ -268,7 +268,7 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
         return f"its {parts.act} was replaced"
     if _has_any_global_hook():
         return "a hook sits on all modules"
-    if any(any(hooks_of(module)) for module in mlp.modules()):
+    if _has_hooks(mlp):
         return "a hook sits on it or on one of its parts"
     for name in ("", parts.gate, parts.up, parts.act):
         module = modules.get(name) if name else mlp
@@ -276,6 +276,12 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
             return f"{name}: {reason}" if name else reason
     reason = _down_reason(modules[parts.down], device, x_dtype)
     return None if reason is None else f"{parts.down}: {reason}"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Return True for a hook on the module or on one inside of it. `modules()` takes longer."""
+    inside = module._modules.values()
+    return any(hooks_of(module)) or any(_has_hooks(each) for each in inside if each is not None)
 
 
 def _down_reason(down: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:

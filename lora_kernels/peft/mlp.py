@@ -77,6 +77,12 @@ class GatedMLP(nn.Module):
                 return _run(self, x)
         return cast(Tensor, super().forward(*args, **kwargs))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Restore the class without a fused down-projection, as `merge_and_unload` leaves it."""
+        super().__setattr__(name, value)
+        if name == self._parts.down and not isinstance(value, Fused):
+            _restore(self)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the overridden class, since this one has no name to be found by."""
         _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
@@ -112,8 +118,12 @@ def restore_mlps(model: nn.Module) -> None:
     """Undo `fuse_mlps`."""
     for module in model.modules():
         if isinstance(module, GatedMLP):
-            set_class(module, module.own_class)
-            del vars(module)["_parts"]
+            _restore(module)
+
+
+def _restore(mlp: GatedMLP) -> None:
+    set_class(mlp, mlp.own_class)
+    del vars(mlp)["_parts"]
 
 
 def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:

@@ -753,6 +753,13 @@ def test_unfuse_restores_the_module() -> None:
     assert type(block_of(model)) is LlamaMLP and vars(block_of(model)) == before
 
 
+def test_unloaded_model_has_the_own_class() -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+    got, want = fused.merge_and_unload()[0], stock.merge_and_unload()[0]
+    assert type(got) is LlamaMLP and vars(got).keys() == vars(want).keys()
+    assert torch.equal(got(input_of()), want(input_of()))
+
+
 @pytest.mark.parametrize(
     "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
 )

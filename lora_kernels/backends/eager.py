@@ -22,7 +22,7 @@ float64).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -307,9 +307,19 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
 
 
 def lora_linear_backward(
-    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
+    dy: Tensor,
+    operands: Operands,
+    saved: Saved,
+    spec: Spec,
+    needs: Needs,
+    strategy: str,
+    late_x: Callable[[Tensor], Tensor] | None = None,
 ) -> Grads:
-    """Compute the gradients for dy [M, N] and x [M, K]."""
+    """Compute the gradients for dy [M, N] and x [M, K].
+
+    late_x: takes dx, whose memory it may overwrite, and returns x for dA. Of `operands.x` only the
+        shape and the dtype are then used, and there is no dropout.
+    """
     x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
     (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
@@ -354,23 +364,29 @@ def lora_linear_backward(
     x_dtype = _operand_dtype(x, lora_A, lora_B, dtype)
     in_parts = _is_in_parts(x, lora_A, x_dtype)
     parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if in_parts else None
-    if need_A:
+    if need_A and late_x is None:
         operand = drop(x, dropout_p, rng).x.to(x_dtype)
         dA = _gradient_A(dxa, parts, operand, lora_A)
         del operand
     if not need_x:
         return Grads(None, dA, dB, dg, dc, dbias)
+    late = (dxa, parts) if late_x is not None else None
     if base is not None and narrow and base.dtype is x.dtype is x_dtype:
         dx = base.addmm_(dxa.to(x_dtype), lora_A.to(x_dtype))
-        return Grads(dx, dA, dB, dg, dc, dbias)
-    dx = _input_update(dxa, parts, lora_A, x_dtype)
-    del dxa, parts
-    dx = drop(dx, dropout_p, rng).x
-    if base is not None:
-        dx = _sum(base, dx, x.dtype)
-    elif weight is not None:
-        dx = _add_base(dx, dz, _dense(weight, lora_A, lora_B, dtype), dtype, x.dtype)
-    return Grads(dx.to(x.dtype), dA, dB, dg, dc, dbias)
+    else:
+        dx = _input_update(dxa, parts, lora_A, x_dtype)
+        del dxa, parts
+        dx = drop(dx, dropout_p, rng).x
+        if base is not None:
+            dx = _sum(base, dx, x.dtype)
+        elif weight is not None:
+            dx = _add_base(dx, dz, _dense(weight, lora_A, lora_B, dtype), dtype, x.dtype)
+        dx = dx.to(x.dtype)
+    if late_x is not None and late is not None:
+        operand = late_x(dx).to(x_dtype)
+        if need_A:
+            dA = _gradient_A(*late, operand, lora_A)
+    return Grads(dx, dA, dB, dg, dc, dbias)
 
 
 def _gradient_A(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ One op is one kernel, except that:
 - An op that has a kernel on CUDA and several ops in its place on meta is one kernel (SiLU's
   backward).
 - Dropout is `native_dropout`, which CUDA runs in training. On meta, PyTorch would run several ops.
-- An op of this package is what its eager implementation runs.
+- An op of this package is what its eager implementation runs, or the kernel that it launches.
 - `bitsandbytes::gemm_4bit` is its fused kernel or the ops it falls back to, whichever bitsandbytes
   chooses on an H100.
 - Autograd adds two gradients of one tensor in place, into the first that arrives. Under a dispatch
@@ -188,7 +188,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "lora_kernels":
+        if func.namespace == "lora_kernels" and _name(func) in ops.IMPLEMENTATIONS:
             return self._run_implementation(func, args, kwargs)
         if str(func) == "bitsandbytes.gemm_4bit.default":
             given = _by_name(func, args, kwargs)

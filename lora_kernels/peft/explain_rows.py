@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..arguments import FLOATS, base_dtype
-from ..backends import cpu, cpu_heuristics
+from ..backends import cpu, cpu_heuristics, eager_mlp
 from ..backends.decode4bit import decoded_by
 from ..backends.eager import UPCAST_ROWS
 from ..backends.head import chunk_rows
@@ -46,6 +46,7 @@ from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
 from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
+from .mlp import block_reason, mlp_reasons
 from .siblings import Siblings, sharing_adapter
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
@@ -66,7 +67,8 @@ class Row(NamedTuple):
     - "adapter only": the base layer is called as a module, and the adapter is one of the two above.
     - "PEFT's": PEFT's own forward.
     - "PyTorch's": PyTorch alone, for a layer of this package without an active adapter, for a loss
-      with logits, or for a layer without an adapter that `fuse(model, linears=True)` took.
+      with logits, for a block that is called layer by layer, or for a layer without an adapter that
+      `fuse(model, linears=True)` took.
     - "x is shared", "x is not shared": whether layers of one module share their x. `layer` is the
       module's name.
     """
@@ -307,6 +309,39 @@ def row_of_siblings(
     strategy = f"x is threaded through {', '.join(sharing)}" if len(sharing) > 1 else "own calls"
     reasons = [f"those that get one x, of more than {UPCAST_ROWS} rows"] * (len(sharing) > 1)
     return Row(name, state, "eager", strategy, "; ".join([*reasons, *apart]))
+
+
+def rows_of_mlps(model: nn.Module, x_dtype: torch.dtype | None, rows: int | None) -> Iterator[Row]:
+    """Yield the row of each module on a GPU that may be a gated MLP."""
+    for name, mlp, reason in mlp_reasons(model):
+        parameters = mlp.parameters()
+        if any(is_on_gpu_path(p.device.type) for p in parameters):
+            reason = reason or _find_block_reason(mlp, x_dtype, rows)
+            if reason is not None:
+                yield Row(name, TORCH, "torch", "layer by layer", reason)
+                continue
+            yield Row(name, LIBRARY, "eager", "one block", _describe_block(mlp, x_dtype))
+
+
+def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, rows: int | None) -> str | None:
+    """Return why the next call of a gated MLP on a GPU runs layer by layer."""
+    down = mlp._modules[mlp._parts.down]
+    adapters = adapters_of(down) if isinstance(down, Fused) else []
+    device, x_dtype = _expected_input(getattr(down, "base_layer", down), adapters, x_dtype)
+    if (reason := block_reason(mlp, device, x_dtype)) is not None:
+        return reason
+    todo = calls(adapters, device.type, rows)
+    (problem,) = _call_problems(down.base_layer, todo, [], x_dtype, True)
+    choice = _describe(problem, rows)
+    return None if choice.backend == "eager" else f"{mlp._parts.down}: {choice.reason}"
+
+
+def _describe_block(mlp: Any, x_dtype: torch.dtype | None) -> str:
+    down = mlp._modules[mlp._parts.down]
+    device, x_dtype = _expected_input(down.base_layer, adapters_of(down), x_dtype)
+    reason = "a gated MLP, whose act(gate) * up the backward makes again, by "
+    found = eager_mlp.kernel_reason(device, x_dtype)
+    return reason + ("one Triton kernel" if found is None else f"PyTorch's ops: {found}")
 
 
 def _expected_input(

@@ -23,6 +23,7 @@ from .explain_rows import (
     row_of_peft,
     row_of_siblings,
     row_of_streamed,
+    rows_of_mlps,
 )
 from .frozen import StreamedLinear
 from .linear import Fused
@@ -44,7 +45,8 @@ class Explanation:
         losses: a `Row` for each causal language model that `fuse(model, loss=True)` was given.
         all: whether the table has a line for each layer. Otherwise layers whose names differ only
             in numbers share a line, "30 × model.layers.*.mlp.up_proj".
-        blocks: a `Row` for each module on a GPU whose layers may share their x.
+        blocks: a `Row` for each module on a GPU that may be a gated MLP, and one for each whose
+            layers may share their x.
     """
 
     rows: list[Row]
@@ -207,7 +209,7 @@ def explain(
         if isinstance(module, StreamedLinear)
     ]
     losses = [row_of_loss(name, module, x_dtype) for name, module in requested_losses(model)]
-    blocks: list[Row] = []
+    blocks = list(rows_of_mlps(model, x_dtype, rows))
     for name, parent, siblings in siblings_of(model):
         add(name, partial(row_of_siblings, name, parent, siblings, x_dtype), blocks)
     return Explanation(found, sizes, linears, all, losses, blocks)

@@ -323,7 +323,7 @@ def remove_siblings(model: nn.Module) -> None:
         vars(module).pop("_siblings", None)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if _owner(hook) is not None:
+                if owner_of(hook) is not None:
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
 
@@ -332,11 +332,11 @@ def siblings_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Siblings]]:
     """Yield the name of each parent, the parent and its siblings."""
     for name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
-            if (found := _owner(hook)) is not None:
+            if (found := owner_of(hook)) is not None:
                 yield name, module, found
 
 
-def _owner(hook: Any) -> Siblings | None:
+def owner_of(hook: Any) -> Siblings | None:
     """Return the siblings whose method the hook is."""
     found = getattr(hook, "__self__", None)
     return found if isinstance(found, Siblings) else None

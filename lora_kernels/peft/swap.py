@@ -28,6 +28,7 @@ from .experts import FusedParamWrapper
 from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
+from .mlp import fuse_mlps, restore_mlps
 from .siblings import add_siblings, remove_siblings
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,9 +67,10 @@ def fuse(
             after qualifying a card of the model that has no verdict yet (up to 25 s); "off", none.
             Every other call runs PyTorch's GEMMs, the eager backend. If a card cannot be qualified
             now, a warning is logged and the eager backend runs.
-        blocks: whether LoRA layers on a GPU that are children of one module, such as q, k and v,
-            share the x that they are called with. PyTorch's GEMMs then read it less often, and
-            autograd adds no gradients of it. `explain` has a line for each such module.
+        blocks: whether modules on a GPU run as blocks. LoRA layers that are children of one module,
+            such as q, k and v, share the x that they are called with: PyTorch's GEMMs read it less
+            often, and autograd adds no gradients of it. Gated MLPs, down(act(gate(x)) * up(x)),
+            keep no act(gate(x)) * up(x) for the backward. `explain` has a line for each.
 
     Raises:
         TypeError: `model` is not a module.
@@ -93,6 +95,9 @@ def fuse(
     remove_siblings(model)
     if blocks:
         add_siblings(model)
+        fuse_mlps(model)
+    else:
+        restore_mlps(model)
     if loss:
         fuse_losses(model)
     _follow_verdicts(model, qualify)
@@ -140,6 +145,7 @@ def unfuse(model: Model) -> Model:
                 vars(layer).pop(name, None)
     remove_siblings(model)
     _restore_linears(model.modules())
+    restore_mlps(model)
     restore_losses(model)
     return model
 

@@ -24,9 +24,9 @@ MATRIX = dict.fromkeys(ALL, "mma.sync")
 MATRIX |= {"sm90": "wgmma.mma_async", "gfx942": "mfma"}
 MATRIX |= dict.fromkeys(("sm100", "sm103", "sm110"), "tcgen05.mma")
 FEW_BYTES = 16  # of stack, touched outside of all loops: ptxas buys occupancy with them
-NO_PRODUCT = ("reduce_kernel", "dequantize_kernel")
+NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "gated_kernel", "gated_backward_kernel")
 LINEAR = ("fused_kernel", "two_pass_kernel")
-WIDE_LOADS = (*LINEAR, "shrink_outer_kernel")
+WIDE_LOADS = (*LINEAR, "shrink_outer_kernel", "gated_kernel", "gated_backward_kernel")
 WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
 
 

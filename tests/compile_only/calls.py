@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton import FUSED, TWO_PASS, codec, configs, equation
+from lora_kernels.backends.triton import FUSED, TWO_PASS, codec, configs, elementwise, equation
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.packed4bit import Packed4bit
 
@@ -84,6 +84,24 @@ class Dequantize:
         codec.dequantize(codes(N, N), (N, N), self.dtype)
 
 
+@dataclass(frozen=True)
+class Gated:
+    """h of a gated MLP, and its backward."""
+
+    activation: str = "silu"
+    dtype: torch.dtype = bf16
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"gated {self.activation} {dtype}{'' if self.aligned else ' odd'}"
+
+    def run(self) -> None:
+        g = meta((4096 if self.aligned else 4095, 4096 if self.aligned else 4095), self.dtype)
+        elementwise.gated(g, g, self.activation)
+        elementwise.gated_backward(*[g] * 6, self.activation)
+
+
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -96,7 +114,7 @@ def codes(N: int, K: int) -> Packed4bit:
 
 
 # One config a kernel and target.
-SLICE: list[Call | Dequantize] = [
+SLICE: list[Call | Dequantize | Gated] = [
     Call(4096, strategy=FUSED),
     Call(1024, quant="whole"),
     Call(16, quant="whole"),
@@ -104,10 +122,11 @@ SLICE: list[Call | Dequantize] = [
     Call(4096, backward=True, options=True),
     Call(4096, base=False),
     Dequantize(),
+    Gated(),
 ]
 
 
-def every_call() -> Iterator[Call | Dequantize]:
+def every_call() -> Iterator[Call | Dequantize | Gated]:
     """Every branch of `configs`, every format, with options and without, aligned and odd."""
     yield from SLICE
     for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):
@@ -126,3 +145,6 @@ def every_call() -> Iterator[Call | Dequantize]:
     for dtype in (bf16, f32):
         yield Call(4096, dtype, dtype, base=False, options=True)
     yield Dequantize(f32, aligned=False)
+    for activation, dtype in itertools.product(elementwise.ACTIVATIONS, (bf16, f32)):
+        yield Gated(activation, dtype)
+        yield Gated(activation, dtype, aligned=False)

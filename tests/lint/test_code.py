@@ -18,6 +18,7 @@ SKIPS = 20  # calls and tables that the formatter would spread over a line for e
 # signatures of Triton kernels, whose arguments belong together in groups
 PRIVATE_OF_TORCH = {
     "torch._C._dispatch_tls_local_include_set",  # no public way to see modes and transforms
+    "torch._C._autograd._get_current_graph_task_keep_graph",  # no public way to see retain_graph
     "torch._C._functorch.peek_interpreter_stack",  # no public way to see a transform alone
     # No public way to hand an object on to autograd's threads.
     "torch._C._get_obj_in_tls",
@@ -25,6 +26,7 @@ PRIVATE_OF_TORCH = {
     "torch._C._stash_obj_in_tls",
     "torch.autograd.forward_ad._current_level",  # no public way to see forward-mode AD
     "torch.cuda._sleep",  # no public kernel that waits
+    "torch.nn.modules.module._has_any_global_hook",  # no public way to see hooks of all modules
     "torch.utils._python_dispatch._get_current_dispatch_mode",  # no public way to see tracing
     "torch.utils._python_dispatch.TorchDispatchMode",  # named in PyTorch's tutorials
     # No public way to tell whether a layer is checkpointed by itself.

@@ -73,7 +73,7 @@ class RowTiles(Tiles):
 
 @dataclass(frozen=True)
 class ColumnTiles(Tiles):
-    """block_n columns of `reduce_kernel`."""
+    """block_n columns of `reduce_kernel`, or elements of the kernels in gated.py."""
 
     block_n: int
     warps: int
@@ -261,6 +261,11 @@ def shrink_outer(
     programs, chunks = _tiles(M, config.block_m), _tiles(N, config.block_n)
     num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
     return config, _tiles(chunks, num_splits) * config.block_n
+
+
+def elementwise(target: DeviceInfo) -> ColumnTiles:
+    """Return the elements of a program of gated.py: 128 bits of 16-bit elements a thread."""
+    return ColumnTiles(2048 if target.kind == "hip" else 1024, 4, 1)
 
 
 def power_of_two(n: int) -> int:

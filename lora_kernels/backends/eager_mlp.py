@@ -1,0 +1,226 @@
+"""The gated MLP of the eager backend: y = down(h), h = act(g) ⊙ u, without keeping h.
+
+The backward computes dh first. One elementwise kernel then reads g, u and dh, and writes dg, du
+and h, which takes dh's memory; dA follows from h. So g and u are read once, and h is never beside
+dh. Where autograd frees the graph, dg and du take the memory of g and u.
+
+The elementwise kernels are Triton's. On each device they are compared with PyTorch's ops before
+their first use. Where they are not used, PyTorch's ops run, with two temporaries of h's size.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ..core.call import Grads, Needs, Operands, Saved, Spec
+from . import eager, triton, workspace
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu_tanh": lambda g: functional.gelu(g, approximate="tanh"),
+    "gelu": functional.gelu,
+}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNCHECKED = "Triton's elementwise kernels are unchecked: the first call outside of a graph does it"
+
+
+class Gated(NamedTuple):
+    """The gradients of h = act(g) ⊙ u, and h, as `gated_backward` makes them."""
+
+    g: Tensor
+    u: Tensor
+    h: Tensor
+
+
+def gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    """Return h = act(g) ⊙ u for contiguous g and u of one shape and dtype.
+
+    >>> gated(torch.tensor([0.0, 50.0]), torch.tensor([3.0, 2.0]), "silu")
+    tensor([  0., 100.])
+    """
+    if kernel_reason(g.device, g.dtype) is not None:
+        return ACTIVATIONS[activation](g).mul_(u)
+    if _is_dispatched(g):
+        return torch.ops.lora_kernels.gated(g, u, activation)  # type: ignore[no-any-return]
+    return _launch_gated(g, u, activation)
+
+
+def gated_backward(g: Tensor, u: Tensor, dh: Tensor, in_place: bool, activation: str) -> Gated:
+    """Return dg, du and h for dh, whose memory is overwritten. All are contiguous.
+
+    in_place: whether g and u may be overwritten too.
+    """
+    if kernel_reason(g.device, g.dtype) is not None:
+        return gated_backward_by_torch(g, u, dh, in_place, activation)
+    found = Gated(*((g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))), dh)
+    run = torch.ops.lora_kernels.gated_backward if _is_dispatched(g) else _launch_gated_backward
+    run(g, u, dh, *found, activation)
+    return found
+
+
+def gated_backward_by_torch(
+    g: Tensor, u: Tensor, dh: Tensor, in_place: bool, activation: str
+) -> Gated:
+    """`gated_backward` by PyTorch's ops; u is not overwritten."""
+    a, da = ACTIVATIONS[activation](g), torch.mul(dh, u)
+    du, h = dh.mul_(a), a.mul_(u)
+    out = g if in_place else da
+    if activation == "silu":
+        dg = torch.ops.aten.silu_backward.grad_input(da, g, grad_input=out)
+    else:
+        how = "tanh" if activation == "gelu_tanh" else "none"
+        dg = torch.ops.aten.gelu_backward.grad_input(da, g, approximate=how, grad_input=out)
+    return Gated(dg, du, h)
+
+
+def down_backward(
+    dy: Tensor,
+    g: Tensor,
+    u: Tensor,
+    operands: Operands,
+    saved: Saved,
+    spec: Spec,
+    needs: Needs,
+    in_place: bool,
+    activation: str,
+) -> tuple[Tensor | None, Tensor | None, Grads]:
+    """Compute dg and du [M, K], and the gradients of the down-projection, for dy [M, N].
+
+    Args:
+        g, u: [M, K], contiguous.
+        operands: of the down-projection. x has h's shape and dtype, and its values are not read.
+        needs: of the down-projection. x: whether dg and du are needed.
+        in_place: whether g and u may be overwritten.
+    """
+    if not needs.x:
+        if needs.lora_A:
+            operands = operands._replace(x=gated(g, u, activation))
+        return None, None, eager.lora_linear_backward(dy, operands, saved, spec, needs, "")
+    found: list[Gated] = []
+
+    def late_h(dh: Tensor) -> Tensor:
+        found.append(gated_backward(g, u, dh, in_place, activation))
+        return found[0].h
+
+    grads = eager.lora_linear_backward(dy, operands, saved, spec, needs, "", late_h)
+    return found[0].g, found[0].u, grads
+
+
+def _is_dispatched(t: Tensor) -> bool:
+    """Return True if a mode counts or fakes what runs, or there are no values to run on."""
+    return t.is_meta or _get_current_dispatch_mode() is not None
+
+
+def _launch_gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    from .triton import elementwise
+
+    return elementwise.gated(g, u, activation)
+
+
+def _launch_gated_backward(
+    g: Tensor, u: Tensor, dh: Tensor, dg: Tensor, du: Tensor, h: Tensor, activation: str
+) -> None:
+    from .triton import elementwise
+
+    elementwise.gated_backward(g, u, dh, dg, du, h, activation)
+
+
+# Ops that are one kernel each, for modes: `bench.counter` counts the operands that they name.
+_LIB = torch.library.Library("lora_kernels", "FRAGMENT")
+_OUTPUTS = "Tensor(a!) dg, Tensor(b!) du, Tensor(c!) h"
+_LIB.define("gated(Tensor g, Tensor u, str activation) -> Tensor")
+_LIB.define(f"gated_backward(Tensor g, Tensor u, Tensor dh, {_OUTPUTS}, str activation) -> ()")
+for _name, _run, _fake in (
+    ("gated", _launch_gated, lambda g, u, activation: torch.empty_like(g)),
+    ("gated_backward", _launch_gated_backward, lambda *args: None),
+):
+    torch.library.register_kernel(f"lora_kernels::{_name}", None, _run, lib=_LIB)
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIB)
+
+
+# Device type and index -> why Triton's kernels are not used there; None after they passed.
+kernel_reasons: dict[tuple[str, int | None], str | None] = {}
+
+
+def kernel_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why PyTorch's ops make h, dg and du on this device; None if Triton's kernels do.
+
+    The first question about a device compares the kernels with PyTorch's ops, unless a graph is
+    captured or traced at that time.
+    """
+    if dtype not in KERNEL_DTYPES:
+        return f"Triton's elementwise kernels do not take {dtype}"
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = (device.type, device.index)
+    if key in kernel_reasons:
+        return kernel_reasons[key]
+    found = _unavailable_reason(device)
+    if found is None and device.type != "meta":  # meta tensors have no values to compare
+        if workspace.is_capturing(device) or _get_current_dispatch_mode() is not None:
+            return UNCHECKED
+        # Another thread has none of the caller's autocast, modes, transforms and forced backend.
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(compare_kernels, device).result()
+    kernel_reasons[key] = found
+    return found
+
+
+def _unavailable_reason(device: torch.device) -> str | None:
+    if device.type == "meta":  # stands for a GPU
+        return triton.unavailable_reason()
+    configs = importlib.import_module(".configs", triton.__name__)
+    target = configs.target(device.type, device.index)
+    found: str | None = configs.unsupported_reason(target, device.type)
+    return found
+
+
+@torch.no_grad()
+def compare_kernels(device: torch.device) -> str | None:
+    """Compare Triton's elementwise kernels with PyTorch's ops on `device`, and synchronize.
+
+    Returns None if the results agree, or the reason why the kernels are not used.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(3, 1037, generator=generator, dtype=torch.float64)
+    sample[0, ::3] *= 8  # where the activations saturate
+    try:
+        for activation in ACTIVATIONS:
+            for dtype in KERNEL_DTYPES:
+                g, u, dh = sample.to(device, dtype).unbind()
+                found = _find_difference(g, u, dh, activation)
+                if found is not None:
+                    return f"Triton's elementwise kernel of {activation} in {dtype} {found}"
+    except Exception as error:  # whatever the compiler or the driver raises
+        return f"Triton's elementwise kernels raised {type(error).__name__}: {error}"
+    return None
+
+
+def _find_difference(g: Tensor, u: Tensor, dh: Tensor, activation: str) -> str | None:
+    want = gated_backward_by_torch(g, u, dh.clone(), False, activation)
+    got = Gated(*(torch.empty_like(g) for _ in range(3)))
+    _launch_gated_backward(g, u, dh, *got, activation)
+    in_place = Gated(g.clone(), u.clone(), dh.clone())
+    _launch_gated_backward(*in_place, *in_place, activation)
+    if not all(map(torch.equal, got, in_place)):
+        return "makes other bits in place"
+    if not torch.equal(_launch_gated(g, u, activation), got.h):
+        return "makes another h in the backward"
+    # Each result is rounded to the dtype at most twice on either side. In float32, act(g) and its
+    # slope are sums of terms up to 1 + |g|, each off by a few units.
+    eps, tiny = torch.finfo(g.dtype).eps, torch.finfo(g.dtype).smallest_normal
+    wide_g, wide_u, wide_dh = (t.double().abs() for t in (g, u, dh))
+    terms = (1 + wide_g) * (wide_u + wide_dh + wide_u * wide_dh)
+    for name, one, other in zip(Gated._fields, got, want, strict=True):
+        bound = 4 * eps * other.double().abs() + 2.0**-20 * terms + 4 * tiny * eps
+        if not bool(((one.double() - other.double()).abs() <= bound).all()):
+            return f"differs from PyTorch's ops in {'h' if name == 'h' else f'd{name}'}"
+    return None

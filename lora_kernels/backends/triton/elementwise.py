@@ -1,0 +1,46 @@
+"""Launch the elementwise kernels of a gated MLP."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configs, launch
+from .gated import gated_backward_kernel, gated_kernel
+
+# `gated.activate`'s names.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+
+
+def gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    """Return h = act(g) ⊙ u for contiguous g and u of one shape and dtype."""
+    h = torch.empty_like(g)
+    _run(gated_kernel, activation, g_ptr=g, u_ptr=u, h_ptr=h)
+    return h
+
+
+def gated_backward(
+    g: Tensor, u: Tensor, dh: Tensor, dg: Tensor, du: Tensor, h: Tensor, activation: str
+) -> None:
+    """Write dg, du and h, which may be g, u and dh; all contiguous, of one shape and dtype."""
+    tensors = {"g_ptr": g, "u_ptr": u, "dh_ptr": dh, "dg_ptr": dg, "du_ptr": du, "h_ptr": h}
+    _run(gated_backward_kernel, activation, **tensors)
+
+
+def _run(kernel: object, activation: str, **tensors: Tensor) -> None:
+    g = tensors["g_ptr"]
+    config, n = configs.elementwise(launch.target(g)), g.numel()
+    if not n:
+        return
+    launch.run(
+        kernel,
+        config,
+        grid=(triton.cdiv(n, config.block_n),),
+        device=g.device,
+        **tensors,
+        n=n,
+        ACTIVATION=ACTIVATIONS[activation],
+        WIDE=n >= 1 << 31,
+        **config.blocks,
+    )

@@ -1,0 +1,826 @@
+"""Gated MLPs as one block on the path that a GPU takes, on CPU tensors, beside PEFT's own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import pickle
+from collections.abc import Callable, Iterator
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import vmap
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import lora_kernels
+from lora_kernels.backends import decode4bit, eager_mlp
+from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.bench import baselines, counter
+from lora_kernels.gated_mlp import GatedMLPFunction, Hidden, gated_mlp
+from lora_kernels.peft import explain, fuse, mlp, unfuse
+from lora_kernels.peft.mlp import GatedMLP
+from tests.support.assertions import assert_bitwise_equal
+from tests.support.peft_models import TINY, randomize
+
+f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+K, H, R, ALPHA = 24, 40, 5, 7
+
+
+@pytest.fixture(autouse=True)
+def gpu_path() -> Iterator[None]:
+    before = dict(decode4bit.bitsandbytes_reasons)
+    with as_on_gpu(), lora_kernels.backend("eager"):
+        yield
+    decode4bit.bitsandbytes_reasons.clear()
+    decode4bit.bitsandbytes_reasons.update(before)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows by whether dg overwrites g, at each backward of a block."""
+    found: list[bool] = []
+    backward = eager_mlp.gated_backward
+
+    def record(g: Tensor, u: Tensor, dh: Tensor, in_place: bool, activation: str) -> Any:
+        found.append(in_place)
+        return backward(g, u, dh, in_place, activation)
+
+    monkeypatch.setattr(eager_mlp, "gated_backward", record)
+    return found
+
+
+class GLU(nn.Module):
+    """LlamaMLP with an activation that is a function, and other names."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] = F.silu, bias: bool = False) -> None:
+        super().__init__()
+        self.w3, self.w1 = nn.Linear(K, H, bias=bias), nn.Linear(K, H, bias=bias)
+        self.w2 = nn.Linear(H, K, bias=bias)
+        self.function = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.w3(x) * self.function(self.w1(x)))
+
+
+def llama_mlp(act: str = "silu", bias: bool = False, sizes: tuple[int, int] = (K, H)) -> LlamaMLP:
+    width, hidden = sizes
+    config = {"hidden_size": width, "intermediate_size": hidden}
+    return LlamaMLP(SimpleNamespace(**config, mlp_bias=bias, hidden_act=act))
+
+
+def adapted(module: nn.Module, dtype: torch.dtype = f64, **config: Any) -> Any:
+    """A PEFT model of one module, its adapters as if trained."""
+    torch.manual_seed(0)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.3)
+    settings = {"r": R, "lora_alpha": ALPHA, "target_modules": "all-linear"} | config
+    model = get_peft_model(nn.Sequential(module).to(dtype), LoraConfig(**settings))
+    randomize(model)
+    return model.to(dtype)
+
+
+def block_of(model: Any) -> Any:
+    return model.base_model.model[0]
+
+
+def pair(model: Any) -> tuple[Any, Any]:
+    fused = fuse(copy.deepcopy(model))
+    assert isinstance(block_of(fused), GatedMLP), explain(fused)
+    return model, fused
+
+
+def input_of(dtype: torch.dtype = f64, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*shape or (3, 4), K, generator=generator, dtype=f64).to(dtype)
+
+
+def step(model: Any, x: Tensor, call: Any = None, needs_x: bool = True) -> dict[str, Tensor]:
+    """y, dx and all gradients."""
+    x = x.clone().requires_grad_(needs_x)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    y = model(x) if call is None else call(model, x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=f64).to(y.dtype)
+    wanted = [*([x] if needs_x else []), *named.values()]
+    grads = torch.autograd.grad(y, wanted, dy, allow_unused=True, materialize_grads=True)
+    names = [*(["x"] if needs_x else []), *named]
+    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], within: float) -> None:
+    """The rms error of each tensor, relative to its own rms."""
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        assert got[name].dtype is exact.dtype and got[name].shape == exact.shape, name
+        exact = exact.double()
+        error = (got[name].double() - exact).norm()
+        assert error <= within * exact.norm(), (name, float(error / exact.norm()))
+
+
+# Relative rms: sums of at most 60 terms in another order, and in bfloat16 a few roundings of each
+# intermediate in either, u = 2⁻⁹ each.
+WITHIN = {f64: 1e-12, f32: 1e-5, bf16: 2.0**-5}
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "silu": llama_mlp,
+    "gelu by erf": functools.partial(llama_mlp, "gelu"),
+    "gelu by tanh": functools.partial(llama_mlp, "gelu_pytorch_tanh"),
+    "biases": functools.partial(llama_mlp, bias=True),
+    "a function": GLU,
+    "a function, biases": functools.partial(GLU, functools.partial(F.gelu), True),
+}
+
+
+@pytest.mark.parametrize("needs_x", [True, False], ids=["dx", "no dx"])
+@pytest.mark.parametrize("dtype", WITHIN, ids=str)
+@pytest.mark.parametrize("kind", MODULES)
+def test_block_has_pefts_outputs_and_gradients(kind, dtype, needs_x, runs) -> None:
+    stock, fused = pair(adapted(MODULES[kind](), dtype))
+    x = input_of(dtype)
+    assert_close(step(fused, x, None, needs_x), step(stock, x, None, needs_x), WITHIN[dtype])
+    assert runs == [True]
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (0,), (2, 0), (2, 3, 4)], ids=str)
+def test_block_takes_any_rows(shape, runs) -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+    got, want = step(fused, input_of(f64, *shape)), step(stock, input_of(f64, *shape))
+    assert runs == [True] and got.keys() == want.keys()
+    for name, exact in want.items():
+        torch.testing.assert_close(got[name], exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "lora_bias"])
+@pytest.mark.parametrize("target", ["gate_proj", "up_proj", "down_proj"])
+def test_block_with_few_adapters_has_pefts_gradients(target, bias, runs) -> None:
+    """The down-projection always has one: else there is no block."""
+    module = llama_mlp(bias=bias)
+    targets = list({target, "down_proj"})
+    stock, fused = pair(adapted(module, target_modules=targets, lora_bias=bias))
+    for needs_x in (True, False):
+        got = step(fused, input_of(), None, needs_x)
+        assert_close(got, step(stock, input_of(), None, needs_x), 1e-12)
+    assert len(runs) == 1 + (target != "down_proj")
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "gate_proj", "up_proj", "down_proj"])
+def test_block_with_frozen_factors_has_pefts_gradients(frozen) -> None:
+    model = adapted(llama_mlp())
+    for name, p in model.named_parameters():
+        if frozen in name:
+            p.requires_grad_(False)
+    stock, fused = pair(model)
+    for needs_x in (True, False):
+        got = step(fused, input_of(), None, needs_x)
+        assert_close(got, step(stock, input_of(), None, needs_x), 1e-12)
+
+
+@pytest.mark.parametrize("adapter", [f32, bf16], ids=str)
+@pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
+def test_block_of_16_bits_is_as_close_as_pefts(adapter, cast, runs) -> None:
+    """float32 adapters with autocast and without. 128 rows are many: adapters go in parts."""
+    model = adapted(llama_mlp(), f32)
+    exact = step(copy.deepcopy(model).double(), input_of(f64, 128))
+    for name, p in model.named_parameters():
+        p.data = p.data.to(adapter if "lora_" in name else bf16)
+    stock, fused = pair(model)
+
+    def run(model: Any) -> dict[str, Tensor]:
+        context = torch.autocast("cpu", bf16) if cast else contextlib.nullcontext()
+
+        def call(model: Any, x: Tensor) -> Tensor:
+            with context:
+                y: Tensor = model(x)
+                return y
+
+        return step(model, input_of(bf16, 128), call)
+
+    def error(found: dict[str, Tensor], name: str) -> float:
+        return float((found[name].double() - exact[name]).norm() / exact[name].norm())
+
+    got, want = run(fused), run(stock)
+    assert runs == [True]
+    for name in want:
+        assert got[name].dtype is want[name].dtype
+        assert error(got, name) <= 1.25 * error(want, name) + 2.0**-10, name
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_block_over_4_bits_has_pefts_gradients(dtype, runs) -> None:
+    pytest.importorskip("bitsandbytes")
+    module = llama_mlp(sizes=(K, 64))
+    for name, linear in list(module.named_children())[:3]:
+        setattr(module, name, baselines.linear_4bit(linear.to(dtype), "nf4"))
+    model = get_peft_model(
+        nn.Sequential(module), LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear")
+    )
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            p.data = p.data.to(dtype)
+    stock, fused = pair(model.train())
+    got, want = step(fused, input_of(dtype)), step(stock, input_of(dtype))
+    assert runs == [True]
+    assert_close(got, want, WITHIN[dtype])
+
+
+# Second backwards and checkpoints
+
+
+def test_second_backward_equals_the_first(runs) -> None:
+    """h, dg and du are made of g and u, which the first has not overwritten."""
+    _, fused = pair(adapted(llama_mlp()))
+    x = input_of().requires_grad_()
+    wanted = [x, *(p for p in fused.parameters() if p.requires_grad)]
+    y = fused(x)
+    first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    second = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    third = torch.autograd.grad(y.sum(), wanted)
+    assert runs == [False, False, True]
+    assert_bitwise_equal(second, first)
+    assert_bitwise_equal(third, first)
+
+
+def test_gradients_of_a_part_at_a_time_equal_all(runs) -> None:
+    _, fused = pair(adapted(llama_mlp()))
+    x = input_of().requires_grad_()
+    wanted = [x, *(p for p in fused.parameters() if p.requires_grad)]
+    y = fused(x)
+    together = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    apart = [torch.autograd.grad(y.sum(), each, retain_graph=True)[0] for each in wanted]
+    assert not any(runs)
+    assert_bitwise_equal(apart, list(together))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_checkpointed_block_has_the_same_gradients(reentrant, runs) -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+
+    def call(model: Any, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(model, x, use_reentrant=reentrant)
+        return y
+
+    if reentrant:  # which does without autograd.grad
+        x = input_of().requires_grad_()
+        for model in (stock, fused):
+            call(model, x).sum().backward()
+        want = {name: p.grad for name, p in stock.named_parameters() if p.requires_grad}
+        got = {name: p.grad for name, p in fused.named_parameters() if p.requires_grad}
+        assert_close(got, want, 1e-12)
+    else:
+        assert_close(step(fused, input_of(), call), step(stock, input_of(), call), 1e-12)
+    assert runs == [True]
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_second_backward_through_a_checkpoint_equals_the_first(reentrant) -> None:
+    _, fused = pair(adapted(llama_mlp()))
+    x = input_of().requires_grad_()
+    y = checkpoint(fused, x, use_reentrant=reentrant).sum()
+    found: list[list[Tensor]] = []
+    for _ in range(2):
+        fused.zero_grad()
+        x.grad = None
+        y.backward(retain_graph=True)
+        found.append([x.grad, *(p.grad for p in fused.parameters() if p.requires_grad)])
+    assert_bitwise_equal(found[1], found[0])
+
+
+def test_block_in_a_second_backward_that_differentiates_it_raises() -> None:
+    _, fused = pair(adapted(llama_mlp()))
+    x = input_of().requires_grad_()
+    (dx,) = torch.autograd.grad(fused(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def test_saved_tensors_moved_by_hooks_give_the_same_gradients() -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+    with torch.autograd.graph.save_on_cpu():
+        got = step(fused, input_of())
+    assert_close(got, step(stock, input_of()), 1e-12)
+
+
+def test_block_in_two_modes_without_gradients_has_pefts_results() -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+    x = input_of()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(fused(x), stock(x), rtol=1e-12, atol=1e-12)
+
+
+def test_block_keeps_no_tensor_of_h_beside_g_and_u() -> None:
+    _, fused = pair(adapted(llama_mlp()))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused(input_of().requires_grad_())
+    hidden = {t.data_ptr() for t in kept if t.shape[-1] == H and t.dim() == 3}
+    assert len(hidden) == 2
+
+
+# In place
+
+
+@pytest.mark.parametrize("named", ["gate_proj", "up_proj"])
+def test_result_that_a_foreign_projection_holds_is_not_overwritten(named, runs) -> None:
+    """A subclass of nn.Linear may save its result for the backward."""
+
+    class Held(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.held = torch.tanh(super().forward(x))  # which tanh saves
+            return self.held
+
+    module = llama_mlp()
+    setattr(module, named, Held(K, H, bias=False))
+    targets = ["down_proj"]
+    stock, fused = pair(adapted(module, target_modules=targets))
+    got, want = step(fused, input_of()), step(stock, input_of())
+    assert runs == [False]
+    assert_close(got, want, 1e-12)
+
+
+def test_result_that_is_part_of_another_tensor_is_not_overwritten(runs) -> None:
+    g, u = torch.randn(2, 4, H, dtype=f64).requires_grad_().unbind()
+    A, B, W = (torch.randn(s, dtype=f64) for s in ((R, H), (K, R), (K, H)))
+    y = gated_mlp(Hidden(g, u, "silu", is_private=True), W, A, B)
+    y.sum().backward()
+    assert runs == [False]
+
+
+# Whole models
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Gemma": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8},
+    "Gemma3Text": {"head_dim": 8},
+    "Mistral": {},
+}
+
+
+def language_model(kind: str, dtype: torch.dtype, **config: Any) -> Any:
+    torch.manual_seed(0)
+    settings = TINY | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | CONFIGS[kind]
+    cls = getattr(transformers, f"{kind}Config")
+    model = transformers.AutoModelForCausalLM.from_config(cls(**settings), dtype=f32).to(dtype)
+    model = get_peft_model(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear"))
+    randomize(model)
+    return model.to(dtype)
+
+
+IDS = torch.randint(3, TINY["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(6))
+
+
+def loss_and_gradients(model: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach(), **grads}
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=str)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_language_model_has_pefts_gradients(kind, checkpointing, runs) -> None:
+    stock = language_model(kind, f64).train()
+    if checkpointing is not None:
+        stock.enable_input_require_grads()
+        stock.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    fused = fuse(copy.deepcopy(stock))
+    blocks = [row for row in explain(fused).blocks if row.strategy == "one block"]
+    assert len(blocks) == TINY["num_hidden_layers"]
+    assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-12)
+    assert runs == [True] * TINY["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
+def test_language_model_of_fewer_bits_has_pefts_gradients(kind, dtype) -> None:
+    stock = language_model(kind, dtype).train()
+    fused = fuse(copy.deepcopy(stock))
+    within = {f32: 1e-5, bf16: 2.0**-4}[dtype]
+    assert_close(loss_and_gradients(fused), loss_and_gradients(stock), within)
+
+
+def test_three_steps_of_sgd_equal_pefts() -> None:
+    stock = language_model("Llama", f64).train()
+    fused = fuse(copy.deepcopy(stock))
+    for model in (stock, fused):
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.1)
+        for _ in range(3):
+            loss_and_gradients(model)
+            optimizer.step()
+    assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-11)
+
+
+def test_generation_with_a_cache_equals_pefts() -> None:
+    stock = language_model("Llama", f64).eval()
+    fused = fuse(copy.deepcopy(stock))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    assert_bitwise_equal(fused.generate(IDS, **settings), stock.generate(IDS, **settings))
+
+
+# Modules that are not recognized
+
+
+class WithClamp(GLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.function(self.w1(x)).clamp(max=50.0) * self.w3(x))
+
+
+class WithResidual(GLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class InTraining(GLU):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.function(self.w1(x)) * self.w3(x)
+        return self.w2(F.dropout(h, 0.5, self.training))
+
+
+class Rounded(GLU):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.function(self.w1(x).float()).to(x.dtype)
+        return self.w2(h * self.w3(x))
+
+
+class WithScale(GLU):
+    """The scale starts as 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+class WithDropout(GLU):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(super().forward(x))
+
+
+class Swish(nn.Module):
+    """SiLU at its start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class Merged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(K, 2 * H), nn.Linear(H, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, u = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(g) * u)
+
+
+class TwoArguments(GLU):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+NOT_THE_RESULT = "not a gated MLP: its result is not down(act(gate(x)) * up(x))"
+OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "clamp": (WithClamp, NOT_THE_RESULT),
+    "residual": (WithResidual, NOT_THE_RESULT),
+    "dropout in training": (InTraining, NOT_THE_RESULT),
+    "float32 between": (Rounded, NOT_THE_RESULT),
+    "two arguments": (TwoArguments, NOT_THE_RESULT),
+    "parameter": (WithScale, "not a gated MLP: it has parameters or buffers of its own"),
+    "merged gate and up": (Merged, "gate and up are one linear layer, which is not covered"),
+    "module": (WithDropout, "3 linear layers and 2 other modules and functions"),
+    "relu": (functools.partial(GLU, F.relu), "its activation function is not SiLU or GELU"),
+    "gelu by other ops": (functools.partial(llama_mlp, "gelu_new"), "is not SiLU or GELU"),
+    "trained activation": (lambda: GLU(Swish()), "has parameters or buffers"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_module_that_is_no_gated_mlp_stays_with_the_reason(other) -> None:
+    make, reason = OTHERS[other]
+    model = adapted(make()).eval()
+    cls = type(block_of(model))
+    state = torch.random.get_rng_state()
+    fuse(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert type(block_of(model)) is cls
+    (row,) = explain(model).blocks
+    assert row.strategy == "layer by layer" and reason in row.reason
+
+
+def test_recognition_reads_no_weight_and_changes_nothing() -> None:
+    """The weights are on meta, as if offloaded."""
+    model = adapted(llama_mlp())
+    module = fuse(model, blocks=False) and block_of(model).to("meta")
+    before = {name: id(each) for name, each in vars(module).items()}
+    parts = mlp.recognize(module)
+    assert isinstance(parts, mlp.Parts)
+    assert parts[:3] == ("gate_proj", "up_proj", "down_proj") and parts.activation == "silu"
+    assert {name: id(each) for name, each in vars(module).items()} == before
+
+
+def test_recognition_under_other_defaults_is_the_same() -> None:
+    with torch.device("meta"), torch.autocast("cpu", bf16):
+        assert isinstance(mlp.recognize(block_of(fuse(adapted(GLU()), blocks=False))), mlp.Parts)
+
+
+# When the module runs its own forward
+
+
+def hook(*args: Any) -> None: ...
+
+
+def add_second(model: Any) -> None:
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    randomize(model, "second", 2)
+    model.base_model.set_adapter(["default", "second"])
+
+
+def replace_forward(model: Any) -> None:
+    module = block_of(model)
+    module.forward = MethodType(lambda self, x: type(self).forward(self, x) * 2, module)
+
+
+def replace_activation(model: Any) -> None:
+    block_of(model).act_fn = ACT2FN["relu"]
+
+
+def replace_activations_forward(model: Any) -> None:
+    block_of(model).act_fn.forward = torch.tanh
+
+
+STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "hook": (lambda m: block_of(m).register_forward_hook(hook), "a hook sits on it or"),
+    "pre-hook of gate": (
+        lambda m: block_of(m).gate_proj.register_forward_pre_hook(hook),
+        "a hook sits on it or on one of its parts",
+    ),
+    "hook of up": (
+        lambda m: block_of(m).up_proj.base_layer.register_forward_hook(hook),
+        "a hook sits on it or on one of its parts",
+    ),
+    "hook of down": (
+        lambda m: block_of(m).down_proj.lora_A.default.register_full_backward_hook(hook),
+        "a hook sits on it or on one of its parts",
+    ),
+    "hook of act": (
+        lambda m: block_of(m).act_fn.register_forward_hook(lambda _, x, y: y * 2),
+        "a hook sits on it or on one of its parts",
+    ),
+    "forward": (replace_forward, "its forward was replaced"),
+    "activation": (replace_activation, "its act_fn was replaced"),
+    "activation's forward": (replace_activations_forward, "act_fn: its forward was replaced"),
+    "two adapters": (add_second, "down_proj: several active adapters"),
+    "disabled": (lambda m: m.disable_adapter_layers(), "down_proj: adapters are disabled"),
+    "merged": (lambda m: m.merge_adapter(), "down_proj: adapters are merged"),
+    "trainable base": (
+        lambda m: block_of(m).down_proj.base_layer.requires_grad_(), "the base weight is trainable",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_state_in_which_the_module_runs_its_own_forward(state, runs) -> None:
+    change, reason = STATES[state]
+    stock, fused = pair(adapted(llama_mlp()))
+    change(stock)
+    change(fused)
+    (row,) = explain(fused).blocks
+    assert row.strategy == "layer by layer" and reason in row.reason
+    x = input_of()
+    torch.testing.assert_close(fused(x), stock(x), rtol=1e-12, atol=1e-12)
+    assert not runs
+    if any(p.requires_grad for p in fused.parameters()):
+        assert_close(step(fused, x), step(stock, x), 1e-12)
+    assert not runs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"lora_dropout": 0.5, "r": 2},
+        {"target_modules": ["gate_proj", "up_proj"]},
+    ],
+    ids=["DoRA", "dropout", "no adapter on down"],
+)
+def test_down_projection_that_is_called_as_a_module(config, runs) -> None:
+    stock, fused = pair(adapted(llama_mlp(), **config).train())
+    (row,) = explain(fused).blocks
+    assert row.strategy == "layer by layer" and row.reason.startswith("down_proj: ")
+    torch.manual_seed(1)
+    got = step(fused, input_of())
+    torch.manual_seed(1)
+    assert_close(got, step(stock, input_of()), 1e-12)
+    assert not runs
+
+
+@pytest.mark.parametrize("make", [llama_mlp, GLU])
+def test_dropout_of_gate_and_up_has_pefts_masks(make, runs) -> None:
+    """GLU calls up before gate."""
+    stock, fused = pair(adapted(make(), f32).train())
+    for model in (stock, fused):
+        for name in ("gate_proj", "up_proj") if make is llama_mlp else ("w1", "w3"):
+            layer = block_of(model)._modules[name]
+            layer.lora_dropout["default"] = nn.Dropout(0.5)
+    with counter._NativeDropout():
+        torch.manual_seed(1)
+        want = step(stock, input_of(f32))
+        torch.manual_seed(1)
+        got = step(fused, input_of(f32))
+    assert_close(got, want, 1e-5)
+    assert runs == [True]
+
+
+def test_dropout_of_down_counts_in_training_alone(runs) -> None:
+    _, fused = pair(adapted(llama_mlp(), lora_dropout=0.5, r=2).eval())
+    step(fused, input_of())
+    assert runs == [True]
+
+
+def test_hooks_of_all_modules_are_seen(runs) -> None:
+    _, fused = pair(adapted(llama_mlp()))
+    seen: list[Any] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: seen.append(y))
+    try:
+        step(fused, input_of())
+    finally:
+        handle.remove()
+    assert not runs and any(y.shape[-1] == H for y in seen)
+
+
+def test_forward_of_the_class_replaced_later_is_called(monkeypatch) -> None:
+    _, fused = pair(adapted(GLU()))
+    monkeypatch.setattr(GLU, "forward", lambda self, x: 2 * x)
+    assert torch.equal(fused(input_of()), 2 * input_of())
+    assert "GLU.forward was replaced" in explain(fused).blocks[0].reason
+
+
+def test_transforms_and_tracing_take_the_own_forward(runs) -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+    x = input_of()
+    torch.testing.assert_close(vmap(fused)(x), vmap(stock)(x), rtol=1e-12, atol=1e-12)
+    with forward_ad.dual_level():
+        tangents = [
+            forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent
+            for model in (stock, fused)
+        ]
+    torch.testing.assert_close(tangents[1], tangents[0], rtol=1e-12, atol=1e-12)
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    assert_close(step(compiled, x), {f"_orig_mod.{n}" if "." in n else n: t for n, t in
+                                     step(stock, x).items()}, 1e-12)  # fmt: skip
+    assert not runs
+
+
+def test_keyword_argument_takes_the_own_forward(runs) -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+    x = input_of().requires_grad_()
+    y = block_of(fused)(x=x)
+    y.sum().backward()
+    torch.testing.assert_close(y, block_of(stock)(x), rtol=1e-12, atol=1e-12)
+    assert not runs
+
+
+def test_another_backend_of_down_is_called(monkeypatch, runs) -> None:
+    """Such as kernels that qualified on a card."""
+    stock, fused = pair(adapted(llama_mlp(), f32))
+    with lora_kernels.backend("cpu"):
+        (row,) = explain(fused).blocks
+        got = step(fused, input_of(f32))
+    assert row.strategy == "layer by layer" and row.reason.startswith("down_proj: ")
+    assert_close(got, step(stock, input_of(f32)), 1e-5)
+    assert not runs
+
+
+def test_exception_of_a_projection_is_raised_and_the_next_call_runs(runs) -> None:
+    _, fused = pair(adapted(llama_mlp()))
+    with pytest.raises((RuntimeError, ValueError)):
+        fused(torch.randn(2, K + 1, dtype=f64))
+    step(fused, input_of())
+    assert runs == [True]
+
+
+# The lifecycle
+
+
+def test_cpu_runs_the_own_forward_bit_for_bit(monkeypatch) -> None:
+    model = adapted(llama_mlp(), f32)
+    with monkeypatch.context() as on_cpu:
+        on_cpu.setattr("lora_kernels.backends.library._emulate_gpu", False)
+        on_cpu.setattr(GatedMLPFunction, "apply", None)
+        stock, fused = fuse(copy.deepcopy(model), blocks=False), fuse(model)
+        assert_bitwise_equal(step(fused, input_of(f32)), step(stock, input_of(f32)))
+        assert not explain(fused).blocks
+
+
+def test_fuse_without_blocks_leaves_the_class() -> None:
+    model = fuse(adapted(llama_mlp()), blocks=False)
+    assert type(block_of(model)) is LlamaMLP
+    assert explain(model).blocks[0].reason == "not fused: call fuse(model)"
+
+
+def test_unfuse_restores_the_module() -> None:
+    model = adapted(llama_mlp())
+    before = dict(vars(block_of(model)))
+    names = list(model.state_dict())
+    fuse(fuse(model))
+    assert type(block_of(model)).__name__ == "FusedLlamaMLP"
+    assert isinstance(block_of(model), LlamaMLP) and list(model.state_dict()) == names
+    unfuse(model)
+    assert type(block_of(model)) is LlamaMLP and vars(block_of(model)) == before
+
+
+def test_unloaded_model_has_the_own_class() -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+    got, want = fused.merge_and_unload()[0], stock.merge_and_unload()[0]
+    assert type(got) is LlamaMLP and vars(got).keys() == vars(want).keys()
+    assert torch.equal(got(input_of()), want(input_of()))
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies_are_blocks_with_weights_of_their_own(copy_of, runs) -> None:
+    _, fused = pair(adapted(llama_mlp()))
+    want = step(fused, input_of())
+    found = copy_of(fused)
+    for p in fused.parameters():
+        p.data.zero_()
+    assert_bitwise_equal(step(found, input_of()), want)
+    assert runs == [True, True]
+
+
+def test_explain_says_what_a_block_is() -> None:
+    _, fused = pair(adapted(llama_mlp()))
+    explanation = explain(fused)
+    (row,) = explanation.blocks
+    assert row.layer == "base_model.model.0" and row.state == "ours, library GEMMs"
+    assert "by PyTorch's ops: Triton's elementwise kernels do not take" in row.reason
+    assert row.reason in str(explanation) and '"blocks"' in explanation.json()
+
+
+# Counts
+
+
+def count(model: Any, M: int, retain_graph: bool) -> counter.Traffic:
+    """The traffic of a training step; y and dy are the caller's."""
+    x = torch.empty(M, 4096, dtype=bf16, device="meta").requires_grad_()
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    found = counter._Counter(None)
+    y = found.run(lambda: model(x))
+    forward, dy = found.traffic(), torch.empty_like(y)
+    grads = found.run(lambda: torch.autograd.grad(y, wanted, dy, retain_graph=retain_graph))
+    backward = found.traffic()
+    del grads
+    read, written, kernels = (a + b for a, b in zip(forward[:3], backward[:3], strict=True))
+    return counter.Traffic(read, written, kernels, max(forward.peak, backward.peak))
+
+
+# MB, kernels, and MB of the peak without retain_graph and with it. g, u and h are 234.9 MB each:
+# what is read and written of them is 20 of the 33 times that a plain chain of kernels takes.
+COUNTS = {"dense": (8480, 34, 800, 1250), "nf4": (9460, 54, 900, 1250)}
+
+
+@pytest.mark.parametrize("base", COUNTS)
+def test_block_moves_few_bytes(base) -> None:
+    with torch.device("meta"):
+        module = llama_mlp(sizes=(4096, 14336)).to(bf16)
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+        for name, linear in list(module.named_children())[:3]:
+            setattr(module, name, baselines.linear_4bit(linear, "nf4"))
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    model = get_peft_model(nn.Sequential(module), config, autocast_adapter_dtype=False)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(bf16)
+    fuse(model)
+    megabytes, kernels, peak, peak_retained = COUNTS[base]
+    count(model, 8, False)  # what is asked once a process
+    for retain_graph, most in ((False, peak), (True, peak_retained)):
+        found = count(model, 8192, retain_graph)
+        assert found.bytes <= megabytes * 1e6 and found.kernels <= kernels, found
+        assert found.peak <= most * 1e6, found

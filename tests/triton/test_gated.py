@@ -1,0 +1,157 @@
+"""The elementwise kernels of a gated MLP beside float64, and their check on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_kernels
+from lora_kernels.backends import eager_mlp
+from lora_kernels.backends.eager_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
+from lora_kernels.backends.triton import elementwise
+from lora_kernels.gated_mlp import Hidden, gated_mlp
+from tests.triton.device import DEVICE
+
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+
+
+def sample(*shape: int, dtype: torch.dtype) -> list[Tensor]:
+    """g, u and dh; every third g is large, so that activations saturate."""
+    generator = torch.Generator().manual_seed(4)
+    g, u, dh = (torch.randn(shape, generator=generator) for _ in range(3))
+    g.view(-1)[::3] *= 8
+    return [t.to(DEVICE, dtype) for t in (g, u, dh)]
+
+
+def exact(g: Tensor, u: Tensor, dh: Tensor, activation: str) -> Gated:
+    """dg, du and h by autograd in float64."""
+    g, u = (t.double().requires_grad_() for t in (g, u))
+    h = ACTIVATIONS[activation](g) * u
+    return Gated(*torch.autograd.grad(h, (g, u), dh.double()), h.detach())
+
+
+def empty(like: Tensor) -> Gated:
+    """Memory that a kernel which leaves elements out would leave NaN in."""
+    return Gated(*(torch.full_like(like, torch.nan) for _ in range(3)))
+
+
+@every_dtype
+@every_activation
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 333), (4, 1024)], ids=str)
+def test_kernels_are_close_to_float64(
+    shape: tuple[int, ...], activation: str, dtype: torch.dtype
+) -> None:
+    g, u, dh = sample(*shape, dtype=dtype)
+    want, got = exact(g, u, dh, activation), empty(g)
+    elementwise.gated_backward(g, u, dh, *got, activation)
+    assert torch.equal(elementwise.gated(g, u, activation), got.h)
+    # act(g) and the result are rounded, dg once: 2 · eps/2. In float32, an exponential, an error
+    # function and quotients are off by a few units of their terms, of at most (1 + |g|) times the
+    # other factors.
+    eps = torch.finfo(dtype).eps
+    tiny = torch.finfo(dtype).smallest_normal * eps
+    factors = Gated(dh.double() * u.double(), dh.double(), u.double())
+    for found, exactly, factor in zip(got, want, factors, strict=True):
+        terms = factor.abs() * (1 + g.double().abs())
+        bound = 1.01 * eps * exactly.abs() + 16 * 2.0**-24 * terms + 2 * tiny
+        error = (found.double() - exactly).abs()
+        assert (error <= bound).all(), (error / bound).max()
+
+
+@every_dtype
+@every_activation
+def test_backward_in_place_has_the_same_bits(activation: str, dtype: torch.dtype) -> None:
+    operands = sample(7, 300, dtype=dtype)
+    got = empty(operands[0])
+    elementwise.gated_backward(*operands, *got, activation)
+    elementwise.gated_backward(*operands, *operands, activation)
+    assert all(map(torch.equal, got, operands))
+
+
+def test_kernels_of_no_elements_launch_nothing() -> None:
+    g, u, dh = sample(0, 8, dtype=torch.bfloat16)
+    assert elementwise.gated(g, u, "silu").shape == (0, 8)
+    elementwise.gated_backward(g, u, dh, g, u, dh, "silu")
+
+
+def test_kernels_pass_their_check() -> None:
+    assert eager_mlp.compare_kernels(torch.device(DEVICE)) is None
+    eager_mlp.kernel_reasons.clear()
+    assert eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16) is None
+    reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.float64)
+    assert reason == "Triton's elementwise kernels do not take torch.float64"
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_gated_mlp_by_the_kernels_repeats_its_backward(is_private: bool) -> None:
+    """Kernels write to saved tensors unseen by autograd, which would not complain."""
+    torch.manual_seed(0)
+    K, R, N = 33, 5, 9
+    leaves = [torch.randn(s, device=DEVICE) for s in ((4, K), (4, K), (R, K), (N, R))]
+    W, dy = torch.randn(N, K, device=DEVICE), torch.randn(4, N, device=DEVICE)
+    g, u, A, B = (t.requires_grad_() for t in leaves)
+    made = g * 1, u * 1
+    with lora_kernels.backend("eager"):
+        y = gated_mlp(Hidden(*made, "silu", is_private), W, A, B, 0.7)
+        first, second, third = (
+            torch.autograd.grad(y, [g, u, A, B], dy, retain_graph=i < 2) for i in range(3)
+        )
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, third))
+    h = torch.nn.functional.silu(g) * u
+    want = torch.autograd.grad(h @ W.T + 0.7 * (h @ A.T) @ B.T, [g, u, A, B], dy)
+    for got, exact in zip(first, want, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+    overwritten = not torch.equal(made[0], g)
+    assert overwritten is is_private  # by the third
+
+
+def swapped(*args: Any) -> None:
+    g, u, dh, dg, du, h, activation = args
+    elementwise.gated_backward(g, u, dh, du, dg, h, activation)
+
+
+def scaled(*args: Any) -> None:
+    elementwise.gated_backward(*args)
+    args[3].mul_(1 + 2.0**-6)
+
+
+def of_tanh(*args: Any) -> None:
+    elementwise.gated_backward(*args[:-1], args[-1].replace("gelu_tanh", "gelu"))
+
+
+def overwriting(*args: Any) -> None:
+    """Stores h before it loads all of dh."""
+    g, u, dh, dg, du, h, activation = args
+    if h is dh:
+        h.copy_(eager_mlp.ACTIVATIONS[activation](g) * u)
+    elementwise.gated_backward(g, u, dh, dg, du, h, activation)
+
+
+def failing(*args: Any) -> None:
+    raise RuntimeError("no kernel image")
+
+
+FAULTS: dict[str, tuple[Callable[..., None], str]] = {
+    "dg and du swapped": (swapped, "differs from PyTorch's ops in dg"),
+    "dg off by two units": (scaled, "differs from PyTorch's ops in dg"),
+    "the other GELU": (of_tanh, "gelu_tanh in torch.float32 "),
+    "wrong in place": (overwriting, "makes other bits in place"),
+    "an exception": (failing, "raised RuntimeError: no kernel image"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_kernels_that_fail_their_check_are_not_used(fault, monkeypatch) -> None:
+    broken, said = FAULTS[fault]
+    monkeypatch.setattr(eager_mlp, "_launch_gated_backward", broken)
+    monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
+    reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16)
+    assert reason is not None and said in reason
+    g, u, dh = sample(3, 50, dtype=torch.bfloat16)
+    want = eager_mlp.gated_backward_by_torch(g, u, dh.clone(), False, "gelu")
+    assert all(map(torch.equal, eager_mlp.gated_backward(g, u, dh, False, "gelu"), want))

@@ -62,7 +62,7 @@ def gated_backward(g: Tensor, u: Tensor, dh: Tensor, in_place: bool, activation:
         return gated_backward_by_torch(g, u, dh, in_place, activation)
     found = Gated(*((g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))), dh)
     run = torch.ops.lora_kernels.gated_backward if _is_dispatched(g) else _launch_gated_backward
-    run(g, u, dh, *found, activation)
+    _backward_into(g, u, dh, found, activation, run)
     return found
 
 
@@ -125,8 +125,14 @@ def _launch_gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
     return elementwise.gated(g, u, activation)
 
 
+def _backward_into(
+    g: Tensor, u: Tensor, dh: Tensor, out: Gated, activation: str, run: Callable[..., None]
+) -> None:
+    run(g, u, dh, dg=out.g, du=out.u, h=out.h, activation=activation)
+
+
 def _launch_gated_backward(
-    g: Tensor, u: Tensor, dh: Tensor, dg: Tensor, du: Tensor, h: Tensor, activation: str
+    g: Tensor, u: Tensor, dh: Tensor, *, dg: Tensor, du: Tensor, h: Tensor, activation: str
 ) -> None:
     from .triton import elementwise
 
@@ -135,12 +141,12 @@ def _launch_gated_backward(
 
 # Ops that are one kernel each, for modes: `bench.counter` counts the operands that they name.
 _LIB = torch.library.Library("lora_kernels", "FRAGMENT")
-_OUTPUTS = "Tensor(a!) dg, Tensor(b!) du, Tensor(c!) h"
+_OUTPUTS = "*, Tensor(a!) dg, Tensor(b!) du, Tensor(c!) h"  # which are not read
 _LIB.define("gated(Tensor g, Tensor u, str activation) -> Tensor")
 _LIB.define(f"gated_backward(Tensor g, Tensor u, Tensor dh, {_OUTPUTS}, str activation) -> ()")
 for _name, _run, _fake in (
     ("gated", _launch_gated, lambda g, u, activation: torch.empty_like(g)),
-    ("gated_backward", _launch_gated_backward, lambda *args: None),
+    ("gated_backward", _launch_gated_backward, lambda *args, **outputs: None),
 ):
     torch.library.register_kernel(f"lora_kernels::{_name}", None, _run, lib=_LIB)
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIB)
@@ -207,9 +213,9 @@ def compare_kernels(device: torch.device) -> str | None:
 def _find_difference(g: Tensor, u: Tensor, dh: Tensor, activation: str) -> str | None:
     want = gated_backward_by_torch(g, u, dh.clone(), False, activation)
     got = Gated(*(torch.empty_like(g) for _ in range(3)))
-    _launch_gated_backward(g, u, dh, *got, activation)
+    _backward_into(g, u, dh, got, activation, _launch_gated_backward)
     in_place = Gated(g.clone(), u.clone(), dh.clone())
-    _launch_gated_backward(*in_place, *in_place, activation)
+    _backward_into(*in_place, in_place, activation, _launch_gated_backward)
     if not all(map(torch.equal, got, in_place)):
         return "makes other bits in place"
     if not torch.equal(_launch_gated(g, u, activation), got.h):

@@ -28,7 +28,9 @@ from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import baselines, counter
 from lora_kernels.gated_mlp import GatedMLPFunction, Hidden, gated_mlp
 from lora_kernels.peft import explain, fuse, mlp, unfuse
+from lora_kernels.peft.explain_rows import APART, SHARED, Row
 from lora_kernels.peft.mlp import GatedMLP
+from lora_kernels.peft.report import Explanation
 from tests.support.assertions import assert_bitwise_equal
 from tests.support.peft_models import TINY, randomize
 
@@ -57,6 +59,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(eager_mlp, "gated_backward", record)
     return found
+
+
+def mlp_rows(explanation: Explanation) -> list[Row]:
+    """Return explain's rows of MLPs, without those of layers that share x."""
+    return [row for row in explanation.blocks if row.state not in (SHARED, APART)]
 
 
 class GLU(nn.Module):
@@ -398,7 +405,7 @@ def test_language_model_has_pefts_gradients(kind, checkpointing, runs) -> None:
         stock.enable_input_require_grads()
         stock.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     fused = fuse(copy.deepcopy(stock))
-    blocks = [row for row in explain(fused).blocks if row.strategy == "one block"]
+    blocks = [row for row in mlp_rows(explain(fused)) if row.strategy == "one block"]
     assert len(blocks) == TINY["num_hidden_layers"]
     assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-12)
     assert runs == [True] * TINY["num_hidden_layers"]
@@ -527,7 +534,7 @@ def test_module_that_is_no_gated_mlp_stays_with_the_reason(other) -> None:
     fuse(model)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert type(block_of(model)) is cls
-    (row,) = explain(model).blocks
+    (row,) = mlp_rows(explain(model))
     assert row.strategy == "layer by layer" and reason in row.reason
 
 
@@ -608,7 +615,7 @@ def test_state_in_which_the_module_runs_its_own_forward(state, runs) -> None:
     stock, fused = pair(adapted(llama_mlp()))
     change(stock)
     change(fused)
-    (row,) = explain(fused).blocks
+    (row,) = mlp_rows(explain(fused))
     assert row.strategy == "layer by layer" and reason in row.reason
     x = input_of()
     torch.testing.assert_close(fused(x), stock(x), rtol=1e-12, atol=1e-12)
@@ -629,7 +636,7 @@ def test_state_in_which_the_module_runs_its_own_forward(state, runs) -> None:
 )
 def test_down_projection_that_is_called_as_a_module(config, runs) -> None:
     stock, fused = pair(adapted(llama_mlp(), **config).train())
-    (row,) = explain(fused).blocks
+    (row,) = mlp_rows(explain(fused))
     assert row.strategy == "layer by layer" and row.reason.startswith("down_proj: ")
     torch.manual_seed(1)
     got = step(fused, input_of())
@@ -676,7 +683,7 @@ def test_forward_of_the_class_replaced_later_is_called(monkeypatch) -> None:
     _, fused = pair(adapted(GLU()))
     monkeypatch.setattr(GLU, "forward", lambda self, x: 2 * x)
     assert torch.equal(fused(input_of()), 2 * input_of())
-    assert "GLU.forward was replaced" in explain(fused).blocks[0].reason
+    assert "GLU.forward was replaced" in mlp_rows(explain(fused))[0].reason
 
 
 def test_transforms_and_tracing_take_the_own_forward(runs) -> None:
@@ -708,7 +715,7 @@ def test_another_backend_of_down_is_called(monkeypatch, runs) -> None:
     """Such as kernels that qualified on a card."""
     stock, fused = pair(adapted(llama_mlp(), f32))
     with lora_kernels.backend("cpu"):
-        (row,) = explain(fused).blocks
+        (row,) = mlp_rows(explain(fused))
         got = step(fused, input_of(f32))
     assert row.strategy == "layer by layer" and row.reason.startswith("down_proj: ")
     assert_close(got, step(stock, input_of(f32)), 1e-5)
@@ -733,13 +740,13 @@ def test_cpu_runs_the_own_forward_bit_for_bit(monkeypatch) -> None:
         on_cpu.setattr(GatedMLPFunction, "apply", None)
         stock, fused = fuse(copy.deepcopy(model), blocks=False), fuse(model)
         assert_bitwise_equal(step(fused, input_of(f32)), step(stock, input_of(f32)))
-        assert not explain(fused).blocks
+        assert not mlp_rows(explain(fused))
 
 
 def test_fuse_without_blocks_leaves_the_class() -> None:
     model = fuse(adapted(llama_mlp()), blocks=False)
     assert type(block_of(model)) is LlamaMLP
-    assert explain(model).blocks[0].reason == "not fused: call fuse(model)"
+    assert mlp_rows(explain(model))[0].reason == "not fused: call fuse(model)"
 
 
 def test_unfuse_restores_the_module() -> None:
@@ -776,7 +783,7 @@ def test_copies_are_blocks_with_weights_of_their_own(copy_of, runs) -> None:
 def test_explain_says_what_a_block_is() -> None:
     _, fused = pair(adapted(llama_mlp()))
     explanation = explain(fused)
-    (row,) = explanation.blocks
+    (row,) = mlp_rows(explanation)
     assert row.layer == "base_model.model.0" and row.state == "ours, library GEMMs"
     assert "by PyTorch's ops: Triton's elementwise kernels do not take" in row.reason
     assert row.reason in str(explanation) and '"blocks"' in explanation.json()

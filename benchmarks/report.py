@@ -103,6 +103,8 @@ README_TRAFFIC = (
     "NF4 bf16, fp32 adapters",
     "DoRA bf16, fp32 adapter",
 )
+BF16 = "bf16, bf16 adapters"
+README_BLOCKS = {"qkv": "q, k, v of 4096, 1024, 1024", "mlp": "gated MLP of 14336"}
 
 CPU_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
 
@@ -425,12 +427,19 @@ def cpu_rows(measured: list[Run]) -> Cells:
         yield *key, *(cell(row, name) if row else "–" for row in rows for name in CPU_PEERS)
 
 
-def readme_traffic(rows: list[Row]) -> Cells:
-    """A training step's bytes on a GPU: both directions of a layer together."""
-    at = "M == 8192 and K == 4096 and N == 4096 and R == 16 and dropout_p == 0"
-    counted = pd.json_normalize(rows).query(f"{at} and cell in @README_TRAFFIC")
+def readme_traffic(rows: list[Row], blocks: list[Row]) -> Cells:
+    """A training step's bytes on a GPU: both directions of a layer, or of a block, together."""
+    sizes = "M == 8192 and K == 4096 and N == 4096 and R == 16 and dropout_p == 0"
+    counted = pd.json_normalize(rows).query(f"{sizes} and cell in @README_TRAFFIC")
     columns = ["bytes.ours", "bytes.peft"]
     for name, ours, peft in counted.groupby("cell", sort=False)[columns].sum().itertuples():
+        yield name, f"{ours / 1e6:.0f}", f"{peft / 1e6:.0f}", f"{ours / peft:.2f}"
+    for block, name in README_BLOCKS.items():
+        found = [
+            r["bytes"] for r in blocks if (r["block"], r["cell"], r["M"]) == (block, BF16, 8192)
+        ]
+        ours, peft, axolotl = (sum(b[who] for b in found) for who in ("ours", "peft", "axolotl"))
+        name = f"{name}; axolotl's order {axolotl / 1e6:.0f} MB"
         yield name, f"{ours / 1e6:.0f}", f"{peft / 1e6:.0f}", f"{ours / peft:.2f}"
 
 

@@ -22,8 +22,8 @@ Adapters of another dtype are cast in each direction. A 4-bit W is decoded by bi
 each direction, one kernel and two for nested scales.
 
 A forward is judged by itself, a backward with its forward, as in `traffic`. Ours loses a row where
-it moves more than `MOST_BYTES` times the bytes of the best peer, or where its peak is more than
-`traffic.PEAK_UNIT` above the lowest peer's. The best peer is the best in that measure.
+it moves more than `MOST_BYTES` times the bytes of the best peer, or where the peak of the step is
+more than `traffic.PEAK_UNIT` above the lowest peer's. The best peer is the best in that measure.
 """
 
 from __future__ import annotations
@@ -98,10 +98,15 @@ BLOCKS = (
     Block("mlp", 4096, (14336, 14336)),
 )
 # The blocks and kinds of layers whose losses are an exit status of 1; the other rows are marked
-# alone. q/k/v and the MLP join when `fuse` makes one Function of each. float32 adapters without
-# autocast join when ours can be told to round them to 16 bits, as the Functions of others do: ours
-# multiplies with float32's precision, as PEFT does, and moves up to 4 % more than they for that.
-HELD = tuple(("layer", c.name) for c in CELLS if c.autocast or c.adapter_dtype is c.dtype)
+# alone. float32 adapters without autocast join when ours can be told to round them to 16 bits, as
+# the Functions of others do: ours multiplies with float32's precision, as PEFT does, and moves up
+# to 4 % more than they for that.
+HELD = tuple(
+    (block.name, cell.name)
+    for block in BLOCKS
+    for cell in CELLS
+    if cell.autocast or cell.adapter_dtype is cell.dtype
+)
 
 
 class Projections(nn.Module):
@@ -471,7 +476,8 @@ def count_block(
                 measure: {name: getattr(t, measure) for name, t in counts.items()}
                 for measure in MEASURES
             }
-            measures["losses"] = losses(of)
+            lost = losses(of)  # a step's peak counts: what is counted here trains
+            measures["losses"] = [m for m in lost if m != "peak" or direction == "backward"]
             yield BlockRow(block.name, block.sizes, cell.name, M, R, direction, **measures)
 
 

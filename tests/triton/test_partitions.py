@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import triton
-from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch
+from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, elementwise, launch
 from lora_kernels.backends.triton.configs import (
     ColumnTiles,
     GemmTiles,
@@ -136,6 +136,15 @@ def codec_of_4_bits() -> dict[str, Tensor]:
     return {"decoded": weight.dequantize(f32)}
 
 
+def gated_mlp() -> dict[str, Tensor]:
+    """h, and dg, du and h in the memory of g, u and dh."""
+    generator = torch.Generator().manual_seed(0)
+    g, u, dh = (torch.randn(3, 3333, generator=generator).to(DEVICE) for _ in range(3))
+    h = elementwise.gated(g, u, "silu")
+    elementwise.gated_backward(g, u, dh, g, u, dh, "silu")
+    return {"h": h, "dg": g, "du": u, "h again": dh}
+
+
 # A call, and the kernels that it launches.
 RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
     FUSED: (lambda: linear(FUSED, 20), {"fused", "outer", "reduce"}),
@@ -144,6 +153,7 @@ RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
         {"two_pass", "shrink", "shrink_outer", "outer", "reduce"},
     ),
     "codec": (lambda: codec_of_4_bits, {"dequantize"}),
+    "gated": (lambda: gated_mlp, {"gated", "gated_backward"}),
 }
 
 

@@ -7,7 +7,9 @@ rows than `UPCAST_ROWS`: for few rows, stacking the A would move more bytes than
 
 A layer shares x with the siblings that were not called yet in the parent's forward, if it gets the
 same tensor object at the same version, in the same grad mode, autocast and saved-tensor hooks.
-Otherwise it runs its own call. No value of a tensor and no earlier step has a part in it, so that a
+Otherwise it runs its own call. All P are computed at the first layer's call, and dropped when the
+parent's forward ends. A write to a later layer's lora_A in between that does not move its version
+counter is not noticed. No value of a tensor and no earlier step has a part in the choice, so that a
 forward and its recomputation by checkpointing decide alike.
 """
 

@@ -10,8 +10,8 @@ from ..core.problem import Strategy
 
 DTYPES = ("bfloat16", "float16")  # of the base GEMM, in the default plan
 SQUARE, WIDE = (4096, 4096), (14336, 4096)  # N and K: Llama-3-8B's q and o, and gate and up
-# From so many rows on the step is timed too. One row is a token that is generated, on which nobody
-# trains; a step that is slower there must not cost the forward its kernel.
+# The smallest M for which forward and backward are timed too. M = 1 is decoding, which has no
+# backward: a slow backward there must not keep the forward from its kernel.
 STEP_ROWS = 8
 
 

@@ -141,11 +141,13 @@ def test_lora_linear_in_a_compute_dtype_rounds_the_operands(engine: str) -> None
 @pytest.mark.proof
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("rank", [1, 16, 100])
-@pytest.mark.parametrize("quant", ["nf4-64-nested", "fp4-128"])
-@every_dtype
 def test_lora_linear_of_formats_and_ranks_is_within_tolerance(
-    dtype: torch.dtype, quant: str, rank: int, sizes: tuple[int, int]
+    rank: int, sizes: tuple[int, int]
 ) -> None:
+    """Every rank × sizes × M; dtypes and formats take turns, so that each meets each."""
+    turn = [1, 16, 100].index(rank) + SIZES.index(sizes)
+    dtype = (f32, bf16, f16)[turn % 3]
+    quant = ("nf4-64-nested", "fp4-128")[turn % 2]
     for M in ROWS[5:]:
         case = Case(M, *sizes, rank, dtype, quant=quant, **FULL)
         for engine in cases.engines():

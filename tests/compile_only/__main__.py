@@ -24,7 +24,7 @@ MATRIX = dict.fromkeys(ALL, "mma.sync")
 MATRIX |= {"sm90": "wgmma.mma_async", "gfx942": "mfma"}
 MATRIX |= dict.fromkeys(("sm100", "sm103", "sm110"), "tcgen05.mma")
 # Of stack, touched once a tile, outside of all loops: ptxas buys occupancy with them. 32 bytes a
-# thread are 8 KiB a tile of 128×256, whose operands are 3 MB at K = 4096; they stay in the L1 cache.
+# thread are 8 KiB a tile of 128×256, whose operands are 3 MB at K = 4096; they stay in L1.
 FEW_BYTES = 32
 NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "gated_kernel", "gated_backward_kernel")
 LINEAR = ("fused_kernel", "two_pass_kernel")

@@ -221,7 +221,7 @@ def _expand(
     """Return the low-rank update scale·s·smallᵀ + bias [M, N]; s [M, R], small [N, R].
 
     It has the dtype of the activation `beside`, or a wider dtype of the adapter if that is not
-    taken in parts. If `onto` has that dtype, the update is added to it in place.
+    taken in parts. It is added to `onto` in place, if that is given.
     """
     dtype = _widest(beside, small)
     if _is_in_parts(beside, small):
@@ -237,7 +237,7 @@ def _expand(
         if _is_added_first(onto):
             return onto.add_(torch.mm(s, small.t()), alpha=scale)
         return onto.addmm_(s, small.t(), alpha=scale)
-    return torch.add(onto, _scaled_mm(s, small.t(), scale), out=torch.empty_like(onto))
+    return onto.add_(_scaled_mm(s, small.t(), scale))
 
 
 def _add_base(
@@ -461,9 +461,9 @@ def multi_lora_linear(
             s *= factor
         p[rows, : s.shape[1]] = s
         own = y[rows]  # a view where the rows lie together
-        found = _expand(s, lora_B[e], dropped[rows], scaling[e], onto=own)
-        if found is not own or isinstance(rows, Tensor):
-            y[rows] = found
+        _expand(s, lora_B[e], dropped[rows], scaling[e], onto=own)
+        if isinstance(rows, Tensor):
+            y[rows] = own
     return y if bias is None else (y + bias).to(y_dtype), Saved(p, None, mask)
 
 

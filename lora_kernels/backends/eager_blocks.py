@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.call import Saved
 from ..core.packed4bit import Packed4bit
 from . import decode4bit
 from .eager import (
@@ -32,6 +33,7 @@ from .eager import (
     _is_in_parts,
     _three_parts,
     _widest,
+    drop,
     stat_dtype,
 )
 
@@ -77,7 +79,7 @@ def is_p_rounded(dtype: torch.dtype, adapters: Sequence[torch.dtype], has_gate: 
 
 def down_projections(x: Tensor, lora_A: Sequence[Tensor], is_rounded: bool) -> list[Tensor]:
     """Return P_i [M, R_i], columns of one tensor, for x [M, K] and each A_i [R_i, K]."""
-    stacked = torch.cat(list(lora_A))
+    stacked = torch.cat(list(lora_A)) if len(lora_A) > 1 else lora_A[0]
     p = torch.mm(x, stacked.t()) if is_rounded else _contract(x, stacked, 0)
     return list(p.split([A.shape[0] for A in lora_A], dim=1))
 
@@ -118,6 +120,27 @@ def down_projections_backward(
     if x_dtype is not None:
         dx = _input_update(ds, parts, stacked, x_dtype, onto=dx).to(x_dtype)
     return dx, dA
+
+
+def add_update_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    dropout_p: float,
+) -> Saved:
+    """Add scaling·((D(x)·Aᵀ) ⊙ g)·Bᵀ to y [M, N] in place, for x [M, K] of y's dtype.
+
+    Returns P and the dropout mask, which `eager.lora_linear_backward` takes.
+    """
+    dropped, _, mask = drop(x, dropout_p, None)
+    dtypes = lora_A.dtype, lora_B.dtype
+    is_rounded = is_p_rounded(y.dtype, dtypes, rank_gate is not None)
+    (p,) = down_projections(dropped, [lora_A], is_rounded)
+    _expand(p if rank_gate is None else p * rank_gate, lora_B, y, scaling, onto=y)
+    return Saved(p, None, mask)
 
 
 def sibling_linear(x: Tensor, sibling: Sibling, bias: Tensor | None) -> Tensor:

@@ -18,8 +18,8 @@ With S the scaling, P = x·Aᵀ, dS = dY·B, h = silu(g) ⊙ u, and every tensor
 - "addmm" is what one writes without a Function for the block: one a projection that keeps P,
   PyTorch's own silu(g) ⊙ u, and a sum of the dx by autograd.
 
-Adapters of another dtype are cast in each direction. A 4-bit W is decoded by bitsandbytes' ops in
-each direction, one kernel and two for nested scales.
+Adapters of another dtype are cast in each direction, in ours by `fuse(model, cast_adapters=True)`.
+A 4-bit W is decoded by bitsandbytes' ops in each direction, one kernel and two for nested scales.
 
 A forward is judged by itself, a backward with its forward, as in `traffic`. Ours loses a row where
 it moves more than `MOST_BYTES` times the bytes of the best peer, or where the peak of the step is
@@ -97,17 +97,6 @@ BLOCKS = (
     Block("qkv", 4096, (4096, 1024, 1024)),
     Block("mlp", 4096, (14336, 14336)),
 )
-# The blocks and kinds of layers whose losses are an exit status of 1; the other rows are marked
-# alone. float32 adapters without autocast join when ours can be told to round them to 16 bits, as
-# the Functions of others do: ours multiplies with float32's precision, as PEFT does, and moves up
-# to 4 % more than they for that.
-HELD = tuple(
-    (block.name, cell.name)
-    for block in BLOCKS
-    for cell in CELLS
-    if cell.autocast or cell.adapter_dtype is cell.dtype
-)
-
 
 class Projections(nn.Module):
     """q, k and v of one x, as an attention layer calls them; one projection: that alone.
@@ -426,11 +415,6 @@ class BlockRow:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @property
-    def has_failed(self) -> bool:
-        """True if the row makes the exit status 1."""
-        return (self.block, self.cell) in HELD and bool(self.losses)
-
     def __str__(self) -> str:
         """Return MB, kernels and peak in MB of ours and each peer, and what ours loses."""
         each = (
@@ -465,7 +449,7 @@ def count_block(
     for name, build in FUNCTIONS.items():
         if name != INPLACE or block.name != "layer":  # Unsloth's single layer overwrites nothing
             found[name] = count(build(block.name, projections))
-    fuse(nn.Sequential(module))
+    fuse(nn.Sequential(module), cast_adapters=True)
     found = {"ours": count(), **found}
     for i, M in enumerate(Ms):
         steps = {name: counts[i] for name, counts in found.items()}
@@ -505,11 +489,8 @@ class Count(traffic.Count):
             counts = (f"{sum(n in row.losses for row in lost)} in {n}" for n in ("bytes", "peak"))
             yield (
                 f"{block.name} {block.sizes}: {len(found)} rows, ours loses {len(lost)} to the "
-                f"best peer ({', '.join(counts)}), {sum(row.has_failed for row in lost)} of them "
-                "in the exit status"
+                f"best peer ({', '.join(counts)})"
             )
 
     def has_failed(self, rows: list[Any]) -> bool:
-        return any(
-            row.has_failed if isinstance(row, BlockRow) else bool(row.losses) for row in rows
-        )
+        return any(row.losses for row in rows)

@@ -80,7 +80,7 @@ class FuseCallback(LayerReport, VerdictLog):
     reason.
 
     Args:
-        linears, loss, qualify, blocks: as `fuse`'s.
+        linears, loss, qualify, blocks, cast_adapters: as `fuse`'s.
 
     Raises ValueError if `qualify` is another word; and, from the trainer's `__init__`, if the model
     has no LoRA layers.
@@ -96,9 +96,11 @@ class FuseCallback(LayerReport, VerdictLog):
         loss: bool = False,
         qualify: str = "cached",
         blocks: bool = True,
+        cast_adapters: bool = False,
     ) -> None:
         check_qualify(qualify)
         self.linears, self.loss, self.qualify, self.blocks = linears, loss, qualify, blocks
+        self.cast_adapters = cast_adapters
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fuse(kwargs["model"])
@@ -119,6 +121,7 @@ class FuseCallback(LayerReport, VerdictLog):
             loss=self.loss,
             qualify=self.qualify,
             blocks=self.blocks,
+            cast_adapters=self.cast_adapters,
         )
 
 

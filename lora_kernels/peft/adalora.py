@@ -11,10 +11,11 @@ from typing import Any, cast
 from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor, nn
 
+from .. import in_place
 from .adapters import svd_adapters_of, svd_calls
 from .base import is_linear4bit, readable_weight
 from .eligibility import svd_reason, unreadable_reason
-from .linear import Fused, add_adapter
+from .linear import Fused, add_adapter, add_onto
 
 
 class FusedSVD(Fused):
@@ -29,17 +30,18 @@ class FusedSVD(Fused):
         if svd_reason(self, adapters, x.device, x.dtype) is not None:
             return cast(Tensor, super(Fused, self).forward(x, *args, **kwargs))
         base = cast(nn.Module, self._modules["base_layer"])
-        todo = svd_calls(adapters, x.device.type, x.numel() // x.shape[-1])
+        todo = self._cast(svd_calls(adapters, x.device.type, x.numel() // x.shape[-1]), x)
         if args or kwargs or unreadable_reason(base, x.device) is not None:
-            y: Tensor = base(x, *args, **kwargs)
+            y, is_private = in_place.call(base, x, *args, **kwargs)
             dtype = y.dtype
+            y = add_onto(y, is_private, x, None, todo.pop(0))
         else:
             weight, compute_dtype = readable_weight(base, x)
             y = add_adapter(x, weight, base._parameters["bias"], todo.pop(0), compute_dtype)
             # bitsandbytes returns x's dtype, under autocast too.
             dtype = x.dtype if is_linear4bit(base) else y.dtype
         for call in todo:
-            y = y + add_adapter(x, None, None, call)
+            y = add_onto(y, True, x, None, call)
         return y if y.dtype is dtype else y.to(dtype)
 
 

@@ -115,6 +115,20 @@ def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
     return Call(A, B, 1.0, torch.cat([_gate(adapter) for adapter in adapters]), dropout_p)
 
 
+def casts_adapters(layer: Any, device_type: str, x_dtype: torch.dtype) -> bool:
+    """Return True if the layer rounds its adapters to a 16-bit x's dtype, as `fuse` was told to."""
+    is_half = x_dtype in (torch.bfloat16, torch.float16)
+    return layer.casts_adapters and is_half and is_on_gpu_path(device_type)
+
+
+def cast_call(call: Call | MixedCall, dtype: torch.dtype) -> Call | MixedCall:
+    """Return the call with lora_A and lora_B in `dtype`."""
+    if isinstance(call, Call):
+        return call._replace(lora_A=call.lora_A.to(dtype), lora_B=call.lora_B.to(dtype))
+    A, B = ([t.to(dtype) for t in tensors] for tensors in (call.lora_A, call.lora_B))
+    return call._replace(lora_A=A, lora_B=B)
+
+
 class RowNames(NamedTuple):
     """The arguments of PEFT's forward that tell which rows of x have an adapter.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -28,6 +28,8 @@ from .adapters import (
     Call,
     adapters_of,
     calls,
+    cast_call,
+    casts_adapters,
     embedding_adapters_of,
     svd_adapters_of,
     svd_calls,
@@ -227,6 +229,9 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     others = [adapter for adapter in adapters if not getattr(adapter, "is_alora", False)]
     names_rows = layer.mixed_batch is not None
     todo = kind.calls(others, device.type, rows) if others and not names_rows else []
+    is_rounded = casts_adapters(layer, device.type, x_dtype)
+    if is_rounded:
+        todo = [cast(Call, cast_call(call, x_dtype)) for call in todo]
     alone = [[adapter] for adapter in aloras]  # one call for each
     mixed = [adapters] if names_rows else alone
     problems = _call_problems(layer.base_layer, todo, mixed, x_dtype, base_reason is None)
@@ -249,6 +254,8 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
         reasons += _dora_reasons(has_dropout)
     if state == LIBRARY and is_linear4bit(layer.base_layer) and is_on_gpu_path(device.type):
         reasons.append(decoded_by(device))
+    if is_rounded:
+        reasons.append(f"adapters are rounded to {x_dtype}")
     if base_reason is not None:
         state, strategy = ADAPTER, "base layer as a module, adapter added"
         reasons.insert(0, f"base layer: {base_reason}")
@@ -296,6 +303,8 @@ def row_of_siblings(
             found = sharing_adapter(layer, device, dtype)
         if not isinstance(found, str):
             todo = calls([found], device.type, None)
+            if casts_adapters(layer, device.type, dtype):
+                todo = [cast(Call, cast_call(call, dtype)) for call in todo]
             (problem,) = _call_problems(layer.base_layer, todo, [], dtype, True)
             choice = selection.choose(problem._replace(rows=MANY_ROWS))
             found = found if choice.backend == "eager" else f"{choice.backend} computes its call"

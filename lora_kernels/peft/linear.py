@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,6 +11,9 @@ from peft.tuners import lora
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
+from .. import in_place, ops
+from ..arguments import base_dtype
+from ..core.call import Operands, Spec
 from ..fastpath import DoraNormCache
 from ..functional import lora_linear, multi_lora_linear
 from ..quantization import Weight4bit
@@ -20,12 +24,20 @@ from .adapters import (
     RowNames,
     adapters_of,
     calls_for,
+    cast_call,
+    casts_adapters,
     dropout_p,
     lora_bias,
     weight_of,
 )
 from .base import is_linear4bit, library_forward, readable_weight
-from .eligibility import has_invalid_sequences, is_dora, linear_reason, unreadable_reason
+from .eligibility import (
+    has_invalid_sequences,
+    is_dora,
+    is_eager_on_gpu,
+    linear_reason,
+    unreadable_reason,
+)
 from .prepared import PreparedForward
 
 if TYPE_CHECKING:
@@ -52,6 +64,7 @@ class Fused(nn.Module):
     mixed_batch: tuple[str, ...] | None = None
     peft_class: Any  # the class of PEFT's that a subclass overrides
     peft_forward: Any  # its forward; None if it had been replaced before
+    casts_adapters = False  # `fuse`'s argument
     shares_x = False  # whether `Siblings` know how to call the layer
     _prepared: PreparedForward | None = None
     _siblings: Siblings | None = None
@@ -91,11 +104,11 @@ class Fused(nn.Module):
             if args or kwargs:  # the base takes more than x
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             return _dora_linear(self, adapters[0], x)
-        first, *rest = calls_for(adapters, x, rows)
+        first, *rest = self._cast(calls_for(adapters, x, rows), x)
         if args or kwargs or unreadable_reason(base, x.device) is not None:
-            result = base(x, *args, **kwargs)
+            result, is_private = in_place.call(base, x, *args, **kwargs)
             dtype = result.dtype
-            result = result + add_adapter(x, None, bias, first)
+            result = add_onto(result, is_private, x, bias, first)
         else:
             base_bias = base._parameters["bias"]
             if base_bias is not None:
@@ -107,8 +120,15 @@ class Fused(nn.Module):
             if alone and len(adapters) == 1:
                 self._prepared = PreparedForward.build(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
-            result.add_(add_adapter(x, None, None, call))  # in place: no caller holds the result
-        return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
+            result = add_onto(result, True, x, None, call)
+        return result if result.dtype is dtype else result.to(dtype)
+
+
+    def _cast(self, calls: Sequence[Any], x: Tensor) -> list[Any]:
+        """Return the calls with the adapters in x's dtype, if the layer rounds them."""
+        if not casts_adapters(self, x.device.type, x.dtype):
+            return list(calls)
+        return [cast_call(call, x.dtype) for call in calls]
 
 
 class FusedLinear(Fused, lora.Linear):
@@ -128,6 +148,8 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     bias, scaling = base._parameters["bias"], cast(float, adapter.scaling)
     norm = layer.__dict__.setdefault("_norm", DoraNormCache())(weight, A, B, scaling)
     scale = layer.lora_magnitude_vector[adapter.name].weight / norm
+    if casts_adapters(layer, x.device.type, x.dtype):
+        A, B = A.to(x.dtype), B.to(x.dtype)
     if not dropout_p(adapter.dropout):
         y = lora_linear(
             x, weight, A, B, scaling, bias, column_scale=scale, compute_dtype=compute_dtype
@@ -156,6 +178,36 @@ def add_adapter(
     lora_A, lora_B, factor, gate, p = call
     kwargs = {"rank_gate": gate, "dropout_p": p, "compute_dtype": compute_dtype}
     return lora_linear(x, weight, lora_A, lora_B, factor, bias, **kwargs)
+
+
+def add_onto(
+    y: Tensor, is_private: bool, x: Tensor, bias: Tensor | None, call: Call | MixedCall
+) -> Tensor:
+    """Return y, the result of a base layer, plus the result of the call for x.
+
+    is_private: whether nothing but the caller holds y, which is then overwritten.
+    """
+    if isinstance(call, MixedCall) or not _can_add_in_place(y, x, call):
+        update = add_adapter(x, None, bias, call)
+        return y.add_(update) if is_private and y.shape == update.shape else y + update
+    lora_A, lora_B, scaling, gate, p = call
+    y = y if is_private else y.clone()
+    return in_place.add_lora_linear_(y, x, lora_A, lora_B, scaling, bias, gate, p)
+
+
+def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
+    """Return True if the eager backend computes the update for y on a GPU, in y's dtype."""
+    if torch.compiler.is_compiling() or type(y) is not Tensor or y.device != x.device:
+        return False
+    if not is_eager_on_gpu(x):
+        return False
+    if y.is_inference() is not torch.is_inference_mode_enabled():
+        return False
+    dtype = base_dtype(ops.device_of(x)[0], x.dtype)
+    if y.dtype is not dtype or y.shape != (*x.shape[:-1], call.lora_B.shape[0]):
+        return False
+    operands = Operands(x, None, call.lora_A, call.lora_B, call.rank_gate)
+    return ops.choose(operands, Spec(call.scaling, call.dropout_p, dtype, dtype)).backend == "eager"
 
 
 def peft_class(layer: Any) -> Any:

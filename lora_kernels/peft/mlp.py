@@ -27,7 +27,7 @@ from ..core.call import Operands, Spec
 from ..gated_mlp import Hidden, gated_mlp
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
-from .adapters import adapters_of, dropout_p, lora_bias, weight_of
+from .adapters import adapters_of, casts_adapters, dropout_p, lora_bias, weight_of
 from .base import is_conv1d, is_linear4bit, library_forward, readable_weight
 from .eligibility import (
     context_reason,
@@ -342,6 +342,8 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     base: Any = down.base_layer
     (adapter,) = adapters_of(down)
     A, B, scaling = weight_of(adapter.lora_A), weight_of(adapter.lora_B), float(adapter.scaling)
+    if casts_adapters(down, g.device.type, g.dtype):
+        A, B = A.to(g.dtype), B.to(g.dtype)
     weight, compute_dtype = readable_weight(base, g)
     stored = weight.codes if isinstance(weight, Weight4bit) else weight
     dtype = base_dtype(ops.device_of(g)[0], g.dtype, compute_dtype)

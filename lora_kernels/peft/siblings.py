@@ -24,17 +24,24 @@ from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from .. import blocks, ops
-from ..arguments import FLOATS, autocast_dtype
-from ..backends import eager, forced
+from ..arguments import autocast_dtype
+from ..backends import eager
 from ..backends.eager_blocks import is_p_rounded
 from ..backends.library import is_on_gpu_path
-from ..choice import choose as selection
 from ..core.call import Operands, Spec
 from ..core.packed4bit import Packed4bit
 from ..quantization import Weight4bit
-from .adapters import Adapter, adapters_of, dropout_p, lora_bias, stack, weight_of
+from .adapters import (
+    Adapter,
+    adapters_of,
+    casts_adapters,
+    dropout_p,
+    lora_bias,
+    stack,
+    weight_of,
+)
 from .base import is_linear4bit, readable_weight
-from .eligibility import hooks_of, is_dora, linear_reason, unreadable_reason
+from .eligibility import hooks_of, is_dora, is_eager_on_gpu, linear_reason, unreadable_reason
 
 # The slots of a forward that may serve one layer alone: that of q, if k and v get another tensor.
 # More of them are a sign of layers that are called one after the other.
@@ -176,9 +183,10 @@ class _Call(NamedTuple):
         bias, base_bias = lora_bias([adapter]), base._parameters["bias"]
         if base_bias is not None:
             bias = base_bias if bias is None else base_bias + bias
-        lora_B = lora_B.to(dtype) if is_cast else lora_B
+        if is_cast or casts_adapters(layer, x.device.type, dtype):
+            lora_A, lora_B = lora_A.new_empty((), dtype=dtype).expand(lora_A.shape), lora_B.to(dtype)
         if is_cast:  # the choice reads shapes and dtypes alone
-            x, lora_A = (t.new_empty((), dtype=dtype).expand(t.shape) for t in (x, lora_A))
+            x = x.new_empty((), dtype=dtype).expand(x.shape)
         operands = Operands(x, codes, lora_A, lora_B, gate, None, bias)
         if ops.choose(operands, Spec(scaling, 0.0, dtype, dtype)).backend != "eager":
             return None
@@ -199,17 +207,20 @@ def _sharing(layers: Sequence[Any], x: Tensor) -> Iterator[tuple[Any, Adapter]]:
 
 def _fill(members: Sequence[tuple[Any, Adapter]], x: Tensor, key: tuple[Any, ...]) -> _Slot | None:
     """Compute P of the members whose A fits the first one's; None if that is alone."""
-    first = weight_of(members[0][1].lora_A)
+    cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+    is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
+    layer, adapter = members[0]
+    first, casts = weight_of(adapter.lora_A), casts_adapters(layer, x.device.type, dtype)
     members = [
         (layer, adapter)
         for layer, adapter in members
         if weight_of(adapter.lora_A).dtype is first.dtype
         and weight_of(adapter.lora_A).shape[1] == x.shape[-1]
+        and casts_adapters(layer, x.device.type, dtype) is casts
     ]
     if len(members) < 2:
         return None
-    cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
-    is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
+    is_cast = is_cast or casts
     lora_A = [weight_of(adapter.lora_A) for _, adapter in members]
     lora_B = [weight_of(adapter.lora_B) for _, adapter in members]
     dtypes = [dtype if is_cast else t.dtype for t in (*lora_A, *lora_B)]
@@ -261,17 +272,8 @@ def _has_many_rows(x: Tensor) -> bool:
 
 def _can_share(x: Tensor) -> bool:
     """Return True if layers may share x in the state of this thread."""
-    device_type, _ = ops.device_of(x)
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and not x.is_inference()
-        and not (x._backward_hooks or x._post_accumulate_grad_hooks)
-        and x.dtype in FLOATS
-        and selection.is_eager_on_gpu(device_type)
-        and forced.entered in (None, "eager")  # the backward's thread knows no other
-        # A mode may replay single ops, as selective checkpointing does. On meta the counter looks.
-        and (device_type == "meta" or not ops.is_intercepted())
-    )
+    has_hooks = x._backward_hooks or x._post_accumulate_grad_hooks
+    return is_eager_on_gpu(x) and not x.is_inference() and not has_hooks
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:

@@ -42,6 +42,7 @@ def fuse(
     loss: bool = False,
     qualify: str = "cached",
     blocks: bool = True,
+    cast_adapters: bool = False,
 ) -> Model:
     """Fuse the LoRA layers of a PEFT model in place, and return the model.
 
@@ -71,6 +72,11 @@ def fuse(
             such as q, k and v, share the x that they are called with: PyTorch's GEMMs read it less
             often, and autograd adds no gradients of it. Gated MLPs, down(act(gate(x)) * up(x)),
             keep no act(gate(x)) * up(x) for the backward. `explain` has a line for each.
+        cast_adapters: whether float32 adapters beside 16-bit x are rounded to x's dtype in each
+            call on a GPU, as autocast rounds them. Parameters, their gradients and the optimizer's
+            state stay float32. PEFT makes adapters float32 by default; without autocast their GEMMs
+            take three 16-bit parts for each float32 operand. It holds for LoRA, DoRA and AdaLoRA
+            over linear layers. On a CPU it changes nothing.
 
     Raises:
         TypeError: `model` is not a module.
@@ -90,6 +96,10 @@ def fuse(
         _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
             set_class(layer, _fused_class(layer))
+        if isinstance(layer, Fused):
+            vars(layer).pop("casts_adapters", None)
+            if cast_adapters:
+                layer.casts_adapters = True
     for linear in _plain_linears(model) if linears else ():
         set_class(linear, StreamedLinear)
     remove_siblings(model)
@@ -141,7 +151,7 @@ def unfuse(model: Model) -> Model:
     for _, layer, _ in lora_layers(model):
         if isinstance(layer, Fused):
             set_class(layer, peft_class(layer))
-            for name in ("mixed_batch", "_norm", "_prepared", "merge_loss"):
+            for name in ("mixed_batch", "_norm", "_prepared", "merge_loss", "casts_adapters"):
                 vars(layer).pop(name, None)
     remove_siblings(model)
     _restore_linears(model.modules())

@@ -1,11 +1,28 @@
 """Models this small are slower on several threads, much slower on a busy machine."""
 
+from collections.abc import Iterator
+
 import pytest
 
+import lora_kernels
+from lora_kernels.backends import decode4bit
 from lora_kernels.backends.forced import Forced
+from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import Choice, Problem
+from lora_kernels.peft import siblings
 from tests.support.threads import threads as threads
+
+
+@pytest.fixture
+def gpu_path() -> Iterator[None]:
+    """CPU tensors take the eager backend's GPU path; afterwards no layers share an x."""
+    before = dict(decode4bit.bitsandbytes_reasons)
+    with as_on_gpu(), lora_kernels.backend("eager"):
+        yield
+    decode4bit.bitsandbytes_reasons.clear()
+    decode4bit.bitsandbytes_reasons.update(before)
+    assert not siblings._frames.of
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import lora_kernels
 from lora_kernels.backends import decode4bit, eager, library
-from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
 from lora_kernels.peft import FusedLinear, explain, fuse, swap
@@ -22,15 +20,7 @@ from tests.support.assertions import assert_close_derived
 
 K, N, R, ALPHA = 320, 192, 5, 7
 f32, bf16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def gpu_path() -> Iterator[None]:
-    before = dict(decode4bit.bitsandbytes_reasons)
-    with as_on_gpu(), lora_kernels.backend("eager"):
-        yield
-    decode4bit.bitsandbytes_reasons.clear()
-    decode4bit.bitsandbytes_reasons.update(before)
+pytestmark = pytest.mark.usefixtures("gpu_path")
 
 
 def model(

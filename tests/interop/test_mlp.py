@@ -6,14 +6,13 @@ import contextlib
 import copy
 import functools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -23,8 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lora_kernels
-from lora_kernels.backends import decode4bit, eager_mlp
-from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.backends import eager_mlp
 from lora_kernels.bench import baselines, counter
 from lora_kernels.gated_mlp import GatedMLPFunction, Hidden, gated_mlp
 from lora_kernels.peft import explain, fuse, mlp, unfuse
@@ -32,19 +30,11 @@ from lora_kernels.peft.explain_rows import APART, SHARED, Row
 from lora_kernels.peft.mlp import GatedMLP
 from lora_kernels.peft.report import Explanation
 from tests.support.assertions import assert_bitwise_equal
-from tests.support.peft_models import TINY, randomize
+from tests.support.peft_models import randomize
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 K, H, R, ALPHA = 24, 40, 5, 7
-
-
-@pytest.fixture(autouse=True)
-def gpu_path() -> Iterator[None]:
-    before = dict(decode4bit.bitsandbytes_reasons)
-    with as_on_gpu(), lora_kernels.backend("eager"):
-        yield
-    decode4bit.bitsandbytes_reasons.clear()
-    decode4bit.bitsandbytes_reasons.update(before)
+pytestmark = pytest.mark.usefixtures("gpu_path")
 
 
 @pytest.fixture
@@ -361,81 +351,6 @@ def test_result_that_is_part_of_another_tensor_is_not_overwritten(runs) -> None:
     y = gated_mlp(Hidden(g, u, "silu", is_private=True), W, A, B)
     y.sum().backward()
     assert runs == [False]
-
-
-# Whole models
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 8},
-    "Gemma": {"head_dim": 8},
-    "Gemma2": {"head_dim": 8},
-    "Gemma3Text": {"head_dim": 8},
-    "Mistral": {},
-}
-
-
-def language_model(kind: str, dtype: torch.dtype, **config: Any) -> Any:
-    torch.manual_seed(0)
-    settings = TINY | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | CONFIGS[kind]
-    cls = getattr(transformers, f"{kind}Config")
-    model = transformers.AutoModelForCausalLM.from_config(cls(**settings), dtype=f32).to(dtype)
-    model = get_peft_model(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear"))
-    randomize(model)
-    return model.to(dtype)
-
-
-IDS = torch.randint(3, TINY["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(6))
-
-
-def loss_and_gradients(model: Any) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    return {"loss": loss.detach(), **grads}
-
-
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=str)
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_language_model_has_pefts_gradients(kind, checkpointing, runs) -> None:
-    stock = language_model(kind, f64).train()
-    if checkpointing is not None:
-        stock.enable_input_require_grads()
-        stock.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-    fused = fuse(copy.deepcopy(stock))
-    blocks = [row for row in mlp_rows(explain(fused)) if row.strategy == "one block"]
-    assert len(blocks) == TINY["num_hidden_layers"]
-    assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-12)
-    assert runs == [True] * TINY["num_hidden_layers"]
-
-
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
-def test_language_model_of_fewer_bits_has_pefts_gradients(kind, dtype) -> None:
-    stock = language_model(kind, dtype).train()
-    fused = fuse(copy.deepcopy(stock))
-    within = {f32: 1e-5, bf16: 2.0**-4}[dtype]
-    assert_close(loss_and_gradients(fused), loss_and_gradients(stock), within)
-
-
-def test_three_steps_of_sgd_equal_pefts() -> None:
-    stock = language_model("Llama", f64).train()
-    fused = fuse(copy.deepcopy(stock))
-    for model in (stock, fused):
-        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.1)
-        for _ in range(3):
-            loss_and_gradients(model)
-            optimizer.step()
-    assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-11)
-
-
-def test_generation_with_a_cache_equals_pefts() -> None:
-    stock = language_model("Llama", f64).eval()
-    fused = fuse(copy.deepcopy(stock))
-    settings = {"max_new_tokens": 6, "do_sample": False}
-    assert_bitwise_equal(fused.generate(IDS, **settings), stock.generate(IDS, **settings))
 
 
 # Modules that are not recognized

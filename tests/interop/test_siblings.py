@@ -24,8 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels import blocks
-from lora_kernels.backends import decode4bit, forced
-from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.backends import forced
 from lora_kernels.bench import baselines, counter
 from lora_kernels.core.problem import Choice, Strategy
 from lora_kernels.integrations import FuseCallback
@@ -44,16 +43,7 @@ K, ROWS = 64, (2, 40)  # 80 rows, more than UPCAST_ROWS
 SIZES = {"q": 64, "k": 32, "v": 32, "o": 64}
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 ALL = ("q", "k", "v", "o")
-
-
-@pytest.fixture(autouse=True)
-def gpu_path() -> Iterator[None]:
-    before = dict(decode4bit.bitsandbytes_reasons)
-    with as_on_gpu(), lora_kernels.backend("eager"):
-        yield
-    decode4bit.bitsandbytes_reasons.clear()
-    decode4bit.bitsandbytes_reasons.update(before)
-    assert not siblings._frames.of
+pytestmark = pytest.mark.usefixtures("gpu_path")
 
 
 class Shared:

@@ -1,0 +1,167 @@
+"""A low-rank update that is added in place to the result of a base layer.
+
+The base layer is another library's module, whose weight is not read: y = base(x), and then
+`y.addmm_(S, Bᵀ)`. That reads and writes y once, where y + S·Bᵀ writes the update, reads both and
+writes the sum. A base layer may return a view, or save its result for its own backward: the update
+then goes to a copy. Either way autograd saves the same tensors, so that a forward and its
+recomputation by checkpointing, which hold different tensors, agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .arguments import autocast_dtype
+from .autograd import differentiable_once
+from .backends import eager, eager_blocks
+from .core.call import Needs, Operands, Saved, Spec
+
+# The tensor and its storage's Python object.
+_HOLDERS_OF_MEMORY = 2
+
+
+class Result(NamedTuple):
+    """What a module returned.
+
+    Args:
+        y: a tensor.
+        is_private: whether the caller alone holds it and its memory.
+    """
+
+    y: Any
+    is_private: bool
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Result:
+    """Return the result of `function(*args, **kwargs)`, and whether nothing else holds it.
+
+    >>> kept = []
+    >>> call(torch.ones, 2).is_private, call(lambda: kept.append(torch.ones(2)) or kept[0])[1]
+    (True, False)
+    """
+    if torch.compiler.is_compiling():
+        return Result(function(*args, **kwargs), False)
+    y, references = _call(function, args, kwargs)
+    is_plain = type(y) is Tensor and y.is_contiguous() and not y._is_view()
+    if not is_plain or references > _references_alone():
+        return Result(y, False)
+    storage = y.untyped_storage()
+    holders = torch._C._storage_Use_Count(storage._cdata)
+    return Result(y, holders == _HOLDERS_OF_MEMORY and storage.nbytes() == y.nbytes)
+
+
+def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, int]:
+    """Return the result and how many references to it there are."""
+    y = function(*args, **kwargs)
+    return y, sys.getrefcount(y)
+
+
+@functools.cache
+def _references_alone() -> int:
+    """Return the references to a result that nothing else holds. It depends on the Python."""
+    return _call(torch.empty, (0,), {})[1]
+
+
+def add_lora_linear_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    rank_gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Add scaling·((D(x)·Aᵀ) ⊙ g)·Bᵀ + bias to y in place, by the eager backend, and return y.
+
+    Args:
+        y: [..., N], contiguous and no view, in autocast's dtype if autocast is enabled for x's
+            device, else in x's. Nothing else may hold it, see `call`.
+        x: [..., K].
+        lora_A, lora_B, scaling, bias, rank_gate, dropout_p: as in `lora_linear`. On a CPU there is
+            no dropout.
+
+    >>> y, x = torch.ones(2, 3), torch.ones(2, 4)
+    >>> add_lora_linear_(y, x, torch.ones(1, 4), torch.ones(3, 1), 0.5)
+    tensor([[3., 3., 3.],
+            [3., 3., 3.]])
+    """
+    if y.dtype is not x.dtype:  # under autocast
+        x = x.to(y.dtype)
+    if autocast_dtype(ops.device_of(x)[0], x.dtype) is not None:
+        lora_A, lora_B = lora_A.to(y.dtype), lora_B.to(y.dtype)
+    spec = Spec(scaling, dropout_p, y.dtype, y.dtype)
+    if torch.is_grad_enabled():
+        added: Tensor = AddLoRALinear.apply(y, x, lora_A, lora_B, rank_gate, bias, spec)
+        return added
+    _add(y, x, lora_A, lora_B, rank_gate, bias, spec)
+    return y
+
+
+def _add(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    rank_gate: Tensor | None,
+    bias: Tensor | None,
+    spec: Spec,
+) -> Saved:
+    rows, columns = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    with ops.no_autocast(y):
+        saved = eager_blocks.add_update_(
+            columns, rows, lora_A, lora_B, spec.scaling, rank_gate, spec.dropout_p
+        )
+        if bias is not None:
+            y += bias
+    return saved
+
+
+class AddLoRALinear(torch.autograd.Function):
+    """y += scaling·((D(x)·Aᵀ) ⊙ g)·Bᵀ + bias. The backward needs x for dA, and P [M, R] for dB."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        rank_gate: Tensor | None,
+        bias: Tensor | None,
+        spec: Spec,
+    ) -> Tensor:
+        *_, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
+        saved = _add(y, x, lora_A, lora_B, rank_gate, bias, spec)
+        ctx.mark_dirty(y)
+        kept_x, kept_p = x if need_A else None, saved.p if need_B or need_gate else None
+        ctx.save_for_backward(kept_x, lora_A, lora_B, rank_gate, kept_p, saved.mask)
+        ctx.spec, ctx.x_shape, ctx.x_dtype = spec, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, rank_gate, p, mask = saved
+        need_y, need_x, need_A, need_B, need_gate, need_bias, _ = ctx.needs_input_grad
+        rows, stat = dy.reshape(-1, dy.shape[-1]), eager.stat_dtype(ctx.spec.dtype)
+        if x is None:  # its values are not read
+            x = dy.new_empty(rows.shape[0], lora_A.shape[1], dtype=ctx.x_dtype)
+        if p is None:
+            p = dy.new_empty(rows.shape[0], dtype=stat)
+        operands = Operands(x.reshape(-1, x.shape[-1]), None, lora_A, lora_B, rank_gate, rng=mask)
+        needs = Needs(need_x, need_A, need_B, need_gate)
+        with ops.no_autocast(dy):
+            grads = eager.lora_linear_backward(rows, operands, Saved(p), ctx.spec, needs, "")
+            dbias = rows.sum(0, dtype=stat).to(ctx.bias_dtype) if need_bias else None
+        dx = None if grads.x is None else grads.x.view(ctx.x_shape)
+        dg = None if grads.rank_gate is None else grads.rank_gate.to(rank_gate.dtype)
+        return dy if need_y else None, dx, grads.lora_A, grads.lora_B, dg, dbias, None

@@ -1,0 +1,443 @@
+"""The update of a called base layer, in place on its result, on the path that a GPU takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import in_place
+from lora_kernels.bench import counter
+from lora_kernels.peft import explain, fuse
+from tests.support.peft_models import randomize
+
+f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+K, N, R, ALPHA = 24, 40, 5, 7
+pytestmark = pytest.mark.usefixtures("gpu_path")
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows by whether the base layer's own result was overwritten, at each update."""
+    found: list[bool] = []
+    results: list[in_place.Result] = []
+    call, add = in_place.call, in_place.add_lora_linear_
+
+    def record_call(*args: Any, **kwargs: Any) -> in_place.Result:
+        result = call(*args, **kwargs)
+        results.append(result._replace(y=result.y.data_ptr() if result.is_private else None))
+        return result
+
+    def record_add(y: Tensor, *args: Any) -> Tensor:
+        found.append(y.data_ptr() == results[-1].y)
+        return add(y, *args)
+
+    monkeypatch.setattr(in_place, "call", record_call)
+    monkeypatch.setattr(in_place, "add_lora_linear_", record_add)
+    return found
+
+
+class SavesResult(torch.autograd.Function):
+    """tanh, whose backward reads its result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return dy * (1 - y * y)
+
+
+class KeepsResult(torch.autograd.Function):
+    """tanh, which keeps its result as an attribute: no version counter protects it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.y = torch.tanh(x)
+        return ctx.y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * (1 - ctx.y * ctx.y)
+
+
+class DetachesResult(torch.autograd.Function):
+    """tanh, which keeps a detached alias of its result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.y = y.detach()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * (1 - ctx.y * ctx.y)
+
+
+class Base(nn.Linear):
+    """A base layer that is called, because it is no nn.Linear; subclasses change its result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(super().forward(x))
+
+    def change(self, y: Tensor) -> Tensor:
+        return y
+
+
+class Tanh(Base):  # PyTorch's own: TanhBackward saves the result
+    def change(self, y: Tensor) -> Tensor:
+        return torch.tanh(y)
+
+
+class Sine(Base):  # saves its input
+    def change(self, y: Tensor) -> Tensor:
+        return torch.sin(y)
+
+
+class Saving(Base):
+    def change(self, y: Tensor) -> Tensor:
+        return SavesResult.apply(y)
+
+
+class Keeping(Base):
+    def change(self, y: Tensor) -> Tensor:
+        return KeepsResult.apply(y)
+
+
+class Detaching(Base):
+    def change(self, y: Tensor) -> Tensor:
+        return DetachesResult.apply(y)
+
+
+class Remembering(Base):  # the tensor itself
+    def change(self, y: Tensor) -> Tensor:
+        self.last = y
+        return y
+
+
+class RememberingMemory(Base):
+    def change(self, y: Tensor) -> Tensor:
+        self.last = y.detach()
+        return y
+
+
+class RememberingPart(Base):
+    def change(self, y: Tensor) -> Tensor:
+        self.last = y[..., :3]
+        return y
+
+
+class View(Base):
+    def change(self, y: Tensor) -> Tensor:
+        return torch.cat([y, y], -1)[..., : y.shape[-1]]
+
+
+class Transposed(Base):
+    def change(self, y: Tensor) -> Tensor:
+        return y.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+class Expanded(Base):
+    def change(self, y: Tensor) -> Tensor:
+        return y.mean(0, keepdim=True).expand_as(y)
+
+
+PRIVATE = (Base, Sine)
+HELD = (
+    *(Tanh, Saving, Keeping, Detaching, Remembering, RememberingMemory, RememberingPart),
+    *(View, Transposed, Expanded),
+)
+
+
+class Model(nn.Module):
+    def __init__(self, base: type[nn.Linear], bias: bool = True) -> None:
+        super().__init__()
+        self.first, self.up = nn.Linear(K, K, dtype=f64), base(K, N, bias=bias, dtype=f64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.up(torch.sin(self.first(x))))
+
+
+def pair(base: type[nn.Linear], config: Any = None, dtype: torch.dtype = f64) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    settings = {"r": R, "lora_alpha": ALPHA, "target_modules": ["up"]}
+    model: Any = get_peft_model(Model(base), config or LoraConfig(**settings))
+    randomize(model)
+    model = model.to(dtype).train()
+    fused = fuse(copy.deepcopy(model))
+    (row,) = explain(fused).rows
+    assert row.state == "adapter only", row
+    return model, fused
+
+
+def layer(model: Any) -> Any:
+    return model.base_model.model.up
+
+
+def input_of(dtype: torch.dtype = f64, rows: int = 70) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, rows // 2, K, generator=generator, dtype=f64).to(dtype)
+
+
+def step(model: Any, x: Tensor, call: Any = None, times: int = 1) -> dict[str, Tensor]:
+    """y, dx and all gradients of the last of several backwards."""
+    x = x.clone().requires_grad_()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    torch.manual_seed(11)
+    y = model(x) if call is None else call(model, x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=f64).to(y.dtype)
+    kept = y.detach().clone()
+    for _ in range(times):
+        grads = torch.autograd.grad(y, [x, *named.values()], dy, retain_graph=times > 1)
+    assert torch.equal(y, kept)
+    return {"y": kept, **dict(zip(["x", *named], grads, strict=True))}
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], within: float) -> None:
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        assert got[name].dtype is exact.dtype and got[name].shape == exact.shape, name
+        error = (got[name].double() - exact.double()).norm()
+        assert error <= within * exact.double().norm(), (name, float(error / exact.norm()))
+
+
+CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "plain": lambda model, x: model(x),
+    "checkpointed": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "checkpointed, reentrant": lambda model, x: checkpoint(model, x, use_reentrant=True),
+    "layer checkpointed": lambda model, x: checkpointed_layer(model, x),
+    "saved on the CPU": lambda model, x: saved_on_cpu(model, x),
+}
+
+
+def checkpointed_layer(model: Any, x: Tensor) -> Tensor:
+    inner = model.base_model.model
+    hidden = torch.sin(inner.first(x))
+    return torch.sin(checkpoint(inner.up, hidden, use_reentrant=False))
+
+
+def saved_on_cpu(model: Any, x: Tensor) -> Tensor:
+    def copied(t: Tensor) -> Tensor:
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(copied, copied):
+        return model(x)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("base", [*PRIVATE, *HELD], ids=lambda base: base.__name__)
+def test_update_of_any_base_has_pefts_gradients(base, call, added) -> None:
+    stock, fused = pair(base)
+    got = step(fused, input_of(), CALLS[call])
+    assert_close(got, step(stock, input_of(), CALLS[call]), 1e-12)
+    assert added, "the update ran elsewhere"
+    if call == "plain":
+        assert added == [base in PRIVATE]
+
+
+@pytest.mark.parametrize("base", [*PRIVATE, *HELD], ids=lambda base: base.__name__)
+def test_second_backward_equals_the_first(base) -> None:
+    stock, fused = pair(base)
+    assert_close(step(fused, input_of(), times=2), step(stock, input_of()), 1e-12)
+
+
+@pytest.mark.parametrize("base", [Remembering, RememberingMemory, RememberingPart], ids=str)
+def test_result_that_a_base_remembers_keeps_its_bits(base) -> None:
+    stock, fused = pair(base)
+    for model in (stock, fused):
+        model(input_of())
+    assert torch.equal(layer(fused).base_layer.last, layer(stock).base_layer.last)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("base", [*PRIVATE, *HELD], ids=lambda base: base.__name__)
+def test_update_without_gradients_equals_pefts(base, mode, added) -> None:
+    stock, fused = pair(base)
+    with mode():
+        got, want = fused(input_of()), stock(input_of())
+    assert_close({"y": got}, {"y": want}, 1e-12)
+    assert len(added) == 1
+
+
+def test_result_of_another_mode_is_left() -> None:
+    """A base that computes in inference mode: autograd refuses its result in place."""
+
+    class Inference(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return super().forward(x)
+
+    stock, fused = pair(Inference)
+    with torch.no_grad():
+        assert_close({"y": fused(input_of())}, {"y": stock(input_of())}, 1e-12)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "dropout": {"lora_dropout": 0.3},
+    "lora_bias": {"lora_bias": True},
+    "rslora": {"use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("rows", [6, 70])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_update_of_any_configuration_has_pefts_gradients(name, rows, added) -> None:
+    settings = {"r": R, "lora_alpha": ALPHA, "target_modules": ["up"]} | CONFIGS[name]
+    stock, fused = pair(Base, LoraConfig(**settings))
+    assert_close(step(fused, input_of(f64, rows)), step(stock, input_of(f64, rows)), 1e-12)
+    assert added == [True]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [6, 70])
+def test_updates_of_several_adapters_have_pefts_gradients(rows, dropout, added) -> None:
+    settings: Any = {"lora_alpha": ALPHA, "target_modules": ["up"], "lora_dropout": dropout}
+    torch.manual_seed(0)
+    stock: Any = get_peft_model(Model(Base), LoraConfig(r=R, **settings))
+    stock.add_adapter("other", LoraConfig(r=3, **settings))
+    stock.base_model.set_adapter(["default", "other"])
+    for name in ("default", "other"):
+        randomize(stock, name)
+    stock = stock.to(f64).train()
+    fused = fuse(copy.deepcopy(stock))
+    assert_close(step(fused, input_of(f64, rows)), step(stock, input_of(f64, rows)), 1e-12)
+    assert added[0] and len(added) == 1 + (rows == 6 or dropout > 0)
+
+
+def test_update_of_adalora_has_pefts_gradients(added) -> None:
+    config = AdaLoraConfig(
+        init_r=R, lora_alpha=ALPHA, target_modules=["up"], total_step=10, tinit=1, tfinal=1
+    )
+    stock, fused = pair(Base, config)
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert added == [True]
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "both"])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_update_with_frozen_factors_has_pefts_gradients(frozen, needs_x) -> None:
+    stock, fused = pair(Base)
+    found = []
+    for model in (fused, stock):
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name and not (frozen == "both" or frozen in name))
+        x = input_of().requires_grad_(needs_x)
+        wanted = [p for p in (x, *model.parameters()) if p.requires_grad]
+        if wanted:
+            grads = torch.autograd.grad(model(x).square().sum(), wanted)
+            found.append({str(i): t for i, t in enumerate(grads)})
+    if found:
+        assert_close(*found, 1e-12)
+
+
+@pytest.mark.parametrize("adapter", [f32, bf16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_update_in_bfloat16_is_as_exact_as_pefts(adapter, autocast, added) -> None:
+    exact, _ = pair(Sine)
+    stock, fused = pair(Sine, dtype=bf16)
+    for name, p in exact.named_parameters():
+        for model in (stock, fused):
+            own = dict(model.named_parameters())[name]
+            own.data = p.detach().to(adapter if "lora_" in name else bf16)
+    for name, p in exact.named_parameters():
+        p.data = dict(stock.named_parameters())[name].detach().to(f64)
+
+    def call(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", bf16, enabled=autocast):
+            return model(x)
+
+    x = input_of(bf16, 140)
+    want = step(exact, x.to(f64))
+    errors = []
+    for model in (fused, stock):
+        got = step(model, x, call)
+        errors.append(
+            {
+                name: float((got[name].double() - t).norm() / t.norm())
+                for name, t in want.items()
+                if name in got
+            }
+        )
+    assert added == [True]
+    for name, error in errors[0].items():
+        # One rounding of a result is 2⁻⁹ at most, whose rms is half of that.
+        assert error <= 1.25 * errors[1][name] + 2.0**-10, (name, error, errors[1][name])
+
+
+def test_result_in_another_dtype_is_pefts() -> None:
+    """A base whose result is float32 for x in bfloat16."""
+
+    class Wide(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).float()
+
+    stock, fused = pair(Wide, dtype=bf16)
+    x = input_of(bf16)
+    got, want = fused(x), stock(x)
+    assert got.dtype is want.dtype is f32
+    assert (got - want).norm() < 2.0**-7 * want.norm()
+
+
+def test_update_of_few_rows_beside_a_float32_adapter_is_in_place(added) -> None:
+    _, fused = pair(Base, dtype=bf16)
+    for name, p in fused.named_parameters():
+        if "lora_" in name:
+            p.data = p.detach().float()
+    fused(input_of(bf16, 6))
+    assert added == [True]
+
+
+def test_three_sgd_steps_equal_pefts() -> None:
+    stock, fused = pair(Sine)
+    for model in (stock, fused):
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_of()).square().mean().backward()
+            optimizer.step()
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-11)
+
+
+def test_update_differentiated_twice_raises_the_remedy() -> None:
+    _, fused = pair(Base)
+    x = input_of().requires_grad_()
+    (dx,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dx.sum().backward()
+
+
+def test_update_on_a_cpu_runs_the_cpu_kernels(added) -> None:
+    stock, fused = pair(Base)
+    from lora_kernels.backends import library
+
+    library._emulate_gpu = False  # `gpu_path` restores it
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert not added
+
+
+def test_compiled_update_equals_pefts() -> None:
+    stock, fused = pair(Base)
+    compiled = torch.compile(layer(fused), backend="eager")
+    x = input_of()
+    assert_close({"y": compiled(x)}, {"y": layer(stock)(x)}, 1e-12)
+
+
+def test_update_moves_few_bytes() -> None:
+    """353 MB and 3 kernels for 8192 rows of a 4096 × 4096 layer; the sum of two took 488 and 5."""
+    model: Any = nn.Sequential(Base(4096, 4096, bias=False, device="meta", dtype=bf16))
+    model = get_peft_model(model, LoraConfig(r=16, target_modules=["0"]))
+    fused = fuse(model.to(device="meta", dtype=bf16)).train()
+    x = torch.empty(8192, 4096, device="meta", dtype=bf16, requires_grad=True)
+    traffic = counter.count(lambda: fused(x))
+    assert traffic.kernels == 3 and traffic.bytes < 372e6

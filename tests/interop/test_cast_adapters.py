@@ -1,4 +1,4 @@
-"""`fuse(model, cast_adapters=True)`: float32 adapters in x's dtype, on the path that a GPU takes."""
+"""`fuse(model, cast_adapters=True)`: float32 adapters in x's dtype, on the path of a GPU."""
 
 from __future__ import annotations
 
@@ -155,15 +155,13 @@ def test_cast_adapters_over_4_bits_compute_as_16_bit_adapters_do() -> None:
 def test_cast_adapters_read_every_value(base) -> None:
     """A step of an optimizer, and a write that moves no version counter, are seen."""
     model = fuse(stock(base), cast_adapters=True)
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), 0.1, fused=True
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 0.1, fused=True)
     for _ in range(2):
         model(input_of()).float().square().mean().backward()
         optimizer.step()
-        assert_bitwise_equal(
-            model(input_of()), cast_model(unfuse(copy.deepcopy(model)))(input_of())
-        )
+        want = cast_model(unfuse(copy.deepcopy(model)))
+        assert_bitwise_equal(model(input_of()), want(input_of()))
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
+from .arguments import FLOATS, autocast_dtype
 from .autograd import differentiable_once
-from .backends import eager_blocks
+from .backends import eager_blocks, forced
+from .choice import choose as selection
 from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from .quantization import Weight4bit
 
@@ -168,4 +170,47 @@ def sibling_linear(
     tensors = codes[:PACKED4BIT_TENSORS] or (weight,)
     return _SiblingLinear.apply(  # type: ignore[no-any-return]
         x, p, lora_B, rank_gate, bias, options, *tensors
+    )
+
+
+class Linear(NamedTuple):
+    """An adapted linear layer: the arguments of `lora_linear` beside x."""
+
+    weight: Tensor | Weight4bit
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+
+def shared_linears(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
+    """Return y_i [..., N_i] of layers that share x [..., K].
+
+    The A have one dtype. A dense weight has x's dtype, or autocast's after a cast.
+    """
+    cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+    dtype = cast_dtype or x.dtype
+    factors = [t for each in linears for t in (each.lora_A, each.lora_B)]
+    if cast_dtype is not None:
+        factors = [t.to(dtype) for t in factors]
+    is_rounded = eager_blocks.is_p_rounded(dtype, [t.dtype for t in factors], False)
+    rows, projections = down_projections(x.to(dtype), factors[::2], is_rounded)
+    found = []
+    for each, B, p in zip(linears, factors[1::2], projections, strict=True):
+        weight = each.weight if isinstance(each.weight, Weight4bit) else each.weight.to(dtype)
+        y, rows = sibling_linear(rows, p, weight, B, each.scaling, each.bias, None, x.shape[:-1])
+        found.append(y)
+    return found
+
+
+def is_eager_on_gpu(x: Tensor) -> bool:
+    """Return True if a plain x is on a GPU that runs the eager backend, seen by no mode."""
+    device_type, _ = ops.device_of(x)
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype in FLOATS
+        and selection.is_eager_on_gpu(device_type)
+        and forced.entered in (None, "eager")  # the backward's thread knows no other
+        # A mode may replay single ops, as selective checkpointing does. On meta the counter looks.
+        and (device_type == "meta" or not ops.is_intercepted())
     )

@@ -98,6 +98,7 @@ BLOCKS = (
     Block("mlp", 4096, (14336, 14336)),
 )
 
+
 class Projections(nn.Module):
     """q, k and v of one x, as an attention layer calls them; one projection: that alone.
 

@@ -10,6 +10,7 @@ from .experts import (
     adaptable_experts,
     quantize_experts,
 )
+from .gated_mlp import LoRAGatedMLP
 from .group import LoRAGroup, QLoRAGroup
 from .layer import LoRALayer
 from .linear import LoRALinear
@@ -48,6 +49,7 @@ __all__ = [
     "LoRAConv1D",
     "LoRAEmbedding",
     "LoRAExperts",
+    "LoRAGatedMLP",
     "LoRAGroup",
     "LoRALayer",
     "LoRALinear",

@@ -24,9 +24,6 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from ..arguments import FLOATS
-from ..backends import forced
-from ..choice import choose as selection
 from .adapters import (
     ALORA,
     KASA,
@@ -376,16 +373,3 @@ def is_dora(layer: Any, name: str) -> bool:
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     forward = module._forward_pre_hooks, module._forward_hooks
     return *forward, module._backward_pre_hooks, module._backward_hooks
-
-
-def is_eager_on_gpu(x: Tensor) -> bool:
-    """Return True if a plain x is on a GPU that runs the eager backend, seen by no mode."""
-    device_type, _ = ops.device_of(x)
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.dtype in FLOATS
-        and selection.is_eager_on_gpu(device_type)
-        and forced.entered in (None, "eager")  # the backward's thread knows no other
-        # A mode may replay single ops, as selective checkpointing does. On meta the counter looks.
-        and (device_type == "meta" or not ops.is_intercepted())
-    )

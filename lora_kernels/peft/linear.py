@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import in_place, ops
 from ..arguments import base_dtype
+from ..blocks import is_eager_on_gpu
 from ..core.call import Operands, Spec
 from ..fastpath import DoraNormCache
 from ..functional import lora_linear, multi_lora_linear
@@ -34,7 +35,6 @@ from .base import is_linear4bit, library_forward, readable_weight
 from .eligibility import (
     has_invalid_sequences,
     is_dora,
-    is_eager_on_gpu,
     linear_reason,
     unreadable_reason,
 )
@@ -122,7 +122,6 @@ class Fused(nn.Module):
         for call in rest:
             result = add_onto(result, True, x, None, call)
         return result if result.dtype is dtype else result.to(dtype)
-
 
     def _cast(self, calls: Sequence[Any], x: Tensor) -> list[Any]:
         """Return the calls with the adapters in x's dtype, if the layer rounds them."""

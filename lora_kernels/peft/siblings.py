@@ -41,7 +41,7 @@ from .adapters import (
     weight_of,
 )
 from .base import is_linear4bit, readable_weight
-from .eligibility import hooks_of, is_dora, is_eager_on_gpu, linear_reason, unreadable_reason
+from .eligibility import hooks_of, is_dora, linear_reason, unreadable_reason
 
 # The slots of a forward that may serve one layer alone: that of q, if k and v get another tensor.
 # More of them are a sign of layers that are called one after the other.
@@ -184,9 +184,8 @@ class _Call(NamedTuple):
         if base_bias is not None:
             bias = base_bias if bias is None else base_bias + bias
         if is_cast or casts_adapters(layer, x.device.type, dtype):
-            lora_A, lora_B = lora_A.new_empty((), dtype=dtype).expand(lora_A.shape), lora_B.to(dtype)
-        if is_cast:  # the choice reads shapes and dtypes alone
-            x = x.new_empty((), dtype=dtype).expand(x.shape)
+            lora_B = lora_B.to(dtype)
+            x, lora_A = (_empty_like(t, dtype) for t in (x, lora_A))  # the choice reads no values
         operands = Operands(x, codes, lora_A, lora_B, gate, None, bias)
         if ops.choose(operands, Spec(scaling, 0.0, dtype, dtype)).backend != "eager":
             return None
@@ -195,6 +194,11 @@ class _Call(NamedTuple):
     def run(self, rows: Tensor, p: Tensor, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
         weight, lora_B, scaling, bias, gate = self
         return blocks.sibling_linear(rows, p, weight, lora_B, scaling, bias, gate, leading)
+
+
+def _empty_like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of t's shape that takes the memory of one element."""
+    return t.new_empty((), dtype=dtype).expand(t.shape)
 
 
 def _sharing(layers: Sequence[Any], x: Tensor) -> Iterator[tuple[Any, Adapter]]:
@@ -273,7 +277,7 @@ def _has_many_rows(x: Tensor) -> bool:
 def _can_share(x: Tensor) -> bool:
     """Return True if layers may share x in the state of this thread."""
     has_hooks = x._backward_hooks or x._post_accumulate_grad_hooks
-    return is_eager_on_gpu(x) and not x.is_inference() and not has_hooks
+    return blocks.is_eager_on_gpu(x) and not x.is_inference() and not has_hooks
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:

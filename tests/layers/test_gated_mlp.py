@@ -1,0 +1,274 @@
+"""`LoRAGatedMLP`: layer by layer on a CPU, one block on the path that a GPU takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_kernels
+from lora_kernels import blocks
+from lora_kernels.backends import decode4bit, eager_mlp
+from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.bench import counter
+from lora_kernels.layers import (
+    LoRAGatedMLP,
+    LoRALinear,
+    QLoRALinear,
+    StableLoRALinear,
+    load_lora_weights,
+    save_lora_weights,
+)
+from tests.support.assertions import assert_bitwise_equal
+
+f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+K, H, R, ALPHA = 24, 40, 5, 7.0
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """On a GPU's path: grows by each block's forward and backward."""
+    found: list[str] = []
+    shared, backward = blocks.shared_linears, eager_mlp.gated_backward
+
+    def record_forward(x: Tensor, linears: Any) -> list[Tensor]:
+        found.append("forward")
+        return shared(x, linears)
+
+    def record_backward(*args: Any) -> Any:
+        found.append("backward")
+        return backward(*args)
+
+    monkeypatch.setattr("lora_kernels.layers.gated_mlp.shared_linears", record_forward)
+    monkeypatch.setattr(eager_mlp, "gated_backward", record_backward)
+    before = dict(decode4bit.bitsandbytes_reasons)
+    with as_on_gpu(), lora_kernels.backend("eager"):
+        yield found
+    decode4bit.bitsandbytes_reasons.clear()
+    decode4bit.bitsandbytes_reasons.update(before)
+
+
+def build(
+    dtype: torch.dtype = f64,
+    cls: Any = LoRALinear,
+    activation: str = "silu",
+    sizes: tuple[int, int] = (K, H),
+    **options: Any,
+) -> LoRAGatedMLP:
+    torch.manual_seed(0)
+    width, hidden = sizes
+    options = {"bias": True, "lora_dtype": dtype} | options
+    layers = [
+        cls(k, n, R, ALPHA, dtype=dtype, **options)
+        for k, n in ((width, hidden), (width, hidden), (hidden, width))
+    ]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return LoRAGatedMLP(*layers, activation=activation)
+
+
+def plain(layer: Any, x: Tensor) -> Tensor:
+    weight = (
+        layer.weight if layer.weight.is_floating_point() else layer.weight4bit.dequantize(x.dtype)
+    )
+    update = layer.scaling * (x @ layer.lora_A.to(x.dtype).T) @ layer.lora_B.to(x.dtype).T
+    return F.linear(x, weight, layer.bias) + update
+
+
+def reference(mlp: Any, x: Tensor) -> Tensor:
+    activation = ACTIVATIONS[mlp.activation]
+    return plain(mlp.down, activation(plain(mlp.gate, x)) * plain(mlp.up, x))
+
+
+def input_of(dtype: torch.dtype = f64, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*(shape or (2, 35)), K, generator=generator, dtype=f64).to(dtype)
+
+
+def step(mlp: Any, x: Tensor, call: Any = None, times: int = 1) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    named = {name: p for name, p in mlp.named_parameters() if p.requires_grad}
+    y = (call or (lambda mlp, x: mlp(x)))(mlp, x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=f64).to(y.dtype)
+    for _ in range(times):
+        grads = torch.autograd.grad(y, [x, *named.values()], dy, retain_graph=times > 1)
+    return {"y": y.detach(), **dict(zip(["x", *named], grads, strict=True))}
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], within: float) -> None:
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        error = (got[name].double() - exact.double()).norm()
+        assert error <= within * exact.double().norm(), (name, float(error / exact.norm()))
+
+
+@pytest.mark.parametrize("shape", [(2, 35), (65,), (3,), (), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp_on_a_cpu_is_the_formula(activation, shape) -> None:
+    mlp, x = build(activation=activation), input_of(f64, *shape)
+    assert_close(step(mlp, x), step(mlp, x, reference), 1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "within"), [(f64, 1e-12), (f32, 1e-5), (bf16, 2.0**-5)], ids=str)
+def test_block_is_the_formula(dtype, within, bias, activation, runs) -> None:
+    mlp, x = build(dtype, activation=activation, bias=bias), input_of(dtype)
+    exact = copy.deepcopy(mlp).to(f64)
+    assert_close(step(mlp, x), step(exact, x.to(f64), reference), within)
+    assert runs == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("lora_dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_block_over_4_bits_is_the_formula(lora_dtype, autocast, runs) -> None:
+    mlp = build(bf16, QLoRALinear, sizes=(64, 128), lora_dtype=lora_dtype)
+    x = torch.randn(70, 64, generator=torch.Generator().manual_seed(3)).to(bf16)
+
+    def call(mlp: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", bf16, enabled=autocast):
+            return mlp(x)
+
+    exact = copy.deepcopy(mlp)
+    for p in exact.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(f64)
+    assert_close(step(mlp, x, call), step(exact, x.to(f64), reference), 2.0**-5)
+    assert runs == ["forward", "backward"]
+
+
+def test_block_in_float32_under_autocast_is_close_to_the_formula(runs) -> None:
+    mlp, x = build(f32), input_of(f32)
+
+    def call(mlp: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", bf16):
+            return mlp(x)
+
+    exact = copy.deepcopy(mlp).to(f64)
+    assert_close(step(mlp, x, call), step(exact, x.to(f64), reference), 2.0**-5)
+    assert runs == ["forward", "backward"]
+
+
+def test_second_backward_equals_the_first(runs) -> None:
+    mlp, x = build(), input_of()
+    assert_close(step(mlp, x, times=2), step(mlp, x, reference), 1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_block_is_the_formula(reentrant, runs) -> None:
+    mlp, x = build(), input_of()
+    got = step(mlp, x, lambda mlp, x: checkpoint(mlp, x, use_reentrant=reentrant))
+    assert_close(got, step(mlp, x, reference), 1e-12)
+    assert runs == ["forward", "forward", "backward"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_block_without_gradients_is_the_formula(mode, runs) -> None:
+    mlp, x = build(), input_of()
+    with mode():
+        got = mlp(input_of())
+    assert_close({"y": got}, {"y": reference(mlp, x)}, 1e-12)
+
+
+def merge(mlp: Any) -> None:
+    mlp.eval()
+    mlp.up.merge()
+
+
+STATES: dict[str, Any] = {
+    "hook": lambda mlp: mlp.up.register_forward_hook(lambda module, args, y: 2 * y),
+    "pre-hook": lambda mlp: mlp.down.register_forward_pre_hook(lambda module, args: (-args[0],)),
+    "replaced forward": lambda mlp: setattr(mlp.up, "forward", lambda x: x @ mlp.up.weight.T),
+    "merged": merge,
+    "disabled": lambda mlp: setattr(mlp.gate, "enabled", False),
+    "dropout": lambda mlp: setattr(mlp.down, "dropout", 0.5),
+    "trainable base": lambda mlp: mlp.down.weight.requires_grad_(),
+    "other layer": lambda mlp: setattr(
+        mlp, "up", StableLoRALinear.from_linear(nn.Linear(K, H, dtype=f64), r=R)
+    ),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_layers_in_another_state_are_called(state, runs) -> None:
+    mlp = build()
+    STATES[state](mlp)
+    torch.manual_seed(1)
+    got = mlp(input_of())
+    torch.manual_seed(1)
+    activation = ACTIVATIONS[mlp.activation]
+    x = input_of()
+    assert torch.equal(got, mlp.down(activation(mlp.gate(x)) * mlp.up(x)))
+    assert not runs
+
+
+def test_few_rows_are_called_layer_by_layer(runs) -> None:
+    mlp, x = build(), input_of(f64, 3)
+    assert_close(step(mlp, x), step(mlp, x, reference), 1e-12)
+    assert runs == []
+
+
+def test_x_of_another_dtype_raises_as_a_layer_does(runs) -> None:
+    with pytest.raises(TypeError, match="weight: got torch.float64"):
+        build()(input_of(f32))
+    with pytest.raises(ValueError, match="x: got shape"):
+        build()(torch.ones(70, K + 1, dtype=f64))
+
+
+def test_values_that_change_between_calls_are_read(runs) -> None:
+    """Also by a write that moves no version counter."""
+    mlp, x = build(), input_of()
+    mlp(x)
+    with torch.no_grad():
+        for p in mlp.parameters():
+            p.data.mul_(1.5)
+    assert_close(step(mlp, x), step(mlp, x, reference), 1e-12)
+
+
+def test_adapters_are_saved_and_loaded(tmp_path) -> None:
+    mlp, other = build(), build()
+    with torch.no_grad():
+        for name, p in mlp.named_parameters():
+            if "lora_" in name:
+                p.add_(1)
+    save_lora_weights(mlp, tmp_path / "adapter.safetensors")
+    load_lora_weights(other, tmp_path / "adapter.safetensors")
+    assert_bitwise_equal(other(input_of()), mlp(input_of()))
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    layer = LoRALinear(8, 16)
+    down = LoRALinear(16, 8)
+    with pytest.raises(TypeError, match="up: got Linear, want a LoRALayer"):
+        LoRAGatedMLP(layer, nn.Linear(8, 16), down)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="up: got 8 -> 12 features, want gate's 8 -> 16"):
+        LoRAGatedMLP(layer, LoRALinear(8, 12), down)
+    with pytest.raises(ValueError, match="down: got 8 in-features, want gate's 16"):
+        LoRAGatedMLP(layer, LoRALinear(8, 16), layer)
+    with pytest.raises(ValueError, match="activation: got 'relu', want one of 'silu'"):
+        LoRAGatedMLP(layer, LoRALinear(8, 16), down, activation="relu")
+
+
+def test_block_moves_few_bytes() -> None:
+    """As many as the block that `fuse` makes of a LlamaMLP."""
+    mlp = build(bf16, sizes=(4096, 14336), device="meta", bias=False)
+    x = torch.empty(8192, 4096, dtype=bf16, device="meta", requires_grad=True)
+    wanted = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        y = mlp(x)
+        torch.autograd.grad(y, wanted, torch.empty_like(y))
+
+    found = counter.count(run)
+    assert found.bytes <= 8480e6 and found.kernels <= 34, found

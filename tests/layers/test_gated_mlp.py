@@ -220,7 +220,7 @@ def test_few_rows_are_called_layer_by_layer(runs) -> None:
 
 
 def test_x_of_another_dtype_raises_as_a_layer_does(runs) -> None:
-    with pytest.raises(TypeError, match="weight: got torch.float64"):
+    with pytest.raises(TypeError, match=r"weight: got torch\.float64"):
         build()(input_of(f32))
     with pytest.raises(ValueError, match="x: got shape"):
         build()(torch.ones(70, K + 1, dtype=f64))

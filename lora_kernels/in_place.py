@@ -23,9 +23,6 @@ from .autograd import differentiable_once
 from .backends import eager, eager_blocks
 from .core.call import Needs, Operands, Saved, Spec
 
-# The tensor and its storage's Python object.
-_HOLDERS_OF_MEMORY = 2
-
 
 class Result(NamedTuple):
     """What a module returned.
@@ -42,31 +39,44 @@ class Result(NamedTuple):
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Result:
     """Return the result of `function(*args, **kwargs)`, and whether nothing else holds it.
 
+    A module holds its result if it keeps it, a view of it, or a tensor of which it is a view. So
+    does autograd, if a backward reads it.
+
     >>> kept = []
     >>> call(torch.ones, 2).is_private, call(lambda: kept.append(torch.ones(2)) or kept[0])[1]
     (True, False)
     """
     if torch.compiler.is_compiling():
         return Result(function(*args, **kwargs), False)
-    y, references = _call(function, args, kwargs)
-    is_plain = type(y) is Tensor and y.is_contiguous() and not y._is_view()
-    if not is_plain or references > _references_alone():
-        return Result(y, False)
-    storage = y.untyped_storage()
-    holders = torch._C._storage_Use_Count(storage._cdata)
-    return Result(y, holders == _HOLDERS_OF_MEMORY and storage.nbytes() == y.nbytes)
+    y, holders = _call(function, args, kwargs)
+    is_whole = holders and y.is_contiguous() and y.untyped_storage().nbytes() == y.nbytes
+    return Result(y, bool(is_whole) and holders == _holders_alone(y._base is not None))
 
 
-def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, int]:
-    """Return the result and how many references to it there are."""
+def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, tuple[int, ...]]:
+    """Return the result, and how many hold it: its object, its tensor and its memory.
+
+    Then those that hold the tensor of which it is a view: a module may reshape its result. Nothing
+    for a subclass.
+    """
     y = function(*args, **kwargs)
-    return y, sys.getrefcount(y)
+    if type(y) is not Tensor:
+        return y, ()
+    memory: Any = y.untyped_storage()
+    holders = (
+        sys.getrefcount(y),
+        y._use_count(),
+        torch._C._storage_Use_Count(memory._cdata),
+    )
+    base: Any = y._base
+    return y, holders if base is None else (*holders, sys.getrefcount(base), base._use_count())
 
 
 @functools.cache
-def _references_alone() -> int:
-    """Return the references to a result that nothing else holds. It depends on the Python."""
-    return _call(torch.empty, (0,), {})[1]
+def _holders_alone(is_view: bool) -> tuple[int, ...]:
+    """Return the counts of `_call` for a result that nothing else holds, on this Python."""
+    make = (lambda: torch.empty(1, 1).view(1)) if is_view else (lambda: torch.empty(1))
+    return _call(make, (), {})[1]
 
 
 def add_lora_linear_(
@@ -82,8 +92,8 @@ def add_lora_linear_(
     """Add scaling·((D(x)·Aᵀ) ⊙ g)·Bᵀ + bias to y in place, by the eager backend, and return y.
 
     Args:
-        y: [..., N], contiguous and no view, in autocast's dtype if autocast is enabled for x's
-            device, else in x's. Nothing else may hold it, see `call`.
+        y: [..., N], contiguous, all of its memory, in autocast's dtype if autocast is enabled for
+            x's device, else in x's. Nothing else may hold it, see `call`.
         x: [..., K].
         lora_A, lora_B, scaling, bias, rank_gate, dropout_p: as in `lora_linear`. On a CPU there is
             no dropout.
@@ -125,7 +135,11 @@ def _add(
 
 
 class AddLoRALinear(torch.autograd.Function):
-    """y += scaling·((D(x)·Aᵀ) ⊙ g)·Bᵀ + bias. The backward needs x for dA, and P [M, R] for dB."""
+    """y += scaling·((D(x)·Aᵀ) ⊙ g)·Bᵀ + bias. The backward needs x for dA, and P [M, R] for dB.
+
+    The result is another tensor on y's memory. Were it y itself, `mark_dirty` would make a y that
+    is a view copy its gradient, and were it a view of y, no one might change it in place.
+    """
 
     @staticmethod
     def forward(
@@ -140,12 +154,12 @@ class AddLoRALinear(torch.autograd.Function):
     ) -> Tensor:
         *_, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
         saved = _add(y, x, lora_A, lora_B, rank_gate, bias, spec)
-        ctx.mark_dirty(y)
+        torch.autograd.graph.increment_version(y)  # whoever saved it would notice
         kept_x, kept_p = x if need_A else None, saved.p if need_B or need_gate else None
         ctx.save_for_backward(kept_x, lora_A, lora_B, rank_gate, kept_p, saved.mask)
         ctx.spec, ctx.x_shape, ctx.x_dtype = spec, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y.new_empty(0).set_(y.untyped_storage(), 0, y.shape, y.stride())
 
     @staticmethod
     @differentiable_once

@@ -138,9 +138,51 @@ class RememberingPart(Base):
         return y
 
 
-class View(Base):
+class Reshaped(Base):  # as GPTQ's, AWQ's and torchao's: the product of rows, as x is shaped
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class ReshapedRemembering(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x.reshape(-1, x.shape[-1]))
+        return self.last.view(*x.shape[:-1], -1)
+
+
+class ReshapedSaving(Base):  # autograd holds the tensor of which the result is a view
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.reshape(-1, x.shape[-1]))
+        return torch.tanh(y).view(*x.shape[:-1], -1)
+
+
+class Branching(Base):  # another graph reads the result
+    def change(self, y: Tensor) -> Tensor:
+        self.branch = torch.sin(y).sum()
+        return y
+
+
+class ReshapedBranching(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.reshape(-1, x.shape[-1]))
+        self.branch = torch.sin(y).sum()
+        return y.view(*x.shape[:-1], -1)
+
+
+class Part(Base):
     def change(self, y: Tensor) -> Tensor:
         return torch.cat([y, y], -1)[..., : y.shape[-1]]
+
+
+class Row(Base):  # contiguous, and a part of a larger memory
+    def change(self, y: Tensor) -> Tensor:
+        return torch.stack([y, y])[1]
+
+
+class Storage(Base):  # another tensor on the same memory
+    def change(self, y: Tensor) -> Tensor:
+        self.last = y.new_empty(0).set_(y.untyped_storage(), 0, y.shape)
+        return y
 
 
 class Transposed(Base):
@@ -153,10 +195,11 @@ class Expanded(Base):
         return y.mean(0, keepdim=True).expand_as(y)
 
 
-PRIVATE = (Base, Sine)
+PRIVATE = (Base, Sine, Reshaped)
+REMEMBERING = (Remembering, RememberingMemory, RememberingPart, ReshapedRemembering, Storage)
 HELD = (
-    *(Tanh, Saving, Keeping, Detaching, Remembering, RememberingMemory, RememberingPart),
-    *(View, Transposed, Expanded),
+    *(Tanh, Saving, Keeping, Detaching, *REMEMBERING, ReshapedSaving, Branching),
+    *(ReshapedBranching, Part, Row, Transposed, Expanded),
 )
 
 
@@ -252,12 +295,48 @@ def test_second_backward_equals_the_first(base) -> None:
     assert_close(step(fused, input_of(), times=2), step(stock, input_of()), 1e-12)
 
 
-@pytest.mark.parametrize("base", [Remembering, RememberingMemory, RememberingPart], ids=str)
-def test_result_that_a_base_remembers_keeps_its_bits(base) -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("base", REMEMBERING, ids=lambda base: base.__name__)
+def test_result_that_a_base_remembers_keeps_its_bits(base, mode) -> None:
     stock, fused = pair(base)
-    for model in (stock, fused):
-        model(input_of())
+    with mode():
+        for model in (stock, fused):
+            model(input_of())
     assert torch.equal(layer(fused).base_layer.last, layer(stock).base_layer.last)
+
+
+@pytest.mark.parametrize("base", [Branching, ReshapedBranching], ids=lambda base: base.__name__)
+def test_graph_that_branches_off_the_result_has_its_gradients(base) -> None:
+    stock, fused = pair(base)
+    found = []
+    for model in (fused, stock):
+        x = input_of().requires_grad_()
+        model(x)
+        found.append({"x": torch.autograd.grad(layer(model).base_layer.branch, x)[0]})
+    assert_close(*found, 1e-12)
+
+
+def test_sum_can_be_changed_in_place_and_viewed() -> None:
+    """As a model's own code may do with PEFT's result: it is no view, and no leaf."""
+    stock, fused = pair(Reshaped)
+    found = []
+    for model in (fused, stock):
+        x = input_of().requires_grad_()
+        y = layer(model)(torch.sin(x))
+        y += 1
+        y[..., 3:7].mul_(2)
+        y.view(-1).sin_()
+        found.append({"x": torch.autograd.grad(y.sum(), x)[0]})
+    assert_close(*found, 1e-12)
+
+
+def test_version_of_an_overwritten_result_is_counted() -> None:
+    """A holder that nothing counts, such as a C++ object, would be told by autograd."""
+    y = torch.ones(70, N, dtype=f64, requires_grad=True) * 1
+    version = y._version
+    A, B = torch.ones(R, K, dtype=f64), torch.ones(N, R, dtype=f64)
+    in_place.add_lora_linear_(y, torch.ones(70, K, dtype=f64), A, B, 1.0)
+    assert y._version == version + 1
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

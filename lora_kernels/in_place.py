@@ -49,8 +49,14 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Result:
     if torch.compiler.is_compiling():
         return Result(function(*args, **kwargs), False)
     y, holders = _call(function, args, kwargs)
-    is_whole = holders and y.is_contiguous() and y.untyped_storage().nbytes() == y.nbytes
-    return Result(y, bool(is_whole) and holders == _holders_alone(y._base is not None))
+    is_private = (
+        bool(holders)
+        and holders == _holders_alone(y._base is not None)
+        and y.is_contiguous()
+        and y.untyped_storage().nbytes() == y.nbytes
+        and y.is_inference() is torch.is_inference_mode_enabled()
+    )
+    return Result(y, is_private)
 
 
 def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, tuple[int, ...]]:
@@ -154,7 +160,6 @@ class AddLoRALinear(torch.autograd.Function):
     ) -> Tensor:
         *_, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
         saved = _add(y, x, lora_A, lora_B, rank_gate, bias, spec)
-        torch.autograd.graph.increment_version(y)  # whoever saved it would notice
         kept_x, kept_p = x if need_A else None, saved.p if need_B or need_gate else None
         ctx.save_for_backward(kept_x, lora_A, lora_B, rank_gate, kept_p, saved.mask)
         ctx.spec, ctx.x_shape, ctx.x_dtype = spec, x.shape, x.dtype

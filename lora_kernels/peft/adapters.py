@@ -115,10 +115,16 @@ def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
     return Call(A, B, 1.0, torch.cat([_gate(adapter) for adapter in adapters]), dropout_p)
 
 
-def casts_adapters(layer: Any, device_type: str, x_dtype: torch.dtype) -> bool:
-    """Return True if the layer rounds its adapters to a 16-bit x's dtype, as `fuse` was told to."""
+def casts_adapters(
+    layer: Any, device_type: str, x_dtype: torch.dtype, rows: int | None = None
+) -> bool:
+    """Return True if the layer rounds its adapters to a 16-bit x's dtype, as `fuse` was told to.
+
+    rows: of x; None for many. Beside few rows a copy of the adapters would be the larger one.
+    """
     is_half = x_dtype in (torch.bfloat16, torch.float16)
-    return layer.casts_adapters and is_half and is_on_gpu_path(device_type)
+    is_many = rows is None or rows > UPCAST_ROWS
+    return layer.casts_adapters and is_half and is_many and is_on_gpu_path(device_type)
 
 
 def cast_call(call: Call | MixedCall, dtype: torch.dtype) -> Call | MixedCall:

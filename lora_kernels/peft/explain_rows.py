@@ -229,7 +229,7 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     others = [adapter for adapter in adapters if not getattr(adapter, "is_alora", False)]
     names_rows = layer.mixed_batch is not None
     todo = kind.calls(others, device.type, rows) if others and not names_rows else []
-    is_rounded = casts_adapters(layer, device.type, x_dtype)
+    is_rounded = casts_adapters(layer, device.type, x_dtype, rows)
     if is_rounded:
         todo = [cast(Call, cast_call(call, x_dtype)) for call in todo]
     alone = [[adapter] for adapter in aloras]  # one call for each
@@ -255,7 +255,7 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     if state == LIBRARY and is_linear4bit(layer.base_layer) and is_on_gpu_path(device.type):
         reasons.append(decoded_by(device))
     if is_rounded:
-        reasons.append(f"adapters are rounded to {x_dtype}")
+        reasons.append(f"adapters are rounded to {x_dtype} beside more than {UPCAST_ROWS} rows")
     if base_reason is not None:
         state, strategy = ADAPTER, "base layer as a module, adapter added"
         reasons.insert(0, f"base layer: {base_reason}")

@@ -117,7 +117,9 @@ class Fused(nn.Module):
             result = add_adapter(x, weight, bias, first, compute_dtype)
             # bitsandbytes returns x's dtype, under autocast too.
             dtype = x.dtype if is_linear4bit(base) else result.dtype
-            if alone and len(adapters) == 1:
+            # A prepared call holds the adapters as they are.
+            is_rounded = casts_adapters(self, x.device.type, x.dtype)
+            if alone and len(adapters) == 1 and not is_rounded:
                 self._prepared = PreparedForward.build(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
             result = add_onto(result, True, x, None, call)
@@ -125,7 +127,7 @@ class Fused(nn.Module):
 
     def _cast(self, calls: Sequence[Any], x: Tensor) -> list[Any]:
         """Return the calls with the adapters in x's dtype, if the layer rounds them."""
-        if not casts_adapters(self, x.device.type, x.dtype):
+        if not casts_adapters(self, x.device.type, x.dtype, x.numel() // x.shape[-1]):
             return list(calls)
         return [cast_call(call, x.dtype) for call in calls]
 
@@ -147,7 +149,7 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     bias, scaling = base._parameters["bias"], cast(float, adapter.scaling)
     norm = layer.__dict__.setdefault("_norm", DoraNormCache())(weight, A, B, scaling)
     scale = layer.lora_magnitude_vector[adapter.name].weight / norm
-    if casts_adapters(layer, x.device.type, x.dtype):
+    if casts_adapters(layer, x.device.type, x.dtype, x.numel() // x.shape[-1]):
         A, B = A.to(x.dtype), B.to(x.dtype)
     if not dropout_p(adapter.dropout):
         y = lora_linear(
@@ -190,7 +192,7 @@ def add_onto(
         update = add_adapter(x, None, bias, call)
         return y.add_(update) if is_private and y.shape == update.shape else y + update
     lora_A, lora_B, scaling, gate, p = call
-    y = y if is_private else y.clone()
+    y = y if is_private else y.clone(memory_format=torch.contiguous_format)
     return in_place.add_lora_linear_(y, x, lora_A, lora_B, scaling, bias, gate, p)
 
 

@@ -342,7 +342,7 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     base: Any = down.base_layer
     (adapter,) = adapters_of(down)
     A, B, scaling = weight_of(adapter.lora_A), weight_of(adapter.lora_B), float(adapter.scaling)
-    if casts_adapters(down, g.device.type, g.dtype):
+    if casts_adapters(down, g.device.type, g.dtype, g.numel() // g.shape[-1]):
         A, B = A.to(g.dtype), B.to(g.dtype)
     weight, compute_dtype = readable_weight(base, g)
     stored = weight.codes if isinstance(weight, Weight4bit) else weight

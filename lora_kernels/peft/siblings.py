@@ -43,6 +43,9 @@ from .adapters import (
 from .base import is_linear4bit, readable_weight
 from .eligibility import hooks_of, is_dora, linear_reason, unreadable_reason
 
+# Layers that take what the attention made of q, k and v, never its x. By their names, because no
+# call has shown it when the model is fused; a layer that shares x all the same runs its own call.
+OUTPUTS = ("o_proj", "out_proj", "o", "wo", "dense", "c_proj")
 # The slots of a forward that may serve one layer alone: that of q, if k and v get another tensor.
 # More of them are a sign of layers that are called one after the other.
 MISSES = 1
@@ -315,7 +318,8 @@ def _groups(parent: nn.Module) -> Iterator[list[str]]:
         return  # calls them one after the other
     groups: dict[int, dict[int, str]] = {}
     for name, layer in parent._modules.items():
-        if getattr(type(layer), "shares_x", False) and _is_on_gpu(layer):
+        is_output = name in OUTPUTS
+        if getattr(type(layer), "shares_x", False) and _is_on_gpu(layer) and not is_output:
             groups.setdefault(cast(Any, layer).in_features, {}).setdefault(id(layer), name)
     yield from (list(names.values()) for names in groups.values() if len(names) > 1)
 

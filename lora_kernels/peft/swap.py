@@ -72,11 +72,11 @@ def fuse(
             such as q, k and v, share the x that they are called with: PyTorch's GEMMs read it less
             often, and autograd adds no gradients of it. Gated MLPs, down(act(gate(x)) * up(x)),
             keep no act(gate(x)) * up(x) for the backward. `explain` has a line for each.
-        cast_adapters: whether float32 adapters beside 16-bit x are rounded to x's dtype in each
-            call on a GPU, as autocast rounds them. Parameters, their gradients and the optimizer's
-            state stay float32. PEFT makes adapters float32 by default; without autocast their GEMMs
-            take three 16-bit parts for each float32 operand. It holds for LoRA, DoRA and AdaLoRA
-            over linear layers. On a CPU it changes nothing.
+        cast_adapters: whether float32 adapters beside more than 64 rows of a 16-bit x are rounded
+            to x's dtype in each call on a GPU, as autocast rounds them. Parameters, their gradients
+            and the optimizer's state stay float32. PEFT makes adapters float32 by default; without
+            autocast their GEMMs take three 16-bit parts for each float32 operand. It holds for
+            LoRA, DoRA and AdaLoRA over linear layers. On a CPU it changes nothing.
 
     Raises:
         TypeError: `model` is not a module.
@@ -97,7 +97,8 @@ def fuse(
         if reason is None and not isinstance(layer, Fused):
             set_class(layer, _fused_class(layer))
         if isinstance(layer, Fused):
-            vars(layer).pop("casts_adapters", None)
+            for name in ("casts_adapters", "_prepared"):
+                vars(layer).pop(name, None)
             if cast_adapters:
                 layer.casts_adapters = True
     for linear in _plain_linears(model) if linears else ():

@@ -23,7 +23,7 @@ from tests.support.peft_models import TINY, randomize
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 R, ALPHA, LAYERS = 5, 7, TINY["num_hidden_layers"]
 pytestmark = pytest.mark.usefixtures("gpu_path")
-IDS = torch.randint(3, TINY["vocab_size"], (8, 13), generator=torch.Generator().manual_seed(6))
+IDS = torch.randint(3, TINY["vocab_size"], (12, 13), generator=torch.Generator().manual_seed(6))
 
 
 class Kind(NamedTuple):
@@ -139,7 +139,7 @@ def test_language_model_has_pefts_gradients(kind, reentrant, counts) -> None:
     fused = fuse(copy.deepcopy(stock))
     assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-12)
     forwards = 1 if reentrant is None else 2
-    shared = KINDS[kind].siblings + bool(KINDS[kind].siblings) + 2 * KINDS[kind].mlps  # and o_proj
+    shared = KINDS[kind].siblings + 2 * KINDS[kind].mlps
     assert counts.siblings == LAYERS * forwards * shared
     assert counts.mlps == LAYERS * KINDS[kind].mlps
 
@@ -170,13 +170,13 @@ def test_language_model_in_bfloat16_is_as_exact_as_pefts(kind, adapter) -> None:
             p.data = p.data.to(adapter)
     want = loss_and_gradients(copy.deepcopy(stock).to(f64))
     fused = loss_and_gradients(fuse(copy.deepcopy(stock)))
-    squares = {"fused": 0.0, "stock": 0.0}
-    for name, got in (("fused", fused), ("stock", loss_and_gradients(stock))):
-        for each, exact in want.items():
-            error = float((got[each].double() - exact).norm() / exact.norm())
-            assert error < 2.0**-3, (name, each, error)
-            squares[name] += error * error
-    assert squares["fused"] < 1.2**2 * squares["stock"]
+    own = loss_and_gradients(stock)
+    squares = [0.0, 0.0]
+    for name, exact in want.items():
+        errors = [float((t[name].double() - exact).norm() / exact.norm()) for t in (fused, own)]
+        assert errors[0] < 2 * errors[1] + 2.0**-6, (name, errors)
+        squares = [total + error * error for total, error in zip(squares, errors, strict=True)]
+    assert squares[0] < 1.3**2 * squares[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,6 +195,7 @@ def test_experts_of_gpt_oss_are_no_blocks_and_its_attention_is() -> None:
     torch.manual_seed(0)
     config = transformers.GptOssConfig(**TINY, num_local_experts=4, head_dim=8, pad_token_id=0)
     model = transformers.GptOssForCausalLM(config).to(f64)
+    model.set_experts_implementation("eager")  # the grouped product knows no float64
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     stock: Any = get_peft_model(model, LoraConfig(r=R, target_modules=attention))
     randomize(stock)
@@ -206,8 +207,9 @@ def test_experts_of_gpt_oss_are_no_blocks_and_its_attention_is() -> None:
 
 def test_reason_for_phi3_is_its_merged_layer() -> None:
     fused = fuse(language_model("Phi3"))
-    rows = explain(fused).blocks
-    assert len(rows) == LAYERS and all("gate and up are one linear layer" in r.reason for r in rows)
+    rows = [row for row in explain(fused).blocks if row.layer.endswith("mlp")]
+    assert len(rows) == LAYERS
+    assert all("gate and up are one linear layer" in row.reason for row in rows)
 
 
 def test_model_that_accelerate_dispatches_has_pefts_gradients(counts) -> None:
@@ -293,4 +295,4 @@ def test_two_processes_have_pefts_gradients(way, tmp_path: Path) -> None:
     assert_close(found["grads"], want, 1e-11)
     assert_close(found["after"], train(stock), 1e-11)
     forwards = 3 * LAYERS * (2 if "checkpointed" in way else 1)
-    assert found["counts"] == {"siblings": forwards * 6, "mlps": 3 * LAYERS}
+    assert found["counts"] == {"siblings": forwards * 5, "mlps": 3 * LAYERS}

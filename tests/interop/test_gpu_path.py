@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels.backends import decode4bit, eager, library
+from lora_kernels.backends import decode4bit, eager, eager_blocks, library
 from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
 from lora_kernels.peft import FusedLinear, explain, fuse, swap
@@ -90,14 +90,19 @@ def test_fused_step_equals_peft_with_its_dropout(setting, quantized, M, monkeypa
 @pytest.mark.parametrize("rows", [(3,), (100,), (2, 50)], ids=str)
 def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
     called: list[int] = []
-    original = eager.lora_linear
+    original, add = eager.lora_linear, eager_blocks.add_update_
 
     def counting(operands: Operands, *rest: Any) -> Any:
         called.append(operands.lora_A.shape[0])
         return original(operands, *rest)
 
+    def counting_adds(y: Tensor, x: Tensor, lora_A: Tensor, *rest: Any) -> Any:
+        called.append(lora_A.shape[0])
+        return add(y, x, lora_A, *rest)
+
     found = fuse(model(second={"r": 9}))
     monkeypatch.setattr(eager, "lora_linear", counting)
+    monkeypatch.setattr(eager_blocks, "add_update_", counting_adds)
     found(torch.randn(*rows, K))
     M = math.prod(rows)
     assert called == ([R, 9] if M == 3 else [R + 9])

@@ -40,9 +40,9 @@ from tests.support.peft_models import (
 )
 
 K, ROWS = 64, (2, 40)  # 80 rows, more than UPCAST_ROWS
-SIZES = {"q": 64, "k": 32, "v": 32, "o": 64}
+SIZES = {"q": 64, "k": 32, "v": 32, "w": 64}
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
-ALL = ("q", "k", "v", "o")
+ALL = ("q", "k", "v", "w")
 pytestmark = pytest.mark.usefixtures("gpu_path")
 
 
@@ -103,29 +103,29 @@ class Stack(nn.Module):
 
 
 def in_order(self: Any, x: Tensor) -> Tensor:
-    return self.o(mix(self.q(x), self.k(x), self.v(x)))
+    return self.w(mix(self.q(x), self.k(x), self.v(x)))
 
 
 def out_of_order(self: Any, x: Tensor) -> Tensor:
     v, q, k = self.v(x), self.q(x), self.k(x)
-    return self.o(mix(q, k, v))
+    return self.w(mix(q, k, v))
 
 
 def twice(self: Any, x: Tensor) -> Tensor:
-    return self.o(mix(self.q(x) + self.q(x), self.k(x), self.v(x) - self.k(x)))
+    return self.w(mix(self.q(x) + self.q(x), self.k(x), self.v(x) - self.k(x)))
 
 
 def cross(self: Any, x: Tensor) -> Tensor:
     other = x.flip(1)
-    return self.o(mix(self.q(x), self.k(other), self.v(other)))
+    return self.w(mix(self.q(x), self.k(other), self.v(other)))
 
 
 def own_copies(self: Any, x: Tensor) -> Tensor:
-    return self.o(mix(self.q(x), self.k(x.clone()), self.v(x.clone())))
+    return self.w(mix(self.q(x), self.k(x.clone()), self.v(x.clone())))
 
 
 def views(self: Any, x: Tensor) -> Tensor:
-    return self.o(mix(self.q(x), self.k(x[:]), self.v(x.view(*ROWS, K))))
+    return self.w(mix(self.q(x), self.k(x[:]), self.v(x.view(*ROWS, K))))
 
 
 def alone(self: Any, x: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def last_unused(self: Any, x: Tensor) -> Tensor:
 
 
 def x_used_elsewhere(self: Any, x: Tensor) -> Tensor:
-    return self.o(mix(self.q(x), self.k(x), self.v(x))) + x.tanh() * x
+    return self.w(mix(self.q(x), self.k(x), self.v(x))) + x.tanh() * x
 
 
 def changed_results(self: Any, x: Tensor) -> Tensor:
@@ -160,81 +160,81 @@ def changed_results(self: Any, x: Tensor) -> Tensor:
     k = self.k(x).add_(1.0)
     v = self.v(x)
     v.view(-1, v.shape[-1])[3] = 0.5
-    return self.o(mix(q, k, v))
+    return self.w(mix(q, k, v))
 
 
 def changed_x_between(self: Any, x: Tensor) -> Tensor:
     """Without gradients of A, whose backward would need what x was."""
     h = x * 1.0
-    for layer in (self.q, self.k, self.v, self.o):
+    for layer in (self.q, self.k, self.v, self.w):
         layer.lora_A["default"].weight.requires_grad_(False)
     q = self.q(h)
     h.mul_(2.0)
-    return self.o(mix(q, self.k(h), self.v(h)))
+    return self.w(mix(q, self.k(h), self.v(h)))
 
 
 def in_two_grad_modes(self: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         q = self.q(x)
-    return self.o(mix(q, self.k(x), self.v(x)))
+    return self.w(mix(q, self.k(x), self.v(x)))
 
 
 def one_after_the_other(self: Any, x: Tensor) -> Tensor:
-    return self.o(self.q(torch.tanh(self.q(x))) + x.cos())
+    return self.w(self.q(torch.tanh(self.q(x))) + x.cos())
 
 
 def each_another_x(self: Any, x: Tensor) -> Tensor:
-    return self.o(x.tan()) + mix(self.q(x), self.k(x.sin()), self.v(x.cos()))
+    return self.w(x.tan()) + mix(self.q(x), self.k(x.sin()), self.v(x.cos()))
 
 
 def flat_and_not(self: Any, x: Tensor) -> Tensor:
     flat = x.view(-1, K)
-    return self.o(mix(self.q(flat), self.k(flat), self.v(flat)))
+    return self.w(mix(self.q(flat), self.k(flat), self.v(flat)))
 
 
 def strided(self: Any, x: Tensor) -> Tensor:
     h = x.transpose(0, 1)
-    return self.o(mix(self.q(h), self.k(h), self.v(h)))
+    return self.w(mix(self.q(h), self.k(h), self.v(h)))
 
 
 def few_rows(self: Any, x: Tensor) -> Tensor:
     h = x[:, :32]
-    return self.o(mix(self.q(h), self.k(h), self.v(h)))
+    return self.w(mix(self.q(h), self.k(h), self.v(h)))
 
 
 def checkpointed_alone(self: Any, x: Tensor) -> Tensor:
     q: Any = checkpoint(self.q, x, use_reentrant=False)
-    return self.o(mix(q, self.k(x), self.v(x)))
+    return self.w(mix(q, self.k(x), self.v(x)))
 
 
 def checkpointed_alone_later(self: Any, x: Tensor) -> Tensor:
     q = self.q(x)
     k: Any = checkpoint(self.k, x, use_reentrant=False)
-    return self.o(mix(q, k, self.v(x)))
+    return self.w(mix(q, k, self.v(x)))
 
 
 def checkpointed_alone_reentrant(self: Any, x: Tensor) -> Tensor:
     q: Any = checkpoint(self.q, x, use_reentrant=True)
-    return self.o(mix(q, self.k(x), self.v(x)))
+    return self.w(mix(q, self.k(x), self.v(x)))
 
 
 def hook_on_x(self: Any, x: Tensor) -> Tensor:
     h = x * 1.5
     h.register_hook(lambda grad: grad * 2.0)
-    return self.o(mix(self.q(h), self.k(h), self.v(h)))
+    return self.w(mix(self.q(h), self.k(h), self.v(h)))
 
 
 def hook_on_x_later(self: Any, x: Tensor) -> Tensor:
     h = x * 1.5
     q = self.q(h)
     h.register_hook(lambda grad: grad * 2.0)
-    return self.o(mix(q, self.k(h), self.v(h)))
+    return self.w(mix(q, self.k(h), self.v(h)))
 
 
 def kept_gradient(self: Any, x: Tensor) -> Tensor:
     h = x * 1.5
     h.retain_grad()
-    return self.o(mix(self.q(h), self.k(h), self.v(h)))
+    return self.w(mix(self.q(h), self.k(h), self.v(h)))
 
 
 def nested(self: Any, x: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def nested(self: Any, x: Tensor) -> Tensor:
     self.way = in_order
     try:
         q = self.q(x)
-        return self.o(mix(q, self.k(x), self.v(x))) + self(x)
+        return self.w(mix(q, self.k(x), self.v(x))) + self(x)
     finally:
         self.way = nested
 
@@ -541,7 +541,7 @@ def test_siblings_without_gradient_of_x_compute_no_dx() -> None:
     y = fused(batch())
     with count_mm() as found:
         y.sum().backward()
-    # Of q, k, v: dB and dP, one dA, no dx. The backward of o is an op of this package.
+    # Of q, k, v: dB and dP, one dA, no dx. The backward of w is an op of this package.
     assert len(found) == 3 * 2 + 1
 
 
@@ -854,7 +854,7 @@ def test_siblings_that_a_verdict_gives_to_kernels_do_not_share(shared, monkeypat
 
     monkeypatch.setattr(selection, "choose", choose)
     (row,) = explain(fused).blocks
-    assert "x is threaded through q, o" in row.strategy
+    assert "x is threaded through q, w" in row.strategy
     assert "k not: cpu computes its call" in row.reason
     assert_equal_step(stock, fused, batch(f32))
     assert shared.take() == (1, 1)
@@ -874,7 +874,7 @@ def test_siblings_differentiated_twice_raise_the_remedy() -> None:
 def test_siblings_gradients_of_single_tensors_equal_peft(way) -> None:
     """Only one gradient is wanted."""
     stock, fused = pair(way)
-    names = [n for n, p in stock.named_parameters() if p.requires_grad and ".o." not in n]
+    names = [n for n, p in stock.named_parameters() if p.requires_grad and ".w." not in n]
     for name in ["x", *names]:
         found = []
         for model in (stock, fused):
@@ -966,7 +966,7 @@ def test_last_sibling_drops_the_slot() -> None:
 
     def way(self: Any, x: Tensor) -> Tensor:
         found = mix(self.q(x), self.k(x), self.v(x))
-        self.o(x)
+        self.w(x)
         (frame,) = siblings._frames.of.values()
         seen.append(frame.slot)
         return found
@@ -1003,7 +1003,7 @@ def test_siblings_in_four_threads_equal_peft(shared) -> None:
         barrier.wait()
         k = self.k(x)
         barrier.wait()
-        return self.o(mix(q, k, self.v(x)))
+        return self.w(mix(q, k, self.v(x)))
 
     def run(i: int) -> None:
         try:
@@ -1053,7 +1053,7 @@ def test_adapter_that_changes_between_siblings_is_read(shared) -> None:
         k, v = self.k(x), self.v(x)
         with torch.no_grad():
             self.k.lora_A["default"].weight.mul_(0.5)
-        return self.o(mix(q, k, v))
+        return self.w(mix(q, k, v))
 
     stock, fused = pair(way)
     with torch.no_grad():
@@ -1146,14 +1146,14 @@ def test_explain_has_a_line_for_each_parent() -> None:
         "base_model.model.parent",
         "x is shared",
         "eager",
-        "x is threaded through q, k, v, o",
+        "x is threaded through q, k, v, w",
         "those that get one x, of more than 64 rows",
     )
     assert row.strategy in str(explain(fused)) and '"blocks"' in explain(fused).json()
     explain(fused).assert_fused()
     hooked("forward", "k")(fused)
     (row,) = explain(fused).blocks
-    assert row.strategy.endswith("through q, v, o")
+    assert row.strategy.endswith("through q, v, w")
     assert row.reason.endswith("; k not: a hook sits on it")
     disabled(fused)
     (row,) = explain(fused).blocks

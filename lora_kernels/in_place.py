@@ -3,8 +3,8 @@
 The base layer is another library's module, whose weight is not read: y = base(x), and then
 `y.addmm_(S, Bᵀ)`. That reads and writes y once, where y + S·Bᵀ writes the update, reads both and
 writes the sum. A base layer may return a view, or save its result for its own backward: the update
-then goes to a copy. Either way autograd saves the same tensors, so that a forward and its
-recomputation by checkpointing, which hold different tensors, agree.
+then goes to a copy. Either way autograd saves the same tensors. A forward and its recomputation by
+checkpointing may hold different ones, and agree all the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .core.call import Needs, Operands, Saved, Spec
 
 
 class Result(NamedTuple):
-    """What a module returned.
+    """The result of a module.
 
     Args:
         y: a tensor.
@@ -39,7 +39,7 @@ class Result(NamedTuple):
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Result:
     """Return the result of `function(*args, **kwargs)`, and whether nothing else holds it.
 
-    A module holds its result if it keeps it, a view of it, or a tensor of which it is a view. So
+    A module holds its result if it keeps it, a view of it, or the tensor that it is a view of. So
     does autograd, if a backward reads it.
 
     >>> kept = []
@@ -62,7 +62,7 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Result:
 def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, tuple[int, ...]]:
     """Return the result, and how many hold it: its object, its tensor and its memory.
 
-    Then those that hold the tensor of which it is a view: a module may reshape its result. Nothing
+    Then those that hold the tensor that it is a view of: a module may reshape its result. Nothing
     for a subclass.
     """
     y = function(*args, **kwargs)

@@ -150,7 +150,7 @@ class ReshapedRemembering(Base):
         return self.last.view(*x.shape[:-1], -1)
 
 
-class ReshapedSaving(Base):  # autograd holds the tensor of which the result is a view
+class ReshapedSaving(Base):  # autograd holds the tensor that the result is a view of
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x.reshape(-1, x.shape[-1]))
         return torch.tanh(y).view(*x.shape[:-1], -1)
@@ -320,7 +320,7 @@ def test_graph_that_branches_off_the_result_has_its_gradients(base) -> None:
 
 
 def test_sum_can_be_changed_in_place_and_viewed() -> None:
-    """As a model's own code may do with PEFT's result: it is no view, and no leaf."""
+    """PEFT's result is no view and no leaf, and a model's own code may change it."""
     stock, fused = pair(Reshaped)
     found = []
     for model in (fused, stock):

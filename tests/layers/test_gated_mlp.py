@@ -78,7 +78,7 @@ def build(
     return LoRAGatedMLP(*layers, activation=activation)
 
 
-def plain(layer: Any, x: Tensor) -> Tensor:
+def apply_plain(layer: Any, x: Tensor) -> Tensor:
     weight = (
         layer.weight if layer.weight.is_floating_point() else layer.weight4bit.dequantize(x.dtype)
     )
@@ -88,7 +88,7 @@ def plain(layer: Any, x: Tensor) -> Tensor:
 
 def reference(mlp: Any, x: Tensor) -> Tensor:
     activation = ACTIVATIONS[mlp.activation]
-    return plain(mlp.down, activation(plain(mlp.gate, x)) * plain(mlp.up, x))
+    return apply_plain(mlp.down, activation(apply_plain(mlp.gate, x)) * apply_plain(mlp.up, x))
 
 
 def input_of(dtype: torch.dtype = f64, *shape: int) -> Tensor:
@@ -267,7 +267,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
 
 
 def test_block_moves_few_bytes() -> None:
-    """As many as the block that `fuse` makes of a LlamaMLP."""
+    """The counts are those of the block that `fuse` makes of a LlamaMLP."""
     mlp = build(bf16, sizes=(4096, 14336), device="meta", bias=False)
     x = torch.empty(8192, 4096, dtype=bf16, device="meta", requires_grad=True)
     wanted = [x, *(p for p in mlp.parameters() if p.requires_grad)]

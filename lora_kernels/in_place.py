@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _storage_Use_Count
 
 from . import ops
 from .arguments import autocast_dtype
@@ -72,7 +73,7 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, tu
     holders = (
         sys.getrefcount(y),
         y._use_count(),
-        torch._C._storage_Use_Count(memory._cdata),
+        _storage_Use_Count(memory._cdata),
     )
     base: Any = y._base
     return y, holders if base is None else (*holders, sys.getrefcount(base), base._use_count())

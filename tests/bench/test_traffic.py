@@ -425,9 +425,9 @@ def test_fuse_at_full_size_loses_no_row_and_leaves_what_moves_more(
         if said is None:
             for row in rows:
                 assert not row.losses, bench_traffic.Count().line(row)
-        else:  # with many rows a step of ours would save next to nothing, or lose
+        else:  # ours would lose a row, or save next to nothing with many rows
             ours, peft = (sum(row.bytes[who] for row in rows[-2:]) for who in ("ours", "peft"))
-            assert ours > 0.99 * peft, said
+            assert any(row.losses for row in rows) or ours > 0.98 * peft, said
 
 
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:

@@ -174,14 +174,15 @@ def test_lora_linear_of_ranks_rows_and_dtypes_is_within_tolerance(
 ) -> None:
     """Every rank × dtypes × M; N × K and the options take turns, so that each meets each.
 
-    Of five rows on: with fewer PyTorch's own error depends on which of its products (of matrices,
-    of vectors) a form comes to, by a factor of two. test_exact.py has all shapes.
+    Of six rows on: with fewer PyTorch's own error depends on which of its products (of matrices,
+    of vectors) a form comes to, by a factor of two, and one element of dc may decide its rms error.
+    test_exact.py has all shapes.
     """
     dtype, adapter, autocast = dtypes
     turn = RANKS.index(rank) + DTYPES.index(dtypes)
     N, K = WIDE[turn % len(WIDE)]
     options = itertools.islice(itertools.cycle(OPTIONS), 5 * turn, None)
-    for M in ROWS[3:]:
+    for M in ROWS[4:]:
         for chosen in itertools.islice(options, 2):
             case = Case(M, N, K, rank, dtype, adapter, autocast, **chosen)
             for engine in cases.engines():

@@ -144,11 +144,11 @@ def test_lora_linear_in_a_compute_dtype_rounds_the_operands(engine: str) -> None
 def test_lora_linear_of_formats_and_ranks_is_within_tolerance(
     rank: int, sizes: tuple[int, int]
 ) -> None:
-    """Every rank × sizes × M; dtypes and formats take turns, so that each meets each."""
+    """Every rank × sizes; M, dtypes and formats take turns, so that each meets each."""
     turn = [1, 16, 100].index(rank) + SIZES.index(sizes)
     dtype = (f32, bf16, f16)[turn % 3]
     quant = ("nf4-64-nested", "fp4-128")[turn % 2]
-    for M in ROWS[5:]:
+    for M in ROWS[5 + turn % 3 :: 3]:
         case = Case(M, *sizes, rank, dtype, quant=quant, **FULL)
         for engine in cases.engines():
             with cases.engine(engine):

@@ -1,4 +1,4 @@
-"""PEFT's layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`, `row_adapters`."""
+"""PEFT's layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`, `check`, …"""
 
 from ..device import install_command as _install_command
 
@@ -10,6 +10,7 @@ except ImportError as error:
     ) from error
 
 from .adalora import FusedSVDLinear
+from .check import Check, CheckRow, check
 from .embedding import FusedEmbedding
 from .explain_rows import Row
 from .frozen import StreamedLinear
@@ -19,12 +20,15 @@ from .report import Explanation, explain
 from .swap import fuse, unfuse
 
 __all__ = [
+    "Check",
+    "CheckRow",
     "Explanation",
     "FusedEmbedding",
     "FusedLinear",
     "FusedSVDLinear",
     "Row",
     "StreamedLinear",
+    "check",
     "explain",
     "fuse",
     "row_adapters",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +31,29 @@ from .loss import requested_losses
 from .sharded import gathered_parameters
 from .siblings import siblings_of
 from .swap import lora_layers
+
+
+def group_rows(rows: Iterable[Any], all: bool = False) -> Iterator[Any]:
+    """Yield the rows of a table: named tuples with a field `layer`.
+
+    Layers that are alike share a row, whose name starts with their number.
+
+    all: whether numbers in names make a difference.
+    """
+    groups: dict[Any, list[str]] = {}
+    for row in rows:
+        name = row.layer if all else re.sub(r"(?<![^.])\d+(?![^.])", "*", row.layer)
+        groups.setdefault(row._replace(layer=name), []).append(row.layer)
+    for row, names in groups.items():
+        layer = names[0] if len(names) == 1 else f"{len(names)} × {row.layer}"
+        yield row._replace(layer=layer)
+
+
+def format_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Return the lines of a table with aligned columns."""
+    table = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,7 +99,7 @@ class Explanation:
         if rest or not (self.rows or self.losses):
             lines = [
                 f"  {row.layer}: {row.state} ({row.backend}): {row.reason}"
-                for row in self._groups(rest)
+                for row in group_rows(rest, self.all)
             ]
             want = "our kernels in all" if kernels else "all ours"
             raise RuntimeError("\n".join([f"want {want}, got {self.summary()}", *lines]))
@@ -104,19 +127,6 @@ class Explanation:
             data["blocks"] = [row._asdict() for row in self.blocks]
         return json.dumps(data, indent=1, ensure_ascii=False)
 
-    def _groups(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Yield the rows of the table.
-
-        Layers that are alike share a row, whose name starts with their number.
-        """
-        groups: dict[Row, list[str]] = {}
-        for row in rows:
-            name = row.layer if self.all else re.sub(r"(?<![^.])\d+(?![^.])", "*", row.layer)
-            groups.setdefault(row._replace(layer=name), []).append(row.layer)
-        for row, names in groups.items():
-            layer = names[0] if len(names) == 1 else f"{len(names)} × {row.layer}"
-            yield row._replace(layer=layer)
-
     def summary(self) -> str:
         """Return the number of layers in each state, in one line."""
         states, sizes = Counter(row.state for row in self.rows), Counter[str]()
@@ -137,11 +147,8 @@ class Explanation:
         return text
 
     def __str__(self) -> str:
-        rows = self._groups([*self.rows, *self.linears, *self.losses, *self.blocks])
-        table: list[tuple[str, ...]] = [Row._fields, *rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-        return "\n".join([*lines, self.summary()])
+        rows = [*self.rows, *self.linears, *self.losses, *self.blocks]
+        return "\n".join([format_table(Row._fields, group_rows(rows, self.all)), self.summary()])
 
     __repr__ = __str__
 

@@ -1,0 +1,760 @@
+"""`check`: whether the adapters of a PEFT model train, have an effect, merge, and save and load."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import sys
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import (
+    PeftModel,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
+from torch import Tensor, nn
+
+from .base import is_linear4bit, missing_layers
+from .report import format_table, group_rows
+from .swap import lora_layers
+
+OK, WRONG, UNKNOWN = "✓", "✗", "–"
+
+# The trained matrices of a layer; a layer in which one of them is 0 has no effect.
+_FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+# PEFT adds names of heads to `modules_to_save` for these tasks, whether the model has them or not.
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# The relative error of a weight that is merged and quantized again. NF4's is 0.09 and FP4's 0.13
+# for normal weights, int8's 0.01; twice that, for weights with outliers.
+_REQUANTIZED = {4: 0.25, 8: 0.03}
+# Standard errors by which expert order must differ from chance. Each layer is one test.
+_SIGMAS = 4.0
+
+
+class CheckRow(NamedTuple):
+    """One adapted module. Each verdict is "✓", "✗", or "–" if there is nothing to check.
+
+    Attributes:
+        layer: its name.
+        gradient: a gradient reaches each trainable matrix of the adapter.
+        effect: the adapter changes the module's output.
+        scaling: the scaling is that of the configuration.
+        merge: merging by PEFT gives the unmerged output within the merge's rounding.
+        file: the saved file has the adapter's keys and loads to the same bits.
+        experts: the columns of an experts' lora_B have the order that PEFT reads.
+        reason: the reasons of "✗", and of some "–".
+    """
+
+    layer: str
+    gradient: str
+    effect: str
+    scaling: str
+    merge: str
+    file: str
+    experts: str
+    reason: str
+
+    @property
+    def ok(self) -> bool:
+        return WRONG not in self
+
+
+@dataclass(frozen=True, repr=False)
+class Check:
+    """The result of `check`. `str()` prints a table with a line for each kind of module.
+
+    Attributes:
+        rows: a `CheckRow` for each LoRA layer.
+        problems: faults that belong to no layer, such as a target that matches nothing.
+        change: the relative change of the model's output by the adapter, of norms.
+        merge_error: the largest error of a merged layer's output, relative to its adapter's part.
+        untrained: whether all adapters are as at their start. Random values stood in for the
+            matrices that are 0 then.
+    """
+
+    rows: list[CheckRow]
+    problems: list[str] = field(default_factory=list)
+    change: float = 0.0
+    merge_error: float = 0.0
+    untrained: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """True if there is no fault."""
+        return not self.problems and all(row.ok for row in self.rows)
+
+    def assert_ok(self) -> None:
+        """Raise RuntimeError with the faulty layers and the problems.
+
+        >>> Check([], ["target_modules: 'q_prj' matches nothing"]).assert_ok()
+        Traceback (most recent call last):
+        RuntimeError: 0 LoRA layers, 0 with a fault, 1 other fault
+        target_modules: 'q_prj' matches nothing
+        """
+        if not self.ok:
+            faulty = [row for row in self.rows if not row.ok]
+            lines = [f"  {row.layer}: {row.reason}" for row in group_rows(faulty)]
+            raise RuntimeError("\n".join([self.summary(), *lines, *self.problems]))
+
+    def summary(self) -> str:
+        """Return the numbers of layers and faults in one line."""
+        wrong, n = sum(not row.ok for row in self.rows), len(self.problems)
+        layers = "1 LoRA layer" if len(self.rows) == 1 else f"{len(self.rows)} LoRA layers"
+        text = f"{layers}, {wrong} with a fault"
+        return f"{text}, {n} other fault{'s' * (n > 1)}" if n else text
+
+    def __str__(self) -> str:
+        figures = f"the adapter changes the output by {self.change:.2g} of its norm"
+        if self.untrained:
+            figures += ", with random values for lora_B, which is still 0"
+        if self.merge_error:
+            figures += f"; merging is off by {self.merge_error:.2g} of a layer's adapter at most"
+        table = format_table(CheckRow._fields, group_rows(self.rows))
+        return "\n".join([table, figures, *self.problems, self.summary()])
+
+    __repr__ = __str__
+
+
+def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> Check:
+    """Check that each active adapter of a PEFT model trains, works, merges, saves and loads.
+
+    The model may be fused or not. For each LoRA layer: a gradient reaches the adapter's matrices in
+    a training step, also once lora_B is no longer 0; the adapter changes the layer's output; its
+    scaling is the configuration's; merging gives the unmerged output within rounding; the file that
+    PEFT saves has the adapter's keys and loads to the same bits; and experts' lora_B has the order
+    that PEFT reads. Each target in the configuration has to match a module.
+
+    An untrained adapter is checked with random values in place of zeros. Merging is checked with
+    the scaling raised until the adapter's part is as large as the base's. It works on a copy of one
+    layer at a time.
+
+    It takes a training step without an update, two forwards without gradients, a save and a load.
+    Afterwards the model is what it was, also after an exception: parameters, gradients, modes,
+    adapters, hooks, configurations, `requires_grad` and the state of the random generators.
+
+    Args:
+        model: a `PeftModel` with LoRA layers, before DDP, FSDP or DeepSpeed wraps it.
+        batch: what the model is called with: a mapping of keyword arguments, a tuple or list of
+            arguments, or one tensor. With labels the model's loss is used, otherwise a sum of its
+            output with random signs.
+        saved: the folder of the trained adapter, whose file is then compared with the model. A
+            lora_B of zeros is a fault in it. None: PEFT saves to a temporary folder.
+
+    Raises:
+        TypeError: `model` is no `PeftModel`.
+        ValueError: it has no LoRA layers, an adapter is merged, its parameters are sharded, or
+            `saved` is given for several active adapters.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    >>> found = check(model, torch.randn(4, 8))
+    >>> found.ok
+    True
+    >>> print(found)  # doctest: +ELLIPSIS
+    layer               gradient  effect  scaling  merge  file  experts  reason
+    base_model.model.0  ✓         ✓       ✓        ✓      ✓     –
+    the adapter changes the output by ...
+    1 LoRA layer, 0 with a fault
+    """
+    if not isinstance(model, PeftModel):
+        got = type(model).__name__
+        raise TypeError(f"model: got {got}, want a peft.PeftModel, before DDP or FSDP wraps it")
+    layers = [_Layer(name, layer) for name, layer, _ in lora_layers(model)]
+    if not layers:
+        raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
+    adapters = list(dict.fromkeys(name for layer in layers for name in layer.names))
+    if saved is not None and len(adapters) != 1:
+        raise ValueError(f"saved: got one folder for the active adapters {adapters}, want one")
+    for name, p in model.named_parameters():
+        if type(p).__name__ == "DTensor" or hasattr(p, "ds_id") or hasattr(p, "_is_flat_param"):
+            raise ValueError(f"model: {name} is sharded, want a model before FSDP or ZeRO-3")
+    if any(layer.layer.merged for layer in layers):  # the disabled layer would unmerge in place
+        raise ValueError("model: an adapter is merged, want none: call model.unmerge_adapter()")
+
+    with torch.inference_mode(False), _restored(model):
+        problems = [text for adapter in adapters for text in _unmatched(model, adapter)]
+        _check_scaling(model, layers)
+        frozen = _check_frozen(model, layers)
+        _check_experts(layers)
+        for adapter in adapters:
+            problems += _check_file(model, layers, adapter, saved)
+        _replace_parameters(model, adapters)
+        untrained = [_fill_zeros(layers, adapter, saved is not None) for adapter in adapters]
+        change = _check_outputs(model, layers, batch)
+        _check_gradients(model, layers, batch, frozen)
+        if change == 0.0:
+            problems.append("the active adapters do not change the model's output")
+    error = max(layer.merge_error for layer in layers)
+    return Check([layer.row() for layer in layers], problems, change, error, all(untrained))
+
+
+class _Layer:
+    """A LoRA layer and what is known of it."""
+
+    def __init__(self, name: str, layer: Any) -> None:
+        self.name, self.layer = name, layer
+        self.names: list[str] = []  # of its active adapters
+        for adapter in layer.active_adapters:
+            if any(adapter in getattr(layer, kind, ()) for kind in _FACTORS):
+                self.names.append(adapter)
+        self.verdicts = dict.fromkeys(CheckRow._fields[1:-1], UNKNOWN)
+        self.reasons: list[str] = []
+        self.merge_error = 0.0
+        self.is_called = self.has_effect = False
+
+    def is_ok(self, column: str) -> None:
+        if self.verdicts[column] != WRONG:
+            self.verdicts[column] = OK
+
+    def is_wrong(self, column: str, reason: str) -> None:
+        self.verdicts[column] = WRONG
+        self.note(reason)
+
+    def note(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def row(self) -> CheckRow:
+        return CheckRow(self.name, **self.verdicts, reason="; ".join(self.reasons))
+
+    def factors(self, adapter: str) -> dict[str, Tensor]:
+        """Return the adapter's matrices by the names of their kinds."""
+        found: dict[str, Tensor] = {}
+        for kind in _FACTORS:
+            part = getattr(self.layer, kind, None)
+            if part is not None and adapter in part:
+                p = part[adapter]
+                found[kind] = p if isinstance(p, Tensor) else p.weight
+        return found
+
+
+# Leave the model as it was
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore every module's attributes, the configurations and the random state at the end.
+
+    Attributes are restored to the objects that they were, and dictionaries, lists and sets among
+    them to the elements that they had. Of tensors only floating and scalar buffers are written by a
+    forward (batch norm); they are copied. Parameters must not be written within the context.
+    """
+    held: list[Any] = [*model.modules(), *model.peft_config.values()]  # type: ignore[operator]
+    kept = [(each, type(each), dict(vars(each)), _contents(each)) for each in held]
+    buffers = [
+        (b, b.detach().clone()) for b in model.buffers() if b.is_floating_point() or not b.dim()
+    ]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    numpy: Any = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+        for each, cls, attributes, contents in kept:
+            if type(each) is not cls:
+                each.__class__ = cls
+            now = vars(each)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            now.update(attributes)
+            for container, elements in contents:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(elements)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.data.copy_(value)
+
+
+def _contents(owner: Any) -> list[tuple[Any, Any]]:
+    """Return the containers among an object's attributes, each with a copy."""
+    kinds = (dict, OrderedDict, list, set)
+    return [(value, value.copy()) for value in vars(owner).values() if type(value) in kinds]
+
+
+def _replace_parameters(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Put parameters with the same memory in the place of those that train or are an adapter's.
+
+    They have gradients and hooks of their own, and other values can be given to them by `.data`.
+    """
+    wanted = {id(p) for a in adapters for p in _adapter_parameters(model, a).values()}
+    stand_ins: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None and (p.requires_grad or id(p) in wanted):
+                if id(p) not in stand_ins:
+                    stand_ins[id(p)] = nn.Parameter(p.data, requires_grad=p.requires_grad)
+                module._parameters[key] = stand_ins[id(p)]
+
+
+def _adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """Return the parameters that a saved adapter holds, by their names in the model."""
+    found = {}
+    module: Any
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            for key, p in module.named_parameters(remove_duplicate=False):
+                parts = key.split(".")
+                if adapter in parts and not {"base_layer", "original_module"} & set(parts):
+                    found[f"{name}.{key}"] = p
+    return found
+
+
+# The configuration
+
+
+def _unmatched(model: Any, adapter: str) -> Iterator[str]:
+    """Yield a sentence for each entry of the configuration that matches no module."""
+    config = model.peft_config[adapter]
+    modules: list[str] = []
+    parameters: list[str] = []
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, ParamWrapper):
+            if adapter in layer.lora_A:
+                parameters.append(_parameter_key(name, layer))
+        elif isinstance(layer, LoraLayer):
+            modules.append(name)
+    targets = config.target_modules
+    for target in sorted(targets) if isinstance(targets, set | list | tuple) else ():
+        alone = copy.copy(config)
+        alone.target_modules = {target}
+        if not any(check_target_module_exists(alone, key) for key in modules):
+            yield f"target_modules: {target!r} matches nothing"
+    for target in getattr(config, "target_parameters", None) or ():
+        if not any(f".{key}".endswith(f".{target}") for key in parameters):
+            yield f"target_parameters: {target!r} matches nothing"
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option, None) or ():
+            keys = [*modules, *parameters]
+            if not any(get_pattern_key([pattern], key) == pattern for key in keys):
+                yield f"{option}: {pattern!r} matches nothing"
+    wrappers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+    ]
+    for target in getattr(config, "modules_to_save", None) or ():
+        is_known = getattr(config, "task_type", None) in _TASKS_WITH_HEADS
+        if not is_known and not any(name.endswith(target) for name in wrappers):
+            yield f"modules_to_save: {target!r} matches nothing"
+
+
+def _parameter_key(name: str, wrapper: Any) -> str:
+    """Return the name of the wrapped parameter in the model without adapters."""
+    path = [part for part in name.split(".") if part != "base_layer"]
+    return ".".join([*path, wrapper.parameter_name])
+
+
+def _check_scaling(model: Any, layers: Sequence[_Layer]) -> None:
+    for each in layers:
+        key = each.name.removeprefix("base_model.model.")
+        if isinstance(each.layer, ParamWrapper):
+            key = _parameter_key(key, each.layer)
+        for adapter in each.names:
+            want = _configured_scaling(model.peft_config[adapter], key)
+            got = float(each.layer.scaling[adapter])
+            if math.isclose(got, want, rel_tol=1e-6):
+                each.is_ok("scaling")
+            else:
+                each.is_wrong("scaling", f"scaling {got:.4g}, the configuration says {want:.4g}")
+
+
+def _configured_scaling(config: Any, key: str) -> float:
+    if config.peft_type == "ADALORA":
+        return float(config.lora_alpha if config.lora_alpha > 0 else config.init_r)
+
+    def pick(patterns: Any, default: float) -> float:
+        return float(patterns.get(get_pattern_key(patterns.keys(), key), default))
+
+    r = pick(config.rank_pattern or {}, config.r)
+    alpha = pick(config.alpha_pattern or {}, config.lora_alpha)
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def _check_frozen(model: Any, layers: Sequence[_Layer]) -> set[tuple[str, str]]:
+    """Return the adapters and the matrices, "A", "B" or "E", that a method freezes.
+
+    LoRA-FA freezes lora_A of every layer, and MiCA lora_B, which is not 0 there. Other frozen
+    matrices are wrong, unless the adapter was loaded for inference.
+    """
+    meant: set[tuple[str, str]] = set()
+    for adapter in {name for each in layers for name in each.names}:
+        if model.peft_config[adapter].inference_mode:
+            continue
+        found = [(each, kind, p) for each in layers for kind, p in each.factors(adapter).items()]
+        trained = {kind[-1] for _, kind, p in found if p.requires_grad}
+        for each, kind, p in found:
+            if p.requires_grad:
+                continue
+            if trained and kind[-1] not in trained and p.any():
+                meant.add((adapter, kind[-1]))
+                each.note(f"{kind} is frozen in every layer")
+            else:
+                each.is_wrong("gradient", f"{kind} is frozen")
+    return meant
+
+
+# Experts
+
+
+def _check_experts(layers: Sequence[_Layer]) -> None:
+    """Check the order of lora_B's columns by their directions.
+
+    In training each column of an expert's B moves within the span of the same tokens' gradients, so
+    the columns of an expert point in more similar directions than those of different experts. PEFT
+    reads column j·E + e as rank j of expert e. If columns e·r + j are more alike, by more than
+    chance, the file was written in that order.
+    """
+    for each in layers:
+        if not isinstance(each.layer, ParamWrapper) or each.layer.num_experts < 2:
+            continue
+        for adapter in each.names:
+            B, E = each.layer.lora_B[adapter].weight.detach().float(), each.layer.num_experts
+            r = B.shape[1] // E
+            if r < 2 or not B.any():
+                continue  # with one rank both orders are the same
+            read = _squared_cosines(B.reshape(B.shape[0], r, E).permute(2, 1, 0))
+            other = _squared_cosines(B.reshape(B.shape[0], E, r).permute(1, 2, 0))
+            spread = (read.var() / read.numel() + other.var() / other.numel()).sqrt()
+            if float(other.mean() - read.mean()) > _SIGMAS * float(spread):
+                each.is_wrong(
+                    "experts", "lora_B looks stacked expert by expert, PEFT reads rank by rank"
+                )
+            else:
+                each.is_ok("experts")
+
+
+def _squared_cosines(vectors: Tensor) -> Tensor:
+    """Return the squared cosine of each pair of vectors in a group. vectors: [groups, n, size]."""
+    unit = nn.functional.normalize(vectors, dim=-1)
+    n = unit.shape[1]
+    upper = torch.triu_indices(n, n, 1, device=unit.device)
+    return (unit @ unit.mT)[:, upper[0], upper[1]].square()
+
+
+# The file
+
+
+def _check_file(
+    model: Any, layers: Sequence[_Layer], adapter: str, saved: str | Path | None
+) -> list[str]:
+    """Save the adapter, unless it is saved, load it in place of NaN, and compare the bits."""
+    before = {name: p.data for name, p in _adapter_parameters(model, adapter).items()}
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            path = Path(saved or folder)
+            if saved is None:
+                model.save_pretrained(folder, selected_adapters=[adapter])
+                path = path / adapter if adapter != "default" else path
+            state = load_peft_weights(str(path), device="cpu")
+            with _restored(model):
+                _replace_parameters(model, [adapter])
+                own = _adapter_parameters(model, adapter)
+                written = {id(p) for p in own.values()}
+                for p in own.values():
+                    p.data = torch.full_like(p.data, math.nan if p.is_floating_point() else -1)
+                # A file with embeddings writes to the base: to copies, here.
+                for name, module in model.named_modules():
+                    for key, q in module._parameters.items():
+                        if f"{name}.{key}" in state and id(q) not in written:
+                            module._parameters[key] = nn.Parameter(q.data.clone(), False)
+                result: Any = set_peft_model_state_dict(model, state, adapter)
+                after = {name: p.data for name, p in own.items()}
+        except Exception as error:
+            text = str(error).partition("\n")[0]
+            problems.append(f"{adapter}: saving and loading raises {type(error).__name__}: {text}")
+            for each in layers:
+                each.verdicts["file"] = WRONG if adapter in each.names else each.verdicts["file"]
+            return problems
+    if result.unexpected_keys:
+        first, n = result.unexpected_keys[0], len(result.unexpected_keys)
+        problems.append(f"{adapter}: {n} keys of the file have no place in the model, as {first}")
+    lost = {name: _difference(after[name], before[name]) for name in before}
+    for name, reason in lost.items():
+        owner = max(
+            (each for each in layers if name.startswith(f"{each.name}.")),
+            key=lambda each: len(each.name),
+            default=None,
+        )
+        if owner is None and reason:
+            problems.append(f"{adapter}: {name} {reason}")
+        elif owner is not None and reason:
+            owner.is_wrong("file", f"{name.removeprefix(owner.name + '.')} {reason}")
+        elif owner is not None:
+            owner.is_ok("file")
+    return problems
+
+
+def _difference(after: Tensor, before: Tensor) -> str | None:
+    if torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (after, before))):
+        return None
+    if after.is_floating_point() and after.isnan().all():
+        return "is not in the file"
+    return "loads to other values"
+
+
+# The training step and the outputs
+
+
+def _fill_zeros(layers: Sequence[_Layer], adapter: str, is_trained: bool) -> bool:
+    """Give random values to matrices of zeros; return True if the adapter has not been trained.
+
+    Every layer of an untrained adapter has a matrix of zeros. Otherwise it is a fault.
+    """
+    generator = torch.Generator().manual_seed(0)
+    zeros = {
+        each: [(kind, p) for kind, p in each.factors(adapter).items() if not p.any()]
+        for each in layers
+        if adapter in each.names
+    }
+    is_untrained = all(zeros.values()) and not is_trained
+    for each, found in zeros.items():
+        for kind, p in found:
+            p.data = (0.02 * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype)
+            if kind == "lora_E" and not is_untrained:
+                each.note("AdaLoRA has pruned all ranks")
+            elif not is_untrained:
+                each.is_wrong("effect", f"{kind} is 0")
+    return is_untrained
+
+
+def _check_gradients(
+    model: Any, layers: Sequence[_Layer], batch: Any, frozen: set[tuple[str, str]]
+) -> None:
+    """Take a training step, without an update."""
+    for module in model.modules():
+        module.training = True  # not `train()`, which classes override
+    wanted = []
+    for each in layers:
+        for adapter in each.names:
+            for kind, p in each.factors(adapter).items():
+                if model.peft_config[adapter].inference_mode:
+                    p.requires_grad_(True)
+                if p.requires_grad and (adapter, kind[-1]) not in frozen:
+                    wanted.append((each, kind, p))
+    with torch.enable_grad():
+        loss = _loss(_call(model, batch))
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+    for each, kind, p in wanted:
+        if p.grad is not None and not p.grad.isfinite().all():
+            each.is_wrong("gradient", f"the gradient of {kind} is not finite")
+        elif p.grad is not None and p.grad.any():
+            each.is_ok("gradient")
+        elif each.is_called or each.layer.disable_adapters:
+            each.is_wrong("gradient", f"no gradient reaches {kind}")
+        else:
+            each.is_wrong("gradient", "the batch does not reach it")
+
+
+def _check_outputs(model: Any, layers: Sequence[_Layer], batch: Any) -> float:
+    """Compare each layer's output with and without its adapter, and merged.
+
+    Returns the relative change of the model's output by the adapters.
+    """
+    for module in model.modules():
+        # In eval mode on a CPU, bitsandbytes would repack the weight and lose its scales.
+        module.training = is_linear4bit(module)
+    handles = []
+    for members in _units(layers):
+
+        def measure(
+            module: Any, args: Any, kwargs: Any, output: Any, members: Any = members
+        ) -> None:
+            _measure(members, args, kwargs, _tensor(output))
+
+        handles.append(members[0].layer.register_forward_hook(measure, with_kwargs=True))
+    with torch.no_grad():
+        try:
+            on = _tensor(_call(model, batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+        with _disabled(layers):
+            off = _tensor(_call(model, batch))
+    for each in layers:
+        if each.is_called and each.has_effect:
+            each.is_ok("effect")
+        elif each.is_called:
+            disabled = each.layer.disable_adapters
+            reason = "the adapters are disabled" if disabled else "the adapter has no effect"
+            each.is_wrong("effect", reason)
+    return _norm(on - off) / max(_norm(off), torch.finfo(torch.float32).tiny)
+
+
+def _units(layers: Sequence[_Layer]) -> list[list[_Layer]]:
+    """Return the layers that are called together: PEFT nests those of one experts module."""
+    by_layer = {each.layer: each for each in layers}
+    inner = {each.layer.base_layer for each in layers}
+    units = []
+    for each in layers:
+        if each.layer not in inner and each.names:
+            members, layer = [], each.layer
+            while layer in by_layer:
+                members.append(by_layer[layer])
+                layer = layer.base_layer
+            units.append(members)
+    return units
+
+
+def _measure(members: Sequence[_Layer], args: Any, kwargs: Any, y: Tensor) -> None:
+    """Check a layer's call with these arguments and the output y."""
+    layer = members[0].layer
+
+    def run() -> Tensor:
+        return _tensor(layer.forward(*args, **kwargs))
+
+    with _disabled(members):
+        base = run()
+    for each in members:
+        each.is_called = True
+        if len(members) == 1:
+            without = base
+        else:
+            with _disabled([each]):
+                without = run()
+        if not y.isfinite().all():
+            each.is_wrong("effect", "its output is not finite")
+        each.has_effect |= not torch.equal(y, without)
+    part = _norm(y - base)
+    if not 0.0 < part < math.inf or any(p.is_meta for p in layer.parameters()):
+        return
+    kept = [(each.layer.scaling, dict(each.layer.scaling)) for each in members]
+    try:
+        for scaling, values in kept:  # raise the adapter's part of y to the size of the base's
+            scaling.update({n: v * max(1.0, _norm(base) / part) for n, v in values.items()})
+        want = run()
+        with _merged(layer):
+            error = _norm(run() - want)
+            # The norm of the terms of the sums, each with an error of its own: y for random signs.
+            if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                args = (args[0] * _signs(args[0].shape[-1:]).to(args[0]), *args[1:])
+            terms = _norm(run())
+    except NotImplementedError as reason:
+        for each in members:
+            each.note(f"PEFT does not merge it: {str(reason).partition(chr(10))[0]}".rstrip(": "))
+        return
+    except Exception as reason:
+        for each in members:
+            text = str(reason).partition("\n")[0]
+            each.is_wrong("merge", f"merging raises {type(reason).__name__}: {text}")
+        return
+    finally:
+        for scaling, values in kept:
+            scaling.update(values)
+    # Both results round x·Aᵀ, the sums and y; the merge rounds ΔW and W + ΔW.
+    limit = 4 * _roundoff(y, layer) * (terms + _norm(want) + _norm(want - base))
+    limit += _requantization(layer.get_base_layer()) * terms
+    for each in members:
+        each.merge_error = max(each.merge_error, error / part)
+        if error <= limit:
+            each.is_ok("merge")
+        else:
+            share = error / _norm(want - base)
+            each.is_wrong("merge", f"merged, it is off by {share:.1g} of the adapter's part")
+
+
+@contextmanager
+def _disabled(layers: Sequence[_Layer]) -> Iterator[None]:
+    """Disable adapters without PEFT's change of `requires_grad`."""
+    kept = [(each.layer, each.layer._disable_adapters) for each in layers]
+    try:
+        for layer, _ in kept:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in kept:
+            layer._disable_adapters = value
+
+
+@contextmanager
+def _merged(layer: Any) -> Iterator[None]:
+    """Let PEFT merge the layer's active adapters into a copy of its base."""
+    base = layer.base_layer
+    try:
+        layer.base_layer = inner = copy.deepcopy(base)
+        layer.merge(safe_merge=True)
+        while isinstance(inner, LoraLayer):
+            inner.merge(safe_merge=True)  # type: ignore[attr-defined]
+            inner = inner.base_layer
+        yield
+    finally:
+        layer.base_layer = base
+        layer.merged_adapters.clear()
+
+
+def _roundoff(y: Tensor, layer: nn.Module) -> float:
+    """Return the largest unit roundoff among the dtypes of a layer's call with the output y."""
+    dtypes = {t.dtype for t in (y, *layer.parameters()) if t.is_floating_point()}
+    if torch.is_autocast_enabled(y.device.type):
+        dtypes.add(torch.get_autocast_dtype(y.device.type))
+    unit = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
+    if unit < 1e-6:
+        # 16 for sums of thousands of terms, of which 16-bit dtypes have none: they sum in float32.
+        precision = {"highest": 16 * unit, "high": 2.0**-11, "medium": 2.0**-8}
+        unit = max(16 * unit, precision[torch.get_float32_matmul_precision()])
+    return unit
+
+
+def _requantization(base: nn.Module) -> float:
+    """Return the relative error of weights that are quantized again after a merge, or 0."""
+    weight = getattr(base, "weight", None)
+    if is_linear4bit(base):
+        return _REQUANTIZED[4]
+    is_integer = isinstance(weight, Tensor) and not weight.is_floating_point()
+    return _REQUANTIZED[8] if is_integer else 0.0
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    def detach(value: Any) -> Any:
+        is_leaf = isinstance(value, Tensor) and value.requires_grad
+        return value.detach().requires_grad_() if is_leaf else value
+
+    if isinstance(batch, Mapping):
+        return model(**{key: detach(value) for key, value in batch.items()})
+    return model(*map(detach, batch if isinstance(batch, tuple | list) else [batch]))
+
+
+def _tensor(output: Any) -> Tensor:
+    """Return the logits of an output, or its first floating tensor."""
+    found: Any = getattr(output, "logits", None)
+    if found is None and not isinstance(output, Tensor):
+        values = list(output.values()) if isinstance(output, Mapping) else list(output)
+        tensors = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
+        found = max(tensors, key=Tensor.dim)  # not a loss
+    return output if found is None else found  # type: ignore[no-any-return]
+
+
+def _loss(output: Any) -> Tensor:
+    loss: Tensor | None = getattr(output, "loss", None)
+    if loss is not None:
+        return loss.sum()
+    y = _tensor(output)
+    return (y.float() * _signs(y.shape).to(y.device)).sum()
+
+
+def _signs(shape: Sequence[int]) -> Tensor:
+    """Return 1 or −1 for each element, the same ones for the same shape."""
+    generator = torch.Generator().manual_seed(0)
+    return 2.0 * torch.randint(2, tuple(shape), generator=generator) - 1.0
+
+
+def _norm(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t, dtype=torch.float32))

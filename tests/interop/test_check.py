@@ -1,0 +1,572 @@
+"""`check` finds each planted fault, finds none in sound models, and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from lora_kernels.peft import Check, check, experts, fuse, unfuse
+from lora_kernels.peft.linear import FusedLinear
+from tests.support.peft_models import (
+    IDS,
+    MLP,
+    SIZES,
+    SIZES_4BIT,
+    activate,
+    adalora_mlp,
+    add_adapter,
+    batch,
+    conv1d_mlp,
+    dora_mlp,
+    embedding_model,
+    four_bit_mlp,
+    gpt2,
+    kasa_mlp,
+    llama,
+    mica_mlp,
+    mlp,
+    skip_without_kasa,
+    token_ids,
+    two_adapters,
+)
+
+f32, bf16 = torch.float32, torch.bfloat16
+ADAPTER = "adapter_model.safetensors"
+LABELLED = {"input_ids": IDS, "labels": IDS}
+either = pytest.mark.parametrize("fused", [False, True], ids=["peft", "fused"])
+
+
+def moe(r: int = 8, **config: Any) -> Any:
+    """A mixture of 4 experts in each of 2 layers, with an untrained adapter on all of them."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    base = MixtralForCausalLM(
+        MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    )
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = {"r": r, "lora_alpha": 12, "target_modules": ["q_proj"], "target_parameters": both}
+    return get_peft_model(base, LoraConfig(**settings | config))
+
+
+def train(model: Any, steps: int = 20) -> Any:
+    """The model after some steps on sequences that count by twos."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(steps):
+        start = torch.randint(3, 32, (4, 1), generator=torch.Generator().manual_seed(step))
+        ids = (start + 2 * torch.arange(17)) % 61 + 3
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    return model
+
+
+def lm(**config: Any) -> Any:
+    return get_peft_model(
+        llama(f32), LoraConfig(**{"r": 3, "target_modules": "all-linear"} | config)
+    )
+
+
+# Sound models
+
+
+def convolutions() -> Any:
+    base = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(5 * 4 * 4, 7))
+    return get_peft_model(base, LoraConfig(r=3, target_modules=["0", "2"]))
+
+
+def attention() -> Any:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(24, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn(x, x, x)[0]
+
+    return get_peft_model(Attention(), LoraConfig(r=3, target_modules=["attn"]))
+
+
+def with_norm() -> Any:
+    base = nn.Sequential(nn.Linear(SIZES[0], 8), nn.BatchNorm1d(4), nn.Linear(8, 3))
+    return get_peft_model(base, LoraConfig(r=3, target_modules=["0", "2"]))
+
+
+x, x4 = batch(f32), batch(f32, SIZES_4BIT[0])
+SOUND: dict[str, tuple[Callable[[], Any], Any]] = {
+    "linear": (lambda: mlp(f32), x),
+    "bfloat16": (lambda: mlp(bf16), x.to(bf16)),
+    "float64": (mlp, batch()),
+    "positional": (lambda: mlp(f32), (x,)),
+    "untrained": (lambda: get_peft_model(MLP(), LoraConfig(target_modules=["up", "down"])), x),
+    "dropout": (lambda: mlp(f32, lora_dropout=0.5), x),
+    "patterns": (
+        lambda: mlp(f32, use_rslora=True, rank_pattern={"up": 3}, alpha_pattern={"down": 9}),
+        x,
+    ),
+    "bias": (lambda: mlp(f32, lora_bias=True, target_modules=["up"]), x),
+    "two active": (lambda: two_adapters(mlp(f32)), x),
+    "conv1d": (lambda: conv1d_mlp(f32), x),
+    "dora": (lambda: dora_mlp(f32), x),
+    "dora in bfloat16": (lambda: dora_mlp(bf16), x.to(bf16)),
+    "mica": (mica_mlp, x),
+    "adalora": (lambda: adalora_mlp(f32), x),
+    "embedding": (lambda: embedding_model(f32), token_ids(3, 4)),
+    "convolution": (convolutions, torch.randn(2, 3, 6, 6)),
+    "attention": (attention, torch.randn(2, 5, 24)),
+    "batch norm": (with_norm, x),
+    "llama": (lm, LABELLED),
+    "no labels": (lm, {"input_ids": IDS}),
+    "gpt2": (
+        lambda: get_peft_model(gpt2(f32), LoraConfig(target_modules=["c_attn", "wte", "lm_head"])),
+        LABELLED,
+    ),
+    "head saved": (lambda: lm(target_modules=["q_proj"], modules_to_save=["lm_head"]), LABELLED),
+    "tokens": (lambda: lm(target_modules=["q_proj"], trainable_token_indices=[1, 2]), LABELLED),
+    "experts": (moe, LABELLED),
+    "trained experts": (lambda: train(moe()), LABELLED),
+}
+
+
+@either
+@pytest.mark.parametrize("name", SOUND)
+def test_check_of_a_sound_model_finds_no_fault(name: str, fused: bool) -> None:
+    build, inputs = SOUND[name]
+    model = fuse(build()) if fused else build()
+    found = check(model, inputs)
+    assert found.ok, found
+    found.assert_ok()
+    # PEFT's forward of this layer reads the weights of its output projection and does not call it.
+    rows = [row for row in found.rows if "out_proj" not in row.layer]
+    assert {row[1:6] for row in rows} == {("✓",) * 5}
+    assert 0 < found.change < 20 and found.merge_error < 0.05
+
+
+@either
+def test_check_of_4bit_layers_allows_for_quantization(fused: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = four_bit_mlp(loaded=True)
+    codes = [p.data.clone() for p in model.parameters() if p.dtype == torch.uint8]
+    found = check(fuse(model) if fused else model, x4)
+    assert found.ok and {row.merge for row in found.rows} == {"✓"}, found
+    assert 0.02 < found.merge_error < 0.2  # NF4's error of normal weights is 0.09
+    after = [p.data for p in model.parameters() if p.dtype == torch.uint8]
+    assert all(map(torch.equal, codes, after))
+
+
+def test_check_of_kasa_finds_no_fault() -> None:
+    skip_without_kasa()
+    assert check(kasa_mlp(f32), x).ok
+
+
+def test_check_of_a_layer_that_peft_does_not_merge_says_so() -> None:
+    found = check(mlp(f32, lora_bias=True), x)  # "down" has no bias to merge into
+    row = found.rows[1]
+    assert found.ok and row.merge == "–" and row.reason.startswith("PEFT does not merge it: ")
+
+
+def test_check_of_an_adapter_for_inference_lets_it_train(tmp_path: Path) -> None:
+    mlp(f32).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(MLP(), tmp_path)
+    assert not any(p.requires_grad for p in model.parameters())
+    found = check(model, x, saved=tmp_path)
+    assert found.ok and not found.untrained
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_check_under_gradient_checkpointing(reentrant: bool) -> None:
+    """Reentrant checkpointing gives no gradients unless the embeddings' output requires them."""
+    model = lm()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        lost = check(model, LABELLED)
+        assert {row.gradient for row in lost.rows} == {"✗"}
+    model.enable_input_require_grads()
+    assert check(model, LABELLED).ok
+
+
+def test_check_of_a_loss_without_logits_finds_no_fault() -> None:
+    assert check(fuse(lm(), loss=True), LABELLED).ok
+
+
+def test_check_prints_a_line_for_each_kind_of_module() -> None:
+    found = check(lm(), LABELLED)
+    head, *lines = str(found).splitlines()
+    assert head.split() == list(found.rows[0]._fields) and len(found.rows) == 14
+    assert [line.split("  ")[0].split(".")[-1] for line in lines[:-2]] == (
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    )
+    assert all(line.startswith("2 × ") for line in lines[:-2])
+    assert "with random values for lora_B" in lines[-2]
+    assert lines[-1] == "14 LoRA layers, 0 with a fault"
+
+
+# Planted faults
+
+
+def assert_faults(found: Check, *columns: str, layers: int | None = None, reason: str = "") -> None:
+    """Exactly these columns have "✗", in so many layers, whose reason has these words."""
+    wrong = [row for row in found.rows if not row.ok]
+    assert {c for row in wrong for c in row._fields if getattr(row, c) == "✗"} == {*columns}, found
+    assert len(wrong) == (len(found.rows) if layers is None else layers), found
+    assert all(reason in row.reason for row in wrong), found
+    assert not found.ok
+    with pytest.raises(RuntimeError, match="with a fault"):
+        found.assert_ok()
+
+
+@either
+def test_check_finds_experts_stacked_in_the_other_order(fused: bool) -> None:
+    model = train(moe())
+    assert {row.experts for row in check(model, LABELLED).rows if "experts" in row.layer} == {"✓"}
+    for layer in model.modules():
+        if isinstance(layer, ParamWrapper):
+            B, E = layer.lora_B["default"].weight, layer.num_experts
+            B.data = B.data.view(B.shape[0], -1, E).transpose(1, 2).reshape(B.shape)
+    found = check(fuse(model) if fused else model, LABELLED)
+    assert_faults(found, "experts", layers=4, reason="PEFT reads it rank by rank")
+
+
+def test_check_cannot_tell_the_order_of_random_experts() -> None:
+    model = moe()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    assert {row.experts for row in check(model, LABELLED).rows} == {"–"}
+
+
+def test_check_finds_a_forward_that_reads_experts_in_another_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def transposed(wrapper: Any, name: str) -> Any:
+        A, B, E = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
+        lora_B = B.view(B.shape[0], E, -1).transpose(0, 1)
+        scaling = wrapper.scaling[name]
+        return experts.ExpertsAdapter(A.view(E, -1, A.shape[1]), lora_B, scaling)
+
+    model = fuse(train(moe()))
+    monkeypatch.setattr(experts, "_factors", transposed)
+    assert_faults(check(model, LABELLED), "merge", layers=4, reason="merged, it is off by")
+    assert check(unfuse(model), LABELLED).ok
+
+
+@either
+def test_check_finds_an_adapter_without_effect(fused: bool) -> None:
+    model = mlp(f32)
+    model.base_model.model.up.lora_B["default"].weight.data.zero_()
+    found = check(fuse(model) if fused else model, x)
+    assert_faults(found, "effect", layers=1, reason="lora_B is 0")
+
+
+def test_check_finds_a_forward_that_ignores_the_adapter() -> None:
+    model = mlp(f32)
+    layer = model.base_model.model.down
+    layer.forward = layer.base_layer.forward
+    found = check(model, x)
+    assert_faults(found, "effect", "gradient", layers=1, reason="the adapter has no effect")
+
+
+def test_check_finds_a_module_that_the_batch_does_not_reach() -> None:
+    model = mlp(f32)
+    model.base_model.model.add_module("other", nn.Linear(3, 3))
+    model.delete_adapter("default")
+    model = get_peft_model(model.base_model.model, LoraConfig(target_modules=["up", "other"]))
+    found = check(model, x)
+    assert_faults(found, "gradient", layers=1, reason="the batch does not reach it")
+
+
+def test_check_finds_disabled_adapters() -> None:
+    model = mlp(f32)
+    model.base_model.disable_adapter_layers()
+    found = check(model, x)
+    assert_faults(found, "gradient", "effect", reason="the adapters are disabled")
+    assert found.problems == ["the active adapters do not change the model's output"]
+
+
+@either
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_check_finds_a_matrix_that_is_frozen_by_mistake(part: str, fused: bool) -> None:
+    model = mlp(f32)
+    getattr(model.base_model.model.up, part)["default"].weight.requires_grad_(False)
+    found = check(fuse(model) if fused else model, x)
+    assert_faults(found, "gradient", layers=1, reason=f"{part} is frozen")
+
+
+def test_check_finds_a_model_that_was_frozen_after_the_adapter_was_added() -> None:
+    """As `prepare_model_for_kbit_training` does, called too late."""
+    model = mlp(f32).requires_grad_(False)
+    assert_faults(check(model, x), "gradient", reason="lora_A is frozen; lora_B is frozen")
+
+
+def test_check_accepts_lora_fa_and_says_what_is_frozen() -> None:
+    model = mlp(f32)
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad_(False)
+    found = check(model, x)
+    assert found.ok and {row.reason for row in found.rows} == {"lora_A is frozen in every layer"}
+
+
+def test_check_finds_a_gradient_that_is_not_finite() -> None:
+    model = mlp(f32)
+    model.base_model.model.down.lora_B["default"].weight.data[0, 0] = torch.nan
+    found = check(model, x)
+    assert "the gradient of lora_B is not finite" in found.rows[0].reason
+    assert not found.ok
+
+
+@either
+def test_check_finds_a_scaling_that_was_applied_twice(fused: bool) -> None:
+    model = mlp(f32)
+    layer = model.base_model.model.up
+    layer.scaling["default"] *= layer.scaling["default"]
+    found = check(fuse(model) if fused else model, x)
+    assert_faults(found, "scaling", layers=1, reason="scaling 1.96, the configuration says 1.4")
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3], ids=["large", "small"])
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=["fp32", "bf16"])
+def test_check_finds_a_forward_that_scales_twice(dtype: torch.dtype, size: float) -> None:
+    """Also if the adapter's part of the output is smaller than the merge's rounding."""
+    model = mlp(dtype)
+    layer = model.base_model.model.up
+    layer.lora_B["default"].weight.data *= size
+    assert check(model, x.to(dtype)).ok
+    layer.lora_B["default"].register_forward_hook(lambda module, args, y: 1.4 * y)
+    found = check(model, x.to(dtype))
+    assert_faults(found, "merge", layers=1, reason="merged, it is off by")
+
+
+@either
+def test_check_finds_a_merge_that_scales_twice(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fuse(mlp(f32)) if fused else mlp(f32)
+    kind = FusedLinear if fused else peft.tuners.lora.Linear
+    delta = kind.get_delta_weight
+    monkeypatch.setattr(kind, "get_delta_weight", lambda self, name: 1.4 * delta(self, name))
+    assert_faults(check(model, x), "merge")
+
+
+def test_check_finds_keys_that_saving_drops() -> None:
+    model = mlp(f32)
+    down = model.base_model.model.down
+    down.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.pop(f"{prefix}lora_B.default.weight")
+    )
+    found = check(model, x)
+    assert_faults(found, "file", layers=1, reason="lora_B.default.weight is not in the file")
+
+
+@pytest.mark.parametrize("fault", ["dropped", "renamed", "changed"])
+def test_check_finds_a_file_that_is_not_the_model_s(fault: str, tmp_path: Path) -> None:
+    model = mlp(f32)
+    model.save_pretrained(tmp_path)
+    assert check(model, x, saved=tmp_path).ok
+    state, key = load_file(tmp_path / ADAPTER), "base_model.model.up.lora_A.weight"
+    tensor = state.pop(key)
+    if fault != "dropped":
+        state[key if fault == "changed" else key.replace("up", "upp")] = -tensor
+    save_file(state, tmp_path / ADAPTER)
+    found = check(model, x, saved=tmp_path)
+    reason = "loads to other values" if fault == "changed" else "is not in the file"
+    assert_faults(found, "file", layers=1, reason=f"lora_A.default.weight {reason}")
+    extra = ["default: 1 keys of the file have no place in the model, as "]
+    assert [text[: len(extra[0])] for text in found.problems] == extra * (fault == "renamed")
+
+
+def test_check_of_a_damaged_file_says_what_loading_raises(tmp_path: Path) -> None:
+    model = mlp(f32)
+    model.save_pretrained(tmp_path)
+    (tmp_path / ADAPTER).write_bytes(b"no tensors")
+    found = check(model, x, saved=tmp_path)
+    assert_faults(found, "file")
+    assert found.problems[0].startswith("default: saving and loading raises ")
+
+
+def test_check_finds_a_saved_adapter_that_was_never_trained(tmp_path: Path) -> None:
+    model = get_peft_model(MLP(), LoraConfig(target_modules=["up", "down"]))
+    model.save_pretrained(tmp_path)
+    assert check(model, x).untrained
+    assert_faults(check(model, x, saved=tmp_path), "effect", reason="lora_B is 0")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("target_modules", ["up", "down", "gate"], "gate"),
+        ("rank_pattern", {"gate": 3}, "gate"),
+        ("alpha_pattern", {"up": 3, "gate": 3}, "gate"),
+        ("modules_to_save", ["head"], "head"),
+    ],
+)
+@either
+def test_check_finds_a_target_that_matches_nothing(
+    option: str, value: Any, named: str, fused: bool
+) -> None:
+    model = mlp(f32, **{option: value})
+    found = check(fuse(model) if fused else model, x)
+    assert found.problems == [f"{option}: {named!r} matches nothing"] and not found.ok
+    assert all(row.ok for row in found.rows)
+
+
+def test_check_finds_a_target_parameter_that_matches_nothing() -> None:
+    both = ["mlp.experts.down_proj", "mlp.experts.up_proj"]
+    found = check(moe(target_parameters=both), LABELLED)
+    assert found.problems == ["target_parameters: 'mlp.experts.up_proj' matches nothing"]
+
+
+# Arguments
+
+
+def test_check_refuses_what_it_cannot_check(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"model: got Linear, want a peft\.PeftModel"):
+        check(nn.Linear(2, 2), x)
+    ia3 = get_peft_model(MLP(), peft.IA3Config(target_modules=["up"], feedforward_modules=["up"]))
+    with pytest.raises(ValueError, match="a PEFT model of IA3 without LoRA layers"):
+        check(ia3, x)
+    with pytest.raises(ValueError, match="saved: got one folder for the active adapters"):
+        check(two_adapters(mlp(f32)), x, saved=tmp_path)
+    merged = mlp(f32)
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="an adapter is merged"):
+        check(merged, x)
+
+
+# Nothing changes
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Everything that `check` promises to leave, with the objects themselves."""
+    found: dict[str, Any] = {
+        "random": (torch.get_rng_state().tolist(), random.getstate()),
+        "names": [name for name, _ in model.named_parameters()],
+        "configs": {name: copy.deepcopy(vars(c)) for name, c in model.peft_config.items()},
+    }
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        grad = None if p.grad is None else (id(p.grad), p.grad.tolist())
+        bits = p.detach().reshape(-1).view(torch.uint8).tolist()
+        hooks = len(p._backward_hooks or ()), len(p._post_accumulate_grad_hooks or ())
+        found[name] = (id(p), p.data_ptr(), bits, p.requires_grad, grad, p._version, hooks)
+    for name, module in model.named_modules():
+        layer = vars(module)
+        active = getattr(module, "active_adapters", None), layer.get("merged_adapters")
+        settings = [
+            dict(value) if type(value) is dict else value
+            for value in map(layer.get, ("scaling", "r", "_disable_adapters", "_prepared"))
+        ]
+        hooks = [len(layer[key]) for key in layer if key.endswith("_hooks")]
+        keys = [*layer, *module._parameters, *module._modules]
+        found[f"module {name}"] = (type(module), module.training, active, settings, hooks, keys)
+    return copy.deepcopy(found)
+
+
+def awkward(model: Any) -> Any:
+    """The model in the middle of a training, with modes of its own and hooks that would write."""
+    for module in list(model.modules())[::3]:
+        module.training = not module.training
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+            p.register_post_accumulate_grad_hook(lambda p: p.data.zero_())
+    return model
+
+
+def nothing(model: Any) -> None:
+    pass
+
+
+def failing_call(model: Any) -> None:
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    list(model.modules())[-1].register_forward_hook(fail)
+
+
+def failing_backward(model: Any) -> None:
+    class Fail(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            raise ZeroDivisionError
+
+    model.get_base_model().register_forward_hook(
+        lambda module, args, y: Fail.apply(y if isinstance(y, Tensor) else y.logits)
+    )
+
+
+@either
+@pytest.mark.parametrize("fault", [nothing, failing_call, failing_backward])
+@pytest.mark.parametrize(
+    "name", ["linear", "untrained", "two active", "dora", "adalora", "batch norm", "head saved"]
+)
+def test_check_leaves_the_model_as_it_was(
+    name: str, fault: Callable[[Any], None], fused: bool
+) -> None:
+    build, inputs = SOUND[name]
+    model = awkward(fuse(build()) if fused else build())
+    fault(model)
+    before = state_of(model)
+    if fault is nothing:
+        assert check(model, inputs).rows
+    else:
+        with pytest.raises(ZeroDivisionError):
+            check(model, inputs)
+    assert state_of(model) == before
+
+
+@either
+def test_check_leaves_experts_and_inactive_adapters_as_they_were(fused: bool) -> None:
+    model = moe(r=3)
+    add_adapter(model)
+    activate(model, "second")
+    before = state_of(awkward(fuse(model) if fused else model))
+    assert check(model, LABELLED).rows
+    assert state_of(model) == before
+
+
+def test_check_leaves_a_saved_forward_and_a_faulty_file_without_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT writes into the model while it loads a file that is not this model's."""
+    model = lm(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / ADAPTER)
+    assert any("embed_tokens.base_layer" in key or "lm_head" in key for key in state)
+    save_file({key: t + 1 for key, t in state.items()}, tmp_path / ADAPTER)
+    before = state_of(model)
+    assert not check(model, LABELLED, saved=tmp_path).ok
+    assert state_of(model) == before
+
+
+def test_check_leaves_the_gradients_of_a_training_as_they_would_have_been() -> None:
+    model, twin = fuse(lm(lora_dropout=0.1)), fuse(lm(lora_dropout=0.1))
+    for each, checked in ((model, True), (twin, False)):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            if checked:
+                check(each, LABELLED)
+            optimizer.zero_grad()
+            each(**LABELLED).loss.backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -39,6 +39,11 @@ COMMANDS = {
         "finetune",
         "write base and adapter as one stock model",
     ),
+    "check": (
+        "lora_kernels.finetune.check_command",
+        "finetune",
+        "find out whether an adapter trains, works, merges and loads",
+    ),
     "generate": ("lora_kernels.finetune.generate", "finetune", "answer with an adapter, fused"),
 }
 

@@ -258,17 +258,22 @@ def choose_weights(options: MergeOptions) -> tuple[MergeOptions, str]:
     return replace(options, onto=onto, quant=quant), f"merging into {words}"
 
 
+def read_text(file: Path | None) -> str:
+    """Return the file's text, or a paragraph. Raises UsageError if the file cannot be read."""
+    if file is None:
+        return TEXT
+    text = decode_text(read_file(file, "text", "the path of a plain text file"), file, "text")
+    if not text.strip():
+        raise UsageError(f"text: {file} is empty; give a file with text in it")
+    return text
+
+
 def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, or 1 if the logits were off and nothing was written."""
     options = MergeOptions(**fill_in_run(vars(args), "base", "quant_dtype"))
     if options.compare:
         models.check_quant(options.quant)
-    text = TEXT
-    if options.text:
-        raw = read_file(options.text, "text", "the path of a plain text file")
-        text = decode_text(raw, options.text, "text")
-        if not text.strip():
-            raise UsageError(f"text: {options.text} is empty; give a file with text in it")
+    text = read_text(options.text)
     models.locate(options.base, "base")
     options, said = choose_weights(options)
     silence_libraries()

@@ -370,6 +370,20 @@ class GenerateOptions:
         check_numbers(vars(self))
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """The options of `check`, whose adapter is an argument without a flag."""
+
+    model: Path = arg(None, **_MODEL)
+    text: Path | None = arg(None, "the model is run on its first 256 tokens (default: a paragraph)")
+    dtype: str = arg("fp32", **_DTYPE)
+    quant: str | None = arg(None, **_QUANT)
+    device: str = arg("", _DEVICE)
+
+    def __post_init__(self) -> None:
+        require(self, ("model",), "check the adapter in a folder that `finetune` wrote")
+
+
 def fill_in_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """Fill in the defaults, model and text of --demo, if it is given."""
     from .inputs import demo_model, demo_text

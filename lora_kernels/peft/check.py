@@ -192,7 +192,7 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
         _check_experts(layers)
         for adapter in adapters:
             problems += _check_file(model, layers, adapter, saved)
-        _replace_parameters(model, adapters)
+        _replace_tensors(model, adapters)
         untrained = [_fill_zeros(layers, adapter, saved is not None) for adapter in adapters]
         change = _check_outputs(model, layers, batch)
         _check_gradients(model, layers, batch, frozen)
@@ -250,14 +250,10 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Restore every module's attributes, the configurations and the random state at the end.
 
     Attributes are restored to the objects that they were, and dictionaries, lists and sets among
-    them to the elements that they had. Of tensors only floating and scalar buffers are written by a
-    forward (batch norm); they are copied. Parameters must not be written within the context.
+    them to the elements that they had. Tensors must not be written: see `_replace_tensors`.
     """
     held: list[Any] = [*model.modules(), *model.peft_config.values()]  # type: ignore[operator]
     kept = [(each, type(each), dict(vars(each)), _contents(each)) for each in held]
-    buffers = [
-        (b, b.detach().clone()) for b in model.buffers() if b.is_floating_point() or not b.dim()
-    ]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
@@ -278,9 +274,6 @@ def _restored(model: nn.Module) -> Iterator[None]:
             for container, elements in contents:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(elements)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.data.copy_(value)
 
 
 def _contents(owner: Any) -> list[tuple[Any, Any]]:
@@ -289,10 +282,12 @@ def _contents(owner: Any) -> list[tuple[Any, Any]]:
     return [(value, value.copy()) for value in vars(owner).values() if type(value) in kinds]
 
 
-def _replace_parameters(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Put parameters with the same memory in the place of those that train or are an adapter's.
+def _replace_tensors(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Put others in the place of tensors that a training step or the check writes to.
 
-    They have gradients and hooks of their own, and other values can be given to them by `.data`.
+    Parameters that train or are an adapter's get stand-ins with the same memory, which have
+    gradients and hooks of their own, and to which other values can be given by `.data`. Floating
+    and scalar buffers, such as those of batch norm, are copied.
     """
     wanted = {id(p) for a in adapters for p in _adapter_parameters(model, a).values()}
     stand_ins: dict[int, nn.Parameter] = {}  # tied parameters stay tied
@@ -302,6 +297,9 @@ def _replace_parameters(model: nn.Module, adapters: Sequence[str]) -> None:
                 if id(p) not in stand_ins:
                     stand_ins[id(p)] = nn.Parameter(p.data, requires_grad=p.requires_grad)
                 module._parameters[key] = stand_ins[id(p)]
+        for key, b in module._buffers.items():
+            if b is not None and (b.is_floating_point() or not b.dim()):
+                module._buffers[key] = b.detach().clone()
 
 
 def _adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -474,7 +472,7 @@ def _check_file(
                 path = path / adapter if adapter != "default" else path
             state = load_peft_weights(str(path), device="cpu")
             with _restored(model):
-                _replace_parameters(model, [adapter])
+                _replace_tensors(model, [adapter])
                 own = _adapter_parameters(model, adapter)
                 written = {id(p) for p in own.values()}
                 for p in own.values():

@@ -198,6 +198,7 @@ def test_whole_run_on_chats(folder: Path, lines: Path, tmp_path: Path, run) -> N
     assert "holds a run with another --preset; give the same" in said
     run("generate", "--run", out, "--prompt", "Hi", "--max-new-tokens", "3")
     run("merge", "--run", out, "--dtype", "fp32", "--out", merged)
+    assert "0 with a fault" in run("check", out / "adapter")  # the model is the run's
     shown = run("generate", "--model", merged, "--prompt", "Hi", "--max-new-tokens", "3")
     assert "the model alone: 3 tokens; first token after" in shown
     with torch.no_grad():

@@ -16,7 +16,7 @@ from lora_kernels import cli, device, info
 from lora_kernels.backends import cuda, native, triton
 from lora_kernels.finetune import TrainingError, UsageError
 
-ALL = "info, verify, bench, qualify, finetune, rank-search, compare, merge, generate"
+ALL = "info, verify, bench, qualify, finetune, rank-search, compare, merge, check, generate"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

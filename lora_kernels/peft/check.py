@@ -309,7 +309,7 @@ def _adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Paramete
     for name, module in model.named_modules():
         if isinstance(module, wrappers):
             # Other parameters follow from the configuration: AdaLoRA's ranknum.
-            others = {"base_layer", "original_module", *module.other_param_names}
+            others = {"base_layer", "original_module", *getattr(module, "other_param_names", ())}
             for key, p in module.named_parameters(remove_duplicate=False):
                 if adapter in (parts := key.split(".")) and not others & set(parts):
                     found[f"{name}.{key}"] = p
@@ -492,7 +492,7 @@ def _check_file(
             return problems
     if result.unexpected_keys:
         first, n = result.unexpected_keys[0], len(result.unexpected_keys)
-        problems.append(f"{adapter}: {n} keys of the file have no place in the model, as {first}")
+        problems.append(f"{adapter}: the model has no parameter for {n} keys of the file: {first}")
     lost = {name: _difference(after[name], before[name]) for name in before}
     for name, reason in lost.items():
         owner = max(
@@ -722,7 +722,7 @@ def _roundoff(y: Tensor, layer: nn.Module) -> float:
         dtypes.add(torch.get_autocast_dtype(y.device.type))
     unit = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
     if unit < 1e-6:
-        # 16 for sums of thousands of terms, of which 16-bit dtypes have none: they sum in float32.
+        # 16 for sums of thousands of terms. Those of 16-bit dtypes are float32.
         precision = {"highest": 16 * unit, "high": 2.0**-11, "medium": 2.0**-8}
         unit = max(16 * unit, precision[torch.get_float32_matmul_precision()])
     return unit

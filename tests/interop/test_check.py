@@ -1,4 +1,4 @@
-"""`check` finds each planted fault, finds none in sound models, and changes nothing."""
+"""`check` finds each fault, finds none in sound models, and changes nothing."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_check_prints_a_line_for_each_kind_of_module() -> None:
     assert lines[-1] == "14 LoRA layers, 0 with a fault"
 
 
-# Planted faults
+# Faults
 
 
 def assert_faults(found: Check, *columns: str, layers: int | None = None, reason: str = "") -> None:
@@ -314,7 +314,7 @@ def test_check_finds_a_matrix_that_is_frozen_by_mistake(part: str, fused: bool) 
 
 
 def test_check_finds_a_model_that_was_frozen_after_the_adapter_was_added() -> None:
-    """As `prepare_model_for_kbit_training` does, called too late."""
+    """`prepare_model_for_kbit_training` does so if it is called too late."""
     model = mlp(f32).requires_grad_(False)
     assert_faults(check(model, x), "gradient", reason="lora_A is frozen; lora_B is frozen")
 
@@ -394,7 +394,7 @@ def test_check_finds_a_file_that_is_not_the_model_s(fault: str, tmp_path: Path) 
     found = check(model, x, saved=tmp_path)
     reason = "loads to other values" if fault == "changed" else "is not in the file"
     assert_faults(found, "file", layers=1, reason=f"lora_A.default.weight {reason}")
-    extra = ["default: 1 keys of the file have no place in the model, as "]
+    extra = ["default: the model has no parameter for 1 keys of the file: "]
     assert [text[: len(extra[0])] for text in found.problems] == extra * (fault == "renamed")
 
 
@@ -433,7 +433,7 @@ def test_check_finds_a_target_that_matches_nothing(
     assert all(row.ok for row in found.rows)
 
 
-def test_check_finds_a_target_parameter_that_matches_nothing() -> None:
+def test_check_finds_an_experts_target_that_matches_nothing() -> None:
     both = ["mlp.experts.down_proj", "mlp.experts.up_proj"]
     found = check(moe(target_parameters=both), LABELLED)
     assert found.problems == ["target_parameters: 'mlp.experts.up_proj' matches nothing"]

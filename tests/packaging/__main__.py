@@ -40,6 +40,7 @@ LATER = {
     ),
     "LoraConfig(ensure_weight_tying=...) (PEFT)": "tied",
     "set_experts_implementation (transformers)": "qwen3_moe",
+    "experts that are parameters (transformers)": "test_check and experts",
     "float64 beside a Linear4bit (bitsandbytes)": "test_a_compute_dtype_that_is_not_ours",
     "a Linear4bit whose forward leaves its bias's dtype alone (bitsandbytes)": (
         "test_what_surrounds_a and nf4"

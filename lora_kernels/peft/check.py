@@ -141,8 +141,8 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
     that PEFT reads. Each target in the configuration has to match a module.
 
     An untrained adapter is checked with random values in place of zeros. Merging, into a copy of
-    one layer at a time, is checked with the adapter's scaling and with it raised until the adapter's
-    part is as large as the base's.
+    one layer at a time, is checked twice: with the adapter's scaling, and with a scaling that makes
+    the adapter's part as large as the base's.
 
     It takes a training step without an update, two forwards without gradients, a save and a load.
     Afterwards the model is what it was, also after an exception: parameters, gradients, modes,

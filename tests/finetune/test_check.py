@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.finetune import tiny
-from tests.support.peft_models import randomize
+from tests.support.peft_models import moe, randomize, train_moe
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -84,6 +84,22 @@ def test_check_of_a_target_that_matches_nothing_fails(
     adapter = save(folder, tmp_path / "adapter", randomize, target_modules=targets)
     shown = run("check", adapter, "--model", folder, status=1)
     assert "target_modules: 'query' matches nothing" in shown
+
+
+def test_check_of_experts_in_the_other_order_fails(run: Any, tmp_path: Path) -> None:
+    """The file that PEFT saves, and the same with lora_B stacked expert by expert."""
+    model = train_moe(moe())
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    model.save_pretrained(adapter)
+    tiny.save_model(base, model.unload())
+    assert "0 with a fault" in run("check", adapter, "--model", base)
+    state = load_file(adapter / WEIGHTS)
+    for key, B in state.items():
+        if "experts" in key and "lora_B" in key:
+            state[key] = B.view(B.shape[0], -1, 4).transpose(1, 2).reshape(B.shape)
+    save_file(state, adapter / WEIGHTS)
+    shown = run("check", adapter, "--model", base, status=1)
+    assert "4 with a fault" in shown and "PEFT reads it rank by rank" in shown
 
 
 def test_check_refuses_other_folders_and_other_models(

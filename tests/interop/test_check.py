@@ -16,7 +16,6 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels.peft import Check, check, experts, fuse, unfuse
 from lora_kernels.peft.linear import FusedLinear
@@ -38,8 +37,10 @@ from tests.support.peft_models import (
     llama,
     mica_mlp,
     mlp,
+    moe,
     skip_without_kasa,
     token_ids,
+    train_moe,
     two_adapters,
 )
 
@@ -47,32 +48,6 @@ f32, bf16 = torch.float32, torch.bfloat16
 ADAPTER = "adapter_model.safetensors"
 LABELLED = {"input_ids": IDS, "labels": IDS}
 either = pytest.mark.parametrize("fused", [False, True], ids=["peft", "fused"])
-
-
-def moe(r: int = 8, **config: Any) -> Any:
-    """A mixture of 4 experts in each of 2 layers, with an untrained adapter on all of them."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    base = MixtralForCausalLM(
-        MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
-    )
-    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    settings = {"r": r, "lora_alpha": 12, "target_modules": ["q_proj"], "target_parameters": both}
-    return get_peft_model(base, LoraConfig(**settings | config))
-
-
-def train(model: Any, steps: int = 20) -> Any:
-    """The model after some steps on sequences that count by twos."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for step in range(steps):
-        start = torch.randint(3, 32, (4, 1), generator=torch.Generator().manual_seed(step))
-        ids = (start + 2 * torch.arange(17)) % 61 + 3
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    model.zero_grad()
-    return model
 
 
 def lm(**config: Any) -> Any:
@@ -138,7 +113,7 @@ SOUND: dict[str, tuple[Callable[[], Any], Any]] = {
     "head saved": (lambda: lm(target_modules=["q_proj"], modules_to_save=["lm_head"]), LABELLED),
     "tokens": (lambda: lm(target_modules=["q_proj"], trainable_token_indices=[1, 2]), LABELLED),
     "experts": (moe, LABELLED),
-    "trained experts": (lambda: train(moe()), LABELLED),
+    "trained experts": (lambda: train_moe(moe()), LABELLED),
 }
 
 
@@ -212,6 +187,18 @@ def test_check_of_a_loss_without_logits_finds_no_fault() -> None:
     assert check(fuse(lm(), loss=True), LABELLED).ok
 
 
+def test_check_on_the_gpu_path_finds_no_fault(gpu_path: None) -> None:
+    """Where q, k and v share their x, and gated MLPs are blocks."""
+    found = check(fuse(lm()), LABELLED)
+    assert found.ok, found
+
+
+def test_check_under_autocast_finds_no_fault() -> None:
+    with torch.autocast("cpu", bf16):
+        found = check(fuse(lm()), LABELLED)
+    assert found.ok, found
+
+
 def test_check_prints_a_line_for_each_kind_of_module() -> None:
     found = check(lm(), LABELLED)
     head, *lines = str(found).splitlines()
@@ -240,7 +227,7 @@ def assert_faults(found: Check, *columns: str, layers: int | None = None, reason
 
 @either
 def test_check_finds_experts_stacked_in_the_other_order(fused: bool) -> None:
-    model = train(moe())
+    model = train_moe(moe())
     assert {row.experts for row in check(model, LABELLED).rows if "experts" in row.layer} == {"✓"}
     for layer in model.modules():
         if isinstance(layer, ParamWrapper):
@@ -267,7 +254,7 @@ def test_check_finds_a_forward_that_reads_experts_in_another_order(
         scaling = wrapper.scaling[name]
         return experts.ExpertsAdapter(A.view(E, -1, A.shape[1]), lora_B, scaling)
 
-    model = fuse(train(moe()))
+    model = fuse(train_moe(moe()))
     monkeypatch.setattr(experts, "_factors", transposed)
     assert_faults(check(model, LABELLED), "merge", layers=4, reason="merged, it is off by")
     assert check(unfuse(model), LABELLED).ok

@@ -15,7 +15,14 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
@@ -199,6 +206,32 @@ def several_adapters(model: Any, *changes: dict[str, Any]) -> Any:
 
 def two_adapters(model: Any, **changes: Any) -> Any:
     return several_adapters(model, changes)
+
+
+def moe(r: int = 8, **config: Any) -> Any:
+    """A mixture of 4 experts in each of 2 layers, with an untrained adapter on all of them."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    base = MixtralForCausalLM(
+        MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    )
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = {"r": r, "lora_alpha": 12, "target_modules": ["q_proj"], "target_parameters": both}
+    return get_peft_model(base, LoraConfig(**settings | config))
+
+
+def train_moe(model: Any, steps: int = 20) -> Any:
+    """The model after some steps on sequences that count by twos."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(steps):
+        start = torch.randint(3, 32, (4, 1), generator=torch.Generator().manual_seed(step))
+        ids = (start + 2 * torch.arange(17)) % 61 + 3
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    return model
 
 
 def pair(model: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lora_kernels import peft
 from tests.finetune import tiny
 from tests.support.peft_models import moe, randomize, train_moe
 
@@ -50,15 +51,22 @@ def test_check_over_a_4bit_base_succeeds(adapter: Path, folder: Path, run: Any) 
 
 
 def test_check_of_a_text_runs_the_model_on_it(
-    adapter: Path, folder: Path, run: Any, tmp_path: Path
+    adapter: Path, folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen: list[Any] = []
+    original = peft.check
+
+    def record(model: Any, batch: Any, **kwargs: Any) -> Any:
+        seen.append(batch["input_ids"])
+        return original(model, batch, **kwargs)
+
+    monkeypatch.setattr(peft, "check", record)
     text = tmp_path / "text.txt"
     text.write_text("Line 7 says [the] square of 7 is 49.")
-    figures = [
-        run("check", adapter, "--model", folder, *more).splitlines()[-2]
-        for more in ((), ("--text", text))
-    ]
-    assert figures[0] != figures[1]
+    for more in ((), ("--text", text)):
+        run("check", adapter, "--model", folder, *more)
+    want = tiny.tokenizer()(text.read_text(), return_tensors="pt")["input_ids"]
+    assert torch.equal(seen[1], want) and not torch.equal(seen[0], want)
     text.write_text(" ")
     assert "--text: " in run("check", adapter, "--model", folder, "--text", text, status=2)
 

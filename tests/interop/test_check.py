@@ -188,7 +188,7 @@ def test_check_of_a_loss_without_logits_finds_no_fault() -> None:
 
 
 def test_check_on_the_gpu_path_finds_no_fault(gpu_path: None) -> None:
-    """Where q, k and v share their x, and gated MLPs are blocks."""
+    """If q, k and v share their x, and gated MLPs are blocks."""
     found = check(fuse(lm()), LABELLED)
     assert found.ok, found
 

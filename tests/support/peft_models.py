@@ -211,7 +211,7 @@ def two_adapters(model: Any, **changes: Any) -> Any:
 def moe(r: int = 8, **config: Any) -> Any:
     """A mixture of 4 experts in each of 2 layers, with an untrained adapter on all of them."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     base = MixtralForCausalLM(
         MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)

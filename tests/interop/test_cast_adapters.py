@@ -14,7 +14,7 @@ import lora_kernels
 from lora_kernels.backends import library
 from lora_kernels.bench import baselines, counter
 from lora_kernels.integrations import FuseCallback
-from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft import explain, fuse, linear, unfuse
 from tests.support.assertions import assert_bitwise_equal
 from tests.support.peft_models import randomize
 
@@ -131,6 +131,35 @@ def test_cast_adapters_compute_as_16_bit_adapters_do(dtype, base, config, rows=7
             assert (got[name].float() - t.float()).norm() <= 2.0**-6 * t.float().norm(), name
         else:
             assert torch.equal(got[name].to(t.dtype), t), name
+
+
+def test_cast_adapters_of_named_rows_compute_as_16_bit_adapters_do() -> None:
+    model = stock("linear")
+    model.add_adapter("other", LoraConfig(r=3, lora_alpha=ALPHA, target_modules=["0"]))
+    randomize(model, "other")
+    model = model.eval()
+    for name, p in model.named_parameters():
+        p.data = p.data.to(f32 if "lora_" in name else bf16)
+    x = torch.stack([input_of(rows=140)] * 2)
+    got, want = fuse(copy.deepcopy(model), cast_adapters=True), cast_model(model)
+    with torch.no_grad():
+        found = [each(x, adapter_names=["default", "other"]) for each in (got, want)]
+    assert torch.equal(*found)
+
+
+def test_cast_dora_rounds_its_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[torch.dtype] = []
+    call = linear.lora_linear
+
+    def record(
+        x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor, *args: Any, **kw: Any
+    ) -> Any:
+        found.extend([lora_A.dtype, lora_B.dtype])
+        return call(x, weight, lora_A, lora_B, *args, **kw)
+
+    monkeypatch.setattr(linear, "lora_linear", record)
+    fuse(stock("linear", {"use_dora": True}), cast_adapters=True)(input_of())
+    assert found == [bf16, bf16]
 
 
 def test_cast_adalora_computes_as_16_bit_adapters_do() -> None:

@@ -230,6 +230,18 @@ def test_block_over_4_bits_has_pefts_gradients(dtype, runs) -> None:
     assert_close(got, want, WITHIN[dtype])
 
 
+def test_block_over_4_bits_under_autocast_returns_pefts_dtype(runs) -> None:
+    pytest.importorskip("bitsandbytes")
+    module = llama_mlp(sizes=(K, 64))
+    for name, linear in list(module.named_children())[:3]:
+        setattr(module, name, baselines.linear_4bit(linear, "nf4"))
+    model = get_peft_model(nn.Sequential(module), LoraConfig(r=R, target_modules="all-linear"))
+    stock, fused = pair(model.train())
+    with torch.autocast("cpu", bf16):
+        found = [each(input_of(f32).requires_grad_()) for each in (fused, stock)]
+    assert found[0].dtype is found[1].dtype
+
+
 # Second backwards and checkpoints
 
 

@@ -215,6 +215,22 @@ def test_layers_in_another_state_are_called(state, runs) -> None:
     assert not runs
 
 
+@pytest.mark.parametrize(
+    "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+def test_backward_hook_on_a_layer_is_called(register, runs) -> None:
+    mlp, seen = build(), []
+    getattr(mlp.up, register)(lambda *args: seen.append(1))
+    mlp(input_of().requires_grad_()).sum().backward()
+    assert seen == [1] and not runs
+
+
+def test_layers_that_compute_in_another_dtype_are_called(runs) -> None:
+    mlp = build(bf16, QLoRALinear, sizes=(64, 128), compute_dtype=f32)
+    x = torch.randn(70, 64, generator=torch.Generator().manual_seed(3)).to(bf16)
+    assert torch.equal(mlp(x), mlp.down(F.silu(mlp.gate(x)) * mlp.up(x))) and not runs
+
+
 def test_few_rows_are_called_layer_by_layer(runs) -> None:
     mlp, x = build(), input_of(f64, 3)
     assert_close(step(mlp, x), step(mlp, x, reference), 1e-12)
@@ -224,10 +240,11 @@ def test_few_rows_are_called_layer_by_layer(runs) -> None:
 def test_what_a_layer_refuses_is_refused(runs) -> None:
     with pytest.raises(TypeError, match="float64 goes with float64 alone"):
         build()(input_of(f32))
-    trained = build()
-    trained.down.weight.requires_grad_()
-    with pytest.raises(ValueError, match="want a frozen weight"):
-        trained(input_of())
+    for name in ("gate", "up", "down"):
+        trained = build()
+        getattr(trained, name).weight.requires_grad_()
+        with pytest.raises(ValueError, match="want a frozen weight"):
+            trained(input_of())
     with pytest.raises(ValueError, match="x: got shape"):
         build()(torch.ones(70, K + 1, dtype=f64))
 

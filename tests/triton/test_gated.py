@@ -155,3 +155,13 @@ def test_kernels_that_fail_their_check_are_not_used(fault, monkeypatch) -> None:
     g, u, dh = sample(3, 50, dtype=torch.bfloat16)
     want = eager_mlp.gated_backward_by_torch(g, u, dh.clone(), False, "gelu")
     assert all(map(torch.equal, eager_mlp.gated_backward(g, u, dh, False, "gelu"), want))
+
+
+@every_activation
+def test_product_of_dh_and_u_does_not_overflow(activation: str) -> None:
+    """The product of dh and u is above float16's range; times a slope near 0 it is not."""
+    values = (-30.0, 600.0, 600.0)
+    g, u, dh = (torch.full((8,), t, dtype=torch.float16, device=DEVICE) for t in values)
+    got = empty(g)
+    elementwise.gated_backward(g, u, dh, *got, activation)
+    assert got.g.isfinite().all()

@@ -1,0 +1,137 @@
+"""Gates and biases of layers that share x or whose base is called, on the path of a GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from torch import Tensor, nn
+
+from lora_kernels import blocks
+from lora_kernels.peft import fuse
+from tests.support.peft_models import randomize
+
+f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+K, R, ALPHA = 64, 5, 7
+pytestmark = pytest.mark.usefixtures("gpu_path")
+
+
+class Siblings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(K, 64), nn.Linear(K, 32), nn.Linear(K, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+class Called(nn.Linear):
+    """A base layer that is called as a module."""
+
+
+BASES: dict[str, Any] = {"siblings": Siblings, "called": lambda: Called(K, 64)}
+
+
+def adapted(
+    base: str, dtype: torch.dtype, adapter: torch.dtype, config: Any = None, **settings: Any
+) -> Any:
+    torch.manual_seed(0)
+    targets = ["q", "k", "v"] if base == "siblings" else ["0"]
+    config = config or LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets, **settings)
+    model: Any = get_peft_model(nn.Sequential(BASES[base]()).to(dtype), config)
+    randomize(model)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(adapter)
+    return model.train()
+
+
+def input_of(dtype: torch.dtype, rows: int = 80) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, rows // 2, K, generator=generator, dtype=f64).to(dtype)
+
+
+def step(model: Any, x: Tensor, batched: bool = False) -> dict[str, Tensor]:
+    """dx and all gradients, for one dY or for three at once."""
+    x = x.clone().requires_grad_()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    y = model(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=f64).to(y.dtype)
+    dy = torch.stack([dy, -dy, 2 * dy]) if batched else dy
+    grads = torch.autograd.grad(y, [x, *named.values()], dy, is_grads_batched=batched)
+    return dict(zip(["x", *named], grads, strict=True))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def with_kasa(dtype: torch.dtype) -> Any:
+    model = adapted("siblings", dtype, dtype, kasa_config=peft.KasaConfig())
+    model(input_of(dtype))  # PEFT truncates the base weight in the first forward
+    return model
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_gradient_of_a_bias_is_summed_in_float32(base) -> None:
+    """Over 1024 rows of dY in bfloat16, for adapters in float32."""
+    stock = adapted(base, bf16, f32, lora_bias=True)
+    fused, exact = fuse(copy.deepcopy(stock)), copy.deepcopy(stock).double()
+    x = input_of(bf16, 1024)
+    got, own, want = (
+        step(model, x.to(t)) for model, t in ((fused, bf16), (stock, bf16), (exact, f64))
+    )
+    biases = [name for name in want if "lora_B" in name and name.endswith("bias")]
+    assert biases
+    for name in biases:
+        assert error(got[name], want[name]) <= 1.25 * error(own[name], want[name]) + 2.0**-13, name
+
+
+def test_p_of_a_gate_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scaling that PEFT swaps is a gate of P: a product more, of an unrounded P."""
+    model = adapted("siblings", bf16, bf16)
+    prepare_model_for_compiled_hotswap(model, config=model.peft_config["default"], target_rank=R)
+    found: list[bool] = []
+    project = blocks.down_projections
+
+    def record(x: Tensor, lora_A: Any, is_rounded: bool) -> Any:
+        found.append(is_rounded)
+        return project(x, lora_A, is_rounded)
+
+    monkeypatch.setattr(blocks, "down_projections", record)
+    fuse(model)(input_of(bf16))
+    assert found == [False]
+
+
+def test_gate_without_a_gradient_of_lora_b_has_pefts_gradient() -> None:
+    stock = with_kasa(f32)
+    for name, p in stock.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_B" not in name)
+    got, want = step(fuse(copy.deepcopy(stock)), input_of(f32)), step(stock, input_of(f32))
+    assert any("diag" in name for name in want) and got.keys() == want.keys()
+    assert all(error(got[name], t) < 1e-5 for name, t in want.items())
+
+
+def test_gradients_of_several_dy_of_gated_siblings_equal_each() -> None:
+    fused = fuse(with_kasa(f64))
+    batched, alone = step(fused, input_of(f64), batched=True), step(fused, input_of(f64))
+    for name, t in alone.items():
+        for got, factor in zip(batched[name], (1, -1, 2), strict=True):
+            assert error(got, factor * t) < 1e-12, name
+
+
+def test_gate_of_adalora_without_a_gradient_of_lora_b_has_pefts_gradient() -> None:
+    config = AdaLoraConfig(
+        init_r=R, lora_alpha=ALPHA, target_modules=["0"], total_step=10, tinit=1, tfinal=1
+    )
+    stock = adapted("called", f64, f64, config)
+    for name, p in stock.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_B" not in name)
+    got, want = step(fuse(copy.deepcopy(stock)), input_of(f64)), step(stock, input_of(f64))
+    assert any("lora_E" in name for name in want) and got.keys() == want.keys()
+    assert all(error(got[name], t) < 1e-9 for name, t in want.items())

@@ -61,7 +61,8 @@ def step(model: Any, x: Tensor, batched: bool = False) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     y = model(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=f64).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    dy = dy.to(bf16).to(y.dtype)  # the same values in each dtype
     dy = torch.stack([dy, -dy, 2 * dy]) if batched else dy
     grads = torch.autograd.grad(y, [x, *named.values()], dy, is_grads_batched=batched)
     return dict(zip(["x", *named], grads, strict=True))

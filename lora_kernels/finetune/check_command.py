@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     base: Any = models.load_base(options.model, models.DTYPES[options.dtype], device, options.quant)
     length = min(256, models.check_length(None, base))
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :length].to(device)
+    models.read_adapter_weights(adapter)
     with warnings.catch_warnings(), translate_errors(f"adapter: {adapter} does not fit the base"):
         warnings.simplefilter("ignore")  # PEFT's about missing keys; the table has them
         with adaptable_experts(base):

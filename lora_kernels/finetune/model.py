@@ -75,6 +75,18 @@ def identifier(model: Path) -> str:
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 
+def read_adapter_weights(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Return the adapter's tensors by key. Raises UsageError if they cannot be read."""
+    import peft
+
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    if not any((folder / name).is_file() for name in names):  # PEFT would try to download it
+        raise UsageError(f"adapter: {folder} holds no {names[0]}")
+    with translate_errors(f"adapter: {folder} cannot be read"):
+        state: dict[str, Tensor] = peft.load_peft_weights(str(folder), device=device)
+    return state
+
+
 def load_adapter(base: Any, folder: Path) -> Any:
     """Return stock PEFT's model of `base` with the adapter in the folder, in eval mode.
 
@@ -89,11 +101,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
     mismatch = f"adapter: {folder} does not fit the base"
     with translate_errors(mismatch, ValueError, TypeError, RuntimeError), adaptable_experts(base):
         stock: Any = peft.get_peft_model(base, config)
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    if not any((folder / name).is_file() for name in names):  # PEFT would try to download it
-        raise UsageError(f"adapter: {folder} holds no {names[0]}")
-    with translate_errors(f"adapter: {folder} cannot be read"):
-        state: dict[str, Tensor] = peft.load_peft_weights(str(folder), device=str(stock.device))
+    state = read_adapter_weights(folder, str(stock.device))
     want = peft.get_peft_model_state_dict(stock, save_embedding_layers=False)
     embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
     problems = {

@@ -80,6 +80,7 @@ def right(name: str, good: Good, at: Path) -> list[str]:
         "compare": f"--data {good.labelled} --train 2 --held-out 2".split() + model + out,
         "merge": ["--base", str(good.model), "--adapter", str(good.adapter), *out],
         "generate": [*model, "--adapter", str(good.adapter), "--prompt", "Hi"],
+        "check": [str(good.adapter), *model],
     }
     return [name, *arguments.get(name, [])]
 
@@ -394,6 +395,17 @@ for why, said, spoil in (
     ),
 ):
     command("merge", f"--base: {why}", said, given("--base", copy_of("model", spoil)))
+
+
+def check_of(spoil: Spoil) -> Callable[[Good, Path], Any]:
+    bad = copy_of("adapter", spoil)
+    return lambda good, at: ["check", str(bad(good, at)), "--model", str(good.model)]
+
+
+for why, said, spoil in ADAPTERS:
+    said = "does not fit the base" if said.startswith("[") else said
+    CASES.append(Case("check", f"ADAPTER: {why}", said, check_of(spoil)))
+command("check", "no such model", "there is no /nowhere", lambda good, at: ["--model", "/nowhere"])
 full = given("--out", lambda good, at: file(at, "full/file", "x").parent)
 command("merge", "--out is a folder with files", "is there already", full)
 

@@ -657,7 +657,7 @@ def _measure(members: Sequence[_Layer], args: Any, kwargs: Any, y: Tensor) -> No
                 for each in members:
                     if isinstance(error, ValueError):  # NaN in the adapter
                         each.is_wrong("merge", f"PEFT does not merge it: {text}")
-                    else:  # PEFT refuses kinds of layers, and nobody takes that for a merge
+                    else:  # a kind of layer that PEFT cannot merge
                         each.note(f"PEFT does not merge it: {text}")
                 return
             off = _norm(run() - want)

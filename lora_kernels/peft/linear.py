@@ -32,12 +32,7 @@ from .adapters import (
     weight_of,
 )
 from .base import is_linear4bit, library_forward, readable_weight
-from .eligibility import (
-    has_invalid_sequences,
-    is_dora,
-    linear_reason,
-    unreadable_reason,
-)
+from .eligibility import has_invalid_sequences, is_dora, linear_reason, unreadable_reason
 from .prepared import PreparedForward
 
 if TYPE_CHECKING:

@@ -185,9 +185,11 @@ def add_onto(
     """
     if isinstance(call, MixedCall) or not _can_add_in_place(y, x, call):
         update = add_adapter(x, None, bias, call)
-        # A view is autograd's to change: a backward hook on the base layer returns one.
-        can_add = is_private and y.shape == update.shape and not y._is_view()
-        return y.add_(update) if can_add else y + update
+        # A view is autograd's to change: a backward hook on the base layer returns one. Dynamo
+        # cannot ask, and its graphs have no use for in-place ops.
+        if torch.compiler.is_compiling() or y.shape != update.shape:
+            return y + update
+        return y.add_(update) if is_private and not y._is_view() else y + update
     lora_A, lora_B, scaling, gate, p = call
     y = y if is_private else y.clone(memory_format=torch.contiguous_format)
     return in_place.add_lora_linear_(y, x, lora_A, lora_B, scaling, bias, gate, p)

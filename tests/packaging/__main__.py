@@ -4,7 +4,7 @@
     pythons      the same wheel on each other Python of PYTHONS that is on PATH
     sdist        the source distribution, which compiles
     no-compiler  the same where there is no compiler: pure Python
-    newest       the wheel beside the newest torch, PEFT, transformers and bitsandbytes
+    newest       the wheel beside the newest torch, PEFT, transformers, bitsandbytes and quantizers
     oldest       the wheel beside the oldest that pyproject.toml admits
     triton       the Triton kernels compiled for two GPUs, and launches replayed, by each of TRITONS
 
@@ -29,7 +29,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("peft", "transformers", "bitsandbytes")
-SHOWN = ("torch", "triton", "safetensors", *PEERS)
+QUANTIZERS = ("compressed-tensors", "hqq", "torchao")  # tests/interop/test_quantizers.py
+SHOWN = ("torch", "triton", "safetensors", *PEERS, *QUANTIZERS)
 
 # A feature that the oldest library lacks -> the expression that selects its interop tests.
 # Their names stand here, so that no test passes over itself.
@@ -171,7 +172,7 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
     elif name == "no-compiler":
         environment.install(str(sdist), "--no-cache-dir", **environment.bare())
     else:
-        beside = list(PEERS) if name == "newest" else floors()
+        beside = [*PEERS, *QUANTIZERS] if name == "newest" else floors()
         environment.install("--upgrade", str(wheel), *beside, "pytest", "hypothesis", "rich")
     said = [environment.verify()]
     if environment.has_kernels() is (name == "no-compiler"):

@@ -1,0 +1,128 @@
+"""Base layers of other libraries' quantizers: called, and the update added in place to the result.
+
+`make matrix` installs the libraries; without one its case is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lora_kernels import in_place
+from lora_kernels.peft import explain, fuse
+from tests.support.assertions import assert_bitwise_equal
+from tests.support.peft_models import MLP, randomize
+
+SIZES = (128, 256, 128)
+X = torch.randn(100, SIZES[0], generator=torch.Generator().manual_seed(0))
+
+
+def torchao(net: MLP) -> None:
+    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+
+
+def hqq(net: MLP) -> None:
+    quantize = pytest.importorskip("hqq.core.quantize", exc_type=ImportError)
+    for name in ("up", "down"):
+        settings = quantize.BaseQuantizeConfig(nbits=4, group_size=64)
+        base = getattr(net, name)
+        made = quantize.HQQLinear(base, settings, compute_dtype=torch.float32, device="cpu")
+        setattr(net, name, made)
+
+
+def compressed_tensors(net: MLP) -> None:
+    ct = pytest.importorskip("compressed_tensors.quantization", exc_type=ImportError)
+    weights = ct.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+    scheme = ct.QuantizationScheme(targets=["Linear"], weights=weights)
+    ct.apply_quantization_config(net, ct.QuantizationConfig(config_groups={"group": scheme}))
+    for layer in (net.up, net.down):
+        layer.weight_scale.data.copy_(layer.weight.abs().amax(1, keepdim=True) / 127)
+        if hasattr(layer, "weight_zero_point"):
+            layer.weight_zero_point.data.zero_()
+
+
+QUANTIZERS = [torchao, hqq, compressed_tensors]
+
+
+def adapted(quantize: Callable[[MLP], None]) -> Any:
+    torch.manual_seed(0)
+    net = MLP(sizes=SIZES)
+    quantize(net)
+    model = get_peft_model(net, LoraConfig(r=5, lora_alpha=7, target_modules=["up", "down"]))
+    randomize(model)
+    return model
+
+
+def step(model: nn.Module) -> dict[str, Tensor]:
+    """The output and all gradients, after an evaluation."""
+    with torch.no_grad():
+        found = {"evaluation": model.eval()(X)}
+    x = X.clone().requires_grad_()
+    found["y"] = y = model.train()(x)
+    y.square().sum().backward()
+    found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found | {"x": x.grad}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_quantized_base_trains_as_peft_s_with_the_update_in_place(
+    quantize: Callable[[MLP], None], gpu_path: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(quantize)
+    want = step(model)
+    fuse(model)
+    assert {row.state for row in explain(model).rows} == {"adapter only"}
+    results, add = [], in_place.add_lora_linear_
+
+    def record(*args: Any) -> Tensor:
+        results.append(args[0])
+        return add(*args)
+
+    private, call = [], in_place.call
+
+    def record_call(*args: Any, **kwargs: Any) -> in_place.Result:
+        result = call(*args, **kwargs)
+        private.append(result.is_private)
+        return result
+
+    monkeypatch.setattr(in_place, "add_lora_linear_", record)
+    monkeypatch.setattr(in_place, "call", record_call)
+    got = step(model)
+    # Two layers, an evaluation and a step: nothing but the caller holds what the base returns.
+    assert private == [True] * 4 and len(results) == 4
+    assert got.keys() == want.keys() and len(got) == 7
+    for name, ref in want.items():
+        assert ref.norm() > 0, name
+        assert (got[name] - ref).norm() <= 2.0**-20 * ref.norm(), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_quantized_base_on_a_cpu_equals_peft_s(quantize: Callable[[MLP], None]) -> None:
+    model = adapted(quantize)
+    want = step(model)
+    got = step(fuse(model))
+    assert {row.state for row in explain(model).rows} == {"adapter only"}
+    for name, ref in want.items():
+        # Our kernels may multiply float32 as three bfloat16.
+        assert (got[name] - ref).norm() <= 2.0**-18 * ref.norm(), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_quantized_base_without_its_adapter_is_the_base(
+    quantize: Callable[[MLP], None], gpu_path: None
+) -> None:
+    model = fuse(adapted(quantize))
+    with torch.no_grad(), model.disable_adapter():
+        got = model(X)
+    with torch.no_grad():
+        assert_bitwise_equal(got, model.unload()(X))

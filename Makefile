@@ -56,7 +56,8 @@ proof: lint native $(DEMO_INPUTS)
 mutations: native
 	$(BIN)/python -m tests.mutations
 
-# The CPU kernels for all Pythons, and for any Linux with glibc 2.28 or newer.
+# The CPU kernels for all Pythons, and for any Linux with glibc 2.28 or newer. Where nvcc is, the
+# CUDA kernels too, and then for this Python; LORA_KERNELS_CUDA=0 leaves them out.
 wheel: $(INSTALLED)
 	rm -rf build/lib* build/bdist*
 	LORA_KERNELS_PORTABLE=1 $(BIN)/python -m pip wheel --no-deps --no-build-isolation \

@@ -1,11 +1,12 @@
 """Compile csrc/ into lora_kernels with ninja, and without torch.
 
-Each extension is one file for all Pythons from 3.10 on: it uses the limited C API alone.
 _native: the CPU kernels. One translation unit an instruction set, each with flags of its own, so
 that no instruction of a newer set leaks into code that runs everywhere. Which units exist is told
-to all of them by -DLORA_KERNELS_HAVE_<ISA>=1.
+to all of them by -DLORA_KERNELS_HAVE_<ISA>=1. Its bindings use the limited C API alone, where a
+call takes a third of pybind11's time: one file serves all Pythons from 3.10 on.
 _cuda: the CUDA kernels, where nvcc is found (by CUDA_HOME, CUDA_PATH, PATH or in /usr/local/cuda),
-with cudart inside, so that it loads on a machine without a driver.
+with cudart inside, so that it loads on a machine without a driver. pybind11 binds it, for the
+Python that builds it.
 _emulator: the same kernels compiled for the host, for tests.
 Everything else about the package is in pyproject.toml.
 
@@ -18,8 +19,9 @@ Environment:
     TORCH_CUDA_ARCH_LIST     for which GPUs, as torch reads it ("8.0;9.0+PTX"); unset, those of
                              CUDA_ARCHS that nvcc knows, and PTX of the last
     LORA_KERNELS_WERROR      1: compiler warnings are errors
-    LORA_KERNELS_PORTABLE    1: the CPU kernels alone, and a wheel for any Linux with glibc 2.28 or
-                             newer; that they need more is an error
+    LORA_KERNELS_PORTABLE    1: a wheel for any Linux with glibc 2.28 or newer; with CUDA kernels
+                             that are built on glibc 2.34 or newer, for those. That its extensions
+                             need more is an error
     LORA_KERNELS_SANITIZE    1: AddressSanitizer and UndefinedBehaviorSanitizer
     LORA_KERNELS_OPTIMIZE    the compiler's -O level (3); 1 compiles in half of the time
 """
@@ -69,9 +71,19 @@ WARNINGS = ["-Wall", "-Wextra"]
 OPTIMIZE = [f"-O{os.environ.get('LORA_KERNELS_OPTIMIZE', '3')}", "-g0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZE_COMPILE = [*SANITIZE, "-fno-omit-frame-pointer", "-O1", "-g"]
-# The most that libraries in a wheel for manylinux_2_28 may need: PEP 600, and auditwheel's table.
-PORTABLE = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+# The most that libraries in a wheel for manylinux_2_28 and 2_34 may need: PEP 600, and auditwheel's
+# table.
+PORTABLE = {
+    28: {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)},
+    34: {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13), "GCC": (7, 0, 0)},
+}
 PORTABLE_LIBRARIES = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1"}
+# The static cudart needs these too, or, where it is linked on glibc 2.34 or newer, 2.34's libc. It
+# opens the driver, libcuda, where there is one.
+CUDA_LIBRARIES = PORTABLE_LIBRARIES | {"libdl.so.2", "libpthread.so.0", "librt.so.1"}
+CUDA_LIBRARIES |= {"libcuda.so.1"}
+LIBC = tuple(int(part) for part in platform.libc_ver()[1].split(".") if part.isdigit())
+CUDA_GLIBC = 34 if LIBC >= (2, 34) else 28
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
 CUDA_BINDINGS = "cuda/bindings.cpp"
@@ -87,10 +99,11 @@ NVCCFLAGS = ["-std=c++20", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvi
 # A sanitizer watches what the kernels do through the emulator; its checks make it slow without -O2.
 EMULATOR = ["-x", "c++", "-O2", "-DLORA_KERNELS_EMULATED=1", "-Wno-unknown-pragmas"]
 
-# A free-threaded Python has no limited API yet: there the extensions are for that Python alone.
+# A free-threaded Python has no limited API yet: there all extensions are for that Python alone.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LIMITED_API = [] if FREE_THREADED else ["-DPy_LIMITED_API=0x030A0000"]
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") if FREE_THREADED else ".abi3.so"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+LIMITED_SUFFIX = SUFFIX if FREE_THREADED else ".abi3.so"
 
 CUDA_NOTE = "the CUDA kernels are built too, in minutes; LORA_KERNELS_CUDA=0 leaves them out"
 LOG_SECONDS = 10  # between two lines of progress where these are not rewritten
@@ -127,19 +140,20 @@ def accepts(cxx: list[str], flags: list[str]) -> bool:
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
-def check_portable(library: Path) -> None:
-    """RuntimeError if the library needs more of the system than PORTABLE.
+def check_portable(library: Path, glibc: int, libraries: set[str]) -> None:
+    """RuntimeError if the library needs more of the system than PORTABLE[glibc], or others.
 
     The names of the needed libraries and symbol versions are in the dynamic string table.
     """
+    most = PORTABLE[glibc]
     names = re.findall(rb"\0([\w.+-]+)(?=\0)", library.read_bytes())
     for name in sorted({name.decode() for name in names}):
         family, _, version = name.partition("_")
         numbers = tuple(int(part) for part in version.split(".") if part.isdigit())
-        if numbers > PORTABLE.get(family, numbers):
-            newest = ".".join(map(str, PORTABLE[family]))
+        if numbers > most.get(family, numbers):
+            newest = ".".join(map(str, most[family]))
             raise RuntimeError(f"{library.name} needs {name}, want {family}_{newest} or older")
-        if re.fullmatch(r"lib[\w+-]+\.so(\.\d+)*", name) and name not in PORTABLE_LIBRARIES:
+        if re.fullmatch(r"lib[\w+-]+\.so(\.\d+)*", name) and name not in libraries:
             raise RuntimeError(f"{library.name} needs {name}, want the C and C++ libraries alone")
 
 
@@ -197,7 +211,7 @@ class Ninja:
         self.stream = self.file.open("w")
         self.writer = ninja_syntax.Writer(self.stream)
         self.writer.variable("builddir", ninja_syntax.escape(str(build_dir)))
-        self.define = [f'-DLORA_KERNELS_VERSION="{version}"', "-Icsrc", *LIMITED_API]
+        self.define = [f'-DLORA_KERNELS_VERSION="{version}"', "-Icsrc"]
         # System headers: their warnings are not ours to mend.
         self.include = ["-isystem", sysconfig.get_path("include")]
 
@@ -263,7 +277,7 @@ def native(ninja: Ninja, cxx: list[str]) -> Path:
     units += [(f"cpu/kernels_{isa}.cpp", flags) for isa, flags in isas.items()]
     have = [f"-DLORA_KERNELS_HAVE_{isa.upper()}={int(isa in isas)}" for isa in X86_64]
     optimize = SANITIZE_COMPILE if enabled("LORA_KERNELS_SANITIZE") else OPTIMIZE
-    objects = ninja.objects("_native", units, host(cxx, [*optimize, *have]))
+    objects = ninja.objects("_native", units, host(cxx, [*optimize, *have, *LIMITED_API]))
     return ninja.link("_native", objects, host_link(cxx))
 
 
@@ -271,7 +285,7 @@ def emulator(ninja: Ninja, cxx: list[str]) -> Path:
     sources = [CUDA_BINDINGS, *CUDA_SOURCES, "emulator/runtime.cpp"]
     optimize = SANITIZE_COMPILE if enabled("LORA_KERNELS_SANITIZE") else ["-g1"]
     units: list[tuple[str, list[str]]] = [(source, []) for source in sources]
-    objects = ninja.objects("_emulator", units, host(cxx, [*optimize, *EMULATOR]))
+    objects = ninja.objects("_emulator", units, host(cxx, [*optimize, *EMULATOR, *pybind11()]))
     return ninja.link("_emulator", objects, host_link(cxx))
 
 
@@ -281,9 +295,17 @@ def cuda(ninja: Ninja, cxx: list[str], nvcc: str) -> Path:
     objects = ninja.objects(
         "_cuda", [(source, []) for source in CUDA_SOURCES], [*common, *cuda_archs(nvcc)]
     )
-    bindings = host(cxx, ["-O2", "-g0"])
+    bindings = host(cxx, ["-O2", "-g0", *pybind11()])
     objects += ninja.objects("_cuda_bindings", [(CUDA_BINDINGS, [])], bindings)
-    return ninja.link("_cuda", objects, [*common, "-shared"])
+    return ninja.link("_cuda", objects, [*common, "-shared", *(["-Xlinker=-s"] * IS_PORTABLE)])
+
+
+def pybind11() -> list[str]:
+    try:
+        from pybind11 import get_include
+    except ImportError as error:
+        raise RuntimeError("pybind11 is not installed: pip install pybind11") from error
+    return ["-isystem", get_include()]
 
 
 def host(cxx: list[str], flags: list[str]) -> list[str]:
@@ -304,7 +326,7 @@ class NativeBuild(build_ext):
 
     def build(self, name: str, rules: Callable[..., Path]) -> None:
         package = Path(self.get_ext_fullpath(f"{PACKAGE}.{name}")).parent
-        target = package / f"{name}{SUFFIX}"
+        target = package / f"{name}{LIMITED_SUFFIX if name in LIMITED else SUFFIX}"
         for other in package.glob(f"{name}.*.so"):  # for one Python, and imported first
             if other != target:
                 other.unlink()
@@ -329,8 +351,10 @@ class NativeBuild(build_ext):
             ninja = Ninja(build_dir, self.distribution.get_version())
             library = rules(ninja, cxx, *arguments)
             ninja.run(WHAT[name], shlex.join(arguments or cxx))
-            if IS_PORTABLE:
-                check_portable(library)
+            if IS_PORTABLE and name == "_native":
+                check_portable(library, 28, PORTABLE_LIBRARIES)
+            elif IS_PORTABLE:
+                check_portable(library, CUDA_GLIBC, CUDA_LIBRARIES)
         except RuntimeError as error:
             # An older extension beside newer Python is worse than none.
             target.unlink(missing_ok=True)
@@ -348,6 +372,7 @@ class NativeBuild(build_ext):
         part.replace(target)  # a process that has the old one mapped keeps it whole
 
 
+LIMITED = {"_native"}  # use the limited C API alone
 SWITCHES = {
     "_native": "LORA_KERNELS_NATIVE",
     "_emulator": "LORA_KERNELS_EMULATOR",
@@ -362,10 +387,8 @@ WHAT = {
 
 def wanted() -> list[str]:
     """Name the extensions to build: the CPU's unless switched off, the GPU's if nvcc is found."""
-    if IS_PORTABLE:
-        return ["_native"]
-    names = [] if os.environ.get("LORA_KERNELS_NATIVE") == "0" else ["_native"]
-    if enabled("LORA_KERNELS_EMULATOR"):
+    names = ["_native"] if IS_PORTABLE or os.environ.get("LORA_KERNELS_NATIVE") != "0" else []
+    if enabled("LORA_KERNELS_EMULATOR") and not IS_PORTABLE:
         names.append("_emulator")
     if os.environ.get("LORA_KERNELS_CUDA", "1" if find_nvcc() else "0") == "1":
         names.append("_cuda")
@@ -373,18 +396,26 @@ def wanted() -> list[str]:
 
 
 def wheel_options() -> dict[str, str]:
-    """One wheel for all Pythons; a portable one is tagged for the glibc that it needs."""
+    """One wheel for all Pythons if it has no CUDA kernels; a portable one is tagged for the glibc
+    that it needs."""
     if FREE_THREADED:
         return {}
-    options = {"py_limited_api": "cp310"}
+    is_limited = LIMITED.issuperset(wanted())
+    options = {"py_limited_api": "cp310"} if is_limited else {}
     if IS_PORTABLE:
-        options["plat_name"] = f"manylinux_2_28_{platform.machine()}"
+        glibc = 28 if is_limited else CUDA_GLIBC
+        options["plat_name"] = f"manylinux_2_{glibc}_{platform.machine()}"
     return options
 
 
 setup(
     ext_modules=[
-        Extension(f"{PACKAGE}.{name}", sources=[], optional=True, py_limited_api=not FREE_THREADED)
+        Extension(
+            f"{PACKAGE}.{name}",
+            sources=[],
+            optional=True,
+            py_limited_api=name in LIMITED and not FREE_THREADED,
+        )
         for name in wanted()
     ],
     cmdclass={"build_ext": NativeBuild},

@@ -93,9 +93,6 @@ class Arguments {
     return {item(at_++), name};
   }
 
-  // True if the argument `ahead` places after the next one is present and not None.
-  bool has(Py_ssize_t ahead) const { return at_ + ahead < count_ && item(at_ + ahead) != Py_None; }
-
   Arguments tuple(const char* name) {
     const Value value = (*this)(name);
     if (!PyTuple_Check(value.object))
@@ -182,12 +179,7 @@ Value::operator T() const {
   return convert<T>(*this);
 }
 
-// Releases the GIL. The emulator keeps it, because it is not thread-safe.
 class WithoutGil {
-#ifdef LORA_KERNELS_EMULATED
- public:
-  WithoutGil() {}
-#else
  public:
   WithoutGil() : state_(PyEval_SaveThread()) {}
   ~WithoutGil() { PyEval_RestoreThread(state_); }
@@ -196,7 +188,6 @@ class WithoutGil {
 
  private:
   PyThreadState* state_;
-#endif
 };
 
 // Returns f's result; a C++ exception becomes Python's.

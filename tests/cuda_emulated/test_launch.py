@@ -1,6 +1,7 @@
 """How launches follow each other, what the emulator refuses, and when the backend is forced."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from typing import Any
@@ -143,5 +144,41 @@ def test_unsigned_argument_keeps_64_bits_and_takes_no_negative_number() -> None:
 
     with cuda.emulate(seed=2**64 - 1):
         pass
-    with pytest.raises(OverflowError, match="argument: "):
+    with pytest.raises(TypeError, match=r"seed_scheduler\(\): incompatible function arguments"):
         _emulator.seed_scheduler(-1, 1)
+
+
+_MATRIX, _VECTOR = (0, 0, 0, 1, False), (0, 0)
+_THIN = {
+    "v": _MATRIX, "v_scale": None, "over_rows": False, "y": _MATRIX, "out": 0,
+    "I": 0, "J": 0, "R": 0, "j_per_split": 1, "num_splits": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"y": (0, 0, 0, 1)}, "y: got 4 values, want 5"),
+        ({"y": [0, 0, 0, 1, False]}, "y: got list, want a tuple"),
+        ({"v": (0, 2**31, 0, 1, False)}, "v: dtype: got 2147483648, want int"),
+        ({"v": (-1, 0, 0, 1, False)}, "v: data: got -1, want unsigned long"),
+        ({"v_scale": (0.5, 0)}, "v_scale: data: got float, want unsigned long"),
+        ({"over_rows": object()}, "over_rows: got object, want bool"),
+        ({"num_splits": "one"}, "num_splits: got str, want int"),
+    ],
+)
+def test_bad_field_of_a_struct_raises_with_its_path(changed: dict[str, Any], message: str) -> None:
+    from lora_kernels import _emulator  # type: ignore[attr-defined]
+
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        _emulator.thin(tuple((_THIN | changed).values()), (0, 0))
+
+
+def test_bindings_have_signatures_and_a_docstring_of_their_structs() -> None:
+    from lora_kernels import _emulator  # type: ignore[attr-defined]
+
+    assert _emulator.thin.__doc__.startswith("thin(args: Thin, stream: Stream) -> None")
+    assert "Matrix: (data, dtype, row, column, vectors)\n" in _emulator.__doc__
+    assert f"Thin: ({', '.join(_THIN)})\n" in _emulator.__doc__
+    with pytest.raises(TypeError, match=r"thin\(\): incompatible function arguments"):
+        _emulator.thin(None)

@@ -1,17 +1,19 @@
 """Build the package, install it, and let it verify itself: `python -m tests.packaging [NAME ...]`.
 
-    wheel        `make wheel`'s, in an environment that held nothing and has no compiler
+    wheel        `make wheel`'s without nvcc, in an environment that was empty and has no compiler
+    cuda-wheel   `make wheel`'s with nvcc in such an environment: the CUDA kernels are in it
     pythons      the same wheel on each other Python of PYTHONS that is on PATH
     sdist        the source distribution, which compiles
     no-compiler  the same where there is no compiler: pure Python
     newest       the wheel beside the newest torch, PEFT, transformers, bitsandbytes and quantizers
     oldest       the wheel beside the oldest that pyproject.toml admits
+    torches      the wheel beside each of TORCHES with its own Triton: the fake GPU from
+                 qualification to replayed launches, and the elementwise kernel interpreted
     triton       the Triton kernels compiled for two GPUs, and launches replayed, by each of TRITONS
 
-All but oldest, triton and pythons share an environment, in which each removes what the last
-installed. Each must pass
-`lora-kernels verify`; newest and oldest also `verify` beside both peers, and the tests of interop
-except those in LATER. Needs a compiler, a package index, about 15 GB and half an hour.
+Those before pythons share an environment, in which each removes what the last installed. Each
+must pass `lora-kernels verify`; newest and oldest also `verify` beside both peers, and the tests of
+interop except those in LATER. Needs a compiler, a package index, about 25 GB and an hour.
 """
 
 from __future__ import annotations
@@ -56,8 +58,28 @@ LATER = {
 # newest.
 TRITONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0")
 
+TORCHES = ("2.8.0", "2.10.0", "2.12.0")  # and the newest, which `make test` has
+
+MOST_CUDA = 3e6  # bytes that the CUDA kernels may add to the wheel
+
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 VERIFY_SECONDS = 120  # the most that `lora-kernels verify` may take
+
+
+STEP = """
+import torch
+from peft import LoraConfig, get_peft_model
+from lora_kernels.peft import check, explain, fuse
+net = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 32))
+model = fuse(get_peft_model(net, LoraConfig(r=8, target_modules=["0", "2"])))
+explain(model).assert_fused(kernels=True)
+x, optimizer = torch.randn(16, 64), torch.optim.AdamW(model.parameters(), lr=0.1)
+for _ in range(2):
+    model(x).square().sum().backward()
+    optimizer.step()
+found = check(model, x)
+assert found.ok, str(found)
+"""
 
 
 class Failed(Exception):
@@ -97,6 +119,11 @@ class Environment:
         command += ["-m", "not slow and not proof", "-k", selection, "tests/interop"]
         return run(command, self.tests).strip().splitlines()[-1]
 
+    def step(self) -> str:
+        """A fused training step of a PEFT model, and the check of its adapter."""
+        run([self.bin / "python", "-c", STEP], self.tests, **self.bare())
+        return "a fused step and check passed"
+
     def versions(self) -> str:
         found = dict(line.split("==", 1) for line in self.pip("freeze").split() if "==" in line)
         return ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
@@ -133,7 +160,8 @@ def floors() -> list[str]:
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """The portable wheel and the source distribution, of the files that git knows."""
+    """The portable wheel without CUDA kernels and the source distribution, of the files that git
+    knows."""
     source = folder / "source"
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in filter(None, run(list(listed), ROOT).split("\0")):
@@ -153,6 +181,8 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
     """Lines on what passed."""
     if name == "triton":
         return ["triton", *(compiled_by(version, wheel.parent) for version in TRITONS)]
+    if name == "torches":
+        return ["torches", *(beside_torch(version, wheel, made) for version in TORCHES)]
     if name == "pythons":
         return [
             f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB",
@@ -165,8 +195,18 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
         ]
     environment = made("oldest" if name == "oldest" else "newest")
     environment.pip("uninstall", "--yes", "lora-kernels")
+    said = []
     if name == "wheel":
-        environment.install(str(wheel), **environment.bare())
+        environment.install(str(wheel), "peft", **environment.bare())
+        said.append(environment.step())
+    elif name == "cuda-wheel":
+        with_cuda = cuda_wheel(sdist, environment)
+        more = (with_cuda.stat().st_size - wheel.stat().st_size) / 1e6
+        environment.install(str(with_cuda), "peft", **environment.bare())
+        said += [f"{with_cuda.name}, {more:.1f} MB more", environment.step()]
+        listed = run([environment.bin / "lora-kernels", "info"], environment.tests)
+        if more * 1e6 > MOST_CUDA or "the kernels are built" not in listed:
+            raise Failed(f"{name}: {said[0]}, want at most {MOST_CUDA / 1e6:.0f}\n{listed}")
     elif name == "sdist":
         environment.install(str(sdist), "--no-cache-dir", LORA_KERNELS_NATIVE="1")
     elif name == "no-compiler":
@@ -174,7 +214,7 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
     else:
         beside = [*PEERS, *QUANTIZERS] if name == "newest" else floors()
         environment.install("--upgrade", str(wheel), *beside, "pytest", "hypothesis", "rich")
-    said = [environment.verify()]
+    said.append(environment.verify())
     if environment.has_kernels() is (name == "no-compiler"):
         raise Failed(f"{name}: the native kernels are {'not ' * (name != 'no-compiler')}there")
     if name in ("newest", "oldest"):
@@ -182,6 +222,17 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
         later = " or ".join(f"({k})" for k in LATER.values())
         said.append("interop: " + environment.interop(f"not ({later})" if name == "oldest" else ""))
     return [environment.versions(), *said]
+
+
+def cuda_wheel(sdist: Path, environment: Environment) -> Path:
+    folder = sdist.parent / "cuda"
+    variables = {"LORA_KERNELS_CUDA": "1", "LORA_KERNELS_PORTABLE": "1"}
+    environment.pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(sdist), **variables)
+    (wheel,) = folder.glob("*.whl")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    if f"-{python}-{python}-manylinux_2_" not in wheel.name:
+        raise Failed(f"{wheel.name}: want a wheel for {python} alone")
+    return wheel
 
 
 def usable(version: str) -> str | None:
@@ -209,6 +260,23 @@ def installed_on(version: str, python: str, wheel: Path) -> str:
     return f"Python {version}: verify in {seconds:.0f} s: {said}"
 
 
+def beside_torch(version: str, wheel: Path, made: Callable[[str], Environment]) -> str:
+    """Install the wheel beside this torch, and run what depends on it and its Triton."""
+    environment = made(f"torch{version}")
+    beside = f"torch=={version}", "peft", "transformers", "pytest", "hypothesis", "rich"
+    environment.install(str(wheel), *beside)
+    said = [environment.versions(), environment.verify()]
+    pytest = [environment.bin / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += ["-m", "not slow and not proof"]
+    fake = [*pytest, "tests/qualification", "tests/replay", "-k", "not cuda"]
+    said.append(f"fake GPU {run(fake, environment.tests).strip().splitlines()[-1]}")
+    interpreted = [*pytest, "tests/triton", "-k", "gated or elementwise"]
+    found = run(interpreted, environment.tests, TRITON_INTERPRET="1")
+    said.append(f"elementwise {found.strip().splitlines()[-1]}")
+    shutil.rmtree(environment.bin.parent)
+    return "; ".join(said)
+
+
 def compiled_by(version: str, folder: Path) -> str:
     """Compile a slice of the Triton kernels and replay launches with that Triton; what it said."""
     target = folder / f"triton-{version}"
@@ -222,7 +290,17 @@ def compiled_by(version: str, folder: Path) -> str:
     return f"{said.splitlines()[-1]}; launches {launched.strip().splitlines()[-1]}"
 
 
-CHECKS = ("wheel", "pythons", "sdist", "no-compiler", "newest", "oldest", "triton")
+CHECKS = (
+    "wheel",
+    "cuda-wheel",
+    "pythons",
+    "sdist",
+    "no-compiler",
+    "newest",
+    "oldest",
+    "torches",
+    "triton",
+)
 
 
 def main() -> int:

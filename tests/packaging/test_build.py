@@ -215,7 +215,7 @@ def test_a_changed_header_recompiles_what_includes_it(project: Project) -> None:
 @pytest.mark.skipif(
     bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="free-threaded: no limited C API"
 )
-def test_build_makes_one_file_for_every_python(project: Project) -> None:
+def test_build_makes_one_file_of_the_cpu_kernels_for_every_python(project: Project) -> None:
     for_one = project.root / "lora_kernels" / f"_native{EXT_SUFFIX}"
     for_one.touch()  # which Python would import first
     project.setup("build_ext", "--inplace", LORA_KERNELS_NATIVE="1")

@@ -307,7 +307,7 @@ def test_info_says_where_triton_runs(
     [
         ("not built", [None], False, "not built"),
         ("not built", [], False, "no GPU, and not built"),
-        (None, [], False, "no GPU; the tests run it in an emulator"),
+        (None, [], False, "the kernels are built, and qualified on no GPU: there is none"),
         (None, ["sm_75 is older"], False, "sm_75 is older"),
         (None, ["sm_75 is older", None], True, "for calls that qualified on the card"),
     ],

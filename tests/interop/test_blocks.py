@@ -237,18 +237,24 @@ def test_model_that_accelerate_dispatches_has_pefts_gradients(offloaded, counts)
 SCRIPT = """
 import sys
 from tests.interop.test_blocks import run_process
-run_process(*sys.argv[1:])
+run_process(sys.argv[1])
 """
+WAYS = ["DDP", "DDP, checkpointed", "FSDP2", "FSDP2, checkpointed"]
 
 
-def run_process(way: str, out: str) -> None:
+def run_process(folder: str) -> None:
     """A process of two, each with half of the batch; the first one writes what both found."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    for way in WAYS:
+        train_sharded(way, f"{folder}/{way}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def train_sharded(way: str, out: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist: Any = torch.distributed
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank = torch.distributed.get_rank()
     with as_on_gpu(), lora_kernels.backend("eager"), pytest.MonkeyPatch.context() as patch:
         counts = Counts(patch)
         model: Any = language_model("Llama")
@@ -278,18 +284,24 @@ def run_process(way: str, out: str) -> None:
     after = {name: whole(p) for name, p in trained.items()}
     if rank == 0:
         torch.save({"grads": grads, "after": after, "counts": vars(counts)}, out)
-    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("way", ["DDP", "DDP, checkpointed", "FSDP2", "FSDP2, checkpointed"])
-def test_two_processes_have_pefts_gradients(way, tmp_path: Path) -> None:
-    """Each with half of the batch, beside PEFT's model in one with all of it."""
-    script = tmp_path / "script.py"
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what two processes found, a file for each of WAYS."""
+    folder = tmp_path_factory.mktemp("sharded")
+    script = folder / "script.py"
     script.write_text(SCRIPT)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = run_python(*torchrun, script, way, str(tmp_path / "found.pt"))
+    done = run_python(*torchrun, script, str(folder))
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_have_pefts_gradients(way, sharded: Path) -> None:
+    """Each with half of the batch, beside PEFT's model in one with all of it."""
+    found = torch.load(sharded / f"{way}.pt", weights_only=True)
     stock = language_model("Llama")
     want = loss_and_gradients(stock)
     want.pop("loss")

@@ -258,7 +258,7 @@ def sharing_adapter(layer: Any, device: torch.device, x_dtype: torch.dtype) -> A
         return "several adapters are active"
     (adapter,) = adapters
     if is_dora(layer, adapter.name) or adapter.is_alora:
-        return f"adapter {adapter.name!r} is a {'n aLoRA' if adapter.is_alora else ' DoRA'}"
+        return f"adapter {adapter.name!r} is {'an aLoRA' if adapter.is_alora else 'DoRA'}"
     if dropout_p(adapter.dropout):
         return "its dropout is active"
     if weight_of(adapter.lora_A).is_inference():

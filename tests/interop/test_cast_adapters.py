@@ -147,6 +147,43 @@ def test_cast_adapters_of_named_rows_compute_as_16_bit_adapters_do() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])  # with dropout each has a call of its own
+@pytest.mark.parametrize("base", ["linear", "called"])
+def test_cast_adapters_of_two_active_adapters_compute_as_16_bit_adapters_do(base, dropout) -> None:
+    config = {"lora_dropout": dropout}
+    model = stock(base, config)
+    other = LoraConfig(r=3, lora_alpha=ALPHA, target_modules=["0"], **config)
+    model.add_adapter("other", other)
+    randomize(model, "other")
+    model.base_model.set_adapter(["default", "other"])
+    for name, p in model.named_parameters():
+        p.data = p.data.to(f32 if "lora_" in name else bf16)
+    model.train()
+    got = step(fuse(copy.deepcopy(model), cast_adapters=True), input_of())
+    want = step(cast_model(model), input_of())
+    assert sum("lora_" in name for name in want) == 4
+    for name, t in want.items():
+        assert torch.equal(got[name].to(t.dtype), t), name
+
+
+def test_cast_dora_has_the_norm_of_its_float32_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT computes it: the norm is a parameter's, and is not rounded."""
+    found: list[Tensor] = []
+    norm = linear.DoraNormCache.__call__
+
+    def record(self: Any, weight: Any, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        found.extend([A, B])
+        return norm(self, weight, A, B, scaling)
+
+    monkeypatch.setattr(linear.DoraNormCache, "__call__", record)
+    model = fuse(stock("linear", {"use_dora": True}), cast_adapters=True)
+    model(input_of())
+    layer = model.base_model.model[0]
+    want = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    assert [t.dtype for t in found] == [f32, f32]
+    assert all(map(torch.equal, found, want))
+
+
 def test_cast_dora_rounds_its_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[torch.dtype] = []
     call = linear.lora_linear

@@ -523,3 +523,50 @@ def test_update_moves_few_bytes() -> None:
     x = torch.empty(8192, 4096, device="meta", dtype=bf16, requires_grad=True)
     traffic = counter.count(lambda: fused(x))
     assert traffic.kernels == 3 and traffic.bytes < 372e6
+    y, wanted = fused(x), [x, *(p for p in fused.parameters() if p.requires_grad)]
+    dy = torch.empty_like(y)
+    traffic = counter.count(lambda: torch.autograd.grad(y, wanted, dy))
+    assert traffic.kernels == 6 and traffic.bytes < 645e6, traffic  # dY is not copied
+
+
+# What the Function of an update saves and hands on
+
+
+class NotesGradient(torch.autograd.Function):
+    """A result that no one else holds, of a backward that notes where its gradient lies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: list[int]) -> Tensor:
+        ctx.seen = seen
+        return x @ x.new_ones(K, N)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        ctx.seen.append(dy.data_ptr())
+        return dy @ dy.new_ones(N, K), None
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("A",), ("B",), ("A", "B")], ids="".join)
+def test_update_saves_x_for_dA_and_p_for_dB_alone(frozen: tuple[str, ...], gated: bool) -> None:
+    x, A, B = torch.randn(70, K), torch.randn(R, K), torch.randn(N, R)
+    gate = torch.randn(R, requires_grad=True) if gated else None
+    for name, t in (("A", A), ("B", B)):
+        t.requires_grad_(name not in frozen)
+    saved: list[Tensor] = []
+    y = torch.ones(70, N)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        in_place.add_lora_linear_(y, x, A, B, 2.0, None, gate)
+    shapes = [t.shape for t in saved]
+    assert ((70, K) in shapes) is ("A" not in frozen)
+    assert ((70, R) in shapes) is ("B" not in frozen or gated)
+
+
+def test_update_hands_dy_on_to_the_base_without_a_copy() -> None:
+    seen: list[int] = []
+    x = torch.randn(70, K, requires_grad=True)
+    A, B = torch.randn(R, K, requires_grad=True), torch.randn(N, R, requires_grad=True)
+    y = in_place.add_lora_linear_(NotesGradient.apply(x, seen), x, A, B, 2.0)
+    dy = torch.randn(70, N)
+    y.backward(dy)
+    assert seen == [dy.data_ptr()]

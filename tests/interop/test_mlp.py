@@ -10,10 +10,12 @@ from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import vmap
@@ -30,7 +32,7 @@ from lora_kernels.peft.explain_rows import APART, SHARED, Row
 from lora_kernels.peft.mlp import GatedMLP
 from lora_kernels.peft.report import Explanation
 from tests.support.assertions import assert_bitwise_equal
-from tests.support.peft_models import randomize
+from tests.support.peft_models import randomize, skip_without_kasa
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 K, H, R, ALPHA = 24, 40, 5, 7
@@ -498,6 +500,17 @@ def replace_forward(model: Any) -> None:
     module.forward = MethodType(lambda self, x: type(self).forward(self, x) * 2, module)
 
 
+def keep_result(name: str) -> Callable[[Any], None]:
+    """Return a change after which a projection keeps its results, which no one may overwrite."""
+
+    def change(model: Any) -> None:
+        layer, kept = getattr(block_of(model), name), []
+        forward = layer.forward
+        layer.forward = lambda x: kept.append(forward(x)) or kept[-1]
+
+    return change
+
+
 def replace_activation(model: Any) -> None:
     block_of(model).act_fn = ACT2FN["relu"]
 
@@ -525,6 +538,8 @@ STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "a hook sits on it or on one of its parts",
     ),
     "forward": (replace_forward, "its forward was replaced"),
+    "gate's forward": (keep_result("gate_proj"), "gate_proj: its forward was replaced"),
+    "up's forward": (keep_result("up_proj"), "up_proj: its forward was replaced"),
     "activation": (replace_activation, "its act_fn was replaced"),
     "activation's forward": (replace_activations_forward, "act_fn: its forward was replaced"),
     "two adapters": (add_second, "down_proj: several active adapters"),
@@ -558,11 +573,20 @@ def test_state_in_which_the_module_runs_its_own_forward(state, runs) -> None:
         {"use_dora": True},
         {"lora_dropout": 0.5, "r": 2},
         {"target_modules": ["gate_proj", "up_proj"]},
+        {"kasa_config": True},
+        {"hotswap": True},
     ],
-    ids=["DoRA", "dropout", "no adapter on down"],
+    ids=["DoRA", "dropout", "no adapter on down", "KaSA", "hot-swapping"],
 )
 def test_down_projection_that_is_called_as_a_module(config, runs) -> None:
-    stock, fused = pair(adapted(llama_mlp(), **config).train())
+    is_swapped = config.get("hotswap")
+    if "kasa_config" in config:
+        skip_without_kasa()
+        config = {"kasa_config": peft.KasaConfig()}
+    model = adapted(llama_mlp(), **({} if is_swapped else config)).train()
+    if is_swapped:
+        prepare_model_for_compiled_hotswap(model, target_rank=R)
+    stock, fused = pair(model)
     (row,) = mlp_rows(explain(fused))
     assert row.strategy == "layer by layer" and row.reason.startswith("down_proj: ")
     torch.manual_seed(1)
@@ -758,3 +782,23 @@ def test_block_moves_few_bytes(base) -> None:
         found = count(model, 8192, retain_graph)
         assert found.bytes <= megabytes * 1e6 and found.kernels <= kernels, found
         assert found.peak <= most * 1e6, found
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("activation", eager_mlp.ACTIVATIONS)
+def test_backward_by_torch_overwrites_what_it_may(activation, in_place) -> None:
+    """dh always, and g where the graph is not kept: at most two temporaries of h's size."""
+    g, u, dh = (torch.randn(H, 300, dtype=f64) for _ in range(3))
+    leaves = [t.clone().requires_grad_() for t in (g, u)]
+    h = eager_mlp.ACTIVATIONS[activation](leaves[0]) * leaves[1]
+    want = [*torch.autograd.grad(h, leaves, dh), h.detach()]
+    kept = u.clone()
+    got = eager_mlp.gated_backward_by_torch(g, u, dh, in_place, activation)
+    for found, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    assert (got.g is g) is in_place and got.u.data_ptr() == dh.data_ptr()
+    assert torch.equal(u, kept)
+    like = {"dtype": f64, "device": "meta"}
+    meta = [torch.empty(1000, 1000, **like) for _ in range(3)]
+    run = functools.partial(eager_mlp.gated_backward_by_torch, *meta, in_place, activation)
+    assert counter.count(run).peak <= 2 * meta[0].nbytes

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels import blocks
-from lora_kernels.backends import forced
+from lora_kernels.backends import eager_blocks, forced
 from lora_kernels.bench import baselines, counter
 from lora_kernels.core.problem import Choice, Strategy
 from lora_kernels.integrations import FuseCallback
@@ -412,14 +412,15 @@ def test_siblings_with_rank_gates_equal_peft(shared) -> None:
     assert any("lora_diag" in name for name in step(fused, batch(f32)))
 
 
-def test_siblings_with_one_rank_gate_equal_peft(shared) -> None:
+@pytest.mark.parametrize("gated", ["q", "k", "v"])
+def test_siblings_with_one_rank_gate_equal_peft(gated, shared) -> None:
     """In 16 bits P is float32 if any layer has a gate."""
     skip_without_kasa()
     import peft
 
     stock = rounded(build(dtype=bf16, kasa_config=peft.KasaConfig()))
     step(stock, batch(bf16))
-    for name in ("k", "v"):
+    for name in {"q", "k", "v"} - {gated}:
         del getattr(parent_of(stock), name).lora_variant["default"]
     fused = fuse(copy.deepcopy(stock))
     assert_equal_step(stock, fused, batch(bf16))
@@ -1211,3 +1212,128 @@ def test_step_of_siblings_moves_few_bytes(base, megabytes, kernels, peak) -> Non
     assert forward.bytes + backward.bytes <= megabytes * 1e6
     assert forward.kernels + backward.kernels <= kernels
     assert max(forward.peak, backward.peak) <= peak * 1e6
+
+
+class Marked(Tensor):
+    """A tensor of a class of its own, as another library's."""
+
+
+def test_siblings_called_with_a_tensor_of_tensors_do_not_share(shared) -> None:
+    """As DTensors are, whose ops another library runs."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    stock, fused = pair()
+    x = two_tensor.TwoTensor(batch(), 2 * batch())
+    with torch.no_grad():
+        got = fused(x)
+    assert shared.take() == (0, 0)
+    assert_close_derived(got.a, stock(batch()))
+    assert_close_derived(got.b, stock(2 * batch()))
+
+
+def test_siblings_called_with_a_subclass_equal_peft(shared) -> None:
+    stock, fused = pair()
+    x = batch().as_subclass(Marked)
+    with torch.no_grad():
+        got, want = fused(x), stock(x)
+    assert shared.take() == (0, 0)
+    assert type(got) is type(want) is Marked
+    assert_close_derived(got.as_subclass(Tensor), want.as_subclass(Tensor))
+
+
+def test_siblings_with_inference_tensors_equal_peft(shared) -> None:
+    """As adapters are that a server loads inside `inference_mode`."""
+    stock, fused = pair()
+    with torch.inference_mode():
+        for model in (stock, fused):
+            for module in model.modules():
+                for name, p in list(module._parameters.items()):
+                    if p is not None and p.requires_grad:
+                        module._parameters[name] = nn.Parameter(p.clone(), requires_grad=False)
+    assert parent_of(fused).k.lora_A["default"].weight.is_inference()
+    with torch.no_grad():
+        got, want = fused(batch()), stock(batch())
+    assert shared.take() == (0, 0)
+    assert_close_derived(got, want)
+
+
+@pytest.mark.parametrize("adapter", [f32, bf16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradient_of_p_is_rounded_as_p_is(gated: bool, adapter: torch.dtype) -> None:
+    """Of float32 adapters beside a bfloat16 x, dP keeps float32."""
+    M, N = 70, 48
+    make = torch.Generator().manual_seed(0)
+    dy, B = torch.randn(M, N, generator=make).bfloat16(), torch.randn(N, R, generator=make)
+    B, gate = B.to(adapter), torch.rand(R, generator=make) if gated else None
+    sibling = eager_blocks.Sibling(None, None, B, 2.0, gate)
+    p_dtype = bf16 if adapter is bf16 and not gated else f32
+    found = eager_blocks.sibling_linear_backward(
+        dy, None, sibling, K, p_dtype, (False, True, False, False, False)
+    )
+    want = 2.0 * dy.double() @ B.double() * (1.0 if gate is None else gate.double())
+    assert found.p is not None and found.p.dtype is p_dtype
+    bound = 2.0**-8 if p_dtype is bf16 else 2.0**-17  # B in parts of bfloat16
+    assert (found.p.double() - want).norm() <= bound * want.norm()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_several_dy_at_once_equal_each_of_all_operands(gated: bool) -> None:
+    """Of `blocks.sibling_linear`: x, lora_A, lora_B, the bias and the gate."""
+    make = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make, dtype=f64).requires_grad_()
+
+    x, A, B, bias, weight = leaf(70, K), leaf(R, K), leaf(32, R), leaf(32), leaf(32, K).detach()
+    gate = leaf(R) if gated else None
+    leaves = [x, A, B, bias, *([gate] if gate is not None else [])]
+    rows, (p,) = blocks.down_projections(x, [A], False)
+    y, _ = blocks.sibling_linear(rows, p, weight, B, 2.0, bias, gate, (70,))
+    dy = torch.randn(3, *y.shape, generator=make, dtype=f64)
+    got = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
+    for i, each in enumerate(dy):
+        want = torch.autograd.grad(y, leaves, each, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            assert b.norm() > 0
+            assert_close_derived(a[i], b)
+
+
+def test_linears_that_share_x_add_no_gradients_of_x() -> None:
+    """x is threaded through `shared_linears`: each dx is added in its GEMM."""
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(70, K, generator=make, dtype=f64).requires_grad_()
+    linears = [
+        blocks.Linear(
+            torch.randn(n, K, generator=make, dtype=f64),
+            torch.randn(R, K, generator=make, dtype=f64).requires_grad_(),
+            torch.randn(n, R, generator=make, dtype=f64).requires_grad_(),
+            2.0,
+        )
+        for n in (32, 48, 64)
+    ]
+    total = torch.cat(blocks.shared_linears(x, linears), 1).sum()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        total.backward()
+    sums = [
+        event.input_shapes
+        for event in profile.events()
+        if event.name in ("aten::add", "aten::add_") and [70, K] in event.input_shapes
+    ]
+    assert sums == [], sums
+
+
+REASONS: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "DoRA": ({"use_dora": True}, None, "adapter 'default' is DoRA"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, None, "adapter 'default' is an aLoRA"),
+    "dropout": ({"lora_dropout": 0.5}, None, "its dropout is active"),
+    "two adapters": ({}, with_two_adapters, "several adapters are active"),
+    "hook": ({}, hooked("forward", "k"), "a hook sits on it"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_explain_says_why_a_layer_does_not_share(name) -> None:
+    config, change, reason = REASONS[name]
+    model = build(**config)
+    model = fuse(change(model) if change else model)
+    said = [row.reason for row in explain(model).blocks]
+    assert any(reason in each for each in said), said

@@ -12,7 +12,7 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.backends import eager_mlp
 from lora_kernels.backends.eager_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
-from lora_kernels.backends.triton import elementwise
+from lora_kernels.backends.triton import elementwise, launch
 from lora_kernels.gated_mlp import Hidden, gated_mlp
 from tests.triton.device import DEVICE
 
@@ -38,6 +38,14 @@ def exact(g: Tensor, u: Tensor, dh: Tensor, activation: str) -> Gated:
 def empty(like: Tensor) -> Gated:
     """Memory that a kernel which leaves elements out would leave NaN in."""
     return Gated(*(torch.full_like(like, torch.nan) for _ in range(3)))
+
+
+@pytest.mark.parametrize("n", [1, 5, 1023, 1025])
+def test_kernels_write_nothing_behind_the_end(n: int) -> None:
+    memory = [torch.full((n + 4096,), 7.0, device=DEVICE) for _ in range(3)]
+    out = Gated(*(t[:n] for t in memory))
+    elementwise.gated_backward(*sample(n, dtype=torch.float32), *out, "silu")
+    assert all((t[n:] == 7.0).all() for t in memory)
 
 
 @every_dtype
@@ -165,3 +173,15 @@ def test_product_of_dh_and_u_does_not_overflow(activation: str) -> None:
     got = empty(g)
     elementwise.gated_backward(g, u, dh, *got, activation)
     assert got.g.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [2**31 - 1, 2**31])
+def test_offsets_that_32_bits_do_not_hold_are_64_bits_wide(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch, "run", lambda kernel, config, **given: launched.append(given))
+    t = torch.empty((), dtype=torch.bfloat16, device=DEVICE).expand(n)
+    elementwise.gated_backward(t, t, t, t, t, t, "silu")
+    (given,) = launched
+    assert given["n"] == n and given["WIDE"] is (n == 2**31)

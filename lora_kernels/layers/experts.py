@@ -238,7 +238,7 @@ def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
     from ..quantization.bitsandbytes import cached_weight
 
     found = cast(Any, experts).parametrizations[name]
-    return cached_weight(found.original.data, found[0].quant_state)
+    return cached_weight(found.original, found[0].quant_state)
 
 
 def quantize_experts(

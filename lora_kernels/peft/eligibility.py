@@ -37,6 +37,7 @@ from .adapters import (
     weight_of,
 )
 from .base import is_conv1d, is_linear4bit, library_forward
+from .zero3 import is_gathered, is_partitioned
 
 LINEAR_FORWARD = library_forward(nn.Linear)
 _CONV1D_FORWARD = library_forward(Conv1D)
@@ -163,7 +164,7 @@ def _variant_reason(
     if reason is not None:
         return f"DoRA, which needs the base weight: {reason}"
     magnitude = layer.lora_magnitude_vector[name]
-    is_plain = type(magnitude) is DoraLinearLayer and not any(hooks_of(magnitude))
+    is_plain = type(magnitude) is DoraLinearLayer and not has_hooks(magnitude)
     own = type(magnitude).forward is _MAGNITUDE_FORWARD
     own = own and DoraLinearVariant.forward is _DORA_FORWARD
     if not (is_plain and own) or patched_reason(magnitude):
@@ -245,8 +246,8 @@ def _table_reason(base: nn.Module, device: torch.device) -> str | None:
     """Return why a lookup in the base or in lora_A may do more than `F.embedding`."""
     if type(base) is not nn.Embedding:
         return f"the base is a {type(base).__name__}, not exactly nn.Embedding"
-    if any(hooks_of(base)):
-        return "a hook sits on its nn.Embedding"
+    if has_hooks(base):
+        return hook_reason(base, "its nn.Embedding")
     if nn.Embedding.forward is not _EMBEDDING_FORWARD:
         return "nn.Embedding.forward was replaced"
     if "forward" in base.__dict__ and (reason := patched_reason(base)):
@@ -298,7 +299,7 @@ def dropout_reason(dropout: nn.Module) -> str | None:
     own = _DROPOUT_FORWARD if type(dropout) is nn.Dropout else _IDENTITY_FORWARD
     if type(dropout).forward is not own:
         return f"{type(dropout).__name__}.forward was replaced"
-    if any(hooks_of(dropout)):
+    if has_hooks(dropout):
         return "a hook sits on its dropout"
     return f"{reason} (its dropout's)" if (reason := patched_reason(dropout)) else None
 
@@ -310,10 +311,8 @@ def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
         return "FSDP1 gathers its weight when it is called"
     if type(module) is not nn.Linear and not four_bit and not conv1d:
         return f"{type(module).__name__} is not exactly nn.Linear"
-    if any(hooks_of(module)):
-        if hasattr(module._parameters.get("weight"), "ds_id"):
-            return "DeepSpeed's ZeRO-3 gathers its weight by hooks, when it is called"
-        return f"a hook sits on its {'Conv1D' if conv1d else 'nn.Linear'}"
+    if has_hooks(module):
+        return hook_reason(module, f"its {'Conv1D' if conv1d else 'nn.Linear'}")
     if nn.Linear.forward is not LINEAR_FORWARD:
         return "nn.Linear.forward was replaced"
     if conv1d and type(module).forward is not _CONV1D_FORWARD:
@@ -368,6 +367,19 @@ def is_base_trainable(layer: Any) -> bool:
 def is_dora(layer: Any, name: str) -> bool:
     """Return True if the adapter is a DoRA."""
     return type(layer.lora_variant.get(name)) is DoraLinearVariant
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True for a hook that runs in the module's call, beside those by which ZeRO-3 gathers
+    parameters that are gathered already."""
+    return any(hooks_of(module)) and not is_gathered(module)
+
+
+def hook_reason(module: nn.Module, what: str) -> str:
+    """Return what the hooks on a module are, as a reason to call it."""
+    if is_partitioned(module._parameters.get("weight")):
+        return f"DeepSpeed's ZeRO-3 gathers {what} by hooks: call fuse again"
+    return f"a hook sits on {what}"
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:

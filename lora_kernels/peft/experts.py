@@ -21,7 +21,7 @@ from ..layers.experts import (
     projections,
     unsupported_reason,
 )
-from .eligibility import context_reason, hooks_of, patched_reason, replaced_reason
+from .eligibility import context_reason, has_hooks, hooks_of, patched_reason, replaced_reason
 from .linear import Fused
 
 # transformers' implementations that `experts_forward` can replace. Others bring their own kernels.
@@ -133,8 +133,9 @@ def _stacks(base: nn.Module) -> Iterable[Tensor]:
 
 
 def _foreign_hooks(module: nn.Module) -> Iterable[Any]:
-    """Yield the module's hooks, except those of bitsandbytes' cache of decoded parameters."""
-    for hooks in hooks_of(module):
+    """Yield the module's hooks, except those of bitsandbytes' cache of decoded parameters, and
+    those by which ZeRO-3 gathers what is gathered already."""
+    for hooks in hooks_of(module) if has_hooks(module) else ():
         for hook in hooks.values():
             if getattr(hook, "__module__", None) != "bitsandbytes.nn.parametrize":
                 yield hook

@@ -34,6 +34,7 @@ from .adapters import (
 from .base import is_linear4bit, library_forward, readable_weight
 from .eligibility import has_invalid_sequences, is_dora, linear_reason, unreadable_reason
 from .prepared import PreparedForward
+from .zero3 import is_partitioned
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -112,9 +113,11 @@ class Fused(nn.Module):
             result = add_adapter(x, weight, bias, first, compute_dtype)
             # bitsandbytes returns x's dtype, under autocast too.
             dtype = x.dtype if is_linear4bit(base) else result.dtype
-            # A prepared call holds the adapters as they are.
-            is_rounded = casts_adapters(self, x.device.type, x.dtype)
-            if alone and len(adapters) == 1 and not is_rounded:
+            # A prepared call holds the adapters as they are, not rounded and not gathered.
+            is_changed = is_partitioned(weight_of(adapters[0].lora_A)) or casts_adapters(
+                self, x.device.type, x.dtype
+            )
+            if alone and len(adapters) == 1 and not is_changed:
                 self._prepared = PreparedForward.build(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
             result = add_onto(result, True, x, None, call)

@@ -35,6 +35,7 @@ from .eligibility import (
 )
 from .frozen import StreamedLinear
 from .linear import Fused
+from .zero3 import is_gathered_in_call, is_partitioned
 
 # Class of transformers -> logit_scale and logit_softcap of a model.
 _Logits = Callable[[Any], tuple[float, float | None]]
@@ -170,6 +171,8 @@ def call_reason(module: Any, device: torch.device, x_dtype: torch.dtype) -> str 
 
 def head_reason(head: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
     """Return why an output embedding is called as a module for x on this device, or None."""
+    if is_gathered_in_call(head) or is_partitioned(getattr(head, "weight", None)):
+        return "DeepSpeed's ZeRO-3 gathers it when it is called"
     if any(hooks_of(head)):
         return "a hook sits on it"
     if not isinstance(head, lora.LoraLayer):

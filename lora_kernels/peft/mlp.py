@@ -39,6 +39,7 @@ from .eligibility import (
 )
 from .linear import Fused, set_class
 from .siblings import owner_of
+from .zero3 import is_gathered_in_call
 
 
 class Parts(NamedTuple):
@@ -133,7 +134,11 @@ def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]
     None if `fuse` has taken it.
     """
     for name, module in _candidates(model):
-        found = module._parts if isinstance(module, GatedMLP) else recognize(module)
+        found: Parts | str
+        if any(map(is_gathered_in_call, module.modules())):
+            found = "DeepSpeed's ZeRO-3 gathers each of its layers for the layer's own call"
+        else:
+            found = module._parts if isinstance(module, GatedMLP) else recognize(module)
         if isinstance(found, Parts) and not isinstance(module, GatedMLP):
             found = "not fused: call fuse(model)"
         yield name, module, found if isinstance(found, str) else None

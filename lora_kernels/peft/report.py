@@ -196,7 +196,9 @@ def explain(
         with gathered_parameters(model, name) as sharded:
             row = explain_layer()
         if sharded:
-            row = row._replace(reason=f"{row.reason}; FSDP2 gathers its parameters for the call")
+            row = row._replace(
+                reason=f"{row.reason}; {sharded} gathers its parameters for the call"
+            )
         found.append(row)
 
     layers_of_peft = list(lora_layers(model))
@@ -225,4 +227,6 @@ def explain(
 def _lora_size(layer: nn.Module) -> int:
     """Return the number of parameters of the layer's adapters: names that start with "lora_"."""
     parameters = layer.named_parameters()
-    return sum(p.numel() for name, p in parameters if name.startswith("lora_"))
+    return sum(
+        getattr(p, "ds_numel", p.numel()) for name, p in parameters if name.startswith("lora_")
+    )

@@ -1,22 +1,23 @@
-"""Stand-ins for parameters that FSDP2 shards until a layer's forward."""
+"""Stand-ins for parameters that FSDP2 or ZeRO-3 shards until a layer's forward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .base import is_linear4bit
+from .zero3 import as_gathered, is_gathered_in_call, is_partitioned
 
 
 @contextmanager
-def gathered_parameters(model: nn.Module, name: str) -> Iterator[bool]:
+def gathered_parameters(model: nn.Module, name: str) -> Iterator[str | None]:
     """Replace the layer's sharded parameters by stand-ins with the shapes that its forward sees.
 
-    The stand-ins have no meaningful values. Yields True if FSDP2 shards any parameter.
+    The stand-ins have no meaningful values. Yields the name of what shards any parameter, or None.
     """
     path = name.split(".")
     modules = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
@@ -24,14 +25,17 @@ def gathered_parameters(model: nn.Module, name: str) -> Iterator[bool]:
         (module, key, p)
         for module in modules[-1].modules()
         for key, p in module._parameters.items()
-        if type(p).__name__ == "DTensor" and _is_gathered(modules, p)
+        if _is_gathered(modules, p)
     ]
+    zero3 = any(is_partitioned(p) for _, _, p in stored)
+    called = [module for module in modules if is_gathered_in_call(module)]
     try:
         for module, key, p in stored:
             is_packed = key == "weight" and is_linear4bit(module)
             stand_in = _stand_in(p, is_packed)
             module._parameters[key] = nn.Parameter(stand_in, requires_grad=p.requires_grad)
-        yield bool(stored)
+        with as_gathered(called[0]) if called else nullcontext():
+            yield "DeepSpeed's ZeRO-3" if zero3 else "FSDP2" if stored else None
     finally:
         for module, key, p in stored:
             module._parameters[key] = p
@@ -43,13 +47,18 @@ def _stand_in(p: Any, is_packed: bool) -> Tensor:
 
     is_packed: whether p holds 4-bit codes, in whatever dtype.
     """
+    shape = p.ds_shape if is_partitioned(p) else p.shape
     if p.is_floating_point() and not is_packed:
-        return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
-    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        return torch.empty((), dtype=p.dtype, device=p.device).expand(shape)
+    return torch.empty(shape, dtype=p.dtype, device=p.device)
 
 
 def _is_gathered(modules: Sequence[nn.Module], p: Any) -> bool:
-    """Return True if FSDP2 shards p and gathers it for the forward of one of the modules."""
+    """Return True if p is sharded, and gathered for the forward of one of the modules."""
+    if is_partitioned(p):
+        return any(map(is_gathered_in_call, modules))
+    if type(p).__name__ != "DTensor":
+        return False
     from torch.distributed.fsdp import FSDPModule
 
     *copies, last = p.placements

@@ -30,6 +30,7 @@ from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
 from .mlp import fuse_mlps, restore_mlps
 from .siblings import add_siblings, remove_siblings
+from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
 QUALIFY = ("cached", "now", "off")
@@ -104,6 +105,9 @@ def fuse(
     for linear in _plain_linears(model) if linears else ():
         set_class(linear, StreamedLinear)
     remove_siblings(model)
+    if is_zero3(model):
+        gather_in_call(fused_layers(model))
+        blocks = False  # each layer is gathered for its own call
     if blocks:
         add_siblings(model)
         fuse_mlps(model)
@@ -155,6 +159,7 @@ def unfuse(model: Model) -> Model:
             for name in ("mixed_batch", "_norm", "_prepared", "merge_loss", "casts_adapters"):
                 vars(layer).pop(name, None)
     remove_siblings(model)
+    stop_gathering(model)
     _restore_linears(model.modules())
     restore_mlps(model)
     restore_losses(model)
@@ -190,6 +195,13 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
             yield name, module, reason
         if isinstance(module, MultiheadAttention):
             uncalled.add(module.get_base_layer().out_proj)
+
+
+def fused_layers(model: nn.Module) -> list[Fused]:
+    """Return the fused layers that are not in another one, as a wrapper of experts may be."""
+    found = [module for module in model.modules() if isinstance(module, Fused)]
+    inner = {each for layer in found for each in layer.modules() if each is not layer}
+    return [layer for layer in found if layer not in inner]
 
 
 def _unfusable_reason(layer: Any) -> str | None:

@@ -85,9 +85,11 @@ class _CachedWeight(NamedTuple):
 def cached_weight(packed: Tensor, state: Any) -> Weight4bit:
     """Return a tensor of bitsandbytes as a `Weight4bit`, cached until it or its state changes.
 
-    state: `QuantState`, which keeps the result.
+    state: `QuantState`, which keeps the result, unless DeepSpeed's ZeRO-3 frees the tensor after
+    the call.
     """
-    if torch.compiler.is_compiling():  # addresses cannot be traced; the graph holds the weight
+    # Addresses cannot be traced; the graph holds the weight.
+    if torch.compiler.is_compiling() or hasattr(packed, "ds_id"):
         return Weight4bit.from_bitsandbytes((packed, state))
     key = (packed.data_ptr(), state.absmax.data_ptr(), state.absmax.dtype)
     known: _CachedWeight | None = getattr(state, "_lora_kernels", None)

@@ -1,0 +1,181 @@
+"""DeepSpeed's ZeRO-3: all parameters of a fused layer are gathered for the layer's call.
+
+DeepSpeed partitions parameters. Its hooks gather a module's own parameters before the module's
+forward and before its backward, and free them afterwards. A fused layer reads the parameters of its
+children and calls none of them. So `fuse` registers these as parameters that the layer needs too,
+by `deepspeed.zero.register_external_parameter`, which may happen before the engine is made or after
+it. Gradients are reduced as they are for PEFT's forward.
+
+A layer could also be a leaf of ZeRO-3 (`set_z3_leaf_modules`). DeepSpeed then reduces its gradients
+in a backward hook of the layer. That fails if no input needs a gradient, and if the layer is called
+twice before a backward.
+
+A view that a forward saves for its backward, such as a transposed weight or 4-bit codes, would keep
+gathered parameters in memory. It is taken of the parameter again in the backward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import (
+    _pop_saved_tensors_default_hooks,
+    _push_saved_tensors_default_hooks,
+    _top_saved_tensors_default_hooks,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+
+def is_zero3(model: nn.Module) -> bool:
+    """Return True if ZeRO-3 will partition the model's parameters, or has partitioned any."""
+    return is_deepspeed_zero3_enabled() or any(map(is_partitioned, model.parameters()))
+
+
+def is_partitioned(p: object) -> bool:
+    """Return True if ZeRO-3 owns the parameter, whether it is gathered at the moment or not."""
+    return hasattr(p, "ds_id")
+
+
+def gather_in_call(layers: Iterable[nn.Module]) -> None:
+    """Let ZeRO-3 gather all parameters of each layer for the layer's call."""
+    for layer in layers:
+        if not is_gathered_in_call(layer):
+            # Before DeepSpeed's hooks, which gather, and after a forward before they free.
+            layer.register_forward_pre_hook(_begin, prepend=True)
+            layer.register_forward_hook(_end, prepend=True, always_call=True)
+
+
+def is_gathered_in_call(layer: nn.Module) -> bool:
+    """Return True if `gather_in_call` was called for the layer."""
+    return _begin in layer._forward_pre_hooks.values()
+
+
+def stop_gathering(model: nn.Module) -> None:
+    """Undo `gather_in_call` for all layers of a model."""
+    for layer in filter(is_gathered_in_call, model.modules()):
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_begin, _end)]:
+                del hooks[key]
+                layer._forward_hooks_always_called.pop(key, None)
+        for p in _of_children(layer):
+            getattr(layer, "_external_params", {}).pop(id(p), None)
+
+
+class _Call(NamedTuple):
+    """A forward of a layer whose parameters are gathered. has_hooks: on the tensors it saves."""
+
+    layer: nn.Module
+    has_hooks: bool
+
+
+class _Calls(threading.local):
+    """The calls that are running in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+
+_calls = _Calls()
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Return True if the module's parameters are gathered, and its hooks are DeepSpeed's alone.
+
+    They are gathered while the forward runs of a layer that was given to `gather_in_call`.
+    """
+    if not any(module is each for call in _calls.stack for each in call.layer.modules()):
+        return False
+    forward = module._forward_pre_hooks, module._forward_hooks
+    found = (*forward, module._backward_pre_hooks, module._backward_hooks)
+    hooks = (hook for each in found for hook in each.values())
+    return all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)
+
+
+@contextmanager
+def as_gathered(layer: nn.Module) -> Iterator[None]:
+    """Let `is_gathered` be what it is in the layer's call."""
+    _calls.stack.append(_Call(layer, False))
+    try:
+        yield
+    finally:
+        _calls.stack.pop()
+
+
+def _begin(layer: nn.Module, args: Any) -> None:
+    """Tell DeepSpeed what to gather, and save views of parameters as such. A forward pre-hook."""
+    if torch.compiler.is_compiling():
+        return
+    needed = [p for p in _of_children(layer) if is_partitioned(p)]
+    known = getattr(layer, "_external_params", {})
+    for p in needed:
+        if id(p) not in known:
+            from deepspeed.runtime.zero import register_external_parameter
+
+            register_external_parameter(layer, p)
+    # Other hooks know what to save: checkpointing runs the forward again.
+    has_hooks = bool(needed) and _top_saved_tensors_default_hooks(True) is None
+    if has_hooks:
+        _push_saved_tensors_default_hooks(_Packing(needed).pack, _unpack)
+    _calls.stack.append(_Call(layer, has_hooks))
+
+
+def _end(layer: nn.Module, args: Any, result: Any) -> None:
+    """Undo `_begin`. A forward hook, which runs after an exception too."""
+    if _calls.stack and _calls.stack[-1].layer is layer and _calls.stack.pop().has_hooks:
+        _pop_saved_tensors_default_hooks()
+
+
+def _of_children(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the modules below the layer. The layer's own are gathered anyway."""
+    for child in layer.children():
+        yield from child.parameters()
+
+
+class _View(NamedTuple):
+    """A view of a parameter, whose values lie elsewhere once it is gathered again."""
+
+    parameter: nn.Parameter
+    offset: int  # in bytes
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Kept(NamedTuple):
+    tensor: Tensor
+    version: int
+
+
+class _Packing:
+    """The packing of tensors that a forward saves, of which some are views of these parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def pack(self, t: Tensor) -> _View | _Kept:
+        address = t.data_ptr()
+        for p in self.parameters if t.numel() else ():
+            if p.is_contiguous() and p.data_ptr() <= address < p.data_ptr() + p.nbytes:
+                offset = address - p.data_ptr()
+                return _View(p, offset, t.dtype, tuple(t.shape), t.stride())
+        return _Kept(t, t._version)
+
+
+def _unpack(saved: _View | _Kept) -> Tensor:
+    if isinstance(saved, _Kept):
+        t, version = saved
+        if t._version != version:  # autograd checks it for tensors that no hook has packed
+            raise RuntimeError(
+                "a tensor that a fused layer needs for its backward was modified in place: got "
+                f"version {t._version}, want {version}"
+            )
+        return t
+    p = saved.parameter
+    flat = p.detach().view(-1).view(saved.dtype)
+    offset = flat.storage_offset() + saved.offset // saved.dtype.itemsize
+    return flat.as_strided(saved.size, saved.stride, offset)

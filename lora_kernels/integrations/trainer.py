@@ -20,6 +20,7 @@ from ..peft.explain_rows import ADAPTER, LIBRARY, PEFT, TORCH
 from ..peft.swap import check_qualify, lora_layers
 
 MOST_REASONS = 3  # that are printed for a state
+MANY_LEFT = 0.1  # of the layers; more than these being left to PEFT is a warning
 
 logger = logging.getLogger("lora_kernels")
 
@@ -51,10 +52,10 @@ class VerdictLog(TrainerCallback, ExportableState):
 class LayerReport(TrainerCallback):
     """Print how the LoRA layers will be computed, when accelerate has wrapped the model.
 
-    DeepSpeed's ZeRO-3 and FSDP1 change a model so that its layers run PEFT's forward. The main
-    process prints a line, and one for each reason why layers run library GEMMs; layers that are
-    left to PEFT, and a loss that is left to transformers, are warnings of the logger
-    "lora_kernels", each with its reason.
+    DDP, FSDP and DeepSpeed may change a model so that its layers run PEFT's forward, as FSDP1 does.
+    The main process prints a line, and one for each reason why layers are not "ours, kernels". More
+    than a tenth of the layers left to PEFT, and a loss left to transformers, are warnings of the
+    logger "lora_kernels".
     """
 
     _said: str | None = None
@@ -76,8 +77,7 @@ class FuseCallback(LayerReport, VerdictLog):
 
     Before the first step the main process prints how many layers are "ours, kernels", "ours,
     library GEMMs", "adapter only" and "PEFT's", as `explain` has them, and why they are not in a
-    state before. Layers that are PEFT's are a warning of the logger "lora_kernels", with the
-    reason.
+    state before. If more than a tenth are PEFT's, it is one warning of the logger "lora_kernels".
 
     Args:
         linears, loss, qualify, blocks, cast_adapters: as `fuse`'s.
@@ -142,22 +142,27 @@ def report_at_first_forward(model: nn.Module) -> None:
 
 
 def _report(model: nn.Module, said: str | None = None) -> str:
-    """Print and return what the model's layers are, and warn of those left to others.
+    """Print and return what the model's layers are, and warn if many are left to others.
 
     said: the text printed before, which is not repeated.
     """
     explanation = explain(model)
     lines = [f"lora_kernels: {explanation.summary()}"]
-    for state in (LIBRARY, ADAPTER):
+    for state in (LIBRARY, ADAPTER, PEFT):
         reasons = Counter(row.reason for row in explanation.rows if row.state == state)
         lines += [f"  {n} {state}: {reason}" for reason, n in reasons.most_common(MOST_REASONS)]
     text = "\n".join(lines)
     if text == said:
         return text
     tqdm.write(text)  # above a progress bar, as transformers writes its losses
-    left = Counter(row.reason for row in explanation.rows if row.state == PEFT)
-    for reason, count in left.most_common():
-        logger.warning("%d of %d LoRA layers are PEFT's: %s", count, len(explanation.rows), reason)
+    left, total = sum(row.state == PEFT for row in explanation.rows), len(explanation.rows)
+    if left > MANY_LEFT * total:
+        logger.warning(
+            "%d of %d LoRA layers are PEFT's, as fast as without lora_kernels: "
+            "lora_kernels.peft.explain(model) has the reasons",
+            left,
+            total,
+        )
     for row in explanation.losses:
         if row.state == TORCH:
             logger.warning("%s is transformers' own: %s", row.layer, row.reason)

@@ -169,10 +169,10 @@ def test_fuse_callback_speaks_in_the_main_process_alone(
     assert fused_layers(model) == 2
 
 
-def test_fuse_callback_warns_of_layers_left_to_peft(
+def test_fuse_callback_warns_once_of_many_layers_left_to_peft(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also if what leaves them to PEFT comes after the trainer's `__init__`, as ZeRO-3's hooks."""
+    """Also if what leaves them to PEFT comes after the trainer's `__init__`, as FSDP1 does."""
     model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
     first, second = (layer.self_attn for layer in model.base_model.model.model.layers)
     first.q_proj.base_layer.weight.requires_grad_()
@@ -184,15 +184,33 @@ def test_fuse_callback_warns_of_layers_left_to_peft(
     trainer.train()
     shares = f"2 PEFT's (57.1%); 2 {OURS} (42.9%) of the LoRA parameters"
     loss = "; the loss is PyTorch's"
-    assert printed(capsys) == [f"lora_kernels: 4 LoRA layers: {shares}{loss}"]
-    said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "lora_kernels"]
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index(f"lora_kernels: 4 LoRA layers: {shares}{loss}")
     hook = "adapter 'default': a hook sits on its nn.Linear"
+    reasons = [f"  1 PEFT's: {reason}" for reason in ("the base weight is trainable", hook)]
+    assert [line for line in lines[at + 1 :] if " PEFT's: " in line] == reasons
+    trainer.train()
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "lora_kernels"]
+    remedy = "as fast as without lora_kernels: lora_kernels.peft.explain(model) has the reasons"
     loss = "base_model.model.loss is transformers' own: its head: a hook sits on it"
     assert said == [
-        ("WARNING", "1 of 4 LoRA layers are PEFT's: the base weight is trainable"),
-        ("WARNING", f"1 of 4 LoRA layers are PEFT's: {hook}"),
+        ("WARNING", f"2 of 4 LoRA layers are PEFT's, {remedy}"),
         ("WARNING", loss),
     ]
+
+
+def test_fuse_callback_of_few_layers_left_to_peft_prints_them_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules="all-linear"))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.base_layer.weight.requires_grad_()
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(96).view(8, 12)]
+    callbacks = [FuseCallback()]
+    Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=callbacks).train()
+    shown = capsys.readouterr().out
+    assert "14 LoRA layers: 13" in shown and "  1 PEFT's: the base weight is trainable" in shown
+    assert not [r for r in caplog.records if r.name == "lora_kernels"]
 
 
 def test_fuse_callback_of_a_model_without_adapters_raises(tmp_path: Path) -> None:

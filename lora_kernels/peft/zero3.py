@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._C._autograd import (
     _pop_saved_tensors_default_hooks,
     _push_saved_tensors_default_hooks,
+    _saved_tensors_hooks_is_enabled,
     _top_saved_tensors_default_hooks,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -33,7 +34,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 def is_zero3(model: nn.Module) -> bool:
     """Return True if ZeRO-3 will partition the model's parameters, or has partitioned any."""
-    return is_deepspeed_zero3_enabled() or any(map(is_partitioned, model.parameters()))
+    enabled: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+    return enabled or any(map(is_partitioned, model.parameters()))
 
 
 def is_partitioned(p: object) -> bool:
@@ -118,7 +120,8 @@ def _begin(layer: nn.Module, args: Any) -> None:
 
             register_external_parameter(layer, p)
     # Other hooks know what to save: checkpointing runs the forward again.
-    has_hooks = bool(needed) and _top_saved_tensors_default_hooks(True) is None
+    has_hooks = bool(needed) and _saved_tensors_hooks_is_enabled()
+    has_hooks = has_hooks and _top_saved_tensors_default_hooks(True) is None
     if has_hooks:
         _push_saved_tensors_default_hooks(_Packing(needed).pack, _unpack)
     _calls.stack.append(_Call(layer, has_hooks))
@@ -152,14 +155,15 @@ class _Kept(NamedTuple):
 
 
 class _Packing:
-    """The packing of tensors that a forward saves, of which some are views of these parameters."""
+    """The packing of the tensors that a forward saves: views of these parameters, and others."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
 
     def pack(self, t: Tensor) -> _View | _Kept:
-        address = t.data_ptr()
-        for p in self.parameters if t.numel() else ():
+        is_plain = type(t) in (Tensor, nn.Parameter) and t.numel() > 0
+        address = t.data_ptr() if is_plain else 0
+        for p in self.parameters if is_plain else ():
             if p.is_contiguous() and p.data_ptr() <= address < p.data_ptr() + p.nbytes:
                 offset = address - p.data_ptr()
                 return _View(p, offset, t.dtype, tuple(t.shape), t.stride())

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 in two processes: fused layers train as PEFT's, and are gathered for a call."""
+"""Fused layers under DeepSpeed's ZeRO-3, in two processes, train as PEFT's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse, unfuse
@@ -96,12 +97,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prefetch": {"zero": {"stage3_prefetch_bucket_size": 100_000}},
     "fused late": {"late": True},
     "zero3_init": {"init": True},
+    "gpu path": {"on_gpu": True},
 }
 QUICK = [(name, "plain") for name in ("dense", "dora", "head", "conv1d", "experts", "4-bit")]
 QUICK += [("dense", name) for name in ("called twice", "non-reentrant", "reentrant", "offload")]
 QUICK += [("dense", "zero3_init"), ("4-bit", "fused late")]
 MORE = [(name, "plain") for name in ("bias", "embedding", "dropout")]
 MORE += [("dense", name) for name in ("persistent", "prefetch", "fused late")]
+MORE += [(name, "gpu path") for name in ("dense", "dora", "experts", "conv1d")]
 MORE += [("adalora", "persistent"), ("4-bit", "offload")]
 MORE += [(name, "zero3_init") for name in ("conv1d", "experts")]
 MORE += [(m, o) for m in ("dora", "4-bit", "experts") for o in ("non-reentrant", "reentrant")]
@@ -248,7 +251,9 @@ def train(folder: str, group: str) -> None:
             peft_model.peft_config["default"].save_pretrained(f"{folder}/{model}/lora")
             peft_model.unload().save_pretrained(f"{folder}/{model}")
         torch.distributed.barrier()
-        found = [run(model, folder, fused, **OPTIONS[option]) for fused in (False, True)]
+        options = dict(OPTIONS[option])
+        with as_on_gpu() if options.pop("on_gpu", False) else nullcontext():
+            found = [run(model, folder, fused, **options) for fused in (False, True)]
         torch.save(found, f"{folder}/{model} {option} {torch.distributed.get_rank()}.pt")
     if group == "quick":
         train_by_trainer(folder)

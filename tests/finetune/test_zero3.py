@@ -102,9 +102,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 QUICK = [(name, "plain") for name in ("dense", "dora", "head", "conv1d", "experts", "4-bit")]
 QUICK += [("dense", name) for name in ("called twice", "non-reentrant", "reentrant", "offload")]
 QUICK += [("dense", "zero3_init"), ("4-bit", "fused late")]
-MORE = [(name, "plain") for name in ("bias", "embedding", "dropout")]
+MORE = [(name, "plain") for name in ("bias", "embedding")]
 MORE += [("dense", name) for name in ("persistent", "prefetch", "fused late")]
-MORE += [(name, "gpu path") for name in ("dense", "dora", "experts", "conv1d")]
+# On a GPU's path our masks are PEFT's.
+MORE += [(name, "gpu path") for name in ("dense", "dora", "experts", "conv1d", "dropout")]
 MORE += [("adalora", "persistent"), ("4-bit", "offload")]
 MORE += [(name, "zero3_init") for name in ("conv1d", "experts")]
 MORE += [(m, o) for m in ("dora", "4-bit", "experts") for o in ("non-reentrant", "reentrant")]
@@ -285,8 +286,6 @@ def test_fused_layers_under_zero3_equal_peft_s(
         want, got = torch.load(folder / f"{model} {option} {rank}.pt", weights_only=True)
         assert got.keys() == want.keys()
         for name, ref in want.items():
-            if model == "dropout" and "False" not in name:
-                continue  # our masks are not PEFT's; the first evaluation has none
             # Sums of a few hundred float32 terms, through two layers and two steps.
             assert (got[name] - ref).norm() <= 2.0**-14 * ref.norm(), name
             assert ref.norm() > 0, name

@@ -31,6 +31,9 @@ PRIVATE_OF_TORCH = {
     "torch.utils._python_dispatch._get_current_dispatch_mode",  # no public way to see tracing
     "torch.utils._python_dispatch.TorchDispatchMode",  # named in PyTorch's tutorials
     # No public way to tell whether a layer is checkpointed by itself.
+    "torch._C._autograd._pop_saved_tensors_default_hooks",
+    "torch._C._autograd._push_saved_tensors_default_hooks",
+    "torch._C._autograd._saved_tensors_hooks_is_enabled",
     "torch._C._autograd._top_saved_tensors_default_hooks",
     # No public way to find the FLOP counters that are active.
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack",

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,13 @@ TESTS = {
         ("backends/eager_blocks.py", "blocks.py", "peft/siblings.py"),
         "tests/interop/test_siblings.py",
     ),
+    **dict.fromkeys(
+        ("backends/eager_mlp.py", "gated_mlp.py", "peft/mlp.py"),
+        "tests/interop/test_mlp.py tests/layers/test_gated_mlp.py",
+    ),
+    "layers/gated_mlp.py": "tests/layers/test_gated_mlp.py",
+    "in_place.py": "tests/interop/test_in_place.py tests/interop/test_cast_adapters.py",
+    "peft/check.py": "tests/interop/test_check.py",
     "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py",
     "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "
@@ -142,12 +149,12 @@ def changed_lines(source: str, text: str) -> tuple[str, str]:
     return before, after
 
 
-def sample(count: int, seed: int) -> list[Mutant]:
-    """Choose mutants; each file has a share that grows with its length."""
+def sample(count: int, seed: int, names: Sequence[str]) -> list[Mutant]:
+    """Choose mutants of the files; each has a share that grows with its length."""
     chooser = random.Random(seed)
-    length = {name: len((ROOT / "lora_kernels" / name).read_text()) for name in TESTS}
+    length = {name: len((ROOT / "lora_kernels" / name).read_text()) for name in names}
     found = []
-    for name in TESTS:
+    for name in names:
         share = round(count * length[name] / sum(length.values()))
         made = mutants_of(f"lora_kernels/{name}", chooser)
         found += [mutant for mutant, _ in zip(made, range(share), strict=False)]
@@ -174,13 +181,14 @@ def take(items: list[T], lock: threading.Lock) -> Iterator[T]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations.sample", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", choices=[*TESTS, []], metavar="FILE", help="(all)")
     parser.add_argument("--count", type=int, default=200, help="mutants (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="copies at work (default: 2)")
     parser.add_argument("--score", type=float, default=85, help="percent noticed (default: 85)")
     args = parser.parse_args()
     known = equivalents()
-    chosen = sample(args.count, args.seed)
+    chosen = sample(args.count, args.seed, args.names or list(TESTS))
     work = [m for m in chosen if (m.file, m.before, m.after) not in known]
     total, surviving, lock = len(work), list[Mutant](), threading.Lock()
     selections = sorted({TESTS[m.file.removeprefix("lora_kernels/")] for m in work})

@@ -89,7 +89,7 @@ class LoRAGatedMLP(nn.Module):
     def _linears(self, x: Tensor) -> list[Linear] | None:
         """Return the operands of gate, up and down for the block; None if it does not run."""
         layers = self.gate, self.up, self.down
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not is_eager_on_gpu(x):
+        if not isinstance(x, Tensor) or not is_eager_on_gpu(x):
             return None
         if ops.unsupported_context() is not None or _has_any_global_hook():
             return None

@@ -261,6 +261,67 @@ def test_layer_that_a_verdict_gives_to_kernels_is_called(other, runs, monkeypatc
     assert linears is None and any(asked)
 
 
+def test_mlp_in_a_transform_raises_as_its_layers_do(runs) -> None:
+    mlp, x = build(), input_of()
+    with pytest.raises(RuntimeError) as of_layer:
+        torch.func.grad(lambda x: mlp.gate(x).sum())(x)
+    with pytest.raises(RuntimeError) as of_mlp:
+        torch.func.grad(lambda x: mlp(x).sum())(x)
+    assert str(of_mlp.value) == str(of_layer.value) and not runs
+
+
+def test_inference_tensor_outside_of_inference_mode_is_called_layer_by_layer(runs) -> None:
+    mlp = build()
+    with torch.inference_mode():
+        x = input_of()
+    with torch.no_grad():
+        got = mlp(x)
+    assert_close({"y": got}, {"y": reference(mlp, input_of())}, 1e-12)
+    assert not runs
+
+
+def test_adapters_of_two_dtypes_are_called_layer_by_layer(runs) -> None:
+    """The A of gate and up are one GEMM's operand."""
+    mlp, x = build(bf16, lora_dtype=f32), input_of(bf16)
+    for p in (mlp.up.lora_A, mlp.up.lora_B):
+        p.data = p.data.to(bf16)
+    exact = copy.deepcopy(mlp).to(f64)
+    assert_close(step(mlp, x), step(exact, x.to(f64), reference), 2.0**-5)
+    assert not runs
+
+
+class Marked(nn.Parameter):
+    """A parameter of a class of its own, as a sharded one's."""
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "bias"])
+@pytest.mark.parametrize("layer", ["gate", "up", "down"])
+def test_layer_with_a_parameter_of_another_class_is_called(layer, name, runs) -> None:
+    mlp, x = build(), input_of()
+    owner = getattr(mlp, layer)
+    p = getattr(owner, name)
+    owner._parameters[name] = Marked(p.detach().clone(), requires_grad=p.requires_grad)
+    assert mlp._linears(x) is None
+
+
+@pytest.mark.parametrize("dropout", ["in eval mode", "of 0"])
+def test_dropout_that_is_not_active_is_no_obstacle(dropout, runs) -> None:
+    mlp, x = build(dropout=0.5 if dropout == "in eval mode" else 0.0), input_of()
+    mlp.train(dropout == "of 0")
+    assert_close(step(mlp, x), step(mlp, x, reference), 1e-12)
+    assert runs == ["forward", "backward"]
+
+
+def test_block_with_weights_of_another_dtype_is_its_layers(runs) -> None:
+    """A layer raises or casts; the block does what it does."""
+    mlp, x = build(f32), input_of(bf16)
+    with pytest.raises((TypeError, RuntimeError, ValueError)) as of_layer:
+        mlp.gate(x)
+    with pytest.raises(type(of_layer.value)) as of_mlp:
+        mlp(x)
+    assert str(of_mlp.value) == str(of_layer.value) and not runs
+
+
 def test_layers_that_compute_in_another_dtype_are_called(runs) -> None:
     mlp = build(bf16, QLoRALinear, sizes=(64, 128), compute_dtype=f32)
     x = torch.randn(70, 64, generator=torch.Generator().manual_seed(3)).to(bf16)

@@ -575,8 +575,9 @@ def test_state_in_which_the_module_runs_its_own_forward(state, runs) -> None:
         {"target_modules": ["gate_proj", "up_proj"]},
         {"kasa_config": True},
         {"hotswap": True},
+        {"alora_invocation_tokens": [1]},
     ],
-    ids=["DoRA", "dropout", "no adapter on down", "KaSA", "hot-swapping"],
+    ids=["DoRA", "dropout", "no adapter on down", "KaSA", "hot-swapping", "aLoRA"],
 )
 def test_down_projection_that_is_called_as_a_module(config, runs) -> None:
     is_swapped = config.get("hotswap")

@@ -167,7 +167,7 @@ def test_cast_adapters_of_two_active_adapters_compute_as_16_bit_adapters_do(base
 
 
 def test_cast_dora_has_the_norm_of_its_float32_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PEFT computes it: the norm is a parameter's, and is not rounded."""
+    """PEFT's norm is of the parameters, which are not rounded."""
     found: list[Tensor] = []
     norm = linear.DoraNormCache.__call__
 

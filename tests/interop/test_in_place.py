@@ -529,7 +529,7 @@ def test_update_moves_few_bytes() -> None:
     assert traffic.kernels == 6 and traffic.bytes < 645e6, traffic  # dY is not copied
 
 
-# What the Function of an update saves and hands on
+# The tensors that the Function of an update saves and hands on
 
 
 class NotesGradient(torch.autograd.Function):

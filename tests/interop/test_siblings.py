@@ -1219,7 +1219,7 @@ class Marked(Tensor):
 
 
 def test_siblings_called_with_a_tensor_of_tensors_do_not_share(shared) -> None:
-    """As DTensors are, whose ops another library runs."""
+    """Another library runs the ops of such a tensor, as of a DTensor."""
     two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
     stock, fused = pair()
     x = two_tensor.TwoTensor(batch(), 2 * batch())
@@ -1241,7 +1241,7 @@ def test_siblings_called_with_a_subclass_equal_peft(shared) -> None:
 
 
 def test_siblings_with_inference_tensors_equal_peft(shared) -> None:
-    """As adapters are that a server loads inside `inference_mode`."""
+    """A server may load adapters inside `inference_mode`."""
     stock, fused = pair()
     with torch.inference_mode():
         for model in (stock, fused):
@@ -1259,7 +1259,7 @@ def test_siblings_with_inference_tensors_equal_peft(shared) -> None:
 @pytest.mark.parametrize("adapter", [f32, bf16], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradient_of_p_is_rounded_as_p_is(gated: bool, adapter: torch.dtype) -> None:
-    """Of float32 adapters beside a bfloat16 x, dP keeps float32."""
+    """With float32 adapters beside a bfloat16 x, dP keeps float32."""
     M, N = 70, 48
     make = torch.Generator().manual_seed(0)
     dy, B = torch.randn(M, N, generator=make).bfloat16(), torch.randn(N, R, generator=make)
@@ -1277,7 +1277,7 @@ def test_gradient_of_p_is_rounded_as_p_is(gated: bool, adapter: torch.dtype) -> 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradients_of_several_dy_at_once_equal_each_of_all_operands(gated: bool) -> None:
-    """Of `blocks.sibling_linear`: x, lora_A, lora_B, the bias and the gate."""
+    """The operands of `blocks.sibling_linear`: x, lora_A, lora_B, the bias and the gate."""
     make = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:

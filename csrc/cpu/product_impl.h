@@ -259,7 +259,7 @@ LK_INLINE void masked_rank_tile(const ExpandArgs& u, const Philox& generator, in
   rank_tile(s, u.R, q, VW, acc);
   if (!u.dropout.rng) return;
   uint64_t bits[Y_ROWS];
-  for (int64_t i = 0; i < Y_ROWS; ++i) bits[i] = keep64(generator, m + i, n0);
+  for (int64_t i = 0; i < Y_ROWS; ++i) bits[i] = keep64(generator, m + min(i, count - 1), n0);
   mask_tile(bits, 0, acc);
 }
 

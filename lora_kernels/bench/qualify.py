@@ -199,11 +199,12 @@ def count_compilations(gpu: DeviceInfo, wanted: Sequence[Claim], compiles: bool 
         get_current_stream = staticmethod(lambda device: 0)
         get_current_target = staticmethod(lambda: GPUTarget("cuda", gpu.capability, 32))
 
+    active = "_active" if hasattr(driver, "_active") else "active"  # the latter in Triton 3.4
     card = _Absent()
     with (
         mock.patch.object(configs, "target", lambda *args: gpu),
         mock.patch.object(knobs.runtime, "jit_cache_hook", note),
-        mock.patch.object(driver, "_active", Driver()),
+        mock.patch.object(driver, active, Driver()),
         launch.compile_only(0, 1),
     ):
         for claim in mine:

@@ -53,6 +53,13 @@ def test_kernels_compile_with_the_oldest_triton(target: str) -> None:
     assert defined == set(re.findall(r"(\w+_kernel) ", printed))
 
 
+@pytest.mark.skipif(not OLDEST.is_dir(), reason="the oldest Triton is not unpacked")
+def test_qualification_is_planned_with_the_oldest_triton() -> None:
+    path = os.pathsep.join(filter(None, (str(OLDEST), os.environ.get("PYTHONPATH"))))
+    printed = run("lora_kernels.cli", "qualify", "--dry-run", PYTHONPATH=path)
+    assert "H100" in printed
+
+
 def test_oldest_triton_is_the_one_that_is_unpacked_and_required() -> None:
     assert f"OLDEST_TRITON := {MIN_TRITON}\n" in (ROOT / "Makefile").read_text()
     assert f'"triton>={MIN_TRITON};' in (ROOT / "pyproject.toml").read_text()

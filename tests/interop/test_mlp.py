@@ -183,6 +183,63 @@ def test_block_with_frozen_factors_has_pefts_gradients(frozen) -> None:
         assert_close(got, step(stock, input_of(), None, needs_x), 1e-12)
 
 
+@pytest.mark.parametrize("trained", ["lora_A", "lora_B"])
+def test_block_that_trains_one_factor_of_down_alone_has_pefts_gradients(trained) -> None:
+    """Then no gradient of g and u is needed; dA reads h, and dB does not."""
+    model = adapted(llama_mlp())
+    for name, p in model.named_parameters():
+        p.requires_grad_(f"down_proj.{trained}" in name)
+    stock, fused = pair(model)
+    got = step(fused, input_of(), None, False)
+    assert len(got) == 2 and all(t.norm() > 0 for t in got.values())
+    assert_close(got, step(stock, input_of(), None, False), 1e-12)
+
+
+def layer_by_layer(model: Any) -> Any:
+    return fuse(copy.deepcopy(model), blocks=False)
+
+
+@pytest.mark.parametrize("rows", [12, 128])  # for few, the adapter's GEMMs are float32
+@pytest.mark.parametrize("x_dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("adapter", [f32, bf16], ids=str)
+def test_block_under_autocast_has_the_bits_of_its_layers(adapter, x_dtype, rows, runs) -> None:
+    """Autocast reaches no GEMM inside of the block: P keeps its dtype."""
+    model = adapted(llama_mlp(), f32)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(adapter if "lora_" in name else x_dtype)
+
+    def call(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", bf16):
+            y: Tensor = model(x)
+            return y
+
+    x = input_of(x_dtype, rows)
+    got = step(fuse(copy.deepcopy(model)), x, call)
+    want = step(layer_by_layer(model), x, call)
+    assert runs == [True]
+    for name in ("y", *(name for name in want if "down_proj.lora_B" in name)):
+        assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize("compute_dtype", [f32, bf16], ids=str)
+def test_block_over_4_bits_computes_in_the_base_s_dtype(compute_dtype, runs) -> None:
+    """It is the one that the user gave bitsandbytes, whatever x has."""
+    pytest.importorskip("bitsandbytes")
+    module = llama_mlp(sizes=(64, 128))
+    for name, linear in list(module.named_children())[:3]:
+        base = baselines.linear_4bit(linear, "nf4")
+        base.compute_dtype, base.compute_type_is_set = compute_dtype, True
+        setattr(module, name, base)
+    model = get_peft_model(nn.Sequential(module), LoraConfig(r=R, target_modules="all-linear"))
+    randomize(model)
+    x = torch.randn(128, 64, generator=torch.Generator().manual_seed(3))
+    got = fuse(copy.deepcopy(model))(x.clone().requires_grad_())
+    want = layer_by_layer(model)(x.clone().requires_grad_())
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert runs == [True]
+
+
 @pytest.mark.parametrize("adapter", [f32, bf16], ids=str)
 @pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
 def test_block_of_16_bits_is_as_close_as_pefts(adapter, cast, runs) -> None:

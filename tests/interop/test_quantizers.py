@@ -47,7 +47,21 @@ def compressed_tensors(net: MLP) -> None:
             layer.weight_zero_point.data.zero_()
 
 
-QUANTIZERS = [torchao, hqq, compressed_tensors]
+def gptq(net: MLP) -> None:
+    qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", exc_type=ImportError)
+    for name in ("up", "down"):
+        base, group = getattr(net, name), 32
+        N, K = base.weight.shape
+        scales = base.weight.detach().view(N, K // group, group).abs().amax(-1) / 7
+        made = qlinear.TorchLinear(4, group, True, False, K, N, bias=base.bias is not None)
+        made.pack(base, scales, torch.full_like(scales, 8), torch.arange(K).int() // group)
+        made.post_init()
+        setattr(net, name, made)
+    net.norm = nn.Identity()
+    net.norm.weight = nn.Parameter(torch.ones(1), requires_grad=False)  # PEFT asks for its device
+
+
+QUANTIZERS = [torchao, hqq, compressed_tensors, gptq]
 
 
 def adapted(quantize: Callable[[MLP], None]) -> Any:

@@ -31,7 +31,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("peft", "transformers", "bitsandbytes")
-QUANTIZERS = ("compressed-tensors", "hqq", "torchao")  # tests/interop/test_quantizers.py
+QUANTIZERS = (
+    "compressed-tensors",
+    "gptqmodel",
+    "hqq",
+    "optimum",
+    "torchao",
+)  # tests/interop/test_quantizers.py
 SHOWN = ("torch", "triton", "safetensors", *PEERS, *QUANTIZERS)
 
 # A feature that the oldest library lacks -> the expression that selects its interop tests.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels.backends import eager_mlp
@@ -93,6 +94,33 @@ def test_kernels_pass_their_check() -> None:
     assert eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16) is None
     reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.float64)
     assert reason == "Triton's elementwise kernels do not take torch.float64"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_activation
+def test_du_is_of_the_rounded_activation(activation: str, dtype: torch.dtype) -> None:
+    """PyTorch writes act(g) in 16 bits and reads it. An ulp of an exponential may flip a few, and
+    more where 1 + tanh cancels."""
+    g, u, dh = sample(4, 1024, dtype=dtype)
+    got = empty(g)
+    elementwise.gated_backward(g, u, dh, *got, activation)
+    flips = (got.u != dh * ACTIVATIONS[activation](g))[g.abs() < 2].double().mean()
+    assert flips <= 0.02, flips
+
+
+def test_check_that_a_mode_puts_off_is_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
+    device = torch.device(DEVICE)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return op(*args, **(kwargs or {}))
+
+    with Mode():
+        assert eager_mlp.kernel_reason(device, torch.bfloat16) == eager_mlp.UNCHECKED
+    assert eager_mlp.kernel_reason(device, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("is_private", [False, True])

@@ -143,7 +143,7 @@ sanitize: $(INSTALLED)
 	CXX=$(CXX) LORA_KERNELS_NATIVE=1 LORA_KERNELS_EMULATOR=1 LORA_KERNELS_CUDA=0 \
 		LORA_KERNELS_SANITIZE=1 \
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
-	cp -r pyproject.toml tests $(SANITIZED)
+	cp -r pyproject.toml csrc tests $(SANITIZED)
 	$(WATCHED) -m 'not slow and not proof' \
 		tests/ops tests/quantization tests/autograd tests/layers
 	export LORA_KERNELS_EMULATOR_ORDERS=20; $(WATCHED) -m 'not proof' tests/cuda_emulated

@@ -195,6 +195,15 @@ def test_block_that_trains_one_factor_of_down_alone_has_pefts_gradients(trained)
     assert_close(got, step(stock, input_of(), None, False), 1e-12)
 
 
+@pytest.mark.parametrize("narrow", ["w1", "w3"])
+def test_gate_and_up_that_broadcast_have_pefts_gradients(narrow, runs) -> None:
+    module = GLU()
+    setattr(module, narrow, nn.Linear(K, 1, bias=False))
+    stock, fused = pair(adapted(module))
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert not runs
+
+
 def layer_by_layer(model: Any) -> Any:
     return fuse(copy.deepcopy(model), blocks=False)
 
@@ -223,7 +232,7 @@ def test_block_under_autocast_has_the_bits_of_its_layers(adapter, x_dtype, rows,
 
 @pytest.mark.parametrize("compute_dtype", [f32, bf16], ids=str)
 def test_block_over_4_bits_computes_in_the_base_s_dtype(compute_dtype, runs) -> None:
-    """It is the one that the user gave bitsandbytes, whatever x has."""
+    """The dtype is the one that the user gave bitsandbytes, whatever x has."""
     pytest.importorskip("bitsandbytes")
     module = llama_mlp(sizes=(64, 128))
     for name, linear in list(module.named_children())[:3]:

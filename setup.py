@@ -3,7 +3,7 @@
 _native: the CPU kernels. One translation unit an instruction set, each with flags of its own, so
 that no instruction of a newer set leaks into code that runs everywhere. Which units exist is told
 to all of them by -DLORA_KERNELS_HAVE_<ISA>=1. Its bindings use the limited C API alone, where a
-call takes a third of pybind11's time: one file serves all Pythons from 3.10 on.
+call takes a quarter of pybind11's time: one file serves all Pythons from 3.10 on.
 _cuda: the CUDA kernels, where nvcc is found (by CUDA_HOME, CUDA_PATH, PATH or in /usr/local/cuda),
 with cudart inside, so that it loads on a machine without a driver. pybind11 binds it, for the
 Python that builds it.

@@ -115,6 +115,7 @@ def test_quantized_base_trains_as_peft_s_with_the_update_in_place(
     assert got.keys() == want.keys() and len(got) == 7
     for name, ref in want.items():
         assert ref.norm() > 0, name
+        # Sums of at most 256 float32 terms in another order: an rms of 16 half units, 2⁻²⁰.
         assert (got[name] - ref).norm() <= 2.0**-20 * ref.norm(), name
 
 
@@ -126,7 +127,8 @@ def test_quantized_base_on_a_cpu_equals_peft_s(quantize: Callable[[MLP], None]) 
     got = step(fuse(model))
     assert {row.state for row in explain(model).rows} == {"adapter only"}
     for name, ref in want.items():
-        # Our kernels may multiply float32 as three bfloat16.
+        # Our kernels may multiply float32 as three bfloat16, which leaves out products of 2⁻²⁴ and
+        # adds three sums where there was one: two bits more than above.
         assert (got[name] - ref).norm() <= 2.0**-18 * ref.norm(), name
 
 

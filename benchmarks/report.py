@@ -31,7 +31,7 @@ import jinja2
 import pandas as pd
 import torch
 
-from lora_kernels.backends import native
+from lora_kernels.backends.cpu import native
 from lora_kernels.bench.results import limits
 from lora_kernels.finetune.compare_command import markdown
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lora_kernels import dora_norm, lora_linear
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 
 SHAPES = [(256, 2048, 2048, 16), (512, 2048, 5632, 16)]  # M, K, N, R
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))

@@ -7,7 +7,7 @@ namespace lora_kernels {
 
 namespace python {
 template <>
-Layer read(Arguments& in);  // what `_pack_layer` in lora_kernels/backends/cpu.py returns
+Layer read(Arguments& in);  // what `_pack_layer` in lora_kernels/backends/cpu/linear.py returns
 }  // namespace python
 
 // fastpath.cpp -----------------------------------------------------------------------------------

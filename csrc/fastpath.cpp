@@ -1,5 +1,5 @@
 // Guards, and a layer's forward with everything but x and the bias bound: what decoding calls for
-// each token (lora_kernels/fastpath.py).
+// each token (lora_kernels/layers/cache.py).
 #include <algorithm>
 #include <vector>
 

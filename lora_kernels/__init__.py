@@ -11,15 +11,15 @@ if _typing.TYPE_CHECKING:
 
 try:
     from .choice.choose import backend
-    from .core import reference
-    from .functional import (
+    from .ops.functional import (
         dora_norm,
         dropout_mask,
         lora_experts_linear,
         lora_linear,
         multi_lora_linear,
     )
-    from .head import lora_linear_cross_entropy, lora_linear_log_probs
+    from .ops.head import lora_linear_cross_entropy, lora_linear_log_probs
+    from .oracle import reference
 except KeyboardInterrupt:
     # The command line imports this package, and torch, before any code of its own runs.
     _words = _sys.orig_argv[1:3] or [""]

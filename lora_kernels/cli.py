@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import __version__, device
+from . import __version__
+from .core import device
 from .finetune import TrainingError, UsageError
 
 # name -> module, the extra that installs what it needs, help

@@ -25,17 +25,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import device as devices
-from .backends import cpu, cpu_heuristics, triton
+from .backends import triton
+from .backends.cpu import heuristics as cpu_heuristics
+from .backends.cpu import linear as cpu
 from .backends.triton import configs
 from .bench import baselines, progress
-from .bench import case as cases
-from .bench.case import Case, Expected, dtype_name
-from .bench.experts_case import ExpertsCase
-from .bench.head_case import HeadCase
 from .bench.multi import MultiCase
-from .bench.tolerance import Verdict
 from .choice import choose as selection
+from .core import device as devices
+from .oracle import case as cases
+from .oracle.case import Case, Expected, dtype_name
+from .oracle.experts_case import ExpertsCase
+from .oracle.head_case import HeadCase
+from .oracle.tolerance import Verdict
 from .quantization import Weight4bit
 
 Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter if it differs

@@ -48,7 +48,7 @@ def looks(request: pytest.FixtureRequest) -> Iterator[None]:
     attributes."""
     import torch
 
-    from lora_kernels.backends import native
+    from lora_kernels.backends.cpu import native
 
     if request.param == "exchange" or native.module is None or not native.exchange:
         yield
@@ -60,8 +60,8 @@ def looks(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One of those that `lora_kernels.bench.case.engine` knows, for the length of the test."""
-    from lora_kernels.bench import case
+    """One of those that `lora_kernels.oracle.case.engine` knows, for the length of the test."""
+    from lora_kernels.oracle import case
 
     with case.engine(request.param):
         yield request.param

@@ -1,6 +1,6 @@
 // Python bindings of the CUDA launchers; in the emulated build, also of the emulator. A struct is
 // passed as a tuple of its fields, or None for zeros; a tensor as its address; a stream as its
-// handle and device. The callers check shapes and dtypes: lora_kernels/backends/cuda/equation.py
+// handle and device. The callers check shapes and dtypes: lora_kernels/backends/cuda/linear.py
 // and launch.py.
 #include <pybind11/pybind11.h>
 

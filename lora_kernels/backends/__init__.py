@@ -12,9 +12,9 @@ _EQUATION = ("lora_linear", "lora_linear_backward")
 def lazy_launchers(package: str, codec: str | None = None) -> Callable[[str], Any]:
     """Return a package's `__getattr__` that imports a launcher's module when it is first used.
 
-    codec: the module of `dequantize`; None without it. The others are in `equation`.
+    codec: the module of `dequantize`; None without it. The others are in `linear`.
     """
-    modules = dict.fromkeys(_EQUATION, "equation")
+    modules = dict.fromkeys(_EQUATION, "linear")
     if codec is not None:
         modules["dequantize"] = codec
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..core import reference
 from ..core.packed4bit import Packed4bit
-from . import native, workspace
+from ..oracle import reference
+from . import workspace
+from .cpu import native
 from .library import is_on_gpu_path
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

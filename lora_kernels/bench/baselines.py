@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import device as devices
-from . import tolerance
+from ..core import device as devices
+from ..oracle import tolerance
 
 Call = Callable[..., Tensor]
 Forward = Callable[[Tensor], Any]  # of a layer

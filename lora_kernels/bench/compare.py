@@ -35,8 +35,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from ..timing import Times
 from .results import Result, Row, is_ours
+from .timing import Times
 
 LOOKS = 3  # at a row that is not clear
 LEAST, MOST = 0.05, 0.20  # noise: the smallest threshold, and the largest at which a row counts
@@ -67,7 +67,7 @@ class Measured:
     def from_times(cls, times: Times, baseline: Times) -> Measured:
         """Build the ratio from the times of a call and of its baseline.
 
-        >>> from lora_kernels.timing import Ratio
+        >>> from lora_kernels.bench.timing import Ratio
         >>> call = Times(1.0, 1.1, 1.2, 100, Ratio(2.0, 2.0, 2.0, 2.0, 2.0))
         >>> Measured.from_times(call, call)
         Measured(ratio=2.0, bound=0.0)

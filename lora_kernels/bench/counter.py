@@ -39,9 +39,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import arguments, ops
 from ..backends import library
 from ..choice import choose as selection
+from ..ops import arguments
+from ..ops import registry as ops
 
 # The card whose dispatch bitsandbytes' `gemm_4bit` follows: H100, sm_90 with 132 SMs.
 H100 = (132, 9, 0)

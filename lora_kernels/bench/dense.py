@@ -27,18 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional, timing
 from ..choice import choose as selection
 from ..core.problem import Problem
-from ..fastpath import CallCache
-from ..timing import Machine, Parts
-from . import baselines, models, results, roofline
-from . import case as cases
+from ..layers.cache import CallCache
+from ..ops import functional
+from ..oracle import case as cases
+from ..oracle.case import Case
+from . import baselines, models, results, roofline, timing
 from .baselines import Call
-from .case import Case
 from .memory import held, peak
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row, Suite
 from .roofline import Sizes
+from .timing import Machine, Parts
 
 CHECKED_ROWS = 512  # on a GPU; the float64 reference of more rows takes longer than the timing
 SHAPES = (  # M, K, N

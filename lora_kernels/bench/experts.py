@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import quantize_experts
-from . import baselines, tolerance
+from ..oracle import tolerance
+from ..oracle.case import dtype_name
+from . import baselines
 from .baselines import Forward, Layers
-from .case import dtype_name
 from .results import FROZEN, Facts, Row, Suite
 
 RANK, ALPHA, TOKENS = 16, 32, 512

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import reference
-from ..head import lora_linear_cross_entropy, lora_linear_log_probs
-from . import baselines, memory, tolerance
-from .case import dtype_name
+from ..ops.head import lora_linear_cross_entropy, lora_linear_log_probs
+from ..oracle import reference, tolerance
+from ..oracle.case import dtype_name
+from . import baselines, memory
 from .results import Facts, Row, Suite
 
 RANK, SCALING = 16, 2.0

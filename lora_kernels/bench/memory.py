@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from ..oracle.case import dtype_name
 from . import baselines
-from .case import dtype_name
 from .results import Facts, Row, Suite
 
 SIZES = (512, 2048, 2048)  # M, K, N

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional
-from ..core import reference
 from ..core.call import MultiOperands
+from ..ops import functional
+from ..oracle import case as cases
+from ..oracle import reference
+from ..oracle.case import Allowances, AnyCase, Case, Source
 from ..quantization import Weight4bit
-from . import case as cases
-from .case import Allowances, AnyCase, Case, Source
 
 
 def plain_pytorch(

@@ -18,7 +18,7 @@ from ..backends import library, triton
 from ..backends.triton import configs, launch
 from ..choice import verdicts
 from ..choice.verdicts import Group, Point, Verdict
-from ..device import DeviceInfo
+from ..core.device import DeviceInfo
 from ..qualification import claims
 from ..qualification.claims import Card
 from ..qualification.plan import CANDIDATES, DTYPES, Claim, plan

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import timing
-from ..core import reference
 from ..layers import QLoRALinear
-from . import baselines, models, tolerance
+from ..oracle import reference, tolerance
+from ..oracle.case import kernels
+from . import baselines, models, timing
 from .baselines import Forward
-from .case import kernels
 from .results import Facts, Row, Suite
 
 SHAPES = ((4096, 4096), (4096, 14336), (576, 1536))  # K, N

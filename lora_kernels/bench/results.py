@@ -28,13 +28,14 @@ from typing import Any
 
 import torch
 
-from .. import __version__, timing
-from .. import device as devices
-from ..backends import native
+from .. import __version__
+from ..backends.cpu import native
 from ..choice import choose as selection
+from ..core import device as devices
 from ..core.problem import Problem
-from ..timing import Machine, Ratio, Times
-from . import tolerance
+from ..oracle import tolerance
+from . import timing
+from .timing import Machine, Ratio, Times
 
 Facts = dict[str, Any]  # of a run: its provenance
 

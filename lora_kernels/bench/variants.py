@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from ..choice import choose as selection
-from ..core import reference
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
+from ..ops import functional
+from ..oracle import reference, tolerance
+from ..oracle.case import dtype_name
 from ..quantization import quantize_4bit
-from . import baselines, tolerance
+from . import baselines
 from .baselines import Layers, adapter_names, peft_layer, trained
-from .case import dtype_name
 from .results import Facts, Row, Suite
 
 SIZES = (512, 2048, 2048)  # M, K, N

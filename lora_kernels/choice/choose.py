@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from .. import device
-from ..backends import cpu_heuristics, cuda, forced, native, triton, workspace
+from ..backends import cuda, triton, workspace
+from ..backends.cpu import heuristics as cpu_heuristics
+from ..backends.cpu import native
 from ..backends.cuda import constraints
-from ..backends.forced import Forced
 from ..backends.library import is_on_gpu_path
+from ..core import device, forced
 from ..core.call import Guard
+from ..core.forced import Forced
 from ..core.problem import (
     NO_DROPOUT,
     ONE_ADAPTER,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import device
+from ..core import device
 from ..core.problem import Problem
 
 ADVICE = "run `lora-kernels qualify` (up to 25 s)"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import reference
+from ..oracle import reference
 
 PACKED4BIT_TENSORS = 6  # the first fields of `Packed4bit` are tensors, the others are not
 

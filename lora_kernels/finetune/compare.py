@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import dropout_mask, lora_linear
+from ..bench.timing import interleave
 from ..peft import fuse
-from ..timing import interleave
 from . import TrainingError, memory
 from .chat import ChatData, Collator
 from .model import Clock, adapters, cast_parameters, decode, linears_4bit, rewrite_codes, share

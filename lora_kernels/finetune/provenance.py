@@ -7,8 +7,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from .. import device as devices
 from ..bench import results
+from ..core import device as devices
 
 QUIET = 0.02  # the share of CPU time that an idle system uses
 

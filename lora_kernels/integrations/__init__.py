@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec as _find_spec
 
-from ..device import install_command as _install_command
+from ..core.device import install_command as _install_command
 
 try:
     import peft as _peft  # noqa: F401

@@ -23,7 +23,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..head import lora_linear_log_probs
+from ..ops.head import lora_linear_log_probs
 from ..peft import fuse
 from ..peft.loss import Head, head_of, head_reason
 

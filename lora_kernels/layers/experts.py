@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ops
-from ..functional import lora_experts_linear
+from ..ops import registry as ops
+from ..ops.functional import lora_experts_linear
 from ..quantization import Weight4bit
 
 UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import ops
-from ..arguments import base_dtype
-from ..backends.eager import UPCAST_ROWS
-from ..backends.eager_mlp import ACTIVATIONS
-from ..blocks import Linear, is_eager_on_gpu, shared_linears
+from ..backends.eager.gated_mlp import ACTIVATIONS
+from ..backends.eager.linear import UPCAST_ROWS
 from ..core.call import Operands, Spec
-from ..gated_mlp import Hidden, gated_mlp
+from ..ops import registry as ops
+from ..ops.arguments import base_dtype
+from ..ops.gated_mlp import Hidden, gated_mlp
+from ..ops.siblings import Linear, is_eager_on_gpu, shared_linears
 from ..quantization import Weight4bit
 from .layer import LoRALayer
 from .linear import LoRALinear

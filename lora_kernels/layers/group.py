@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from ..ops import registry as ops
 from ..quantization import Weight4bit
 from .layer import Adapter, Init, LoRALayer, check_size, check_stock
 from .quantized import QLoRALayer

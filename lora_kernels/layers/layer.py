@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fastpath import CallCache, DoraNormCache
-from ..functional import lora_linear
+from ..ops.functional import lora_linear
 from ..quantization import Weight4bit
+from .cache import CallCache, DoraNormCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's own from Python 3.11 on

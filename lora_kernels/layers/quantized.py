@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import base_dtype
+from ..ops.arguments import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
 from .layer import Base, Init, LoRALayer
 from .linear import LoRALinear

@@ -1,6 +1,6 @@
 """PEFT's layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`, `check`, …"""
 
-from ..device import install_command as _install_command
+from ..core.device import install_command as _install_command
 
 try:
     import peft as _peft  # noqa: F401

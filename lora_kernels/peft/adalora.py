@@ -11,7 +11,7 @@ from typing import Any, cast
 from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor, nn
 
-from .. import in_place
+from ..ops import in_place
 from .adapters import svd_adapters_of, svd_calls
 from .base import is_linear4bit, readable_weight
 from .eligibility import svd_reason, unreadable_reason

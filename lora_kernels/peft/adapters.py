@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..backends.eager import UPCAST_ROWS
+from ..backends.eager.linear import UPCAST_ROWS
 from ..backends.library import is_on_gpu_path
 
 

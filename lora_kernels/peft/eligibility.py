@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
-from .. import ops
+from ..ops import registry as ops
 from .adapters import (
     ALORA,
     KASA,

@@ -10,17 +10,19 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from .. import ops
-from ..arguments import FLOATS, base_dtype
-from ..backends import cpu, cpu_heuristics, eager_mlp
+from ..backends.cpu import heuristics as cpu_heuristics
+from ..backends.cpu import linear as cpu
 from ..backends.decode4bit import decoded_by
-from ..backends.eager import UPCAST_ROWS
-from ..backends.head import chunk_rows
+from ..backends.eager import gated_mlp as eager_mlp
+from ..backends.eager.head import chunk_rows
+from ..backends.eager.linear import UPCAST_ROWS
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem
 from ..layers import LoRAEmbedding, LoRALayer
 from ..layers.experts import is_quantized, stack
+from ..ops import registry as ops
+from ..ops.arguments import FLOATS, base_dtype
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import (

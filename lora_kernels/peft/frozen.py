@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..fastpath import PreparedLinear
+from ..layers.cache import PreparedLinear
 
 
 class StreamedLinear(nn.Linear):

@@ -11,12 +11,13 @@ from peft.tuners import lora
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
-from .. import in_place, ops
-from ..arguments import base_dtype
-from ..blocks import is_eager_on_gpu
 from ..core.call import Operands, Spec
-from ..fastpath import DoraNormCache
-from ..functional import lora_linear, multi_lora_linear
+from ..layers.cache import DoraNormCache
+from ..ops import in_place
+from ..ops import registry as ops
+from ..ops.arguments import base_dtype
+from ..ops.functional import lora_linear, multi_lora_linear
+from ..ops.siblings import is_eager_on_gpu
 from ..quantization import Weight4bit
 from .adapters import (
     Adapter,

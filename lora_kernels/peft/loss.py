@@ -19,7 +19,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..head import lora_linear_cross_entropy
+from ..ops.head import lora_linear_cross_entropy
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import Adapter, adapters_of, calls, groups, lora_bias

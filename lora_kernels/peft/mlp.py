@@ -19,12 +19,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import ops
-from ..arguments import base_dtype
-from ..backends import eager_mlp
+from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.library import is_on_gpu_path
 from ..core.call import Operands, Spec
-from ..gated_mlp import Hidden, gated_mlp
+from ..ops import registry as ops
+from ..ops.arguments import base_dtype
+from ..ops.gated_mlp import Hidden, gated_mlp
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import adapters_of, casts_adapters, dropout_p, lora_bias, weight_of

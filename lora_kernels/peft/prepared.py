@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import native
+from ..backends.cpu import native
 from ..core.call import Guard
-from ..fastpath import CallCache
-from ..functional import lora_linear
+from ..layers.cache import CallCache
+from ..ops.functional import lora_linear
 from ..quantization import Weight4bit
 from .adapters import Adapter, dropout_p, weight_of
 from .base import is_conv1d, is_linear4bit

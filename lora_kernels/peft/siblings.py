@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
-from .. import blocks, ops
-from ..arguments import autocast_dtype
-from ..backends import eager
-from ..backends.eager_blocks import is_p_rounded
+from ..backends.eager import linear as eager
+from ..backends.eager.siblings import is_p_rounded
 from ..backends.library import is_on_gpu_path
 from ..core.call import Operands, Spec
 from ..core.packed4bit import Packed4bit
+from ..ops import registry as ops
+from ..ops import siblings as blocks
+from ..ops.arguments import autocast_dtype
 from ..quantization import Weight4bit
 from .adapters import (
     Adapter,

@@ -25,9 +25,9 @@ from typing import IO, Any
 
 import torch
 
-from .. import device as devices
 from ..choice import verdicts
 from ..choice.verdicts import Group, Point, Verdict
+from ..core import device as devices
 from .plan import DTYPES, Claim, plan
 
 __all__ = ["BUDGET", "DTYPES", "Claim", "index_of", "plan", "qualify"]

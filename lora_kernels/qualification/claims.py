@@ -32,13 +32,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..backends import cuda, replay, triton
 from ..backends.triton import configs, launch
-from ..bench import case as cases
-from ..bench.case import AnyCase, Case
 from ..choice import choose as selection
 from ..choice import verdicts
 from ..choice.verdicts import Group
 from ..core.call import Needs, Operands, Spec
 from ..core.problem import Strategy
+from ..oracle import case as cases
+from ..oracle.case import AnyCase, Case
 from ..quantization import Weight4bit
 from . import CARD, WORKER, timing
 from .plan import CANDIDATES, STEP_ROWS, Claim

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import functional
 from ..choice import choose as selection
 from ..choice.verdicts import Group, Seconds
+from ..ops import functional
 from ..quantization import Weight4bit, quantize_4bit
 from .plan import STEP_ROWS
 

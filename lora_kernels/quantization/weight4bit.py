@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..backends import decode4bit, forced, triton
-from ..core import reference
+from ..backends import decode4bit, triton
+from ..core import forced
 from ..core.packed4bit import Packed4bit
+from ..oracle import reference
 from . import codebooks
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

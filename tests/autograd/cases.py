@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_kernels.backends import native
+from lora_kernels.backends.cpu import native
 
 BACKENDS = ["eager"] if native.module is None else ["eager", "cpu"]
 M, K, N, R = 6, 7, 5, 3  # no powers of two

@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lora_kernels import autograd, lora_experts_linear, lora_linear, multi_lora_linear
+from lora_kernels import lora_experts_linear, lora_linear, multi_lora_linear
+from lora_kernels.ops import autograd
 from tests.autograd.cases import K, M, N, R, make_case, require_grad
 
 FACTORS = ("lora_A", "lora_B")

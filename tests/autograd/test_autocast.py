@@ -4,12 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import (
-    backend,
-    lora_linear,
-    multi_lora_linear,
-    ops,
-)
+from lora_kernels import backend, lora_linear, multi_lora_linear
+from lora_kernels.ops import registry as ops
 from tests.autograd.cases import BACKENDS
 from tests.support.functions import call, every_function
 

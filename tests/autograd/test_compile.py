@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lora_kernels import lora_linear, multi_lora_linear, ops
+from lora_kernels import lora_linear, multi_lora_linear
+from lora_kernels.ops import registry as ops
 from lora_kernels.quantization import quantize_4bit
 from tests.autograd.cases import OPTIONS, K, N, R, make_case, require_grad
 

@@ -8,7 +8,8 @@ import inspect
 import pytest
 import torch
 
-from lora_kernels import autograd, lora_linear, multi_lora_linear
+from lora_kernels import lora_linear, multi_lora_linear
+from lora_kernels.ops import autograd
 from lora_kernels.quantization import quantize_4bit
 from tests.support.models import hidden
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lora_kernels import cli, timing
-from lora_kernels.bench import baselines, command, dense
+from lora_kernels import cli
+from lora_kernels.bench import baselines, command, dense, timing
 
 
 class Ran(NamedTuple):

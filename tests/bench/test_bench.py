@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from lora_kernels import cli, ops, timing
-from lora_kernels.backends import native
-from lora_kernels.bench import baselines, command, dense, models, variants
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels import cli
+from lora_kernels.backends.cpu import native
+from lora_kernels.bench import baselines, command, dense, models, timing, variants
 from lora_kernels.bench.command import wrap
 from lora_kernels.bench.results import Row, Suite, flat, ratios, summary
-from lora_kernels.timing import Times
+from lora_kernels.bench.timing import Times
+from lora_kernels.ops import registry as ops
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("quick")

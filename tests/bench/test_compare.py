@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import cli, timing
-from lora_kernels.bench import command, compare, dense
-from lora_kernels.bench.case import Case
+from lora_kernels import cli
+from lora_kernels.bench import command, compare, dense, timing
 from lora_kernels.bench.results import Result, Row
-from lora_kernels.timing import Ratio, Times
+from lora_kernels.bench.timing import Ratio, Times
+from lora_kernels.oracle.case import Case
 
 PROVENANCE = {"processor": "A", "threads": 2, "torch": "2.8", "isa": "avx2", "peft": "0.17"}
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import functional, timing
-from lora_kernels.backends import native
-from lora_kernels.backends.cpu import DTYPES
-from lora_kernels.bench import case as cases
-from lora_kernels.bench import dense
-from lora_kernels.bench.case import Case
-from lora_kernels.timing import Parts, interleave_parts
+from lora_kernels.backends.cpu import native
+from lora_kernels.backends.cpu.linear import DTYPES
+from lora_kernels.bench import dense, timing
+from lora_kernels.bench.timing import Parts, interleave_parts
+from lora_kernels.ops import functional
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 
 
 class Clock:

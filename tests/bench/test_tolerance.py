@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case, judge
-from lora_kernels.bench.tolerance import compare, unit_roundoff
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case, judge
+from lora_kernels.oracle.tolerance import compare, unit_roundoff
 from tests.support.assertions import assert_exact
 
 OUTPUTS = {"y", *cases.GRADIENTS.values()} - {"dW"}

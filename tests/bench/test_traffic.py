@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
-from lora_kernels import lora_linear, ops
-from lora_kernels.backends import eager
+from lora_kernels import lora_linear
+from lora_kernels.backends.eager import linear as eager
 from lora_kernels.bench import baselines, blocks, counter, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
 from lora_kernels.choice import choose as selection
+from lora_kernels.ops import registry as ops
 
 pytest.importorskip("peft")
 from lora_kernels.peft.eligibility import heavier_reason

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import cli, device, verify
+from lora_kernels import cli, verify
 from lora_kernels.bench import baselines, progress
-from lora_kernels.bench.case import Case
-from lora_kernels.bench.tolerance import Verdict
+from lora_kernels.core import device
+from lora_kernels.oracle.case import Case
+from lora_kernels.oracle.tolerance import Verdict
 
 pytest.importorskip("peft")
 
@@ -164,7 +165,7 @@ def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:
-    from lora_kernels.bench import case as cases
+    from lora_kernels.oracle import case as cases
 
     args = cases.inputs(Case(7, 64, 64, 40, bias=True))
     args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_kernels.device import DeviceInfo
+from lora_kernels.core.device import DeviceInfo
 from tests.support.gpus import A100, B200, H100, RTX3090, RTX4090, RTX5090
 
 GPUS = {"sm80": A100, "sm86": RTX3090, "sm89": RTX4090, "sm90": H100, "sm100": B200}

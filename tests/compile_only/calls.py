@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton import FUSED, TWO_PASS, codec, configs, elementwise, equation
+from lora_kernels.backends.triton import (
+    FUSED,
+    TWO_PASS,
+    codec,
+    configs,
+    elementwise,
+)
+from lora_kernels.backends.triton import (
+    linear as equation,
+)
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.packed4bit import Packed4bit
 

@@ -44,7 +44,7 @@ def library() -> Path | None:
 
 def nvcc_version() -> str:
     """Return the version of the build's compiler; "" if there is none."""
-    from lora_kernels.device import nvcc
+    from lora_kernels.core.device import nvcc
 
     if nvcc() is None:
         return ""

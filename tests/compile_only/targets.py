@@ -16,7 +16,7 @@ from triton.runtime.driver import driver
 
 from lora_kernels.backends.triton import launch
 from lora_kernels.backends.triton.configs import Tiles
-from lora_kernels.device import DeviceInfo
+from lora_kernels.core.device import DeviceInfo
 
 # A100, H100, B200, 5090, MI300X.
 TARGETS = {

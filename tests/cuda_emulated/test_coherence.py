@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels import device
+from lora_kernels.core import device
 
 CSRC = Path(__file__).parents[2] / "csrc"
 PROGRAM = """

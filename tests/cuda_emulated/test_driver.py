@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels import device
 from lora_kernels.backends import cuda
+from lora_kernels.core import device
 
 CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
 RUNTIME = """

@@ -9,8 +9,8 @@ import torch
 import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, launch
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import quantize_4bit
 from tests.support import exact
 from tests.support.engines import each, pair_cases

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lora_kernels.bench.case import Case, inputs
+from lora_kernels.oracle.case import Case, inputs
 from tests.autograd import frozen
 from tests.support.problems import UNDROPPED, bf16
 

@@ -11,10 +11,11 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import cuda, workspace
-from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, equation, launch
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, launch
+from lora_kernels.backends.cuda import linear as equation
 from lora_kernels.core.call import Operands, Spec
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from tests.support.allocations import Allocations
 
 f32, bf16 = torch.float32, torch.bfloat16

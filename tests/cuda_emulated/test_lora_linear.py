@@ -8,7 +8,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, launch
-from lora_kernels.bench.case import Case, fits_cuda, inputs, run
+from lora_kernels.oracle.case import Case, fits_cuda, inputs, run
 from tests.support import problems
 from tests.support.engines import Pairs, check_strided_vectors, each, pair_cases
 from tests.support.engines import check as check_results

@@ -3,7 +3,8 @@
 import pytest
 
 import lora_kernels
-from lora_kernels.backends.cuda import COOPERATIVE, TWO_PASS, equation, launch
+from lora_kernels.backends.cuda import COOPERATIVE, TWO_PASS, launch
+from lora_kernels.backends.cuda import linear as equation
 from tests.support import exact
 from tests.support.problems import UNDROPPED, bf16
 

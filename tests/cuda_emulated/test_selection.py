@@ -11,13 +11,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_kernels import device, info, verify
+from lora_kernels import info, verify
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, constraints, launch
-from lora_kernels.bench.case import Case
 from lora_kernels.choice import choose as selection
+from lora_kernels.core import device
 from lora_kernels.core.problem import NO_DROPOUT, Choice, Layout, Problem
 from lora_kernels.layers import LoRALinear
+from lora_kernels.oracle.case import Case
 from lora_kernels.peft import explain, fuse
 from lora_kernels.quantization import quantize_4bit
 from lora_kernels.verify import OPTIONS

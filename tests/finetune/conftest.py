@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import timing
+from lora_kernels.bench import timing
 from lora_kernels.cli import main
 from lora_kernels.finetune import classify
 from lora_kernels.finetune.chat import ChatData, load_chat

@@ -18,7 +18,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lora_kernels
-from lora_kernels.backends import native
+from lora_kernels.backends.cpu import native
 from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lora_kernels.backends import native
+from lora_kernels.backends.cpu import native
 from lora_kernels.finetune import UsageError
 from lora_kernels.finetune.chat import ChatData
 from lora_kernels.finetune.presets import (

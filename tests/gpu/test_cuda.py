@@ -11,7 +11,7 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS
-from lora_kernels.bench.case import Case, fits_cuda, inputs, judge
+from lora_kernels.oracle.case import Case, fits_cuda, inputs, judge
 from tests.support.engines import assert_within, check
 from tests.support.problems import UNDROPPED, bf16, f16, f32
 

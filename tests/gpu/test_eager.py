@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case, inputs
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case, inputs
 from tests.support.engines import check
 from tests.support.problems import FULL, bf16, f16, f32
 

@@ -7,7 +7,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends.triton import FUSED, TWO_PASS
-from lora_kernels.bench.case import Case, inputs, judge, run
+from lora_kernels.oracle.case import Case, inputs, judge, run
 from tests.gpu.test_layers import every_strategy
 from tests.support.engines import assert_within
 from tests.support.problems import bf16, f16, f32

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends.triton import FUSED, TWO_PASS
-from lora_kernels.bench.case import Case, inputs
+from lora_kernels.oracle.case import Case, inputs
 
 bf16, f32 = torch.bfloat16, torch.float32
 every_strategy = pytest.mark.parametrize("strategy", [FUSED, TWO_PASS])

@@ -10,7 +10,7 @@ import pytest
 
 CALLS = """
 import torch, lora_kernels
-from lora_kernels.bench.case import Case, inputs, run
+from lora_kernels.oracle.case import Case, inputs, run
 full = dict(gate=True, column_scale=True, bias=True, device="cuda")
 for quant in ("", "nf4-64-nested"):
     for M in (5, 70, 300):

@@ -6,9 +6,9 @@ import pytest
 
 import lora_kernels
 from lora_kernels.backends import decode4bit
-from lora_kernels.backends.forced import Forced
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.choice import choose as selection
+from lora_kernels.core.forced import Forced
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.peft import siblings
 from tests.support.threads import threads as threads

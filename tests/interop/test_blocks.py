@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.backends import eager_blocks, eager_mlp
+from lora_kernels.backends.eager import gated_mlp as eager_mlp
+from lora_kernels.backends.eager import siblings as eager_blocks
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.peft import explain, fuse
 from tests.finetune.tiny import run_python

@@ -17,8 +17,9 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends import cpu_heuristics, native
-from lora_kernels.fastpath import prepare
+from lora_kernels.backends.cpu import heuristics as cpu_heuristics
+from lora_kernels.backends.cpu import native
+from lora_kernels.layers.cache import prepare
 from lora_kernels.peft import fuse
 from lora_kernels.peft.prepared import PreparedForward
 from lora_kernels.quantization import Weight4bit, quantize_4bit

@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels.backends import native
-from lora_kernels.bench import tolerance
+from lora_kernels.backends.cpu import native
 from lora_kernels.finetune.model import quantize
+from lora_kernels.oracle import tolerance
 from lora_kernels.peft import FusedEmbedding, FusedSVDLinear, Row, explain, fuse
 from lora_kernels.peft.linear import Fused
 from tests.support.assertions import (

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels
-from lora_kernels.backends import cpu, native
+from lora_kernels.backends.cpu import linear as cpu
+from lora_kernels.backends.cpu import native
 from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import MANY_ROWS, Choice, Problem
 from lora_kernels.layers import LoRALinear

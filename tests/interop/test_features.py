@@ -34,8 +34,8 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_kernels.backends import native
-from lora_kernels.bench import tolerance
+from lora_kernels.backends.cpu import native
+from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, fuse, unfuse
 from lora_kernels.quantization import Weight4bit
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived, derived_rtol

@@ -16,8 +16,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends import cpu, cpu_heuristics, native
-from lora_kernels.bench import tolerance
+from lora_kernels.backends.cpu import heuristics as cpu_heuristics
+from lora_kernels.backends.cpu import linear as cpu
+from lora_kernels.backends.cpu import native
+from lora_kernels.oracle import tolerance
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.engines import assert_within

@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
-from lora_kernels import blocks
+from lora_kernels.ops import siblings as blocks
 from lora_kernels.peft import fuse
 from tests.support.peft_models import randomize
 

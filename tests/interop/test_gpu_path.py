@@ -12,7 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels.backends import decode4bit, eager, eager_blocks, library
+from lora_kernels.backends import decode4bit, library
+from lora_kernels.backends.eager import linear as eager
+from lora_kernels.backends.eager import siblings as eager_blocks
 from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
 from lora_kernels.peft import FusedLinear, explain, fuse, swap

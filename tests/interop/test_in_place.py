@@ -12,8 +12,8 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import in_place
 from lora_kernels.bench import counter
+from lora_kernels.ops import in_place
 from lora_kernels.peft import explain, fuse
 from tests.support.peft_models import randomize
 

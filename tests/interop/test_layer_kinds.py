@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor
 
-from lora_kernels.backends import native
+from lora_kernels.backends.cpu import native
 from lora_kernels.peft import explain, fuse, unfuse
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (

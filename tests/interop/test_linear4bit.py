@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import lora_linear
-from lora_kernels.backends import native
-from lora_kernels.bench import tolerance
+from lora_kernels.backends.cpu import native
+from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, fuse, unfuse
 from lora_kernels.quantization import Weight4bit
 from tests.support.assertions import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.backends import native
+from lora_kernels.backends.cpu import native
 from lora_kernels.peft import explain, fuse
 from tests.support.assertions import assert_close_derived
 from tests.support.peft_models import (

@@ -24,9 +24,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lora_kernels
-from lora_kernels.backends import eager_mlp
+from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.bench import baselines, counter
-from lora_kernels.gated_mlp import GatedMLPFunction, Hidden, gated_mlp
+from lora_kernels.ops.gated_mlp import GatedMLPFunction, Hidden, gated_mlp
 from lora_kernels.peft import explain, fuse, mlp, unfuse
 from lora_kernels.peft.explain_rows import APART, SHARED, Row
 from lora_kernels.peft.mlp import GatedMLP

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels import in_place
+from lora_kernels.ops import in_place
 from lora_kernels.peft import explain, fuse
 from tests.support.assertions import assert_bitwise_equal
 from tests.support.peft_models import MLP, randomize

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels import blocks
-from lora_kernels.backends import eager_blocks, forced
+from lora_kernels.backends.eager import siblings as eager_blocks
 from lora_kernels.bench import baselines, counter
+from lora_kernels.core import forced
 from lora_kernels.core.problem import Choice, Strategy
 from lora_kernels.integrations import FuseCallback
+from lora_kernels.ops import siblings as blocks
 from lora_kernels.peft import explain, fuse, siblings, swap, unfuse
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
@@ -436,7 +437,7 @@ def under_autocast(model: Any) -> Any:
 
 
 def assert_as_exact_as(got: Any, want: Any, true: Any) -> None:
-    """No further from `true` than PEFT's, as bench/tolerance.py bounds it for bfloat16."""
+    """No further from `true` than PEFT's, as oracle/tolerance.py bounds it for bfloat16."""
     assert got.keys() == want.keys() == true.keys()
     for name, t in true.items():
         assert got[name].dtype is want[name].dtype

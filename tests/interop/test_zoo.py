@@ -19,7 +19,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels.backends import native
+from lora_kernels.backends.cpu import native
 from lora_kernels.peft import explain, fuse, unfuse
 from tests.support.assertions import (
     FLOAT64_RTOL,

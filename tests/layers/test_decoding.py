@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends import cpu_heuristics, native
-from lora_kernels.fastpath import CallCache, PreparedLinear, prepare
+from lora_kernels.backends.cpu import heuristics as cpu_heuristics
+from lora_kernels.backends.cpu import native
 from lora_kernels.layers import LoRALinear, QLoRALinear
+from lora_kernels.layers.cache import CallCache, PreparedLinear, prepare
 from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.models import watch_prepared_calls

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lora_kernels.bench import tolerance
 from lora_kernels.layers import (
     LoRAEmbedding,
     LoRALinear,
@@ -18,6 +17,7 @@ from lora_kernels.layers import (
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
+from lora_kernels.oracle import tolerance
 from lora_kernels.peft import Row, explain
 from tests.support.allocations import Results
 from tests.support.assertions import (

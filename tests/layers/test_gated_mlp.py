@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels import blocks, ops
-from lora_kernels.backends import decode4bit, eager_mlp
+from lora_kernels.backends import decode4bit
+from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import counter
 from lora_kernels.layers import (
@@ -26,6 +26,8 @@ from lora_kernels.layers import (
     load_lora_weights,
     save_lora_weights,
 )
+from lora_kernels.ops import registry as ops
+from lora_kernels.ops import siblings as blocks
 from tests.support.assertions import assert_bitwise_equal
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import reference
-from lora_kernels.bench import tolerance
 from lora_kernels.layers import LoRAGroup, QLoRAGroup, QLoRALayer, lora_state_dict
+from lora_kernels.oracle import tolerance
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import count_ops
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lora_kernels.bench import case as cases
+from lora_kernels.oracle import case as cases
 from tests.ops.engines import every_engine
 from tests.support.models import K, M, check_memory, every_variant, hidden, make
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_kernels import lora_linear
-from lora_kernels.bench.tolerance import unit_roundoff
 from lora_kernels.layers import (
     LoRALinear,
     QLoRALinear,
@@ -20,6 +19,7 @@ from lora_kernels.layers import (
     mark_only_lora_as_trainable,
     save_lora_weights,
 )
+from lora_kernels.oracle.tolerance import unit_roundoff
 from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import (
     assert_bitwise_equal,

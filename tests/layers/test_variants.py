@@ -13,7 +13,6 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_mo
 from torch import Tensor, nn
 
 from lora_kernels import layers, reference
-from lora_kernels.bench import tolerance
 from lora_kernels.layers import (
     AdaLoRALinear,
     DoRALinear,
@@ -25,6 +24,7 @@ from lora_kernels.layers import (
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
+from lora_kernels.oracle import tolerance
 from tests.support.assertions import assert_close_derived, derived_rtol
 from tests.support.models import (
     CLOSE,

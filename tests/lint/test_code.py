@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "lora_kernels"
 # The public functions of functional.py and head.py mirror schemas, and reference.py them; the
 # arguments of Triton kernels are pointers and strides.
 # Files whose functions mirror schemas, or kernels with flat arguments.
-MIRRORS = ("functional.py", "head.py", "core/reference.py", "backends/triton/equation.py")
+MIRRORS = ("functional.py", "head.py", "oracle/reference.py", "backends/triton/linear.py")
 MANY, ALLOWED = 10, 5
 SKIPS = 20  # calls and tables that the formatter would spread over a line for each value, besides
 # signatures of Triton kernels, whose arguments belong together in groups

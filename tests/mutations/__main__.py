@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_kernels.bench.case import engines
+from lora_kernels.oracle.case import engines
 
 from .table import ROOT, Mutation, read
 

@@ -50,28 +50,28 @@ TESTS = {
     "tests/autograd tests/ops/test_multi_lora_linear.py tests/ops/test_lora_experts.py",
     "choice/choose.py": "tests/ops/test_selection.py tests/qualification/test_verdicts.py "
     "tests/ops/test_exact.py tests/ops/test_eager_gpu.py",
-    "core/reference.py": "tests/reference tests/ops/test_head.py",
-    "backends/eager.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
+    "oracle/reference.py": "tests/reference tests/ops/test_head.py",
+    "backends/eager/linear.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
     "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
     **dict.fromkeys(
-        ("backends/eager_blocks.py", "blocks.py", "peft/siblings.py"),
+        ("backends/eager/siblings.py", "blocks.py", "peft/siblings.py"),
         "tests/interop/test_siblings.py",
     ),
     **dict.fromkeys(
-        ("backends/eager_mlp.py", "gated_mlp.py", "peft/mlp.py"),
+        ("backends/eager/gated_mlp.py", "gated_mlp.py", "peft/mlp.py"),
         "tests/interop/test_mlp.py tests/layers/test_gated_mlp.py",
     ),
     "layers/gated_mlp.py": "tests/layers/test_gated_mlp.py",
     "in_place.py": "tests/interop/test_in_place.py tests/interop/test_cast_adapters.py",
     "peft/check.py": "tests/interop/test_check.py",
-    "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
+    "backends/cpu/linear.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py",
     "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "
     "tests/interop/test_frozen.py tests/interop/test_mixed_batch.py tests/interop/test_variants.py",
     "peft/experts.py": "tests/interop/test_experts.py",
     "layers/experts.py": "tests/layers/test_experts.py tests/interop/test_experts.py",
-    "backends/cpu_experts.py": "tests/ops/test_lora_experts.py",
-    "backends/eager_experts.py": "tests/ops/test_lora_experts.py",
+    "backends/cpu/experts.py": "tests/ops/test_lora_experts.py",
+    "backends/eager/experts.py": "tests/ops/test_lora_experts.py",
     "peft/swap.py": f"{PEFT} tests/interop/test_lifecycle.py tests/interop/test_frozen.py",
     "peft/adalora.py": "tests/interop/test_equivalence.py tests/interop/test_layer_kinds.py",
     "peft/report.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py",

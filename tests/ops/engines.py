@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends import cpu, cpu_heuristics, native
-from lora_kernels.bench import case
+from lora_kernels.backends.cpu import heuristics as cpu_heuristics
+from lora_kernels.backends.cpu import linear as cpu
+from lora_kernels.backends.cpu import native
+from lora_kernels.oracle import case
 
 _here = case.engines()
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends import cpu, native
+from lora_kernels.backends.cpu import linear as cpu
+from lora_kernels.backends.cpu import native
 from lora_kernels.core.call import Guard
-from lora_kernels.functional import dora_norm
+from lora_kernels.ops.functional import dora_norm
 
 K, N, R = 6, 5, 2
 

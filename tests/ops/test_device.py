@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import device
-from lora_kernels.device import DeviceInfo
+from lora_kernels.core import device
+from lora_kernels.core.device import DeviceInfo
 from tests.support.gpus import RTX3090, SERVED
 
 

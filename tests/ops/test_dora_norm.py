@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import ops, reference
-from lora_kernels.bench.case import Case, inputs
+from lora_kernels import reference
 from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import Problem
+from lora_kernels.ops import registry as ops
+from lora_kernels.oracle.case import Case, inputs
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.engines import check_norm

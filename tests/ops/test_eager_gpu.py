@@ -17,18 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels import (
-    functional,
-    lora_linear,
-    ops,
-    reference,
-)
-from lora_kernels.backends import decode4bit, eager, library
+from lora_kernels import lora_linear, reference
+from lora_kernels.backends import decode4bit, library
+from lora_kernels.backends.eager import linear as eager
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.bench import case as cases
 from lora_kernels.bench import counter
-from lora_kernels.bench.case import Case
 from lora_kernels.choice import choose as selection
+from lora_kernels.ops import functional
+from lora_kernels.ops import registry as ops
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import quantize_4bit
 from tests.support.engines import check, check_norm
 from tests.support.functions import call, every_function

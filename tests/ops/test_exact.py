@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import ops
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.ops import registry as ops
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from tests.ops.engines import every_engine, every_thread_count, ways
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import exact

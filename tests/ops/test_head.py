@@ -13,20 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lora_kernels
-from lora_kernels import (
-    head_ops,
-    lora_linear,
-    lora_linear_cross_entropy,
-    lora_linear_log_probs,
-    ops,
-    reference,
-)
-from lora_kernels.backends import head, native
-from lora_kernels.bench import counter, head_case
-from lora_kernels.bench.case import EAGERS, STATISTICS, inputs, judge, run
-from lora_kernels.bench.head_case import HeadCase
+from lora_kernels import lora_linear, lora_linear_cross_entropy, lora_linear_log_probs, reference
+from lora_kernels.backends.cpu import native
+from lora_kernels.backends.eager import head
+from lora_kernels.bench import counter
 from lora_kernels.core import call
 from lora_kernels.core.packed4bit import Packed4bit
+from lora_kernels.ops import head_ops
+from lora_kernels.ops import registry as ops
+from lora_kernels.oracle import head_case
+from lora_kernels.oracle.case import EAGERS, STATISTICS, inputs, judge, run
+from lora_kernels.oracle.head_case import HeadCase
 from tests.ops.engines import every_engine
 from tests.support.allocations import Casts, Results
 from tests.support.engines import assert_within

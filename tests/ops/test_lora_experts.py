@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels import lora_experts_linear, ops, reference
-from lora_kernels.backends import eager_experts
-from lora_kernels.bench.case import give_mask, run
+from lora_kernels import lora_experts_linear, reference
+from lora_kernels.backends.eager import experts as eager_experts
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
+from lora_kernels.ops import registry as ops
+from lora_kernels.oracle.case import give_mask, run
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine, every_thread_count
 from tests.support.experts import ROWS, ExpertsCase, check, inputs, some_cases

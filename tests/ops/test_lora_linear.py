@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends import cpu, native
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import LAYOUTS, Case
+from lora_kernels.backends.cpu import linear as cpu
+from lora_kernels.backends.cpu import native
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import LAYOUTS, Case
 from tests.ops.engines import (
     every_engine,
     every_native_engine,

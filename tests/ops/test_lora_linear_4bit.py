@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import ops, reference
-from lora_kernels.backends import cpu, decode4bit, native
+from lora_kernels import reference
+from lora_kernels.backends import decode4bit
+from lora_kernels.backends.cpu import linear as cpu
+from lora_kernels.backends.cpu import native
 from lora_kernels.backends.decode4bit import encode
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.ops import registry as ops
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import codebooks, quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine, ways
 from tests.support import exact

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from tests.ops.engines import every_native_engine, every_thread_count
 
 GUARD = 64  # elements: the longest vector of the narrowest dtype, twice over

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from lora_kernels import head_ops, ops
 from lora_kernels.core import call
 from lora_kernels.core.packed4bit import Packed4bit
+from lora_kernels.ops import head_ops
+from lora_kernels.ops import registry as ops
 
 FORWARD = (call.Operands, call.Spec)
 BACKWARD = (call.Operands, call.Saved, call.Spec, call.Needs)

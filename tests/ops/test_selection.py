@@ -15,15 +15,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
-from lora_kernels import device, ops
-from lora_kernels.backends import cpu, forced, native
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case, inputs
-from lora_kernels.bench.experts_case import ExpertsCase
+from lora_kernels.backends.cpu import linear as cpu
+from lora_kernels.backends.cpu import native
 from lora_kernels.bench.multi import MultiCase
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
+from lora_kernels.core import device, forced
 from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
+from lora_kernels.ops import registry as ops
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case, inputs
+from lora_kernels.oracle.experts_case import ExpertsCase
 from lora_kernels.peft.explain_rows import choose_by_rows
 from tests.support.engines import check
 

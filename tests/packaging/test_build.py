@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 
-from lora_kernels import device
+from lora_kernels.core import device
 
 from .conftest import ROOT, Project
 

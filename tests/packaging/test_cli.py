@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 import lora_kernels
-from lora_kernels import cli, device, info
-from lora_kernels.backends import cuda, native, triton
+from lora_kernels import cli, info
+from lora_kernels.backends import cuda, triton
+from lora_kernels.backends.cpu import native
+from lora_kernels.core import device
 from lora_kernels.finetune import TrainingError, UsageError
 
 ALL = "info, verify, bench, qualify, finetune, rank-search, compare, merge, check, generate"

@@ -42,7 +42,7 @@ def test_read_of_a_repeated_id_raises(tmp_path: Path) -> None:
 
 def test_read_of_a_file_outside_csrc_raises(tmp_path: Path) -> None:
     path = tmp_path / "table.toml"
-    path.write_text(entry(file="lora_kernels/ops.py"))
+    path.write_text(entry(file="lora_kernels/ops/registry.py"))
     with pytest.raises(ValueError, match="one: file: got lora_kernels/ops"):
         read(path)
 

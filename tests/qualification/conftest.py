@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import device, qualification
+from lora_kernels import qualification
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
-from lora_kernels.device import DeviceInfo
+from lora_kernels.core import device
+from lora_kernels.core.device import DeviceInfo
 from tests.support import fake_card, gpus
 
 H100 = replace(gpus.H100, name="Fake H100")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels import functional
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import launch
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Seconds
+from lora_kernels.ops import functional
 from lora_kernels.qualification import claims, timing
 from lora_kernels.quantization import quantize_4bit
 from tests.support import fake_card as fake_card_times

@@ -16,8 +16,8 @@ from lora_kernels.bench import qualify as command
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Point, Seconds, Verdict
+from lora_kernels.core.device import DeviceInfo
 from lora_kernels.core.problem import Strategy
-from lora_kernels.device import DeviceInfo
 from lora_kernels.integrations.trainer import FuseCallback, VerdictLog
 from lora_kernels.peft import fuse, swap
 from lora_kernels.qualification import Claim
@@ -154,7 +154,7 @@ def test_resumed_run_is_fused_as_asked_and_told_too(
 
 def test_info_says_the_verdict_of_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
     card = DeviceInfo("cuda", 90, 132, 227 << 10, "H100", 80 << 30)
-    monkeypatch.setattr("lora_kernels.device.gpus", lambda: [card, card])
+    monkeypatch.setattr("lora_kernels.core.device.gpus", lambda: [card, card])
     assert f"SMs, 80 GiB; not qualified on this card: {verdicts.ADVICE}" in info.report(info.info())
     verdicts.set_current(0, VERDICT)
     first, second = (gpu["qualification"] for gpu in info.info()["gpus"])
@@ -191,7 +191,7 @@ def test_command_that_cannot_start_exits_with_2(
 def test_command_of_a_card_that_is_not_there_says_so_in_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lora_kernels.device.gpu", lambda index: pytest.fail("read"))
+    monkeypatch.setattr("lora_kernels.core.device.gpu", lambda index: pytest.fail("read"))
     assert cli.main(["qualify", "--device", "7"]) == 2
     said = "lora-kernels qualify: device: got cuda:7, want a CUDA device of the 1 there are\n"
     assert capsys.readouterr().out == said

@@ -11,14 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_kernels import device
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.cuda import constraints
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Point, Seconds, Verdict
+from lora_kernels.core import device
+from lora_kernels.core.device import DeviceInfo
 from lora_kernels.core.problem import ONE_ADAPTER, Choice, Layout, Problem
-from lora_kernels.device import DeviceInfo
 from lora_kernels.peft import explain, explain_rows, fuse, row_adapters
 from lora_kernels.qualification.plan import CANDIDATES
 from tests.support import fake_card

@@ -20,7 +20,7 @@ from lora_kernels.backends import cuda, replay, triton, workspace
 from lora_kernels.backends.triton import FUSED, TWO_PASS
 from lora_kernels.choice.verdicts import Group
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
-from lora_kernels.device import DeviceInfo
+from lora_kernels.core.device import DeviceInfo
 from lora_kernels.qualification import claims
 from lora_kernels.quantization import quantize_4bit
 from tests.support.allocations import Allocations

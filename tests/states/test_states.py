@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.fastpath import DoraNormCache, fingerprint
 from lora_kernels.layers import AdaLoRALinear, QLoRALinear, RankAllocator
+from lora_kernels.layers.cache import DoraNormCache, fingerprint
 from lora_kernels.quantization import quantize_4bit
 
 f32, bf16 = torch.float32, torch.bfloat16

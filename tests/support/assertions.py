@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.bench import tolerance
+from lora_kernels.oracle import tolerance
 
 # In float64, what is left of a difference between two orders of the same sums: fewer than 2**8
 # terms in each, through a few layers, is well under 2**20 unit roundoffs. A scaling, a mask or a

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.bench.case import Case
+from lora_kernels.oracle.case import Case
 from tests.support.engines import check_norm
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16

@@ -1,4 +1,4 @@
-"""A test for each engine and case. `lora_kernels.bench.case.engine` knows the engines' names."""
+"""A test for each engine and case. `lora_kernels.oracle.case.engine` knows the engines' names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import AnyCase, Case
-from lora_kernels.bench.tolerance import Verdict
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import AnyCase, Case
+from lora_kernels.oracle.tolerance import Verdict
 from tests.support.assertions import assert_close_derived
 
 Pairs = list[tuple[str, Case]]

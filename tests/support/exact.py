@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels import reference
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 from tests.support.assertions import assert_exact
 from tests.support.problems import UNDROPPED

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_kernels import lora_experts_linear
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import inputs as inputs
-from lora_kernels.bench.experts_case import ExpertsCase as ExpertsCase
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import inputs as inputs
+from lora_kernels.oracle.experts_case import ExpertsCase as ExpertsCase
 from tests.support import exact
 from tests.support.assertions import assert_exact
 from tests.support.engines import check as check

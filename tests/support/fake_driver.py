@@ -91,7 +91,8 @@ def fake_triton() -> Iterator[Log]:
 @contextmanager
 def fake_cuda() -> Iterator[Log]:
     """Launch no CUDA kernels."""
-    from lora_kernels.backends.cuda import equation, launch
+    from lora_kernels.backends.cuda import launch
+    from lora_kernels.backends.cuda import linear as equation
 
     log = Log()
     sizes = {"PAIR_ROWS": 64, "PAIR_MAX_RANK": 64, "decode_keeps_x": lambda args: True}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_kernels.bench.qualify import SHEETS
-from lora_kernels.device import DeviceInfo
+from lora_kernels.core.device import DeviceInfo
 
 
 def from_sheet(

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lora_kernels import layers
-from lora_kernels.backends.cpu import PreparedCall
-from lora_kernels.bench import tolerance
+from lora_kernels.backends.cpu.linear import PreparedCall
 from lora_kernels.bench.memory import held
 from lora_kernels.choice import choose as selection
 from lora_kernels.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, QLoRALinear
+from lora_kernels.oracle import tolerance
 from tests.support.assertions import (
     assert_bitwise_equal,
     assert_close_derived,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.bench.case import Case
+from lora_kernels.oracle.case import Case
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 RANK = 61

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.backends import native
+from lora_kernels.backends.cpu import native
 from lora_kernels.quantization import Weight4bit
 
 

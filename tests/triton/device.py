@@ -1,5 +1,5 @@
 """The device that the kernels run on: a GPU or, in Triton's interpreter, the CPU."""
 
-from lora_kernels.bench.case import triton_device
+from lora_kernels.oracle.case import triton_device
 
 DEVICE = triton_device()

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, equation, launch, tiles
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch, tiles
+from lora_kernels.backends.triton import linear as equation
 from lora_kernels.core.call import Operands, Spec
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from tests.support import exact
 from tests.support.allocations import Allocations
 from tests.support.engines import each, pair_cases

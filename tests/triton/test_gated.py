@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
-from lora_kernels.backends import eager_mlp
-from lora_kernels.backends.eager_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
+from lora_kernels.backends.eager import gated_mlp as eager_mlp
+from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
 from lora_kernels.backends.triton import elementwise, launch
-from lora_kernels.gated_mlp import Hidden, gated_mlp
+from lora_kernels.ops.gated_mlp import Hidden, gated_mlp
 from tests.triton.device import DEVICE
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch
-from lora_kernels.bench.case import Case
+from lora_kernels.oracle.case import Case
 from tests.support import problems
 from tests.support.engines import Pairs, check, check_strided_vectors, each, pair_cases
 from tests.support.problems import FULL, RANK, bf16, f16, f32

@@ -21,8 +21,8 @@ from lora_kernels.backends.triton.configs import (
     RowTiles,
     ShrinkTiles,
 )
-from lora_kernels.bench import case as cases
-from lora_kernels.bench.case import Case
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import quantize_4bit
 from tests.support import codec, exact
 from tests.support.interpreter import Order, programs_run_in, reversed_order, shuffled_order

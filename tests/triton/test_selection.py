@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import device
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch
 from lora_kernels.choice import choose as selection
+from lora_kernels.core import device
+from lora_kernels.core.device import DeviceInfo
 from lora_kernels.core.problem import Choice, Problem
-from lora_kernels.device import DeviceInfo
 from lora_kernels.quantization import quantize_4bit
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton import FUSED, TWO_PASS, codec, configs, equation, launch
+from lora_kernels.backends.triton import FUSED, TWO_PASS, codec, configs, launch
+from lora_kernels.backends.triton import linear as equation
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.packed4bit import Packed4bit
 

@@ -142,7 +142,7 @@ def unsupported_capability_reason(capability: int) -> str | None:
 
 
 if TYPE_CHECKING:
-    from .equation import lora_linear as lora_linear
-    from .equation import lora_linear_backward as lora_linear_backward
+    from .linear import lora_linear as lora_linear
+    from .linear import lora_linear_backward as lora_linear_backward
 
 __getattr__ = lazy_launchers(__name__)

@@ -20,15 +20,15 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING
 
-from ... import device
+from ...core import device
 from ...core.problem import Strategy, require_supported
 from .. import lazy_launchers
 
 if TYPE_CHECKING:
     import torch
 
-    from .equation import lora_linear as lora_linear
-    from .equation import lora_linear_backward as lora_linear_backward
+    from .linear import lora_linear as lora_linear
+    from .linear import lora_linear_backward as lora_linear_backward
 
 FUSED = Strategy.FUSED
 TWO_PASS = Strategy.TWO_PASS

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...core.device import DeviceInfo, gpu, has_gpu
 from ...core.problem import Strategy
-from ...device import DeviceInfo, gpu, has_gpu
 from .. import triton
 from . import FUSED, TWO_PASS
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
+from ...core.device import DeviceInfo
 from ...core.problem import Choice, Problem, Strategy, require_supported
-from ...device import DeviceInfo
 from . import FUSED, configs
 
 REQUESTED = "the triton backend was requested"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...device import DeviceInfo
+from ...core.device import DeviceInfo
 from .. import replay
 from ..replay import STREAM, current_recorder, forget, tensors_of
 from . import configs, is_interpreted

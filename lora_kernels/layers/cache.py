@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .arguments import base_dtype
-from .backends import native
-from .backends.cpu import PreparedCall
-from .backends.cpu_heuristics import few_rows
-from .choice import choose as selection
-from .core.call import Guard
-from .functional import dora_norm, lora_linear
-from .quantization import Weight4bit
+from ..backends.cpu import native
+from ..backends.cpu.heuristics import few_rows
+from ..backends.cpu.linear import PreparedCall
+from ..choice import choose as selection
+from ..core.call import Guard
+from ..ops import registry as ops
+from ..ops.arguments import base_dtype
+from ..ops.functional import dora_norm, lora_linear
+from ..quantization import Weight4bit
 
 
 def prepare(

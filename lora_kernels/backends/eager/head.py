@@ -29,8 +29,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..core import reference
-from ..core.call import (
+from ...core.call import (
     Grads,
     HeadGrads,
     HeadNeeds,
@@ -43,8 +42,9 @@ from ..core.call import (
     Saved,
     Spec,
 )
-from .eager import stat_dtype
-from .library import is_on_gpu_path, mm_fp32
+from ...oracle import reference
+from ..library import is_on_gpu_path, mm_fp32
+from .linear import stat_dtype
 
 Linear = Callable[[Operands, Spec], tuple[Tensor, Saved]]
 LinearBackward = Callable[[Tensor, Operands, Saved, Spec, Needs], Grads]

@@ -19,14 +19,17 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import flops
-from .backends import cpu, cpu_experts, cuda, eager, eager_experts, forced, triton
-from .backends.cuda import constraints
-from .backends.forced import Forced
-from .backends.protocol import Backend, ExpertsBackend, MultiBackend, NormBackend
-from .backends.rows import like_rows_of
-from .choice import choose as selection
-from .core.call import (
+from ..backends import cuda, triton
+from ..backends.cpu import experts as cpu_experts
+from ..backends.cpu import linear as cpu
+from ..backends.cuda import constraints
+from ..backends.eager import experts as eager_experts
+from ..backends.eager import linear as eager
+from ..backends.protocol import Backend, ExpertsBackend, MultiBackend, NormBackend
+from ..backends.rows import like_rows_of
+from ..choice import choose as selection
+from ..core import forced
+from ..core.call import (
     ExpertsGrads,
     ExpertsNeeds,
     ExpertsOperands,
@@ -42,8 +45,10 @@ from .core.call import (
     Saved,
     Spec,
 )
-from .core.packed4bit import Packed4bit
-from .core.problem import Choice, Layout, Problem, Strategy
+from ..core.forced import Forced
+from ..core.packed4bit import Packed4bit
+from ..core.problem import Choice, Layout, Problem, Strategy
+from . import flops
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}

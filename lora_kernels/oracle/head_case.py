@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import reference
-from ..head import lora_linear_cross_entropy, lora_linear_log_probs
+from ..ops.head import lora_linear_cross_entropy, lora_linear_log_probs
 from ..quantization import Weight4bit
 from . import case as cases
+from . import reference
 from .case import STATISTICS, Allowances, AnyCase, Source
 from .tolerance import unit_roundoff
 

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import head_ops, ops
+from ..backends.library import is_on_gpu_path
+from ..core import forced
+from ..core.call import HeadGrads, HeadNeeds, HeadOutputs, HeadSpec
+from ..core.packed4bit import PACKED4BIT_TENSORS
+from ..quantization import Weight4bit
+from . import head_ops
+from . import registry as ops
 from .arguments import (
     autocast_dtype,
     check_both_or_none,
@@ -27,11 +33,6 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once
-from .backends import forced
-from .backends.library import is_on_gpu_path
-from .core.call import HeadGrads, HeadNeeds, HeadOutputs, HeadSpec
-from .core.packed4bit import PACKED4BIT_TENSORS
-from .quantization import Weight4bit
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from . import ops
+from ..backends.eager import gated_mlp as eager_mlp
+from ..backends.eager import linear as eager
+from ..core.call import Needs, Operands, Saved, Spec
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..quantization import Weight4bit
+from . import registry as ops
 from .arguments import autocast_dtype, check_weight
 from .autograd import differentiable_once
-from .backends import eager, eager_mlp
-from .core.call import Needs, Operands, Saved, Spec
-from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
-from .quantization import Weight4bit
 
 
 class GatedOptions(NamedTuple):

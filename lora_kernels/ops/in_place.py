@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch._C import _storage_Use_Count
 
-from . import ops
+from ..backends.eager import linear as eager
+from ..backends.eager import siblings as eager_blocks
+from ..core.call import Needs, Operands, Saved, Spec
+from . import registry as ops
 from .arguments import autocast_dtype
 from .autograd import differentiable_once
-from .backends import eager, eager_blocks
-from .core.call import Needs, Operands, Saved, Spec
 
 
 class Result(NamedTuple):

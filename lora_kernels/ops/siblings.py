@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from ..backends.eager import siblings as eager_blocks
+from ..choice import choose as selection
+from ..core import forced
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..quantization import Weight4bit
+from . import registry as ops
 from .arguments import FLOATS, autocast_dtype
 from .autograd import differentiable_once
-from .backends import eager_blocks, forced
-from .choice import choose as selection
-from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
-from .quantization import Weight4bit
 
 
 class _DownProjections(torch.autograd.Function):

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.call import Saved
-from ..core.packed4bit import Packed4bit
-from . import decode4bit
-from .eager import (
+from ...core.call import Saved
+from ...core.packed4bit import Packed4bit
+from .. import decode4bit
+from .linear import (
     _HALVES,
     _add_base,
     _contract,

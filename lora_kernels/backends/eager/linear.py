@@ -29,8 +29,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..core import reference
-from ..core.call import (
+from ...core.call import (
     Grads,
     MultiGrads,
     MultiNeeds,
@@ -41,10 +40,11 @@ from ..core.call import (
     Saved,
     Spec,
 )
-from ..core.packed4bit import Packed4bit
-from . import decode4bit
-from .library import has_out_dtype, is_on_gpu_path, mm_fp32
-from .rows import rows_of
+from ...core.packed4bit import Packed4bit
+from ...oracle import reference
+from .. import decode4bit
+from ..library import has_out_dtype, is_on_gpu_path, mm_fp32
+from ..rows import rows_of
 
 PANEL = 4 << 20  # bytes of an operand that `dora_norm` and `_column_dot` take at a time
 # The most rows, and rows per rank, for which 16-bit activations are copied to float32 beside a

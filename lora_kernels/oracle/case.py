@@ -20,16 +20,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .. import functional
-from ..backends import cpu, cuda, decode4bit, eager, library, native, triton
+from ..backends import cuda, decode4bit, library, triton
+from ..backends.cpu import linear as cpu
+from ..backends.cpu import native
 from ..backends.cuda import constraints
+from ..backends.eager import linear as eager
 from ..backends.triton import configs
 from ..choice import choose as selection
-from ..core import reference
 from ..core.call import Operands
 from ..core.problem import Layout
+from ..ops import functional
 from ..quantization import Weight4bit, quantize_4bit
-from . import tolerance
+from . import reference, tolerance
 from .tolerance import Verdict, unit_roundoff
 
 # argument -> name of its gradient in the results

@@ -6,8 +6,9 @@ import sys
 
 import torch
 
-from ..core.problem import Choice, Problem, Strategy
-from . import cpu, native
+from ...core.problem import Choice, Problem, Strategy
+from . import linear as cpu
+from . import native
 
 # When torch.mm runs a dense base GEMM in place of the fused kernel. In float32 on Intel, MKL is
 # faster from M·N·K = MKL_GEMM on; with AMX the fused kernel (a 3×bf16 split) takes over again at

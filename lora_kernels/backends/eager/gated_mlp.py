@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..core.call import Grads, Needs, Operands, Saved, Spec
-from . import eager, triton, workspace
+from ...core.call import Grads, Needs, Operands, Saved, Spec
+from .. import triton, workspace
+from . import linear as eager
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -123,7 +124,7 @@ def _is_dispatched(t: Tensor) -> bool:
 
 
 def _launch_gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
-    from .triton import elementwise
+    from ..triton import elementwise
 
     return elementwise.gated(g, u, activation)
 
@@ -131,7 +132,7 @@ def _launch_gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
 def _launch_gated_backward(
     g: Tensor, u: Tensor, dh: Tensor, dg: Tensor, du: Tensor, h: Tensor, activation: str
 ) -> None:
-    from .triton import elementwise
+    from ..triton import elementwise
 
     elementwise.gated_backward(g, u, dh, dg, du, h, activation)
 

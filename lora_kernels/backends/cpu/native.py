@@ -25,11 +25,11 @@ exchange = False  # whether PyTorch has a DLPack exchange table, which gives a t
 def _load() -> None:
     global module, reason, isa, amx_bf16, intel, threaded, exchange
     try:
-        from .. import _native as extension  # type: ignore[attr-defined]
+        from ... import _native as extension  # type: ignore[attr-defined]
     except ImportError:
         reason = "the native CPU kernels were not built"
         return
-    from .. import __version__
+    from ... import __version__
 
     if extension.__version__ != __version__:
         reason = f"the native kernels are of version {extension.__version__}, not {__version__}"

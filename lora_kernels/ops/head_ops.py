@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends import decode4bit, head
-from .backends.eager import stat_dtype
-from .core.call import (
+from ..backends import decode4bit
+from ..backends.eager import head
+from ..backends.eager.linear import stat_dtype
+from ..core.call import (
     HeadGrads,
     HeadNeeds,
     HeadOperands,
@@ -26,7 +26,8 @@ from .core.call import (
     Operands,
     Spec,
 )
-from .core.packed4bit import Packed4bit
+from ..core.packed4bit import Packed4bit
+from . import registry as ops
 
 _OPERANDS = (
     "Tensor x, {weight}, Tensor lora_A, Tensor lora_B, Tensor labels, Tensor? bias, Tensor? rng"

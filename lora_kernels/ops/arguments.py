@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .choice import choose as selection
-from .quantization import Weight4bit
+from ..choice import choose as selection
+from ..quantization import Weight4bit
+from . import registry as ops
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WITHOUT_AUTOCAST = ("meta",)  # torch.is_autocast_enabled raises for it

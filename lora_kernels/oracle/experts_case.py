@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..backends import library
-from ..backends.eager_experts import ALIGNED
+from ..backends.eager.experts import ALIGNED
 from ..choice import choose as selection
-from ..core import reference
-from ..functional import lora_experts_linear
+from ..ops.functional import lora_experts_linear
 from ..quantization import Weight4bit
 from . import case as cases
+from . import reference
 from .case import Allowances, AnyCase, Case, Source
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core import reference
-from ..core.call import (
+from ...core.call import (
     ExpertsGrads,
     ExpertsNeeds,
     ExpertsOperands,
@@ -29,9 +28,10 @@ from ..core.call import (
     Saved,
     Spec,
 )
-from . import eager
-from .experts import runs, weight_of
-from .library import is_on_gpu_path
+from ...oracle import reference
+from ..experts import runs, weight_of
+from ..library import is_on_gpu_path
+from . import linear as eager
 
 ALIGNED = 16  # the rows of `grouped_mm`'s operands must be multiples of so many bytes
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
-from ..core.problem import Strategy
+from .problem import Strategy
 
 
 class Forced(NamedTuple):

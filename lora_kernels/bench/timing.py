@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends import native
-from .backends.cpu import DTYPES
+from ..backends.cpu import native
+from ..backends.cpu.linear import DTYPES
 
 COLD_BYTES = 64 << 20  # twice the L3 cache that a core reaches on AMD's Zen, 32 MiB
 FEWEST = 5  # rounds, however long one takes: bounds of a median hold in 99 of 100 (see `Ratio`)

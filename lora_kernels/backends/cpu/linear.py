@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..core import reference
-from ..core.call import (
+from ...core.call import (
     Grads,
     Guard,
     MultiGrads,
@@ -45,10 +44,12 @@ from ..core.call import (
     Saved,
     Spec,
 )
-from ..core.packed4bit import Packed4bit
-from ..core.problem import Strategy
-from . import decode4bit, native
-from .rows import like_rows_of, rows_of
+from ...core.packed4bit import Packed4bit
+from ...core.problem import Strategy
+from ...oracle import reference
+from .. import decode4bit
+from ..rows import like_rows_of, rows_of
+from . import native
 
 FUSED = Strategy.FUSED
 LIBRARY = Strategy.LIBRARY

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpec, Saved
-from ..core.packed4bit import Packed4bit
-from . import cpu_heuristics, decode4bit, native
-from .cpu import DTYPES, FUSED, cast, pack_dropout, pack_rows, pointer, rows_of_any, vector
-from .experts import runs, weight_of
+from ...core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpec, Saved
+from ...core.packed4bit import Packed4bit
+from .. import decode4bit
+from ..experts import runs, weight_of
+from . import heuristics as cpu_heuristics
+from . import native
+from .linear import DTYPES, FUSED, cast, pack_dropout, pack_rows, pointer, rows_of_any, vector
 
 
 class _Stack(NamedTuple):

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends.eager import stat_dtype
-from .core.call import (
+from ..backends.eager.linear import stat_dtype
+from ..core.call import (
     ExpertsNeeds,
     ExpertsOperands,
     ExpertsSpec,
@@ -23,8 +22,9 @@ from .core.call import (
     Saved,
     Spec,
 )
-from .core.packed4bit import Packed4bit
-from .core.problem import Choice
+from ..core.packed4bit import Packed4bit
+from ..core.problem import Choice
+from . import registry as ops
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 

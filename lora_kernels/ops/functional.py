@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from ..backends.library import is_on_gpu_path
+from ..choice import choose as selection
+from ..core.call import ExpertsOperands, ExpertsSpec, MultiSpec, Operands, Spec
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..oracle import reference
+from ..quantization import Weight4bit
+from . import registry as ops
 from .arguments import (
     FLOATS,
     NATIVE_MASKS,
@@ -34,12 +40,6 @@ from .autograd import (
     MultiOptions,
     Options,
 )
-from .backends.library import is_on_gpu_path
-from .choice import choose as selection
-from .core import reference
-from .core.call import ExpertsOperands, ExpertsSpec, MultiSpec, Operands, Spec
-from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
-from .quantization import Weight4bit
 
 
 def lora_linear(
@@ -457,7 +457,7 @@ def dora_norm(
         RuntimeError: a forced backend cannot run here.
 
     >>> import torch
-    >>> from lora_kernels.functional import dora_norm
+    >>> from lora_kernels.ops.functional import dora_norm
     >>> dora_norm(torch.eye(2), torch.ones(1, 2), torch.tensor([[1.0], [0.0]]), scaling=2.0)
     tensor([3.6056, 1.0000])
     """

@@ -1,0 +1,1 @@
+"""The ops: public functions, argument checks, autograd Functions, schemas and dispatch."""

@@ -1,6 +1,6 @@
 // Python's view of the CPU kernels: addresses, sizes, strides in elements and a thread count. Each
 // struct is a tuple of its fields. Shapes and dtypes are the caller's business
-// (lora_kernels/backends/cpu/linear.py, after functional.py has checked them).
+// (lora_kernels/backends/cpu/linear.py, after lora_kernels/ops has checked them).
 #include "bindings.h"
 
 #include <new>

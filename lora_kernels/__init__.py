@@ -1,24 +1,22 @@
 """Fused kernels for LoRA: W·x + s·B(A·x) in single passes, as ops and drop-in layers."""
 
-__version__ = "0.1.0"
-
 import os as _os
 import sys as _sys
 import typing as _typing
+
+from .version import __version__
 
 if _typing.TYPE_CHECKING:
     from .qualification import qualify
 
 try:
     from .choice.choose import backend
-    from .ops.functional import (
-        dora_norm,
-        dropout_mask,
-        lora_experts_linear,
-        lora_linear,
-        multi_lora_linear,
-    )
+    from .ops.dropout import dropout_mask
+    from .ops.experts import lora_experts_linear
     from .ops.head import lora_linear_cross_entropy, lora_linear_log_probs
+    from .ops.linear import lora_linear
+    from .ops.multi import multi_lora_linear
+    from .ops.norm import dora_norm
     from .oracle import reference
 except KeyboardInterrupt:
     # The command line imports this package, and torch, before any code of its own runs.

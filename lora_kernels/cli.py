@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import __version__
 from .core import device
 from .finetune import TrainingError, UsageError
+from .version import __version__
 
 # name -> module, the extra that installs what it needs, help
 COMMANDS = {

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from . import __version__
 from .backends import cuda, triton
 from .backends.cpu import native
 from .backends.triton import configs
 from .choice import verdicts
 from .core import device
+from .version import __version__
 
 _ON_GPU = "for calls that qualified on the card (see the GPU's line), or that ask for it"
 _OPTIONAL = ("triton", "peft", "transformers", "bitsandbytes")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..core import format4bit
 from ..core.packed4bit import Packed4bit
-from ..oracle import reference
 from . import workspace
 from .cpu import native
 from .library import is_on_gpu_path
@@ -111,7 +111,7 @@ def decode(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the bits of `reference.dequantize_4bit`, in three kernels.
+    """Return the bits of `format4bit.dequantize_4bit`, in three kernels.
 
     They widen the bytes to int32 indices, look up the two float32 values of each byte in a table,
     and multiply the values by the scales into `dtype`.
@@ -199,15 +199,15 @@ def decoded_by(device: torch.device) -> str:
 def encode(
     weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
 ) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_4bit`, by a native kernel where there is one."""
+    """`format4bit.quantize_4bit`, by a native kernel where there is one."""
     if weight.device.type != "cpu" or native.module is None or torch.compiler.is_compiling():
-        return reference.quantize_4bit(weight, thresholds, order, blocksize)
+        return format4bit.quantize_4bit(weight, thresholds, order, blocksize)
     weight, n = weight.contiguous(), weight.numel()
     packed = weight.new_empty(-(-n // 2), dtype=torch.uint8)
     absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
     native.module.quantize(
         weight.data_ptr(), _DTYPE[weight.dtype], n, blocksize, thresholds.data_ptr(),
-        order.data_ptr(), reference.SMALLEST_SCALE, packed.data_ptr(), absmax.data_ptr(),
+        order.data_ptr(), format4bit.SMALLEST_SCALE, packed.data_ptr(), absmax.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return packed, absmax

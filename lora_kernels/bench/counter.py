@@ -41,8 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import library
 from ..choice import choose as selection
-from ..ops import arguments
-from ..ops import registry as ops
+from ..ops import arguments, registry
 
 # The card whose dispatch bitsandbytes' `gemm_4bit` follows: H100, sm_90 with 132 SMs.
 H100 = (132, 9, 0)
@@ -189,7 +188,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "lora_kernels" and _name(func) in ops.IMPLEMENTATIONS:
+        if func.namespace == "lora_kernels" and _name(func) in registry.IMPLEMENTATIONS:
             return self._run_implementation(func, args, kwargs)
         if str(func) == "bitsandbytes.gemm_4bit.default":
             given = _by_name(func, args, kwargs)
@@ -217,7 +216,7 @@ class _Counter(TorchDispatchMode):
 
     def _run_implementation(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run the eager implementation of an op of this package, counting what it calls."""
-        implementation = ops.IMPLEMENTATIONS[_name(func)]
+        implementation = registry.IMPLEMENTATIONS[_name(func)]
         with (
             self,
             _NativeDropout(),

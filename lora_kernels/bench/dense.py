@@ -30,7 +30,7 @@ from torch import Tensor
 from ..choice import choose as selection
 from ..core.problem import Problem
 from ..layers.cache import CallCache
-from ..ops import functional
+from ..ops.linear import lora_linear
 from ..oracle import case as cases
 from ..oracle.case import Case
 from . import baselines, models, results, roofline, timing
@@ -63,10 +63,10 @@ def ours(args: dict[str, Any]) -> Call:
 
     def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
         with cases.kernels(device, dropout_p):
-            return functional.lora_linear(*args, **kwargs)
+            return lora_linear(*args, **kwargs)
 
     if device == "cpu":  # a given mask is not for the cache
-        return functional.lora_linear if dropout_p else on_cpu
+        return lora_linear if dropout_p else on_cpu
     return on_gpu
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.call import MultiOperands
-from ..ops import functional
+from ..ops.multi import multi_lora_linear
 from ..oracle import case as cases
 from ..oracle import reference
 from ..oracle.case import Allowances, AnyCase, Case, Source
@@ -57,7 +57,7 @@ class MultiCase(AnyCase):
     base: bool = True
     bias: bool = True
 
-    op = staticmethod(functional.multi_lora_linear)
+    op = staticmethod(multi_lora_linear)
     equation = staticmethod(reference.multi_lora_linear)
     eager = staticmethod(plain_pytorch)
 

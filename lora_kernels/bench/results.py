@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..backends.cpu import native
 from ..choice import choose as selection
 from ..core import device as devices
 from ..core.problem import Problem
 from ..oracle import tolerance
+from ..version import __version__
 from . import timing
 from .timing import Machine, Ratio, Times
 

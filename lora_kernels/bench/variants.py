@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..choice import choose as selection
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
-from ..ops import functional
+from ..ops.linear import lora_linear
+from ..ops.norm import dora_norm
 from ..oracle import reference, tolerance
 from ..oracle.case import dtype_name
 from ..quantization import quantize_4bit
@@ -39,13 +40,13 @@ def norm_row(dtype: torch.dtype, seconds: float) -> Row:
 
     def panels() -> Tensor:
         with selection.backend("eager"):
-            return functional.dora_norm(W, A, B, SCALING)
+            return dora_norm(W, A, B, SCALING)
 
     calls: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: functional.dora_norm(W, A, B, SCALING),
+        "ours": lambda: dora_norm(W, A, B, SCALING),
         "panels": panels,
         "PEFT's expression": lambda: torch.linalg.norm(W + SCALING * (B @ A).to(dtype), dim=1),
-        "ours on NF4": lambda: functional.dora_norm(codes, A, B, SCALING),
+        "ours on NF4": lambda: dora_norm(codes, A, B, SCALING),
     }
     dense, four_bit = (
         reference.dora_norm(*_double(base, A, B, SCALING))
@@ -164,9 +165,9 @@ def levels_row(dtype: torch.dtype, seconds: float) -> Row:
     leaves = [t.clone().requires_grad_() for t in (*As, *Bs)]
 
     def apart(x: Tensor) -> Tensor:
-        y = functional.lora_linear(x, linear.weight.detach(), leaves[0], leaves[3], scales[0])
+        y = lora_linear(x, linear.weight.detach(), leaves[0], leaves[3], scales[0])
         for i in (1, 2):
-            y = y + functional.lora_linear(x, None, leaves[i], leaves[3 + i], scales[i])
+            y = y + lora_linear(x, None, leaves[i], leaves[3 + i], scales[i])
         return y
 
     calls: Layers = {

@@ -20,10 +20,12 @@ from ..backends.library import is_on_gpu_path
 from ..core import device, forced
 from ..core.call import Guard
 from ..core.forced import Forced
+from ..core.packed4bit import Packed4bit
 from ..core.problem import (
     NO_DROPOUT,
     ONE_ADAPTER,
     Choice,
+    Layout,
     Problem,
     Strategy,
     require_supported,
@@ -66,6 +68,36 @@ def forced_backend() -> str | None:
 
 if (_named := forced_backend()) is not None:
     _check_names(_named)
+
+
+def requested() -> str:
+    """Return the backend and strategy in force as an op's `choice`, which a backward may be given.
+
+    While a function is compiled the strategy is not known.
+    """
+    if torch.compiler.is_compiling():
+        return forced_backend() or ""
+    return " ".join(filter(None, forced.current.get()))
+
+
+def parse(choice: str) -> Forced | None:
+    """Return the request that an op's `choice` is, or None for the empty one."""
+    name, _, strategy = choice.partition(" ")
+    return Forced(name, Strategy(strategy) if strategy else None) if name else None
+
+
+_COLUMNS = Layout(columns=True)
+
+
+def layout_of(
+    device_type: str, weight: torch.Tensor | Packed4bit | None, dtype: torch.dtype
+) -> Layout | None:
+    """Return the weight's layout for a GEMM in `dtype`; None if every backend accepts it."""
+    if device_type != "cpu" or cuda.is_emulated():
+        return constraints.layout(weight, dtype)
+    if not isinstance(weight, torch.Tensor) or weight.stride(1) == 1 or weight.stride(0) != 1:
+        return None
+    return _COLUMNS
 
 
 def backend(name: str, strategy: str | None = None) -> AbstractContextManager[None]:

@@ -212,7 +212,7 @@ class HeadOperands(NamedTuple):
     """
 
     x: Tensor
-    weight: Tensor | Packed4bit | None
+    weight: Tensor | Packed4bit
     lora_A: Tensor
     lora_B: Tensor
     labels: Tensor

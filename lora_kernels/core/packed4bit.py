@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..oracle import reference
+from . import format4bit
 
 PACKED4BIT_TENSORS = 6  # the first fields of `Packed4bit` are tensors, the others are not
 
@@ -39,6 +39,6 @@ class Packed4bit(NamedTuple):
         """Return the scale of each block in float32; no copy unless the scales are nested."""
         if self.nested_absmax is None or self.nested_code is None or self.offset is None:
             return self.absmax
-        return reference.dequantize_scales(
+        return format4bit.dequantize_scales(
             self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize
         )

@@ -12,9 +12,10 @@ from ..backends.cpu.heuristics import few_rows
 from ..backends.cpu.linear import PreparedCall
 from ..choice import choose as selection
 from ..core.call import Guard
-from ..ops import registry as ops
+from ..ops import context, linear
 from ..ops.arguments import base_dtype
-from ..ops.functional import dora_norm, lora_linear
+from ..ops.linear import lora_linear
+from ..ops.norm import dora_norm
 from ..quantization import Weight4bit
 
 
@@ -59,7 +60,7 @@ def prepare(
     four_bit = isinstance(weight, Weight4bit)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
     held = base if isinstance(base, Tensor) else base.packed
-    if not ops.can_bypass_dispatcher(x, held, lora_A, lora_B) or lora_A.stride(1) != 1:
+    if not context.can_bypass_dispatcher(x, held, lora_A, lora_B) or lora_A.stride(1) != 1:
         return None
     dtype = base_dtype("cpu", x.dtype, compute_dtype)
     called_by_address = [lora_A, lora_B]
@@ -72,12 +73,12 @@ def prepare(
         return None
     guards = [
         Guard(None, torch.is_grad_enabled, False),
-        *ops.interception_guards(),
+        *context.interception_guards(),
         Guard("cpu", torch.is_autocast_enabled, False),
         *selection.guards(),
         *map(_memory_guard, called_by_address),
     ]
-    return ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)
+    return linear.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)
 
 
 def _memory_guard(t: Tensor) -> Guard:
@@ -260,7 +261,7 @@ def _fingerprints(
     ):
         return None
     base = (weight,) if isinstance(weight, Tensor) else tuple(weight._tensors().values())
-    if not ops.can_bypass_dispatcher(*base, *adapter):
+    if not context.can_bypass_dispatcher(*base, *adapter):
         return None
     found = tuple(map(fingerprint, base))
     return None if None in found else found

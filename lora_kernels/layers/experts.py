@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..ops import registry as ops
-from ..ops.functional import lora_experts_linear
+from ..ops import context
+from ..ops.experts import lora_experts_linear
 from ..quantization import Weight4bit
 
 UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
@@ -367,7 +367,7 @@ def experts_forward(
 
     Raises ValueError or TypeError that names the argument.
     """
-    ops.refuse_context()
+    context.refuse_context()
     module, adapters = cast(Any, experts), adapters or {}
     if top_k_index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"top_k_index: got {top_k_index.dtype}, want int64 or int32")
@@ -379,7 +379,7 @@ def experts_forward(
         got = list(top_k_weights.shape)
         raise ValueError(f"top_k_weights: got shape {got}, want top_k_index's [{T}, {k}]")
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    is_readable = chosen.is_cpu and chosen.numel() and ops.can_bypass_dispatcher(chosen)
+    is_readable = chosen.is_cpu and chosen.numel() and context.can_bypass_dispatcher(chosen)
     if is_readable and (least := chosen[0].item()) < 0:
         raise ValueError(
             f"top_k_index: got {least}, want 0 to {module.num_experts - 1}, or more for experts "
@@ -414,7 +414,7 @@ def _project(
     lora_A, lora_B, scaling, dropout_p = adapter or (None, None, 1.0, 0.0)
     # Compute in the weight's dtype, as transformers' grouped_mm does. autocast would copy the
     # weights of all experts.
-    with ops.no_autocast(x):
+    with context.no_autocast(x):
         return lora_experts_linear(
             *(x.to(weight.dtype), weight, lora_A, lora_B, offsets, scaling, bias),
             is_transposed=module.is_transposed,

@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends.eager.gated_mlp import ACTIVATIONS
 from ..backends.eager.linear import UPCAST_ROWS
 from ..core.call import Operands, Spec
-from ..ops import registry as ops
+from ..ops import context, linear
 from ..ops.arguments import base_dtype
 from ..ops.gated_mlp import Hidden, gated_mlp
 from ..ops.siblings import Linear, is_eager_on_gpu, shared_linears
@@ -91,7 +91,7 @@ class LoRAGatedMLP(nn.Module):
         layers = self.gate, self.up, self.down
         if not isinstance(x, Tensor) or not is_eager_on_gpu(x):
             return None
-        if ops.unsupported_context() is not None or _has_any_global_hook():
+        if context.unsupported_context() is not None or _has_any_global_hook():
             return None
         K = self.gate.in_features
         if x.dim() == 0 or x.shape[-1] != K or x.numel() <= UPCAST_ROWS * K or x.is_inference():
@@ -127,7 +127,7 @@ def _is_plain(layer: LoRALayer, x: Tensor) -> bool:
 
 def _linear(layer: LoRALayer, x: Tensor) -> Linear | None:
     """Return the layer's operands; None if its call is another backend's, or in other dtypes."""
-    dtype = base_dtype(ops.device_of(x)[0], x.dtype)
+    dtype = base_dtype(context.device_of(x)[0], x.dtype)
     weight = layer._base_weight()
     A, B = layer.lora_A, layer.lora_B
     if isinstance(weight, Weight4bit):
@@ -140,6 +140,6 @@ def _linear(layer: LoRALayer, x: Tensor) -> Linear | None:
     codes = weight.codes if isinstance(weight, Weight4bit) else weight
     rows = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], layer.in_features)
     spec = Spec(layer.scaling, 0.0, dtype, dtype)
-    if ops.choose(Operands(rows, codes, A, B, bias=layer.bias), spec).backend != "eager":
+    if linear.choose(Operands(rows, codes, A, B, bias=layer.bias), spec).backend != "eager":
         return None
     return Linear(weight, A, B, layer.scaling, layer.bias)

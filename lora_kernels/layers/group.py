@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import registry as ops
+from ..ops import context
 from ..quantization import Weight4bit
 from .layer import Adapter, Init, LoRALayer, check_size, check_stock
 from .quantized import QLoRALayer
@@ -179,7 +179,7 @@ class LoRAGroup(LoRALayer):
     def _wide_B(self) -> Tensor:
         """Return lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
         is_parameter = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
-        if is_parameter and not torch.is_grad_enabled() and not ops.is_intercepted():
+        if is_parameter and not torch.is_grad_enabled() and not context.is_intercepted():
             return self._write_wide_B()
         width = len(self.targets) * self.r
         return torch.cat(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.functional import lora_linear
+from ..ops.linear import lora_linear
 from ..quantization import Weight4bit
 from .cache import CallCache, DoraNormCache
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.functional import dora_norm
+from ..ops.norm import dora_norm
 from ..quantization import Weight4bit
 from .layer import Adapter, check_size
 from .linear import LoRALinear

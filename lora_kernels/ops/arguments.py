@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..choice import choose as selection
 from ..quantization import Weight4bit
-from . import registry as ops
+from . import context
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WITHOUT_AUTOCAST = ("meta",)  # torch.is_autocast_enabled raises for it
@@ -102,7 +102,7 @@ def check_weight(
 
 def _check_dense(x: Tensor, weight: Tensor) -> None:
     check_dtypes("x", x.dtype, weight=weight.dtype)
-    if weight.dtype is not x.dtype and autocast_dtype(ops.device_of(x)[0], x.dtype) is None:
+    if weight.dtype is not x.dtype and autocast_dtype(context.device_of(x)[0], x.dtype) is None:
         raise TypeError(
             f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
         )
@@ -172,7 +172,7 @@ def _check_rng(rng: Tensor, x: Tensor) -> None:
             f"rng: got {rng.dtype} {list(rng.shape)}, want int64 [2]: seed and offset; or the "
             f"mask, torch.bool {list(x.shape)}"
         )
-    if selection.is_eager_on_gpu(ops.device_of(x)[0]) and not x.is_meta:
+    if selection.is_eager_on_gpu(context.device_of(x)[0]) and not x.is_meta:
         raise ValueError(f"rng: got the state of a mask on {rng.device}, {NATIVE_MASKS}")
 
 
@@ -191,7 +191,7 @@ def check_dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[floa
         _check_rng(rng, x)
         # Kernels read a state by its address.
         return dropout_p, rng if rng.dtype is torch.bool else rng.contiguous()
-    return dropout_p, None if selection.is_eager_on_gpu(ops.device_of(x)[0]) else draw_rng(x)
+    return dropout_p, None if selection.is_eager_on_gpu(context.device_of(x)[0]) else draw_rng(x)
 
 
 def draw_rng(x: Tensor) -> Tensor:

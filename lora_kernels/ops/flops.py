@@ -69,7 +69,7 @@ def _backward_flops(M: int, K: int, N: int, R: int, base: bool, needs: tuple[boo
     return flops + 2 * M * R * (K * need_A + N * need_B)
 
 
-# The arguments are those of the schemas in `ops` and `head_ops`, with shapes in place of tensors.
+# The arguments are those of the schemas, with shapes in place of tensors.
 # The fields of a 4-bit weight stand in place of a dense one.
 
 

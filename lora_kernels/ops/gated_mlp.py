@@ -13,7 +13,7 @@ from ..backends.eager import linear as eager
 from ..core.call import Needs, Operands, Saved, Spec
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
-from . import registry as ops
+from . import context
 from .arguments import autocast_dtype, check_weight
 from .autograd import differentiable_once
 
@@ -77,7 +77,7 @@ def gated_mlp(
     """
     g, u, activation, is_private = hidden
     shape = lora_B.shape[0], lora_A.shape[1]
-    cast_dtype = autocast_dtype(ops.device_of(g)[0], g.dtype)
+    cast_dtype = autocast_dtype(context.device_of(g)[0], g.dtype)
     dense, codes, dtype = check_weight(g, weight, shape, compute_dtype, cast_dtype)
     y_dtype = cast_dtype or g.dtype
     if cast_dtype is not None:
@@ -111,7 +111,7 @@ class GatedMLPFunction(torch.autograd.Function):
         activation, spec, _, blocksizes = options
         g, u = g.contiguous(), u.contiguous()
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
-        with ops.no_autocast(g):
+        with context.no_autocast(g):
             h = eager_mlp.gated(g, u, activation).view(-1, g.shape[-1])
             operands = Operands(h, base, lora_A, lora_B, bias=bias)
             y, (p, _, _) = eager.lora_linear(operands, spec, "")
@@ -131,7 +131,7 @@ class GatedMLPFunction(torch.autograd.Function):
             p = g.new_empty(rows[0].shape[0], dtype=eager.stat_dtype(spec.dtype))
         # A second backward reads g and u again.
         in_place = is_private and not _get_current_graph_task_keep_graph()
-        with ops.no_autocast(g):
+        with context.no_autocast(g):
             dg, du, grads = eager_mlp.down_backward(
                 dy.reshape(-1, dy.shape[-1]),
                 *rows,

@@ -1,24 +1,35 @@
 """A language model's head with an adapter: its cross-entropy, and its tokens' log-probabilities.
 
-The logits [M, V] are never in memory: a chunk of rows at a time is. See `backends.head`.
+The logits [M, V] are never in memory: a chunk of rows at a time is. See `backends.eager.head`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends import decode4bit
+from ..backends.eager import head as eager_head
+from ..backends.eager.linear import stat_dtype
 from ..backends.library import is_on_gpu_path
 from ..core import forced
-from ..core.call import HeadGrads, HeadNeeds, HeadOutputs, HeadSpec
-from ..core.packed4bit import PACKED4BIT_TENSORS
+from ..core.call import (
+    HeadGrads,
+    HeadNeeds,
+    HeadOperands,
+    HeadOutputs,
+    HeadRows,
+    HeadSpec,
+    Operands,
+    Spec,
+)
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
-from . import head_ops
-from . import registry as ops
+from . import context, linear
 from .arguments import (
     autocast_dtype,
     check_both_or_none,
@@ -33,6 +44,7 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once
+from .registry import arguments_of, define, results_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -244,7 +256,7 @@ def _prepare(
     compute_dtype: torch.dtype | None,
 ) -> tuple[_Tensors, _Call]:
     """Check the arguments; return the tensors, with x as rows, and the call."""
-    ops.refuse_context()
+    context.refuse_context()
     check_x_and_weight(x, weight)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"weight: got shape {list(weight.shape)}, want [V, K], each at least 1")
@@ -266,7 +278,7 @@ def _prepare(
     check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
     check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
     _check_labels(labels, x)
-    device_type, _ = ops.device_of(x)
+    device_type, _ = context.device_of(x)
     cast_dtype = autocast_dtype(device_type, x.dtype)
     y_dtype = cast_dtype or x.dtype
     frozen = weight.detach() if isinstance(weight, Tensor) else weight  # it may train here
@@ -310,7 +322,7 @@ def _cast(grad: Tensor | None, like: torch.dtype) -> Tensor | None:
 
 
 class _CrossEntropyFunction(torch.autograd.Function):
-    """`head_ops.lora_cross_entropy`, whose forward computes the gradients that are needed.
+    """The op `lora_cross_entropy`, whose forward computes the gradients that are needed.
 
     The backward multiplies them by the gradient of the loss.
     """
@@ -329,7 +341,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
         *weight: Tensor,
     ) -> Tensor:
         rest = lora_A, lora_B, labels, bias, rng, *call.spec, *needs
-        run = head_ops.lora_cross_entropy_4bit if call.blocksizes else head_ops.lora_cross_entropy
+        run = _CROSS_ENTROPY[bool(call.blocksizes)]
         loss: Tensor
         loss, *grads = run(x, *weight, *call.blocksizes, *rest)
         ctx.save_for_backward(*grads)
@@ -350,7 +362,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
 
 
 class _LogProbsFunction(torch.autograd.Function):
-    """`head_ops.lora_log_probs` with `head_ops.lora_log_probs_backward`.
+    """The op `lora_log_probs` with `lora_log_probs_backward`.
 
     Returns log_probs and the fields of `HeadOutputs`, empty if not requested. The backward needs
     the operands, the largest logit and Σ exp [M], and entropy [M] if it was requested.
@@ -370,7 +382,7 @@ class _LogProbsFunction(torch.autograd.Function):
         *weight: Tensor,
     ) -> tuple[Tensor, ...]:
         rest = lora_A, lora_B, labels, bias, rng, *call.spec, *outputs
-        run = head_ops.lora_log_probs_4bit if call.blocksizes else head_ops.lora_log_probs
+        run = _LOG_PROBS[bool(call.blocksizes)]
         *found, largest_logit, sum_exp = run(x, *weight, *call.blocksizes, *rest)
         entropy = found[1] if outputs.entropy else None
         ctx.save_for_backward(
@@ -394,11 +406,7 @@ class _LogProbsFunction(torch.autograd.Function):
         needs = HeadNeeds(need[2], need[8] and not blocksizes, need[3], need[4], need[5])
         rows = dlog_probs, None if entropy is None else dentropy, largest_logit, sum_exp, entropy
         rest = lora_A, lora_B, labels, bias, rng, *spec, *needs
-        run = (
-            head_ops.lora_log_probs_backward_4bit
-            if blocksizes
-            else head_ops.lora_log_probs_backward
-        )
+        run = _LOG_PROBS_BACKWARD[bool(blocksizes)]
         as_forward = contextlib.nullcontext() if ctx.forced is None else forced.set_to(ctx.forced)
         with as_forward:
             found = run(*rows, x, *weight, *blocksizes, *rest)
@@ -408,3 +416,165 @@ class _LogProbsFunction(torch.autograd.Function):
         dweight = _cast(grads.weight, weight[0].dtype)
         others = [None] * (len(weight) - 1)
         return None, None, grads.x, dA, dB, dbias, None, None, dweight, *others
+
+
+# The registered ops ----------------------------------------------------------------------------
+
+# They take x as M rows. The logits of a chunk are computed by the backend that `linear.choose`
+# chooses for that many rows; with dropout, by the eager backend, which takes a mask's rows. The ops
+# draw no random numbers, and are deterministic.
+
+
+def _decode_once(operands: HeadOperands, spec: HeadSpec) -> HeadOperands:
+    """Return the operands with a dense weight if the eager backend would decode each chunk's."""
+    x, weight, lora_A, lora_B = operands[:4]
+    if not isinstance(weight, Packed4bit):
+        return operands
+    own = Operands(x, weight, lora_A, lora_B, rng=operands.rng)
+    has_mask = operands.rng is not None and spec.dropout_p > 0
+    if not has_mask and linear.choose(own, Spec(*spec[:4])).backend != "eager":
+        return operands
+    shape = lora_B.shape[0], x.shape[1]
+    return operands._replace(weight=decode4bit.dense(weight, shape, spec.dtype))
+
+
+def _cross_entropy(operands: HeadOperands, spec: HeadSpec, needs: HeadNeeds) -> tuple[Tensor, ...]:
+    with context.no_autocast(operands.x):
+        loss, grads = eager_head.cross_entropy(
+            _decode_once(operands, spec),
+            spec,
+            needs,
+            linear.lora_linear_direct,
+            linear.lora_linear_backward_direct,
+        )
+    return loss, *_fill(grads, operands)
+
+
+def _fill(grads: HeadGrads, operands: HeadOperands) -> tuple[Tensor, ...]:
+    """Return an empty tensor for None, because an op cannot return optional tensors."""
+    x, stat = operands.x, stat_dtype(operands.x.dtype)
+    dtypes = x.dtype, *[stat] * 4
+    return tuple(
+        x.new_empty(0, dtype=dtype) if t is None else t
+        for t, dtype in zip(grads, dtypes, strict=True)
+    )
+
+
+def _grads_fake(operands: HeadOperands, needs: HeadNeeds) -> tuple[Tensor, ...]:
+    x, lora_B = operands.x, operands.lora_B
+    (V, R), K = lora_B.shape, x.shape[1]
+    shapes, stat = ((V, K), (R, K), (V, R), (V,)), stat_dtype(x.dtype)
+    dx = x.new_empty((x.shape[0], K) if needs.x else (0,))
+    rest = (
+        x.new_empty(shape if need else (0,), dtype=stat)
+        for shape, need in zip(shapes, needs[1:], strict=True)
+    )
+    return dx, *rest
+
+
+def _cross_entropy_fake(
+    operands: HeadOperands, spec: HeadSpec, needs: HeadNeeds
+) -> tuple[Tensor, ...]:
+    x = operands.x
+    return x.new_empty((), dtype=stat_dtype(x.dtype)), *_grads_fake(operands, needs)
+
+
+def _log_probs(operands: HeadOperands, spec: HeadSpec, outputs: HeadOutputs) -> tuple[Tensor, ...]:
+    with context.no_autocast(operands.x):
+        rows = eager_head.log_probs(
+            _decode_once(operands, spec), spec, outputs, linear.lora_linear_direct
+        )
+    fakes = _log_probs_fake(operands, spec, outputs)
+    return tuple(fake if t is None else t for t, fake in zip(rows, fakes, strict=True))
+
+
+def _log_probs_fake(
+    operands: HeadOperands, spec: HeadSpec, outputs: HeadOutputs
+) -> tuple[Tensor, ...]:
+    x, wanted = operands.x, outputs._asdict()
+    return tuple(
+        x.new_empty(
+            x.shape[:1] if wanted.get(name, True) else (0,),
+            dtype=torch.bool if name == "is_top1" else stat_dtype(x.dtype),
+        )
+        for name in HeadRows._fields
+    )
+
+
+def _log_probs_backward(
+    dlog_probs: Tensor,
+    dentropy: Tensor | None,
+    largest_logit: Tensor,
+    sum_exp: Tensor,
+    entropy: Tensor | None,
+    operands: HeadOperands,
+    spec: HeadSpec,
+    needs: HeadNeeds,
+) -> tuple[Tensor, ...]:
+    with context.no_autocast(operands.x):
+        grads = eager_head.log_probs_backward(
+            dlog_probs,
+            dentropy,
+            (largest_logit, sum_exp, entropy),
+            _decode_once(operands, spec),
+            spec,
+            needs,
+            linear.lora_linear_direct,
+            linear.lora_linear_backward_direct,
+        )
+    return _fill(grads, operands)
+
+
+def _log_probs_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    operands, _, needs = args[5:]
+    return _grads_fake(operands, needs)
+
+
+_OPERANDS_TEXT = f"{arguments_of(HeadOperands)}, {arguments_of(HeadSpec)}"
+_NEEDS_TEXT = arguments_of(HeadNeeds, "need_")
+_ROWS_TEXT = ", ".join(f"Tensor {name}" for name in HeadRows._fields)
+
+
+def _define(
+    name: str,
+    arguments: str,
+    results: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    last: Any,
+    before: int = 0,
+) -> tuple[Any, Any]:
+    """Register the op and its twin, and return both.
+
+    last: the call type that follows operands and spec. before: the number of arguments before them.
+    """
+    types = [(each, len(each._fields)) for each in (HeadOperands, HeadSpec, last)]
+    return define(name, f"({arguments}) -> ({results})", implementation, fake, types, before)
+
+
+_CROSS_ENTROPY = _define(
+    "lora_cross_entropy",
+    f"{_OPERANDS_TEXT}, {_NEEDS_TEXT}",
+    f"Tensor loss, {results_of(HeadGrads)}",
+    _cross_entropy,
+    _cross_entropy_fake,
+    HeadNeeds,
+)
+_LOG_PROBS = _define(
+    "lora_log_probs",
+    f"{_OPERANDS_TEXT}, {arguments_of(HeadOutputs)}",
+    _ROWS_TEXT,
+    _log_probs,
+    _log_probs_fake,
+    HeadOutputs,
+)
+_LOG_PROBS_BACKWARD = _define(
+    "lora_log_probs_backward",
+    "Tensor dlog_probs, Tensor? dentropy, Tensor largest_logit, Tensor sum_exp, Tensor? entropy, "
+    f"{_OPERANDS_TEXT}, {_NEEDS_TEXT}",
+    results_of(HeadGrads),
+    _log_probs_backward,
+    _log_probs_backward_fake,
+    HeadNeeds,
+    before=5,
+)

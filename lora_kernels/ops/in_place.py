@@ -21,7 +21,7 @@ from torch._C import _storage_Use_Count
 from ..backends.eager import linear as eager
 from ..backends.eager import siblings as eager_blocks
 from ..core.call import Needs, Operands, Saved, Spec
-from . import registry as ops
+from . import context
 from .arguments import autocast_dtype
 from .autograd import differentiable_once
 
@@ -113,7 +113,7 @@ def add_lora_linear_(
     """
     if y.dtype is not x.dtype:  # under autocast
         x = x.to(y.dtype)
-    if autocast_dtype(ops.device_of(x)[0], x.dtype) is not None:
+    if autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
         lora_A, lora_B = lora_A.to(y.dtype), lora_B.to(y.dtype)
     spec = Spec(scaling, dropout_p, y.dtype, y.dtype)
     if torch.is_grad_enabled():
@@ -133,7 +133,7 @@ def _add(
     spec: Spec,
 ) -> Saved:
     rows, columns = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    with ops.no_autocast(y):
+    with context.no_autocast(y):
         saved = eager_blocks.add_update_(
             columns, rows, lora_A, lora_B, spec.scaling, rank_gate, spec.dropout_p
         )
@@ -180,7 +180,7 @@ class AddLoRALinear(torch.autograd.Function):
             p = dy.new_empty(rows.shape[0], dtype=stat)
         operands = Operands(x.reshape(-1, x.shape[-1]), None, lora_A, lora_B, rank_gate, rng=mask)
         needs = Needs(need_x, need_A, need_B, need_gate)
-        with ops.no_autocast(dy):
+        with context.no_autocast(dy):
             grads = eager.lora_linear_backward(rows, operands, Saved(p), ctx.spec, needs, "")
             dbias = rows.sum(0, dtype=stat).to(ctx.bias_dtype) if need_bias else None
         dx = None if grads.x is None else grads.x.view(ctx.x_shape)

@@ -22,7 +22,7 @@ from ..choice import choose as selection
 from ..core import forced
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
-from . import registry as ops
+from . import context
 from .arguments import FLOATS, autocast_dtype
 from .autograd import differentiable_once
 
@@ -35,7 +35,7 @@ class _DownProjections(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         need_x, _, *need_A = ctx.needs_input_grad
         rows = x.reshape(-1, x.shape[-1])
-        with ops.no_autocast(x):
+        with context.no_autocast(x):
             p = eager_blocks.down_projections(rows, lora_A, is_rounded)
         ctx.save_for_backward(x if any(need_A) else None, *lora_A)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -51,7 +51,7 @@ class _DownProjections(torch.autograd.Function):
         need_x, _, *need_A = ctx.needs_input_grad
         dx, *dp = grads
         rows = None if x is None else x.reshape(-1, x.shape[-1])
-        with ops.no_autocast(lora_A[0]):
+        with context.no_autocast(lora_A[0]):
             dx, dA = eager_blocks.down_projections_backward(
                 dx, dp, rows, lora_A, any(need_A), ctx.x_dtype if need_x else None
             )
@@ -93,7 +93,7 @@ class _SiblingLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         scaling, y_shape, blocksizes = options
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
-        with ops.no_autocast(x):
+        with context.no_autocast(x):
             sibling = eager_blocks.Sibling(p, base, lora_B, scaling, rank_gate)
             y = eager_blocks.sibling_linear(x, sibling, bias)
         if (
@@ -125,7 +125,7 @@ class _SiblingLinear(torch.autograd.Function):
             base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         sibling = eager_blocks.Sibling(p, base, lora_B, ctx.options.scaling, rank_gate)
         rows, needs = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad[:5]
-        with ops.no_autocast(dy):
+        with context.no_autocast(dy):
             grads = eager_blocks.sibling_linear_backward(
                 rows, dx, sibling, ctx.columns, ctx.p_dtype, needs
             )
@@ -189,7 +189,7 @@ def shared_linears(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
 
     The A have one dtype. A dense weight has x's dtype, or autocast's after a cast.
     """
-    cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+    cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
     dtype = cast_dtype or x.dtype
     factors = [t for each in linears for t in (each.lora_A, each.lora_B)]
     if cast_dtype is not None:
@@ -206,12 +206,12 @@ def shared_linears(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
 
 def is_eager_on_gpu(x: Tensor) -> bool:
     """Return True if a plain x is on a GPU that runs the eager backend, seen by no mode."""
-    device_type, _ = ops.device_of(x)
+    device_type, _ = context.device_of(x)
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.dtype in FLOATS
         and selection.is_eager_on_gpu(device_type)
         and forced.entered in (None, "eager")  # the backward's thread knows no other
         # A mode may replay single ops, as selective checkpointing does. On meta the counter looks.
-        and (device_type == "meta" or not ops.is_intercepted())
+        and (device_type == "meta" or not context.is_intercepted())
     )

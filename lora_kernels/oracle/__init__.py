@@ -1,1 +1,1 @@
-"""What is right, and how far a result may be from it: equation, cases and tolerance."""
+"""The reference, its cases and the derived tolerance."""

@@ -27,9 +27,11 @@ from ..backends.cuda import constraints
 from ..backends.eager import linear as eager
 from ..backends.triton import configs
 from ..choice import choose as selection
+from ..core import dropout
 from ..core.call import Operands
 from ..core.problem import Layout
-from ..ops import functional
+from ..ops.linear import lora_linear
+from ..ops.norm import dora_norm
 from ..quantization import Weight4bit, quantize_4bit
 from . import reference, tolerance
 from .tolerance import Verdict, unit_roundoff
@@ -143,7 +145,7 @@ class Case(AnyCase):
     x_layout: str = "rows"
     dy_layout: str = "rows"
 
-    op = staticmethod(functional.lora_linear)
+    op = staticmethod(lora_linear)
     equation = staticmethod(reference.lora_linear)
     eager = staticmethod(plain_pytorch)
 
@@ -308,14 +310,14 @@ def _list(value: Any) -> list[Any]:
 def dropout_mask(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
     """Return the dropout mask of a state, in x's shape."""
     K = x.shape[-1]
-    return reference.dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
+    return dropout.dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
 
 
 def masked(x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
     """Return x under the reference's dropout, or x itself without a state."""
     if rng is None:
         return x
-    return x * dropout_mask(x, rng, dropout_p) * reference.dropout_scale(dropout_p)
+    return x * dropout_mask(x, rng, dropout_p) * dropout.dropout_scale(dropout_p)
 
 
 def run(
@@ -530,9 +532,7 @@ def judge(case: AnyCase, call: Callable[..., Any] | None = None) -> dict[str, Ve
 NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")
 
 
-def judge_norm(
-    case: Case, call: Callable[..., Tensor] = functional.dora_norm
-) -> dict[str, Verdict]:
+def judge_norm(case: Case, call: Callable[..., Tensor] = dora_norm) -> dict[str, Verdict]:
     """Run `dora_norm` on the weight, adapter and gate of the case; return its verdict.
 
     >>> judge_norm(Case(M=0, N=33, K=17, R=3, gate=True))["norm"].ok

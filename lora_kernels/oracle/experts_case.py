@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import library
 from ..backends.eager.experts import ALIGNED
 from ..choice import choose as selection
-from ..ops.functional import lora_experts_linear
+from ..ops.experts import lora_experts_linear
 from ..quantization import Weight4bit
 from . import case as cases
 from . import reference

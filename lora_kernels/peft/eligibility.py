@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import registry as ops
+from ..ops import context
 from .adapters import (
     ALORA,
     KASA,
@@ -281,7 +281,7 @@ def context_reason() -> str | None:
     """Return why PEFT's forward runs in this context, whatever the layer's state."""
     if not torch.compiler.is_compiling() and is_tracing():
         return "torch.jit.trace records the call"
-    return ops.unsupported_context()
+    return context.unsupported_context()
 
 
 def replaced_reason(fused_class: Any) -> str | None:

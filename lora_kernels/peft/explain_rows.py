@@ -21,7 +21,7 @@ from ..choice import choose as selection
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem
 from ..layers import LoRAEmbedding, LoRALayer
 from ..layers.experts import is_quantized, stack
-from ..ops import registry as ops
+from ..ops import context
 from ..ops.arguments import FLOATS, base_dtype
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
@@ -462,7 +462,7 @@ def row_of_streamed(
         reason = f"x has {dtype}, its weight {weight.dtype}"
     elif torch.is_autocast_enabled("cpu"):
         reason = "autocast is on"
-    elif not ops.can_bypass_dispatcher(weight):
+    elif not context.can_bypass_dispatcher(weight):
         reason = "a subclass or a mode looks at each call with its weight"
     elif weight.stride(1) != 1:
         reason = "its weight is stored by columns"
@@ -553,7 +553,7 @@ def _layout(
     device_type: str, weight: Tensor | Weight4bit | None, dtype: torch.dtype
 ) -> Layout | None:
     if isinstance(weight, Weight4bit):
-        return ops.layout(device_type, weight.codes, dtype)
+        return selection.layout_of(device_type, weight.codes, dtype)
     if weight is not None and not any(weight.stride()):  # `sharded._stand_in`'s
         return None
-    return ops.layout(device_type, weight, dtype)
+    return selection.layout_of(device_type, weight, dtype)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..core.call import Operands, Spec
 from ..layers.cache import DoraNormCache
-from ..ops import in_place
-from ..ops import registry as ops
+from ..ops import context, in_place, linear
 from ..ops.arguments import base_dtype
-from ..ops.functional import lora_linear, multi_lora_linear
+from ..ops.linear import lora_linear
+from ..ops.multi import multi_lora_linear
 from ..ops.siblings import is_eager_on_gpu
 from ..quantization import Weight4bit
 from .adapters import (
@@ -207,11 +207,13 @@ def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
         return False
     if y.is_inference() is not torch.is_inference_mode_enabled():
         return False
-    dtype = base_dtype(ops.device_of(x)[0], x.dtype)
+    dtype = base_dtype(context.device_of(x)[0], x.dtype)
     if y.dtype is not dtype or y.shape != (*x.shape[:-1], call.lora_B.shape[0]):
         return False
     operands = Operands(x, None, call.lora_A, call.lora_B, call.rank_gate)
-    return ops.choose(operands, Spec(call.scaling, call.dropout_p, dtype, dtype)).backend == "eager"
+    return (
+        linear.choose(operands, Spec(call.scaling, call.dropout_p, dtype, dtype)).backend == "eager"
+    )
 
 
 def peft_class(layer: Any) -> Any:

@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.library import is_on_gpu_path
 from ..core.call import Operands, Spec
-from ..ops import registry as ops
+from ..ops import context, linear
 from ..ops.arguments import base_dtype
 from ..ops.gated_mlp import Hidden, gated_mlp
 from ..quantization import Weight4bit
@@ -75,7 +75,7 @@ class GatedMLP(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             x = args[0]
-            if is_on_gpu_path(ops.device_of(x)[0]) and _call_reason(self, x) is None:
+            if is_on_gpu_path(context.device_of(x)[0]) and _call_reason(self, x) is None:
                 return _run(self, x)
         return cast(Tensor, super().forward(*args, **kwargs))
 
@@ -241,8 +241,8 @@ def _call_order(module: Any, parts: Parts, training: bool) -> list[str]:
     vars(copy).update(own, _modules=modules, training=training)
     x, called = _sample(6, 2, 6), list[str]()
     want = down(parts.function(gate(x)) * up(x))
-    for name, linear in stand_ins.items():
-        linear.register_forward_pre_hook(lambda *args, name=name: called.append(name))
+    for name, stand_in in stand_ins.items():
+        stand_in.register_forward_pre_hook(lambda *args, name=name: called.append(name))
     try:
         found = type(module).forward(copy, x.clone())
     except Exception:  # other sizes, other arguments
@@ -351,8 +351,11 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
         A, B = A.to(g.dtype), B.to(g.dtype)
     weight, compute_dtype = readable_weight(base, g)
     stored = weight.codes if isinstance(weight, Weight4bit) else weight
-    dtype = base_dtype(ops.device_of(g)[0], g.dtype, compute_dtype)
-    if ops.choose(Operands(g, stored, A, B), Spec(scaling, 0.0, dtype, g.dtype)).backend != "eager":
+    dtype = base_dtype(context.device_of(g)[0], g.dtype, compute_dtype)
+    if (
+        linear.choose(Operands(g, stored, A, B), Spec(scaling, 0.0, dtype, g.dtype)).backend
+        != "eager"
+    ):
         y = down(parts.function(g) * u)
         return y
     bias, own = base._parameters["bias"], lora_bias([adapter])

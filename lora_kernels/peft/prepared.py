@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backends.cpu import native
 from ..core.call import Guard
 from ..layers.cache import CallCache
-from ..ops.functional import lora_linear
+from ..ops.linear import lora_linear
 from ..quantization import Weight4bit
 from .adapters import Adapter, dropout_p, weight_of
 from .base import is_conv1d, is_linear4bit

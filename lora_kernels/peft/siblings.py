@@ -28,7 +28,7 @@ from ..backends.eager.siblings import is_p_rounded
 from ..backends.library import is_on_gpu_path
 from ..core.call import Operands, Spec
 from ..core.packed4bit import Packed4bit
-from ..ops import registry as ops
+from ..ops import context, linear
 from ..ops import siblings as blocks
 from ..ops.arguments import autocast_dtype
 from ..quantization import Weight4bit
@@ -173,7 +173,7 @@ class _Call(NamedTuple):
         base = cast(nn.Module, layer._modules["base_layer"])
         weight, compute_dtype = readable_weight(base, x)
         lora_A, lora_B, scaling, gate, _ = stack([adapter], 0.0)
-        cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+        cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
         is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
         if compute_dtype not in (None, dtype) and not is_cast:
             return None
@@ -191,7 +191,7 @@ class _Call(NamedTuple):
             lora_B = lora_B.to(dtype)
             x, lora_A = (_empty_like(t, dtype) for t in (x, lora_A))  # the choice reads no values
         operands = Operands(x, codes, lora_A, lora_B, gate, None, bias)
-        if ops.choose(operands, Spec(scaling, 0.0, dtype, dtype)).backend != "eager":
+        if linear.choose(operands, Spec(scaling, 0.0, dtype, dtype)).backend != "eager":
             return None
         return cls(weight, lora_B, scaling, bias, gate)
 
@@ -215,7 +215,7 @@ def _sharing(layers: Sequence[Any], x: Tensor) -> Iterator[tuple[Any, Adapter]]:
 
 def _fill(members: Sequence[tuple[Any, Adapter]], x: Tensor, key: tuple[Any, ...]) -> _Slot | None:
     """Compute P of the members whose A fits the first one's; None if that is alone."""
-    cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+    cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
     is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
     layer, adapter = members[0]
     first, casts = weight_of(adapter.lora_A), casts_adapters(layer, x.device.type, dtype)
@@ -286,7 +286,7 @@ def _can_share(x: Tensor) -> bool:
 
 def _key(x: Tensor) -> tuple[Any, ...]:
     """Return what is equal for calls that share x, to be compared by identity or equality."""
-    cast_dtype = autocast_dtype(ops.device_of(x)[0], x.dtype)
+    cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     return x, x._version, cast_dtype, *modes
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..choice import choose as selection
 from ..choice.verdicts import Group, Seconds
-from ..ops import functional
+from ..ops import linear
 from ..quantization import Weight4bit, quantize_4bit
 from .plan import STEP_ROWS
 
@@ -114,7 +114,7 @@ class Timed:
 
     def y(self, number: int) -> Tensor:
         x, A, B = self.leaves
-        return functional.lora_linear(x, self.weights[number % self.count], A, B, 2.0)
+        return linear.lora_linear(x, self.weights[number % self.count], A, B, 2.0)
 
     def forward(self, number: int) -> object:
         with torch.no_grad():

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ..backends import decode4bit, triton
-from ..core import forced
+from ..core import forced, format4bit
 from ..core.packed4bit import Packed4bit
-from ..oracle import reference
 from . import codebooks
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -348,7 +347,7 @@ def quantize_4bit(
     nested: dict[str, Any] = {}
     if double_quant:
         nested_code = codebooks.dynamic_map(device)
-        absmax, nested_absmax, offset = reference.quantize_scales(
+        absmax, nested_absmax, offset = format4bit.quantize_scales(
             absmax, nested_code, NESTED_BLOCKSIZE
         )
         nested = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset}

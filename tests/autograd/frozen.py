@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import lora_experts_linear, lora_linear, multi_lora_linear
-from lora_kernels.ops import autograd
+from lora_kernels.ops import autograd, experts, linear, multi
 from tests.autograd.cases import K, M, N, R, make_case, require_grad
 
 FACTORS = ("lora_A", "lora_B")
@@ -25,13 +25,15 @@ FROZEN = [("lora_A",), ("lora_B",), ("lora_A", "lora_B")]
 @contextmanager
 def unread_is_nan() -> Iterator[list[Tensor]]:
     """Fill what stands for tensors that were not saved with NaN, and yield them."""
-    make, made = autograd._unread, []
+    make, made = autograd.unread, []
 
     def filled(*args: Any, **kwargs: Any) -> Tensor:
         made.append(make(*args, **kwargs).fill_(torch.nan))
         return made[-1]
 
-    with mock.patch.object(autograd, "_unread", filled):
+    with ExitStack() as patches:
+        for module in (linear, multi, experts):
+            patches.enter_context(mock.patch.object(module, "unread", filled))
         yield made
 
 

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import backend, lora_linear, multi_lora_linear
-from lora_kernels.ops import registry as ops
+from lora_kernels.ops import context
 from tests.autograd.cases import BACKENDS
 from tests.support.functions import call, every_function
 
@@ -128,7 +128,7 @@ def test_autocast_of_any_device_is_followed(device):
                 assert lora_linear(x, weight, A, B).dtype is torch.float16
                 y = multi_lora_linear(x, weight, [A], [B], index)
                 assert y.dtype is torch.float16
-            with ops.no_autocast(x):
+            with context.no_autocast(x):
                 assert not torch.is_autocast_enabled(device)
         finally:
             torch.set_autocast_enabled(device, before[0])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear, multi_lora_linear
-from lora_kernels.ops import registry as ops
 from lora_kernels.quantization import quantize_4bit
 from tests.autograd.cases import OPTIONS, K, N, R, make_case, require_grad
 
@@ -18,7 +17,7 @@ OPERANDS = ("x", "weight", "lora_A", "lora_B", "rank_gate", "column_scale")
 def test_lora_linear_passes_opcheck(option, dtype, save_z):
     c = make_case(option, dtype, x_shape=(2, 3, K))
     args = [c[name] for name in (*OPERANDS, "bias", "rng", "scaling", "dropout_p")]
-    torch.library.opcheck(ops.lora_linear, (*args, dtype, dtype, save_z))
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear.default, (*args, dtype, dtype, save_z))
 
 
 @pytest.mark.parametrize("need", [True, False])
@@ -32,7 +31,10 @@ def test_lora_linear_backward_passes_opcheck(option, dtype, need):
     options = [c["scaling"], c["dropout_p"], dtype, dtype, False]
     needs = [True, need, need, *(need and c[name] is not None for name in OPERANDS[4:]), need]
     operands = [c[name] for name in OPERANDS]
-    torch.library.opcheck(ops.lora_linear_backward, (dy, *operands, None, *saved, *options, *needs))
+    torch.library.opcheck(
+        torch.ops.lora_kernels.lora_linear_backward.default,
+        (dy, *operands, None, *saved, *options, *needs),
+    )
 
 
 def outputs(function, case):

@@ -19,7 +19,7 @@ from lora_kernels.bench import baselines, command, dense, models, timing, varian
 from lora_kernels.bench.command import wrap
 from lora_kernels.bench.results import Row, Suite, flat, ratios, summary
 from lora_kernels.bench.timing import Times
-from lora_kernels.ops import registry as ops
+from lora_kernels.ops import linear
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 
@@ -49,7 +49,7 @@ def half_adapter(**args: Any) -> Tensor:
 def break_backend(monkeypatch: pytest.MonkeyPatch, output: str, by: float = 1.01) -> None:
     """The backend's result is off by a hundredth: less than what a test of losses would see."""
     name, place = RESULTS[output]
-    op: Callable[..., Any] = getattr(ops._BACKENDS[BACKEND], name)
+    op: Callable[..., Any] = getattr(linear.BACKENDS[BACKEND], name)
 
     def wrong(*args: Any) -> Any:
         found = op(*args)
@@ -58,7 +58,7 @@ def break_backend(monkeypatch: pytest.MonkeyPatch, output: str, by: float = 1.01
         changed = (*found[:place], found[place] * by, *found[place + 1 :])
         return found._make(changed) if hasattr(found, "_make") else changed
 
-    monkeypatch.setattr(ops._BACKENDS[BACKEND], name, wrong)
+    monkeypatch.setattr(linear.BACKENDS[BACKEND], name, wrong)
 
 
 def test_bench(run: Any) -> None:
@@ -210,8 +210,8 @@ def test_a_wrong_variant_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "SIZES", (8, 48, 32))
     row = variants.norm_row(torch.float32, 0.0)
     assert not row.misses and "ours" in row.seconds
-    norm = ops._BACKENDS[BACKEND].dora_norm
-    monkeypatch.setattr(ops._BACKENDS[BACKEND], "dora_norm", lambda *args: norm(*args) * 1.01)
+    norm = linear.BACKENDS[BACKEND].dora_norm
+    monkeypatch.setattr(linear.BACKENDS[BACKEND], "dora_norm", lambda *args: norm(*args) * 1.01)
     row = variants.norm_row(torch.float32, 0.0)
     assert set(row.misses) == {"ours", "ours on NF4"}
     assert "ours" not in row.seconds and "panels" in row.seconds

@@ -15,7 +15,7 @@ from lora_kernels.backends.cpu import native
 from lora_kernels.backends.cpu.linear import DTYPES
 from lora_kernels.bench import dense, timing
 from lora_kernels.bench.timing import Parts, interleave_parts
-from lora_kernels.ops import functional
+from lora_kernels.ops.linear import lora_linear
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 
@@ -136,7 +136,7 @@ def test_few_rows_are_timed_as_they_are_decoded(dropout_p: float) -> None:
     args = cases.inputs(case)
     call = dense._forward(dense.ours(args), args)
     with torch.no_grad():
-        assert torch.equal(call(), dense._forward(functional.lora_linear, args)())
+        assert torch.equal(call(), dense._forward(lora_linear, args)())
     assert dense._decoding_misses(case) == []
 
 

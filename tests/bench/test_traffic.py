@@ -20,7 +20,7 @@ from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
 from lora_kernels.choice import choose as selection
-from lora_kernels.ops import registry as ops
+from lora_kernels.ops import registry
 
 pytest.importorskip("peft")
 from lora_kernels.peft.eligibility import heavier_reason
@@ -256,7 +256,7 @@ def test_count_op_of_this_package_is_its_eager_implementation(dtype: torch.dtype
     direct: list[Kernel] = []
     count(lambda: torch.ops.lora_kernels.lora_linear(*args, *rest), through)
     with selection.backend("eager"), counter._set_meta_autocast(None):
-        count(lambda: ops.IMPLEMENTATIONS["lora_linear"](*args, *rest), direct)
+        count(lambda: registry.IMPLEMENTATIONS["lora_linear"](*args, *rest), direct)
     assert through == direct
     assert sum(kernel.read for kernel in through) >= 2 * (M * K + N * K)
 

@@ -26,7 +26,7 @@ from lora_kernels.layers import (
     load_lora_weights,
     save_lora_weights,
 )
-from lora_kernels.ops import registry as ops
+from lora_kernels.ops import linear
 from lora_kernels.ops import siblings as blocks
 from tests.support.assertions import assert_bitwise_equal
 
@@ -249,7 +249,7 @@ def test_compiled_mlp_is_the_formula_in_one_graph(runs) -> None:
 
 @pytest.mark.parametrize("other", ["gate", "up", "down"])
 def test_layer_that_a_verdict_gives_to_kernels_is_called(other, runs, monkeypatch) -> None:
-    mlp, choose, asked = build(), ops.choose, []
+    mlp, choose, asked = build(), linear.choose, []
 
     def chosen(operands: Any, spec: Any) -> Any:
         found = choose(operands, spec)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "lora_kernels"
-# The public functions of functional.py and head.py mirror schemas, and reference.py them; the
-# arguments of Triton kernels are pointers and strides.
 # Files whose functions mirror schemas, or kernels with flat arguments.
-MIRRORS = ("functional.py", "head.py", "oracle/reference.py", "backends/triton/linear.py")
+MIRRORS = (
+    *(f"ops/{name}.py" for name in ("linear", "multi", "experts", "head")),
+    *("oracle/reference.py", "backends/triton/linear.py"),
+)
 MANY, ALLOWED = 10, 5
 SKIPS = 20  # calls and tables that the formatter would spread over a line for each value, besides
 # signatures of Triton kernels, whose arguments belong together in groups

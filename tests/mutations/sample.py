@@ -36,33 +36,39 @@ PEFT = (
     "tests/interop/test_layer_kinds.py tests/interop/test_equivalence.py "
     "tests/interop/test_features.py"
 )
+ARGUMENTS = (
+    "tests/ops/test_arguments.py tests/autograd/test_bad_input.py "
+    "tests/ops/test_multi_lora_linear.py::test_multi_lora_linear_of_bad_arguments_raises "
+    "tests/ops/test_lora_experts.py::test_lora_experts_linear_of_bad_input_names_the_argument "
+    "tests/autograd/test_autocast.py tests/ops/test_dora_norm.py tests/ops/test_eager_gpu.py "
+    "tests/ops/test_exact.py tests/ops/test_lora_experts.py"
+)
 TESTS = {
+    "ops/arguments.py": ARGUMENTS,
     **dict.fromkeys(
-        ("functional.py", "arguments.py"),
-        "tests/ops/test_arguments.py tests/autograd/test_bad_input.py "
-        "tests/ops/test_multi_lora_linear.py::test_multi_lora_linear_of_bad_arguments_raises "
-        "tests/ops/test_lora_experts.py::test_lora_experts_linear_of_bad_input_names_the_argument "
-        "tests/autograd/test_autocast.py tests/ops/test_dora_norm.py tests/ops/test_eager_gpu.py "
-        "tests/ops/test_exact.py tests/ops/test_lora_experts.py",
+        ("ops/linear.py", "ops/multi.py", "ops/experts.py", "ops/norm.py"),
+        f"{ARGUMENTS} tests/autograd tests/ops/test_multi_lora_linear.py",
     ),
-    "autograd.py": "tests/autograd",
-    "ops.py": "tests/ops/test_schemas.py tests/ops/test_dora_norm.py tests/ops/test_exact.py "
-    "tests/autograd tests/ops/test_multi_lora_linear.py tests/ops/test_lora_experts.py",
+    **dict.fromkeys(
+        ("ops/registry.py", "ops/context.py", "ops/autograd.py"),
+        "tests/ops/test_schemas.py tests/ops/test_dora_norm.py tests/ops/test_exact.py "
+        "tests/autograd tests/ops/test_multi_lora_linear.py tests/ops/test_lora_experts.py",
+    ),
     "choice/choose.py": "tests/ops/test_selection.py tests/qualification/test_verdicts.py "
     "tests/ops/test_exact.py tests/ops/test_eager_gpu.py",
     "oracle/reference.py": "tests/reference tests/ops/test_head.py",
     "backends/eager/linear.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
     "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
     **dict.fromkeys(
-        ("backends/eager/siblings.py", "blocks.py", "peft/siblings.py"),
+        ("backends/eager/siblings.py", "ops/siblings.py", "peft/siblings.py"),
         "tests/interop/test_siblings.py",
     ),
     **dict.fromkeys(
-        ("backends/eager/gated_mlp.py", "gated_mlp.py", "peft/mlp.py"),
+        ("backends/eager/gated_mlp.py", "ops/gated_mlp.py", "peft/mlp.py"),
         "tests/interop/test_mlp.py tests/layers/test_gated_mlp.py",
     ),
     "layers/gated_mlp.py": "tests/layers/test_gated_mlp.py",
-    "in_place.py": "tests/interop/test_in_place.py tests/interop/test_cast_adapters.py",
+    "ops/in_place.py": "tests/interop/test_in_place.py tests/interop/test_cast_adapters.py",
     "peft/check.py": "tests/interop/test_check.py",
     "backends/cpu/linear.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py",

@@ -12,7 +12,7 @@ import lora_kernels
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
 from lora_kernels.core.call import Guard
-from lora_kernels.ops.functional import dora_norm
+from lora_kernels.ops.norm import dora_norm
 
 K, N, R = 6, 5, 2
 

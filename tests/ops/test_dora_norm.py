@@ -10,7 +10,6 @@ import lora_kernels
 from lora_kernels import reference
 from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import Problem
-from lora_kernels.ops import registry as ops
 from lora_kernels.oracle.case import Case, inputs
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
@@ -90,11 +89,16 @@ def test_dora_norm_compiles_and_passes_opcheck(quant: str) -> None:
     args = inputs(replace(Case(0, 7, 64, 3, f32, gate=True), quant=quant))
     A, B, gate = (args[n].detach() for n in ("lora_A", "lora_B", "rank_gate"))
     if quant:
-        torch.library.opcheck(ops.dora_norm_4bit, (*args["weight"].codes, A, B, 1.5, gate))
+        torch.library.opcheck(
+            torch.ops.lora_kernels.dora_norm_4bit.default, (*args["weight"].codes, A, B, 1.5, gate)
+        )
     else:
         operands = args["weight"], A, B
-        torch.library.opcheck(ops.dora_norm, (*operands, 1.5, gate))
-        torch.library.opcheck(ops.dora_norm, (*(t.double() for t in operands), 1.5, gate.double()))
+        torch.library.opcheck(torch.ops.lora_kernels.dora_norm.default, (*operands, 1.5, gate))
+        torch.library.opcheck(
+            torch.ops.lora_kernels.dora_norm.default,
+            (*(t.double() for t in operands), 1.5, gate.double()),
+        )
     compiled = torch.compile(lora_kernels.dora_norm, fullgraph=True, backend="aot_eager")
     got = compiled(args["weight"], A, B, 1.5, rank_gate=gate)
     torch.testing.assert_close(

@@ -23,8 +23,9 @@ from lora_kernels.backends.eager import linear as eager
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import counter
 from lora_kernels.choice import choose as selection
-from lora_kernels.ops import functional
-from lora_kernels.ops import registry as ops
+from lora_kernels.core import format4bit
+from lora_kernels.ops import registry
+from lora_kernels.ops.norm import dora_norm
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import quantize_4bit
@@ -165,12 +166,17 @@ def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
     rest = (None, None, None, None, 1.5, 0.5, f32, f32, False)
     utils = ("test_schema", "test_faketensor")  # values differ from call to call
     for shape in ((12, 64), (3, 4, 64)):
-        torch.library.opcheck(ops.lora_linear, (x.view(shape), W, A, B, *rest), test_utils=utils)
+        torch.library.opcheck(
+            torch.ops.lora_kernels.lora_linear.default,
+            (x.view(shape), W, A, B, *rest),
+            test_utils=utils,
+        )
     index = torch.zeros(12, dtype=torch.int64)
     args = x, W, [A], [B], index, None, None, [1.5], 0.5, f32, f32
-    torch.library.opcheck(ops.multi_lora_linear, args, test_utils=utils)
+    torch.library.opcheck(torch.ops.lora_kernels.multi_lora_linear.default, args, test_utils=utils)
     for name in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "dora_norm"):
-        for op in (getattr(ops, name), getattr(ops, f"{name}_4bit")):
+        for each in (name, f"{name}_4bit"):
+            op = getattr(torch.ops.lora_kernels, each).default
             draws = torch.Tag.nondeterministic_seeded in op.tags
             assert draws is name.endswith("lora_linear"), op
 
@@ -362,7 +368,7 @@ def test_decode_bits_equal_the_reference(decoder: str) -> None:
             weight = quantize_4bit(torch.randn(shape), quant, blocksize)
             fields = weight.packed, weight.scales(), weight.code, blocksize, shape
             for dtype in (f32, bf16, f16, torch.float64):
-                want = reference.dequantize_4bit(*fields, dtype)
+                want = format4bit.dequantize_4bit(*fields, dtype)
                 assert torch.equal(decode4bit.dense(weight.codes, shape, dtype), want)
 
 
@@ -373,7 +379,7 @@ class _Dispatched(TorchDispatchMode):
         if func.namespace == "lora_kernels":
             with self, torch.no_grad():
                 name = func._schema.name.partition("::")[2]
-                return ops.IMPLEMENTATIONS[name](*args, **(kwargs or {}))
+                return registry.IMPLEMENTATIONS[name](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -395,7 +401,7 @@ def test_forward_and_backward_never_wait_for_the_device(M: int, quant: str, deco
     W, A, B = torch.randn(40, 300), torch.randn(4, 300), torch.randn(40, 4)
     weight: Any = quantize_4bit(W) if quant else W.to(bf16)
     with _NoHostReads():
-        functional.dora_norm(weight, A, B, 0.5)
+        dora_norm(weight, A, B, 0.5)
     for dtype, adapter in ((bf16, bf16), (bf16, f32), (f16, f32), (f32, f32)):
         for options in ({"dropout_p": 0.1}, FULL):
             args = cases.inputs(Case(M, 70, 64, 5, dtype, adapter, quant=quant, **options))
@@ -427,7 +433,7 @@ def test_dora_norm_of_rows_along_the_adapter(dtype: torch.dtype) -> None:
     W = (torch.randn(70, 3) @ A).to(dtype)
     B = torch.randn(70, 3)
     want = reference.dora_norm(W.double(), A.double(), B.double(), 0.5)
-    got = functional.dora_norm(W, A, B, 0.5)
+    got = dora_norm(W, A, B, 0.5)
     # Squares, products and their sum in float32, and A in two parts, 2⁻¹⁷/√K: a few roundings of
     # the largest term, which is at most (‖W‖ + ‖s·B·A‖)²; without A's low part 2⁻⁹/√K of it.
     largest = (W.double().norm(dim=1) + (0.5 * B.double() @ A.double()).norm(dim=1)) ** 2

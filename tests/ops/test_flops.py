@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
-from lora_kernels.ops.functional import dora_norm
+from lora_kernels.ops.norm import dora_norm
 from lora_kernels.quantization.weight4bit import quantize_4bit
 
 M, K, N, R, E = 6, 64, 35, 5, 3

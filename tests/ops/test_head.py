@@ -19,8 +19,8 @@ from lora_kernels.backends.eager import head
 from lora_kernels.bench import counter
 from lora_kernels.core import call
 from lora_kernels.core.packed4bit import Packed4bit
-from lora_kernels.ops import head_ops
-from lora_kernels.ops import registry as ops
+from lora_kernels.ops import head as head_op
+from lora_kernels.ops import linear, registry
 from lora_kernels.oracle import head_case
 from lora_kernels.oracle.case import EAGERS, STATISTICS, inputs, judge, run
 from lora_kernels.oracle.head_case import HeadCase
@@ -58,6 +58,10 @@ def some_cases() -> list[HeadCase]:
             replace(case, frozen=("x", "lora_A", "lora_B", "bias"), trained_weight=True),
         ]
     return found
+
+
+def argument_names(op: str) -> list[str]:
+    return [a.name for a in getattr(torch.ops.lora_kernels, op).default._schema.arguments]
 
 
 @every_engine
@@ -218,7 +222,7 @@ OPS = ("lora_cross_entropy", "lora_log_probs", "lora_log_probs_backward")
 def test_opcheck_of_head_ops_passes(name: str, quant: str, dtype: torch.dtype) -> None:
     args = op_arguments(replace(SMALL, K=64, quant=quant, dtype=dtype, dropout_p=0.25), name)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    op = getattr(head_ops, name + "_4bit" * bool(quant))
+    op = getattr(torch.ops.lora_kernels, name + "_4bit" * bool(quant)).default
     torch.library.opcheck(op, args, test_utils=checks)
 
 
@@ -227,7 +231,7 @@ def test_head_makes_no_tensor_larger_than_a_chunk(name: str) -> None:
     V, K, rows = 3000, 4, 5
     args = op_arguments(HeadCase(64, V, K, 2, ignored=0.0, dropout_p=0.25), name)
     with Results() as found:
-        ops.IMPLEMENTATIONS[name](*args)
+        registry.IMPLEMENTATIONS[name](*args)
     assert max(found.bytes) == rows * V * 4
 
 
@@ -239,9 +243,9 @@ def test_chunks_of_the_default_number_of_rows_fit_in_its_bytes(
     monkeypatch.setattr(head, "CHUNK_BYTES", limit := 1 << 18)
     monkeypatch.setattr(head, "FEWEST_ROWS", 1)
     args = op_arguments(HeadCase(64, 3000, 4, 2, ignored=0.0, dropout_p=0.25), name)
-    at = [a.name for a in getattr(head_ops, name)._schema.arguments].index("chunk_rows")
+    at = argument_names(name).index("chunk_rows")
     with Results() as found:
-        ops.IMPLEMENTATIONS[name](*args[:at], 0, *args[at + 1 :])
+        registry.IMPLEMENTATIONS[name](*args[:at], 0, *args[at + 1 :])
     assert limit / 2 < max(found.bytes) <= limit
 
 
@@ -252,21 +256,21 @@ def test_eager_head_decodes_a_4bit_weight_once(
 ) -> None:
     """Not once for each of the five chunks. Kernels that read codes get no dense copy."""
     decoded: list[Any] = []
-    dense = head_ops.decode4bit.dense
+    dense = head_op.decode4bit.dense
 
     def note(weight: Packed4bit, shape: tuple[int, int], *args: Any, **kwargs: Any) -> Tensor:
         if not kwargs:  # of a panel
             decoded.append(shape)
         return dense(weight, shape, *args, **kwargs)
 
-    monkeypatch.setattr(head_ops.decode4bit, "dense", note)
+    monkeypatch.setattr(head_op.decode4bit, "dense", note)
     args = list(op_arguments(replace(SMALL, K=64, quant="nf4-64"), name))
-    at = [a.name for a in getattr(head_ops, name + "_4bit")._schema.arguments].index("dropout_p")
+    at = argument_names(name + "_4bit").index("dropout_p")
     args[at] = 0.0
     if backend == "cpu" and native.module is None:
         pytest.skip("no native kernels")
     with lora_kernels.backend(backend):
-        ops.IMPLEMENTATIONS[name + "_4bit"](*args)
+        registry.IMPLEMENTATIONS[name + "_4bit"](*args)
     assert decoded == [(65, 64)] * (backend == "eager")
 
 
@@ -277,12 +281,12 @@ def test_head_under_autocast_casts_the_weight_once(name: str, backend: str) -> N
     if backend == "cpu" and native.module is None:
         pytest.skip("no native kernels")
     args = list(op_arguments(replace(SMALL, ignored=0.0), name))
-    names = [a.name for a in getattr(head_ops, name)._schema.arguments]
+    names = argument_names(name)
     args[names.index("dropout_p")] = 0.0
     for dtype in ("dtype", "y_dtype"):
         args[names.index(dtype)] = bf16
     with lora_kernels.backend(backend), Casts() as casts:
-        ops.IMPLEMENTATIONS[name](*args)
+        registry.IMPLEMENTATIONS[name](*args)
     assert casts.sizes.count(SMALL.V * SMALL.K) == 1
 
 
@@ -409,7 +413,7 @@ def test_statistics_without_a_gradient_require_none(outputs: tuple[str, ...]) ->
 def test_loss_without_grad_mode_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(SMALL)
     want = lora_linear_cross_entropy(**args)
-    monkeypatch.setattr(ops, "lora_linear_backward_direct", None)
+    monkeypatch.setattr(linear, "lora_linear_backward_direct", None)
     with torch.no_grad():
         got = lora_linear_cross_entropy(**args)
     assert torch.equal(got, want)
@@ -422,7 +426,7 @@ def test_loss_without_grad_mode_computes_no_gradient(monkeypatch: pytest.MonkeyP
 def test_head_ops_have_the_same_bits_within_autocast(name: str, engine: str) -> None:
     """A backward may be called inside the context, as reentrant checkpoints do."""
     args = op_arguments(replace(SMALL, dtype=bf16, dropout_p=0.25), name)
-    op = getattr(head_ops, name)
+    op = getattr(torch.ops.lora_kernels, name).default
     want = op(*args)
     with torch.autocast("cpu", bf16):
         got = op(*args)

@@ -13,7 +13,6 @@ import lora_kernels
 from lora_kernels import lora_experts_linear, reference
 from lora_kernels.backends.eager import experts as eager_experts
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
-from lora_kernels.ops import registry as ops
 from lora_kernels.oracle.case import give_mask, run
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine, every_thread_count
@@ -185,7 +184,11 @@ def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
 def test_opcheck_of_experts_ops_passes(backward: bool, quant: str) -> None:
     name = "lora_experts" + "_backward" * backward + "_4bit" * bool(quant)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(getattr(ops, name), op_arguments(quant, backward), test_utils=checks)
+    torch.library.opcheck(
+        getattr(torch.ops.lora_kernels, name).default,
+        op_arguments(quant, backward),
+        test_utils=checks,
+    )
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64"])

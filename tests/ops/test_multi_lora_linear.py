@@ -14,7 +14,7 @@ from lora_kernels.backends.rows import rows_of
 from lora_kernels.bench.multi import MultiCase
 from lora_kernels.choice import choose as selection
 from lora_kernels.core.call import MultiOperands, MultiSpec
-from lora_kernels.ops import registry as ops
+from lora_kernels.ops import multi
 from lora_kernels.oracle.case import give_mask, inputs
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.allocations import Results
@@ -163,13 +163,15 @@ def test_multi_lora_linear_passes_opcheck(dtype: torch.dtype) -> None:
     x, weight, bias = (args[n].detach().to(dtype) for n in ("x", "weight", "bias"))
     A, B = ([t.detach().to(dtype) for t in args[n]] for n in ("lora_A", "lora_B"))
     operands, spec = (x, weight, A, B, args["index"]), (args["scaling"], 0.1, dtype, dtype)
-    torch.library.opcheck(ops.multi_lora_linear, (*operands, bias, args["rng"], *spec))
+    torch.library.opcheck(
+        torch.ops.lora_kernels.multi_lora_linear.default, (*operands, bias, args["rng"], *spec)
+    )
     p = torch.randn(6, 8, dtype=torch.promote_types(dtype, f32))
     dy = torch.randn(6, 5).to(dtype)
     for need in (True, False):
         needs = need, [True, need] * 2, [need] * 4, need
         backward = dy, *operands, None, args["rng"], p, *spec, *needs
-        torch.library.opcheck(ops.multi_lora_linear_backward, backward)
+        torch.library.opcheck(torch.ops.lora_kernels.multi_lora_linear_backward.default, backward)
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
@@ -279,7 +281,7 @@ def test_choose_multi_largest_rank_decides() -> None:
     """A rank above the kernels' is not theirs, whichever adapter has it."""
     A, B = ([torch.zeros(s) for s in sizes] for sizes in (((8, 64), (257, 64)), ((5, 8), (5, 257))))
     operands = MultiOperands(torch.zeros(3, 64), torch.zeros(5, 64), A, B, torch.zeros(3).long())
-    choice = ops.choose_multi(operands, MultiSpec([1.0, 1.0], 0.0, f32, f32))
+    choice = multi.choose(operands, MultiSpec([1.0, 1.0], 0.0, f32, f32))
     assert choice.backend == "eager" and "rank 257 is above" in choice.reason
 
 
@@ -346,7 +348,9 @@ def test_multi_lora_linear_by_a_forced_gpu_backend_raises(
         with pytest.raises(RuntimeError, match=match):
             needs = True, [True] * 4, [True] * 4, True
             p = torch.zeros(3, 8)
-            ops.multi_lora_linear_backward(torch.zeros(3, 5), *operands, p, *spec, *needs)
+            torch.ops.lora_kernels.multi_lora_linear_backward.default(
+                torch.zeros(3, 5), *operands, p, *spec, *needs
+            )
 
 
 @every_engine

@@ -22,7 +22,7 @@ from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.core import device, forced
 from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
-from lora_kernels.ops import registry as ops
+from lora_kernels.ops import experts, linear, multi
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case, inputs
 from lora_kernels.oracle.experts_case import ExpertsCase
@@ -225,9 +225,9 @@ def test_choose_of_a_gpu_s_problem_without_a_gpu_is_eager(monkeypatch: pytest.Mo
 
 def test_layout_of_a_cpu_s_weight_is_columns_or_nothing() -> None:
     W = torch.zeros(6, 8)
-    assert ops.layout("cpu", W.t(), f32) == Layout(columns=True)
+    assert selection.layout_of("cpu", W.t(), f32) == Layout(columns=True)
     for other in (W, W[:, :5], W[:, ::2], W.t()[::2], W[:1], None):
-        assert ops.layout("cpu", other, f32) is None
+        assert selection.layout_of("cpu", other, f32) is None
 
 
 @needs_native
@@ -359,7 +359,7 @@ def backward_elsewhere(
             got.extend(torch.autograd.grad(y, leaves, dy))
 
     with pytest.MonkeyPatch.context() as patch:
-        for backends in (ops._BACKENDS, ops._MULTI_BACKENDS, ops._EXPERTS_BACKENDS):
+        for backends in (linear.BACKENDS, multi.BACKENDS, experts.BACKENDS):
             for name, module in list(backends.items()):
                 patch.setitem(backends, name, RecordedBackend(name, module, taken))
         with lora_kernels.backend("eager"), observe("forward" in dispatched):

@@ -17,7 +17,7 @@ from lora_kernels.backends.cuda import launch
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Seconds
-from lora_kernels.ops import functional
+from lora_kernels.ops import linear
 from lora_kernels.qualification import claims, timing
 from lora_kernels.quantization import quantize_4bit
 from tests.support import fake_card as fake_card_times
@@ -257,7 +257,7 @@ def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyP
             call(0), call(1)
             return timing.Clocks(lambda: 1.0, lambda: 1.0, True)
 
-    monkeypatch.setattr(functional, "lora_linear", lora_linear)
+    monkeypatch.setattr(linear, "lora_linear", lora_linear)
     group = DECODE._replace(strategy="two_pass")
     claims.check(fake_card(Card), claims.Claim(group, "time", 3, ((20, 32, 128),)))
     half = len(gradients) // 2

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_kernels.core.dropout import dropout_mask
 from lora_kernels.oracle import reference
-from lora_kernels.oracle.reference import dropout_mask, lora_linear
+from lora_kernels.oracle.reference import lora_linear
 
 EXAMPLES = settings(max_examples=40, derandomize=True, deadline=None, database=None)
 U = 2.0**-53

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.oracle.reference import dropout_mask, dropout_scale, dropout_threshold, philox4x32
+from lora_kernels.core.dropout import dropout_mask, dropout_scale, dropout_threshold, philox4x32
 
 # Random123 1.14, tests/kat_vectors: rounds, counter, key, answer.
 KNOWN_ANSWERS = """

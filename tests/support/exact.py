@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels import reference
+from lora_kernels.core import format4bit
+from lora_kernels.core.dropout import dropout_mask
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import Weight4bit, quantize_4bit
@@ -134,7 +135,7 @@ def check_mask(
     """
     M, K, R = sizes
     rng = torch.tensor([-(2**50) + 3, 2**45 + 17], device=device)
-    kept = reference.dropout_mask(rng, M, K, p)
+    kept = dropout_mask(rng, M, K, p)
     given = cases.give_mask({"rng": rng, "x": kept, "dropout_p": p})["rng"]
     if given is rng:
         assert torch.equal(lora_kernels.dropout_mask(rng, M, K, p), kept)
@@ -168,7 +169,7 @@ def check_reads_out_the_weight(
     weight = quantize_4bit(values, kind, int(blocksize), bool(nested)).to(device)
     A = torch.ones(3, K, dtype=dtype, device=device)
     B = torch.zeros(N, 3, dtype=dtype, device=device)
-    want = reference.dequantize_4bit(
+    want = format4bit.dequantize_4bit(
         weight.packed, weight.scales(), weight.code, int(blocksize), weight.shape, dtype
     )
     for m in (slice(0, 4), slice(0, K)):

@@ -44,9 +44,9 @@ from ...core.call import (
     Saved,
     Spec,
 )
+from ...core.dropout import dropout_scale, dropout_threshold
 from ...core.packed4bit import Packed4bit
 from ...core.problem import Strategy
-from ...oracle import reference
 from .. import decode4bit
 from ..rows import like_rows_of, rows_of
 from . import native
@@ -121,8 +121,8 @@ def pack_dropout(
     """Pack the mask (state, threshold, each row's index in it); return 1/(1−p) beside it."""
     if rng is None:
         return (0, 0, 0), 1.0
-    mask = rng.data_ptr(), reference.dropout_threshold(dropout_p), pointer(rows)
-    return mask, reference.dropout_scale(dropout_p)
+    mask = rng.data_ptr(), dropout_threshold(dropout_p), pointer(rows)
+    return mask, dropout_scale(dropout_p)
 
 
 def _pack_layer(

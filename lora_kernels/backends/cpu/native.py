@@ -6,10 +6,13 @@ The environment variable LORA_KERNELS_CPU_ISA, one of ISAS, caps the instruction
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 from types import ModuleType
 
 import torch
+
+from ...version import __version__
 
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
 
@@ -25,12 +28,10 @@ exchange = False  # whether PyTorch has a DLPack exchange table, which gives a t
 def _load() -> None:
     global module, reason, isa, amx_bf16, intel, threaded, exchange
     try:
-        from ... import _native as extension  # type: ignore[attr-defined]
+        extension = importlib.import_module("lora_kernels._native")
     except ImportError:
         reason = "the native CPU kernels were not built"
         return
-    from ... import __version__
-
     if extension.__version__ != __version__:
         reason = f"the native kernels are of version {extension.__version__}, not {__version__}"
         return

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...core.problem import Strategy
+from ...version import __version__
 from .. import lazy_launchers
 
 COOPERATIVE = Strategy.COOPERATIVE
@@ -40,8 +41,6 @@ _emulated: ContextVar[ModuleType | None] = ContextVar("lora_kernels_cuda_emulate
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
-    from ... import __version__
-
     what, was, has = "the CUDA kernels", "were", "have"
     if name == "_emulator":
         what, was, has = "the emulator", "was", "has"

@@ -28,7 +28,7 @@ from ...core.call import (
     Saved,
     Spec,
 )
-from ...oracle import reference
+from ...core.dropout import dropout_mask, dropout_scale
 from ..experts import runs, weight_of
 from ..library import is_on_gpu_path
 from . import linear as eager
@@ -127,7 +127,7 @@ def _mask(operands: ExpertsOperands, spec: ExpertsSpec) -> Tensor | None:
     rng, (M, K) = operands.rng, operands.x.shape
     if rng is None or rng.dtype is torch.bool:
         return rng
-    return reference.dropout_mask(rng, M, K, spec.dropout_p)
+    return dropout_mask(rng, M, K, spec.dropout_p)
 
 
 def lora_experts_backward(
@@ -179,7 +179,7 @@ def _grouped_backward(
     if needs.bias:
         ones = dz.new_ones(dz.shape[0], ALIGNED)
         dbias = _grouped_mm(dz.t(), ones, offsets)[:, :, 0].to(saved.p.dtype)
-    factor = 1.0 if rng is None or rng.dtype is torch.bool else reference.dropout_scale(dropout_p)
+    factor = 1.0 if rng is None or rng.dtype is torch.bool else dropout_scale(dropout_p)
     if needs.lora_B:
         s = (saved.p * scaling).to(dtype)
         dB = _grouped_mm(dz.t(), s, offsets).to(lora_B.dtype)

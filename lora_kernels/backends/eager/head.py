@@ -42,7 +42,7 @@ from ...core.call import (
     Saved,
     Spec,
 )
-from ...oracle import reference
+from ...core.dropout import dropout_mask
 from ..library import is_on_gpu_path, mm_fp32
 from .linear import stat_dtype
 
@@ -121,7 +121,7 @@ def _mask(
         return rng[at]
     if isinstance(at, slice):
         at = torch.arange(at.start, at.stop, device=rng.device)
-    return reference.dropout_mask(rng, *shape, dropout_p, rows=at)
+    return dropout_mask(rng, *shape, dropout_p, rows=at)
 
 
 def _linear_spec(spec: HeadSpec) -> Spec:

@@ -40,8 +40,8 @@ from ...core.call import (
     Saved,
     Spec,
 )
+from ...core.dropout import dropout_mask, dropout_scale
 from ...core.packed4bit import Packed4bit
-from ...oracle import reference
 from .. import decode4bit
 from ..library import has_out_dtype, is_on_gpu_path, mm_fp32
 from ..rows import rows_of
@@ -83,10 +83,10 @@ def drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> _Dropped:
     if rng is None:
         dropped, mask = torch.native_dropout(x, dropout_p, True)
         return _Dropped(dropped, mask=mask)
-    scale = reference.dropout_scale(dropout_p)
+    scale = dropout_scale(dropout_p)
     if rng.dtype is torch.bool:
         return _Dropped(torch.ops.aten.native_dropout_backward(x, rng, scale))
-    return _Dropped(x * reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), scale)
+    return _Dropped(x * dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), scale)
 
 
 @contextmanager
@@ -350,7 +350,7 @@ def lora_linear_backward(
     if not (need_x or need_A or need_gate):
         return Grads(None, dA, dB, dg, dc, dbias)
     from_state = rng is not None and rng.dtype is not torch.bool
-    factor = reference.dropout_scale(dropout_p) if from_state else 1.0
+    factor = dropout_scale(dropout_p) if from_state else 1.0
     scaled_B = lora_B if rows is None else lora_B * rows
     if rank_gate is None and not need_gate:
         dxa = _contract_rounded(a, scaled_B, scaling * factor)
@@ -491,7 +491,7 @@ def multi_lora_linear_backward(
             dx = torch.mm(dy.to(dtype), dense).to(x.dtype)
     mask = rng
     if rng is not None and rng.dtype is not torch.bool:
-        mask = reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
+        mask = dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
     for e, rows in rows_of(index, len(lora_A)).each():
         own = None if mask is None else mask[rows]
         grads = lora_linear_backward(

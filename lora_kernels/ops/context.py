@@ -1,0 +1,130 @@
+"""The state around a call: device, autocast, and compilers, modes and transforms that see an op."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _dispatch_tls_local_include_set
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from ..core.call import Guard
+from . import flops
+
+_NOTHING = contextlib.nullcontext()
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def device_of(t: Tensor) -> tuple[str, int | None]:
+    """Return the device's type, and a GPU's index.
+
+    After a large GEMM has evicted the cache, reading `t.device.type` costs as much as a small
+    kernel.
+    """
+    if t.is_cpu:
+        return "cpu", None
+    return t.device.type, t.device.index
+
+
+def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Disable autocast inside an op, whose dtypes are given by its arguments."""
+    device_type, _ = device_of(t)
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return _NOTHING
+    return torch.autocast(device_type, enabled=False)
+
+
+def _default_keys() -> list[Any]:
+    """Return the dispatch keys that a thread includes by default, and in inference mode."""
+    found: list[Any] = []
+
+    def read() -> None:  # runs in a new thread, because a mode may be active in this one
+        for mode in (False, True):
+            with torch.inference_mode(mode):
+                found.append(_dispatch_tls_local_include_set())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    return found
+
+
+_KEYS, _INFERENCE_KEYS = _default_keys()
+
+
+def is_intercepted() -> bool:
+    """Return True if tracing, a compiler, a dispatch mode or a transform may observe an op.
+
+    All but a compiler and forward-mode AD include dispatch keys in the thread's set.
+    """
+    if is_compiling() or forward_ad._current_level >= 0:
+        return True
+    return _dispatch_tls_local_include_set() not in (_KEYS, _INFERENCE_KEYS)
+
+
+def unsupported_context() -> str | None:
+    """Return the active context that the autograd Functions do not support, in words, or None."""
+    if is_compiling():
+        return None
+    if peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active"
+    return "forward-mode AD is active" if forward_ad._current_level >= 0 else None
+
+
+def refuse_context() -> None:
+    """Raise RuntimeError in a context that the autograd Functions do not support."""
+    if (reason := unsupported_context()) is not None:
+        raise RuntimeError(
+            f"lora_kernels: {reason}, and its layers and functions are differentiable in reverse "
+            "mode alone. Take the plain PyTorch expression "
+            "F.linear(x, weight, bias) + scaling * (x @ lora_A.T) @ lora_B.T; layers that "
+            "lora_kernels.peft has fused run PEFT's forward there"
+        )
+
+
+def interception_guards() -> tuple[Guard, ...]:
+    """Return the conditions of `is_intercepted` as guards of a prepared call."""
+    return (
+        Guard(None, is_compiling, False),
+        Guard(vars(forward_ad), "_current_level", -1),
+        Guard(None, _dispatch_tls_local_include_set, _dispatch_tls_local_include_set()),
+    )
+
+
+def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
+    """Return True if calling the implementation is indistinguishable from dispatching the op.
+
+    This holds if nothing intercepts ops, no tensor is of a subclass, and the first tensor's memory
+    has its values. The tensors must be on one device. Dispatching a Python op takes 8 µs with a
+    warm cache, and 100 µs right after a large GEMM has evicted it.
+    """
+    if is_intercepted():
+        if not is_compiling():
+            flops.register_if_counted()
+        return False
+    for t in tensors:
+        if t is not None and type(t) not in _TENSOR_TYPES:
+            return False
+    first = tensors[0]
+    if first is None:
+        return True
+    try:  # 0 for meta and zero tensors; raises for a tensor that `is_grads_batched=True` batched
+        return first.data_ptr() != 0 and not first.is_neg()
+    except RuntimeError:
+        return False
+
+
+def refuse_tangent(dy: Tensor) -> None:
+    """Raise NotImplementedError if dy carries a tangent, which the op would drop."""
+    if is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(dy).tangent is not None:
+        raise NotImplementedError(
+            "lora_kernels: got a gradient with a forward-mode tangent, want one without: its "
+            "layers and functions are differentiable once, in reverse mode"
+        )

@@ -1,0 +1,292 @@
+"""`lora_experts_linear`, rows sorted by expert."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import experts as cpu_experts
+from ..backends.eager import experts as eager_experts
+from ..backends.eager.linear import stat_dtype
+from ..backends.library import is_on_gpu_path
+from ..backends.protocol import ExpertsBackend
+from ..choice import choose as selection
+from ..core.call import (
+    ExpertsGrads,
+    ExpertsNeeds,
+    ExpertsOperands,
+    ExpertsSpec,
+    Saved,
+)
+from ..core.forced import Forced
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.problem import Choice, Problem
+from ..quantization import Weight4bit
+from . import context
+from .arguments import (
+    autocast_dtype,
+    check_both_or_none,
+    check_devices,
+    check_dropout,
+    check_dtypes,
+    check_number,
+    check_weight,
+    check_x_and_weight,
+    tensor_error,
+)
+from .autograd import differentiable_once, unread
+from .registry import define_family, has_mask
+
+BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_experts}
+
+
+def lora_experts_linear(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    offsets: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    is_transposed: bool = False,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Apply each expert's frozen linear layer and adapter, for rows sorted by expert:
+
+        y_m = W_e·x_m + scaling · B_e·(A_e·D(x)_m) + bias_e,    offsets[e-1] <= m < offsets[e]
+
+    Neither direction allocates a tensor of the weights' size, and W + scaling·B·A is not computed.
+
+    Args:
+        x: [M, K], float32, bfloat16, float16 or float64.
+        weight: [E, N, K], frozen, with any strides, in x's dtype unless autocast is on; or a
+            `Weight4bit` of that shape.
+        lora_A: [E, R, K]. None, like lora_B: no adapters.
+        lora_B: [E, N, R], any strides. PEFT's weights [N, R·E] are
+            `weight.view(N, R, E).permute(2, 0, 1)`.
+        offsets: int32 or int64 [E], ascending: one past each expert's last row, as in
+            `torch.nn.functional.grouped_mm`. Rows from offsets[-1] on belong to no expert, and y
+            is zero. The values are checked on the CPU alone, because reading them would synchronize
+            a GPU.
+        scaling: alpha / r.
+        bias: [E, N] or None.
+        is_transposed: whether `weight` is [E, K, N].
+        dropout_p, rng, compute_dtype: as in `lora_linear`. The mask's rows are those of x.
+
+    Returns:
+        y [M, N], in autocast's dtype if autocast is enabled for x's device, else in x's.
+        Differentiable once in x, lora_A, lora_B and bias. The gradients of an expert without rows
+        are zero.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid; the message names the argument.
+        RuntimeError: a forced backend cannot run here.
+
+    >>> import torch, lora_kernels
+    >>> x, W, A, B = torch.ones(3, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 1)
+    >>> lora_kernels.lora_experts_linear(x, W, A, B, torch.tensor([0, 2]), scaling=0.5).tolist()
+    [[3.0], [3.0], [0.0]]
+    """
+    check_x_and_weight(x, weight)
+    if len(weight.shape) != 3 or 0 in weight.shape:
+        want = "[E, K, N]" if is_transposed else "[E, N, K]"
+        raise ValueError(f"weight: got shape {list(weight.shape)}, want {want}, each at least 1")
+    E, N, K = weight.shape
+    N, K = (K, N) if is_transposed else (N, K)
+    if x.dim() != 2 or x.shape[1] != K:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, want [M, {K}] for weight {list(weight.shape)}"
+            + " and is_transposed=True" * is_transposed
+        )
+    check_both_or_none(lora_A, lora_B)
+    if lora_A is None or lora_B is None:
+        lora_A, lora_B = x.new_empty(E, 0, K), x.new_empty(E, N, 0)
+    else:
+        _check_experts_adapter(x, lora_A, lora_B, (E, N, K))
+    _check_offsets(offsets, E, x)
+    device_type, _ = context.device_of(x)
+    cast_dtype = autocast_dtype(device_type, x.dtype)
+    y_dtype = cast_dtype or x.dtype
+    shape = tuple(weight.shape)
+    base, codes, dtype = check_weight(x, weight, shape, compute_dtype, cast_dtype)
+    if base is not None and is_transposed:
+        base = base.mT
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise tensor_error("bias", bias)
+        if bias.shape != (E, N):
+            raise ValueError(f"bias: got shape {list(bias.shape)}, want [{E}, {N}]")
+        check_dtypes("x", x.dtype, bias=bias.dtype)
+        check_devices("x", x, bias=bias)
+    if cast_dtype and is_on_gpu_path(device_type):
+        x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
+        base = None if base is None else base.to(y_dtype)
+    dropout_p, rng = check_dropout(x, dropout_p, rng)
+    spec = ExpertsSpec(
+        check_number("scaling", scaling), dropout_p, dtype, y_dtype, bool(is_transposed)
+    )
+    frozen = codes[:PACKED4BIT_TENSORS] or (base,)
+    if not torch.is_grad_enabled() and context.can_bypass_dispatcher(
+        x, frozen[0], lora_A, lora_B, offsets
+    ):
+        held = Packed4bit(*codes) if codes else base
+        operands = ExpertsOperands(x, held, lora_A, lora_B, offsets, bias, rng)
+        return lora_experts_direct(operands, spec)[0]
+    options = Options(spec, codes[PACKED4BIT_TENSORS:])
+    context.refuse_context()
+    return LoRAExpertsFunction.apply(  # type: ignore[no-any-return]
+        x, lora_A, lora_B, bias, offsets, options, rng, *frozen
+    )
+
+
+def _check_experts_adapter(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, sizes: tuple[int, int, int]
+) -> None:
+    E, N, K = sizes
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(t, Tensor):
+            raise tensor_error(name, t)
+    if lora_A.dim() != 3 or lora_A.shape[::2] != (E, K) or lora_A.shape[1] < 1:
+        raise ValueError(
+            f"lora_A: got shape {list(lora_A.shape)}, want [{E}, R, {K}] with R at least 1"
+        )
+    if lora_B.shape != (E, N, lora_A.shape[1]):
+        want = f"[{E}, {N}, {lora_A.shape[1]}]"
+        raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want {want}")
+    check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
+    check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
+
+
+def _check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int64, torch.int32):
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"offsets: got {got}, want a tensor of int64 or int32")
+    if offsets.shape != (experts,):
+        raise ValueError(f"offsets: got shape {list(offsets.shape)}, want [{experts}]")
+    check_devices("x", x, offsets=offsets)
+    if not context.can_bypass_dispatcher(offsets) or not offsets.is_cpu:
+        return  # a traced tensor has no values, and reading a GPU's would synchronize
+    before = 0
+    for e, stop in enumerate(offsets.tolist()):
+        if not before <= stop <= x.shape[0]:
+            raise ValueError(
+                f"offsets[{e}]: got {stop}, want {before} to {x.shape[0]}: rising, up to x's rows"
+            )
+        before = stop
+
+
+class Options(NamedTuple):
+    """The arguments of `LoRAExpertsFunction` that are not tensors; see `Options`."""
+
+    spec: ExpertsSpec
+    blocksizes: tuple[Any, ...]
+
+
+class LoRAExpertsFunction(torch.autograd.Function):
+    """The op `lora_experts` with `lora_experts_backward`.
+
+    `weight` is a dense weight or the tensors of a 4-bit weight. The backward needs the operands
+    and P [M, R], but x for dA alone, and P for dB.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        offsets: Tensor,
+        options: Options,
+        rng: Tensor | None,
+        *weight: Any,
+    ) -> Tensor:
+        spec, blocksizes = options
+        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng)
+        read = x, weight[0], lora_A, lora_B, offsets
+        y, saved = _FAMILY.forward(ctx, operands, spec, *read)
+        rng = rng if saved.mask is None else saved.mask
+        kept_x = x if ctx.needs_input_grad[1] else None
+        kept_p = saved.p if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept_x, lora_A, lora_B, offsets, kept_p, rng, *weight)
+        ctx.options, ctx.x_dtype = options, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, offsets, p, rng, *weight = tensors
+        spec, blocksizes = ctx.options
+        _, R, K = lora_A.shape
+        x = unread(dy, K, ctx.x_dtype) if x is None else x
+        p = unread(dy, R, stat_dtype(spec.dtype)) if p is None else p
+        needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
+        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng)
+        read = x, weight[0], lora_A, lora_B, offsets
+        grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs, *read)
+        dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
+        return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (3 + len(weight))
+
+
+def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | None = None) -> Choice:
+    """Choose the backend and strategy of both directions, for rows sorted by expert."""
+    x, weight, lora_A, lora_B, _, _, rng = operands
+    if has_mask(rng, spec.dropout_p):
+        return selection.choose_for_mask(requested)
+    (device_type, index), (M, K), (_, N, R) = context.device_of(x), x.shape, lora_B.shape
+    dtypes, is_4bit = (
+        (x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype),
+        isinstance(weight, Packed4bit),
+    )
+    problem = Problem(device_type, *dtypes, R, M, is_4bit, N, K, rng is not None, index)
+    return selection.choose_experts(problem, requested)
+
+
+def lora_experts_direct(
+    operands: ExpertsOperands, spec: ExpertsSpec, choice: Choice | None = None
+) -> tuple[Tensor, Saved]:
+    """Run the forward without the dispatcher, and return y and the tensors for the backward."""
+    choice = choice or choose(operands, spec)
+    with context.no_autocast(operands.x):
+        return BACKENDS[choice.backend].lora_experts(operands, spec, choice.strategy)
+
+
+def lora_experts_backward_direct(
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    choice: Choice | None = None,
+) -> ExpertsGrads:
+    """Run the backward without the dispatcher."""
+    choice = choice or choose(operands, spec)
+    with context.no_autocast(operands.x):
+        return BACKENDS[choice.backend].lora_experts_backward(
+            dy, operands, saved, spec, needs, choice.strategy
+        )
+
+
+def _grad_shapes(operands: ExpertsOperands) -> tuple[Any, ...]:
+    x, _, lora_A, lora_B, *_ = operands
+    return x.shape, lora_A.shape, lora_B.shape, lora_B.shape[:2]
+
+
+_FAMILY = define_family(
+    "lora_experts",
+    (ExpertsOperands, ExpertsSpec, ExpertsNeeds, ExpertsGrads),
+    ("p", "mask"),
+    choose,
+    lora_experts_direct,
+    lora_experts_backward_direct,
+    sizes=lambda operands: operands.lora_B.shape[1:],
+    grad_shapes=_grad_shapes,
+)

@@ -1,0 +1,361 @@
+"""`lora_linear`, from the public function down to the backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import cuda, triton
+from ..backends.cpu import linear as cpu
+from ..backends.eager import linear as eager
+from ..backends.eager.linear import stat_dtype
+from ..backends.library import is_on_gpu_path
+from ..backends.protocol import Backend
+from ..backends.rows import like_rows_of
+from ..choice import choose as selection
+from ..core.call import (
+    Grads,
+    Guard,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
+from ..core.forced import Forced
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.problem import Choice, Problem
+from ..quantization import Weight4bit
+from . import context
+from .arguments import (
+    FLOATS,
+    autocast_dtype,
+    check_devices,
+    check_dropout,
+    check_dtypes,
+    check_number,
+    check_vector,
+    check_weight,
+    matrix_shape,
+    tensor_error,
+)
+from .autograd import differentiable_once, unread
+from .registry import define_family, has_mask, mask_rows
+
+BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | Weight4bit | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    rank_gate: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Apply a frozen linear layer with a low-rank adapter:
+
+        y = c ⊙ (x·Wᵀ + ((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias,    g = scaling · rank_gate
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64. Any strides, any M including 0.
+        weight: [N, K], frozen, in x's dtype unless autocast is on. A `Weight4bit` is decoded inside
+            the GEMM. None: no base GEMM, y is the low-rank update alone.
+        lora_A: [R, K], float32, bfloat16 or float16, independent of x's dtype; float64 only if all
+            tensors are. The adapter is not cast to x's dtype, and GEMMs accumulate in float32.
+        lora_B: [N, R], as lora_A.
+        scaling: alpha / r.
+        bias: [N] or None, added after the column scale.
+        rank_gate: [R] or None, multiplies `scaling` for each rank (AdaLoRA, hierarchical LoRA).
+        column_scale: [N] or None (DoRA).
+        dropout_p: probability in [0, 1] of zeroing an element of x on the adapter's branch.
+        rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`), or the mask itself,
+            bool of x's shape, True for kept elements. If it is None and dropout_p > 0, the default
+            generator of x's device draws a state. On a GPU that runs the eager backend, PyTorch's
+            dropout kernel draws the mask.
+        compute_dtype: of the base GEMM with a 4-bit weight without autocast: float32, bfloat16 or
+            float16 (`Linear4bit.compute_dtype`). None: x's dtype.
+        recompute: whether the backward recomputes D(x)·Aᵀ [M, R] instead of saving it.
+
+    Returns:
+        y [..., N], in autocast's dtype if autocast is enabled for x's device, else in x's.
+        Differentiable once in x, lora_A, lora_B, rank_gate, column_scale and bias.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid; the message names the argument.
+        RuntimeError: a forced backend cannot run here.
+
+    >>> import torch, lora_kernels
+    >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
+    >>> lora_kernels.lora_linear(x, W, A, B, scaling=0.5)
+    tensor([[2.5000, 2.5000, 2.5000],
+            [2.5000, 2.5000, 2.5000]])
+    """
+    if not isinstance(x, Tensor):
+        raise tensor_error("x", x)
+    R, K = matrix_shape("lora_A", lora_A, "[R, K]")
+    N, ranks = matrix_shape("lora_B", lora_B, "[N, R]")
+    x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
+    device_type, _ = context.device_of(x)
+    cast_dtype = autocast_dtype(device_type, x_dtype)
+    y_dtype = cast_dtype or x_dtype
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, want [..., {K}] for lora_A {list(lora_A.shape)}"
+        )
+    if ranks != R:
+        raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want [N, {R}] for rank {R}")
+    if x_dtype not in FLOATS:
+        raise TypeError(f"x: got {x_dtype}, want float32, bfloat16, float16 or float64")
+    if not (x_dtype is a_dtype is b_dtype):
+        check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
+    if not (x.is_cpu and lora_A.is_cpu and lora_B.is_cpu):
+        check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
+    weight, codes, dtype = check_weight(x, weight, (N, K), compute_dtype, cast_dtype)
+    if bias is not None:
+        check_vector("bias", bias, N, x)
+    if rank_gate is not None:
+        check_vector("rank_gate", rank_gate, R, x)
+    if column_scale is not None:
+        check_vector("column_scale", column_scale, N, x)
+    if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
+        x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
+        weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
+    if dropout_p or rng is not None:
+        dropout_p, rng = check_dropout(x, dropout_p, rng)
+    scaling, dropout_p = check_number("scaling", scaling), float(dropout_p)
+    spec = Spec(scaling, dropout_p, dtype, y_dtype)
+    frozen = codes[:PACKED4BIT_TENSORS] or (weight,)
+    if not torch.is_grad_enabled() and context.can_bypass_dispatcher(x, frozen[0], lora_A, lora_B):
+        base = Packed4bit(*codes) if codes else weight
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
+        return lora_linear_direct(operands, spec)[0]
+    options = Options(spec, recompute, codes[PACKED4BIT_TENSORS:])
+    context.refuse_context()
+    return LoRALinearFunction.apply(  # type: ignore[no-any-return]
+        x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, *frozen
+    )
+
+
+class Options(NamedTuple):
+    """The arguments of `LoRALinearFunction` that are not tensors.
+
+    They are one argument, because a Function's call takes time for each argument.
+
+    Args:
+        spec: of the call.
+        recompute: whether the backward recomputes P instead of saving it.
+        blocksizes: the fields of `Packed4bit` that are not tensors; () for a dense weight.
+    """
+
+    spec: Spec
+    recompute: bool
+    blocksizes: tuple[Any, ...]
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """The op `lora_linear` with `lora_linear_backward`; no mathematics of its own.
+
+    `weight` is a dense weight or None, or the tensors of a 4-bit weight. The backward needs the
+    operands, but x for dA alone; P [M, R] for dB and dg, unless `Options.recompute` makes it from
+    x; and z [M, N] if the column scale needs a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        rank_gate: Tensor | None,
+        column_scale: Tensor | None,
+        bias: Tensor | None,
+        options: Options,
+        *frozen: Any,  # rng, then the weight
+    ) -> Tensor:
+        rng, *weight = frozen
+        spec, recompute, blocksizes = options
+        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
+        if column_scale is not None and ctx.needs_input_grad[4]:
+            spec = spec._replace(save_z=True)
+        y, (p, z, mask) = _FAMILY.forward(ctx, operands, spec, x, weight[0], lora_A, lora_B)
+        reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
+        kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
+        adapter = lora_A, lora_B, rank_gate, column_scale
+        ctx.save_for_backward(kept_x, *adapter, rng if mask is None else mask, kept_p, z, *weight)
+        ctx.options, ctx.x_dtype = options, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, rank_gate, column_scale, rng, p, z, *weight = tensors
+        spec, _, blocksizes = ctx.options
+        needs = Needs(*ctx.needs_input_grad[:6])
+        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        R, K = lora_A.shape
+        if x is None:
+            x = unread(dy, K, ctx.x_dtype)
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng)
+        if p is None and not (needs.lora_B or needs.rank_gate):
+            p = unread(dy, R, stat_dtype(spec.dtype), flat=True)
+        elif p is None:
+            backend, _, _ = str(ctx.choice).partition(" ")  # the strategy depends on N, here 1
+            p = _down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype, backend)
+        read = x, weight[0], lora_A, lora_B
+        grads = _FAMILY.backward(ctx, dy, operands, Saved(p, z), spec, needs, *read)
+        return *_cast_grads(ctx, grads, operands), *[None] * (2 + len(weight))
+
+
+def _cast_grads(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | None, ...]:
+    """Return the gradients, each in the dtype of its tensor."""
+    gate, scale, bias = grads[3:]
+    if gate is not None and operands.rank_gate is not None:
+        gate = gate.to(operands.rank_gate.dtype)
+    if scale is not None and operands.column_scale is not None:
+        scale = scale.to(operands.column_scale.dtype)
+    if bias is not None:
+        bias = bias.to(ctx.bias_dtype)
+    return grads.x, grads.lora_A, grads.lora_B, gate, scale, bias
+
+
+def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> Choice:
+    """Choose the backend and strategy of both directions.
+
+    requested: None for the backend in force.
+    """
+    x, weight, lora_A, lora_B, _, _, _, rng = operands
+    if has_mask(rng, spec.dropout_p):
+        return selection.choose_for_mask(requested)
+    device_type, index = context.device_of(x)
+    (R, K), N, dtype, four_bit = (
+        lora_A.shape,
+        lora_B.shape[0],
+        spec.dtype,
+        isinstance(weight, Packed4bit),
+    )
+    stored, M, dropout = (
+        selection.layout_of(device_type, weight, dtype),
+        x.numel() // K,
+        rng is not None,
+    )
+    x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
+    problem = Problem(
+        device_type, x_dtype, a_dtype, b_dtype, dtype, R, M, four_bit, N, K, dropout, index, stored
+    )
+    return selection.choose(problem, requested)
+
+
+def _grad_shapes(operands: Operands) -> Any:
+    N, R = operands.lora_B.shape
+    return Grads(operands.x.shape, operands.lora_A.shape, (N, R), (R,), (N,), (N,))  # type: ignore[arg-type]
+
+
+def lora_linear_direct(
+    operands: Operands, spec: Spec, choice: Choice | None = None
+) -> tuple[Tensor, Saved]:
+    """Run the forward without the dispatcher, and return y and the tensors for the backward."""
+    choice = choice or choose(operands, spec)
+    x, rng, backend = operands.x, operands.rng, BACKENDS[choice.backend]
+    with context.no_autocast(x):
+        if choice.backend == "cpu":  # takes any leading dimensions
+            return cpu.lora_linear(operands, spec, choice.strategy)
+        rows = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=mask_rows(rng, x))
+        y, saved = backend.lora_linear(rows, spec, choice.strategy)
+    return like_rows_of(x, y), saved
+
+
+def lora_linear_backward_direct(
+    dy: Tensor,
+    operands: Operands,
+    saved: Saved,
+    spec: Spec,
+    needs: Needs,
+    choice: Choice | None = None,
+) -> Grads:
+    """Run the backward without the dispatcher."""
+    choice = choice or choose(operands, spec)
+    x, rng = operands.x, operands.rng
+    if not (choice.backend == "cpu" or x.dim() == 2):
+        dy = dy.reshape(-1, dy.shape[-1])
+        operands = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=mask_rows(rng, x))
+    with context.no_autocast(x):
+        grads = BACKENDS[choice.backend].lora_linear_backward(
+            dy, operands, saved, spec, needs, choice.strategy
+        )
+    dx = grads.x
+    return grads if dx is None or dx.dim() == x.dim() else grads._replace(x=dx.view(x.shape))
+
+
+_FAMILY = define_family(
+    "lora_linear",
+    (Operands, Spec, Needs, Grads),
+    ("p", "z", "mask"),
+    choose,
+    lora_linear_direct,
+    lora_linear_backward_direct,
+    sizes=lambda operands: operands.lora_B.shape,
+    grad_shapes=_grad_shapes,
+)
+
+
+def _down_projection(
+    x: Tensor,
+    lora_A: Tensor,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Compute P = D(x)·Aᵀ [M, R] by `lora_linear` without a base GEMM and with N = 1.
+
+    On the CPU, P is bitwise equal to P of a call with a base GEMM. Triton may choose another
+    strategy for this call, which sums in another order. The eager backend computes it for CUDA,
+    whose kernels need a base GEMM.
+
+    backend: "" for the one in force.
+    """
+    operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng)
+    spec = Spec(1.0, dropout_p, dtype, x.dtype)
+    backend = backend or selection.requested().partition(" ")[0]
+    backend = "eager" if backend == "cuda" else backend
+    if context.can_bypass_dispatcher(x, lora_A):
+        choice = choose(operands, spec, selection.parse(backend))
+        return lora_linear_direct(operands, spec, choice)[1].p
+    p: Tensor
+    _, p, *_ = torch.ops.lora_kernels.lora_linear.default(*operands, *spec, choice=backend)
+    return p
+
+
+def prepare(
+    x_dtype: torch.dtype,
+    weight: Tensor | Packed4bit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    rows: int,
+    guards: Sequence[Guard],
+) -> cpu.PreparedCall | None:
+    """Prepare `lora_linear_direct` for up to `rows` rows of x, at most `cpu_heuristics.few_rows`.
+
+    y has x's dtype. A dense weight has contiguous rows. Returns None if the chosen backend has no
+    prepared calls.
+    """
+    dtypes, four_bit = (x_dtype, lora_A.dtype, lora_B.dtype, dtype), isinstance(weight, Packed4bit)
+    choice = selection.choose(Problem(lora_A.device.type, *dtypes, lora_A.shape[0], 1, four_bit))
+    if choice.backend != "cpu" or choice.strategy not in cpu.GEMVS:
+        return None
+    return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards)

@@ -1,0 +1,316 @@
+"""`multi_lora_linear`, rows with one of several adapters each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import linear as cpu
+from ..backends.eager import linear as eager
+from ..backends.eager.linear import stat_dtype
+from ..backends.library import is_on_gpu_path
+from ..backends.protocol import MultiBackend
+from ..backends.rows import like_rows_of
+from ..choice import choose as selection
+from ..core.call import (
+    MultiGrads,
+    MultiNeeds,
+    MultiOperands,
+    MultiSpec,
+    Saved,
+)
+from ..core.forced import Forced
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.problem import Choice, Problem
+from ..quantization import Weight4bit
+from . import context
+from .arguments import (
+    FLOATS,
+    autocast_dtype,
+    check_devices,
+    check_dropout,
+    check_dtypes,
+    check_number,
+    check_vector,
+    check_weight,
+    matrix_shape,
+    tensor_error,
+)
+from .autograd import differentiable_once, unread
+from .registry import define_family, has_mask, mask_rows
+
+BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | Weight4bit | None,
+    lora_A: Tensor | Sequence[Tensor],
+    lora_B: Tensor | Sequence[Tensor],
+    index: Tensor,
+    scaling: float | Sequence[float] = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Apply a frozen linear layer with one of E adapters, or none, for each row of x:
+
+        y_m = W·x_m + scaling_e · B_e·(A_e·D(x)_m) + bias,    e = index_m
+
+    One base GEMM serves all rows. On a CPU and in the eager backend no adapter is copied:
+    contiguous rows of one adapter, such as those of a sequence, are read in place, and other rows
+    are sorted by adapter. Triton's and CUDA's kernels take all adapters as one whose ranks are
+    theirs: there a NaN or an infinity in an adapter's lora_B reaches every row.
+
+    Args:
+        x: [..., K], as in `lora_linear`.
+        weight: [N, K], a `Weight4bit`, or None for the low-rank update alone.
+        lora_A: [E, R, K], or E tensors [R_e, K] of any ranks and one dtype.
+        lora_B: [E, N, R], or E tensors [N, R_e] of one dtype.
+        index: integers of x's leading shape [...]: 0 to E - 1, or -1 for no adapter.
+        scaling: alpha / r, one number for all adapters or one for each.
+        bias, dropout_p, rng, compute_dtype: as in `lora_linear`. The dropout mask does not depend
+            on the adapters.
+
+    Returns:
+        y [..., N], in autocast's dtype if autocast is enabled for x's device, else in x's.
+        Differentiable once in x, lora_A, lora_B and bias. The gradients of an adapter without rows
+        are zero.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid; the message names the argument.
+        RuntimeError: a forced backend cannot run here.
+
+    >>> import torch, lora_kernels
+    >>> x, W, A, B = torch.ones(3, 2), torch.eye(2), torch.ones(2, 1, 2), torch.ones(2, 2, 1)
+    >>> lora_kernels.multi_lora_linear(x, W, A, B, torch.tensor([0, 1, -1]), scaling=[0.5, 2.0])
+    tensor([[2., 2.],
+            [5., 5.],
+            [1., 1.]])
+    """
+    if not isinstance(x, Tensor):
+        raise tensor_error("x", x)
+    As, Bs = _adapters("lora_A", lora_A, "[E, R, K]"), _adapters("lora_B", lora_B, "[E, N, R]")
+    E, device = len(As), x.device
+    if len(Bs) != E:
+        raise ValueError(f"lora_B: got {len(Bs)} adapters, want {E}, as many as of lora_A")
+    device_type, _ = context.device_of(x)
+    cast_dtype = autocast_dtype(device_type, x.dtype)
+    y_dtype = cast_dtype or x.dtype
+    K, N = As[0].shape[1], Bs[0].shape[0]
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, want [..., {K}] for lora_A {list(As[0].shape)}"
+        )
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
+    a_dtype, b_dtype = As[0].dtype, Bs[0].dtype
+    for e, (A, B) in enumerate(zip(As, Bs, strict=True)):
+        if A.dim() != 2 or A.shape[1] != K:
+            raise ValueError(f"lora_A[{e}]: got shape {list(A.shape)}, want [R, {K}]")
+        if B.shape != (N, A.shape[0]):
+            raise ValueError(f"lora_B[{e}]: got shape {list(B.shape)}, want [{N}, {A.shape[0]}]")
+        if A.dtype is not a_dtype or B.dtype is not b_dtype:
+            raise TypeError(
+                f"lora_A[{e}], lora_B[{e}]: got {A.dtype}, {B.dtype}, want {a_dtype}, {b_dtype}, "
+                "as the first have"
+            )
+        if A.device != device or B.device != device:
+            check_devices("x", x, **{f"lora_A[{e}]": A, f"lora_B[{e}]": B})
+    check_dtypes("x", x.dtype, lora_A=a_dtype, lora_B=b_dtype)
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index: got {got}, want a tensor of int64 or int32")
+    if index.shape != x.shape[:-1]:
+        raise ValueError(f"index: got shape {list(index.shape)}, want x's {list(x.shape[:-1])}")
+    check_devices("x", x, index=index)
+    if isinstance(scaling, (Sequence, Tensor)) and not isinstance(scaling, str):
+        given = scaling.tolist() if isinstance(scaling, Tensor) else scaling
+        factors = tuple(check_number("scaling", factor) for factor in given)
+    else:
+        factors = (check_number("scaling", scaling),) * E
+    if len(factors) != E:
+        raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
+    weight, codes, dtype = check_weight(x, weight, (N, K), compute_dtype, cast_dtype)
+    if bias is not None:
+        check_vector("bias", bias, N, x)
+    if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
+        x, *both = (t.to(y_dtype) for t in (x, *As, *Bs))
+        As, Bs = both[:E], both[E:]
+        weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
+    dropout_p, rng = check_dropout(x, dropout_p, rng)
+    options = Options(MultiSpec(factors, dropout_p, dtype, y_dtype), codes[PACKED4BIT_TENSORS:])
+    context.refuse_context()
+    return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
+        x, weight, index, bias, rng, options, *As, *Bs, *codes[:PACKED4BIT_TENSORS]
+    )
+
+
+def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[Tensor]:
+    """Return E matrices, from a tensor of three dimensions or a sequence."""
+    if isinstance(tensors, Tensor):
+        if tensors.dim() != 3 or tensors.numel() == 0:
+            raise ValueError(
+                f"{name}: got shape {list(tensors.shape)}, want {want}, each at least 1, or a "
+                "sequence of matrices"
+            )
+        return list(tensors.unbind())
+    if not tensors:
+        raise ValueError(f"{name}: got no adapter, want at least 1")
+    for e, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            raise tensor_error(f"{name}[{e}]", t)
+    matrix_shape(f"{name}[0]", tensors[0], want.replace("E, ", ""))
+    return list(tensors)
+
+
+class Options(NamedTuple):
+    """The arguments of `MultiLoRALinearFunction` that are not tensors; see `Options`."""
+
+    spec: MultiSpec
+    blocksizes: tuple[Any, ...]
+
+
+class MultiLoRALinearFunction(torch.autograd.Function):
+    """The op `multi_lora_linear` with `multi_lora_linear_backward`.
+
+    `tensors` are E of lora_A, E of lora_B and the tensors of a 4-bit weight. The backward needs the
+    operands and P [M, R], but x if a dA is needed alone, and P if a dB is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        index: Tensor,
+        bias: Tensor | None,
+        rng: Tensor | None,
+        options: Options,
+        *tensors: Any,
+    ) -> Tensor:
+        spec, blocksizes = options
+        E = len(spec.scaling)
+        lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
+        base = Packed4bit(*codes, *blocksizes) if codes else weight
+        operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng)
+        read = x, index, codes[0] if codes else weight, *lora_A, *lora_B
+        y, saved = _FAMILY.forward(ctx, operands, spec, *read)
+        rng = rng if saved.mask is None else saved.mask
+        need_A, need_B = ctx.needs_input_grad[6 : 6 + E], ctx.needs_input_grad[6 + E : 6 + 2 * E]
+        kept = x if any(need_A) else None, saved.p if any(need_B) else None
+        ctx.save_for_backward(*kept, weight, index, rng, *tensors)
+        ctx.options, ctx.x_dtype = options, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, p, weight, index, rng, *tensors = saved
+        spec, blocksizes = ctx.options
+        E, need = len(spec.scaling), ctx.needs_input_grad
+        lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
+        if x is None:
+            x = unread(dy, lora_A[0].shape[1], ctx.x_dtype)
+        if p is None:
+            R = max(A.shape[0] for A in lora_A)
+            p = unread(dy, R, stat_dtype(spec.dtype), flat=True)
+        needs = MultiNeeds(need[0], need[6 : 6 + E], need[6 + E : 6 + 2 * E], need[3])
+        base, held = (Packed4bit(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
+        operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng)
+        read = x, index, held, *lora_A, *lora_B
+        grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs, *read)
+        dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
+        of_codes = [None] * len(codes)
+        return grads.x, None, None, dbias, None, None, *grads.lora_A, *grads.lora_B, *of_codes
+
+
+def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = None) -> Choice:
+    """Choose the backend and strategy of both directions, for several adapters."""
+    x, weight, lora_A, lora_B, *_, rng = operands
+    if has_mask(rng, spec.dropout_p):
+        return selection.choose_for_mask(requested)
+    device_type, index = context.device_of(x)
+    K, N, dtype, four_bit = (
+        x.shape[-1],
+        lora_B[0].shape[0],
+        spec.dtype,
+        isinstance(weight, Packed4bit),
+    )
+    R, M, stored = (
+        max(A.shape[0] for A in lora_A),
+        x.numel() // K,
+        selection.layout_of(device_type, weight, dtype),
+    )
+    x_dtype, a_dtype, b_dtype = x.dtype, lora_A[0].dtype, lora_B[0].dtype
+    problem = Problem(
+        device_type, x_dtype, a_dtype, b_dtype, dtype, R, M, four_bit, N, K, False, index, stored
+    )
+    return selection.choose(problem._replace(mixed=True), requested)
+
+
+def _flatten(operands: MultiOperands) -> MultiOperands:
+    """Return the operands with x, index and a mask flattened to M rows."""
+    x = operands.x
+    return operands._replace(
+        x=x.reshape(-1, x.shape[-1]),
+        adapter_index=operands.adapter_index.reshape(-1),
+        rng=mask_rows(operands.rng, x),
+    )
+
+
+def multi_lora_linear_direct(
+    operands: MultiOperands, spec: MultiSpec, choice: Choice | None = None
+) -> tuple[Tensor, Saved]:
+    """Run the forward without the dispatcher, and return y and the tensors for the backward."""
+    choice = choice or choose(operands, spec)
+    with context.no_autocast(operands.x):
+        y, saved = BACKENDS[choice.backend].multi_lora_linear(
+            _flatten(operands), spec, choice.strategy
+        )
+    return like_rows_of(operands.x, y), saved
+
+
+def multi_lora_linear_backward_direct(
+    dy: Tensor,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
+    choice: Choice | None = None,
+) -> MultiGrads:
+    """Run the backward without the dispatcher."""
+    choice = choice or choose(operands, spec)
+    x = operands.x
+    with context.no_autocast(x):
+        grads = BACKENDS[choice.backend].multi_lora_linear_backward(
+            dy.reshape(-1, dy.shape[-1]), _flatten(operands), saved, spec, needs, choice.strategy
+        )
+    return grads if grads.x is None else grads._replace(x=grads.x.view(x.shape))
+
+
+def _sizes(operands: MultiOperands) -> tuple[int, int]:
+    return operands.lora_B[0].shape[0], max(A.shape[0] for A in operands.lora_A)
+
+
+def _grad_shapes(operands: MultiOperands) -> tuple[Any, ...]:
+    x, _, lora_A, lora_B, *_ = operands
+    return x.shape, [A.shape for A in lora_A], [B.shape for B in lora_B], lora_B[0].shape[:1]
+
+
+_FAMILY = define_family(
+    "multi_lora_linear",
+    (MultiOperands, MultiSpec, MultiNeeds, MultiGrads),
+    ("p", "mask"),
+    choose,
+    multi_lora_linear_direct,
+    multi_lora_linear_backward_direct,
+    _sizes,
+    _grad_shapes,
+)

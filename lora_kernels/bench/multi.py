@@ -24,7 +24,7 @@ def plain_pytorch(
     tensors: the other fields of `MultiOperands`.
     """
     weight: Any
-    x, weight, lora_A, lora_B, _, bias, rng = MultiOperands(adapter_index=index, **tensors)
+    x, weight, lora_A, lora_B, _, bias, rng, *_ = MultiOperands(adapter_index=index, **tensors)
     wide = torch.promote_types(x.dtype, lora_A[0].dtype)
     dropped = cases.masked(x, rng, dropout_p)
     if weight is None:

@@ -309,8 +309,8 @@ def choose_for_mask(requested: Forced | None = None) -> Choice:
         require_supported(name, NO_DROPOUT)
     if name not in (None, "eager"):
         raise RuntimeError(
-            f"backend {name!r} was requested and cannot run here: got rng as a dropout mask, want "
-            "the state of one: seed and offset, int64 [2]"
+            f"backend {name!r} was requested and cannot run here: got dropout_mask, want rng, the "
+            "state of one: seed and offset, int64 [2]"
         )
     return Choice("eager", Strategy.LIBRARY, "the dropout mask is given, not its state")
 

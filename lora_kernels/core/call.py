@@ -25,8 +25,9 @@ class Operands(NamedTuple):
         rank_gate: [R] or None.
         column_scale: c, [N] or None.
         bias: [N] or None. The backward gets None.
-        rng: the dropout mask's state, int64 [2], or the mask, bool of x's shape. If it is None and
-            dropout_p > 0, the eager backend draws the mask.
+        rng: the dropout mask's state, int64 [2].
+        mask: the dropout mask, bool of x's shape. If rng and mask are None and dropout_p > 0, the
+            eager backend draws one.
     """
 
     x: Tensor
@@ -37,6 +38,7 @@ class Operands(NamedTuple):
     column_scale: Tensor | None = None
     bias: Tensor | None = None
     rng: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Spec(NamedTuple):
@@ -64,7 +66,7 @@ class Saved(NamedTuple):
         p: D(x)·Aᵀ [M, R] in float32 (float64 for float64).
         z: [M, N] in y's dtype if `Spec.save_z`, or None.
         mask: the dropout mask [M, K] if the forward drew one, or None. The backward gets it as
-            `Operands.rng`.
+            `Operands.mask`.
     """
 
     p: Tensor
@@ -102,7 +104,7 @@ class MultiOperands(NamedTuple):
     """The tensors of a call in which each row of x has one of E adapters, or none.
 
     Args:
-        x, weight, bias, rng: as in `Operands`.
+        x, weight, bias, rng, mask: as in `Operands`.
         lora_A: E tensors [R_e, K].
         lora_B: E tensors [N, R_e].
         adapter_index: [M], the adapter of each row, -1 for none.
@@ -115,6 +117,7 @@ class MultiOperands(NamedTuple):
     adapter_index: Tensor
     bias: Tensor | None = None
     rng: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class MultiSpec(NamedTuple):
@@ -155,7 +158,7 @@ class ExpertsOperands(NamedTuple):
         lora_B: [E, N, R], any strides.
         offsets: [E], one past each expert's last row. Later rows belong to no expert.
         bias: [E, N] or None. The backward gets None.
-        rng: as in `Operands`; the mask's rows are those of the sorted x.
+        rng, mask: as in `Operands`; the mask's rows are those of the sorted x.
     """
 
     x: Tensor
@@ -165,6 +168,7 @@ class ExpertsOperands(NamedTuple):
     offsets: Tensor
     bias: Tensor | None = None
     rng: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class ExpertsSpec(NamedTuple):
@@ -208,7 +212,8 @@ class HeadOperands(NamedTuple):
         lora_B: [V, R].
         labels: int64 [M], 0 to V - 1, or `HeadSpec.ignore_index`.
         bias: [V] or None.
-        rng: the dropout mask's state, int64 [2], or the mask, bool [M, K].
+        rng: the dropout mask's state, int64 [2].
+        mask: the dropout mask, bool [M, K].
     """
 
     x: Tensor
@@ -218,6 +223,7 @@ class HeadOperands(NamedTuple):
     labels: Tensor
     bias: Tensor | None = None
     rng: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class HeadSpec(NamedTuple):

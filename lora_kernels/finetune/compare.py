@@ -277,16 +277,16 @@ def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
     # With a weight of zero, dx is the gradient through the adapter alone, which the mask affects.
     weight = A.new_zeros(N, K)
     rng = torch.tensor([seed, 1])
-    mask = dropout_mask(rng, M, K, MASK_P)
-    if A.device.type != "cpu":  # eager on a GPU takes the mask instead of a Philox state
-        rng = mask = mask.to(A.device)
-    mask = mask / (1 - MASK_P)
+    kept = dropout_mask(rng, M, K, MASK_P).to(A.device)
+    mask = kept / (1 - MASK_P)
+    # Eager on a GPU takes the mask instead of a Philox state.
+    dropout: dict[str, Any] = {"rng": rng} if A.device.type == "cpu" else {"dropout_mask": kept}
 
     def dx(forward: Callable[[Tensor], Tensor]) -> Tensor:
         leaf = x.clone().requires_grad_()
         return torch.autograd.grad(forward(leaf), leaf, dy)[0]
 
-    got = dx(lambda x: lora_linear(x, weight, A, B, 2.0, dropout_p=MASK_P, rng=rng))
+    got = dx(lambda x: lora_linear(x, weight, A, B, 2.0, dropout_p=MASK_P, **dropout))
     want = dx(lambda x: (x * mask) @ A.T @ B.T * 2.0)
     unmasked = dx(lambda x: (x + (x * mask - x).detach()) @ A.T @ B.T * 2.0)
     return (

@@ -165,33 +165,50 @@ def _check_rng(rng: Tensor, x: Tensor) -> None:
     if not isinstance(rng, Tensor):
         raise tensor_error("rng", rng)
     check_devices("x", x, rng=rng)
-    if rng.dtype is torch.bool and rng.shape == x.shape:
-        return
     if rng.dtype is not torch.int64 or rng.shape != (2,):
+        is_mask = rng.dtype is torch.bool and rng.shape == x.shape
+        hint = "; the argument of a mask is dropout_mask" * is_mask
         raise ValueError(
-            f"rng: got {rng.dtype} {list(rng.shape)}, want int64 [2]: seed and offset; or the "
-            f"mask, torch.bool {list(x.shape)}"
+            f"rng: got {rng.dtype} {list(rng.shape)}, want int64 [2]: seed and offset{hint}"
         )
     if selection.is_eager_on_gpu(context.device_of(x)[0]) and not x.is_meta:
         raise ValueError(f"rng: got the state of a mask on {rng.device}, {NATIVE_MASKS}")
 
 
-def check_dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Tensor | None]:
-    """Return the checked probability, and the state of the mask or the mask.
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise tensor_error("dropout_mask", mask)
+    check_devices("x", x, dropout_mask=mask)
+    if mask.dtype is not torch.bool or mask.shape != x.shape:
+        raise ValueError(
+            f"dropout_mask: got {mask.dtype} {list(mask.shape)}, want torch.bool {list(x.shape)}, "
+            "x's shape"
+        )
 
-    The second is None if dropout_p is 0 or if the op draws the mask. A state is drawn without
-    gradients too, because checkpointing must replay the mask.
+
+def check_dropout(
+    x: Tensor, dropout_p: float, rng: Tensor | None, mask: Tensor | None
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """Return the checked probability, the state of the mask, and the mask.
+
+    Both are None if dropout_p is 0 or if the op draws the mask. A state is drawn without gradients
+    too, because checkpointing must replay the mask.
     """
     dropout_p = check_number("dropout_p", dropout_p)
     if not dropout_p:
-        return 0.0, None
+        return 0.0, None, None
     if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
         raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
+    if rng is not None and mask is not None:
+        raise ValueError("dropout_mask: got a mask beside rng, the state of one; want one of them")
+    if mask is not None:
+        _check_mask(mask, x)
+        return dropout_p, None, mask
     if rng is not None:
         _check_rng(rng, x)
-        # Kernels read a state by its address.
-        return dropout_p, rng if rng.dtype is torch.bool else rng.contiguous()
-    return dropout_p, None if selection.is_eager_on_gpu(context.device_of(x)[0]) else draw_rng(x)
+        return dropout_p, rng.contiguous(), None  # kernels read it by its address
+    is_drawn = selection.is_eager_on_gpu(context.device_of(x)[0])
+    return dropout_p, None if is_drawn else draw_rng(x), None
 
 
 def draw_rng(x: Tensor) -> Tensor:

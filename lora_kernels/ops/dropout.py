@@ -12,8 +12,7 @@ from .arguments import NATIVE_MASKS
 def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     """Return the dropout mask of a state, bool [M, K], True for kept elements.
 
-    The CPU, Triton and CUDA backends apply the same mask, independent of tiles and threads. Its
-    words are those of Philox4x32-10 with key = seed and
+    The CPU's kernels apply it, independent of tiles and threads. Its words are those of Philox4x32-10 with key = seed and
     counter = (k >> 2, m, offset_lo, offset_hi). Element (m, k) has word k & 3, and is kept if
     word >= round(p·2³²).
 

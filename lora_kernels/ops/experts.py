@@ -37,7 +37,7 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once, unread
-from .registry import define_family, has_mask
+from .registry import define_family
 
 BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_experts}
 
@@ -54,6 +54,7 @@ def lora_experts_linear(
     is_transposed: bool = False,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Apply each expert's frozen linear layer and adapter, for rows sorted by expert:
@@ -76,7 +77,8 @@ def lora_experts_linear(
         scaling: alpha / r.
         bias: [E, N] or None.
         is_transposed: whether `weight` is [E, K, N].
-        dropout_p, rng, compute_dtype: as in `lora_linear`. The mask's rows are those of x.
+        dropout_p, rng, dropout_mask, compute_dtype: as in `lora_linear`. The mask's rows are those
+            of x.
 
     Returns:
         y [M, N], in autocast's dtype if autocast is enabled for x's device, else in x's.
@@ -126,7 +128,7 @@ def lora_experts_linear(
     if cast_dtype and is_on_gpu_path(device_type):
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         base = None if base is None else base.to(y_dtype)
-    dropout_p, rng = check_dropout(x, dropout_p, rng)
+    dropout_p, rng, mask = check_dropout(x, dropout_p, rng, dropout_mask)
     spec = ExpertsSpec(
         check_number("scaling", scaling), dropout_p, dtype, y_dtype, bool(is_transposed)
     )
@@ -135,12 +137,12 @@ def lora_experts_linear(
         x, frozen[0], lora_A, lora_B, offsets
     ):
         held = Packed4bit(*codes) if codes else base
-        operands = ExpertsOperands(x, held, lora_A, lora_B, offsets, bias, rng)
+        operands = ExpertsOperands(x, held, lora_A, lora_B, offsets, bias, rng, mask)
         return lora_experts_direct(operands, spec)[0]
     options = Options(spec, codes[PACKED4BIT_TENSORS:])
     context.refuse_context()
     return LoRAExpertsFunction.apply(  # type: ignore[no-any-return]
-        x, lora_A, lora_B, bias, offsets, options, rng, *frozen
+        x, lora_A, lora_B, bias, offsets, options, rng, mask, *frozen
     )
 
 
@@ -204,17 +206,18 @@ class LoRAExpertsFunction(torch.autograd.Function):
         offsets: Tensor,
         options: Options,
         rng: Tensor | None,
+        mask: Tensor | None,
         *weight: Any,
     ) -> Tensor:
         spec, blocksizes = options
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
-        operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng)
+        operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng, mask)
         read = x, weight[0], lora_A, lora_B, offsets
         y, saved = _FAMILY.forward(ctx, operands, spec, *read)
-        rng = rng if saved.mask is None else saved.mask
+        mask = mask if saved.mask is None else saved.mask
         kept_x = x if ctx.needs_input_grad[1] else None
         kept_p = saved.p if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(kept_x, lora_A, lora_B, offsets, kept_p, rng, *weight)
+        ctx.save_for_backward(kept_x, lora_A, lora_B, offsets, kept_p, rng, mask, *weight)
         ctx.options, ctx.x_dtype = options, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -222,24 +225,24 @@ class LoRAExpertsFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, offsets, p, rng, *weight = tensors
+        x, lora_A, lora_B, offsets, p, rng, mask, *weight = tensors
         spec, blocksizes = ctx.options
         _, R, K = lora_A.shape
         x = unread(dy, K, ctx.x_dtype) if x is None else x
         p = unread(dy, R, stat_dtype(spec.dtype)) if p is None else p
         needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
-        operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng)
+        operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng, mask)
         read = x, weight[0], lora_A, lora_B, offsets
         grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs, *read)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
-        return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (3 + len(weight))
+        return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (4 + len(weight))
 
 
 def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | None = None) -> Choice:
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
-    x, weight, lora_A, lora_B, _, _, rng = operands
-    if has_mask(rng, spec.dropout_p):
+    x, weight, lora_A, lora_B, _, _, rng, *_ = operands
+    if spec.dropout_p and rng is None:
         return selection.choose_for_mask(requested)
     (device_type, index), (M, K), (_, N, R) = context.device_of(x), x.shape, lora_B.shape
     dtypes, is_4bit = (

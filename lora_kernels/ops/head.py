@@ -44,7 +44,7 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once
-from .registry import arguments_of, define, results_of
+from .registry import arguments_of, define, mask_rows, results_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -86,6 +86,7 @@ class _Tensors(NamedTuple):
     bias: Tensor | None
     labels: Tensor
     rng: Tensor | None
+    mask: Tensor | None
     weight: tuple[Tensor, ...]
 
 
@@ -106,6 +107,7 @@ def lora_linear_cross_entropy(
     chunk_rows: int | None = None,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the cross-entropy of a head with a low-rank adapter, without its logits in memory:
@@ -132,8 +134,8 @@ def lora_linear_cross_entropy(
         reduction: "mean" over the rows that are not ignored, "sum" or "none".
         chunk_rows: rows of x whose logits exist at a time. None: 32 MiB of float32 logits on a CPU,
             256 MiB on a GPU, and at least 128 rows.
-        dropout_p, rng, compute_dtype: as in `lora_linear`. The mask's rows are those of x, and the
-            eager backend computes the logits.
+        dropout_p, rng, dropout_mask, compute_dtype: as in `lora_linear`. The mask's rows are those
+            of x, and the eager backend computes the logits.
 
     Returns:
         float32 (float64 for float64), [] or labels' shape for reduction="none". NaN for a mean over
@@ -155,7 +157,7 @@ def lora_linear_cross_entropy(
         raise ValueError(f"label_smoothing: got {label_smoothing}, want a number in [0, 1]")
     logits = ignore_index, logit_softcap, logit_scale, chunk_rows
     operands = x, weight, lora_A, lora_B, labels, scaling, bias
-    tensors, call = _prepare(*operands, *logits, dropout_p, rng, compute_dtype)
+    tensors, call = _prepare(*operands, *logits, dropout_p, rng, dropout_mask, compute_dtype)
     call = call._replace(spec=call.spec._replace(label_smoothing=label_smoothing))
     if reduction == "none":
         losses = _LogProbsFunction.apply(call, HeadOutputs(), *tensors[:-1], *tensors.weight)[0]
@@ -187,6 +189,7 @@ def lora_linear_log_probs(
     chunk_rows: int | None = None,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> TokenLogProbs:
     """Return each label's log-probability, and statistics that trainers log, without the logits:
@@ -225,7 +228,7 @@ def lora_linear_log_probs(
             raise ValueError(f"outputs: got {name!r}, want some of {want}")
     logits = ignore_index, logit_softcap, logit_scale, chunk_rows
     operands = x, weight, lora_A, lora_B, labels, scaling, bias
-    tensors, call = _prepare(*operands, *logits, dropout_p, rng, compute_dtype)
+    tensors, call = _prepare(*operands, *logits, dropout_p, rng, dropout_mask, compute_dtype)
     call = call._replace(spec=call.spec._replace(inverse_temperature=1.0 / temperature))
     wanted = HeadOutputs(*(name in outputs for name in HeadOutputs._fields))
     found = _LogProbsFunction.apply(call, wanted, *tensors[:-1], *tensors.weight)
@@ -253,6 +256,7 @@ def _prepare(
     chunk_rows: int | None,
     dropout_p: float,
     rng: Tensor | None,
+    mask: Tensor | None,
     compute_dtype: torch.dtype | None,
 ) -> tuple[_Tensors, _Call]:
     """Check the arguments; return the tensors, with x as rows, and the call."""
@@ -293,18 +297,17 @@ def _prepare(
     if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"chunk_rows: got {chunk_rows!r}, want an integer, at least 1, or None")
     base = (weight,) if isinstance(weight, Tensor) else codes[:PACKED4BIT_TENSORS]
-    dropout_p, rng = check_dropout(x, dropout_p, rng)
-    if dropout_p and rng is None:  # the mask of PyTorch's kernel, which the backward needs too
-        rng = torch.native_dropout(x.detach(), dropout_p, True)[1]
-    if rng is not None and rng.dtype is torch.bool:
-        rng = rng.reshape(-1, K)
+    dropout_p, rng, mask = check_dropout(x, dropout_p, rng, mask)
+    if dropout_p and rng is None and mask is None:  # PyTorch's kernel's, for the backward too
+        mask = torch.native_dropout(x.detach(), dropout_p, True)[1]
+    mask = mask_rows(mask, x)
     if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         base = base if codes else (base[0].to(y_dtype),)
     rows, flat = x.reshape(-1, K), labels.reshape(-1).to(torch.int64)
     spec = HeadSpec(check_number("scaling", scaling), dropout_p, dtype, y_dtype, scale, cap)
     spec = spec._replace(ignore_index=ignore_index, chunk_rows=chunk_rows or 0)
-    tensors = _Tensors(rows, lora_A, lora_B, bias, flat, rng, base)
+    tensors = _Tensors(rows, lora_A, lora_B, bias, flat, rng, mask, base)
     return tensors, _Call(spec, codes[PACKED4BIT_TENSORS:])
 
 
@@ -338,9 +341,10 @@ class _CrossEntropyFunction(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         rng: Tensor | None,
+        mask: Tensor | None,
         *weight: Tensor,
     ) -> Tensor:
-        rest = lora_A, lora_B, labels, bias, rng, *call.spec, *needs
+        rest = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *needs
         run = _CROSS_ENTROPY[bool(call.blocksizes)]
         loss: Tensor
         loss, *grads = run(x, *weight, *call.blocksizes, *rest)
@@ -358,7 +362,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
             for grad, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True)
         )
         rest = [None] * (ctx.weights - 1)
-        return None, None, dx, dA, dB, dbias, None, None, dweight, *rest
+        return None, None, dx, dA, dB, dbias, *[None] * 3, dweight, *rest
 
 
 class _LogProbsFunction(torch.autograd.Function):
@@ -379,14 +383,15 @@ class _LogProbsFunction(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         rng: Tensor | None,
+        mask: Tensor | None,
         *weight: Tensor,
     ) -> tuple[Tensor, ...]:
-        rest = lora_A, lora_B, labels, bias, rng, *call.spec, *outputs
+        rest = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *outputs
         run = _LOG_PROBS[bool(call.blocksizes)]
         *found, largest_logit, sum_exp = run(x, *weight, *call.blocksizes, *rest)
         entropy = found[1] if outputs.entropy else None
         ctx.save_for_backward(
-            x, lora_A, lora_B, bias, labels, rng, largest_logit, sum_exp, entropy, *weight
+            x, lora_A, lora_B, bias, labels, rng, mask, largest_logit, sum_exp, entropy, *weight
         )
         ctx.call = call
         ctx.forced = None if torch.compiler.is_compiling() else forced.current.get()
@@ -400,12 +405,12 @@ class _LogProbsFunction(torch.autograd.Function):
     def backward(
         ctx: Any, saved: tuple[Any, ...], dlog_probs: Tensor, dentropy: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, bias, labels, rng, largest_logit, sum_exp, entropy, *weight = saved
+        x, lora_A, lora_B, bias, labels, rng, mask, largest_logit, sum_exp, entropy, *weight = saved
         spec, blocksizes = ctx.call
         need = ctx.needs_input_grad
-        needs = HeadNeeds(need[2], need[8] and not blocksizes, need[3], need[4], need[5])
+        needs = HeadNeeds(need[2], need[9] and not blocksizes, need[3], need[4], need[5])
         rows = dlog_probs, None if entropy is None else dentropy, largest_logit, sum_exp, entropy
-        rest = lora_A, lora_B, labels, bias, rng, *spec, *needs
+        rest = lora_A, lora_B, labels, bias, rng, mask, *spec, *needs
         run = _LOG_PROBS_BACKWARD[bool(blocksizes)]
         as_forward = contextlib.nullcontext() if ctx.forced is None else forced.set_to(ctx.forced)
         with as_forward:
@@ -415,7 +420,7 @@ class _LogProbsFunction(torch.autograd.Function):
         dbias = None if bias is None else _cast(grads.bias, bias.dtype)
         dweight = _cast(grads.weight, weight[0].dtype)
         others = [None] * (len(weight) - 1)
-        return None, None, grads.x, dA, dB, dbias, None, None, dweight, *others
+        return None, None, grads.x, dA, dB, dbias, *[None] * 3, dweight, *others
 
 
 # The registered ops ----------------------------------------------------------------------------
@@ -430,9 +435,8 @@ def _decode_once(operands: HeadOperands, spec: HeadSpec) -> HeadOperands:
     x, weight, lora_A, lora_B = operands[:4]
     if not isinstance(weight, Packed4bit):
         return operands
-    own = Operands(x, weight, lora_A, lora_B, rng=operands.rng)
-    has_mask = operands.rng is not None and spec.dropout_p > 0
-    if not has_mask and linear.choose(own, Spec(*spec[:4])).backend != "eager":
+    own = Operands(x, weight, lora_A, lora_B, rng=operands.rng, mask=operands.mask)
+    if not spec.dropout_p and linear.choose(own, Spec(*spec[:4])).backend != "eager":
         return operands
     shape = lora_B.shape[0], x.shape[1]
     return operands._replace(weight=decode4bit.dense(weight, shape, spec.dtype))

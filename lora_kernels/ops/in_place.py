@@ -178,7 +178,7 @@ class AddLoRALinear(torch.autograd.Function):
             x = dy.new_empty(rows.shape[0], lora_A.shape[1], dtype=ctx.x_dtype)
         if p is None:
             p = dy.new_empty(rows.shape[0], dtype=stat)
-        operands = Operands(x.reshape(-1, x.shape[-1]), None, lora_A, lora_B, rank_gate, rng=mask)
+        operands = Operands(x.reshape(-1, x.shape[-1]), None, lora_A, lora_B, rank_gate, mask=mask)
         needs = Needs(need_x, need_A, need_B, need_gate)
         with context.no_autocast(dy):
             grads = eager.lora_linear_backward(rows, operands, Saved(p), ctx.spec, needs, "")

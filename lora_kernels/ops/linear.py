@@ -42,7 +42,7 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once, unread
-from .registry import define_family, has_mask, mask_rows
+from .registry import define_family, mask_rows
 
 BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
 
@@ -59,6 +59,7 @@ def lora_linear(
     column_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     recompute: bool = False,
 ) -> Tensor:
@@ -78,10 +79,10 @@ def lora_linear(
         rank_gate: [R] or None, multiplies `scaling` for each rank (AdaLoRA, hierarchical LoRA).
         column_scale: [N] or None (DoRA).
         dropout_p: probability in [0, 1] of zeroing an element of x on the adapter's branch.
-        rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`), or the mask itself,
-            bool of x's shape, True for kept elements. If it is None and dropout_p > 0, the default
-            generator of x's device draws a state. On a GPU that runs the eager backend, PyTorch's
-            dropout kernel draws the mask.
+        rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`).
+        dropout_mask: the mask itself, bool of x's shape, True for kept elements, instead of rng. If
+            both are None and dropout_p > 0, the default generator of x's device draws a state. On a
+            GPU that runs the eager backend, PyTorch's dropout kernel draws the mask.
         compute_dtype: of the base GEMM with a 4-bit weight without autocast: float32, bfloat16 or
             float16 (`Linear4bit.compute_dtype`). None: x's dtype.
         recompute: whether the backward recomputes D(x)·Aᵀ [M, R] instead of saving it.
@@ -130,19 +131,20 @@ def lora_linear(
     if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
-    if dropout_p or rng is not None:
-        dropout_p, rng = check_dropout(x, dropout_p, rng)
+    mask = dropout_mask
+    if dropout_p or rng is not None or mask is not None:
+        dropout_p, rng, mask = check_dropout(x, dropout_p, rng, mask)
     scaling, dropout_p = check_number("scaling", scaling), float(dropout_p)
     spec = Spec(scaling, dropout_p, dtype, y_dtype)
     frozen = codes[:PACKED4BIT_TENSORS] or (weight,)
     if not torch.is_grad_enabled() and context.can_bypass_dispatcher(x, frozen[0], lora_A, lora_B):
         base = Packed4bit(*codes) if codes else weight
-        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
         return lora_linear_direct(operands, spec)[0]
     options = Options(spec, recompute, codes[PACKED4BIT_TENSORS:])
     context.refuse_context()
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, *frozen
+        x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, mask, *frozen
     )
 
 
@@ -180,20 +182,21 @@ class LoRALinearFunction(torch.autograd.Function):
         column_scale: Tensor | None,
         bias: Tensor | None,
         options: Options,
-        *frozen: Any,  # rng, then the weight
+        *frozen: Any,  # rng and mask, then the weight
     ) -> Tensor:
-        rng, *weight = frozen
+        rng, mask, *weight = frozen
         spec, recompute, blocksizes = options
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
-        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
         if column_scale is not None and ctx.needs_input_grad[4]:
             spec = spec._replace(save_z=True)
-        y, (p, z, mask) = _FAMILY.forward(ctx, operands, spec, x, weight[0], lora_A, lora_B)
+        y, (p, z, drawn) = _FAMILY.forward(ctx, operands, spec, x, weight[0], lora_A, lora_B)
         reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
         kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
         adapter = lora_A, lora_B, rank_gate, column_scale
-        ctx.save_for_backward(kept_x, *adapter, rng if mask is None else mask, kept_p, z, *weight)
+        mask = mask if drawn is None else drawn
+        ctx.save_for_backward(kept_x, *adapter, rng, mask, kept_p, z, *weight)
         ctx.options, ctx.x_dtype = options, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -201,22 +204,22 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, rank_gate, column_scale, rng, p, z, *weight = tensors
+        x, lora_A, lora_B, rank_gate, column_scale, rng, mask, p, z, *weight = tensors
         spec, _, blocksizes = ctx.options
         needs = Needs(*ctx.needs_input_grad[:6])
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         R, K = lora_A.shape
         if x is None:
             x = unread(dy, K, ctx.x_dtype)
-        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng)
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng, mask)
         if p is None and not (needs.lora_B or needs.rank_gate):
             p = unread(dy, R, stat_dtype(spec.dtype), flat=True)
         elif p is None:
             backend, _, _ = str(ctx.choice).partition(" ")  # the strategy depends on N, here 1
-            p = _down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype, backend)
+            p = _down_projection(operands, spec, backend)
         read = x, weight[0], lora_A, lora_B
         grads = _FAMILY.backward(ctx, dy, operands, Saved(p, z), spec, needs, *read)
-        return *_cast_grads(ctx, grads, operands), *[None] * (2 + len(weight))
+        return *_cast_grads(ctx, grads, operands), *[None] * (3 + len(weight))
 
 
 def _cast_grads(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | None, ...]:
@@ -236,8 +239,8 @@ def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> C
 
     requested: None for the backend in force.
     """
-    x, weight, lora_A, lora_B, _, _, _, rng = operands
-    if has_mask(rng, spec.dropout_p):
+    x, weight, lora_A, lora_B, _, _, _, rng, *_ = operands
+    if spec.dropout_p and rng is None:
         return selection.choose_for_mask(requested)
     device_type, index = context.device_of(x)
     (R, K), N, dtype, four_bit = (
@@ -268,11 +271,11 @@ def lora_linear_direct(
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher, and return y and the tensors for the backward."""
     choice = choice or choose(operands, spec)
-    x, rng, backend = operands.x, operands.rng, BACKENDS[choice.backend]
+    x, backend = operands.x, BACKENDS[choice.backend]
     with context.no_autocast(x):
         if choice.backend == "cpu":  # takes any leading dimensions
             return cpu.lora_linear(operands, spec, choice.strategy)
-        rows = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=mask_rows(rng, x))
+        rows = operands._replace(x=x.reshape(-1, x.shape[-1]), mask=mask_rows(operands.mask, x))
         y, saved = backend.lora_linear(rows, spec, choice.strategy)
     return like_rows_of(x, y), saved
 
@@ -287,10 +290,10 @@ def lora_linear_backward_direct(
 ) -> Grads:
     """Run the backward without the dispatcher."""
     choice = choice or choose(operands, spec)
-    x, rng = operands.x, operands.rng
+    x = operands.x
     if not (choice.backend == "cpu" or x.dim() == 2):
         dy = dy.reshape(-1, dy.shape[-1])
-        operands = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=mask_rows(rng, x))
+        operands = operands._replace(x=x.reshape(-1, x.shape[-1]), mask=mask_rows(operands.mask, x))
     with context.no_autocast(x):
         grads = BACKENDS[choice.backend].lora_linear_backward(
             dy, operands, saved, spec, needs, choice.strategy
@@ -311,14 +314,7 @@ _FAMILY = define_family(
 )
 
 
-def _down_projection(
-    x: Tensor,
-    lora_A: Tensor,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
+def _down_projection(operands: Operands, spec: Spec, backend: str) -> Tensor:
     """Compute P = D(x)·Aᵀ [M, R] by `lora_linear` without a base GEMM and with N = 1.
 
     On the CPU, P is bitwise equal to P of a call with a base GEMM. Triton may choose another
@@ -327,8 +323,9 @@ def _down_projection(
 
     backend: "" for the one in force.
     """
-    operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng)
-    spec = Spec(1.0, dropout_p, dtype, x.dtype)
+    x, _, lora_A, *_, rng, mask = operands
+    operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng, mask=mask)
+    spec = Spec(1.0, spec.dropout_p, spec.dtype, x.dtype)
     backend = backend or selection.requested().partition(" ")[0]
     backend = "eager" if backend == "cuda" else backend
     if context.can_bypass_dispatcher(x, lora_A):

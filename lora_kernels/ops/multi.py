@@ -40,7 +40,7 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once, unread
-from .registry import define_family, has_mask, mask_rows
+from .registry import define_family, mask_rows
 
 BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
 
@@ -56,16 +56,16 @@ def multi_lora_linear(
     *,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Apply a frozen linear layer with one of E adapters, or none, for each row of x:
 
         y_m = W·x_m + scaling_e · B_e·(A_e·D(x)_m) + bias,    e = index_m
 
-    One base GEMM serves all rows. On a CPU and in the eager backend no adapter is copied:
-    contiguous rows of one adapter, such as those of a sequence, are read in place, and other rows
-    are sorted by adapter. Triton's and CUDA's kernels take all adapters as one whose ranks are
-    theirs: there a NaN or an infinity in an adapter's lora_B reaches every row.
+    One base GEMM serves all rows. No adapter is copied: contiguous rows of one adapter, such as
+    those of a sequence, are read in place, and other rows are sorted by adapter. A NaN or an
+    infinity in an adapter reaches its own rows alone. Triton and CUDA do not take the call.
 
     Args:
         x: [..., K], as in `lora_linear`.
@@ -74,8 +74,8 @@ def multi_lora_linear(
         lora_B: [E, N, R], or E tensors [N, R_e] of one dtype.
         index: integers of x's leading shape [...]: 0 to E - 1, or -1 for no adapter.
         scaling: alpha / r, one number for all adapters or one for each.
-        bias, dropout_p, rng, compute_dtype: as in `lora_linear`. The dropout mask does not depend
-            on the adapters.
+        bias, dropout_p, rng, dropout_mask, compute_dtype: as in `lora_linear`. The dropout mask
+            does not depend on the adapters.
 
     Returns:
         y [..., N], in autocast's dtype if autocast is enabled for x's device, else in x's.
@@ -143,11 +143,11 @@ def multi_lora_linear(
         x, *both = (t.to(y_dtype) for t in (x, *As, *Bs))
         As, Bs = both[:E], both[E:]
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
-    dropout_p, rng = check_dropout(x, dropout_p, rng)
+    dropout_p, rng, mask = check_dropout(x, dropout_p, rng, dropout_mask)
     options = Options(MultiSpec(factors, dropout_p, dtype, y_dtype), codes[PACKED4BIT_TENSORS:])
     context.refuse_context()
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, index, bias, rng, options, *As, *Bs, *codes[:PACKED4BIT_TENSORS]
+        x, weight, index, bias, rng, mask, options, *As, *Bs, *codes[:PACKED4BIT_TENSORS]
     )
 
 
@@ -191,6 +191,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         index: Tensor,
         bias: Tensor | None,
         rng: Tensor | None,
+        mask: Tensor | None,
         options: Options,
         *tensors: Any,
     ) -> Tensor:
@@ -198,13 +199,13 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         E = len(spec.scaling)
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         base = Packed4bit(*codes, *blocksizes) if codes else weight
-        operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng)
+        operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng, mask)
         read = x, index, codes[0] if codes else weight, *lora_A, *lora_B
         y, saved = _FAMILY.forward(ctx, operands, spec, *read)
-        rng = rng if saved.mask is None else saved.mask
-        need_A, need_B = ctx.needs_input_grad[6 : 6 + E], ctx.needs_input_grad[6 + E : 6 + 2 * E]
+        mask = mask if saved.mask is None else saved.mask
+        need_A, need_B = ctx.needs_input_grad[7 : 7 + E], ctx.needs_input_grad[7 + E : 7 + 2 * E]
         kept = x if any(need_A) else None, saved.p if any(need_B) else None
-        ctx.save_for_backward(*kept, weight, index, rng, *tensors)
+        ctx.save_for_backward(*kept, weight, index, rng, mask, *tensors)
         ctx.options, ctx.x_dtype = options, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -212,7 +213,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, p, weight, index, rng, *tensors = saved
+        x, p, weight, index, rng, mask, *tensors = saved
         spec, blocksizes = ctx.options
         E, need = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
@@ -221,20 +222,20 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         if p is None:
             R = max(A.shape[0] for A in lora_A)
             p = unread(dy, R, stat_dtype(spec.dtype), flat=True)
-        needs = MultiNeeds(need[0], need[6 : 6 + E], need[6 + E : 6 + 2 * E], need[3])
+        needs = MultiNeeds(need[0], need[7 : 7 + E], need[7 + E : 7 + 2 * E], need[3])
         base, held = (Packed4bit(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
-        operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng)
+        operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng, mask)
         read = x, index, held, *lora_A, *lora_B
         grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs, *read)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         of_codes = [None] * len(codes)
-        return grads.x, None, None, dbias, None, None, *grads.lora_A, *grads.lora_B, *of_codes
+        return grads.x, None, None, dbias, None, None, None, *grads.lora_A, *grads.lora_B, *of_codes
 
 
 def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = None) -> Choice:
     """Choose the backend and strategy of both directions, for several adapters."""
-    x, weight, lora_A, lora_B, *_, rng = operands
-    if has_mask(rng, spec.dropout_p):
+    x, weight, lora_A, lora_B, *_ = operands
+    if spec.dropout_p and operands.rng is None:
         return selection.choose_for_mask(requested)
     device_type, index = context.device_of(x)
     K, N, dtype, four_bit = (
@@ -261,7 +262,7 @@ def _flatten(operands: MultiOperands) -> MultiOperands:
     return operands._replace(
         x=x.reshape(-1, x.shape[-1]),
         adapter_index=operands.adapter_index.reshape(-1),
-        rng=mask_rows(operands.rng, x),
+        mask=mask_rows(operands.mask, x),
     )
 
 

@@ -180,7 +180,7 @@ def define_family(
     Args:
         call_types: of operands, other arguments, needs and gradients.
         results: the fields of `Saved` that the forward returns beside y. The mask that it draws is
-            the last; the backward gets it as the operand `rng`, and the others as arguments.
+            the last; the backward gets it as the operand `mask`, and the others as arguments.
         choose: the choice of a call, from operands, spec and the requested backend or None.
         forward, backward: the implementations.
         sizes: N and R.
@@ -203,7 +203,7 @@ def define_family(
     def fake(operands: OperandsT, spec: SpecT, choice: str = "") -> tuple[Tensor, ...]:
         x, (N, R) = operands.x, sizes(operands)
         M, K = x.numel() // x.shape[-1], x.shape[-1]
-        has_z, draws = getattr(spec, "save_z", False), spec.dropout_p and operands.rng is None
+        has_z, draws = getattr(spec, "save_z", False), draws_mask(operands, spec)
         found = {
             "p": x.new_empty(M, R, dtype=stat_dtype(spec.dtype)),
             "z": x.new_empty((M, N) if has_z else (0,), dtype=spec.y_dtype),
@@ -255,7 +255,7 @@ def define_family(
         else:
             y, *rest = op(*operands, *spec, choice=choice)
         saved = Saved(**dict(zip(results, rest, strict=True)))
-        has_z, drew = getattr(spec, "save_z", False), spec.dropout_p and operands.rng is None
+        has_z, drew = getattr(spec, "save_z", False), draws_mask(operands, spec)
         return y, Saved(saved.p, saved.z if has_z else None, saved.mask if drew else None)
 
     def call_forward(
@@ -325,13 +325,11 @@ def _grad_dtypes(grads_type: Any, operands: Any, saved: Saved) -> list[Any]:
     return found
 
 
-def has_mask(rng: Tensor | None, dropout_p: float) -> bool:
-    """Return True if the op gets or draws a dropout mask; False if it gets the mask's state."""
-    return dropout_p > 0 if rng is None else rng.dtype is torch.bool
+def draws_mask(operands: Any, spec: Any) -> bool:
+    """Return True if the op draws a dropout mask."""
+    return bool(spec.dropout_p) and operands.rng is None and operands.mask is None
 
 
-def mask_rows(rng: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return a mask of x's shape as rows [M, K], and the state of a mask unchanged."""
-    if rng is None or rng.dtype is torch.int64:
-        return rng
-    return rng.reshape(-1, x.shape[-1])
+def mask_rows(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a mask of x's shape as rows [M, K]."""
+    return None if mask is None else mask.reshape(-1, x.shape[-1])

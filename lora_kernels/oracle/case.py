@@ -103,7 +103,7 @@ def plain_pytorch(
     tensors: the fields of `Operands`.
     """
     weight: Any
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = Operands(**tensors)
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng, *_ = Operands(**tensors)
     wide = torch.promote_types(x.dtype, lora_A.dtype)
     if weight is None:
         weight = x.new_zeros(lora_B.shape[0], x.shape[-1])
@@ -388,9 +388,9 @@ def part_roundoff(case: Case) -> float | None:
 def give_mask(args: dict[str, Any]) -> dict[str, Any]:
     """Replace the state of a dropout mask by the mask, for a backend that takes no state."""
     rng, x = args["rng"], args["x"]
-    if rng is None or rng.dtype is torch.bool or not selection.is_eager_on_gpu(x.device.type):
+    if rng is None or not selection.is_eager_on_gpu(x.device.type):
         return args
-    return args | {"rng": dropout_mask(x, rng, args["dropout_p"])}
+    return args | {"rng": None, "dropout_mask": dropout_mask(x, rng, args["dropout_p"])}
 
 
 # "eager", its GPU path on CPU tensors, and each instruction set of the native kernels with each of

@@ -49,6 +49,18 @@ def double(*shape):
         ({"rank_gate": torch.randn(2)}, ValueError, r"rank_gate: got shape \[2\], want \[3\]"),
         ({"column_scale": torch.randn(1)}, ValueError, r"column_scale: .* \[1\], want \[5\]"),
         ({"rng": ints(3)}, ValueError, r"rng: got torch.int64 \[3\], want int64 \[2\]"),
+        ({"rng": torch.ones(M, K) > 0}, ValueError, r"rng: .*; the argument of a mask is dropout"),
+        (
+            {"dropout_mask": torch.ones(M, K) > 0},
+            ValueError,
+            r"dropout_mask: .* beside rng",
+        ),
+        (
+            {"rng": None, "dropout_mask": torch.ones(M, K)},
+            ValueError,
+            r"dropout_mask: got torch.float32 \[4, 6\], want torch.bool \[4, 6\]",
+        ),
+        ({"rng": None, "dropout_mask": 1}, TypeError, "dropout_mask: got int, want a tensor"),
         # rank 0
         (
             {"lora_A": torch.randn(0, K), "lora_B": torch.randn(N, 0), "rank_gate": None},

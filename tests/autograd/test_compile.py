@@ -16,8 +16,9 @@ OPERANDS = ("x", "weight", "lora_A", "lora_B", "rank_gate", "column_scale")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_lora_linear_passes_opcheck(option, dtype, save_z):
     c = make_case(option, dtype, x_shape=(2, 3, K))
-    args = [c[name] for name in (*OPERANDS, "bias", "rng", "scaling", "dropout_p")]
-    torch.library.opcheck(torch.ops.lora_kernels.lora_linear.default, (*args, dtype, dtype, save_z))
+    operands = [c[name] for name in (*OPERANDS, "bias", "rng")]
+    spec = c["scaling"], c["dropout_p"], dtype, dtype, save_z
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear.default, (*operands, None, *spec))
 
 
 @pytest.mark.parametrize("need", [True, False])
@@ -27,7 +28,7 @@ def test_lora_linear_backward_passes_opcheck(option, dtype, need):
     c = make_case(option, dtype, x_shape=(2, 3, K))
     stat = torch.promote_types(dtype, torch.float32)
     dy, z = torch.randn(2, 3, N).to(dtype), torch.randn(6, N).to(dtype)
-    saved = [c["rng"], torch.randn(6, R).to(stat), z]
+    saved = [c["rng"], None, torch.randn(6, R).to(stat), z]
     options = [c["scaling"], c["dropout_p"], dtype, dtype, False]
     needs = [True, need, need, *(need and c[name] is not None for name in OPERANDS[4:]), need]
     operands = [c[name] for name in OPERANDS]

@@ -58,7 +58,7 @@ def test_mask_without_dropout_changes_no_choice(grad, function):
     with torch.set_grad_enabled(grad), backend(BACKENDS[-1]):
         want = call(function, *tensors)
         mask = torch.zeros(5, 11, dtype=torch.bool)
-        assert torch.equal(call(function, *tensors, rng=mask), want)
+        assert torch.equal(call(function, *tensors, dropout_mask=mask), want)
 
 
 @every_function

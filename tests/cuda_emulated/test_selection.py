@@ -88,12 +88,13 @@ def test_lora_linear_with_dropout_raises(strategy: str | None) -> None:
     x, W = torch.ones(3, 64, dtype=bf16), torch.ones(8, 64, dtype=bf16)
     A, B = torch.ones(2, 64, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     want = f"backend 'cuda' was requested and cannot run here: {NO_DROPOUT}"
-    for rng in (None, torch.tensor([1, 2]), torch.ones(3, 64, dtype=torch.bool)):
+    mask = torch.ones(3, 64, dtype=torch.bool)
+    for dropout in ({}, {"rng": torch.tensor([1, 2])}, {"dropout_mask": mask}):
         with (
             lora_kernels.backend("cuda", strategy),
             pytest.raises(RuntimeError, match=re.escape(want)),
         ):
-            lora_kernels.lora_linear(x, W, A, B, dropout_p=0.5, rng=rng)
+            lora_kernels.lora_linear(x, W, A, B, dropout_p=0.5, **dropout)
     assert not launch.traffic
 
 

@@ -163,7 +163,7 @@ def test_dropout_compiled_uses_one_mask(checkpointed: bool) -> None:
 def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
     args = layer_args(dropout_p=0.5)
     x, W, A, B = (args[n].detach() for n in ("x", "weight", "lora_A", "lora_B"))
-    rest = (None, None, None, None, 1.5, 0.5, f32, f32, False)
+    rest = (*[None] * 5, 1.5, 0.5, f32, f32, False)
     utils = ("test_schema", "test_faketensor")  # values differ from call to call
     for shape in ((12, 64), (3, 4, 64)):
         torch.library.opcheck(
@@ -172,7 +172,7 @@ def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
             test_utils=utils,
         )
     index = torch.zeros(12, dtype=torch.int64)
-    args = x, W, [A], [B], index, None, None, [1.5], 0.5, f32, f32
+    args = x, W, [A], [B], index, *[None] * 3, [1.5], 0.5, f32, f32
     torch.library.opcheck(torch.ops.lora_kernels.multi_lora_linear.default, args, test_utils=utils)
     for name in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "dora_norm"):
         for each in (name, f"{name}_4bit"):
@@ -190,12 +190,12 @@ def test_rng_state_is_refused_and_says_why() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (64, 12), (768,), (12, 64, 1), (3, 4, 64)], ids=str)
-def test_rng_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+def test_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     """x is [12, 64]; the last four masks have as many elements."""
     mask = torch.ones(shape, dtype=torch.bool)
     got = re.escape(str(list(shape)))
-    with pytest.raises(ValueError, match=rf"rng: got torch.bool {got}.*\[12, 64\]"):
-        lora_linear(**layer_args(dropout_p=0.5) | {"rng": mask})
+    with pytest.raises(ValueError, match=rf"dropout_mask: got torch.bool {got}.*\[12, 64\]"):
+        lora_linear(**layer_args(dropout_p=0.5) | {"dropout_mask": mask})
 
 
 @pytest.mark.parametrize(
@@ -210,15 +210,15 @@ def test_is_eager_on_gpu_follows_the_forced_backend(backend: str | None, want: b
 @pytest.mark.parametrize(
     ("backend", "reason"),
     [
-        ("cpu", "got rng as a dropout mask"),
+        ("cpu", "got dropout_mask, want rng"),
         ("triton", "the kernels for GPUs have no dropout"),
         ("cuda", "the kernels for GPUs have no dropout"),
     ],
 )
-def test_rng_mask_beside_another_backend_is_refused(backend: str, reason: str) -> None:
+def test_mask_beside_another_backend_is_refused(backend: str, reason: str) -> None:
     args = layer_args(dropout_p=0.5)
     with lora_kernels.backend(backend), pytest.raises(RuntimeError, match=reason):
-        lora_linear(**args | {"rng": torch.ones(12, 64, dtype=torch.bool)})
+        lora_linear(**args | {"dropout_mask": torch.ones(12, 64, dtype=torch.bool)})
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -206,7 +206,7 @@ def op_arguments(case: HeadCase, name: str) -> tuple[Any, ...]:
     base = tuple(weight.codes) if case.quant else (weight,)
     x, A, B, bias = (args[n].detach() for n in ("x", "lora_A", "lora_B", "bias"))
     spec = call.HeadSpec(1.25, 0.25, x.dtype, x.dtype, 0.9, 3.0, 1.2, 0.1, head_case.IGNORED, 5)
-    operands = x, *base, A, B, args["labels"], bias, args["rng"], *spec
+    operands = x, *base, A, B, args["labels"], bias, args["rng"], None, *spec
     if name == "lora_log_probs":
         return *operands, True, False, True, True
     needs = True, not case.quant, not case.quant, True, True
@@ -495,9 +495,9 @@ def test_head_takes_a_mask_in_x_s_three_dimensions(engine: str) -> None:
     mask = torch.rand(2, 3, 8, generator=generator) > 0.5
     labels = torch.tensor([[1, -100, 3], [4, 5, 0]])
     options: Any = {"reduction": "none", "chunk_rows": 2, "dropout_p": 0.5}
-    whole = lora_linear_cross_entropy(x, W, A, B, labels, rng=mask, **options)
+    whole = lora_linear_cross_entropy(x, W, A, B, labels, dropout_mask=mask, **options)
     flat = lora_linear_cross_entropy(
-        x.view(6, 8), W, A, B, labels.view(6), rng=mask.view(6, 8), **options
+        x.view(6, 8), W, A, B, labels.view(6), dropout_mask=mask.view(6, 8), **options
     )
     assert torch.equal(whole.view(6), flat)
     dropped = F.linear(x, W) + F.linear(F.linear(x * mask * 2, A), B)

@@ -173,10 +173,10 @@ def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
     operands = (tensors[0], *base, *tensors[1:], args["offsets"])
     spec = 1.25, 0.25, f32, f32, False
     if not backward:
-        return *operands, args["bias"].detach(), args["rng"], *spec
+        return *operands, args["bias"].detach(), args["rng"], None, *spec
     p = torch.randn(7, 8)
     needs = True, True, False, True
-    return args["dy"], *operands, None, args["rng"], p, *spec, *needs
+    return args["dy"], *operands, None, args["rng"], None, p, *spec, *needs
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64"])

@@ -306,11 +306,11 @@ def test_ops_of_4bit_weights_compile_and_pass_opcheck() -> None:
     x, A, B, gate = (args[name].detach() for name in ("x", "lora_A", "lora_B", "rank_gate"))
     operands = x, *args["weight"].codes, A, B, gate, None
     options = 1.5, 0.1, bf16, bf16
-    forward = *operands, None, args["rng"], *options, False
+    forward = *operands, None, args["rng"], None, *options, False
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_4bit.default, forward)
     y, p, *_ = torch.ops.lora_kernels.lora_linear_4bit.default(*forward)
     needs = False, True, True, True, True, False, False
-    backward = torch.ones_like(y), *operands, None, args["rng"], p, None, *options, *needs
+    backward = torch.ones_like(y), *operands, None, args["rng"], None, p, None, *options, *needs
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_backward_4bit.default, backward)
 
     compiled = torch.compile(lora_kernels.lora_linear, fullgraph=True, dynamic=True)

@@ -164,13 +164,14 @@ def test_multi_lora_linear_passes_opcheck(dtype: torch.dtype) -> None:
     A, B = ([t.detach().to(dtype) for t in args[n]] for n in ("lora_A", "lora_B"))
     operands, spec = (x, weight, A, B, args["index"]), (args["scaling"], 0.1, dtype, dtype)
     torch.library.opcheck(
-        torch.ops.lora_kernels.multi_lora_linear.default, (*operands, bias, args["rng"], *spec)
+        torch.ops.lora_kernels.multi_lora_linear.default,
+        (*operands, bias, args["rng"], None, *spec),
     )
     p = torch.randn(6, 8, dtype=torch.promote_types(dtype, f32))
     dy = torch.randn(6, 5).to(dtype)
     for need in (True, False):
         needs = need, [True, need] * 2, [need] * 4, need
-        backward = dy, *operands, None, args["rng"], p, *spec, *needs
+        backward = dy, *operands, None, args["rng"], None, p, *spec, *needs
         torch.library.opcheck(torch.ops.lora_kernels.multi_lora_linear_backward.default, backward)
 
 
@@ -339,7 +340,7 @@ def test_multi_lora_linear_by_a_forced_gpu_backend_raises(
     """In both directions, whatever device the tensors are on."""
     args = without_dy(MultiCase(3, 5, 8))
     names = ("x", "weight", "lora_A", "lora_B", "index")
-    operands = *(args[name] for name in names), args["bias"], None
+    operands = *(args[name] for name in names), args["bias"], None, None
     spec = args["scaling"], 0.0, f32, f32
     match = f"backend '{backend}' was requested and cannot run here: the kernels for GPUs take one"
     with lora_kernels.backend(backend, strategy):

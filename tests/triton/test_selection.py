@@ -68,7 +68,7 @@ def test_calls_that_triton_has_no_kernel_for_raise_with_the_reason(strategy: str
         "dropout": ("no dropout", lambda: lora_kernels.lora_linear(x, W, A, B, dropout_p=0.5)),
         "a mask": (
             "no dropout",
-            lambda: lora_kernels.lora_linear(x, W, A, B, dropout_p=0.5, rng=mask),
+            lambda: lora_kernels.lora_linear(x, W, A, B, dropout_p=0.5, dropout_mask=mask),
         ),
         "adapters": (
             "take one adapter",

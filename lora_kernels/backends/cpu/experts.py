@@ -77,7 +77,7 @@ class _Call(NamedTuple):
 
 def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     """Pack the first expert's layer, and the steps from one expert to the next."""
-    x, _, lora_A, lora_B, offsets, bias, rng = operands
+    x, _, lora_A, lora_B, offsets, bias, rng, *_ = operands
     (M, K), (E, N, R), stack = x.shape, lora_B.shape, _pack_stack(operands, spec, strategy)
     lora_A = lora_A if lora_A.stride(2) == 1 else lora_A.contiguous()
     stops, bias = cast(offsets, torch.int64).contiguous(), vector(bias)

@@ -226,7 +226,7 @@ def _library_dx(
 
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [..., N] for x [..., K] of M rows."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng, *_ = operands
     scaling, dropout_p, dtype, y_dtype, save_z = spec
     assert native.module is not None
     (R, K), N, given = lora_A.shape, lora_B.shape[0], x
@@ -303,7 +303,7 @@ def lora_linear_backward(
 
     dx is flat if rows had to be brought together.
     """
-    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
+    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng, *_ = operands
     (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     assert native.module is not None
@@ -346,7 +346,7 @@ def multi_lora_linear(
     One base GEMM for all rows, rounded with the bias to y, and an update of each adapter's rows in
     place. If they do not lie together, x's rows are sorted before, and y's put back after.
     """
-    x, weight, lora_A, lora_B, index, bias, rng = operands
+    x, weight, lora_A, lora_B, index, bias, rng, *_ = operands
     scaling, dropout_p, dtype, y_dtype = spec
     assert native.module is not None
     (M, K), N = x.shape, lora_B[0].shape[0]
@@ -386,7 +386,7 @@ def multi_lora_linear_backward(
     strategy: str,
 ) -> MultiGrads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
-    x, weight, lora_A, lora_B, index, _, rng = operands
+    x, weight, lora_A, lora_B, index, _, rng, *_ = operands
     p, (scaling, dropout_p, dtype, _) = saved.p, spec
     need_x, need_A, need_B, need_bias = needs
     assert native.module is not None

@@ -26,7 +26,7 @@ _MAX_PUBLISHERS = 16
 @replayed
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng, *_ = operands
     scaling, _, dtype, y_dtype, save_z = spec
     assert weight is not None and rng is None
     M, (N, R) = x.shape[0], lora_B.shape
@@ -50,7 +50,7 @@ def lora_linear_backward(
     dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
 ) -> Grads:
     """Compute the gradients for dy [M, N] and x [M, K], in the same way for each strategy."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
+    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng, *_ = operands
     (p, z, _), (scaling, _, dtype, *_) = saved, spec
     assert weight is not None and rng is None
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs

@@ -88,10 +88,10 @@ def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, weight, lora_A, lora_B, offsets, bias, rng = operands
+    x, weight, lora_A, lora_B, offsets, bias, rng, mask = operands
     scaling, dropout_p, dtype, y_dtype, _ = spec
     if is_grouped(operands, spec):
-        dropped, factor, mask = eager.drop(x, dropout_p, rng)
+        dropped, factor, drawn = eager.drop(x, dropout_p, rng, mask)
         y = _grouped_mm(x.to(dtype), cast(Tensor, weight).to(dtype).mT, offsets)
         p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=eager.stat_dtype(dtype))
         if lora_A.shape[1]:
@@ -102,12 +102,13 @@ def lora_experts(
             p = _zero_rows_of_no_expert(p * factor if factor != 1.0 else p, offsets)
         if bias is not None:
             y += _bias_of_rows(bias, offsets, x.shape[0])
-        return _zero_rows_of_no_expert(y, offsets).to(y_dtype), Saved(p, None, mask)
+        return _zero_rows_of_no_expert(y, offsets).to(y_dtype), Saved(p, None, drawn)
     y = x.new_zeros(x.shape[0], lora_B.shape[1], dtype=y_dtype)
     p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=eager.stat_dtype(dtype))
     one = Spec(scaling, dropout_p, dtype, y_dtype)
-    mask = eager.drop(x, dropout_p, None).mask if dropout_p and rng is None else None
-    kept = _mask(operands, spec) if mask is None else mask
+    draws = dropout_p and rng is None and mask is None
+    drawn = eager.drop(x, dropout_p).mask if draws else None
+    kept = _mask(operands, spec) if drawn is None else drawn
     for e, rows in runs(offsets):
         own = Operands(
             x[rows],
@@ -115,19 +116,19 @@ def lora_experts(
             lora_A[e],
             lora_B[e],
             bias=None if bias is None else bias[e],
-            rng=None if kept is None else kept[rows],
+            mask=None if kept is None else kept[rows],
         )
         y[rows], saved = eager.lora_linear(own, one, strategy)
         p[rows] = saved.p
-    return y, Saved(p, None, mask)
+    return y, Saved(p, None, drawn)
 
 
 def _mask(operands: ExpertsOperands, spec: ExpertsSpec) -> Tensor | None:
     """Return the dropout mask [M, K], generated if its state is given; None without dropout."""
-    rng, (M, K) = operands.rng, operands.x.shape
-    if rng is None or rng.dtype is torch.bool:
-        return rng
-    return dropout_mask(rng, M, K, spec.dropout_p)
+    if operands.rng is None:
+        return operands.mask
+    M, K = operands.x.shape
+    return dropout_mask(operands.rng, M, K, spec.dropout_p)
 
 
 def lora_experts_backward(
@@ -141,7 +142,7 @@ def lora_experts_backward(
     """Compute the gradients for dy [M, N] and x [M, K]."""
     if is_grouped(operands, spec):
         return _grouped_backward(dy, operands, saved, spec, needs)
-    x, _, lora_A, lora_B, offsets, _, _ = operands
+    x, _, lora_A, lora_B, offsets, *_ = operands
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x else None
     dA, dB = (
         torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None
@@ -154,7 +155,7 @@ def lora_experts_backward(
     for e, rows in runs(offsets):
         base = weight_of(operands, spec, e, spec.dtype) if needs.x else None
         own = Operands(
-            x[rows], base, lora_A[e], lora_B[e], rng=None if mask is None else mask[rows]
+            x[rows], base, lora_A[e], lora_B[e], mask=None if mask is None else mask[rows]
         )
         kept = Saved(saved.p[rows])
         grads = eager.lora_linear_backward(dy[rows], own, kept, one, own_needs, strategy)
@@ -172,14 +173,14 @@ def lora_experts_backward(
 def _grouped_backward(
     dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
 ) -> ExpertsGrads:
-    x, weight, lora_A, lora_B, offsets, _, rng = operands
+    x, weight, lora_A, lora_B, offsets, _, rng, mask = operands
     scaling, dropout_p, dtype, _, _ = spec
     dx = dA = dB = dbias = None
     R, dz = lora_A.shape[1], dy.to(dtype).contiguous()
     if needs.bias:
         ones = dz.new_ones(dz.shape[0], ALIGNED)
         dbias = _grouped_mm(dz.t(), ones, offsets)[:, :, 0].to(saved.p.dtype)
-    factor = 1.0 if rng is None or rng.dtype is torch.bool else dropout_scale(dropout_p)
+    factor = 1.0 if rng is None else dropout_scale(dropout_p)
     if needs.lora_B:
         s = (saved.p * scaling).to(dtype)
         dB = _grouped_mm(dz.t(), s, offsets).to(lora_B.dtype)
@@ -188,11 +189,11 @@ def _grouped_backward(
         dxa = _grouped_mm(dz, lora_B.to(dtype), offsets) * (scaling * factor)
     if needs.lora_A:
         assert dxa is not None  # only experts without adapters have R = 0
-        dropped = eager.drop(x, dropout_p, rng).x.to(dtype)
+        dropped = eager.drop(x, dropout_p, rng, mask).x.to(dtype)
         dA = _grouped_mm(dxa.t(), dropped, offsets).to(lora_A.dtype)
     if needs.x:
         dx = _grouped_mm(dz, cast(Tensor, weight).to(dtype), offsets)
         if dxa is not None:
-            dx += eager.drop(_grouped_mm(dxa, lora_A.to(dtype), offsets), dropout_p, rng).x
+            dx += eager.drop(_grouped_mm(dxa, lora_A.to(dtype), offsets), dropout_p, rng, mask).x
         dx = _zero_rows_of_no_expert(dx, offsets).to(x.dtype)
     return ExpertsGrads(dx, dA, dB, dbias)

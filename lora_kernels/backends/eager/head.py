@@ -77,7 +77,7 @@ class _Chunk(NamedTuple):
 
 def _chunks(operands: HeadOperands, spec: HeadSpec) -> Iterator[_Chunk]:
     """Yield chunks of nearly equal size of the rows whose label is not ignored."""
-    x, weight, lora_A, lora_B, labels, bias, rng = operands
+    x, weight, lora_A, lora_B, labels, bias, *_ = operands
     kept = _kept_rows(labels, spec.ignore_index, lora_B.shape[0])
     if kept is not None:
         x, labels = x[kept], labels[kept]
@@ -89,8 +89,8 @@ def _chunks(operands: HeadOperands, spec: HeadSpec) -> Iterator[_Chunk]:
         start, stop = i * x.shape[0] // count, (i + 1) * x.shape[0] // count
         part = slice(start, stop)
         at = part if kept is None else kept[part]
-        mask = _mask(rng, at, (stop - start, x.shape[1]), spec.dropout_p)
-        own = Operands(x[part], weight, lora_A, lora_B, bias=bias, rng=mask)
+        mask = _mask(operands, at, stop - start, spec.dropout_p)
+        own = Operands(x[part], weight, lora_A, lora_B, bias=bias, mask=mask)
         yield _Chunk(at, own, labels[part, None])
 
 
@@ -111,17 +111,17 @@ def _kept_rows(labels: Tensor, ignore_index: int, columns: int) -> Tensor | None
     return None if every else kept
 
 
-def _mask(
-    rng: Tensor | None, at: slice | Tensor, shape: tuple[int, int], dropout_p: float
-) -> Tensor | None:
+def _mask(operands: HeadOperands, at: slice | Tensor, rows: int, dropout_p: float) -> Tensor | None:
     """Return the rows of the dropout mask, bool; None without dropout."""
-    if rng is None or not dropout_p:
+    rng, mask = operands.rng, operands.mask
+    if not dropout_p or (rng is None and mask is None):
         return None
-    if rng.dtype is torch.bool:
-        return rng[at]
+    if rng is None:
+        assert mask is not None
+        return mask[at]
     if isinstance(at, slice):
         at = torch.arange(at.start, at.stop, device=rng.device)
-    return dropout_mask(rng, *shape, dropout_p, rows=at)
+    return dropout_mask(rng, rows, operands.x.shape[1], dropout_p, rows=at)
 
 
 def _linear_spec(spec: HeadSpec) -> Spec:

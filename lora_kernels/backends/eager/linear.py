@@ -73,20 +73,22 @@ class _Dropped(NamedTuple):
     mask: Tensor | None = None
 
 
-def drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> _Dropped:
+def drop(
+    x: Tensor, dropout_p: float, rng: Tensor | None = None, mask: Tensor | None = None
+) -> _Dropped:
     """Drop elements of x [M, K].
 
-    rng: the state of a Philox mask, or the bool mask [M, K]. None: PyTorch's kernel draws a mask.
+    rng: the state of a Philox mask. mask: bool [M, K]. Without both, PyTorch's kernel draws a mask.
     """
     if not dropout_p:
         return _Dropped(x)
-    if rng is None:
-        dropped, mask = torch.native_dropout(x, dropout_p, True)
-        return _Dropped(dropped, mask=mask)
     scale = dropout_scale(dropout_p)
-    if rng.dtype is torch.bool:
-        return _Dropped(torch.ops.aten.native_dropout_backward(x, rng, scale))
-    return _Dropped(x * dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), scale)
+    if mask is not None:
+        return _Dropped(torch.ops.aten.native_dropout_backward(x, mask, scale))
+    if rng is not None:
+        return _Dropped(x * dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), scale)
+    dropped, mask = torch.native_dropout(x, dropout_p, True)
+    return _Dropped(dropped, mask=mask)
 
 
 @contextmanager
@@ -272,7 +274,7 @@ def _operand_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
 
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, *dropout = operands
     scaling, dropout_p, dtype, y_dtype, save_z = spec
     early_bias = bias if column_scale is None else None
     base = None
@@ -280,7 +282,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
         x = x.to(_operand_dtype(x, lora_A, lora_B, dtype))  # one copy for both GEMMs
     if isinstance(weight, Packed4bit):  # before anything else is held beside the dense copy
         base = decode4bit.gemm(weight, x.to(dtype), lora_B.shape[0], early_bias)
-    dropped, factor, mask = drop(x, dropout_p, rng)
+    dropped, factor, mask = drop(x, dropout_p, *dropout)
     operand = dropped.to(_operand_dtype(x, lora_A, lora_B, dtype))
     del dropped
     p = _contract(operand, lora_A, 0)
@@ -320,7 +322,7 @@ def lora_linear_backward(
     late_x: takes dx, whose memory it may overwrite, and returns x for dA. Of `operands.x` only the
         shape and the dtype are then used, and there is no dropout.
     """
-    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
+    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng, mask = operands
     (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     dA = dB = dg = dc = dbias = base = None
@@ -349,8 +351,7 @@ def lora_linear_backward(
             dB *= rows
     if not (need_x or need_A or need_gate):
         return Grads(None, dA, dB, dg, dc, dbias)
-    from_state = rng is not None and rng.dtype is not torch.bool
-    factor = dropout_scale(dropout_p) if from_state else 1.0
+    factor = 1.0 if rng is None else dropout_scale(dropout_p)
     scaled_B = lora_B if rows is None else lora_B * rows
     if rank_gate is None and not need_gate:
         dxa = _contract_rounded(a, scaled_B, scaling * factor)
@@ -365,7 +366,7 @@ def lora_linear_backward(
     in_parts = _is_in_parts(x, lora_A, x_dtype)
     parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if in_parts else None
     if need_A and late_x is None:
-        operand = drop(x, dropout_p, rng).x.to(x_dtype)
+        operand = drop(x, dropout_p, rng, mask).x.to(x_dtype)
         dA = _gradient_A(dxa, parts, operand, lora_A)
         del operand
     if not need_x:
@@ -376,7 +377,7 @@ def lora_linear_backward(
     else:
         dx = _input_update(dxa, parts, lora_A, x_dtype)
         del dxa, parts
-        dx = drop(dx, dropout_p, rng).x
+        dx = drop(dx, dropout_p, rng, mask).x
         if base is not None:
             dx = _sum(base, dx, x.dtype)
         elif weight is not None:
@@ -445,10 +446,10 @@ def multi_lora_linear(
     operands: MultiOperands, spec: MultiSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K], whose rows each have an adapter or none."""
-    x, weight, lora_A, lora_B, index, bias, rng = operands
+    x, weight, lora_A, lora_B, index, bias, *dropout = operands
     scaling, dropout_p, dtype, y_dtype = spec
     stat, R = stat_dtype(dtype), max(A.shape[0] for A in lora_A)
-    dropped, factor, mask = drop(x, dropout_p, rng)
+    dropped, factor, mask = drop(x, dropout_p, *dropout)
     p = x.new_zeros(x.shape[0], R, dtype=stat)
     if weight is None:
         y = x.new_zeros(x.shape[0], lora_B[0].shape[0], dtype=y_dtype)
@@ -476,7 +477,7 @@ def multi_lora_linear_backward(
     strategy: str,
 ) -> MultiGrads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
-    x, weight, lora_A, lora_B, index, _, rng = operands
+    x, weight, lora_A, lora_B, index, _, rng, mask = operands
     p, (scaling, dropout_p, dtype, _) = saved.p, spec
     need_x, need_A, need_B, need_bias = needs
     dx = None
@@ -489,14 +490,13 @@ def multi_lora_linear_backward(
         else:
             dense = _dense(weight, lora_A[0], lora_B[0], dtype).to(dtype)
             dx = torch.mm(dy.to(dtype), dense).to(x.dtype)
-    mask = rng
-    if rng is not None and rng.dtype is not torch.bool:
+    if rng is not None:
         mask = dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
     for e, rows in rows_of(index, len(lora_A)).each():
         own = None if mask is None else mask[rows]
         grads = lora_linear_backward(
             dy[rows],
-            Operands(x[rows], None, lora_A[e], lora_B[e], rng=own),
+            Operands(x[rows], None, lora_A[e], lora_B[e], mask=own),
             Saved(p[rows, : lora_A[e].shape[0]]),
             Spec(scaling[e], dropout_p, dtype, dy.dtype),
             Needs(need_x, need_A[e], need_B[e]),

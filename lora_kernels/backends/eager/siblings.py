@@ -135,7 +135,7 @@ def add_update_(
 
     Returns P and the dropout mask, which `eager.lora_linear_backward` takes.
     """
-    dropped, _, mask = drop(x, dropout_p, None)
+    dropped, _, mask = drop(x, dropout_p)
     dtypes = lora_A.dtype, lora_B.dtype
     is_rounded = is_p_rounded(y.dtype, dtypes, rank_gate is not None)
     (p,) = down_projections(dropped, [lora_A], is_rounded)

@@ -21,7 +21,7 @@ from .shrink import shrink_kernel
 @launch.replayed
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, _ = operands
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, *_ = operands
     y, p, z = _linear(
         x,
         weight,
@@ -44,7 +44,7 @@ def lora_linear_backward(
     dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
 ) -> Grads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, _, _ = operands
+    x, weight, lora_A, lora_B, rank_gate, column_scale, *_ = operands
     p, z, scaling = saved.p, saved.z if needs.column_scale else None, spec.scaling
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     (M, N), R = dy.shape, p.shape[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _dispatch_tls_local_include_set
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -117,6 +117,14 @@ def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
         return first.data_ptr() != 0 and not first.is_neg()
     except RuntimeError:
         return False
+
+
+def is_batched(t: Tensor) -> bool:
+    """Return True for one of several gradients that `is_grads_batched=True` computes at once.
+
+    PyTorch slices it for an op that it calls, and for no op that writes to its arguments.
+    """
+    return is_legacy_batchedtensor(t)
 
 
 def refuse_tangent(dy: Tensor) -> None:

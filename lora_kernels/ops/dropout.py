@@ -12,9 +12,9 @@ from .arguments import NATIVE_MASKS
 def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     """Return the dropout mask of a state, bool [M, K], True for kept elements.
 
-    The CPU's kernels apply it, independent of tiles and threads. Its words are those of Philox4x32-10 with key = seed and
-    counter = (k >> 2, m, offset_lo, offset_hi). Element (m, k) has word k & 3, and is kept if
-    word >= round(p·2³²).
+    The CPU's kernels apply it, independent of tiles and threads. Its words are those of
+    Philox4x32-10 with key = seed and counter = (k >> 2, m, offset_lo, offset_hi). Element (m, k)
+    has word k & 3, and is kept if word >= round(p·2³²).
 
     rng: int64[2], seed and offset.
 

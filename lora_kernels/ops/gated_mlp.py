@@ -10,10 +10,11 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager import linear as eager
+from ..backends.rows import like_rows_of
 from ..core.call import Needs, Operands, Saved, Spec
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
-from . import context
+from . import context, linear
 from .arguments import autocast_dtype, check_weight
 from .autograd import differentiable_once
 
@@ -117,7 +118,7 @@ class GatedMLPFunction(torch.autograd.Function):
             y, (p, _, _) = eager.lora_linear(operands, spec, "")
         ctx.save_for_backward(g, u, lora_A, lora_B, p if ctx.needs_input_grad[3] else None, *weight)
         ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
-        return y.view(*g.shape[:-1], y.shape[-1])
+        return like_rows_of(g, y)
 
     @staticmethod
     @differentiable_once
@@ -129,19 +130,18 @@ class GatedMLPFunction(torch.autograd.Function):
         rows = g.detach().view(-1, g.shape[-1]), u.detach().view(-1, g.shape[-1])
         if p is None:  # not read
             p = g.new_empty(rows[0].shape[0], dtype=eager.stat_dtype(spec.dtype))
-        # A second backward reads g and u again.
-        in_place = is_private and not _get_current_graph_task_keep_graph()
+        needs = Needs(need_g or need_u, rest[0], rest[1], bias=rest[2])
+        operands, dy = Operands(rows[0], base, lora_A, lora_B), dy.reshape(-1, dy.shape[-1])
         with context.no_autocast(g):
-            dg, du, grads = eager_mlp.down_backward(
-                dy.reshape(-1, dy.shape[-1]),
-                *rows,
-                Operands(rows[0], base, lora_A, lora_B),
-                Saved(p),
-                spec,
-                Needs(need_g or need_u, rest[0], rest[1], bias=rest[2]),
-                in_place,
-                activation,
-            )
+            if context.is_batched(dy):
+                operands = operands._replace(x=eager_mlp.gated(*rows, activation))
+                grads = linear.FAMILY.backward_op(dy, operands, Saved(p), spec, needs, "eager")
+                dg, du = eager_mlp.split_gradient(*rows, grads.x, activation)
+            else:  # a second backward reads g and u again
+                in_place = is_private and not _get_current_graph_task_keep_graph()
+                dg, du, grads = eager_mlp.down_backward(
+                    dy, *rows, operands, Saved(p), spec, needs, in_place, activation
+                )
         dg = dg.view(g.shape) if dg is not None and need_g else None
         du = du.view(g.shape) if du is not None and need_u else None
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)

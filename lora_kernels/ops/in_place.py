@@ -21,7 +21,7 @@ from torch._C import _storage_Use_Count
 from ..backends.eager import linear as eager
 from ..backends.eager import siblings as eager_blocks
 from ..core.call import Needs, Operands, Saved, Spec
-from . import context
+from . import context, linear
 from .arguments import autocast_dtype
 from .autograd import differentiable_once
 
@@ -181,7 +181,11 @@ class AddLoRALinear(torch.autograd.Function):
         operands = Operands(x.reshape(-1, x.shape[-1]), None, lora_A, lora_B, rank_gate, mask=mask)
         needs = Needs(need_x, need_A, need_B, need_gate)
         with context.no_autocast(dy):
-            grads = eager.lora_linear_backward(rows, operands, Saved(p), ctx.spec, needs, "")
+            if context.is_batched(dy):
+                args = rows, operands, Saved(p), ctx.spec, needs, "eager"
+                grads = linear.FAMILY.backward_op(*args)
+            else:
+                grads = eager.lora_linear_backward(rows, operands, Saved(p), ctx.spec, needs, "")
             dbias = rows.sum(0, dtype=stat).to(ctx.bias_dtype) if need_bias else None
         dx = None if grads.x is None else grads.x.view(ctx.x_shape)
         dg = None if grads.rank_gate is None else grads.rank_gate.to(rank_gate.dtype)

@@ -190,7 +190,7 @@ class LoRALinearFunction(torch.autograd.Function):
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
         if column_scale is not None and ctx.needs_input_grad[4]:
             spec = spec._replace(save_z=True)
-        y, (p, z, drawn) = _FAMILY.forward(ctx, operands, spec, x, weight[0], lora_A, lora_B)
+        y, (p, z, drawn) = FAMILY.forward(ctx, operands, spec, x, weight[0], lora_A, lora_B)
         reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
         kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
@@ -218,7 +218,7 @@ class LoRALinearFunction(torch.autograd.Function):
             backend, _, _ = str(ctx.choice).partition(" ")  # the strategy depends on N, here 1
             p = _down_projection(operands, spec, backend)
         read = x, weight[0], lora_A, lora_B
-        grads = _FAMILY.backward(ctx, dy, operands, Saved(p, z), spec, needs, *read)
+        grads = FAMILY.backward(ctx, dy, operands, Saved(p, z), spec, needs, *read)
         return *_cast_grads(ctx, grads, operands), *[None] * (3 + len(weight))
 
 
@@ -302,7 +302,7 @@ def lora_linear_backward_direct(
     return grads if dx is None or dx.dim() == x.dim() else grads._replace(x=dx.view(x.shape))
 
 
-_FAMILY = define_family(
+FAMILY = define_family(
     "lora_linear",
     (Operands, Spec, Needs, Grads),
     ("p", "z", "mask"),

@@ -157,12 +157,14 @@ class Family(NamedTuple):
         forward: (ctx, operands, spec, *read) -> y, Saved. `ctx.choice` becomes the choice, or the
             request in force as text if the op chose.
         backward: (ctx, dy, operands, saved, spec, needs, *read) -> the gradients.
+        backward_op: (dy, operands, saved, spec, needs, choice) -> the gradients, always by the op.
 
     read: the tensors that show whether something observes the call.
     """
 
     forward: Callable[..., tuple[Tensor, Saved]]
     backward: Callable[..., Any]
+    backward_op: Callable[..., Any]
 
 
 def define_family(
@@ -293,7 +295,7 @@ def define_family(
             return backward(dy, operands, saved, spec, needs, ctx.choice)
         return call_backward_op(dy, operands, saved, spec, needs, str(ctx.choice))
 
-    return Family(call_forward, call_backward)
+    return Family(call_forward, call_backward, call_backward_op)
 
 
 def _filled(t: Any, dtype: Any, like: Tensor) -> Any:

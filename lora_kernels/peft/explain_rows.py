@@ -51,7 +51,7 @@ from .frozen import StreamedLinear
 from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
 from .mlp import block_reason, mlp_reasons
-from .siblings import Siblings, sharing_adapter
+from .siblings import Siblings, odd_reason, sharing_adapter
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
@@ -295,7 +295,9 @@ def row_of_siblings(
     name: str, parent: nn.Module, siblings: Siblings, x_dtype: torch.dtype | None
 ) -> Row:
     """Return the row of the layers of one module that may share x."""
-    sharing, apart = [], []
+    sharing: list[str] = []
+    apart: list[str] = []
+    first: tuple[Any, Adapter] | None = None
     for each in siblings.names:
         layer: Any = parent._modules.get(each)
         found: Adapter | str = f"it is a {type(layer).__name__}"
@@ -309,7 +311,11 @@ def row_of_siblings(
                 todo = [cast(Call, cast_call(call, dtype)) for call in todo]
             (problem,) = _call_problems(layer.base_layer, todo, [], dtype, True)
             choice = selection.choose(problem._replace(rows=MANY_ROWS))
-            found = found if choice.backend == "eager" else f"{choice.backend} computes its call"
+            if choice.backend != "eager":
+                found = f"{choice.backend} computes its call"
+        if not isinstance(found, str):
+            first = first or (layer, found)
+            found = odd_reason(first, (layer, found), device, dtype) or found
         if isinstance(found, str):
             apart.append(f"{each} not: {found}")
         else:
@@ -342,6 +348,8 @@ def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, rows: int | None) 
     if (reason := block_reason(mlp, device, x_dtype)) is not None:
         return reason
     todo = calls(adapters, device.type, rows)
+    if casts_adapters(down, device.type, x_dtype, rows):
+        todo = [cast(Call, cast_call(call, x_dtype)) for call in todo]
     (problem,) = _call_problems(down.base_layer, todo, [], x_dtype, True)
     choice = _describe(problem, rows)
     return None if choice.backend == "eager" else f"{mlp._parts.down}: {choice.reason}"

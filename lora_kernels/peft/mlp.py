@@ -51,6 +51,7 @@ class Parts(NamedTuple):
         function: the activation, a module or a function.
         activation: of `eager_mlp.ACTIVATIONS`.
         is_up_first: whether up is called before gate. Dropout draws its masks in that order.
+        settings: the module's other attributes, which its forward may read.
     """
 
     gate: str
@@ -60,6 +61,7 @@ class Parts(NamedTuple):
     function: Any
     activation: str
     is_up_first: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 class GatedMLP(nn.Module):
@@ -202,8 +204,16 @@ def recognize(module: Any) -> Parts | str:
             parts = Parts(gate, up, down, act, function, activation)
             orders = [_call_order(module, parts, training) for training in (False, True)]
             if orders[0] and orders[0] == orders[1]:
-                return parts._replace(is_up_first=orders[0][0] == up)
+                return parts._replace(
+                    is_up_first=orders[0][0] == up, settings=tuple(_settings(module, act))
+                )
     return "not a gated MLP: its result is not down(act(gate(x)) * up(x))"
+
+
+def _settings(module: nn.Module, act: str) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name[0] != "_" and name not in ("training", "forward", act):
+            yield name, value
 
 
 def _sample(*shape: int) -> Tensor:
@@ -282,6 +292,10 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     parts, modules = mlp._parts, mlp._modules
     if modules.get(parts.act, vars(mlp).get(parts.act)) is not parts.function:
         return f"its {parts.act} was replaced"
+    own = vars(mlp)
+    for name, value in parts.settings:
+        if not _is_same_setting(own.get(name, parts), value):
+            return f"its {name} has changed since fuse"
     if _has_any_global_hook():
         return "a hook sits on all modules"
     if _has_hooks(mlp):
@@ -292,6 +306,10 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
             return f"{name}: {reason}" if name else reason
     reason = _down_reason(modules[parts.down], device, x_dtype)
     return None if reason is None else f"{parts.down}: {reason}"
+
+
+def _is_same_setting(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str)) and a == b)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -217,18 +217,12 @@ def _fill(members: Sequence[tuple[Any, Adapter]], x: Tensor, key: tuple[Any, ...
     """Compute P of the members whose A fits the first one's; None if that is alone."""
     cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
     is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
-    layer, adapter = members[0]
-    first, casts = weight_of(adapter.lora_A), casts_adapters(layer, x.device.type, dtype)
-    members = [
-        (layer, adapter)
-        for layer, adapter in members
-        if weight_of(adapter.lora_A).dtype is first.dtype
-        and weight_of(adapter.lora_A).shape[1] == x.shape[-1]
-        and casts_adapters(layer, x.device.type, dtype) is casts
-    ]
+    first, *_ = members
+    members = [each for each in members if odd_reason(first, each, x.device, dtype) is None]
+    members = [each for each in members if weight_of(each[1].lora_A).shape[1] == x.shape[-1]]
     if len(members) < 2:
         return None
-    is_cast = is_cast or casts
+    is_cast = is_cast or casts_adapters(first[0], x.device.type, dtype)
     lora_A = [weight_of(adapter.lora_A) for _, adapter in members]
     lora_B = [weight_of(adapter.lora_B) for _, adapter in members]
     dtypes = [dtype if is_cast else t.dtype for t in (*lora_A, *lora_B)]
@@ -265,6 +259,17 @@ def sharing_adapter(layer: Any, device: torch.device, x_dtype: torch.dtype) -> A
     if weight_of(adapter.lora_A).is_inference():
         return "its lora_A is an inference tensor"
     return adapter
+
+
+def odd_reason(
+    first: tuple[Any, Adapter], other: tuple[Any, Adapter], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Return why a layer that can share x on this device does not share it with another one."""
+    ours, theirs = (weight_of(adapter.lora_A).dtype for _, adapter in (other, first))
+    if ours is not theirs:
+        return f"its lora_A has {ours}, that of the first {theirs}"
+    casts = [casts_adapters(layer, device.type, dtype) for layer, _ in (other, first)]
+    return None if casts[0] is casts[1] else "its adapter is rounded, or that of the first is"
 
 
 def _computes_in(base: Any, device: torch.device, x_dtype: torch.dtype) -> bool:

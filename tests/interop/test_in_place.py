@@ -570,3 +570,17 @@ def test_update_hands_dy_on_to_the_base_without_a_copy() -> None:
     dy = torch.randn(70, N)
     y.backward(dy)
     assert seen == [dy.data_ptr()]
+
+
+def test_gradients_of_several_dy_at_once_equal_pefts() -> None:
+    """`is_grads_batched=True`."""
+    found = []
+    for model in pair(Base):
+        x = torch.randn(5, K, generator=torch.Generator().manual_seed(1), dtype=f64)
+        x.requires_grad_()
+        leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+        y = model(x)
+        dy = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(5), dtype=f64)
+        found.append(torch.autograd.grad(y, leaves, dy, is_grads_batched=True))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)

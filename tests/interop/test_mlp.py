@@ -869,3 +869,60 @@ def test_backward_by_torch_overwrites_what_it_may(activation, in_place) -> None:
     meta = [torch.empty(1000, 1000, **like) for _ in range(3)]
     run = functools.partial(eager_mlp.gated_backward_by_torch, *meta, in_place, activation)
     assert counter.count(run).peak <= 2 * meta[0].nbytes
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3)], ids=str)
+def test_result_of_a_block_can_be_changed_in_place(shape: tuple[int, ...], runs: Any) -> None:
+    """PEFT's result is no view, and a model's own code may change it."""
+    stock, fused = pair(adapted(llama_mlp()))
+
+    def call(model: Any, x: Tensor) -> Tensor:
+        y: Tensor = model(x)
+        y += 1
+        y[..., 3:7].mul_(2)
+        return y
+
+    got, want = (step(model, input_of(f64, *shape), call) for model in (fused, stock))
+    assert_close(got, want, 1e-12)
+    assert runs == [True]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_gradients_of_several_dy_at_once_equal_pefts(activation: str) -> None:
+    """`is_grads_batched=True`, as in `torch.autograd.functional.jacobian(vectorize=True)`."""
+    stock, fused = pair(adapted(llama_mlp(activation)))
+    found = []
+    for model in (fused, stock):
+        x = input_of().requires_grad_()
+        leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+        y = model(x)
+        dy = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(5), dtype=f64)
+        found.append(torch.autograd.grad(y, leaves, dy, is_grads_batched=True))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+class Scaled(LlamaMLP):
+    """Its forward reads an attribute that changes nothing at first."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) * self.scale
+        return y
+
+
+def test_attribute_that_changes_after_fuse_is_noticed(runs: Any) -> None:
+    config = {"hidden_size": K, "intermediate_size": H, "mlp_bias": False, "hidden_act": "silu"}
+    stock, fused = pair(adapted(Scaled(SimpleNamespace(**config))))
+    block_of(fused).scale = 1.0  # another object of the same value
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert runs == [True]
+    for model in (stock, fused):
+        block_of(model).scale = 0.5
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert runs == [True]
+    (row,) = [row for row in explain(fused).blocks if row.strategy == "layer by layer"]
+    assert row.reason == "its scale has changed since fuse"

@@ -1338,3 +1338,15 @@ def test_explain_says_why_a_layer_does_not_share(name) -> None:
     model = fuse(change(model) if change else model)
     said = [row.reason for row in explain(model).blocks]
     assert any(reason in each for each in said), said
+
+
+def test_explain_of_adapters_in_two_dtypes_says_what_is_shared(shared: Shared) -> None:
+    model = build(dtype=bf16, target_modules=["q", "k"])
+    q = parent_of(model).q
+    for p in (q.lora_A["default"].weight, q.lora_B["default"].weight):
+        p.data = p.data.float()
+    fused = fuse(model)
+    fused(batch(bf16))
+    assert shared.take() == (0, 0)
+    (row,) = [row for row in explain(fused).blocks if "shared" in row.state]
+    assert row.state == "x is not shared" and "its lora_A has" in row.reason

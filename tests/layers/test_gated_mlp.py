@@ -395,3 +395,30 @@ def test_block_moves_few_bytes() -> None:
     found = counter.count(run)
     # One dx of gate and up, added in the GEMM.
     assert found.bytes <= 8060e6 and found.kernels <= 28, found
+
+
+@pytest.mark.parametrize("shape", [(70,), (2, 35)], ids=str)
+def test_result_of_a_block_can_be_changed_in_place(runs: list[str], shape: tuple[int, ...]) -> None:
+    def call(mlp: Any, x: Tensor) -> Tensor:
+        y: Tensor = mlp(x)
+        y *= 2
+        return y
+
+    mlp, x = build(), input_of(f64, *shape)
+    want = step(mlp, x, lambda mlp, x: 2 * reference(mlp, x))
+    assert_close(step(mlp, x, call), want, 1e-12)
+    assert runs == ["forward", "backward"]
+
+
+def test_gradients_of_several_dy_at_once_are_those_of_the_formula(runs: list[str]) -> None:
+    """`is_grads_batched=True`."""
+    mlp, x = build(), input_of().requires_grad_()
+    leaves = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+    dy = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(5), dtype=f64)
+    got, want = (
+        torch.autograd.grad(y, leaves, dy, is_grads_batched=True)
+        for y in (mlp(x), reference(mlp, x))
+    )
+    for each, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(each, exact, rtol=1e-10, atol=1e-10)
+    assert runs == ["forward"]

@@ -21,6 +21,7 @@ PRIVATE_OF_TORCH = {
     "torch._C._dispatch_tls_local_include_set",  # no public way to see modes and transforms
     "torch._C._autograd._get_current_graph_task_keep_graph",  # no public way to see retain_graph
     "torch._C._storage_Use_Count",  # no public way to see who else holds a tensor's memory
+    "torch._C._functorch.is_legacy_batchedtensor",  # no public way to see is_grads_batched
     "torch._C._functorch.peek_interpreter_stack",  # no public way to see a transform alone
     # No public way to hand an object on to autograd's threads.
     "torch._C._get_obj_in_tls",

@@ -85,6 +85,21 @@ def gated_backward_by_torch(
     return Gated(dg, du, h)
 
 
+def split_gradient(
+    g: Tensor, u: Tensor, dh: Tensor | None, activation: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dg and du for dh, or None for None, without writing to memory of the arguments."""
+    if dh is None:
+        return None, None
+    da = dh * u
+    if activation == "silu":
+        dg = torch.ops.aten.silu_backward(da, g)
+    else:
+        how = "tanh" if activation == "gelu_tanh" else "none"
+        dg = torch.ops.aten.gelu_backward(da, g, approximate=how)
+    return dg, dh * ACTIVATIONS[activation](g)
+
+
 def down_backward(
     dy: Tensor,
     g: Tensor,

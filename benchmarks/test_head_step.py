@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lora_kernels.finetune.inputs import demo_model
+from lora_kernels.finetune.demo import demo_model
 from lora_kernels.finetune.model import load_base
 from lora_kernels.peft import fuse
 

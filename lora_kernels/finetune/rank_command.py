@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from .chat import check_files, load_chat
-from .command import check_inputs, read_inputs, silence_libraries
+from .command import silence_libraries
+from .inputs import check_inputs, read_inputs
 from .lock import FolderLock
 from .options import RankOptions, add_options, check_out, fill_in_demo, pick
 

@@ -47,8 +47,8 @@ from .checkpoints import (
     write_folder,
     write_json,
 )
-from .command import read_inputs
 from .compare import Row, compare
+from .inputs import read_inputs
 from .lock import FolderLock
 from .options import Adapters, Data, Options, Training, check_out, flag, pick, read_json
 from .presets import Preset, add_lora_layers, find_preset

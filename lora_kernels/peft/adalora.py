@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..ops import in_place
 from .adapters import svd_adapters_of, svd_calls
-from .base import is_linear4bit, readable_weight
+from .base import readable_weight
 from .eligibility import svd_reason, unreadable_reason
 from .linear import Fused, add_adapter, add_onto
+from .modules import is_linear4bit
 
 
 class FusedSVD(Fused):

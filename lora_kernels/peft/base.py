@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..quantization import Weight4bit
-
-
-def is_linear4bit(module: nn.Module) -> bool:
-    """Return True for bitsandbytes' 4-bit linear, without importing bitsandbytes."""
-    cls = type(module)
-    names = ("Linear4bit", "LinearNF4", "LinearFP4")
-    return cls.__module__ == "bitsandbytes.nn.modules" and cls.__name__ in names
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return True for transformers' Conv1D, GPT-2's linear layer, whose weight is [K, N]."""
-    cls = type(module)
-    return cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D"
-
-
-def library_forward(cls: Any) -> Any:
-    """Return the class's forward; None if it is not the one that the class's package defined.
-
-    The modules in which the functions were compiled decide, because `functools.wraps` copies names.
-
-    >>> library_forward(nn.Linear) is nn.Linear.forward
-    True
-    """
-    owner = next(each for each in cls.__mro__ if "forward" in vars(each))
-    found: Any = cls.forward
-    while True:
-        module = getattr(found, "__globals__", {}).get("__name__", "")
-        inner = getattr(found, "__wrapped__", None)
-        if inner is None:
-            name = f"{owner.__qualname__}.forward"
-            is_own = module == owner.__module__ and found.__qualname__ == name
-            return cls.forward if is_own else None
-        if module.partition(".")[0] != owner.__module__.partition(".")[0]:
-            return None
-        found = inner
+from .modules import is_conv1d, is_linear4bit
 
 
 def missing_layers(model: nn.Module, remedy: str) -> ValueError:

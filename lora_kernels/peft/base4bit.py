@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..quantization import Weight4bit
 from ..quantization.bitsandbytes import cached_weight
-from .base import library_forward
+from .modules import library_forward
 
 _FORWARD = library_forward(Linear4bit)
 

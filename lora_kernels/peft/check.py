@@ -27,7 +27,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from .base import is_linear4bit, missing_layers
+from .base import missing_layers
+from .modules import is_linear4bit
 from .report import format_table, group_rows
 from .swap import lora_layers
 

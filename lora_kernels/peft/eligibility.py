@@ -1,7 +1,7 @@
-"""Reasons for which a PEFT layer, or one call of a fused layer, is left to PEFT.
+"""Reasons for which one call of a fused layer is left to PEFT.
 
-Each `…_reason` function returns the reason in words, or None if the layer is supported. `fuse`
-calls `unfusable_reason`. A fused forward, and `explain`, call the function for their kind of layer:
+Each `…_reason` function returns the reason in words, or None if the layer is supported. `swap.py`
+has those of `fuse`. A fused forward, and `explain`, call the function for their kind of layer:
 `linear_reason`, `svd_reason` or `embedding_reason`. Then they call `unreadable_reason`, the reason
 to call the base layer as a module and fuse only the adapters. All of them depend on the layer's
 state alone. They read `_modules` and `_parameters` because `nn.Module.__getattr__` takes ten times
@@ -14,10 +14,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
-from peft.tuners import lora
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
@@ -36,37 +33,22 @@ from .adapters import (
     variant_of,
     weight_of,
 )
-from .base import is_conv1d, is_linear4bit, library_forward
+from .modules import (
+    LINEAR_FORWARD,
+    hooks_of,
+    is_conv1d,
+    is_linear4bit,
+    library_forward,
+    patched_reason,
+)
 from .zero3 import is_gathered, is_partitioned
 
-LINEAR_FORWARD = library_forward(nn.Linear)
 _CONV1D_FORWARD = library_forward(Conv1D)
 _EMBEDDING_FORWARD = library_forward(nn.Embedding)
 _DROPOUT_FORWARD = library_forward(nn.Dropout)
 _IDENTITY_FORWARD = library_forward(nn.Identity)
 _MAGNITUDE_FORWARD = library_forward(DoraLinearLayer)
 _DORA_FORWARD = library_forward(DoraLinearVariant)
-
-
-def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
-    """Return why `fuse` leaves the layer to PEFT; None if it fuses the layer.
-
-    fused_class: the class that `fuse` gives such layers; None if it has none.
-    """
-    if isinstance(layer, ParamWrapper):
-        from .experts import wrapper_reason
-
-        return wrapper_reason(layer)
-    if fused_class is None:
-        return f"PEFT's {type(layer).__name__} is not covered in this version"
-    # An embedding copies the attribute from a configuration for linear layers. SVDLinear4bit lacks
-    # it.
-    transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
-    if transposed and not is_conv1d(layer.get_base_layer()):
-        return "fan_in_fan_out beside a base that is not transformers' Conv1D"
-    if is_base_trainable(layer):
-        return "the base weight is trainable"
-    return replaced_reason(fused_class) or patched_reason(layer)
 
 
 def heavier_reason(layer: Any) -> str | None:
@@ -341,24 +323,6 @@ def tensor_reason(device: torch.device, dim: int = 2, **tensors: Any) -> str | N
     return None
 
 
-def patched_reason(module: nn.Module) -> str | None:
-    """Return why an instance's own `forward` may do more than its class's."""
-    forward: Any = module.__dict__.get("forward")
-    if forward is None:
-        return None
-    if getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks":
-        hook: Any = module._hf_hook
-        if type(hook) is not AlignDevicesHook:
-            return f"accelerate's {type(hook).__name__} sits on it"
-        if hook.offload:
-            return "accelerate offloads its weights"
-        # The hook has nothing left to do but to move x to the weights' device, where x already is.
-        forward = module._old_forward
-    if getattr(forward, "__func__", None) is type(module).forward:
-        return None
-    return "its forward was replaced"
-
-
 def is_base_trainable(layer: Any) -> bool:
     weight = cast(nn.Module, layer._modules["base_layer"])._parameters.get("weight")
     return weight is not None and weight.requires_grad
@@ -380,8 +344,3 @@ def hook_reason(module: nn.Module, what: str) -> str:
     if is_partitioned(module._parameters.get("weight")):
         return f"DeepSpeed's ZeRO-3 gathers {what} by hooks: call fuse again"
     return f"a hook sits on {what}"
-
-
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    forward = module._forward_pre_hooks, module._forward_hooks
-    return *forward, module._backward_pre_hooks, module._backward_hooks

@@ -21,8 +21,9 @@ from ..layers.experts import (
     projections,
     unsupported_reason,
 )
-from .eligibility import context_reason, has_hooks, hooks_of, patched_reason, replaced_reason
+from .eligibility import context_reason, has_hooks, replaced_reason
 from .linear import Fused
+from .modules import hooks_of, patched_reason
 
 # transformers' implementations that `experts_forward` can replace. Others bring their own kernels.
 _IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "lora_kernels")

@@ -36,7 +36,7 @@ from .adapters import (
     svd_adapters_of,
     svd_calls,
 )
-from .base import base_weight, is_linear4bit
+from .base import base_weight
 from .eligibility import (
     embedding_reason,
     is_dora,
@@ -51,6 +51,7 @@ from .frozen import StreamedLinear
 from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
 from .mlp import block_reason, mlp_reasons
+from .modules import is_linear4bit
 from .siblings import Siblings, odd_reason, sharing_adapter
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"

@@ -32,8 +32,9 @@ from .adapters import (
     lora_bias,
     weight_of,
 )
-from .base import is_linear4bit, library_forward, readable_weight
+from .base import readable_weight
 from .eligibility import has_invalid_sequences, is_dora, linear_reason, unreadable_reason
+from .modules import is_linear4bit, library_forward
 from .prepared import PreparedForward
 from .zero3 import is_partitioned
 

@@ -23,18 +23,11 @@ from ..ops.head import lora_linear_cross_entropy
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import Adapter, adapters_of, calls, groups, lora_bias
-from .base import library_forward, readable_weight
-from .eligibility import (
-    context_reason,
-    hooks_of,
-    is_dora,
-    linear_reason,
-    patched_reason,
-    replaced_reason,
-    unreadable_reason,
-)
+from .base import readable_weight
+from .eligibility import context_reason, is_dora, linear_reason, replaced_reason, unreadable_reason
 from .frozen import StreamedLinear
 from .linear import Fused
+from .modules import hooks_of, library_forward, patched_reason
 from .zero3 import is_gathered_in_call, is_partitioned
 
 # Class of transformers -> logit_scale and logit_softcap of a model.

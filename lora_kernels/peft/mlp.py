@@ -28,16 +28,10 @@ from ..ops.gated_mlp import Hidden, gated_mlp
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import adapters_of, casts_adapters, dropout_p, lora_bias, weight_of
-from .base import is_conv1d, is_linear4bit, library_forward, readable_weight
-from .eligibility import (
-    context_reason,
-    hooks_of,
-    is_dora,
-    linear_reason,
-    patched_reason,
-    unreadable_reason,
-)
+from .base import readable_weight
+from .eligibility import context_reason, is_dora, linear_reason, unreadable_reason
 from .linear import Fused, set_class
+from .modules import hooks_of, is_conv1d, is_linear4bit, library_forward, patched_reason
 from .siblings import owner_of
 from .zero3 import is_gathered_in_call
 

@@ -15,8 +15,8 @@ from ..layers.cache import CallCache
 from ..ops.linear import lora_linear
 from ..quantization import Weight4bit
 from .adapters import Adapter, dropout_p, weight_of
-from .base import is_conv1d, is_linear4bit
-from .eligibility import LINEAR_FORWARD, context_reason, hooks_of
+from .eligibility import context_reason
+from .modules import LINEAR_FORWARD, hooks_of, is_conv1d, is_linear4bit
 
 
 @dataclasses.dataclass(eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import is_linear4bit
+from .modules import is_linear4bit
 from .zero3 import as_gathered, is_gathered_in_call, is_partitioned
 
 

@@ -41,8 +41,9 @@ from .adapters import (
     stack,
     weight_of,
 )
-from .base import is_linear4bit, readable_weight
-from .eligibility import hooks_of, is_dora, linear_reason, unreadable_reason
+from .base import readable_weight
+from .eligibility import is_dora, linear_reason, unreadable_reason
+from .modules import hooks_of, is_linear4bit
 
 # Layers that take what the attention made of q, k and v, never its x. By their names, because no
 # call has shown it when the model is fused; a layer that shares x all the same runs its own call.

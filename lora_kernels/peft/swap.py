@@ -22,13 +22,14 @@ from ..choice import verdicts
 from . import foreign
 from .adalora import FusedSVDLinear
 from .base import missing_layers
-from .eligibility import heavier_reason, patched_reason, unfusable_reason
+from .eligibility import heavier_reason, is_base_trainable, replaced_reason
 from .embedding import FusedEmbedding
-from .experts import FusedParamWrapper
+from .experts import FusedParamWrapper, wrapper_reason
 from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
 from .mlp import fuse_mlps, restore_mlps
+from .modules import is_conv1d, patched_reason
 from .siblings import add_siblings, remove_siblings
 from .zero3 import gather_in_call, is_zero3, stop_gathering
 
@@ -206,12 +207,31 @@ def fused_layers(model: nn.Module) -> list[Fused]:
 
 def _unfusable_reason(layer: Any) -> str | None:
     fused_class = type(layer) if isinstance(layer, Fused) else _fused_class(layer)
-    reason = unfusable_reason(layer, fused_class)
+    reason = _kind_reason(layer, fused_class)
     if reason is None and not isinstance(layer, Fused) and fused_class is not None:
         weight = getattr(layer.get_base_layer(), "weight", None)
         if weight is not None and selection.is_eager_on_gpu(weight.device.type):
             return heavier_reason(layer)
     return reason
+
+
+def _kind_reason(layer: Any, fused_class: Any) -> str | None:
+    """Return why `fuse` leaves the layer to PEFT, whatever moves fewer bytes.
+
+    fused_class: the class that `fuse` gives such layers; None if it has none.
+    """
+    if isinstance(layer, ParamWrapper):
+        return wrapper_reason(layer)
+    if fused_class is None:
+        return f"PEFT's {type(layer).__name__} is not covered in this version"
+    # An embedding copies the attribute from a configuration for linear layers. SVDLinear4bit lacks
+    # it.
+    transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
+    if transposed and not is_conv1d(layer.get_base_layer()):
+        return "fan_in_fan_out beside a base that is not transformers' Conv1D"
+    if is_base_trainable(layer):
+        return "the base weight is trainable"
+    return replaced_reason(fused_class) or patched_reason(layer)
 
 
 def _fused_class(layer: LoraLayer) -> Any:

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn.modules import Params4bit
 from torch import Tensor
 
 from ..backends.decode4bit import (
@@ -18,58 +16,7 @@ from ..backends.decode4bit import (
     has_gemm_4bit,
 )
 from ..core.packed4bit import Packed4bit
-from .weight4bit import Weight4bit
-
-
-def fields(weight: Any) -> dict[str, Any]:
-    """Return the fields of `Weight4bit` from a weight of bitsandbytes, sharing its tensors.
-
-    weight: `Params4bit` or (tensor, QuantState).
-
-    Raises the errors of `Weight4bit.from_bitsandbytes`.
-
-    >>> import bitsandbytes, torch
-    >>> found = fields(bitsandbytes.functional.quantize_4bit(torch.eye(64), quant_type="nf4"))
-    >>> found["quant_type"], found["blocksize"], found["shape"]
-    ('nf4', 64, torch.Size([64, 64]))
-    """
-    if isinstance(weight, Params4bit):
-        packed, state = weight.data, weight.quant_state
-        if state is None:
-            raise ValueError(
-                "weight: got a Params4bit without a quant_state, want a quantized one: moving its "
-                "module to a device quantizes it"
-            )
-    elif isinstance(weight, tuple) and len(weight) == 2 and isinstance(weight[1], QuantState):
-        packed, state = weight
-    else:
-        raise TypeError(
-            f"weight: got {type(weight).__name__}, want a bitsandbytes Params4bit (a Linear4bit's "
-            ".weight) or a pair (tensor, QuantState)"
-        )
-    # bitsandbytes keeps the second attribute when it undoes the repacking, which does not restore
-    # the scales.
-    if getattr(state, "packing_format_for_cpu", False) or hasattr(state, "original_qshape"):
-        raise ValueError(
-            "weight: got one that bitsandbytes has repacked for its CPU kernel, which rounds the "
-            "scales to bfloat16 for good; want it as quantized: fuse or convert the model before "
-            "its first eval forward"
-        )
-    found = {
-        "packed": packed,
-        "absmax": state.absmax,
-        "code": state.code,
-        "quant_type": state.quant_type,
-        "blocksize": state.blocksize,
-        "shape": state.shape,
-        "dtype": state.dtype,
-    }
-    if state.nested:
-        found["nested_absmax"] = state.state2.absmax
-        found["nested_code"] = state.state2.code
-        found["offset"] = state.offset
-        found["nested_blocksize"] = state.state2.blocksize
-    return found
+from .weight4bit import Weight4bit, quantize_4bit
 
 
 class _CachedWeight(NamedTuple):
@@ -133,8 +80,6 @@ def _find_difference(
     sample: torch.Tensor, x: torch.Tensor, quant_type: str, nested: bool, device: torch.device
 ) -> str | None:
     """Return the name of an op whose result differs from this package's, or None."""
-    from .weight4bit import quantize_4bit
-
     weight = quantize_4bit(sample, quant_type, 64, nested)
     codes: Packed4bit = weight.to(device).codes
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, cast
 
@@ -291,9 +290,9 @@ class Weight4bit:
         >>> Weight4bit.from_bitsandbytes(bitsandbytes.functional.quantize_4bit(torch.eye(64)))
         Weight4bit([64, 64], fp4 of float32, blocksize=64, 2,368 bytes)
         """
-        from . import bitsandbytes
+        from . import bitsandbytes_format
 
-        fields = bitsandbytes.fields(weight)
+        fields = bitsandbytes_format.fields(weight)
         fields["packed"] = as_bytes(fields["packed"])
         fields["code"] = standard_code(fields["quant_type"], fields["code"])
         return cls(**fields)
@@ -406,7 +405,9 @@ def _kernels(device: torch.device) -> ModuleType | None:
     """
     if forced.current.get().backend != "triton" or torch.compiler.is_compiling():
         return None
-    triton.require(device)
+    from ..backends.triton import configs
+
+    configs.require(device)
     return triton
 
 
@@ -442,15 +443,3 @@ def _parse_json(key: str, t: Tensor) -> dict[str, Any]:
     if not isinstance(rest, dict):
         raise ValueError(f"{key}: got {text!r}, want a whole JSON object")
     return rest
-
-
-def _compare_bitsandbytes(device: torch.device) -> str | None:
-    """Return why bitsandbytes does not decode on a device; None if its ops agree with ours."""
-    if find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed"
-    from .bitsandbytes import compare
-
-    return compare(device)
-
-
-decode4bit.compare_bitsandbytes = _compare_bitsandbytes

@@ -10,7 +10,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels.cli import main
-from lora_kernels.finetune.inputs import demo_model, demo_text
+from lora_kernels.finetune.demo import demo_model, demo_text
 from lora_kernels.finetune.model import load_base, load_tokenizer
 from tests.finetune.tiny import metrics
 

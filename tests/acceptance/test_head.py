@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lora_kernels
 from lora_kernels.bench.memory import peak
-from lora_kernels.finetune.inputs import demo_model, demo_text
+from lora_kernels.finetune.demo import demo_model, demo_text
 from lora_kernels.finetune.model import load_base, load_tokenizer
 from lora_kernels.peft import explain, fuse
 

@@ -23,7 +23,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_kernels.finetune import UsageError, command, generate, inputs, recipe
+from lora_kernels.finetune import UsageError, command, generate, recipe
+from lora_kernels.finetune import demo as inputs
 from lora_kernels.finetune.lock import FolderLock
 from lora_kernels.finetune.model import (
     linears_4bit,

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import grimp
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "lora_kernels"
@@ -114,3 +115,15 @@ def test_private_names_of_torch_are_these() -> None:
 def test_private_names_of_torch_in_code_are_found(code: str, names: set[str]) -> None:
     found = set(private_names_of_torch(ast.parse(code)))
     assert {n.removesuffix(".default") for n in found} == names
+
+
+def test_imports_have_no_circle() -> None:
+    """Those inside of functions too; those for type checkers not."""
+    graph = grimp.build_graph("lora_kernels", exclude_type_checking_imports=True)
+    found = [
+        (module, imported)
+        for module in sorted(graph.modules)
+        for imported in graph.find_modules_directly_imported_by(module)
+        if graph.find_shortest_chain(imported, module)
+    ]
+    assert len(graph.modules) > 100 and not found

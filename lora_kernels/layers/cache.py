@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends.cpu import native
 from ..backends.cpu.heuristics import few_rows
 from ..backends.cpu.linear import PreparedCall
+from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
 from ..core.call import Guard
 from ..ops import context, linear
@@ -53,6 +54,7 @@ def prepare(
     if (
         torch.is_grad_enabled()
         or not x.is_cpu
+        or is_on_gpu_path("cpu")
         or native.module is None
         or torch.is_autocast_enabled("cpu")
     ):

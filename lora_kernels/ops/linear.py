@@ -137,15 +137,19 @@ def lora_linear(
     scaling, dropout_p = check_number("scaling", scaling), float(dropout_p)
     spec = Spec(scaling, dropout_p, dtype, y_dtype)
     frozen = codes[:PACKED4BIT_TENSORS] or (weight,)
-    if not torch.is_grad_enabled() and context.can_bypass_dispatcher(x, frozen[0], lora_A, lora_B):
-        base = Packed4bit(*codes) if codes else weight
-        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
-        return lora_linear_direct(operands, spec)[0]
     options = Options(spec, recompute, codes[PACKED4BIT_TENSORS:])
+    return _run(x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, mask, *frozen)
+
+
+def _run(x: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
+    """Call the Function, or without gradients the implementation. Arguments as the Function's."""
+    rank_gate, column_scale, bias, options, rng, mask, *frozen = rest
+    if not torch.is_grad_enabled() and context.can_bypass_dispatcher(x, frozen[0], lora_A, lora_B):
+        base = Packed4bit(*frozen, *options.blocksizes) if options.blocksizes else frozen[0]
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
+        return lora_linear_direct(operands, options.spec)[0]
     context.refuse_context()
-    return LoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, mask, *frozen
-    )
+    return LoRALinearFunction.apply(x, lora_A, lora_B, *rest)  # type: ignore[no-any-return]
 
 
 class Options(NamedTuple):
@@ -162,6 +166,57 @@ class Options(NamedTuple):
     spec: Spec
     recompute: bool
     blocksizes: tuple[Any, ...]
+
+
+class CheckedCall(NamedTuple):
+    """The arguments of a call that `lora_linear` has accepted, but x: for a layer's next call.
+
+    Without gate, column scale, and state or mask of a dropout.
+
+    Args:
+        options: `Options` of the call.
+        frozen: the weight, or the tensors of a 4-bit one.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    options: Options
+    frozen: tuple[Any, ...]
+
+    @classmethod
+    def build(
+        cls,
+        x: Tensor,
+        weight: Tensor | Weight4bit,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype | None,
+        dropout_p: float,
+    ) -> CheckedCall:
+        dense, codes, dtype = check_weight(
+            x, weight, (lora_B.shape[0], lora_A.shape[1]), compute_dtype, None
+        )
+        spec = Spec(float(scaling), dropout_p, dtype, x.dtype)
+        options = Options(spec, False, codes[PACKED4BIT_TENSORS:])
+        return cls(lora_A, lora_B, bias, options, codes[:PACKED4BIT_TENSORS] or (dense,))
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """Return what `lora_linear` returns for x, which has the dtype and device of the x before.
+
+        None if autocast is on, if x has other columns, or if a state of a mask is to be drawn.
+        """
+        lora_A, lora_B, bias, options, frozen = self
+        device_type, _ = context.device_of(x)
+        if x.dim() == 0 or x.shape[-1] != lora_A.shape[1]:
+            return None
+        if autocast_dtype(device_type, x.dtype) is not None:
+            return None
+        if options.spec.dropout_p and not selection.is_eager_on_gpu(device_type):
+            return None
+        return _run(x, lora_A, lora_B, None, None, bias, options, None, None, *frozen)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -275,6 +330,8 @@ def lora_linear_direct(
     with context.no_autocast(x):
         if choice.backend == "cpu":  # takes any leading dimensions
             return cpu.lora_linear(operands, spec, choice.strategy)
+        if x.dim() == 2:
+            return backend.lora_linear(operands, spec, choice.strategy)
         rows = operands._replace(x=x.reshape(-1, x.shape[-1]), mask=mask_rows(operands.mask, x))
         y, saved = backend.lora_linear(rows, spec, choice.strategy)
     return like_rows_of(x, y), saved

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..backends.cpu import native
 from ..core.call import Guard
 from ..layers.cache import CallCache
-from ..ops.linear import lora_linear
+from ..ops.arguments import autocast_dtype
+from ..ops.linear import CheckedCall, lora_linear
 from ..quantization import Weight4bit
 from .adapters import Adapter, dropout_p, weight_of
 from .eligibility import context_reason
@@ -42,6 +43,7 @@ class PreparedForward:
     guards: tuple[tuple[Any, ...], ...]  # objects, keys, expected values
     hooks: tuple[dict[int, Any], ...]  # of the modules, all empty
     cache: CallCache
+    checked: CheckedCall | None
 
     @classmethod
     def build(
@@ -102,8 +104,12 @@ class PreparedForward:
             Guard(type(dropout), "forward", type(dropout).forward),
             Guard(stored, _weight_state, _weight_state(stored)),
         ]
-        cache = CallCache()
-        cache.renew(x, (weight, A, B), (scaling, compute_dtype, dropout_p(dropout)))
+        cache, p = CallCache(), dropout_p(dropout)
+        cache.renew(x, (weight, A, B), (scaling, compute_dtype, p))
+        checked = None
+        if autocast_dtype(x.device.type, x.dtype) is None:
+            bias = base._parameters["bias"]
+            checked = CheckedCall.build(x, weight, A, B, scaling, bias, compute_dtype, p)
         return cls(
             x_dtype=x.dtype,
             device=None if x.is_cpu else x.device,
@@ -121,6 +127,7 @@ class PreparedForward:
             guards=tuple(zip(*guards, strict=True)),
             hooks=tuple(hooks for module in called for hooks in hooks_of(module)),
             cache=cache,
+            checked=checked,
         )
 
     def _is_valid(self, layer: Any) -> bool:
@@ -153,9 +160,13 @@ class PreparedForward:
             or (self.lora_A.dtype, self.lora_B.dtype) != self.adapter_dtypes
         ):
             return None
-        y = lora_linear(
-            x, *tensors, self.scaling, bias, dropout_p=p, compute_dtype=self.compute_dtype
-        )
+        y, checked = None, self.checked
+        if checked and checked.bias is bias and checked.options.spec.dropout_p == p:
+            y = checked(x)
+        if y is None:
+            y = lora_linear(
+                x, *tensors, self.scaling, bias, dropout_p=p, compute_dtype=self.compute_dtype
+            )
         self.cache.renew(x, tensors, numbers)
         # bitsandbytes returns x's dtype, under autocast too.
         return y.to(x.dtype) if isinstance(self.weight, Weight4bit) else y

@@ -86,7 +86,80 @@ def test_fused_step_equals_peft_with_its_dropout(setting, quantized, M, monkeypa
     monkeypatch.setattr(swap, "heavier_reason", lambda layer: None)
     fuse(found)
     assert "Fused" in type(found.base_model.model[0]).__name__
-    assert_close_derived(results(found, M), want, terms=K, layers=2)  # DoRA's norm is a sum too
+    for _ in range(2):  # the second call is a prepared one
+        assert_close_derived(results(found, M), want, terms=K, layers=2)  # DoRA's norm is a sum too
+
+
+def _change_bias(layer: Any) -> None:
+    layer.base_layer.bias = nn.Parameter(torch.randn(N), requires_grad=False)
+
+
+def _write_bias(layer: Any) -> None:
+    layer.base_layer.bias.data = torch.randn(N)
+
+
+def _drop(layer: Any) -> None:
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+
+
+def _rescale(layer: Any) -> None:
+    layer.set_scale("default", 3.0)
+
+
+def _write_adapter(layer: Any) -> None:
+    layer.lora_B["default"].weight.data = torch.randn(N, R)
+
+
+def _narrow_adapter(layer: Any) -> None:
+    for of, at in ((layer.lora_A, (slice(3),)), (layer.lora_B, (slice(None), slice(3)))):
+        of["default"].weight.data = of["default"].weight.data[at].clone()
+
+
+CHANGES = (
+    *(_change_bias, _write_bias, _drop, _rescale, _write_adapter, _narrow_adapter),
+    *(nn.Module.eval, lambda layer: layer.base_layer.weight.mul_(2)),
+)
+
+
+@pytest.mark.parametrize("M", [3, 100])
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_between_two_calls_is_pefts(change: Callable[[Any], object], M: int) -> None:
+    """A prepared call checks no arguments again; what it holds is compared instead."""
+    stock = model(lora_dropout=0.2)
+    fused = fuse(copy.deepcopy(stock))
+    for found in (stock, fused):
+        results(found, M)
+        results(found, M)
+        torch.manual_seed(9)
+        with torch.no_grad():
+            change(found.base_model.model[0])
+    for _ in range(2):
+        assert_close_derived(results(fused, M), results(stock, M), terms=K)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_prepared_call_says_what_is_wrong_with_x(grad: bool) -> None:
+    fused = fuse(model()).eval()
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            want = fused(torch.ones(100, K))
+        with pytest.raises(ValueError, match=r"x: got shape \[100, 7\], want \[\.\.\., 320\]"):
+            fused(torch.ones(100, 7))
+        assert torch.equal(fused(torch.ones(100, K)), want)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_between_prepared_calls_is_pefts(grad: bool) -> None:
+    stock = model().eval()
+    fused, x = fuse(copy.deepcopy(stock)), torch.randn(100, K)
+    with torch.set_grad_enabled(grad):
+        for on in (False, False, True, True, False):
+            with torch.autocast("cpu", enabled=on):
+                got, want = fused(x), stock(x)
+            assert got.dtype is want.dtype
+            torch.testing.assert_close(
+                got, want, rtol=2e-2 if on else 1e-5, atol=2e-2 if on else 1e-4
+            )
 
 
 @pytest.mark.parametrize("rows", [(3,), (100,), (2, 50)], ids=str)

@@ -103,11 +103,17 @@ def upcast_rows(rows: int, rows_a_rank: int = 0) -> Iterator[None]:
         UPCAST_ROWS, UPCAST_ROWS_A_RANK = before
 
 
+def to_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return t in `dtype`. `Tensor.to` takes as long as a launch where it has nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
 def _is_in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Return True if GEMMs of the activation [M, n], in `dtype`, take the adapter in two parts."""
     dtype = dtype or activation.dtype
     return (
-        dtype in _HALVES
+        dtype is not adapter.dtype
+        and dtype in _HALVES
         and activation.shape[0] > max(UPCAST_ROWS, UPCAST_ROWS_A_RANK * min(adapter.shape))
         and has_out_dtype(activation)
         and torch.promote_types(dtype, adapter.dtype) is torch.float32
@@ -117,7 +123,8 @@ def _is_in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None 
 def _widest(*tensors: Tensor) -> torch.dtype:
     dtype = tensors[0].dtype
     for t in tensors[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
+        if t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
     return dtype
 
 
@@ -158,7 +165,7 @@ def _is_added_first(t: Tensor) -> bool:
 def _scaled_mm(a: Tensor, b: Tensor, alpha: float, bias: Tensor | None = None) -> Tensor:
     """alpha·a·b + bias in a's dtype, rounded once."""
     if bias is not None:
-        return torch.addmm(bias.to(a.dtype), a, b, alpha=alpha)
+        return torch.addmm(to_dtype(bias, a.dtype), a, b, alpha=alpha)
     if alpha == 1.0:
         return torch.mm(a, b)
     out = a.new_empty(a.shape[0], b.shape[1])
@@ -177,7 +184,7 @@ def _contract(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
         found = hi - minus_lo
         return found if prescale == 1.0 else found.mul_(scale / prescale)
     dtype = _widest(a, small)
-    a, small = a.to(dtype), small.to(dtype) if dim else small.to(dtype).t()
+    a, small = to_dtype(a, dtype), to_dtype(small, dtype) if dim else to_dtype(small, dtype).t()
     if dtype in _HALVES:
         found = mm_fp32(a, small)
         return found if scale == 1.0 else found.mul_(scale)
@@ -200,7 +207,8 @@ def _gradient(a: Tensor, s: Tensor, scale: float, adapter: Tensor) -> Tensor:
         found = hi - minus_lo
         return found if factor is None else found.mul_(scale / factor)
     dtype = _widest(a, adapter)
-    return _scaled_mm(a.to(dtype).t(), s.to(dtype), scale).to(adapter.dtype)
+    found = _scaled_mm(to_dtype(a, dtype).t(), to_dtype(s, dtype), scale)
+    return to_dtype(found, adapter.dtype)
 
 
 def _normalized(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -232,7 +240,7 @@ def _expand(
         s = _three_parts(s, dtype, 1, lo_first=False)
         wide = small if prescale == 1.0 else small * prescale
         small, scale = _three_parts(wide, dtype, 1, lo_first=True), scale / prescale
-    s, small = s.to(dtype), small.to(dtype)
+    s, small = to_dtype(s, dtype), to_dtype(small, dtype)
     if onto is None:
         return _scaled_mm(s, small.t(), scale, bias)
     if onto.dtype is dtype:
@@ -246,7 +254,7 @@ def _add_base(
     update: Tensor, a: Tensor, w: Tensor, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
     """Return update + a·w in `out_dtype`, with the base GEMM in `dtype`; may overwrite update."""
-    a, w = a.to(dtype), w.to(dtype)
+    a, w = to_dtype(a, dtype), to_dtype(w, dtype)
     if update.dtype is dtype and dtype is out_dtype and not _is_added_first(update):
         return update.addmm_(a, w)
     return _sum(torch.mm(a, w), update, out_dtype)
@@ -279,11 +287,11 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     early_bias = bias if column_scale is None else None
     base = None
     if weight is not None and not dropout_p:
-        x = x.to(_operand_dtype(x, lora_A, lora_B, dtype))  # one copy for both GEMMs
+        x = to_dtype(x, _operand_dtype(x, lora_A, lora_B, dtype))  # one copy for both GEMMs
     if isinstance(weight, Packed4bit):  # before anything else is held beside the dense copy
-        base = decode4bit.gemm(weight, x.to(dtype), lora_B.shape[0], early_bias)
+        base = decode4bit.gemm(weight, to_dtype(x, dtype), lora_B.shape[0], early_bias)
     dropped, factor, mask = drop(x, dropout_p, *dropout)
-    operand = dropped.to(_operand_dtype(x, lora_A, lora_B, dtype))
+    operand = to_dtype(dropped, _operand_dtype(x, lora_A, lora_B, dtype))
     del dropped
     p = _contract(operand, lora_A, 0)
     if factor != 1.0:
@@ -298,7 +306,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
             z = _sum(base, z, y_dtype)
         elif weight is not None:
             z = _add_base(z, x, _dense(weight, lora_A, lora_B, dtype).t(), dtype, y_dtype)
-        z = z.to(y_dtype)
+        z = to_dtype(z, y_dtype)
     if column_scale is None:
         # An op's outputs share no memory.
         return z, Saved(p, z.clone() if save_z else None, mask)
@@ -343,8 +351,8 @@ def lora_linear_backward(
     if isinstance(weight, Packed4bit) and need_x and alone:
         # A base GEMM that does not accumulate runs first, while no other temporary is alive beside
         # the dense copy of the weight.
-        base = torch.mm(dz.to(dtype), _dense(weight, lora_A, lora_B, dtype))
-    a = dy if in_parts else dz.to(_widest(dz, lora_B))
+        base = torch.mm(to_dtype(dz, dtype), _dense(weight, lora_A, lora_B, dtype))
+    a = dy if in_parts else to_dtype(dz, _widest(dz, lora_B))
     if need_B:
         dB = _gradient(a, p if rank_gate is None else p * rank_gate, scaling, lora_B)
         if rows is not None:
@@ -366,14 +374,14 @@ def lora_linear_backward(
     in_parts = _is_in_parts(x, lora_A, x_dtype)
     parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if in_parts else None
     if need_A and late_x is None:
-        operand = drop(x, dropout_p, rng, mask).x.to(x_dtype)
+        operand = to_dtype(drop(x, dropout_p, rng, mask).x, x_dtype)
         dA = _gradient_A(dxa, parts, operand, lora_A)
         del operand
     if not need_x:
         return Grads(None, dA, dB, dg, dc, dbias)
     late = (dxa, parts) if late_x is not None else None
     if base is not None and narrow and base.dtype is x.dtype is x_dtype:
-        dx = base.addmm_(dxa.to(x_dtype), lora_A.to(x_dtype))
+        dx = base.addmm_(to_dtype(dxa, x_dtype), to_dtype(lora_A, x_dtype))
     else:
         dx = _input_update(dxa, parts, lora_A, x_dtype)
         del dxa, parts
@@ -382,7 +390,7 @@ def lora_linear_backward(
             dx = _sum(base, dx, x.dtype)
         elif weight is not None:
             dx = _add_base(dx, dz, _dense(weight, lora_A, lora_B, dtype), dtype, x.dtype)
-        dx = dx.to(x.dtype)
+        dx = to_dtype(dx, x.dtype)
     if late_x is not None and late is not None:
         operand = late_x(dx).to(x_dtype)
         if need_A:
@@ -394,7 +402,8 @@ def _gradient_A(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tens
     """dXAᵀ·D(x) [R, K] in lora_A's dtype. parts: hi, hi, lo of dXA [M, 3·R], or None."""
     if parts is None:
         dtype = _widest(operand, lora_A)
-        return torch.mm(dxa.to(dtype).t(), operand.to(dtype)).to(lora_A.dtype)
+        found = torch.mm(to_dtype(dxa, dtype).t(), to_dtype(operand, dtype))
+        return to_dtype(found, lora_A.dtype)
     if parts.dtype is torch.float16:  # whose halves of a small dXA are too small
         return _gradient(operand, dxa, 1.0, lora_A).t().contiguous()
     hi, lo = mm_fp32(parts[:, lora_A.shape[0] :].t(), operand).chunk(2)
@@ -414,7 +423,7 @@ def _input_update(
     """
     if parts is None:
         dtype, scale = torch.promote_types(x_dtype, lora_A.dtype), 1.0
-        a, small = dxa.to(dtype), lora_A.to(dtype)
+        a, small = to_dtype(dxa, dtype), to_dtype(lora_A, dtype)
     else:
         prescale = _PRESCALE[x_dtype]
         wide = lora_A if prescale == 1.0 else lora_A * prescale
@@ -438,7 +447,7 @@ def _column_dot(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     rows = max(UPCAST_ROWS, 4 * PANEL // max(1, dy.shape[1] * dtype.itemsize))
     found = torch.zeros(dy.shape[1], dtype=dtype, device=dy.device)
     for a, b in zip(dy.split(rows), z.split(rows), strict=True):
-        found += torch.mul(a.to(dtype), b).sum(0)
+        found += torch.mul(to_dtype(a, dtype), b).sum(0)
     return found
 
 
@@ -455,7 +464,7 @@ def multi_lora_linear(
         y = x.new_zeros(x.shape[0], lora_B[0].shape[0], dtype=y_dtype)
     else:
         w = _dense(weight, lora_A[0], lora_B[0], dtype).to(dtype)
-        y = torch.mm(x.to(dtype), w.t()).to(y_dtype)
+        y = torch.mm(to_dtype(x, dtype), w.t()).to(y_dtype)
     for e, rows in rows_of(index, len(lora_A)).each():
         s = _contract(dropped[rows], lora_A[e], 0)
         if factor != 1.0:
@@ -489,7 +498,7 @@ def multi_lora_linear_backward(
             dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         else:
             dense = _dense(weight, lora_A[0], lora_B[0], dtype).to(dtype)
-            dx = torch.mm(dy.to(dtype), dense).to(x.dtype)
+            dx = torch.mm(to_dtype(dy, dtype), dense).to(x.dtype)
     if rng is not None:
         mask = dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
     for e, rows in rows_of(index, len(lora_A)).each():
@@ -531,9 +540,9 @@ def dora_norm(
     if is_on_gpu_path(lora_A.device.type) and lora_A.shape[1] >= EXPANDED_NORM:
         w = _dense(weight, lora_A, lora_B, dtype)
         return _norm_from_products(w, lora_A, lora_B, scaling, rank_gate)
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    A, B = to_dtype(lora_A, dtype), to_dtype(lora_B, dtype)
     if rank_gate is not None:
-        B = B * rank_gate.to(dtype)
+        B = B * to_dtype(rank_gate, dtype)
     return _norm_by_panels(weight, A, B, scaling)
 
 
@@ -548,9 +557,9 @@ def _norm_from_products(
     dtype = stat_dtype(lora_A.dtype)
     squares = torch.linalg.vector_norm(w, dim=1, dtype=dtype).square_()
     wa, gram = _contract(w, lora_A, 0), _contract(lora_A, lora_A, 0)
-    B = lora_B.to(dtype)
+    B = to_dtype(lora_B, dtype)
     if rank_gate is not None:
-        B = B * rank_gate.to(dtype)
+        B = B * to_dtype(rank_gate, dtype)
     update = torch.addmm(wa, B, gram, beta=2, alpha=scaling)
     rowsum = torch.bmm(update.unsqueeze(1), B.unsqueeze(2)).view(-1)
     return torch.add(squares, rowsum, alpha=scaling).sqrt_()

@@ -177,7 +177,7 @@ def origin(extra: str = "") -> str:
         text = None
     extras = f"[{extra}]" if extra else ""
     if text is None:
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         return shlex.quote(f"{root if (root / 'pyproject.toml').is_file() else '.'}{extras}")
     found = json.loads(text)
     url = f"{found['vcs_info']['vcs']}+{found['url']}" if "vcs_info" in found else found["url"]

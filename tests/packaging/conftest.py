@@ -62,7 +62,7 @@ class Project:
             shutil.copy(ROOT / name, root)
         package = root / "lora_kernels"
         package.mkdir()
-        for name in ("__init__.py", "py.typed"):
+        for name in ("__init__.py", "version.py", "py.typed"):
             shutil.copy(ROOT / "lora_kernels" / name, package)
         (root / "README.md").write_text("# lora_kernels\n")
         self.csrc = root / "csrc"

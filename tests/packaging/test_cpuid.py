@@ -91,5 +91,5 @@ def test_detect_isa_agrees_with_the_kernel_of_linux(native: ModuleType) -> None:
 
 
 def test_the_package_and_the_extension_have_one_version(native: ModuleType) -> None:
-    text = (ROOT / "lora_kernels" / "__init__.py").read_text()
+    text = (ROOT / "lora_kernels" / "version.py").read_text()
     assert f'__version__ = "{native.version}"' in text

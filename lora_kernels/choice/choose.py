@@ -93,7 +93,7 @@ def layout_of(
     device_type: str, weight: torch.Tensor | Packed4bit | None, dtype: torch.dtype
 ) -> Layout | None:
     """Return the weight's layout for a GEMM in `dtype`; None if every backend accepts it."""
-    if device_type != "cpu" or cuda.is_emulated():
+    if device_type != "cpu" or cuda.emulated.get() is not None:
         return constraints.layout(weight, dtype)
     if not isinstance(weight, torch.Tensor) or weight.stride(1) == 1 or weight.stride(0) != 1:
         return None

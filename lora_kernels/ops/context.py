@@ -12,6 +12,7 @@ from torch._C import _dispatch_tls_local_include_set
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from ..core.call import Guard
 from . import flops
@@ -74,6 +75,13 @@ def unsupported_context() -> str | None:
     if peek_interpreter_stack() is not None:
         return "a transform of torch.func is active"
     return "forward-mode AD is active" if forward_ad._current_level >= 0 else None
+
+
+def unfused_context() -> str | None:
+    """Return the context in which a library's layer runs its own forward, in words, or None."""
+    if not is_compiling() and is_tracing():
+        return "torch.jit.trace records the call"
+    return unsupported_context()
 
 
 def refuse_context() -> None:

@@ -17,7 +17,6 @@ import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from torch.jit import is_tracing  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import context
@@ -245,7 +244,7 @@ def _table_reason(base: nn.Module, device: torch.device) -> str | None:
 
 def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
     """Return why any kind of fused layer runs PEFT's forward in the layer's state."""
-    if (reason := context_reason() or replaced_reason(type(layer))) is not None:
+    if (reason := context.unfused_context() or replaced_reason(type(layer))) is not None:
         return reason
     if layer.disable_adapters:
         return "adapters are disabled: the base layer's own forward"
@@ -257,13 +256,6 @@ def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
     if is_base_trainable(layer):
         return "the base weight is trainable"
     return None
-
-
-def context_reason() -> str | None:
-    """Return why PEFT's forward runs in this context, whatever the layer's state."""
-    if not torch.compiler.is_compiling() and is_tracing():
-        return "torch.jit.trace records the call"
-    return context.unsupported_context()
 
 
 def replaced_reason(fused_class: Any) -> str | None:

@@ -21,7 +21,8 @@ from ..layers.experts import (
     projections,
     unsupported_reason,
 )
-from .eligibility import context_reason, has_hooks, replaced_reason
+from ..ops.context import unfused_context
+from .eligibility import has_hooks, replaced_reason
 from .linear import Fused
 from .modules import hooks_of, patched_reason
 
@@ -96,8 +97,8 @@ def wrapper_reason(wrapper: Any) -> str | None:
 
 def experts_reason(wrapper: Any, device: torch.device) -> str | None:
     """Return why a fused wrapper runs PEFT's forward for x on this device."""
-    if (context := context_reason()) is not None:
-        return context
+    if (around := unfused_context()) is not None:
+        return around
     wrappers = wrappers_of(wrapper)
     if not any(map(active_names, wrappers)):
         if any(each.merged for each in wrappers) and not wrapper.disable_adapters:

@@ -19,12 +19,13 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..ops.context import unfused_context
 from ..ops.head import lora_linear_cross_entropy
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import Adapter, adapters_of, calls, groups, lora_bias
 from .base import readable_weight
-from .eligibility import context_reason, is_dora, linear_reason, replaced_reason, unreadable_reason
+from .eligibility import is_dora, linear_reason, replaced_reason, unreadable_reason
 from .frozen import StreamedLinear
 from .linear import Fused
 from .modules import hooks_of, library_forward, patched_reason
@@ -154,8 +155,8 @@ def call_reason(module: Any, device: torch.device, x_dtype: torch.dtype) -> str 
     """Return why the next training step computes logits of hidden states in x_dtype, or None."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    if (context := context_reason()) is not None:
-        return context
+    if (around := unfused_context()) is not None:
+        return around
     if module.loss_function is not ForCausalLMLoss:
         return "its loss_function was replaced"
     reason = head_reason(module.get_output_embeddings(), device, x_dtype)

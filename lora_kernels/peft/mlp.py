@@ -29,7 +29,7 @@ from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import adapters_of, casts_adapters, dropout_p, lora_bias, weight_of
 from .base import readable_weight
-from .eligibility import context_reason, is_dora, linear_reason, unreadable_reason
+from .eligibility import is_dora, linear_reason, unreadable_reason
 from .linear import Fused, set_class
 from .modules import hooks_of, is_conv1d, is_linear4bit, library_forward, patched_reason
 from .siblings import owner_of
@@ -279,7 +279,7 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     """Return why the MLP runs its own forward for x on this device, which is a GPU's."""
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
-    if (reason := context_reason()) is not None:
+    if (reason := context.unfused_context()) is not None:
         return reason
     if mlp.own_class.forward is not type(mlp).own_forward:
         return f"{mlp.own_class.__name__}.forward was replaced"

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..backends.cpu import native
 from ..core.call import Guard
 from ..layers.cache import CallCache
+from ..ops import context
 from ..ops.arguments import autocast_dtype
 from ..ops.linear import CheckedCall, lora_linear
 from ..quantization import Weight4bit
 from .adapters import Adapter, dropout_p, weight_of
-from .eligibility import context_reason
 from .modules import LINEAR_FORWARD, hooks_of, is_conv1d, is_linear4bit
 
 
@@ -35,7 +35,7 @@ class PreparedForward:
     scaling: float
     compute_dtype: torch.dtype | None
     active: str | list[str]
-    dropout: nn.Module
+    dropout: nn.Dropout | None
     scalings: dict[str, float]
     base_parameters: dict[str, Any]
     adapter_dtypes: tuple[torch.dtype, torch.dtype]
@@ -119,7 +119,7 @@ class PreparedForward:
             scaling=scaling,
             compute_dtype=compute_dtype,
             active=copy.copy(layer._active_adapter),
-            dropout=dropout,
+            dropout=dropout if type(dropout) is nn.Dropout else None,
             scalings=layer.scaling,
             base_parameters=base._parameters,
             adapter_dtypes=(A.dtype, B.dtype),
@@ -145,29 +145,36 @@ class PreparedForward:
         """Return y, or None if a guard fails and `forward` must run."""
         if not self._is_valid(layer):
             return None
-        bias, p = self.base_parameters["bias"], dropout_p(self.dropout)
+        bias, dropout, has_grad = (
+            self.base_parameters["bias"],
+            self.dropout,
+            torch.is_grad_enabled(),
+        )
+        p = dropout.p if dropout is not None and dropout.training else 0.0
         tensors, numbers = (
             (self.weight, self.lora_A, self.lora_B),
             (self.scaling, self.compute_dtype, p),
         )
-        y = self.cache.call(x, bias, tensors, numbers)  # guards x and the adapter's tensors
+        # It guards x and the adapter's tensors.
+        y = None if has_grad else self.cache.call(x, bias, tensors, numbers)
         if y is not None:
             return y
         if (
-            context_reason() is not None
+            context.unfused_context() is not None
             or x.dtype is not self.x_dtype
             or not (x.is_cpu if self.device is None else x.device == self.device)
             or (self.lora_A.dtype, self.lora_B.dtype) != self.adapter_dtypes
         ):
             return None
-        y, checked = None, self.checked
+        checked = self.checked
         if checked and checked.bias is bias and checked.options.spec.dropout_p == p:
             y = checked(x)
         if y is None:
             y = lora_linear(
                 x, *tensors, self.scaling, bias, dropout_p=p, compute_dtype=self.compute_dtype
             )
-        self.cache.renew(x, tensors, numbers)
+        if not has_grad:
+            self.cache.renew(x, tensors, numbers)
         # bitsandbytes returns x's dtype, under autocast too.
         return y.to(x.dtype) if isinstance(self.weight, Weight4bit) else y
 

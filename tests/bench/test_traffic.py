@@ -251,7 +251,7 @@ def test_count_layer_peft_fp32_adapters_matches_known_figures() -> None:
 def test_count_op_of_this_package_is_its_eager_implementation(dtype: torch.dtype) -> None:
     x, W = meta(M, K, dtype=BF16), meta(N, K, dtype=BF16)
     args = (x, W, meta(4, K, dtype=dtype), meta(N, 4, dtype=dtype))
-    rest = (None, None, None, None, 2.0, 0.0, BF16, BF16, False)
+    rest = (*[None] * 5, 2.0, 0.0, BF16, BF16, False)
     through: list[Kernel] = []
     direct: list[Kernel] = []
     count(lambda: torch.ops.lora_kernels.lora_linear(*args, *rest), through)

@@ -104,12 +104,12 @@ def test_lora_linear_makes_p_and_y_alone(quant: str, strategy: str) -> None:
 
 
 def test_lora_linear_outside_of_the_emulator_raises() -> None:
-    token = cuda._emulated.set(None)
+    token = cuda.emulated.set(None)
     try:
         with pytest.raises(RuntimeError, match="backend 'cuda' was requested and cannot run here"):
             forward(few_rows())
     finally:
-        cuda._emulated.reset(token)
+        cuda.emulated.reset(token)
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,9 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     card = device.DeviceInfo("cuda", 103, 148, 227 << 10, "B300", 270 << 30)
     monkeypatch.setattr(device, "gpus", lambda: [card])
     cuda._driver_reason.cache_clear()
-    token = cuda._emulated.set(None)
+    token = cuda.emulated.set(None)
     yield found
-    cuda._emulated.reset(token)
+    cuda.emulated.reset(token)
     cuda._driver_reason.cache_clear()
 
 

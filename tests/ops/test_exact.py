@@ -83,7 +83,7 @@ def test_lora_linear_of_a_unit_matrix_is_the_weights(dtype: torch.dtype, engine:
     K, N, R = 65, 33, 7
     args = cases.inputs(Case(K, N, K, R, dtype))
     operands = torch.eye(K, dtype=dtype), args["weight"], args["lora_A"]
-    options = None, None, None, None, 1.0, 0.0, dtype, dtype, False
+    options = *[None] * 5, 1.0, 0.0, dtype, dtype, False
     y, p, *_ = torch.ops.lora_kernels.lora_linear.default(
         *operands, torch.zeros(N, R, dtype=dtype), *options
     )

@@ -36,7 +36,7 @@ STRATEGIES = (COOPERATIVE, TWO_PASS)
 DECODE_ROWS = 16  # the largest M of "cooperative"
 MIN_CAPABILITY = 80  # cp.async, bfloat16 on tensor cores
 
-_emulated: ContextVar[ModuleType | None] = ContextVar("lora_kernels_cuda_emulated", default=None)
+emulated: ContextVar[ModuleType | None] = ContextVar("lora_kernels_cuda_emulated", default=None)
 
 
 @functools.cache
@@ -56,14 +56,14 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 def module() -> ModuleType:
     """Return the compiled launchers: the GPU's, or inside `emulate` the emulator's."""
-    found = _emulated.get() or _load("_cuda")[0]
+    found = emulated.get() or _load("_cuda")[0]
     assert found is not None
     return found
 
 
 def is_emulated() -> bool:
     """Return True inside `emulate`."""
-    return _emulated.get() is not None
+    return emulated.get() is not None
 
 
 def unavailable_reason() -> str | None:
@@ -91,11 +91,11 @@ def emulate(seed: int = 0, multiprocessors: int = 4) -> Iterator[ModuleType]:
     if found is None:
         raise RuntimeError(f"{reason}: LORA_KERNELS_EMULATOR=1 python setup.py build_ext --inplace")
     found.seed_scheduler(seed, multiprocessors)
-    token = _emulated.set(found)
+    token = emulated.set(found)
     try:
         yield found
     finally:
-        _emulated.reset(token)
+        emulated.reset(token)
 
 
 def unsupported_device_reason(device_type: str, device_index: int | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,6 +82,30 @@ def prepare(
         *map(_memory_guard, called_by_address),
     ]
     return linear.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)
+
+
+def unchanged(
+    targets: Sequence[Any],
+    keys: Sequence[Any],
+    expected: Sequence[object],
+    hooks: Sequence[dict[int, Any]],
+) -> bool:
+    """Return True if all guards hold, given by the fields of `Guard`, and no hook is registered.
+
+    The extension's `unchanged`, for an installation without it.
+    """
+    for target, key, want in zip(targets, keys, expected, strict=True):
+        if isinstance(target, dict):
+            if target.get(key) is not want:
+                return False
+            continue
+        if isinstance(key, str):
+            found = getattr(target, key)
+        else:
+            found = key() if target is None else key(target)
+        if found is not want and found != want:
+            return False
+    return not any(hooks)
 
 
 def _memory_guard(t: Tensor) -> Guard:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backends.cpu import native
 from ..core.call import Guard
-from ..layers.cache import CallCache
+from ..layers.cache import CallCache, unchanged
 from ..ops import context
 from ..ops.arguments import autocast_dtype
 from ..ops.linear import CheckedCall, lora_linear
@@ -62,8 +62,7 @@ class PreparedForward:
         modules = layer._modules
         base = modules["base_layer"]
         stored, four_bit = base._parameters["weight"], isinstance(weight, Weight4bit)
-        # Only the extension can check the guards.
-        if native.module is None or isinstance(scaling, Tensor) or is_conv1d(base):
+        if isinstance(scaling, Tensor) or is_conv1d(base):
             return None
         if diag is not None or is_alora:
             return None  # a gate, or rows that the arguments of a call name
@@ -132,13 +131,13 @@ class PreparedForward:
 
     def _is_valid(self, layer: Any) -> bool:
         """Return True if no guard has changed. `__call__` checks x and the adapter's dtypes."""
-        assert native.module is not None  # else nothing is prepared
+        check: Any = unchanged if native.module is None else native.module.unchanged
         return (
             layer._active_adapter == self.active
             and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
             and layer._modules is self.modules
             and layer.scaling is self.scalings  # rescale_adapter_scale replaces the dictionary
-            and native.module.unchanged(*self.guards, self.hooks)
+            and check(*self.guards, self.hooks)
         )
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:

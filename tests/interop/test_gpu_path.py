@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lora_kernels.backends import decode4bit, library
+from lora_kernels.backends.cpu import native
 from lora_kernels.backends.eager import linear as eager
 from lora_kernels.backends.eager import siblings as eager_blocks
 from lora_kernels.bench.counter import _NativeDropout
@@ -121,15 +122,22 @@ CHANGES = (
 )
 
 
+@pytest.mark.parametrize("is_native", [True, False])
 @pytest.mark.parametrize("M", [3, 100])
 @pytest.mark.parametrize("change", CHANGES)
-def test_change_between_two_calls_is_pefts(change: Callable[[Any], object], M: int) -> None:
-    """A prepared call checks no arguments again; what it holds is compared instead."""
+def test_change_between_two_calls_is_pefts(
+    change: Callable[[Any], object], M: int, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prepared call checks no arguments again; what it holds is compared instead, with the
+    extension and without."""
+    if not is_native:
+        monkeypatch.setattr(native, "module", None)
     stock = model(lora_dropout=0.2)
     fused = fuse(copy.deepcopy(stock))
     for found in (stock, fused):
         results(found, M)
         results(found, M)
+        assert found is stock or found.base_model.model[0]._prepared is not None
         torch.manual_seed(9)
         with torch.no_grad():
             change(found.base_model.model[0])

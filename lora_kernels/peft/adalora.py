@@ -12,11 +12,11 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor, nn
 
 from ..ops import in_place
-from .adapters import svd_adapters_of, svd_calls
+from .adapters import svd_calls
 from .base import readable_weight
-from .eligibility import svd_reason, unreadable_reason
 from .linear import Fused, add_adapter, add_onto
 from .modules import is_linear4bit
+from .plan import plan_svd
 
 
 class FusedSVD(Fused):
@@ -27,12 +27,12 @@ class FusedSVD(Fused):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = svd_adapters_of(self)
-        if svd_reason(self, adapters, x.device, x.dtype) is not None:
+        adapters, reason, base_reason, _ = plan_svd(self, x.device, x.dtype)
+        if reason is not None:
             return cast(Tensor, super(Fused, self).forward(x, *args, **kwargs))
         base = cast(nn.Module, self._modules["base_layer"])
         todo = self._cast(svd_calls(adapters, x.device.type, x.numel() // x.shape[-1]), x)
-        if args or kwargs or unreadable_reason(base, x.device) is not None:
+        if args or kwargs or base_reason is not None:
             y, is_private = in_place.call(base, x, *args, **kwargs)
             dtype = y.dtype
             y = add_onto(y, is_private, x, None, todo.pop(0))

@@ -39,11 +39,7 @@ from .adapters import (
 from .base import base_weight
 from .eligibility import (
     embedding_reason,
-    is_dora,
-    linear_reason,
-    svd_reason,
     tensor_reason,
-    unreadable_reason,
 )
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper, active_adapter, experts_reason
@@ -52,6 +48,7 @@ from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
 from .mlp import block_reason, mlp_reasons
 from .modules import is_linear4bit
+from .plan import plan_linear, plan_svd
 from .siblings import Siblings, odd_reason, sharing_adapter
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
@@ -85,31 +82,8 @@ class Row(NamedTuple):
     reason: str
 
 
-class _Kind(NamedTuple):
-    """The functions that differ between PEFT's LoRA and AdaLoRA layers."""
-
-    adapters_of: Callable[[Any], list[Any]]
-    reason: Callable[..., str | None]
-    calls: Callable[..., list[Call]]
-
-
-def _linear_adapters(layer: Any) -> list[Adapter]:
-    """Return the adapters of the layer's last call if that named them, else the active ones."""
-    return adapters_of(layer, layer.mixed_batch)
-
-
-def _linear_reason(
-    layer: Any, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
-) -> str | None:
-    return linear_reason(layer, adapters, device, x_dtype, layer.mixed_batch is not None)
-
-
 def _backend_state(backend: str) -> str:
     return LIBRARY if "eager" in backend else KERNELS
-
-
-_LINEAR = _Kind(_linear_adapters, _linear_reason, calls)
-_SVD = _Kind(svd_adapters_of, svd_reason, svd_calls)
 
 
 class _Description(NamedTuple):
@@ -220,18 +194,21 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
 
 
 def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Row:
-    kind = _SVD if isinstance(layer, FusedSVD) else _LINEAR
-    adapters = kind.adapters_of(layer)
-    device, x_dtype = _expected_input(layer.base_layer, adapters, x_dtype)
-    reason = kind.reason(layer, adapters, device, x_dtype)
+    names = layer.mixed_batch  # of the layer's last call, if that named its adapters
+    is_svd = isinstance(layer, FusedSVD)
+    found = svd_adapters_of(layer) if is_svd else adapters_of(layer, names)
+    device, x_dtype = _expected_input(layer.base_layer, found, x_dtype)
+    make_calls: Callable[..., list[Call]] = svd_calls if is_svd else calls
+    plan = plan_svd(layer, device, x_dtype) if is_svd else None
+    plan = plan or plan_linear(layer, device, x_dtype, names)
+    adapters, reason, base_reason, of_dora = plan
     if reason is not None:
         return _unfused_row(name, reason)
 
-    base_reason = unreadable_reason(layer.base_layer, device)
     aloras = [adapter for adapter in adapters if getattr(adapter, "is_alora", False)]
     others = [adapter for adapter in adapters if not getattr(adapter, "is_alora", False)]
-    names_rows = layer.mixed_batch is not None
-    todo = kind.calls(others, device.type, rows) if others and not names_rows else []
+    names_rows = names is not None
+    todo = make_calls(others, device.type, rows) if others and not names_rows else []
     is_rounded = casts_adapters(layer, device.type, x_dtype, rows)
     if is_rounded:
         todo = [cast(Call, cast_call(call, x_dtype)) for call in todo]
@@ -250,7 +227,7 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     reasons += _frozen_reasons(adapters, layer.training)
     if len(problems) > 1:
         strategy = f"{strategy}; {len(problems)} calls"
-    if is_dora(layer, adapters[0].name):
+    if of_dora:
         has_dropout = todo[0].dropout_p > 0
         if has_dropout:
             strategy = f"{strategy}; the base GEMM twice"

@@ -24,7 +24,6 @@ from .adapters import (
     Call,
     MixedCall,
     RowNames,
-    adapters_of,
     calls_for,
     cast_call,
     casts_adapters,
@@ -33,8 +32,9 @@ from .adapters import (
     weight_of,
 )
 from .base import readable_weight
-from .eligibility import has_invalid_sequences, is_dora, linear_reason, unreadable_reason
+from .eligibility import has_invalid_sequences
 from .modules import is_linear4bit, library_forward
+from .plan import plan_linear
 from .prepared import PreparedForward
 from .zero3 import is_partitioned
 
@@ -89,8 +89,7 @@ class Fused(nn.Module):
         names = None if rows.names is None else tuple(dict.fromkeys(rows.names))
         if names is not None or self.mixed_batch is not None:
             self.mixed_batch = names
-        adapters = adapters_of(self, names)
-        reason = linear_reason(self, adapters, x.device, x.dtype, names is not None)
+        adapters, reason, base_reason, is_dora = plan_linear(self, x.device, x.dtype, names)
         if reason is not None or has_invalid_sequences(adapters, x, rows):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
@@ -98,12 +97,12 @@ class Fused(nn.Module):
             kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_BASE}
 
         base, bias = cast(nn.Module, self._modules["base_layer"]), lora_bias(adapters)
-        if is_dora(self, adapters[0].name):
+        if is_dora:
             if args or kwargs:  # the base takes more than x
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             return _dora_linear(self, adapters[0], x)
         first, *rest = self._cast(calls_for(adapters, x, rows), x)
-        if args or kwargs or unreadable_reason(base, x.device) is not None:
+        if args or kwargs or base_reason is not None:
             result, is_private = in_place.call(base, x, *args, **kwargs)
             dtype = result.dtype
             result = add_onto(result, is_private, x, bias, first)

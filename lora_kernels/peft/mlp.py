@@ -29,9 +29,10 @@ from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import adapters_of, casts_adapters, dropout_p, lora_bias, weight_of
 from .base import readable_weight
-from .eligibility import is_dora, linear_reason, unreadable_reason
+from .eligibility import unreadable_reason
 from .linear import Fused, set_class
 from .modules import hooks_of, is_conv1d, is_linear4bit, library_forward, patched_reason
+from .plan import plan_linear
 from .siblings import owner_of
 from .zero3 import is_gathered_in_call
 
@@ -323,20 +324,19 @@ def _down_reason(down: Any, device: torch.device, x_dtype: torch.dtype) -> str |
         return f"a {type(down).__name__} is not a fused LoRA layer"
     if (reason := patched_reason(down)) is not None:
         return reason
-    adapters = adapters_of(down)
-    if (reason := linear_reason(down, adapters, device, x_dtype)) is not None:
+    adapters, reason, base_reason, is_dora = plan_linear(down, device, x_dtype)
+    if reason is not None:
         return reason
     if len(adapters) > 1:
         return "several active adapters"
     ((name, _, _, scaling, dropout, diag, is_alora),) = adapters
-    if is_dora(down, name) or diag is not None or is_alora:
+    if is_dora or diag is not None or is_alora:
         return f"adapter {name!r} is a variant of LoRA"
     if isinstance(scaling, Tensor):
         return f"adapter {name!r} is prepared for hot-swapping"
     if dropout_p(dropout):
         return f"adapter {name!r} has dropout"
-    reason = unreadable_reason(cast(nn.Module, down.base_layer), device)
-    return None if reason is None else f"base layer: {reason}"
+    return None if base_reason is None else f"base layer: {base_reason}"
 
 
 def _run(mlp: Any, x: Tensor) -> Tensor:

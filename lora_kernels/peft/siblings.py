@@ -34,7 +34,6 @@ from ..ops.arguments import autocast_dtype
 from ..quantization import Weight4bit
 from .adapters import (
     Adapter,
-    adapters_of,
     casts_adapters,
     dropout_p,
     lora_bias,
@@ -42,8 +41,8 @@ from .adapters import (
     weight_of,
 )
 from .base import readable_weight
-from .eligibility import is_dora, linear_reason, unreadable_reason
 from .modules import hooks_of, is_linear4bit
+from .plan import plan_linear
 
 # Layers that take what the attention made of q, k and v, never its x. By their names, because no
 # call has shown it when the model is fused; a layer that shares x all the same runs its own call.
@@ -243,17 +242,16 @@ def sharing_adapter(layer: Any, device: torch.device, x_dtype: torch.dtype) -> A
         return f"it is a {type(layer).__name__}"
     if any(hooks_of(layer)):
         return "a hook sits on it"
-    adapters = adapters_of(layer)
-    base = cast(nn.Module, layer._modules["base_layer"])
-    reason = linear_reason(layer, adapters, device, x_dtype) or unreadable_reason(base, device)
-    if reason is not None:
-        return reason
+    adapters, reason, base_reason, is_dora = plan_linear(layer, device, x_dtype)
+    if reason is not None or base_reason is not None:
+        return cast(str, reason or base_reason)
+    base: Any = layer._modules["base_layer"]
     if not _computes_in(base, device, x_dtype):
         return f"its base computes in {base.compute_dtype}, x has {x_dtype}"
     if len(adapters) > 1:
         return "several adapters are active"
-    (adapter,) = adapters
-    if is_dora(layer, adapter.name) or adapter.is_alora:
+    adapter: Adapter = adapters[0]
+    if is_dora or adapter.is_alora:
         return f"adapter {adapter.name!r} is {'an aLoRA' if adapter.is_alora else 'DoRA'}"
     if dropout_p(adapter.dropout):
         return "its dropout is active"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -406,6 +407,27 @@ def test_update_of_adalora_has_pefts_gradients(added) -> None:
     assert added == [True]
 
 
+def adalora_out_of_place(self: Any, x: Tensor) -> Tensor:
+    """PEFT's forward adds to the base's result in place, whoever holds it."""
+    A, B, E = (getattr(self, name)["default"] for name in ("lora_A", "lora_B", "lora_E"))
+    factor = self.scaling["default"] / (self.ranknum["default"] + 1e-5)
+    y: Tensor = self.base_layer(x) + (x @ (A * E).T @ B.T) * factor
+    return y
+
+
+@pytest.mark.parametrize("base", HELD, ids=lambda base: base.__name__)
+def test_update_of_adalora_leaves_a_result_that_its_base_holds(base, added) -> None:
+    config = AdaLoraConfig(
+        init_r=R, lora_alpha=ALPHA, target_modules=["up"], total_step=10, tinit=1, tfinal=1
+    )
+    stock, fused = pair(base, config)
+    layer(stock).forward = MethodType(adalora_out_of_place, layer(stock))
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert added == [False]
+    if base is Remembering:
+        assert torch.equal(layer(fused).base_layer.last, layer(stock).base_layer.last)
+
+
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "both"])
 @pytest.mark.parametrize("needs_x", [False, True])
 def test_update_with_frozen_factors_has_pefts_gradients(frozen, needs_x) -> None:
@@ -469,6 +491,25 @@ def test_result_in_another_dtype_is_pefts() -> None:
     got, want = fused(x), stock(x)
     assert got.dtype is want.dtype is f32
     assert (got - want).norm() < 2.0**-7 * want.norm()
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_result_in_a_narrower_dtype_is_pefts(is_kept: bool) -> None:
+    """A base whose result is bfloat16 for any x, as kernels of 4-bit formats. If it keeps the
+    result, the update goes to another tensor."""
+
+    class Narrow(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x).bfloat16()
+            if is_kept:
+                self.last = y
+            return y
+
+    stock, fused = pair(Narrow, dtype=f32)
+    x = torch.sin(input_of(f32))
+    got, want = layer(fused)(x), layer(stock)(x)
+    assert got.dtype is want.dtype is bf16
+    assert (got - want).float().norm() < 2.0**-7 * want.float().norm()
 
 
 def test_update_of_few_rows_beside_a_float32_adapter_is_in_place(added) -> None:

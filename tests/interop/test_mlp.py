@@ -505,6 +505,19 @@ class TwoArguments(GLU):
 
 
 NOT_THE_RESULT = "not a gated MLP: its result is not down(act(gate(x)) * up(x))"
+
+
+class WithBuffer(GLU):
+    """The scale starts as 1, and changes after the module was recognized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), dtype=f64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clamp": (WithClamp, NOT_THE_RESULT),
     "residual": (WithResidual, NOT_THE_RESULT),
@@ -512,6 +525,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "float32 between": (Rounded, NOT_THE_RESULT),
     "two arguments": (TwoArguments, NOT_THE_RESULT),
     "parameter": (WithScale, "not a gated MLP: it has parameters or buffers of its own"),
+    "buffer": (WithBuffer, "not a gated MLP: it has parameters or buffers of its own"),
     "merged gate and up": (Merged, "gate and up are one linear layer, which is not covered"),
     "module": (WithDropout, "3 linear layers and 2 other modules and functions"),
     "relu": (functools.partial(GLU, F.relu), "its activation function is not SiLU or GELU"),
@@ -926,3 +940,39 @@ def test_attribute_that_changes_after_fuse_is_noticed(runs: Any) -> None:
     assert runs == [True]
     (row,) = [row for row in explain(fused).blocks if row.strategy == "layer by layer"]
     assert row.reason == "its scale has changed since fuse"
+
+
+def test_block_of_a_4_bit_down_beside_dense_gate_and_up_returns_pefts_dtype(runs: Any) -> None:
+    """Under autocast h has autocast's dtype, and x has not: bitsandbytes returns h's."""
+    pytest.importorskip("bitsandbytes")
+    module = llama_mlp(sizes=(K, 64))
+    module.down_proj = baselines.linear_4bit(module.down_proj, "nf4")
+    model = get_peft_model(nn.Sequential(module), LoraConfig(r=R, target_modules="all-linear"))
+    stock, fused = pair(model.train())
+    with torch.autocast("cpu", bf16):
+        got, want = (each(input_of(f32).requires_grad_()) for each in (fused, stock))
+    assert got.dtype is want.dtype is bf16
+    got.sum().backward()
+    assert runs == [True]
+
+
+@pytest.mark.parametrize("named", ["gate_proj", "up_proj"])
+def test_result_of_a_base_that_a_fused_layer_hands_on_is_not_overwritten(
+    named: str, runs: Any
+) -> None:
+    """A fused layer without an active adapter returns the result of its base, which may keep it."""
+
+    class Held(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(super().forward(x))  # which tanh saves
+
+    module = llama_mlp()
+    setattr(module, named, Held(K, H, bias=False))
+    model = adapted(module, target_modules=[named])
+    model.add_adapter("second", LoraConfig(r=R, target_modules=["down_proj"]))
+    randomize(model, "second")
+    model.base_model.set_adapter("second")
+    stock, fused = pair(model.to(f64))
+    got, want = step(fused, input_of()), step(stock, input_of())
+    assert runs == [False]
+    assert_close(got, want, 1e-12)

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.errors import OutOfResources
 
 import lora_kernels
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
-from lora_kernels.backends.triton import elementwise, launch
+from lora_kernels.backends.triton import elementwise, gated, is_interpreted, launch
 from lora_kernels.ops.gated_mlp import Hidden, gated_mlp
 from tests.triton.device import DEVICE
 
@@ -174,12 +178,17 @@ def failing(*args: Any) -> None:
     raise RuntimeError("no kernel image")
 
 
+def unlaunchable(*args: Any) -> None:
+    raise OutOfResources(1 << 20, 1 << 16, "shared memory")  # no RuntimeError, as CompilationError
+
+
 FAULTS: dict[str, tuple[Callable[..., None], str]] = {
     "dg and du swapped": (swapped, "differs from PyTorch's ops in dg"),
     "dg off by two units": (scaled, "differs from PyTorch's ops in dg"),
     "the other GELU": (of_tanh, "gelu_tanh in torch.float32 "),
     "wrong in place": (overwriting, "makes other bits in place"),
     "an exception": (failing, "raised RuntimeError: no kernel image"),
+    "an exception of Triton's": (unlaunchable, "raised OutOfResources: out of resource"),
 }
 
 
@@ -215,3 +224,40 @@ def test_offsets_that_32_bits_do_not_hold_are_64_bits_wide(
     elementwise.gated_backward(t, t, t, t, t, t, "silu")
     (given,) = launched
     assert given["n"] == n and given["WIDE"] is (n == 2**31)
+
+
+def test_each_device_has_a_check_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards of one machine may differ."""
+    checked: list[int | None] = []
+
+    def compare(device: torch.device) -> str | None:
+        checked.append(device.index)
+        return "differs" if device.index == 1 else None
+
+    monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
+    monkeypatch.setattr(eager_mlp, "_unavailable_reason", lambda device: None)
+    monkeypatch.setattr(eager_mlp.workspace, "is_capturing", lambda device: False)
+    monkeypatch.setattr(eager_mlp, "compare_kernels", compare)
+    cards = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
+    found = [eager_mlp.kernel_reason(card, torch.bfloat16) for card in cards]
+    assert found == [None, "differs", None, "differs"] and checked == [0, 1]
+
+
+@triton.jit
+def offsets_kernel(out_ptr, n, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
+    at, _ = gated.offsets(n, WIDE, BLOCK_N)
+    tl.store(out_ptr + tl.arange(0, BLOCK_N), at)
+
+
+def test_offsets_of_a_late_program_are_64_bits_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product overflows 32 bits before the sum does: the number is widened first."""
+    if not is_interpreted():
+        pytest.skip("the program's number is the interpreter's")
+    from triton.runtime import interpreter
+
+    late = interpreter.TensorHandle(np.array([1 << 21], dtype=np.int32), tl.int32)
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_get_program_id", lambda self, axis: late)
+    out = torch.zeros(1024, dtype=torch.int64)
+    offsets_kernel[(1,)](out, (1 << 31) + 1024, WIDE=True, BLOCK_N=1024)
+    assert torch.equal(out, torch.arange(1024) + (1 << 31))

@@ -1,4 +1,4 @@
-"""What a fused linear layer does with a call: `forward` executes it, `explain` prints it."""
+"""The plan of a fused linear layer's call: `forward` executes it, `explain` prints it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_eager_host.py --benchmark-columns=min,median,iqr --benchmark-sort=name
 
-CPU tensors take the GPU path, so small that a GEMM takes about as long as its launch would. The time
-of a GPU's driver is not in it.
+CPU tensors take the GPU path, so small that a GEMM takes about as long as its launch would. The
+time of a GPU's driver is not in it.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ constexpr int64_t X_TILE = X_ROWS * X_DEPTH;      // elements
 constexpr int64_t TILE_WORDS = 16 * 16;           // of four bytes: two of W's elements, or a sum
 constexpr int LD_X = X_DEPTH * 2, LD_C = VW * 4;  // bytes from row to row
 constexpr int64_t GROUP = 2 * X_ROWS;             // rows of x that are multiplied together
-constexpr int64_t THIN_ROWS = 32;    // of x, from which on a tile of S is worth being filled
-constexpr int64_t FLOAT_ROWS = 128;  // of x, from which on three bf16 beat float32
+constexpr int64_t THIN_ROWS = 32;       // of x, from which on a tile of S is worth being filled
+constexpr int64_t FLOAT_ROWS = 128;     // of x, from which on three bf16 beat float32
 constexpr int64_t X_BYTES = 1 << 20;    // of x in tiles, which stay in L2
 constexpr int64_t SUM_DEPTH = 1024;     // of them, where x is larger
 constexpr int64_t L1_DEPTH = 640;       // of the sum while 32 columns of W stay in L1

@@ -45,10 +45,11 @@ def prepare(
     - lora_A, lora_B or a dense weight has another address; values may change in place
 
     >>> import torch
-    >>> from lora_kernels import fastpath, lora_linear
+    >>> from lora_kernels import lora_linear
+    >>> from lora_kernels.layers import cache
     >>> x, W, A, B = torch.ones(1, 64), torch.eye(64), torch.ones(2, 64), torch.ones(64, 2)
     >>> with torch.no_grad():
-    ...     y, call = lora_linear(x, W, A, B, 2.0), fastpath.prepare(x, W, A, B, 2.0)
+    ...     y, call = lora_linear(x, W, A, B, 2.0), cache.prepare(x, W, A, B, 2.0)
     ...     call is None or torch.equal(call(x), y)
     True
     """

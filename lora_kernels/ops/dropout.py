@@ -21,6 +21,8 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     Raises RuntimeError on a GPU that runs the eager backend, because PyTorch's dropout kernel draws
     its masks.
 
+    >>> import torch
+    >>> from lora_kernels import dropout_mask
     >>> mask = dropout_mask(torch.tensor([1, 2]), 64, 64, p=0.25)
     >>> mask.shape, 0.7 < mask.double().mean().item() < 0.8
     (torch.Size([64, 64]), True)

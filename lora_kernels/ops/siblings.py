@@ -1,4 +1,4 @@
-"""Autograd Functions of layers that share their x; no mathematics (see `backends.eager_blocks`).
+"""Autograd Functions of layers that share their x; no mathematics (see `backends.eager.siblings`).
 
 x is threaded through the siblings:
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends.eager import siblings as eager_blocks
+from ..backends.eager import siblings as eager_siblings
 from ..choice import choose as selection
 from ..core import forced
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
@@ -36,7 +36,7 @@ class _DownProjections(torch.autograd.Function):
         need_x, _, *need_A = ctx.needs_input_grad
         rows = x.reshape(-1, x.shape[-1])
         with context.no_autocast(x):
-            p = eager_blocks.down_projections(rows, lora_A, is_rounded)
+            p = eager_siblings.down_projections(rows, lora_A, is_rounded)
         ctx.save_for_backward(x if any(need_A) else None, *lora_A)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         if not need_x:  # else the siblings would compute dx
@@ -52,7 +52,7 @@ class _DownProjections(torch.autograd.Function):
         dx, *dp = grads
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         with context.no_autocast(lora_A[0]):
-            dx, dA = eager_blocks.down_projections_backward(
+            dx, dA = eager_siblings.down_projections_backward(
                 dx, dp, rows, lora_A, any(need_A), ctx.x_dtype if need_x else None
             )
         dx = None if dx is None or not need_x else dx.view(ctx.x_shape)
@@ -94,8 +94,8 @@ class _SiblingLinear(torch.autograd.Function):
         scaling, y_shape, blocksizes = options
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         with context.no_autocast(x):
-            sibling = eager_blocks.Sibling(p, base, lora_B, scaling, rank_gate)
-            y = eager_blocks.sibling_linear(x, sibling, bias)
+            sibling = eager_siblings.Sibling(p, base, lora_B, scaling, rank_gate)
+            y = eager_siblings.sibling_linear(x, sibling, bias)
         if (
             len(y_shape) != 2
         ):  # in place: autograd lets no one change a view that a Function returns
@@ -123,10 +123,10 @@ class _SiblingLinear(torch.autograd.Function):
         if weight:
             blocksizes = ctx.options.blocksizes
             base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
-        sibling = eager_blocks.Sibling(p, base, lora_B, ctx.options.scaling, rank_gate)
+        sibling = eager_siblings.Sibling(p, base, lora_B, ctx.options.scaling, rank_gate)
         rows, needs = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad[:5]
         with context.no_autocast(dy):
-            grads = eager_blocks.sibling_linear_backward(
+            grads = eager_siblings.sibling_linear_backward(
                 rows, dx, sibling, ctx.columns, ctx.p_dtype, needs
             )
         dg, dbias = grads.rank_gate, grads.bias
@@ -140,7 +140,7 @@ def down_projections(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return x [..., K] as rows [M, K], to be threaded through the siblings, and P_i = x·A_iᵀ.
 
-    is_rounded: whether P has x's 16-bit dtype, see `eager_blocks.is_p_rounded`.
+    is_rounded: whether P has x's 16-bit dtype, see `eager_siblings.is_p_rounded`.
     """
     rows, *p = _DownProjections.apply(x, is_rounded, *lora_A)
     return rows, p
@@ -194,7 +194,7 @@ def shared_linears(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
     factors = [t for each in linears for t in (each.lora_A, each.lora_B)]
     if cast_dtype is not None:
         factors = [t.to(dtype) for t in factors]
-    is_rounded = eager_blocks.is_p_rounded(dtype, [t.dtype for t in factors], False)
+    is_rounded = eager_siblings.is_p_rounded(dtype, [t.dtype for t in factors], False)
     rows, projections = down_projections(x.to(dtype), factors[::2], is_rounded)
     found = []
     for each, B, p in zip(linears, factors[1::2], projections, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
-from lora_kernels.backends.eager import siblings as eager_blocks
+from lora_kernels.backends.eager import siblings as eager_siblings
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.peft import explain, fuse
 from tests.finetune.tiny import run_python
@@ -77,7 +77,7 @@ class Counts:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.siblings = self.mlps = 0
-        project, gated = eager_blocks.down_projections, eager_mlp.gated_backward
+        project, gated = eager_siblings.down_projections, eager_mlp.gated_backward
 
         def count_projections(x: Tensor, lora_A: Any, is_rounded: bool) -> Any:
             self.siblings += len(lora_A) * (len(lora_A) > 1)
@@ -87,7 +87,7 @@ class Counts:
             self.mlps += 1
             return gated(*args)
 
-        patch.setattr(eager_blocks, "down_projections", count_projections)
+        patch.setattr(eager_siblings, "down_projections", count_projections)
         patch.setattr(eager_mlp, "gated_backward", count_mlps)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_kernels.backends import decode4bit, library
 from lora_kernels.backends.cpu import native
 from lora_kernels.backends.eager import linear as eager
-from lora_kernels.backends.eager import siblings as eager_blocks
+from lora_kernels.backends.eager import siblings as eager_siblings
 from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
 from lora_kernels.peft import FusedLinear, explain, fuse, swap
@@ -173,7 +173,7 @@ def test_autocast_between_prepared_calls_is_pefts(grad: bool) -> None:
 @pytest.mark.parametrize("rows", [(3,), (100,), (2, 50)], ids=str)
 def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
     called: list[int] = []
-    original, add = eager.lora_linear, eager_blocks.add_update_
+    original, add = eager.lora_linear, eager_siblings.add_update_
 
     def counting(operands: Operands, *rest: Any) -> Any:
         called.append(operands.lora_A.shape[0])
@@ -185,7 +185,7 @@ def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
 
     found = fuse(model(second={"r": 9}))
     monkeypatch.setattr(eager, "lora_linear", counting)
-    monkeypatch.setattr(eager_blocks, "add_update_", counting_adds)
+    monkeypatch.setattr(eager_siblings, "add_update_", counting_adds)
     found(torch.randn(*rows, K))
     M = math.prod(rows)
     assert called == ([R, 9] if M == 3 else [R + 9])

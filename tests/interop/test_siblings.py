@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels.backends.eager import siblings as eager_blocks
+from lora_kernels.backends.eager import siblings as eager_siblings
 from lora_kernels.bench import baselines, counter
 from lora_kernels.core import forced
 from lora_kernels.core.problem import Choice, Strategy
@@ -1265,9 +1265,9 @@ def test_gradient_of_p_is_rounded_as_p_is(gated: bool, adapter: torch.dtype) -> 
     make = torch.Generator().manual_seed(0)
     dy, B = torch.randn(M, N, generator=make).bfloat16(), torch.randn(N, R, generator=make)
     B, gate = B.to(adapter), torch.rand(R, generator=make) if gated else None
-    sibling = eager_blocks.Sibling(None, None, B, 2.0, gate)
+    sibling = eager_siblings.Sibling(None, None, B, 2.0, gate)
     p_dtype = bf16 if adapter is bf16 and not gated else f32
-    found = eager_blocks.sibling_linear_backward(
+    found = eager_siblings.sibling_linear_backward(
         dy, None, sibling, K, p_dtype, (False, True, False, False, False)
     )
     want = 2.0 * dy.double() @ B.double() * (1.0 if gate is None else gate.double())

@@ -202,8 +202,8 @@ def _gradient(a: Tensor, s: Tensor, scale: float, adapter: Tensor) -> Tensor:
     """scale·aᵀ·s [n, R] over the rows of a [M, n] and s [M, R], in the adapter's dtype."""
     if _is_in_parts(a, adapter):
         s, factor = _normalized(s, a.dtype)
-        in_parts = 1.0 if factor is not None else scale  # float16 takes the scale at the end
-        hi, minus_lo = mm_fp32(a.t(), _two_parts(s, in_parts, a.dtype, 1)).chunk(2, dim=1)
+        first = 1.0 if factor is not None else scale  # float16 takes the scale at the end
+        hi, minus_lo = mm_fp32(a.t(), _two_parts(s, first, a.dtype, 1)).chunk(2, dim=1)
         found = hi - minus_lo
         return found if factor is None else found.mul_(scale / factor)
     dtype = _widest(a, adapter)

@@ -340,19 +340,19 @@ def lora_linear_backward(
         assert z is not None
         dc = _column_dot(dy, z, p.dtype)
     # In parts, B and dB take the column scale: dZ is rounded for the base GEMM alone.
-    in_parts = _is_in_parts(dy, lora_B)
+    dy_in_parts = _is_in_parts(dy, lora_B)
     dz = dy
-    if column_scale is not None and (need_x or not in_parts):
-        wide = dy.dtype if in_parts else _widest(dy, lora_B)
+    if column_scale is not None and (need_x or not dy_in_parts):
+        wide = dy.dtype if dy_in_parts else _widest(dy, lora_B)
         dz = torch.mul(dy, column_scale, out=torch.empty_like(dy, dtype=wide))
-    rows = column_scale[:, None] if column_scale is not None and in_parts else None
+    rows = column_scale[:, None] if column_scale is not None and dy_in_parts else None
     narrow = _widest(dz, lora_A, lora_B) is dz.dtype
-    alone = not in_parts if not narrow else dy.shape[0] <= UPCAST_ROWS and not dropout_p
+    alone = not dy_in_parts if not narrow else dy.shape[0] <= UPCAST_ROWS and not dropout_p
     if isinstance(weight, Packed4bit) and need_x and alone:
         # A base GEMM that does not accumulate runs first, while no other temporary is alive beside
         # the dense copy of the weight.
         base = torch.mm(to_dtype(dz, dtype), _dense(weight, lora_A, lora_B, dtype))
-    a = dy if in_parts else to_dtype(dz, _widest(dz, lora_B))
+    a = dy if dy_in_parts else to_dtype(dz, _widest(dz, lora_B))
     if need_B:
         dB = _gradient(a, p if rank_gate is None else p * rank_gate, scaling, lora_B)
         if rows is not None:
@@ -371,8 +371,8 @@ def lora_linear_backward(
         dxa = dxa if factor == 1.0 else dxa * factor
     del a
     x_dtype = _operand_dtype(x, lora_A, lora_B, dtype)
-    in_parts = _is_in_parts(x, lora_A, x_dtype)
-    parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if in_parts else None
+    x_in_parts = _is_in_parts(x, lora_A, x_dtype)
+    parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if x_in_parts else None
     if need_A and late_x is None:
         operand = to_dtype(drop(x, dropout_p, rng, mask).x, x_dtype)
         dA = _gradient_A(dxa, parts, operand, lora_A)

@@ -322,7 +322,8 @@ def main() -> int:
         folder = (args.keep or Path(temporary)).resolve()
         # Tests run beside no package but the installed one.
         tests = folder / "tests-alone"
-        shutil.copytree(ROOT / "tests", tests / "tests", dirs_exist_ok=True)
+        for name in ("tests", "docs"):  # a test runs what a page says
+            shutil.copytree(ROOT / name, tests / name, dirs_exist_ok=True)
         shutil.copy2(ROOT / "pyproject.toml", tests)
         environments: dict[str, Environment] = {}
 

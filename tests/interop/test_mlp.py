@@ -976,3 +976,38 @@ def test_result_of_a_base_that_a_fused_layer_hands_on_is_not_overwritten(
     got, want = step(fused, input_of()), step(stock, input_of())
     assert runs == [False]
     assert_close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("in_forward", [False, True], ids=["", "in the forward too"])
+def test_backward_under_autocast_equals_one_without(in_forward: bool, runs: Any) -> None:
+    """Autocast around loss.backward() does not change the dtypes of the block's GEMMs."""
+    _, fused = pair(adapted(llama_mlp(), f32))
+    x = input_of(f32, 80)
+
+    def graph(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", bf16, enabled=in_forward):
+            y: Tensor = model(x)
+        return y
+
+    def late(model: Any, x: Tensor) -> Tensor:
+        y = graph(model, x)
+        stack.enter_context(torch.autocast("cpu", bf16))
+        return y
+
+    want = step(fused, x, graph)
+    with contextlib.ExitStack() as stack:
+        got = step(fused, x, late)
+    assert len(runs) == 2
+    for name in want:
+        assert_bitwise_equal(got[name], want[name])
+
+
+@pytest.mark.parametrize("dtype", [f64, f32], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["", "x_dtype"])
+def test_explain_asks_for_the_kernels_of_the_dtype_of_x(dtype: Any, given: bool) -> None:
+    """Without x_dtype that is the base's."""
+    _, fused = pair(adapted(llama_mlp(), dtype))
+    (row,) = mlp_rows(explain(fused, x_dtype=dtype if given else None))
+    want = eager_mlp.kernel_reason(torch.device("cpu"), dtype)
+    assert want is not None and row.reason.endswith(f"PyTorch's ops: {want}")
+    assert (str(dtype) in row.reason) is (dtype is f64)

@@ -1350,3 +1350,48 @@ def test_explain_of_adapters_in_two_dtypes_says_what_is_shared(shared: Shared) -
     assert shared.take() == (0, 0)
     (row,) = [row for row in explain(fused).blocks if "shared" in row.state]
     assert row.state == "x is not shared" and "its lora_A has" in row.reason
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_siblings_with_rank_gates_and_frozen_factors_equal_peft(frozen: str) -> None:
+    """KaSA's factors train where P, or B, needs no gradient."""
+    skip_without_kasa()
+    import peft
+
+    stock = build(dtype=f32, kasa_config=peft.KasaConfig())
+    step(stock, batch(f32))  # which truncates the base
+    for name, p in stock.named_parameters():
+        if f".{frozen}." in name:
+            p.requires_grad_(False)
+    fused = fuse(copy.deepcopy(stock))
+
+    def call(model: Any) -> Any:
+        return lambda x: model(x.detach())
+
+    assert_equal_step(stock, fused, batch(f32), call)
+    assert any("lora_diag" in name for name in step(fused, batch(f32), call(fused)))
+
+
+def three_alone(self: Any, x: Tensor) -> Tensor:
+    return mix(self.q(x), self.k(x), self.v(x))
+
+
+def test_siblings_beside_an_x_of_another_dtype_raise_as_their_own_calls_do() -> None:
+    """A base in float32 is not rounded for an x in bfloat16 without autocast; PEFT raises too."""
+    stock, fused = pair(three_alone, dtype=f32)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        stock(batch(bf16))
+    with pytest.raises(TypeError, match=r"weight: got torch.float32, want x's torch.bfloat16"):
+        fused(batch(bf16))
+
+
+def test_gradient_of_a_bias_beside_bfloat16_keeps_float32() -> None:
+    """lora_bias is float32 beside a bfloat16 base: its gradient is not rounded to 16 bits."""
+    make = torch.Generator().manual_seed(0)
+    dy, B = torch.randn(70, 48, generator=make).to(bf16), torch.randn(48, R, generator=make)
+    sibling = eager_siblings.Sibling(None, None, B, 2.0, None)
+    needs = (False, False, False, False, True)
+    found = eager_siblings.sibling_linear_backward(dy, None, sibling, K, f32, needs).bias
+    want = dy.double().sum(0)
+    assert found is not None and found.dtype is f32
+    assert (found.double() - want).norm() <= 2.0**-20 * want.norm()

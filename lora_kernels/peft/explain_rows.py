@@ -232,7 +232,8 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
         if has_dropout:
             strategy = f"{strategy}; the base GEMM twice"
         reasons += _dora_reasons(has_dropout)
-    if state == LIBRARY and is_linear4bit(layer.base_layer) and is_on_gpu_path(device.type):
+    is_decoded = base_reason is None and is_linear4bit(layer.base_layer)
+    if state == LIBRARY and is_decoded and is_on_gpu_path(device.type):
         reasons.append(decoded_by(device))
     if is_rounded:
         reasons.append(f"adapters are rounded to {x_dtype} beside more than {UPCAST_ROWS} rows")

@@ -324,3 +324,13 @@ def test_explain_says_what_decodes() -> None:
     decode4bit.bitsandbytes_reasons.clear()
     reason = explain(fuse(model(quantized=True))).rows[0].reason
     assert reason.endswith("bitsandbytes decodes")
+
+
+def test_explain_of_a_4_bit_base_that_is_called_does_not_say_who_decodes_it() -> None:
+    fused = fuse(model(quantized=True))
+    said = decode4bit.decoded_by(torch.device("cpu"))
+    (row,) = explain(fused).rows
+    assert said in row.reason
+    fused.base_model.model[0].base_layer.register_forward_hook(lambda *args: None)
+    (row,) = explain(fused).rows
+    assert row.state == "adapter only" and said not in row.reason

@@ -422,3 +422,14 @@ def test_gradients_of_several_dy_at_once_are_those_of_the_formula(runs: list[str
     for each, exact in zip(got, want, strict=True):
         torch.testing.assert_close(each, exact, rtol=1e-10, atol=1e-10)
     assert runs == ["forward"]
+
+
+@pytest.mark.parametrize("odd", [("gate", "up"), ("down",), ("gate", "up", "down")], ids=str)
+def test_float64_adapters_beside_a_float32_x_are_refused_as_by_their_layers(odd, runs) -> None:
+    sizes = {"gate": (K, H), "up": (K, H), "down": (H, K)}
+    layers = {
+        name: LoRALinear.from_linear(nn.Linear(*size), r=4, lora_dtype=f64 if name in odd else f32)
+        for name, size in sizes.items()
+    }
+    with pytest.raises(TypeError, match="float64 goes with float64 alone"):
+        LoRAGatedMLP(**layers)(torch.ones(80, K))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import reference
-from lora_kernels.layers import LoRAGroup, QLoRAGroup, QLoRALayer, lora_state_dict
+from lora_kernels.layers import (
+    LoRAGroup,
+    QLoRAGroup,
+    QLoRALayer,
+    load_lora_weights,
+    lora_state_dict,
+    save_lora_weights,
+)
 from lora_kernels.oracle import tolerance
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import count_ops
@@ -222,3 +230,12 @@ def test_from_linears_refuses_what_does_not_fit() -> None:
         LoRAGroup.from_linears({})
     with pytest.raises(KeyError, match="want one of"):
         make().member("o")
+
+
+def test_adapter_of_members_in_another_order_is_refused(tmp_path: Path) -> None:
+    """Keys and shapes are the same: without the order, q's adapter would become k's."""
+    saved = LoRAGroup(8, {"q": 6, "k": 6}, r=2)
+    save_lora_weights(saved, tmp_path / "adapter.safetensors")
+    load_lora_weights(LoRAGroup(8, {"q": 6, "k": 6}, r=2), tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError, match="members"):
+        load_lora_weights(LoRAGroup(8, {"k": 6, "q": 6}, r=2), tmp_path / "adapter.safetensors")

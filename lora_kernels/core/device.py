@@ -79,7 +79,7 @@ _HALVED = (86, 89, 120)  # GeForce cards sum in float32 at half the rate
 def cpu() -> Cpu:
     """The processor, its cores and torch's threads.
 
-    >>> from lora_kernels import device
+    >>> from lora_kernels.core import device
     >>> device.cpu().cores >= 1
     True
     """
@@ -153,7 +153,7 @@ def _operations(capability: int, name: str) -> tuple[int, int]:
 def version(distribution: str) -> str | None:
     """The installed version of a distribution, without importing it; None if there is none.
 
-    >>> from lora_kernels import device
+    >>> from lora_kernels.core import device
     >>> device.version("no-such-distribution") is None
     True
     """

@@ -236,8 +236,8 @@ class HeadSpec(NamedTuple):
         inverse_temperature: factor of the capped logits.
         label_smoothing: weight of the mean over the vocabulary beside the label, in [0, 1].
         ignore_index: the label of rows that count for nothing.
-        chunk_rows: rows of x whose logits exist at a time; 0 for a number that the
-            backend derives.
+        chunk_rows: rows of x whose logits exist at a time; 0 for a number that the backend
+            derives.
     """
 
     scaling: float

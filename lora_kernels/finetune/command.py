@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .inputs import check_inputs
 from .options import (
@@ -23,9 +23,6 @@ from .options import (
     pick,
     require,
 )
-
-if TYPE_CHECKING:
-    pass
 
 DEMO: dict[str, Any] = dict(
     batch=2, max_length=128, steps=24, lr=1e-3, prompt="Shall I marry her?", compare=True

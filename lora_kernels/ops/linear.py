@@ -176,6 +176,8 @@ class CheckedCall(NamedTuple):
     Args:
         options: `Options` of the call.
         frozen: the weight, or the tensors of a 4-bit one.
+        layouts: shape, dtype and device of the tensors. `.data` may give a parameter others, and
+            kernels read by address.
     """
 
     lora_A: Tensor
@@ -183,6 +185,7 @@ class CheckedCall(NamedTuple):
     bias: Tensor | None
     options: Options
     frozen: tuple[Any, ...]
+    layouts: tuple[object, ...]
 
     @classmethod
     def build(
@@ -201,22 +204,31 @@ class CheckedCall(NamedTuple):
         )
         spec = Spec(float(scaling), dropout_p, dtype, x.dtype)
         options = Options(spec, False, codes[PACKED4BIT_TENSORS:])
-        return cls(lora_A, lora_B, bias, options, codes[:PACKED4BIT_TENSORS] or (dense,))
+        frozen = codes[:PACKED4BIT_TENSORS] or (dense,)
+        layouts = _layouts(lora_A, lora_B, bias, frozen[0])
+        return cls(lora_A, lora_B, bias, options, frozen, layouts)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return what `lora_linear` returns for x, which has the dtype and device of the x before.
 
-        None if autocast is on, if x has other columns, or if a state of a mask is to be drawn.
+        None if autocast is on, if x has other columns, if a tensor has another layout, or if a
+        state of a mask is to be drawn.
         """
-        lora_A, lora_B, bias, options, frozen = self
+        lora_A, lora_B, bias, options, frozen, layouts = self
         device_type, _ = context.device_of(x)
         if x.dim() == 0 or x.shape[-1] != lora_A.shape[1]:
+            return None
+        if _layouts(lora_A, lora_B, bias, frozen[0]) != layouts:
             return None
         if autocast_dtype(device_type, x.dtype) is not None:
             return None
         if options.spec.dropout_p and not selection.is_eager_on_gpu(device_type):
             return None
         return _run(x, lora_A, lora_B, None, None, bias, options, None, None, *frozen)
+
+
+def _layouts(*tensors: Tensor | None) -> tuple[object, ...]:
+    return tuple((t.shape, t.dtype, t.device) for t in tensors if t is not None)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -298,21 +310,11 @@ def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> C
     if spec.dropout_p and rng is None:
         return selection.choose_for_mask(requested)
     device_type, index = context.device_of(x)
-    (R, K), N, dtype, four_bit = (
-        lora_A.shape,
-        lora_B.shape[0],
-        spec.dtype,
-        isinstance(weight, Packed4bit),
-    )
-    stored, M, dropout = (
-        selection.layout_of(device_type, weight, dtype),
-        x.numel() // K,
-        rng is not None,
-    )
-    x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
-    problem = Problem(
-        device_type, x_dtype, a_dtype, b_dtype, dtype, R, M, four_bit, N, K, dropout, index, stored
-    )
+    (R, K), N, dtype = lora_A.shape, lora_B.shape[0], spec.dtype
+    M, four_bit, dropout = x.numel() // K, isinstance(weight, Packed4bit), rng is not None
+    dtypes = x.dtype, lora_A.dtype, lora_B.dtype, dtype
+    stored = selection.layout_of(device_type, weight, dtype)
+    problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, dropout, index, stored)
     return selection.choose(problem, requested)
 
 
@@ -403,7 +405,7 @@ def prepare(
     rows: int,
     guards: Sequence[Guard],
 ) -> cpu.PreparedCall | None:
-    """Prepare `lora_linear_direct` for up to `rows` rows of x, at most `cpu_heuristics.few_rows`.
+    """Prepare `lora_linear_direct` for up to `rows` rows of x, at most the backend's `few_rows`.
 
     y has x's dtype. A dense weight has contiguous rows. Returns None if the chosen backend has no
     prepared calls.

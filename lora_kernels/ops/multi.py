@@ -238,21 +238,11 @@ def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = 
     if spec.dropout_p and operands.rng is None:
         return selection.choose_for_mask(requested)
     device_type, index = context.device_of(x)
-    K, N, dtype, four_bit = (
-        x.shape[-1],
-        lora_B[0].shape[0],
-        spec.dtype,
-        isinstance(weight, Packed4bit),
-    )
-    R, M, stored = (
-        max(A.shape[0] for A in lora_A),
-        x.numel() // K,
-        selection.layout_of(device_type, weight, dtype),
-    )
-    x_dtype, a_dtype, b_dtype = x.dtype, lora_A[0].dtype, lora_B[0].dtype
-    problem = Problem(
-        device_type, x_dtype, a_dtype, b_dtype, dtype, R, M, four_bit, N, K, False, index, stored
-    )
+    K, N, R = x.shape[-1], lora_B[0].shape[0], max(A.shape[0] for A in lora_A)
+    M, four_bit = x.numel() // K, isinstance(weight, Packed4bit)
+    dtypes = x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype
+    stored = selection.layout_of(device_type, weight, spec.dtype)
+    problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, False, index, stored)
     return selection.choose(problem._replace(mixed=True), requested)
 
 

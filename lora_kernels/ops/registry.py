@@ -8,6 +8,7 @@ inside the op, so a compiled graph does not contain the choice.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
@@ -37,6 +38,7 @@ _SCHEMA_TYPES = {
     str: "str",
     torch.dtype: "ScalarType",
 }
+_hints = functools.cache(get_type_hints)
 OperandsT = TypeVar("OperandsT", bound=Any)
 SpecT = TypeVar("SpecT", bound=Any)
 NeedsT = TypeVar("NeedsT", bound=Any)
@@ -52,7 +54,7 @@ def arguments_of(call_type: Any, prefix: str = "", fields: Iterable[str] = ()) -
     >>> arguments_of(ExpertsNeeds, "need_")
     'bool need_x, bool need_lora_A, bool need_lora_B, bool need_bias'
     """
-    hints = get_type_hints(call_type)
+    hints = _hints(call_type)
     return ", ".join(
         "{weight}" if hints[name] in _WEIGHTS else f"{_SCHEMA_TYPES[hints[name]]} {prefix}{name}"
         for name in fields or call_type._fields
@@ -66,7 +68,7 @@ def results_of(grads_type: Any) -> str:
     >>> results_of(ExpertsGrads)
     'Tensor grad_x, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias'
     """
-    hints = get_type_hints(grads_type)
+    hints = _hints(grads_type)
     return ", ".join(
         f"Tensor{'' if hints[name] == Tensor | None else '[]'} grad_{name}"
         for name in grads_type._fields
@@ -93,7 +95,7 @@ def define(
         before: the number of arguments that stand before the call types.
         tags: of the op.
     """
-    hints = get_type_hints(types[0][0]) if types else {"weight": Tensor | Packed4bit | None}
+    hints = _hints(types[0][0]) if types else {"weight": Tensor | Packed4bit | None}
     place = before + types[0][0]._fields.index("weight") if types else 0
     for suffix, weight, at in (
         ("", _WEIGHTS[hints["weight"]], None),
@@ -250,12 +252,12 @@ def define_family(
         before=1,
     )
 
-    def call_op(operands: OperandsT, spec: SpecT, choice: str) -> tuple[Tensor, Saved]:
+    def call_op(operands: OperandsT, spec: SpecT) -> tuple[Tensor, Saved]:
         weight = operands.weight
         if isinstance(weight, Packed4bit):
-            y, *rest = op_4bit(operands.x, *weight, *operands[2:], *spec, choice=choice)
+            y, *rest = op_4bit(operands.x, *weight, *operands[2:], *spec)
         else:
-            y, *rest = op(*operands, *spec, choice=choice)
+            y, *rest = op(*operands, *spec)
         saved = Saved(**dict(zip(results, rest, strict=True)))
         has_z, drew = getattr(spec, "save_z", False), draws_mask(operands, spec)
         return y, Saved(saved.p, saved.z if has_z else None, saved.mask if drew else None)
@@ -267,7 +269,7 @@ def define_family(
             ctx.choice = choose(operands, spec)
             return forward(operands, spec, ctx.choice)
         ctx.choice = selection.requested()
-        return call_op(operands, spec, "")
+        return call_op(operands, spec)
 
     def call_backward_op(
         dy: Tensor, operands: OperandsT, saved: Saved, spec: SpecT, needs: NeedsT, choice: str

@@ -11,6 +11,7 @@ from typing import Any, cast
 from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor, nn
 
+from ..core.dtypes import to_dtype
 from ..ops import in_place
 from .adapters import svd_calls
 from .base import readable_weight
@@ -43,7 +44,7 @@ class FusedSVD(Fused):
             dtype = x.dtype if is_linear4bit(base) else y.dtype
         for call in todo:
             y = add_onto(y, True, x, None, call)
-        return y if y.dtype is dtype else y.to(dtype)
+        return to_dtype(y, dtype)
 
 
 class FusedSVDLinear(FusedSVD, SVDLinear):

@@ -199,8 +199,10 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     found = svd_adapters_of(layer) if is_svd else adapters_of(layer, names)
     device, x_dtype = _expected_input(layer.base_layer, found, x_dtype)
     make_calls: Callable[..., list[Call]] = svd_calls if is_svd else calls
-    plan = plan_svd(layer, device, x_dtype) if is_svd else None
-    plan = plan or plan_linear(layer, device, x_dtype, names)
+    if is_svd:
+        plan = plan_svd(layer, device, x_dtype)
+    else:
+        plan = plan_linear(layer, device, x_dtype, names)
     adapters, reason, base_reason, of_dora = plan
     if reason is not None:
         return _unfused_row(name, reason)

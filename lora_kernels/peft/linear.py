@@ -12,6 +12,7 @@ from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
 from ..core.call import Operands, Spec
+from ..core.dtypes import to_dtype
 from ..layers.cache import DoraNormCache
 from ..ops import context, in_place, linear
 from ..ops.arguments import base_dtype
@@ -122,7 +123,7 @@ class Fused(nn.Module):
                 self._prepared = PreparedForward.build(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
             result = add_onto(result, True, x, None, call)
-        return result if result.dtype is dtype else result.to(dtype)
+        return to_dtype(result, dtype)
 
     def _cast(self, calls: Sequence[Any], x: Tensor) -> list[Any]:
         """Return the calls with the adapters in x's dtype, if the layer rounds them."""

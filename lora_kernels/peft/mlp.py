@@ -289,7 +289,7 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
         return f"its {parts.act} was replaced"
     own = vars(mlp)
     for name, value in parts.settings:
-        if not _is_same_setting(own.get(name, parts), value):
+        if name not in own or not _is_same_setting(own[name], value):
             return f"its {name} has changed since fuse"
     if _has_any_global_hook():
         return "a hook sits on all modules"

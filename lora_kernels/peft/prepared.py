@@ -144,11 +144,8 @@ class PreparedForward:
         """Return y, or None if a guard fails and `forward` must run."""
         if not self._is_valid(layer):
             return None
-        bias, dropout, has_grad = (
-            self.base_parameters["bias"],
-            self.dropout,
-            torch.is_grad_enabled(),
-        )
+        bias, dropout = self.base_parameters["bias"], self.dropout
+        has_grad = torch.is_grad_enabled()
         p = dropout.p if dropout is not None and dropout.training else 0.0
         tensors, numbers = (
             (self.weight, self.lora_A, self.lora_B),

@@ -500,3 +500,70 @@ def test_a_prepared_call_is_not_copied() -> None:
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"^a prepared call: got copied or pickled"):
             copied(call)
+
+
+def _ranks_of_B(layer: Any) -> None:
+    B = layer.lora_B["default"].weight
+    B.data = B.data[:, :2]
+
+
+def _rows_of_B(layer: Any) -> None:
+    B = layer.lora_B["default"].weight
+    B.data = B.data[:7]
+
+
+def _columns_of_A(layer: Any) -> None:
+    A = layer.lora_A["default"].weight
+    A.data = A.data[:, :7]
+
+
+def _length_of_the_bias(layer: Any) -> None:
+    layer.base_layer.bias.data = layer.base_layer.bias.data[:7]
+
+
+def _dtype_of_the_bias(layer: Any) -> None:
+    layer.base_layer.bias.data = layer.base_layer.bias.data.double()
+
+
+def _columns_of_the_weight(layer: Any) -> None:
+    W = layer.base_layer.weight
+    W.data = W.data[:, :7]
+
+
+def _device_of_A(layer: Any) -> None:
+    layer.lora_A["default"].to("meta")
+
+
+WRONG = (
+    *(_ranks_of_B, _rows_of_B, _columns_of_A, _length_of_the_bias, _dtype_of_the_bias),
+    *(_columns_of_the_weight, _device_of_A),
+)
+
+
+def outcome(layer: Any, rows: int) -> str:
+    try:
+        return f"a result of {list(layer(row(rows)).shape)}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_tensor_of_another_layout_raises_as_in_a_first_call(
+    layer: Any, wrong: Callable[[Any], None], grad: bool, rows: int
+) -> None:
+    """Kernels read by address: what `.data` put into a parameter is checked in each call."""
+    if wrong is _columns_of_the_weight and not is_dense(layer):
+        return
+    if wrong is _dtype_of_the_bias and rows == 1 and not grad:
+        return  # decoding takes a bias in any dtype
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            layer(row(rows))
+        wrong(layer)
+        got = outcome(layer, rows)
+        layer._prepared = None
+        want = outcome(layer, rows)
+    assert got == want
+    assert wrong is _device_of_A or "a result" not in want  # that call is PEFT's

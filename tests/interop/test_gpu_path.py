@@ -128,8 +128,7 @@ CHANGES = (
 def test_change_between_two_calls_is_pefts(
     change: Callable[[Any], object], M: int, is_native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prepared call checks no arguments again; what it holds is compared instead, with the
-    extension and without."""
+    """A prepared call compares what it holds, with the extension and without, no more."""
     if not is_native:
         monkeypatch.setattr(native, "module", None)
     stock = model(lora_dropout=0.2)

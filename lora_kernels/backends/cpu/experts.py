@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ...core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpec, Saved
+from ...core.dtypes import to_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
 from ..experts import runs, weight_of
 from . import heuristics as cpu_heuristics
 from . import native
-from .linear import DTYPES, FUSED, cast, pack_dropout, pack_rows, pointer, rows_of_any, vector
+from .linear import DTYPES, FUSED, pack_dropout, pack_rows, pointer, rows_of_any, vector
 
 
 class _Stack(NamedTuple):
@@ -51,7 +52,7 @@ def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> 
         codes = decode4bit.native_view(weight, shape)
         return _Stack(None, None, codes, N * K, few, is_aligned and strategy == FUSED)
     assert weight is not None
-    w = cast(weight, spec.dtype)
+    w = to_dtype(weight, spec.dtype)
     if w.stride(2) != 1 and w.stride(1) != 1:
         w = w.contiguous()
     step, row, column = w.stride()
@@ -80,7 +81,7 @@ def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     x, _, lora_A, lora_B, offsets, bias, rng, *_ = operands
     (M, K), (E, N, R), stack = x.shape, lora_B.shape, _pack_stack(operands, spec, strategy)
     lora_A = lora_A if lora_A.stride(2) == 1 else lora_A.contiguous()
-    stops, bias = cast(offsets, torch.int64).contiguous(), vector(bias)
+    stops, bias = to_dtype(offsets, torch.int64).contiguous(), vector(bias)
     places = None if rng is None else torch.arange(M)
     a = lora_A.data_ptr(), DTYPES[lora_A.dtype], lora_A.stride(1), 1
     b = lora_B.data_ptr(), DTYPES[lora_B.dtype], lora_B.stride(1), lora_B.stride(2)
@@ -101,13 +102,13 @@ def lora_experts(
     assert native.module is not None
     (M, K), (_, N, R) = operands.x.shape, operands.lora_B.shape
     x, x_row = rows_of_any(operands.x, K)
-    xs = cast(x, spec.dtype)
+    xs = to_dtype(x, spec.dtype)
     y, p = x.new_empty(M, N, dtype=spec.y_dtype), x.new_empty(M, R, dtype=torch.float32)
     call = _pack(operands, spec, strategy)
     if not call.stack.is_fused:
         for e, rows in runs(operands.offsets):
             if rows.stop - rows.start > call.stack.few_rows:
-                w = cast(weight_of(operands, spec, e, spec.dtype), spec.dtype)
+                w = to_dtype(weight_of(operands, spec, e, spec.dtype), spec.dtype)
                 y[rows] = torch.mm(xs[rows], w.t())
     x_rows = pack_rows(x, x_row)
     base_rows = x_rows if xs is x else pack_rows(xs, K)
@@ -130,7 +131,7 @@ def lora_experts_backward(
     (M, K), (E, N, R) = operands.x.shape, operands.lora_B.shape
     x, x_row = rows_of_any(operands.x, K)
     dy, dy_row = rows_of_any(dy, N)
-    dz = cast(dy, spec.dtype) if needs.x else dy
+    dz = to_dtype(dy, spec.dtype) if needs.x else dy
     dx = x.new_empty(M, K) if needs.x else None
     dA = operands.lora_A.new_empty(E, R, K) if needs.lora_A else None
     dB = operands.lora_B.new_empty(E, N, R) if needs.lora_B else None
@@ -138,7 +139,7 @@ def lora_experts_backward(
     call = _pack(operands._replace(bias=None), spec, strategy)
     if dx is not None and not call.stack.is_fused:
         for e, rows in runs(operands.offsets):
-            w = cast(weight_of(operands, spec, e, spec.dtype), spec.dtype)
+            w = to_dtype(weight_of(operands, spec, e, spec.dtype), spec.dtype)
             dx[rows] = torch.mm(dz[rows], w)
     dy_rows = pack_rows(dy, dy_row)
     base_rows = dy_rows if dz is dy else pack_rows(dz, N)

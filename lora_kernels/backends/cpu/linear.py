@@ -45,6 +45,7 @@ from ...core.call import (
     Spec,
 )
 from ...core.dropout import dropout_scale, dropout_threshold
+from ...core.dtypes import to_dtype
 from ...core.packed4bit import Packed4bit
 from ...core.problem import Strategy
 from .. import decode4bit
@@ -89,7 +90,7 @@ def rows_of_any(t: Tensor, columns: int) -> tuple[Tensor, int]:
 
 def vector(t: Tensor | None) -> Tensor | None:
     """A per-column or per-rank factor as contiguous float32."""
-    return None if t is None else cast(t, torch.float32).contiguous()
+    return None if t is None else to_dtype(t, torch.float32).contiguous()
 
 
 # Arguments of the native kernels, in the order in which csrc/bindings.cpp reads them. They hold
@@ -150,10 +151,6 @@ def _pack_layer(
     return W, codes, M, K, N, R, A, B, scaling, g, s, b, mask, keep_scale, threads
 
 
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype is dtype else t.to(dtype)
-
-
 def _matrix(t: Tensor) -> Tensor:
     """A matrix that is contiguous along its rows or along its columns."""
     return t if t.stride(1) == 1 or t.stride(0) == 1 else t.contiguous()
@@ -172,7 +169,7 @@ def _fused_weight(
     """Return the operand of the native base GEMM: a dense weight in `dtype`, or codes."""
     if isinstance(weight, Packed4bit):
         return None, decode4bit.native_view(weight, shape)
-    return _matrix(cast(weight, dtype)), None
+    return _matrix(to_dtype(weight, dtype)), None
 
 
 def _library_base(
@@ -187,7 +184,7 @@ def _library_base(
     if weight is None:
         return xs.new_zeros(*xs.shape[:-1], N, dtype=y_dtype)
     if not isinstance(weight, Packed4bit):
-        return cast(linear(xs, cast(weight, dtype)), y_dtype)
+        return to_dtype(linear(xs, to_dtype(weight, dtype)), y_dtype)
     y = xs.new_empty(*xs.shape[:-1], N)
     for n in _panels(N, K, dtype):
         torch.mm(
@@ -195,7 +192,7 @@ def _library_base(
             decode4bit.dense(weight, shape, dtype, rows=n).t(),
             out=y.view(-1, N)[:, n],
         )
-    return cast(y, y_dtype)
+    return to_dtype(y, y_dtype)
 
 
 def _is_dx_fused(strategy: str, M: int) -> bool:
@@ -216,12 +213,12 @@ def _library_dx(
     if weight is None:
         return dz.new_zeros(*dz.shape[:-1], K, dtype=x_dtype)
     if not isinstance(weight, Packed4bit):
-        return cast(torch.matmul(dz, cast(weight, dtype)), x_dtype)
+        return to_dtype(torch.matmul(dz, to_dtype(weight, dtype)), x_dtype)
     dx = dz.new_empty(*dz.shape[:-1], K)
     for k in _panels(K, N, dtype):
         panel = decode4bit.dense(weight, shape, dtype, columns=k)
         torch.mm(dz.view(-1, N), panel, out=dx.view(-1, K)[:, k])
-    return cast(dx, x_dtype)
+    return to_dtype(dx, x_dtype)
 
 
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
@@ -232,7 +229,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     (R, K), N, given = lora_A.shape, lora_B.shape[0], x
     lora_A = _rows(lora_A)
     x, x_row = rows_of_any(x, K)
-    M, xs = x.numel() // K, cast(x, dtype)
+    M, xs = x.numel() // K, to_dtype(x, dtype)
     fused: tuple[Tensor | None, object] = None, None
     if weight is None or strategy == LIBRARY:
         y = _library_base(xs, weight, (N, K), dtype, y_dtype)
@@ -278,8 +275,8 @@ class PreparedCall:
         (R, K), N = lora_A.shape, lora_B.shape[0]
         fused, sizes = _fused_weight(weight, (N, K), dtype), (0, K, N, R)
         no_factors, no_dropout = (None, None, None), pack_dropout(0.0, None)
-        to_dtype = None if x_dtype is dtype else lambda x: x.to(dtype)
-        functions = Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, to_dtype, vector
+        convert = None if x_dtype is dtype else lambda x: x.to(dtype)
+        functions = Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, convert, vector
         self.weight = weight, fused  # which own the memory
         self.guards = tuple(zip(*guards, strict=True))  # objects, keys, expected values
         self._forward = native.module.prepare(
@@ -312,7 +309,7 @@ def lora_linear_backward(
     x, x_row = rows_of_any(x, K)
     M = x.numel() // K
     dz = dy if column_scale is None or not need_x else dy * column_scale.to(dy.dtype)
-    dz = cast(dz, dtype) if need_x else dy
+    dz = to_dtype(dz, dtype) if need_x else dy
     dx: Tensor | None = None
     fused: tuple[Tensor | None, object] = None, None
     if need_x and (weight is None or not _is_dx_fused(strategy, M)):
@@ -353,12 +350,12 @@ def multi_lora_linear(
     lora_A, R = [_rows(A) for A in lora_A], max(A.shape[0] for A in lora_A)
     order, runs = rows_of(index, len(lora_A))
     x = _rows(x) if order is None else x.index_select(0, order)
-    xs, b = cast(x, dtype), vector(bias)
+    xs, b = to_dtype(x, dtype), vector(bias)
     fused: tuple[Tensor | None, object] = None, None
     if weight is None or strategy == LIBRARY:
         y = _library_base(xs, weight, (N, K), dtype, y_dtype)
         if b is not None:
-            y, b = cast(y + b, y_dtype), None
+            y, b = to_dtype(y + b, y_dtype), None
     else:
         y = x.new_empty(M, N, dtype=y_dtype)
         fused = _fused_weight(weight, (N, K), dtype)
@@ -398,7 +395,7 @@ def multi_lora_linear_backward(
         dy, x = _rows(dy), _rows(x)
     else:
         dy, x, p = (t.index_select(0, order) for t in (dy, x, p))
-    dz = cast(dy, dtype) if need_x else dy
+    dz = to_dtype(dy, dtype) if need_x else dy
     dx: Tensor | None = None
     fused: tuple[Tensor | None, object] = None, None
     if need_x and (weight is None or not _is_dx_fused(strategy, M)):

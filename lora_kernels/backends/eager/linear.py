@@ -41,6 +41,7 @@ from ...core.call import (
     Spec,
 )
 from ...core.dropout import dropout_mask, dropout_scale
+from ...core.dtypes import to_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
 from ..library import has_out_dtype, is_on_gpu_path, mm_fp32
@@ -101,11 +102,6 @@ def upcast_rows(rows: int, rows_a_rank: int = 0) -> Iterator[None]:
         yield
     finally:
         UPCAST_ROWS, UPCAST_ROWS_A_RANK = before
-
-
-def to_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return t in `dtype`. `Tensor.to` takes as long as a launch where it has nothing to do."""
-    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _is_in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -1,0 +1,16 @@
+"""The conversion of a tensor's dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return t in `dtype`. `Tensor.to` takes as long as a launch where it has nothing to do.
+
+    >>> x = torch.ones(2)
+    >>> to_dtype(x, torch.float32) is x
+    True
+    """
+    return t if t.dtype is dtype else t.to(dtype)

@@ -1,12 +1,13 @@
-"""Guarded, prepared calls for decoding: work that is equal for every token is done once."""
+"""Prepared calls of layers: work that is equal in every call is done once, behind guards."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.cpu import native
 from ..backends.cpu.heuristics import few_rows
@@ -16,7 +17,7 @@ from ..choice import choose as selection
 from ..core.call import Guard
 from ..ops import context, linear
 from ..ops.arguments import base_dtype
-from ..ops.linear import lora_linear
+from ..ops.linear import CheckedCall, lora_linear
 from ..ops.norm import dora_norm
 from ..quantization import Weight4bit
 
@@ -121,16 +122,16 @@ def _describe_memory(t: Tensor) -> tuple[object, ...]:
 
 
 class CallCache:
-    """`lora_linear` for one layer without gate and column scale, which prepares the next call.
+    """`lora_linear` for one layer without gate and column scale, which prepares the next calls.
 
-    The cache is empty in a copy of the layer, and is not saved.
+    Without gradients and for few rows of x on a CPU, that is a `PreparedCall`; otherwise a
+    `CheckedCall`. The cache is empty in a copy of the layer, and is not saved.
     """
 
-    __slots__ = ("_call", "_key")
+    __slots__ = ("_kept",)
 
     def __init__(self) -> None:
-        self._call: PreparedCall | None = None
-        self._key: tuple[Any, ...] | None = None
+        self._kept: _Kept | None = None
 
     def __call__(
         self,
@@ -150,61 +151,140 @@ class CallCache:
         y = lora_linear(
             x, *tensors, scaling, bias, compute_dtype=compute_dtype, dropout_p=dropout_p
         )
-        self.renew(x, tensors, numbers)
+        self.renew(x, bias, tensors, numbers)
         return y
 
-    def matches(
-        self, tensors: tuple[Tensor | Weight4bit, Tensor, Tensor], numbers: tuple[object, ...]
-    ) -> bool:
-        """Return True if the prepared call is for the same tensor objects and equal numbers."""
-        if self._key is None:
-            return False
-        (weight, lora_A, lora_B), kept = self._key
-        return (
-            weight is tensors[0]
-            and lora_A is tensors[1]
-            and lora_B is tensors[2]
-            and kept == numbers
-        )
-
     def call(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        tensors: tuple[Tensor | Weight4bit, Tensor, Tensor],
-        numbers: tuple[object, ...],
+        self, x: Tensor, bias: Tensor | None, tensors: _Tensors, numbers: _Numbers
     ) -> Tensor | None:
-        """Return y by the prepared call, or None if there is none for these arguments."""
-        if self._call is None:
+        """Return y by a prepared call, or None if there is none for these arguments."""
+        kept = self._kept
+        if kept is None:
             return None
-        if not self.matches(tensors, numbers):
-            self._call = self._key = None  # free the former tensors
+        (weight, lora_A, lora_B), known, few, checked = kept
+        is_same = weight is tensors[0] and lora_A is tensors[1] and lora_B is tensors[2]
+        if not is_same or known != numbers:
+            self._kept = None  # free the former tensors
             return None
-        return None if torch.is_grad_enabled() else self._call(x, bias)
+        has_grad = torch.is_grad_enabled()
+        if few is not None and not has_grad:
+            y = few(x, bias)
+            if y is not None:
+                return y
+        if checked is None or checked.bias is not bias:
+            return None
+        y = checked(x)
+        if y is not None and not has_grad:
+            few = _prepare_few(x, tensors, numbers)
+            if few is not None:
+                self._kept = kept._replace(few=few)
+        return y
 
-    def renew(
-        self,
-        x: Tensor,
-        tensors: tuple[Tensor | Weight4bit, Tensor, Tensor],
-        numbers: tuple[Any, ...],
-    ) -> None:
-        """Prepare a call after `lora_linear` has returned for x.
+    def renew(self, x: Tensor, bias: Tensor | None, tensors: _Tensors, numbers: _Numbers) -> None:
+        """Prepare calls after `lora_linear` has returned for x.
 
-        An adapter that is not a leaf is not cached, because its graph would stay in memory.
-
-        numbers: scaling, compute dtype and dropout_p.
+        A tensor that is not a leaf is not cached, because its graph would stay in memory.
         """
-        scaling, compute_dtype, dropout_p = numbers
-        if dropout_p or torch.is_grad_enabled():
+        _, lora_A, lora_B = tensors
+        if not (lora_A.is_leaf and lora_B.is_leaf):
             return
-        call = None
-        if tensors[1].is_leaf and tensors[2].is_leaf:
-            call = prepare(x, *tensors, scaling, compute_dtype)
-        if call is not None:
-            self._call, self._key = call, (tensors, numbers)
+        few = _prepare_few(x, tensors, numbers)
+        checked = None
+        if bias is None or bias.is_leaf:
+            scaling, compute_dtype, dropout_p = numbers
+            checked = CheckedCall.build(x, *tensors, scaling, bias, compute_dtype, dropout_p)
+        is_kept = few is not None or checked is not None
+        self._kept = _Kept(tensors, numbers, few, checked) if is_kept else None
 
     def __reduce__(self) -> tuple[type[CallCache], tuple[()]]:
         return CallCache, ()
+
+
+_Tensors = tuple[Tensor | Weight4bit, Tensor, Tensor]  # weight, lora_A and lora_B
+_Numbers = tuple[float, torch.dtype | None, float]  # scaling, compute_dtype and dropout_p
+
+
+class _Kept(NamedTuple):
+    """Two prepared calls, and the tensor objects and numbers that they are for."""
+
+    tensors: _Tensors
+    numbers: _Numbers
+    few: PreparedCall | None
+    checked: CheckedCall | None
+
+
+def _prepare_few(x: Tensor, tensors: _Tensors, numbers: _Numbers) -> PreparedCall | None:
+    scaling, compute_dtype, dropout_p = numbers
+    return None if dropout_p else prepare(x, *tensors, scaling, compute_dtype)
+
+
+@dataclasses.dataclass(eq=False)
+class PreparedForward:
+    """The prepared call of another library's layer, behind guards on the state it depends on.
+
+    Each call checks all guards. No attribute refers to the layer, which would be a reference cycle.
+
+    Args:
+        cache: holds the prepared call.
+        tensors, scaling, compute_dtype: arguments of `lora_linear`.
+        dropout: the adapter's, whose mode and probability may change; None without one.
+        parameters: the base layer's. The call reads "bias" in it.
+        x_dtype, device, adapter_dtypes: of the first call. None for the CPU, because x.is_cpu is
+            faster than x.device.
+        attributes: names of attributes of the layer, and their values.
+        guards: objects, keys and expected values of `Guard`s.
+        hooks: of the modules that the call passes over. All are empty.
+    """
+
+    cache: CallCache
+    tensors: _Tensors
+    scaling: float
+    compute_dtype: torch.dtype | None
+    dropout: nn.Dropout | None
+    parameters: dict[str, Any]
+    x_dtype: torch.dtype
+    device: torch.device | None
+    adapter_dtypes: tuple[torch.dtype, torch.dtype]
+    attributes: tuple[tuple[str, object], ...]
+    guards: tuple[tuple[Any, ...], ...]
+    hooks: tuple[dict[int, Any], ...]
+
+    def _is_valid(self, layer: Any) -> bool:
+        """Return True if no guard has changed. `__call__` checks x and the adapter's dtypes."""
+        check: Any = unchanged if native.module is None else native.module.unchanged
+        for name, want in self.attributes:
+            found = getattr(layer, name)
+            if found is not want and found != want:
+                return False
+        return check(*self.guards, self.hooks)  # type: ignore[no-any-return]
+
+    def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Return y, or None if a guard fails and the layer's forward must run."""
+        if not self._is_valid(layer):
+            return None
+        bias, dropout, tensors = self.parameters["bias"], self.dropout, self.tensors
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        numbers = self.scaling, self.compute_dtype, p
+        y = self.cache.call(x, bias, tensors, numbers)
+        if y is not None:
+            return y
+        weight, lora_A, lora_B = tensors
+        if (
+            context.unfused_context() is not None
+            or x.dtype is not self.x_dtype
+            or not (x.is_cpu if self.device is None else x.device == self.device)
+            or (lora_A.dtype, lora_B.dtype) != self.adapter_dtypes
+        ):
+            return None
+        y = lora_linear(
+            x, *tensors, self.scaling, bias, dropout_p=p, compute_dtype=self.compute_dtype
+        )
+        self.cache.renew(x, bias, tensors, numbers)
+        # bitsandbytes returns x's dtype, under autocast too.
+        return y.to(x.dtype) if isinstance(weight, Weight4bit) else y
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # not copied or pickled with a layer
+        return type(None), ()
 
 
 class PreparedLinear:

@@ -171,7 +171,7 @@ class Options(NamedTuple):
 class CheckedCall(NamedTuple):
     """The arguments of a call that `lora_linear` has accepted, but x: for a layer's next call.
 
-    Without gate, column scale, and state or mask of a dropout.
+    Without gate, column scale, and state or mask of a dropout. The weight is frozen.
 
     Args:
         options: `Options` of the call.
@@ -198,7 +198,10 @@ class CheckedCall(NamedTuple):
         bias: Tensor | None,
         compute_dtype: torch.dtype | None,
         dropout_p: float,
-    ) -> CheckedCall:
+    ) -> CheckedCall | None:
+        """Return None under autocast."""
+        if autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
+            return None
         dense, codes, dtype = check_weight(
             x, weight, (lora_B.shape[0], lora_A.shape[1]), compute_dtype, None
         )
@@ -209,14 +212,19 @@ class CheckedCall(NamedTuple):
         return cls(lora_A, lora_B, bias, options, frozen, layouts)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """Return what `lora_linear` returns for x, which has the dtype and device of the x before.
+        """Return what `lora_linear` returns for x.
 
-        None if autocast is on, if x has other columns, if a tensor has another layout, or if a
-        state of a mask is to be drawn.
+        None if x has another dtype, device or number of columns than before, if a tensor has
+        another layout, if the weight is not frozen, if a state of a mask is to be drawn, under
+        autocast, and in a context in which a library's layer runs its own forward.
         """
+        if context.unfused_context() is not None:
+            return None
         lora_A, lora_B, bias, options, frozen, layouts = self
         device_type, _ = context.device_of(x)
-        if x.dim() == 0 or x.shape[-1] != lora_A.shape[1]:
+        if x.dim() == 0 or x.shape[-1] != lora_A.shape[1] or x.dtype is not options.spec.y_dtype:
+            return None
+        if x.device != lora_A.device or frozen[0].requires_grad:
             return None
         if _layouts(lora_A, lora_B, bias, frozen[0]) != layouts:
             return None

@@ -36,10 +36,11 @@ from .base import readable_weight
 from .eligibility import has_invalid_sequences
 from .modules import is_linear4bit, library_forward
 from .plan import plan_linear
-from .prepared import PreparedForward
+from .prepared import prepare_forward
 from .zero3 import is_partitioned
 
 if TYPE_CHECKING:
+    from ..layers.cache import PreparedForward
     from .siblings import Siblings
 
 # Keyword arguments that PEFT's variants read and that a base layer does not take.
@@ -120,7 +121,7 @@ class Fused(nn.Module):
                 self, x.device.type, x.dtype
             )
             if alone and len(adapters) == 1 and not is_changed:
-                self._prepared = PreparedForward.build(self, adapters[0], x, weight, compute_dtype)
+                self._prepared = prepare_forward(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
             result = add_onto(result, True, x, None, call)
         return to_dtype(result, dtype)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import native
-from lora_kernels.layers.cache import prepare
+from lora_kernels.layers.cache import PreparedForward, prepare
 from lora_kernels.peft import fuse
-from lora_kernels.peft.prepared import PreparedForward
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 from tests.support.models import watch_prepared_calls
 from tests.support.peft_models import add_adapter, add_lora, count_ops

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels
+from lora_kernels.backends import library
 from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import native
 from lora_kernels.layers import LoRALinear, QLoRALinear
@@ -124,6 +125,62 @@ def test_decoding_notices_a_change(layer: LoRALinear, change: str) -> None:
     assert not torch.equal(got, before)
 
 
+def gradients(layer: Any, rows: Tensor) -> list[Tensor]:
+    """y, and the gradients of x and of the parameters that have one."""
+    layer.zero_grad()
+    y = layer(rows)
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    return [
+        y.detach(),
+        *(p.grad.clone() for p in (rows, *layer.parameters()) if p.grad is not None),
+    ]
+
+
+IN_TRAINING: dict[str, Callable[[Any], Any]] = {
+    "frozen_A": lambda layer: layer.lora_A.requires_grad_(False),
+    "bias_in_place": lambda layer: layer.bias.mul_(2),
+}
+
+
+@pytest.mark.parametrize("on_gpu_path", [False, True])
+@pytest.mark.parametrize("change", CHANGES | IN_TRAINING)
+def test_a_call_with_gradients_notices_a_change(
+    layer: LoRALinear, change: str, on_gpu_path: bool
+) -> None:
+    given = x(5)
+    with library.as_on_gpu() if on_gpu_path else contextlib.nullcontext():
+        before = gradients(layer, given.clone().requires_grad_())
+        again = gradients(layer, given.clone().requires_grad_())
+        assert_bitwise_equal(again, before)
+        assert isinstance(layer._cache.call._kept, tuple)
+        with torch.no_grad():
+            (CHANGES | IN_TRAINING)[change](layer)
+        got = gradients(layer, given.clone().requires_grad_())
+        layer._cache.call = CallCache()
+        want = gradients(layer, given.clone().requires_grad_())
+    assert_bitwise_equal(got, want)
+    assert len(got) != len(before) or not all(map(torch.equal, got, before))
+
+
+def test_a_weight_that_is_trained_later_is_an_error() -> None:
+    layer = LoRALinear(K, N, r=4)
+    layer(x())
+    layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match="weight: got requires_grad=True"):
+        layer(x())
+
+
+def test_a_call_with_gradients_notices_another_x(layer: LoRALinear) -> None:
+    layer(x())
+    with pytest.raises(ValueError, match=f"x: got shape .*want .*{K}"):
+        layer(x()[:, :-1])
+    with pytest.raises(ValueError, match="device"):
+        layer(x().to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x()).dtype is torch.bfloat16
+    assert layer(x()).dtype is torch.float32
+
+
 @torch.no_grad()
 def test_weight_or_bias_of_another_shape_is_an_error() -> None:
     layer = LoRALinear(K, N, r=4, bias=True).eval()
@@ -171,7 +228,7 @@ def test_copies_start_anew(layer: LoRALinear) -> None:
 def test_what_was_remembered_is_let_go(layer: LoRALinear) -> None:
     for change in (lambda: layer.to(torch.bfloat16), lambda: new_parameter(layer)):
         layer(x().to(layer.lora_A.dtype))
-        held = weakref.ref(layer._cache.call._call)
+        held = weakref.ref(layer._cache.call._kept.few)
         assert held() is not None
         change()
         layer(x(200).to(layer.lora_A.dtype))  # for which no call is prepared

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """Give y [M, N], which a backend has just allocated, x's leading dimensions in place.
+def set_leading_dims_(y: Tensor, leading: Sequence[int]) -> Tensor:
+    """Give y [M, N], just allocated, leading dimensions in place, and return it.
 
-    A view would not do: autograd refuses to change a view in place that a Function returns.
+    A view would not do: autograd lets no one change a view that a Function returns.
     """
-    if x.dim() == 2:
-        return y
-    return y.contiguous().resize_(*x.shape[:-1], y.shape[1])
+    return y if len(leading) == 1 else y.contiguous().resize_(*leading, y.shape[1])
 
 
 class Rows(NamedTuple):

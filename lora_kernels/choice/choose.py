@@ -1,4 +1,6 @@
-"""The choice of an op's backend, and its reason: pure functions of shapes, dtypes and device facts.
+"""The choice of an op's backend, with its reason.
+
+It depends on shapes, dtypes, the device, the forced backend and verdicts.
 
 A choice never depends on whether gradients are on, and is never revised by an exception: a
 backend that is forced where it cannot run raises, naming what is missing.
@@ -41,6 +43,7 @@ STRATEGIES = {
 }
 BACKENDS = tuple(STRATEGIES)
 
+DRAWN_MASKS = "PyTorch's kernel draws dropout masks on a GPU"
 _ON_GPU = "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's"
 
 
@@ -70,7 +73,7 @@ if (_named := forced_backend()) is not None:
     _check_names(_named)
 
 
-def requested() -> str:
+def format_request() -> str:
     """Return the backend and strategy in force as an op's `choice`, which a backward may be given.
 
     While a function is compiled the strategy is not known.
@@ -80,7 +83,7 @@ def requested() -> str:
     return " ".join(filter(None, forced.current.get()))
 
 
-def parse(choice: str) -> Forced | None:
+def parse_request(choice: str) -> Forced | None:
     """Return the request that an op's `choice` is, or None for the empty one."""
     name, _, strategy = choice.partition(" ")
     return Forced(name, Strategy(strategy) if strategy else None) if name else None
@@ -141,7 +144,7 @@ def choose(problem: Problem, requested: Forced | None = None) -> Choice:
     if requested.backend == "eager":
         return Choice("eager", Strategy.LIBRARY, "the eager backend was requested")
     if requested.backend == "cpu":
-        require_supported("cpu", cpu_heuristics.unsupported_reason(problem))
+        require_supported("cpu", cpu_heuristics.unsupported_reason(problem))  # raises: not a CPU's
     if problem.device_type == "cuda" and device.has_gpu():
         return _choose_gpu(problem)
     return Choice("eager", Strategy.LIBRARY, _eager_reason(problem))
@@ -163,8 +166,11 @@ def _choose_gpu(problem: Problem) -> Choice:
     target = device.gpu(problem.device_index)
     if (reason := configs.capability_unsupported_reason(target)) is not None:
         bf16 = torch.bfloat16 in (problem.x_dtype, problem.dtype)
-        slow = f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
-        return Choice("eager", Strategy.LIBRARY, reason + slow * bf16)
+        if bf16:
+            reason += (
+                f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
+            )
+        return Choice("eager", Strategy.LIBRARY, reason)
     reason = problem.unsupported_reason() or _uncovered_reason(problem)
     verdict = verdicts.current(problem.device_index)
     if reason is None and isinstance(verdict, Verdict):
@@ -177,11 +183,11 @@ def _keep_eager(reason: str) -> Choice:
 
 
 def _uncovered_reason(problem: Problem) -> str | None:
-    """Return why no qualification covers a call, whatever was found out; None if one may."""
+    """Return why no qualification covers a call, or None."""
     if problem.mixed:
         return ONE_ADAPTER
     if problem.dropout:
-        return "PyTorch's kernel draws dropout masks on a GPU"
+        return DRAWN_MASKS
     if problem.rank > MAX_RANK:
         return f"rank {problem.rank} is above the qualified {MAX_RANK}"
     if problem.layout is not None and problem.layout.columns:
@@ -302,8 +308,15 @@ def is_eager_on_gpu(device_type: str) -> bool:
     return is_on_gpu_path(device_type) and forced_backend() in (None, "eager")
 
 
-def choose_for_mask(requested: Forced | None = None) -> Choice:
-    """Return the eager backend, which alone takes a dropout mask; RuntimeError if it may not."""
+def choose_for_mask(is_given: bool, requested: Forced | None = None) -> Choice:
+    """Return the eager backend, which alone takes or draws a dropout mask.
+
+    Raises RuntimeError if another backend is in force.
+
+    Args:
+        is_given: whether the caller has a mask; otherwise PyTorch's kernel draws it.
+        requested: None for the backend in force.
+    """
     name = (requested or forced.current.get()).backend
     if name in ("triton", "cuda"):
         require_supported(name, NO_DROPOUT)
@@ -312,7 +325,8 @@ def choose_for_mask(requested: Forced | None = None) -> Choice:
             f"backend {name!r} was requested and cannot run here: got dropout_mask, want rng, the "
             "state of one: seed and offset, int64 [2]"
         )
-    return Choice("eager", Strategy.LIBRARY, "the dropout mask is given, not its state")
+    reason = "the dropout mask is given, not its state" if is_given else DRAWN_MASKS
+    return Choice("eager", Strategy.LIBRARY, reason)
 
 
 def guards() -> tuple[Guard, Guard]:

@@ -146,10 +146,9 @@ class Verdict:
         return _digest(self.json())
 
     def nearest_point(self, group: Group, rows: int, columns: int, inner: int) -> Point | None:
-        """Return the point that is measured nearest to a call's M, N and K.
+        """Return the timed point nearest to a call: by the ratio of M, then of N·K, then of N.
 
-        The ratio of the rows counts first, then that of the weights' sizes, then that of N. None
-        above the largest number of rows that was timed, and if none was.
+        None if none was timed, or if M exceeds the largest that was.
         """
         timed = [point for point in self.points if point.group == group]
         if rows > max((point.rows for point in timed), default=-1):
@@ -274,13 +273,16 @@ def current(index: int | None) -> Verdict | str:
 
 
 def read(wanted: Mapping[str, str]) -> Verdict | str:
-    """Return the verdict for a key from the cache, or why there is none. Never raises."""
+    """Return the verdict for a key from the cache, or why there is none.
+
+    A damaged file raises no error.
+    """
     file = file_of(wanted)
     try:
         found = read_verdict(json.loads(file.read_text()))
     except FileNotFoundError:
         return f"not qualified on this card: {ADVICE}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return (
             f"not qualified on this card: {file} cannot be read ({type(error).__name__}); {ADVICE}"
         )
@@ -315,10 +317,10 @@ def set_current(index: int, found: Verdict | str) -> None:
     _current[index] = found
 
 
-def switch_off(off: bool) -> None:
+def set_off(is_off: bool) -> None:
     """Make the process run the eager backend on GPUs, or follow verdicts again."""
     global _is_off
-    _is_off = off
+    _is_off = is_off
 
 
 def forget() -> list[Path]:

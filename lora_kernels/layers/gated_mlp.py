@@ -12,7 +12,7 @@ from ..core.call import Operands, Spec
 from ..ops import context, linear
 from ..ops.arguments import base_dtype
 from ..ops.gated_mlp import Hidden, gated_mlp
-from ..ops.siblings import Linear, is_eager_on_gpu, shared_linears
+from ..ops.siblings import LinearArguments, can_run_block, shared_linears
 from ..quantization import Weight4bit
 from .layer import LoRALayer
 from .linear import LoRALinear
@@ -86,10 +86,10 @@ class LoRAGatedMLP(nn.Module):
             hidden, down.weight, down.lora_A, down.lora_B, down.scaling, down.bias, compute_dtype
         )
 
-    def _linears(self, x: Tensor) -> list[Linear] | None:
+    def _linears(self, x: Tensor) -> list[LinearArguments] | None:
         """Return the operands of gate, up and down for the block; None if it does not run."""
         layers = self.gate, self.up, self.down
-        if not isinstance(x, Tensor) or not is_eager_on_gpu(x):
+        if not isinstance(x, Tensor) or not can_run_block(x):
             return None
         if context.unsupported_context() is not None or _has_any_global_hook():
             return None
@@ -125,7 +125,7 @@ def _is_plain(layer: LoRALayer, x: Tensor) -> bool:
     )
 
 
-def _linear(layer: LoRALayer, x: Tensor) -> Linear | None:
+def _linear(layer: LoRALayer, x: Tensor) -> LinearArguments | None:
     """Return the layer's operands; None if its call is another backend's, or in other dtypes."""
     dtype = base_dtype(context.device_of(x)[0], x.dtype)
     weight = layer._base_weight()
@@ -142,4 +142,4 @@ def _linear(layer: LoRALayer, x: Tensor) -> Linear | None:
     spec = Spec(layer.scaling, 0.0, dtype, dtype)
     if linear.choose(Operands(rows, codes, A, B, bias=layer.bias), spec).backend != "eager":
         return None
-    return Linear(weight, A, B, layer.scaling, layer.bias)
+    return LinearArguments(weight, A, B, layer.scaling, layer.bias)

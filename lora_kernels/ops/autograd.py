@@ -49,11 +49,11 @@ def differentiable_once(backward: _Backward) -> _Backward:
     return call
 
 
-def unread(dy: Tensor, columns: int, dtype: torch.dtype, flat: bool = False) -> Tensor:
-    """Return uninitialized memory in place of x, or of P if `flat`: no gradient reads its values.
+def new_unsaved(dy: Tensor, columns: int, dtype: torch.dtype, flat: bool = False) -> Tensor:
+    """Return uninitialized memory of the shape and dtype of an x, or a P if `flat`, not saved.
 
-    The backends read its shape and dtype. It is allocated in the backward and freed with it; a
-    saved tensor occupies memory from the forward on.
+    No gradient reads its values. It is allocated in the backward and freed with it; a saved tensor
+    occupies memory from the forward on.
     """
     shape = (dy.numel() // dy.shape[-1],) if flat else dy.shape[:-1]
     return dy.new_empty(*shape, columns, dtype=dtype)

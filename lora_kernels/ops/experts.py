@@ -36,7 +36,7 @@ from .arguments import (
     check_x_and_weight,
     tensor_error,
 )
-from .autograd import differentiable_once, unread
+from .autograd import differentiable_once, new_unsaved
 from .registry import define_family
 
 BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_experts}
@@ -228,8 +228,8 @@ class LoRAExpertsFunction(torch.autograd.Function):
         x, lora_A, lora_B, offsets, p, rng, mask, *weight = tensors
         spec, blocksizes = ctx.options
         _, R, K = lora_A.shape
-        x = unread(dy, K, ctx.x_dtype) if x is None else x
-        p = unread(dy, R, stat_dtype(spec.dtype)) if p is None else p
+        x = new_unsaved(dy, K, ctx.x_dtype) if x is None else x
+        p = new_unsaved(dy, R, stat_dtype(spec.dtype)) if p is None else p
         needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng, mask)
@@ -243,7 +243,7 @@ def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | Non
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
     x, weight, lora_A, lora_B, _, _, rng, *_ = operands
     if spec.dropout_p and rng is None:
-        return selection.choose_for_mask(requested)
+        return selection.choose_for_mask(operands.mask is not None, requested)
     (device_type, index), (M, K), (_, N, R) = context.device_of(x), x.shape, lora_B.shape
     dtypes, is_4bit = (
         (x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype),

@@ -10,13 +10,13 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager import linear as eager
-from ..backends.rows import like_rows_of
+from ..backends.rows import set_leading_dims_
 from ..core.call import Needs, Operands, Saved, Spec
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
 from . import context, linear
 from .arguments import autocast_dtype, check_weight
-from .autograd import differentiable_once
+from .autograd import differentiable_once, new_unsaved
 
 
 class GatedOptions(NamedTuple):
@@ -118,7 +118,7 @@ class GatedMLPFunction(torch.autograd.Function):
             y, (p, _, _) = eager.lora_linear(operands, spec, "")
         ctx.save_for_backward(g, u, lora_A, lora_B, p if ctx.needs_input_grad[3] else None, *weight)
         ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
-        return like_rows_of(g, y)
+        return set_leading_dims_(y, g.shape[:-1])
 
     @staticmethod
     @differentiable_once
@@ -128,8 +128,8 @@ class GatedMLPFunction(torch.autograd.Function):
         need_g, need_u, *rest = ctx.needs_input_grad[:5]
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         rows = g.detach().view(-1, g.shape[-1]), u.detach().view(-1, g.shape[-1])
-        if p is None:  # not read
-            p = g.new_empty(rows[0].shape[0], dtype=eager.stat_dtype(spec.dtype))
+        if p is None:
+            p = new_unsaved(dy, lora_A.shape[0], eager.stat_dtype(spec.dtype), flat=True)
         needs = Needs(need_g or need_u, rest[0], rest[1], bias=rest[2])
         operands, dy = Operands(rows[0], base, lora_A, lora_B), dy.reshape(-1, dy.shape[-1])
         with context.no_autocast(g):

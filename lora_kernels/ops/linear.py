@@ -14,7 +14,7 @@ from ..backends.eager import linear as eager
 from ..backends.eager.linear import stat_dtype
 from ..backends.library import is_on_gpu_path
 from ..backends.protocol import Backend
-from ..backends.rows import like_rows_of
+from ..backends.rows import set_leading_dims_
 from ..choice import choose as selection
 from ..core.call import (
     Grads,
@@ -41,7 +41,7 @@ from .arguments import (
     matrix_shape,
     tensor_error,
 )
-from .autograd import differentiable_once, unread
+from .autograd import differentiable_once, new_unsaved
 from .registry import define_family, mask_rows
 
 BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
@@ -285,10 +285,10 @@ class LoRALinearFunction(torch.autograd.Function):
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         R, K = lora_A.shape
         if x is None:
-            x = unread(dy, K, ctx.x_dtype)
+            x = new_unsaved(dy, K, ctx.x_dtype)
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng, mask)
         if p is None and not (needs.lora_B or needs.rank_gate):
-            p = unread(dy, R, stat_dtype(spec.dtype), flat=True)
+            p = new_unsaved(dy, R, stat_dtype(spec.dtype), flat=True)
         elif p is None:
             backend, _, _ = str(ctx.choice).partition(" ")  # the strategy depends on N, here 1
             p = _down_projection(operands, spec, backend)
@@ -316,7 +316,7 @@ def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> C
     """
     x, weight, lora_A, lora_B, _, _, _, rng, *_ = operands
     if spec.dropout_p and rng is None:
-        return selection.choose_for_mask(requested)
+        return selection.choose_for_mask(operands.mask is not None, requested)
     device_type, index = context.device_of(x)
     (R, K), N, dtype = lora_A.shape, lora_B.shape[0], spec.dtype
     M, four_bit, dropout = x.numel() // K, isinstance(weight, Packed4bit), rng is not None
@@ -344,7 +344,7 @@ def lora_linear_direct(
             return backend.lora_linear(operands, spec, choice.strategy)
         rows = operands._replace(x=x.reshape(-1, x.shape[-1]), mask=mask_rows(operands.mask, x))
         y, saved = backend.lora_linear(rows, spec, choice.strategy)
-    return like_rows_of(x, y), saved
+    return set_leading_dims_(y, x.shape[:-1]), saved
 
 
 def lora_linear_backward_direct(
@@ -393,10 +393,10 @@ def _down_projection(operands: Operands, spec: Spec, backend: str) -> Tensor:
     x, _, lora_A, *_, rng, mask = operands
     operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng, mask=mask)
     spec = Spec(1.0, spec.dropout_p, spec.dtype, x.dtype)
-    backend = backend or selection.requested().partition(" ")[0]
+    backend = backend or selection.format_request().partition(" ")[0]
     backend = "eager" if backend == "cuda" else backend
     if context.can_bypass_dispatcher(x, lora_A):
-        choice = choose(operands, spec, selection.parse(backend))
+        choice = choose(operands, spec, selection.parse_request(backend))
         return lora_linear_direct(operands, spec, choice)[1].p
     p: Tensor
     _, p, *_ = torch.ops.lora_kernels.lora_linear.default(*operands, *spec, choice=backend)

@@ -13,7 +13,7 @@ from ..backends.eager import linear as eager
 from ..backends.eager.linear import stat_dtype
 from ..backends.library import is_on_gpu_path
 from ..backends.protocol import MultiBackend
-from ..backends.rows import like_rows_of
+from ..backends.rows import set_leading_dims_
 from ..choice import choose as selection
 from ..core.call import (
     MultiGrads,
@@ -39,7 +39,7 @@ from .arguments import (
     matrix_shape,
     tensor_error,
 )
-from .autograd import differentiable_once, unread
+from .autograd import differentiable_once, new_unsaved
 from .registry import define_family, mask_rows
 
 BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
@@ -218,10 +218,10 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         E, need = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         if x is None:
-            x = unread(dy, lora_A[0].shape[1], ctx.x_dtype)
+            x = new_unsaved(dy, lora_A[0].shape[1], ctx.x_dtype)
         if p is None:
             R = max(A.shape[0] for A in lora_A)
-            p = unread(dy, R, stat_dtype(spec.dtype), flat=True)
+            p = new_unsaved(dy, R, stat_dtype(spec.dtype), flat=True)
         needs = MultiNeeds(need[0], need[7 : 7 + E], need[7 + E : 7 + 2 * E], need[3])
         base, held = (Packed4bit(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng, mask)
@@ -236,7 +236,7 @@ def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = 
     """Choose the backend and strategy of both directions, for several adapters."""
     x, weight, lora_A, lora_B, *_ = operands
     if spec.dropout_p and operands.rng is None:
-        return selection.choose_for_mask(requested)
+        return selection.choose_for_mask(operands.mask is not None, requested)
     device_type, index = context.device_of(x)
     K, N, R = x.shape[-1], lora_B[0].shape[0], max(A.shape[0] for A in lora_A)
     M, four_bit = x.numel() // K, isinstance(weight, Packed4bit)
@@ -265,7 +265,7 @@ def multi_lora_linear_direct(
         y, saved = BACKENDS[choice.backend].multi_lora_linear(
             _flatten(operands), spec, choice.strategy
         )
-    return like_rows_of(operands.x, y), saved
+    return set_leading_dims_(y, operands.x.shape[:-1]), saved
 
 
 def multi_lora_linear_backward_direct(

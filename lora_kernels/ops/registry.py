@@ -199,7 +199,7 @@ def define_family(
     needs_text = arguments_of(needs_type, "need_")
 
     def run(operands: OperandsT, spec: SpecT, choice: str = "") -> tuple[Tensor, ...]:
-        chosen = choose(operands, spec, selection.parse(choice))
+        chosen = choose(operands, spec, selection.parse_request(choice))
         y, saved = forward(operands, spec, chosen)
         dtypes = {"p": saved.p.dtype, "z": spec.y_dtype, "mask": torch.bool}
         return y, *(_filled(getattr(saved, field), dtypes[field], y) for field in results)
@@ -219,7 +219,7 @@ def define_family(
     def run_backward(
         dy: Tensor, operands: OperandsT, saved: Saved, spec: SpecT, needs: NeedsT, choice: str = ""
     ) -> tuple[Any, ...]:
-        chosen = choose(operands, spec, selection.parse(choice))
+        chosen = choose(operands, spec, selection.parse_request(choice))
         grads = backward(dy, operands, saved, spec, needs, chosen)
         dtypes = _grad_dtypes(grads_type, operands, saved)
         return tuple(_filled(t, dtype, dy) for t, dtype in zip(grads, dtypes, strict=True))
@@ -268,7 +268,7 @@ def define_family(
         if context.can_bypass_dispatcher(*read):
             ctx.choice = choose(operands, spec)
             return forward(operands, spec, ctx.choice)
-        ctx.choice = selection.requested()
+        ctx.choice = selection.format_request()
         return call_op(operands, spec)
 
     def call_backward_op(

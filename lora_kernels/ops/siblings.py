@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.eager import siblings as eager_siblings
+from ..backends.rows import set_leading_dims_
 from ..choice import choose as selection
 from ..core import forced
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
@@ -28,7 +29,10 @@ from .autograd import differentiable_once
 
 
 class _DownProjections(torch.autograd.Function):
-    """x [..., K] -> x_0 [M, K] and each P_i [M, R_i]. The backward needs the A, and x for dA."""
+    """x [..., K] -> x_0 [M, K] and each P_i [M, R_i].
+
+    The backward needs each A_i, and x if a dA is needed.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_rounded: bool, *lora_A: Tensor) -> tuple[Tensor, ...]:
@@ -96,16 +100,13 @@ class _SiblingLinear(torch.autograd.Function):
         with context.no_autocast(x):
             sibling = eager_siblings.Sibling(p, base, lora_B, scaling, rank_gate)
             y = eager_siblings.sibling_linear(x, sibling, bias)
-        if (
-            len(y_shape) != 2
-        ):  # in place: autograd lets no one change a view that a Function returns
-            y = y.contiguous().resize_(y_shape)
+        y = set_leading_dims_(y, y_shape[:-1])
         need_x, _, need_B, need_gate, *_ = ctx.needs_input_grad
         kept_p = p if need_B or need_gate else None
         ctx.save_for_backward(kept_p, lora_B, rank_gate, *(weight if need_x else ()))
         ctx.options, ctx.columns, ctx.p_dtype = options, x.shape[1], p.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.inputs = len(weight) + 6
+        ctx.num_weights = len(weight)
         if not need_x:
             ctx.mark_non_differentiable(x)
         return y, x
@@ -116,9 +117,9 @@ class _SiblingLinear(torch.autograd.Function):
         ctx: Any, saved: tuple[Any, ...], dy: Tensor | None, dx: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         p, lora_B, rank_gate, *weight = saved
-        others = [None] * (ctx.inputs - 1)
+        others = [None] * (1 + ctx.num_weights)
         if dy is None:
-            return dx, *others
+            return dx, None, None, None, None, *others
         base = None
         if weight:
             blocksizes = ctx.options.blocksizes
@@ -132,7 +133,7 @@ class _SiblingLinear(torch.autograd.Function):
         dg, dbias = grads.rank_gate, grads.bias
         dg = None if rank_gate is None or dg is None else dg.to(rank_gate.dtype)
         dbias = None if ctx.bias_dtype is None or dbias is None else dbias.to(ctx.bias_dtype)
-        return grads.x, grads.p, grads.lora_B, dg, dbias, *others[4:]
+        return grads.x, grads.p, grads.lora_B, dg, dbias, *others
 
 
 def down_projections(
@@ -174,7 +175,7 @@ def sibling_linear(
     )
 
 
-class Linear(NamedTuple):
+class LinearArguments(NamedTuple):
     """An adapted linear layer: the arguments of `lora_linear` beside x."""
 
     weight: Tensor | Weight4bit
@@ -184,7 +185,7 @@ class Linear(NamedTuple):
     bias: Tensor | None = None
 
 
-def shared_linears(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
+def shared_linears(x: Tensor, linears: Sequence[LinearArguments]) -> list[Tensor]:
     """Return y_i [..., N_i] of layers that share x [..., K].
 
     The A have one dtype. A dense weight has x's dtype, or autocast's after a cast.
@@ -204,8 +205,9 @@ def shared_linears(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
     return found
 
 
-def is_eager_on_gpu(x: Tensor) -> bool:
-    """Return True if a plain x is on a GPU that runs the eager backend, seen by no mode."""
+def can_run_block(x: Tensor) -> bool:
+    """Return True if a block may run for x: a plain tensor on a GPU that runs the eager backend,
+    seen by no mode."""
     device_type, _ = context.device_of(x)
     return (
         type(x) in (Tensor, nn.Parameter)

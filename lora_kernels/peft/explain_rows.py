@@ -49,7 +49,7 @@ from .loss import active_adapters, call_reason, model_reason
 from .mlp import block_reason, mlp_reasons
 from .modules import is_linear4bit
 from .plan import plan_linear, plan_svd
-from .siblings import Siblings, odd_reason, sharing_adapter
+from .siblings import Siblings, mismatch_reason, sharing_adapter
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
@@ -265,9 +265,16 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     rows = chunk_rows(base.out_features, is_on_gpu_path(device.type))
     dtype = base_dtype(device.type, x_dtype, getattr(base, "compute_dtype", None))
     dtypes = x_dtype, a_dtype, a_dtype, dtype
-    choice = selection.choose(Problem(device.type, *dtypes, rank, rows, is_linear4bit(base)))
+    problem = Problem(
+        *(device.type, *dtypes, rank, rows, is_linear4bit(base)),
+        columns=base.out_features,
+        inner=base.in_features,
+        device_index=device.index,
+        layout=_layout(device.type, _base_weight(base), dtype),
+    )
+    choice = selection.choose(problem)
     if todo and todo[0].dropout_p:
-        choice = selection.choose_for_mask()
+        choice = selection.choose_for_mask(is_given=False)
     reason = f"in training {rows} rows of logits at a time; {choice.reason}"
     return Row(name, _backend_state(choice.backend), choice.backend, choice.strategy, reason)
 
@@ -296,17 +303,19 @@ def row_of_siblings(
                 found = f"{choice.backend} computes its call"
         if not isinstance(found, str):
             first = first or (layer, found)
-            found = odd_reason(first, (layer, found), device, dtype) or found
+            found = mismatch_reason(first, (layer, found), device, dtype) or found
         if isinstance(found, str):
-            apart.append(f"{each} not: {found}")
+            apart.append(f"{each} runs its own call: {found}")
         else:
             sharing.append(each)
     state = SHARED if len(sharing) > 1 else APART
-    if len(sharing) == 1:
-        apart.append(f"{sharing[0]} alone")
-    strategy = f"x is threaded through {', '.join(sharing)}" if len(sharing) > 1 else "own calls"
-    reasons = [f"those that get one x, of more than {UPCAST_ROWS} rows"] * (len(sharing) > 1)
-    return Row(name, state, "eager", strategy, "; ".join([*reasons, *apart]))
+    if len(sharing) > 1:
+        strategy = f"x is threaded through {', '.join(sharing)}"
+        apart.insert(0, f"for calls with the same x of more than {UPCAST_ROWS} rows")
+    else:
+        strategy = "own calls"
+        apart += [f"{each} has no other to share with" for each in sharing]
+    return Row(name, state, "eager", strategy, "; ".join(apart))
 
 
 def rows_of_mlps(model: nn.Module, x_dtype: torch.dtype | None, rows: int | None) -> Iterator[Row]:
@@ -339,7 +348,7 @@ def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, rows: int | None) 
 def _describe_block(mlp: Any, x_dtype: torch.dtype | None) -> str:
     down = mlp._modules[mlp._parts.down]
     device, x_dtype = _expected_input(down.base_layer, adapters_of(down), x_dtype)
-    reason = "a gated MLP, whose act(gate) * up the backward makes again, by "
+    reason = "a gated MLP; the backward recomputes act(gate) * up by "
     found = eager_mlp.kernel_reason(device, x_dtype)
     return reason + ("one Triton kernel" if found is None else f"PyTorch's ops: {found}")
 

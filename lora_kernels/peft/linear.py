@@ -18,7 +18,7 @@ from ..ops import context, in_place, linear
 from ..ops.arguments import base_dtype
 from ..ops.linear import lora_linear
 from ..ops.multi import multi_lora_linear
-from ..ops.siblings import is_eager_on_gpu
+from ..ops.siblings import can_run_block
 from ..quantization import Weight4bit
 from .adapters import (
     Adapter,
@@ -205,7 +205,7 @@ def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
     """Return True if the eager backend computes the update for y on a GPU, in y's dtype."""
     if torch.compiler.is_compiling() or type(y) is not Tensor or y.device != x.device:
         return False
-    if not is_eager_on_gpu(x):
+    if not can_run_block(x):
         return False
     if y.is_inference() is not torch.is_inference_mode_enabled():
         return False

@@ -1,9 +1,9 @@
 """Siblings: fused layers of one parent module that are called with one x, such as q, k and v.
 
-`fuse` gives layers that are children of one module and have as many in-features a `Siblings`. While
-the parent's forward runs, the first layer that is called computes P = x·Aᵀ of all, and each layer
-threads x on to the next (see `blocks`). It happens on the eager backend's GPU path alone, with more
-rows than `UPCAST_ROWS`: for few rows, stacking the A would move more bytes than it saves.
+`fuse` gives the children of a module that have the same in_features a `Siblings`. While the
+parent's forward runs, the first layer that is called computes P = x·Aᵀ of all, and each layer
+threads x on to the next (see `blocks`). This happens on the eager backend's GPU path alone, with
+more rows than `UPCAST_ROWS`: for few rows, stacking the A would move more bytes than it saves.
 
 A layer shares x with the siblings that were not called yet in the parent's forward, if it gets the
 same tensor object at the same version, in the same grad mode, autocast and saved-tensor hooks.
@@ -47,18 +47,20 @@ from .plan import plan_linear
 # Layers that take what the attention made of q, k and v, never its x. By their names, because no
 # call has shown it when the model is fused; a layer that shares x all the same runs its own call.
 OUTPUTS = ("o_proj", "out_proj", "o", "wo", "dense", "c_proj")
-# The slots of a forward that may serve one layer alone: that of q, if k and v get another tensor.
-# More of them are a sign of layers that are called one after the other.
-MISSES = 1
+# The most slots of a forward that may serve one layer alone: q's, if k and v get another tensor.
+# More are a sign of layers that are called one after the other.
+MAX_LONE_SLOTS = 1
 
 
 class _Slot:
-    """The tensors that layers share which are called with one x.
+    """P of layers that are called with the same x, and x, threaded through them.
 
     Args:
         key: of `_key`.
-        rows: x as rows [M, K], threaded through the layers that have been called.
+        rows: x as rows [M, K].
         p: lora_A, its version and P for each layer that has not been called.
+
+    `served` counts the layers that have been called.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class _Slot:
         self.key, self.rows, self.p = key, rows, p
         self.served = 0
 
-    def is_of(self, key: tuple[Any, ...]) -> bool:
+    def matches(self, key: tuple[Any, ...]) -> bool:
         return all(map(_is_same, key, self.key))
 
     def take(self, layer: Any, lora_A: Tensor) -> Tensor | None:
@@ -88,14 +90,14 @@ class _Frame:
     def __init__(self, waiting: list[Any], hooks: object) -> None:
         self.waiting, self.hooks = waiting, hooks
         self.slot: _Slot | None = None
-        self.misses = 0
+        self.lone_slots = 0
 
 
 class _Frames(threading.local):
     """The frames of the forwards that are running in this thread."""
 
     def __init__(self) -> None:
-        self.of: dict[Siblings, _Frame] = {}
+        self.by_siblings: dict[Siblings, _Frame] = {}
 
 
 _frames = _Frames()
@@ -115,16 +117,16 @@ class Siblings:
         """Let the siblings share x from here on. A forward pre-hook of the parent."""
         if not torch.compiler.is_compiling():
             layers = [parent._modules.get(name) for name in self.names]
-            _frames.of[self] = _Frame(layers, _saved_tensors_hooks())
+            _frames.by_siblings[self] = _Frame(layers, _saved_tensors_hooks())
 
     def end(self, parent: nn.Module, args: Any, result: Any) -> None:
         """Drop what is shared. A forward hook of the parent, which runs after an exception too."""
         if not torch.compiler.is_compiling():
-            _frames.of.pop(self, None)
+            _frames.by_siblings.pop(self, None)
 
     def call(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return y of a layer that shares x with its siblings; None if it runs its own call."""
-        frame = _frames.of.get(self)
+        frame = _frames.by_siblings.get(self)
         if frame is None or not _has_many_rows(x):
             return None
         if not any(each is layer for each in frame.waiting):
@@ -133,28 +135,29 @@ class Siblings:
         if not _can_share(x) or frame.hooks != _saved_tensors_hooks():
             return None
         adapter = sharing_adapter(layer, x.device, x.dtype)
-        operands = None if isinstance(adapter, str) else _Call.build(layer, adapter, x)
-        if isinstance(adapter, str) or operands is None:
+        call = None if isinstance(adapter, str) else _Call.build(layer, adapter, x)
+        if isinstance(adapter, str) or call is None:
             return None
         key, lora_A = _key(x), weight_of(adapter.lora_A)
         slot = frame.slot
-        if slot is None or not slot.is_of(key):
-            frame.misses += slot is not None and slot.served == 1
+        if slot is None or not slot.matches(key):
+            if slot is not None and slot.served == 1:
+                frame.lone_slots += 1
             slot = frame.slot = None
-            if frame.misses <= MISSES:
+            if frame.lone_slots <= MAX_LONE_SLOTS:
                 members = [(layer, adapter), *_sharing(frame.waiting, x)]
                 slot = frame.slot = _fill(members, x, key)
         p = None if slot is None else slot.take(layer, lora_A)
         if slot is None or p is None:
             return None
-        y, slot.rows = operands.run(slot.rows, p, x.shape[:-1])
+        y, slot.rows = call.run(slot.rows, p, x.shape[:-1])
         slot.served += 1
         if not slot.p:
             frame.slot = None
         if layer.mixed_batch is not None:
             layer.mixed_batch = None
         # bitsandbytes returns x's dtype, under autocast too.
-        return y.to(x.dtype) if isinstance(operands.weight, Weight4bit) else y
+        return y.to(x.dtype) if isinstance(call.weight, Weight4bit) else y
 
 
 class _Call(NamedTuple):
@@ -183,7 +186,7 @@ class _Call(NamedTuple):
         elif not is_cast and weight.dtype is not dtype:
             return None
         else:
-            weight = codes = weight.to(dtype)
+            codes = weight
         bias, base_bias = lora_bias([adapter]), base._parameters["bias"]
         if base_bias is not None:
             bias = base_bias if bias is None else base_bias + bias
@@ -197,6 +200,7 @@ class _Call(NamedTuple):
 
     def run(self, rows: Tensor, p: Tensor, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
         weight, lora_B, scaling, bias, gate = self
+        weight = weight if isinstance(weight, Weight4bit) else weight.to(rows.dtype)
         return blocks.sibling_linear(rows, p, weight, lora_B, scaling, bias, gate, leading)
 
 
@@ -218,7 +222,7 @@ def _fill(members: Sequence[tuple[Any, Adapter]], x: Tensor, key: tuple[Any, ...
     cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
     is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
     first, *_ = members
-    members = [each for each in members if odd_reason(first, each, x.device, dtype) is None]
+    members = [each for each in members if mismatch_reason(first, each, x.device, dtype) is None]
     members = [each for each in members if weight_of(each[1].lora_A).shape[1] == x.shape[-1]]
     if len(members) < 2:
         return None
@@ -260,13 +264,13 @@ def sharing_adapter(layer: Any, device: torch.device, x_dtype: torch.dtype) -> A
     return adapter
 
 
-def odd_reason(
+def mismatch_reason(
     first: tuple[Any, Adapter], other: tuple[Any, Adapter], device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Return why a layer that can share x on this device does not share it with another one."""
-    ours, theirs = (weight_of(adapter.lora_A).dtype for _, adapter in (other, first))
-    if ours is not theirs:
-        return f"its lora_A has {ours}, that of the first {theirs}"
+    own, firsts = (weight_of(adapter.lora_A).dtype for _, adapter in (other, first))
+    if own is not firsts:
+        return f"its lora_A has {own}, that of the first {firsts}"
     casts = [casts_adapters(layer, device.type, dtype) for layer, _ in (other, first)]
     return None if casts[0] is casts[1] else "its adapter is rounded, or that of the first is"
 
@@ -285,7 +289,7 @@ def _has_many_rows(x: Tensor) -> bool:
 def _can_share(x: Tensor) -> bool:
     """Return True if layers may share x in the state of this thread."""
     has_hooks = x._backward_hooks or x._post_accumulate_grad_hooks
-    return blocks.is_eager_on_gpu(x) and not x.is_inference() and not has_hooks
+    return blocks.can_run_block(x) and not x.is_inference() and not has_hooks
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:
@@ -300,6 +304,7 @@ def _is_same(a: object, b: object) -> bool:
 
 
 def _saved_tensors_hooks() -> object:
+    """Return the saved-tensor hooks in force, while tracing too (the argument ignores that)."""
     return _top_saved_tensors_default_hooks(True)
 
 
@@ -318,7 +323,7 @@ def add_siblings(model: nn.Module) -> None:
 
 
 def _groups(parent: nn.Module) -> Iterator[list[str]]:
-    """Yield the names of children that are fused linear layers and have as many in-features."""
+    """Yield the names of children that are fused linear layers with the same in_features."""
     if isinstance(parent, nn.Sequential):
         return  # calls them one after the other
     groups: dict[int, dict[int, str]] = {}

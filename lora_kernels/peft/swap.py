@@ -129,7 +129,7 @@ def check_qualify(qualify: str) -> None:
 
 def _follow_verdicts(model: nn.Module, qualify: str) -> None:
     """Read or make the verdict on each GPU of the model; advise once a process."""
-    verdicts.switch_off(qualify == "off")
+    verdicts.set_off(qualify == "off")
     indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     for index in sorted(indices) if qualify != "off" else ():
         found = verdicts.current(index)

@@ -25,7 +25,7 @@ FROZEN = [("lora_A",), ("lora_B",), ("lora_A", "lora_B")]
 @contextmanager
 def unread_is_nan() -> Iterator[list[Tensor]]:
     """Fill what stands for tensors that were not saved with NaN, and yield them."""
-    make, made = autograd.unread, []
+    make, made = autograd.new_unsaved, []
 
     def filled(*args: Any, **kwargs: Any) -> Tensor:
         made.append(make(*args, **kwargs).fill_(torch.nan))
@@ -33,7 +33,7 @@ def unread_is_nan() -> Iterator[list[Tensor]]:
 
     with ExitStack() as patches:
         for module in (linear, multi, experts):
-            patches.enter_context(mock.patch.object(module, "unread", filled))
+            patches.enter_context(mock.patch.object(module, "new_unsaved", filled))
         yield made
 
 

@@ -443,7 +443,7 @@ def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
     assert forward < 420e6 and backward < 560e6
 
 
-@pytest.mark.parametrize("name", ["_expand", "_add_base", "_contract", "_gradient"])
+@pytest.mark.parametrize("name", ["_expand", "_add_base", "_shrink", "_gradient"])
 def test_fused_layer_with_one_float32_copy_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

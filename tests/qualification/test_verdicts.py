@@ -187,7 +187,7 @@ def test_choose_with_a_verdict_takes_what_passed_and_is_faster() -> None:
     verdicts.set_current(0, VERDICT)
     choice = selection.choose(problem())
     assert (choice.backend, choice.strategy) == ("cuda", "cooperative")
-    verdicts.switch_off(True)
+    verdicts.set_off(True)
     off = selection.choose(problem())
     assert off.backend == "eager" and off.reason.endswith(verdicts.OFF)
 

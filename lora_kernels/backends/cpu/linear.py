@@ -49,7 +49,7 @@ from ...core.dtypes import to_dtype
 from ...core.packed4bit import Packed4bit
 from ...core.problem import Strategy
 from .. import decode4bit
-from ..rows import like_rows_of, rows_of
+from ..rows import rows_of, set_leading_dims_
 from . import native
 
 FUSED = Strategy.FUSED
@@ -246,7 +246,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     few_rows = weight is not None and strategy in GEMVS
     outputs = p.data_ptr(), y.data_ptr(), DTYPES[y_dtype], pointer(z)
     native.module.lora_linear(layer, (rows, cast_rows, few_rows, *outputs))
-    return y if x.dim() == given.dim() else like_rows_of(given, y), Saved(p, z)
+    return y if x.dim() == given.dim() else set_leading_dims_(y, given.shape[:-1]), Saved(p, z)
 
 
 class PreparedCall:

@@ -4,9 +4,10 @@ The other backends are measured against this one. A call that they do not suppor
 the reason (see `choice`).
 
 Memory traffic. The base GEMM accumulates onto the low-rank update, `y.addmm_(x, Wᵀ)`: y is read in
-the epilogue of the large GEMM and not in a pass of its own. dx likewise. Above `UPCAST_ROWS` rows
-no float32 copy of a 16-bit x, dY, y or dx is made where the device multiplies 16-bit matrices into
-float32 (`library.has_out_dtype`). The adapter's GEMMs then run in one of three ways:
+the epilogue of the large GEMM and not in a pass of its own. dx likewise. Above max(`UPCAST_ROWS`,
+`UPCAST_ROWS_PER_RANK`·R) rows no float32 copy of a 16-bit x, dY, y or dx is made where the device
+multiplies 16-bit matrices into float32 (`library.has_out_dtype`). The adapter's GEMMs then run in
+one of three ways:
 
 - its dtype is the activation's: in that dtype, P and dS in float32;
 - float32 beside 16 bits, many rows: each small operand as two 16-bit parts, hi + lo. A GEMM with
@@ -52,7 +53,7 @@ PANEL = 4 << 20  # bytes of an operand that `dora_norm` and `_column_dot` take a
 # float32 adapter. For few rows the copies move fewer bytes than two parts of the adapter. At 8 rows
 # per rank two parts save 36 MB in the backward of 512×4096×4096, r = 64 (counted; an estimated
 # 12 µs of an H100), and take 8 more kernels.
-UPCAST_ROWS, UPCAST_ROWS_A_RANK = 64, 8
+UPCAST_ROWS, UPCAST_ROWS_PER_RANK = 64, 8
 EXPANDED_NORM = 256  # columns from which `dora_norm` is made of products on a GPU
 _HALVES = (torch.bfloat16, torch.float16)
 PART_ROUNDOFF = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-22}  # of hi + lo
@@ -93,24 +94,25 @@ def drop(
 
 
 @contextmanager
-def upcast_rows(rows: int, rows_a_rank: int = 0) -> Iterator[None]:
-    """Set `UPCAST_ROWS` and `UPCAST_ROWS_A_RANK`, in all threads. For tests."""
-    global UPCAST_ROWS, UPCAST_ROWS_A_RANK
-    before = UPCAST_ROWS, UPCAST_ROWS_A_RANK
-    UPCAST_ROWS, UPCAST_ROWS_A_RANK = rows, rows_a_rank
+def upcast_rows(rows: int, rows_per_rank: int = 0) -> Iterator[None]:
+    """Set `UPCAST_ROWS` and `UPCAST_ROWS_PER_RANK`, in all threads. For tests."""
+    global UPCAST_ROWS, UPCAST_ROWS_PER_RANK
+    before = UPCAST_ROWS, UPCAST_ROWS_PER_RANK
+    UPCAST_ROWS, UPCAST_ROWS_PER_RANK = rows, rows_per_rank
     try:
         yield
     finally:
-        UPCAST_ROWS, UPCAST_ROWS_A_RANK = before
+        UPCAST_ROWS, UPCAST_ROWS_PER_RANK = before
 
 
 def _is_in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Return True if GEMMs of the activation [M, n], in `dtype`, take the adapter in two parts."""
+    """Return True if GEMMs of the activation [M, n], in `dtype`, take the adapter split into
+    16-bit parts (`_two_parts`, `_three_parts`)."""
     dtype = dtype or activation.dtype
     return (
         dtype is not adapter.dtype
         and dtype in _HALVES
-        and activation.shape[0] > max(UPCAST_ROWS, UPCAST_ROWS_A_RANK * min(adapter.shape))
+        and activation.shape[0] > max(UPCAST_ROWS, UPCAST_ROWS_PER_RANK * min(adapter.shape))
         and has_out_dtype(activation)
         and torch.promote_types(dtype, adapter.dtype) is torch.float32
     )
@@ -125,7 +127,10 @@ def _widest(*tensors: Tensor) -> torch.dtype:
 
 
 def _two_parts(t: Tensor, scale: float, dtype: torch.dtype, dim: int) -> Tensor:
-    """scale·t as hi and −lo in `dtype`, side by side along `dim` of the result [.., 2·n, ..]."""
+    """scale·t as hi and −lo in `dtype`, side by side along `dim` of the result [.., 2·n, ..].
+
+    −lo, because one kernel computes hi − scale·t.
+    """
     rows, columns = t.shape
     shape = (2, rows, columns) if dim == 0 else (rows, 2, columns)
     parts = t.new_empty(shape, dtype=dtype)
@@ -168,7 +173,7 @@ def _scaled_mm(a: Tensor, b: Tensor, alpha: float, bias: Tensor | None = None) -
     return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
 
 
-def _contract(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+def _shrink(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
     """Return P or dS, scale·a·small in float32 (float64 for float64).
 
     a: [M, n]. small: [n, R] for dim 1; [R, n] for dim 0, transposed.
@@ -187,11 +192,11 @@ def _contract(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
     return _scaled_mm(a, small, scale)
 
 
-def _contract_rounded(a: Tensor, small: Tensor, scale: float) -> Tensor:
+def _shrink_rounded(a: Tensor, small: Tensor, scale: float) -> Tensor:
     """scale·a·small, a [M, n], small [n, R], in 16 bits if both have the same 16-bit dtype."""
     if a.dtype is small.dtype and a.dtype in _HALVES:
         return _scaled_mm(a, small, scale)
-    return _contract(a, small, 1, scale)
+    return _shrink(a, small, 1, scale)
 
 
 def _gradient(a: Tensor, s: Tensor, scale: float, adapter: Tensor) -> Tensor:
@@ -289,7 +294,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     dropped, factor, mask = drop(x, dropout_p, *dropout)
     operand = to_dtype(dropped, _operand_dtype(x, lora_A, lora_B, dtype))
     del dropped
-    p = _contract(operand, lora_A, 0)
+    p = _shrink(operand, lora_A, 0)
     if factor != 1.0:
         p *= factor
     s = p if rank_gate is None else p * rank_gate
@@ -341,26 +346,27 @@ def lora_linear_backward(
     if column_scale is not None and (need_x or not dy_in_parts):
         wide = dy.dtype if dy_in_parts else _widest(dy, lora_B)
         dz = torch.mul(dy, column_scale, out=torch.empty_like(dy, dtype=wide))
-    rows = column_scale[:, None] if column_scale is not None and dy_in_parts else None
-    narrow = _widest(dz, lora_A, lora_B) is dz.dtype
-    alone = not dy_in_parts if not narrow else dy.shape[0] <= UPCAST_ROWS and not dropout_p
-    if isinstance(weight, Packed4bit) and need_x and alone:
+    scale_of_B = column_scale[:, None] if column_scale is not None and dy_in_parts else None
+    is_narrow = _widest(dz, lora_A, lora_B) is dz.dtype
+    few_rows = dy.shape[0] <= UPCAST_ROWS
+    runs_base_first = few_rows and not dropout_p if is_narrow else not dy_in_parts
+    if isinstance(weight, Packed4bit) and need_x and runs_base_first:
         # A base GEMM that does not accumulate runs first, while no other temporary is alive beside
         # the dense copy of the weight.
         base = torch.mm(to_dtype(dz, dtype), _dense(weight, lora_A, lora_B, dtype))
     a = dy if dy_in_parts else to_dtype(dz, _widest(dz, lora_B))
     if need_B:
         dB = _gradient(a, p if rank_gate is None else p * rank_gate, scaling, lora_B)
-        if rows is not None:
-            dB *= rows
+        if scale_of_B is not None:
+            dB *= scale_of_B
     if not (need_x or need_A or need_gate):
         return Grads(None, dA, dB, dg, dc, dbias)
     factor = 1.0 if rng is None else dropout_scale(dropout_p)
-    scaled_B = lora_B if rows is None else lora_B * rows
+    scaled_B = lora_B if scale_of_B is None else lora_B * scale_of_B
     if rank_gate is None and not need_gate:
-        dxa = _contract_rounded(a, scaled_B, scaling * factor)
+        dxa = _shrink_rounded(a, scaled_B, scaling * factor)
     else:
-        ds = _contract(a, scaled_B, 1, scaling)
+        ds = _shrink(a, scaled_B, 1, scaling)
         if need_gate:
             dg = (ds * p).sum(0)
         dxa = ds if rank_gate is None else ds * rank_gate
@@ -376,7 +382,7 @@ def lora_linear_backward(
     if not need_x:
         return Grads(None, dA, dB, dg, dc, dbias)
     late = (dxa, parts) if late_x is not None else None
-    if base is not None and narrow and base.dtype is x.dtype is x_dtype:
+    if base is not None and is_narrow and base.dtype is x.dtype is x_dtype:
         dx = base.addmm_(to_dtype(dxa, x_dtype), to_dtype(lora_A, x_dtype))
     else:
         dx = _input_update(dxa, parts, lora_A, x_dtype)
@@ -400,7 +406,7 @@ def _gradient_A(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tens
         dtype = _widest(operand, lora_A)
         found = torch.mm(to_dtype(dxa, dtype).t(), to_dtype(operand, dtype))
         return to_dtype(found, lora_A.dtype)
-    if parts.dtype is torch.float16:  # whose halves of a small dXA are too small
+    if parts.dtype is torch.float16:  # lo of a small dXA would be subnormal
         return _gradient(operand, dxa, 1.0, lora_A).t().contiguous()
     hi, lo = mm_fp32(parts[:, lora_A.shape[0] :].t(), operand).chunk(2)
     return hi + lo
@@ -462,7 +468,7 @@ def multi_lora_linear(
         w = _dense(weight, lora_A[0], lora_B[0], dtype).to(dtype)
         y = torch.mm(to_dtype(x, dtype), w.t()).to(y_dtype)
     for e, rows in rows_of(index, len(lora_A)).each():
-        s = _contract(dropped[rows], lora_A[e], 0)
+        s = _shrink(dropped[rows], lora_A[e], 0)
         if factor != 1.0:
             s *= factor
         p[rows, : s.shape[1]] = s
@@ -525,12 +531,11 @@ def dora_norm(
 ) -> Tensor:
     """‖W + s·B·A‖ of each row, B's columns gated: [N] in float32 (float64 for float64).
 
-    On a GPU from ‖W‖² + s·rowsum(B ⊙ (2·W·Aᵀ + s·B·A·Aᵀ)), which reads W and writes nothing of its
-    size. The relative error is at most κ·√K·2⁻²⁴,
-    κ = (‖W‖ + ‖s·B·A‖)² / norm², and beside a 16-bit W, where A is taken in two parts, κ·2⁻¹⁷/√K
-    more (rms): it grows where the update all but cancels a row of W, which fewer than
-    `EXPANDED_NORM` columns do by chance. Those, and a CPU's, are written out, a panel of rows at a
-    time.
+    On a GPU, for K ≥ `EXPANDED_NORM`: ‖W‖² + s·rowsum(B ⊙ (2·W·Aᵀ + s·B·A·Aᵀ)), which reads W once
+    and writes nothing of its size. Its relative error is at most κ·√K·2⁻²⁴,
+    κ = (‖W‖ + ‖s·B·A‖)²/norm²; beside a 16-bit W, κ·2⁻¹⁷/√K (rms) is added. κ grows if the update
+    nearly cancels a row of W, which is likely by chance only for few columns. Otherwise W + s·B·A
+    is summed, a panel of rows at a time.
     """
     dtype = stat_dtype(lora_A.dtype)
     if is_on_gpu_path(lora_A.device.type) and lora_A.shape[1] >= EXPANDED_NORM:
@@ -552,7 +557,7 @@ def _norm_from_products(
     """`dora_norm` of a dense w [N, K]."""
     dtype = stat_dtype(lora_A.dtype)
     squares = torch.linalg.vector_norm(w, dim=1, dtype=dtype).square_()
-    wa, gram = _contract(w, lora_A, 0), _contract(lora_A, lora_A, 0)
+    wa, gram = _shrink(w, lora_A, 0), _shrink(lora_A, lora_A, 0)
     B = to_dtype(lora_B, dtype)
     if rank_gate is not None:
         B = B * to_dtype(rank_gate, dtype)

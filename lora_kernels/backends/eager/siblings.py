@@ -24,13 +24,13 @@ from .. import decode4bit
 from .linear import (
     _HALVES,
     _add_base,
-    _contract,
-    _contract_rounded,
     _expand,
     _gradient,
     _gradient_A,
     _input_update,
     _is_in_parts,
+    _shrink,
+    _shrink_rounded,
     _three_parts,
     _widest,
     drop,
@@ -80,7 +80,7 @@ def is_p_rounded(dtype: torch.dtype, adapters: Sequence[torch.dtype], has_gate: 
 def down_projections(x: Tensor, lora_A: Sequence[Tensor], is_rounded: bool) -> list[Tensor]:
     """Return P_i [M, R_i], columns of one tensor, for x [M, K] and each A_i [R_i, K]."""
     stacked = torch.cat(list(lora_A)) if len(lora_A) > 1 else lora_A[0]
-    p = torch.mm(x, stacked.t()) if is_rounded else _contract(x, stacked, 0)
+    p = torch.mm(x, stacked.t()) if is_rounded else _shrink(x, stacked, 0)
     return list(p.split([A.shape[0] for A in lora_A], dim=1))
 
 
@@ -192,9 +192,9 @@ def sibling_linear_backward(
         dB = _gradient(a, p if rank_gate is None else p * rank_gate, scaling, lora_B)
     if need_p or need_gate:
         if p_dtype in _HALVES:
-            dp = _contract_rounded(a, lora_B, scaling)
+            dp = _shrink_rounded(a, lora_B, scaling)
         else:
-            dp = _contract(a, lora_B, 1, scaling)
+            dp = _shrink(a, lora_B, 1, scaling)
         if need_gate:
             assert p is not None
             dg = (dp * p).sum(0)

@@ -1,4 +1,4 @@
-"""The conversion of a tensor's dtype."""
+"""Dtypes: of sums, and the conversion of a tensor's."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def to_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     True
     """
     return t if t.dtype is dtype else t.to(dtype)
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of P, dg, dc and dbias: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

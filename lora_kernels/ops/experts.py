@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..backends.cpu import experts as cpu_experts
 from ..backends.eager import experts as eager_experts
-from ..backends.eager.linear import stat_dtype
 from ..backends.library import is_on_gpu_path
 from ..backends.protocol import ExpertsBackend
 from ..choice import choose as selection
@@ -20,8 +19,9 @@ from ..core.call import (
     ExpertsSpec,
     Saved,
 )
+from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit, join_weight
 from ..core.problem import Choice, Problem
 from ..quantization import Weight4bit
 from . import context
@@ -210,7 +210,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         *weight: Any,
     ) -> Tensor:
         spec, blocksizes = options
-        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        base = join_weight(weight, blocksizes)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng, mask)
         read = x, weight[0], lora_A, lora_B, offsets
         y, saved = _FAMILY.forward(ctx, operands, spec, *read)
@@ -231,7 +231,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         x = new_unsaved(dy, K, ctx.x_dtype) if x is None else x
         p = new_unsaved(dy, R, stat_dtype(spec.dtype)) if p is None else p
         needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
-        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        base = join_weight(weight, blocksizes)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng, mask)
         read = x, weight[0], lora_A, lora_B, offsets
         grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs, *read)

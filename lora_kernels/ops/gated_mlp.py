@@ -12,7 +12,8 @@ from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager import linear as eager
 from ..backends.rows import set_leading_dims_
 from ..core.call import Needs, Operands, Saved, Spec
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.dtypes import stat_dtype
+from ..core.packed4bit import PACKED4BIT_TENSORS, join_weight
 from ..quantization import Weight4bit
 from . import context, linear
 from .arguments import autocast_dtype, check_weight
@@ -111,7 +112,7 @@ class GatedMLPFunction(torch.autograd.Function):
     ) -> Tensor:
         activation, spec, _, blocksizes = options
         g, u = g.contiguous(), u.contiguous()
-        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        base = join_weight(weight, blocksizes)
         with context.no_autocast(g):
             h = eager_mlp.gated(g, u, activation).view(-1, g.shape[-1])
             operands = Operands(h, base, lora_A, lora_B, bias=bias)
@@ -126,10 +127,10 @@ class GatedMLPFunction(torch.autograd.Function):
         g, u, lora_A, lora_B, p, *weight = saved
         activation, spec, is_private, blocksizes = ctx.options
         need_g, need_u, *rest = ctx.needs_input_grad[:5]
-        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        base = join_weight(weight, blocksizes)
         rows = g.detach().view(-1, g.shape[-1]), u.detach().view(-1, g.shape[-1])
         if p is None:
-            p = new_unsaved(dy, lora_A.shape[0], eager.stat_dtype(spec.dtype), flat=True)
+            p = new_unsaved(dy, lora_A.shape[0], stat_dtype(spec.dtype), flat=True)
         needs = Needs(need_g or need_u, rest[0], rest[1], bias=rest[2])
         operands, dy = Operands(rows[0], base, lora_A, lora_B), dy.reshape(-1, dy.shape[-1])
         with context.no_autocast(g):

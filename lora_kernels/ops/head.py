@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..backends import decode4bit
 from ..backends.eager import head as eager_head
-from ..backends.eager.linear import stat_dtype
 from ..backends.library import is_on_gpu_path
 from ..core import forced
 from ..core.call import (
@@ -27,6 +26,7 @@ from ..core.call import (
     Operands,
     Spec,
 )
+from ..core.dtypes import stat_dtype
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
 from . import context, linear

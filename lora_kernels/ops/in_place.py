@@ -21,6 +21,7 @@ from torch._C import _storage_Use_Count
 from ..backends.eager import linear as eager
 from ..backends.eager import siblings as eager_siblings
 from ..core.call import Needs, Operands, Saved, Spec
+from ..core.dtypes import stat_dtype
 from . import context, linear
 from .arguments import autocast_dtype
 from .autograd import differentiable_once
@@ -173,7 +174,7 @@ class AddLoRALinear(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, rank_gate, p, mask = saved
         need_y, need_x, need_A, need_B, need_gate, need_bias, _ = ctx.needs_input_grad
-        rows, stat = dy.reshape(-1, dy.shape[-1]), eager.stat_dtype(ctx.spec.dtype)
+        rows, stat = dy.reshape(-1, dy.shape[-1]), stat_dtype(ctx.spec.dtype)
         if x is None:  # its values are not read
             x = dy.new_empty(rows.shape[0], lora_A.shape[1], dtype=ctx.x_dtype)
         if p is None:

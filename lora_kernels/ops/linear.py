@@ -11,7 +11,6 @@ from torch import Tensor
 from ..backends import cuda, triton
 from ..backends.cpu import linear as cpu
 from ..backends.eager import linear as eager
-from ..backends.eager.linear import stat_dtype
 from ..backends.library import is_on_gpu_path
 from ..backends.protocol import Backend
 from ..backends.rows import set_leading_dims_
@@ -24,8 +23,9 @@ from ..core.call import (
     Saved,
     Spec,
 )
+from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit, join_weight
 from ..core.problem import Choice, Problem
 from ..quantization import Weight4bit
 from . import context
@@ -261,7 +261,7 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         rng, mask, *weight = frozen
         spec, recompute, blocksizes = options
-        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        base = join_weight(weight, blocksizes)
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
         if column_scale is not None and ctx.needs_input_grad[4]:
             spec = spec._replace(save_z=True)
@@ -282,7 +282,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x, lora_A, lora_B, rank_gate, column_scale, rng, mask, p, z, *weight = tensors
         spec, _, blocksizes = ctx.options
         needs = Needs(*ctx.needs_input_grad[:6])
-        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        base = join_weight(weight, blocksizes)
         R, K = lora_A.shape
         if x is None:
             x = new_unsaved(dy, K, ctx.x_dtype)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..backends.cpu import linear as cpu
 from ..backends.eager import linear as eager
-from ..backends.eager.linear import stat_dtype
 from ..backends.library import is_on_gpu_path
 from ..backends.protocol import MultiBackend
 from ..backends.rows import set_leading_dims_
@@ -22,6 +21,7 @@ from ..core.call import (
     MultiSpec,
     Saved,
 )
+from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import Choice, Problem

@@ -9,6 +9,7 @@ from ..backends.cpu import linear as cpu
 from ..backends.eager import linear as eager
 from ..backends.protocol import NormBackend
 from ..choice import choose as selection
+from ..core.dtypes import stat_dtype
 from ..core.packed4bit import Packed4bit
 from ..core.problem import Problem
 from ..quantization import Weight4bit
@@ -120,7 +121,7 @@ def _dora_norm_fake(
     scaling: float,
     rank_gate: Tensor | None,
 ) -> Tensor:
-    return lora_A.new_empty(lora_B.shape[0], dtype=eager.stat_dtype(lora_A.dtype))
+    return lora_A.new_empty(lora_B.shape[0], dtype=stat_dtype(lora_A.dtype))
 
 
 _DENSE, _PACKED = define(

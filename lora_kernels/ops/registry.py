@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 import torch
 from torch import Tensor
 
-from ..backends.eager.linear import stat_dtype
 from ..choice import choose as selection
 from ..core.call import Saved
+from ..core.dtypes import stat_dtype
 from ..core.packed4bit import Packed4bit
 from ..core.problem import Choice
 from . import context
@@ -255,7 +255,7 @@ def define_family(
     def call_op(operands: OperandsT, spec: SpecT) -> tuple[Tensor, Saved]:
         weight = operands.weight
         if isinstance(weight, Packed4bit):
-            y, *rest = op_4bit(operands.x, *weight, *operands[2:], *spec)
+            y, *rest = op_4bit(operands.x, *weight, *list(operands)[2:], *spec)
         else:
             y, *rest = op(*operands, *spec)
         saved = Saved(**dict(zip(results, rest, strict=True)))
@@ -275,9 +275,11 @@ def define_family(
         dy: Tensor, operands: OperandsT, saved: Saved, spec: SpecT, needs: NeedsT, choice: str
     ) -> GradsT:
         context.refuse_tangent(dy)
-        weight, rest = operands.weight, (*saved[: len(kept)], *spec, *needs)
+        # As lists: Dynamo of torch 2.8 cannot slice a NamedTuple.
+        weight, (_, _, *others) = operands.weight, list(operands)
+        rest = *list(saved)[: len(kept)], *spec, *needs
         if isinstance(weight, Packed4bit):
-            found = backward_op_4bit(dy, operands.x, *weight, *operands[2:], *rest, choice=choice)
+            found = backward_op_4bit(dy, operands.x, *weight, *others, *rest, choice=choice)
         else:
             found = backward_op(dy, *operands, *rest, choice=choice)
         grads = (_wanted(t, need) for t, need in zip(found, needs, strict=True))

@@ -21,7 +21,7 @@ from ..backends.eager import siblings as eager_siblings
 from ..backends.rows import set_leading_dims_
 from ..choice import choose as selection
 from ..core import forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.packed4bit import PACKED4BIT_TENSORS, join_weight
 from ..quantization import Weight4bit
 from . import context
 from .arguments import FLOATS, autocast_dtype
@@ -96,7 +96,7 @@ class _SiblingLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         scaling, y_shape, blocksizes = options
-        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        base = join_weight(weight, blocksizes)
         with context.no_autocast(x):
             sibling = eager_siblings.Sibling(p, base, lora_B, scaling, rank_gate)
             y = eager_siblings.sibling_linear(x, sibling, bias)
@@ -123,7 +123,7 @@ class _SiblingLinear(torch.autograd.Function):
         base = None
         if weight:
             blocksizes = ctx.options.blocksizes
-            base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+            base = join_weight(weight, blocksizes)
         sibling = eager_siblings.Sibling(p, base, lora_B, ctx.options.scaling, rank_gate)
         rows, needs = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad[:5]
         with context.no_autocast(dy):

@@ -22,7 +22,7 @@ def gpu_path() -> Iterator[None]:
         yield
     decode4bit.bitsandbytes_reasons.clear()
     decode4bit.bitsandbytes_reasons.update(before)
-    assert not siblings._frames.of
+    assert not siblings._frames.by_siblings
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def with_two_adapters(name: str) -> Any:
 
 def with_head(*targets: str, tied: bool = False) -> Any:
     model = causal_model(tie_word_embeddings=tied)
-    return adapted(model, targets, ensure_weight_tying=False)
+    return adapted(model, targets)
 
 
 def with_trained_norm() -> Any:

@@ -940,7 +940,7 @@ def test_siblings_hold_nothing_after_an_exception(shared) -> None:
     for _ in range(2):
         with pytest.raises(Failure):
             fused(x)
-        assert not siblings._frames.of
+        assert not siblings._frames.by_siblings
         assert shared.take() == (1, 1)
     del x
     assert seen() is None
@@ -958,7 +958,7 @@ def test_siblings_hold_nothing_after_the_parent(way, grad) -> None:
     seen = weakref.ref(x)
     with torch.set_grad_enabled(grad):
         y = fused(x)
-    assert not siblings._frames.of
+    assert not siblings._frames.by_siblings
     del x, y
     assert seen() is None
 
@@ -969,7 +969,7 @@ def test_last_sibling_drops_the_slot() -> None:
     def way(self: Any, x: Tensor) -> Tensor:
         found = mix(self.q(x), self.k(x), self.v(x))
         self.w(x)
-        (frame,) = siblings._frames.of.values()
+        (frame,) = siblings._frames.by_siblings.values()
         seen.append(frame.slot)
         return found
 
@@ -989,7 +989,7 @@ def test_siblings_outside_of_the_parent_equal_peft(shared) -> None:
     ]
     for call in calls:
         assert_equal_step(stock, fused, batch(), call)
-        assert not siblings._frames.of
+        assert not siblings._frames.by_siblings
     assert shared.take() == (0, 0)
 
 
@@ -1014,7 +1014,7 @@ def test_siblings_in_four_threads_equal_peft(shared) -> None:
                     x = xs[i].clone().requires_grad_()
                     y = fused(x)
                     got[i] = (y, *torch.autograd.grad(y.sum(), [x, *weights]))
-                assert not siblings._frames.of
+                assert not siblings._frames.by_siblings
         except BaseException as error:
             barrier.abort()
             errors.append(error)
@@ -1200,7 +1200,8 @@ def test_step_of_siblings_moves_few_bytes(base, megabytes, kernels, peak) -> Non
     config = LoraConfig(r=16, lora_alpha=32, target_modules=list("qkv"))
     model = fuse(get_peft_model(parent, config, autocast_adapter_dtype=False))
     adapters = [p.requires_grad_() for n, p in model.named_parameters() if "lora_" in n]
-    assert {p.dtype for p in adapters} == {bf16}
+    for p in adapters:  # PEFT 0.17 makes those beside 4 bits in float32
+        p.data = p.data.to(bf16)
     for _ in range(2):  # the first call fills what the process caches
         x = torch.empty(8192, 4096, dtype=bf16, device="meta", requires_grad=True)
         count = counter._Counter([])

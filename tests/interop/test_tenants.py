@@ -38,7 +38,8 @@ def tenants_model() -> Any:
         model.add_adapter(name, config)
     for i, name in enumerate(TENANTS):
         randomize(model, name, 1 + i)
-    model.set_requires_grad(TENANTS)
+    for name, p in model.named_parameters():  # PEFT 0.17 has no set_requires_grad
+        p.requires_grad_("lora_" in name)
     return model.train()
 
 

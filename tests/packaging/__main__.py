@@ -44,12 +44,22 @@ SHOWN = ("torch", "triton", "safetensors", *PEERS, *QUANTIZERS)
 # Their names stand here, so that no test passes over itself.
 LATER = {
     "AdaLoRA over convolutions (PEFT)": "test_convolutions_stay_pefts_own",
+    "KaSA, aLoRA of LoraConfig (PEFT)": (
+        "test_gate_without_a_gradient or several_dy_of_gated or aLoRA"
+    ),
+    "hotswap_adapter of adapters that train (PEFT)": "test_stale_values and hotswap_adapter",
     "set_adapter(inference_mode=...), set_requires_grad (PEFT)": (
         "loaded_from_meta or frozen or test_row_adapters"
     ),
     "LoraConfig(ensure_weight_tying=...) (PEFT)": "tied",
     "set_experts_implementation (transformers)": "qwen3_moe",
-    "experts that are parameters (transformers)": "test_check and experts",
+    "experts that are parameters (transformers)": "experts or test_every_kind_of_the_table",
+    "reentrant checkpointing by Trainer (transformers)": (
+        "test_trainer_on_its_defaults and reentrant"
+    ),
+    "optimizers on CPUs (bitsandbytes)": "test_stale_values and bitsandbytes",
+    "a context manager in a compiled graph (torch)": "test_loss_compiled_whole",
+    "parameters of integers under FSDP2 (torch)": ("test_4bit_layers_that_fsdp2_shards and uint8"),
     "float64 beside a Linear4bit (bitsandbytes)": "test_a_compute_dtype_that_is_not_ours",
     "a Linear4bit whose forward leaves its bias's dtype alone (bitsandbytes)": (
         "test_what_surrounds_a and nf4"

@@ -29,6 +29,7 @@ from ...core.call import (
     Spec,
 )
 from ...core.dropout import dropout_mask, dropout_scale
+from ...core.dtypes import stat_dtype
 from ..experts import runs, weight_of
 from ..library import is_on_gpu_path
 from . import linear as eager
@@ -93,7 +94,7 @@ def lora_experts(
     if is_grouped(operands, spec):
         dropped, factor, drawn = eager.drop(x, dropout_p, rng, mask)
         y = _grouped_mm(x.to(dtype), cast(Tensor, weight).to(dtype).mT, offsets)
-        p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=eager.stat_dtype(dtype))
+        p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype))
         if lora_A.shape[1]:
             narrow = _grouped_mm(dropped.to(dtype), lora_A.to(dtype).mT, offsets)
             p = narrow.to(p.dtype)
@@ -104,7 +105,7 @@ def lora_experts(
             y += _bias_of_rows(bias, offsets, x.shape[0])
         return _zero_rows_of_no_expert(y, offsets).to(y_dtype), Saved(p, None, drawn)
     y = x.new_zeros(x.shape[0], lora_B.shape[1], dtype=y_dtype)
-    p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=eager.stat_dtype(dtype))
+    p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype))
     one = Spec(scaling, dropout_p, dtype, y_dtype)
     draws = dropout_p and rng is None and mask is None
     drawn = eager.drop(x, dropout_p).mask if draws else None

@@ -43,8 +43,8 @@ from ...core.call import (
     Spec,
 )
 from ...core.dropout import dropout_mask
+from ...core.dtypes import stat_dtype
 from ..library import is_on_gpu_path, mm_fp32
-from .linear import stat_dtype
 
 Linear = Callable[[Operands, Spec], tuple[Tensor, Saved]]
 LinearBackward = Callable[[Tensor, Operands, Saved, Spec, Needs], Grads]

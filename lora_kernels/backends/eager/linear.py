@@ -42,7 +42,7 @@ from ...core.call import (
     Spec,
 )
 from ...core.dropout import dropout_mask, dropout_scale
-from ...core.dtypes import to_dtype
+from ...core.dtypes import stat_dtype, to_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
 from ..library import has_out_dtype, is_on_gpu_path, mm_fp32
@@ -60,11 +60,6 @@ PART_ROUNDOFF = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-22}  # of hi + l
 # float16 parts of an adapter are those of 256 times it: without that, elements below 1e-4 lose
 # most of lo to subnormals. Elements of 256 and more overflow.
 _PRESCALE = {torch.bfloat16: 1.0, torch.float16: 256.0}
-
-
-def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of P, dg, dc and dbias: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Dropped(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...core.call import Saved
+from ...core.dtypes import stat_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
 from .linear import (
@@ -34,7 +35,6 @@ from .linear import (
     _three_parts,
     _widest,
     drop,
-    stat_dtype,
 )
 
 

@@ -42,9 +42,9 @@ Facts = dict[str, Any]  # of a run: its provenance
 FROZEN = "frozen"
 # Baselines that are lower bounds, such as the frozen layer, and no alternative to ours.
 NO_PEERS = (FROZEN, "stream")
-OURS = ("LoRA", "three LoRALinear", "three calls")  # and every name that begins with "ours"
+OUR_CALLS = ("LoRA", "three LoRALinear", "three calls")  # and every name that begins with "ours"
 # Peer -> the equivalent call of ours; "ours" for all others, and if a row lacks it.
-LIKE = {
+EQUIVALENT_OF_PEER = {
     "peft": "ours, fp32 adapters",
     "PEFT's LoRA": "LoRA",
     "PEFT's, 4": "ours, 4",
@@ -54,7 +54,7 @@ LIKE = {
 # Variant -> its baseline; "PEFT's" for all others.
 VARIANTS = {"row norm": "PEFT's expression", "DoRA step": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
 # Variant -> pairs of calls whose ratios are its cost.
-PAIRS = {
+COST_RATIOS = {
     "DoRA step": (("ours", "LoRA"), ("PEFT's DoRA", "PEFT's LoRA")),
     "16 adapters": (("ours", "ours, 1"), ("PEFT's", "PEFT's, 1")),
 }
@@ -66,7 +66,7 @@ LOAD_MARGIN = 0.5
 
 def is_ours(name: str) -> bool:
     """Return True if a call of that name runs this package's kernels."""
-    return name.startswith("ours") or name in OURS
+    return name.startswith("ours") or name in OUR_CALLS
 
 
 @dataclass(kw_only=True)
@@ -231,7 +231,7 @@ class Row:
                 lines[-1] += f", {share:.0%} of the roofline"
                 if share > 1:
                     lines[-1] += " ✗ (the machine's limits were measured wrong)"
-        pairs = (pair for pair in PAIRS.get(self.what or "", ()) if {*pair} <= p50.keys())
+        pairs = (pair for pair in COST_RATIOS.get(self.what or "", ()) if {*pair} <= p50.keys())
         if each := [f"{over} over {under} {p50[over] / p50[under]:.2f}" for over, under in pairs]:
             lines.append(f"    {', '.join(each)}")
         if peaks := self.peak_bytes:
@@ -319,7 +319,7 @@ def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
         for peer in row.p50:
             if is_ours(peer) or peer in NO_PEERS:
                 continue
-            like = LIKE.get(peer, "ours")
+            like = EQUIVALENT_OF_PEER.get(peer, "ours")
             if like not in row.p50 and like not in row.misses:
                 like = "ours"
             if like in row.p50:

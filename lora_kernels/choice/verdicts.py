@@ -24,7 +24,7 @@ from ..core.problem import Problem
 ADVICE = "run `lora-kernels qualify` (up to 25 s)"
 KEEP_EAGER = 0.95  # of eager's time: a strategy replaces it if it takes at most that
 MAX_RANK = 128  # the largest that claims are checked for
-FORMAT = "3"  # of a verdict's file; part of its key
+FORMAT = "4"  # of a verdict's file; part of its key
 OFF = 'qualification is switched off: fuse(qualify="off")'
 
 
@@ -183,7 +183,7 @@ def read_point(data: Sequence[Any]) -> Point:
 
 def group_of(backend: str, strategy: str, problem: Problem) -> Group:
     """Return the group that a call belongs to."""
-    adapter = _name(problem.a_dtype) if problem.a_dtype is problem.b_dtype else "mixed"
+    adapter = _name(problem.a_dtype) if problem.a_dtype is problem.b_dtype else "unequal"
     weight = "4bit" if problem.four_bit else "dense"
     return Group(backend, str(strategy), _name(problem.dtype), adapter, weight)
 

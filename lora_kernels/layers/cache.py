@@ -40,7 +40,8 @@ def prepare(
     result is bitwise equal to `lora_linear`'s. The function returns None if a guard fails, and then
     `lora_linear` must be called:
 
-    - x has more rows, or another dtype, device or strides; the bias has another length
+    - x has more rows than the GEMV kernels take, or another dtype, device or strides
+    - the bias has another length
     - gradients or autocast are enabled, or another backend was requested
     - a compiler, a dispatch mode or a transform is active
     - lora_A, lora_B or a dense weight has another address; values may change in place
@@ -83,7 +84,7 @@ def prepare(
         *selection.guards(),
         *map(_memory_guard, called_by_address),
     ]
-    return linear.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)
+    return linear.build_prepared_call(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)
 
 
 def unchanged(

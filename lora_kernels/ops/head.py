@@ -5,7 +5,6 @@ The logits [M, V] are never in memory: a chunk of rows at a time is. See `backen
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -15,18 +14,22 @@ from torch import Tensor
 from ..backends import decode4bit
 from ..backends.eager import head as eager_head
 from ..backends.library import is_on_gpu_path
-from ..core import forced
+from ..choice import choose as selection
 from ..core.call import (
+    Grads,
     HeadGrads,
     HeadNeeds,
     HeadOperands,
     HeadOutputs,
     HeadRows,
     HeadSpec,
+    Needs,
     Operands,
+    Saved,
     Spec,
 )
 from ..core.dtypes import stat_dtype
+from ..core.forced import Forced
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
 from . import context, linear
@@ -394,7 +397,7 @@ class _LogProbsFunction(torch.autograd.Function):
             x, lora_A, lora_B, bias, labels, rng, mask, largest_logit, sum_exp, entropy, *weight
         )
         ctx.call = call
-        ctx.forced = None if torch.compiler.is_compiling() else forced.current.get()
+        ctx.choice = selection.format_request()
         ctx.mark_non_differentiable(*found[2:])
         if not outputs.entropy:
             ctx.mark_non_differentiable(*found[1:])
@@ -412,9 +415,7 @@ class _LogProbsFunction(torch.autograd.Function):
         rows = dlog_probs, None if entropy is None else dentropy, largest_logit, sum_exp, entropy
         rest = lora_A, lora_B, labels, bias, rng, mask, *spec, *needs
         run = _LOG_PROBS_BACKWARD[bool(blocksizes)]
-        as_forward = contextlib.nullcontext() if ctx.forced is None else forced.set_to(ctx.forced)
-        with as_forward:
-            found = run(*rows, x, *weight, *blocksizes, *rest)
+        found = run(*rows, x, *weight, *blocksizes, *rest, choice=ctx.choice)
         grads = HeadGrads(*(t if n else None for t, n in zip(found, needs, strict=True)))
         dA, dB = _cast(grads.lora_A, lora_A.dtype), _cast(grads.lora_B, lora_B.dtype)
         dbias = None if bias is None else _cast(grads.bias, bias.dtype)
@@ -430,13 +431,15 @@ class _LogProbsFunction(torch.autograd.Function):
 # draw no random numbers, and are deterministic.
 
 
-def _decode_once(operands: HeadOperands, spec: HeadSpec) -> HeadOperands:
+def _decode_once(
+    operands: HeadOperands, spec: HeadSpec, requested: Forced | None = None
+) -> HeadOperands:
     """Return the operands with a dense weight if the eager backend would decode each chunk's."""
     x, weight, lora_A, lora_B = operands[:4]
     if not isinstance(weight, Packed4bit):
         return operands
     own = Operands(x, weight, lora_A, lora_B, rng=operands.rng, mask=operands.mask)
-    if not spec.dropout_p and linear.choose(own, Spec(*spec[:4])).backend != "eager":
+    if not spec.dropout_p and linear.choose(own, Spec(*spec[:4]), requested).backend != "eager":
         return operands
     shape = lora_B.shape[0], x.shape[1]
     return operands._replace(weight=decode4bit.dense(weight, shape, spec.dtype))
@@ -514,22 +517,33 @@ def _log_probs_backward(
     operands: HeadOperands,
     spec: HeadSpec,
     needs: HeadNeeds,
+    choice: str = "",
 ) -> tuple[Tensor, ...]:
+    requested = selection.parse_request(choice)
+
+    def forward(operands: Operands, spec: Spec) -> tuple[Tensor, Saved]:
+        chosen = linear.choose(operands, spec, requested)
+        return linear.lora_linear_direct(operands, spec, chosen)
+
+    def backward(dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs) -> Grads:
+        chosen = linear.choose(operands, spec, requested)
+        return linear.lora_linear_backward_direct(dy, operands, saved, spec, needs, chosen)
+
     with context.no_autocast(operands.x):
         grads = eager_head.log_probs_backward(
             dlog_probs,
             dentropy,
             (largest_logit, sum_exp, entropy),
-            _decode_once(operands, spec),
+            _decode_once(operands, spec, requested),
             spec,
             needs,
-            linear.lora_linear_direct,
-            linear.lora_linear_backward_direct,
+            forward,
+            backward,
         )
     return _fill(grads, operands)
 
 
-def _log_probs_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+def _log_probs_backward_fake(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
     operands, _, needs = args[5:]
     return _grads_fake(operands, needs)
 
@@ -575,7 +589,7 @@ _LOG_PROBS = _define(
 _LOG_PROBS_BACKWARD = _define(
     "lora_log_probs_backward",
     "Tensor dlog_probs, Tensor? dentropy, Tensor largest_logit, Tensor sum_exp, Tensor? entropy, "
-    f"{_OPERANDS_TEXT}, {_NEEDS_TEXT}",
+    f'{_OPERANDS_TEXT}, {_NEEDS_TEXT}, *, str choice=""',
     results_of(HeadGrads),
     _log_probs_backward,
     _log_probs_backward_fake,

@@ -403,7 +403,7 @@ def _down_projection(operands: Operands, spec: Spec, backend: str) -> Tensor:
     return p
 
 
-def prepare(
+def build_prepared_call(
     x_dtype: torch.dtype,
     weight: Tensor | Packed4bit,
     lora_A: Tensor,

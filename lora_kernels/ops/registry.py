@@ -95,7 +95,7 @@ def define(
         before: the number of arguments that stand before the call types.
         tags: of the op.
     """
-    hints = _hints(types[0][0]) if types else {"weight": Tensor | Packed4bit | None}
+    hints = _hints(types[0][0]) if types else {"weight": Tensor | Packed4bit}
     place = before + types[0][0]._fields.index("weight") if types else 0
     for suffix, weight, at in (
         ("", _WEIGHTS[hints["weight"]], None),

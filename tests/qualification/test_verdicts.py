@@ -132,7 +132,7 @@ def test_group_of_a_call_has_its_dtypes() -> None:
     assert call == Problem("cuda", bf16, f32, f32, bf16, 9, 3, True, 5, 7)
     assert verdicts.group_of(*group[:2], call) == group
     other = call._replace(a_dtype=bf16)
-    assert verdicts.group_of(*group[:2], other) == group._replace(adapter="mixed")
+    assert verdicts.group_of(*group[:2], other) == group._replace(adapter="unequal")
 
 
 def test_current_is_read_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

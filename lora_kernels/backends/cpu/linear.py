@@ -302,7 +302,7 @@ def lora_linear_backward(
     """
     x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng, *_ = operands
     (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
-    need_x, need_A, need_B, need_gate, need_column_scale, need_bias, *_ = needs
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     assert native.module is not None
     lora_A, (N, R), K = _rows(lora_A), lora_B.shape, x.shape[-1]
     dy, dy_row = rows_of_any(dy, N)
@@ -385,7 +385,7 @@ def multi_lora_linear_backward(
     """Compute the gradients for dy [M, N] and x [M, K]."""
     x, weight, lora_A, lora_B, index, _, rng, *_ = operands
     p, (scaling, dropout_p, dtype, _) = saved.p, spec
-    need_x, need_A, need_B, need_bias, *_ = needs
+    need_x, need_A, need_B, need_bias = needs
     assert native.module is not None
     (M, K), N = x.shape, lora_B[0].shape[0]
     lora_A = [_rows(A) for A in lora_A]

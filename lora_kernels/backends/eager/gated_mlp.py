@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
+from ...core.problem import KERNEL_DTYPES
 from .. import triton, workspace
 from . import linear as eager
 
@@ -29,7 +30,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda g: functional.gelu(g, approximate="tanh"),
     "gelu": functional.gelu,
 }
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNCHECKED = "Triton's elementwise kernels are unchecked: the first call outside of a graph does it"
 
 

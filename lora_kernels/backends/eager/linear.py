@@ -328,7 +328,7 @@ def lora_linear_backward(
     """
     x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng, mask = operands
     (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
-    need_x, need_A, need_B, need_gate, need_column_scale, need_bias, *_ = needs
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     dA = dB = dg = dc = dbias = base = None
     if need_bias:
         dbias = dy.sum(0, dtype=p.dtype)
@@ -485,7 +485,7 @@ def multi_lora_linear_backward(
     """Compute the gradients for dy [M, N] and x [M, K]."""
     x, weight, lora_A, lora_B, index, _, rng, mask = operands
     p, (scaling, dropout_p, dtype, _) = saved.p, spec
-    need_x, need_A, need_B, need_bias, *_ = needs
+    need_x, need_A, need_B, need_bias = needs
     dx = None
     dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
     dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]

@@ -299,7 +299,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 def _cast_grads(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | None, ...]:
     """Return the gradients, each in the dtype of its tensor."""
-    gate, scale, bias = grads[3:]
+    _, _, _, gate, scale, bias = grads
     if gate is not None and operands.rank_gate is not None:
         gate = gate.to(operands.rank_gate.dtype)
     if scale is not None and operands.column_scale is not None:

@@ -230,7 +230,8 @@ def _forward_of(cls: Any) -> Any:
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def run(self: Any, labels: Tensor, **kwargs: Any) -> Any:
-        found = self.model(**kwargs)
+        taken = _arguments_of(type(self.model).forward)
+        found = self.model(**{n: t for n, t in kwargs.items() if taken is None or n in taken})
         x, logits = found.last_hidden_state, None
         if call_reason(self, x.device, x.dtype) is None:
             loss = _loss(self, x, labels, **kwargs)
@@ -255,6 +256,19 @@ def _forward_of(cls: Any) -> Any:
 
     forward.is_fused_loss = True  # type: ignore[attr-defined]
     return forward
+
+
+@functools.cache
+def _arguments_of(forward: Any) -> frozenset[str] | None:
+    """Return the names of the arguments that a forward takes; None if it takes any.
+
+    Models of transformers 4.56 refuse those that the loss alone reads.
+    """
+    import inspect
+
+    parameters = inspect.signature(forward).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return None if takes_any else frozenset(p.name for p in parameters)
 
 
 def _logits(module: Any, x: Tensor) -> Tensor:

@@ -857,7 +857,7 @@ def test_siblings_that_a_verdict_gives_to_kernels_do_not_share(shared, monkeypat
     monkeypatch.setattr(selection, "choose", choose)
     (row,) = explain(fused).blocks
     assert "x is threaded through q, w" in row.strategy
-    assert "k not: cpu computes its call" in row.reason
+    assert "k runs its own call: cpu computes its call" in row.reason
     assert_equal_step(stock, fused, batch(f32))
     assert shared.take() == (1, 1)
 
@@ -1149,17 +1149,20 @@ def test_explain_has_a_line_for_each_parent() -> None:
         "x is shared",
         "eager",
         "x is threaded through q, k, v, w",
-        "those that get one x, of more than 64 rows",
+        "for calls with the same x of more than 64 rows",
     )
     assert row.strategy in str(explain(fused)) and '"blocks"' in explain(fused).json()
     explain(fused).assert_fused()
     hooked("forward", "k")(fused)
     (row,) = explain(fused).blocks
     assert row.strategy.endswith("through q, v, w")
-    assert row.reason.endswith("; k not: a hook sits on it")
+    assert row.reason.endswith("; k runs its own call: a hook sits on it")
     disabled(fused)
     (row,) = explain(fused).blocks
-    assert row.state == "x is not shared" and "v not: adapters are disabled" in row.reason
+    assert (
+        row.state == "x is not shared"
+        and "v runs its own call: adapters are disabled" in row.reason
+    )
     with lora_kernels.backend("cpu"):
         (row,) = explain(fused).blocks
     assert row.state == "x is not shared"
@@ -1304,7 +1307,7 @@ def test_linears_that_share_x_add_no_gradients_of_x() -> None:
     make = torch.Generator().manual_seed(0)
     x = torch.randn(70, K, generator=make, dtype=f64).requires_grad_()
     linears = [
-        blocks.Linear(
+        blocks.LinearArguments(
             torch.randn(n, K, generator=make, dtype=f64),
             torch.randn(R, K, generator=make, dtype=f64).requires_grad_(),
             torch.randn(n, R, generator=make, dtype=f64).requires_grad_(),

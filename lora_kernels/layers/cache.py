@@ -15,6 +15,7 @@ from ..backends.cpu.linear import PreparedCall
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
 from ..core.call import Guard
+from ..core.packed4bit import PACKED4BIT_TENSORS
 from ..ops import context, linear
 from ..ops.arguments import base_dtype
 from ..ops.linear import CheckedCall, lora_linear
@@ -28,23 +29,23 @@ def prepare(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
+    bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> PreparedCall | None:
-    """Prepare `lora_linear` on one weight and adapter for calls with few rows of x.
+    """Prepare `lora_linear` on one weight, adapter and bias for calls with few rows of x.
 
     `lora_linear` must have accepted the same arguments before, without gradients, dropout, gate and
     column scale. A prepared call skips argument checks, selection and packing, which take longer
     than a layer of a small model.
 
-    Returns a function of x and a bias or None, or None if the CPU backend has no prepared call. Its
+    Returns a function of x and the bias, or None if the CPU backend has no prepared call. Its
     result is bitwise equal to `lora_linear`'s. The function returns None if a guard fails, and then
     `lora_linear` must be called:
 
     - x has more rows than the GEMV kernels take, or another dtype, device or strides
-    - the bias has another length
     - gradients or autocast are enabled, or another backend was requested
     - a compiler, a dispatch mode or a transform is active
-    - lora_A, lora_B or a dense weight has another address; values may change in place
+    - a tensor has another address, layout or class; values may change in place
 
     >>> import torch
     >>> from lora_kernels import lora_linear
@@ -69,11 +70,13 @@ def prepare(
     if not context.can_bypass_dispatcher(x, held, lora_A, lora_B) or lora_A.stride(1) != 1:
         return None
     dtype = base_dtype("cpu", x.dtype, compute_dtype)
-    called_by_address = [lora_A, lora_B]
     if isinstance(base, Tensor):
         if base.dtype is not dtype or base.stride(1) != 1:
             return None
-        called_by_address.append(base)
+        frozen: tuple[Any, ...] = (base,)
+    else:
+        frozen = base[:PACKED4BIT_TENSORS]
+    called_by_address = [t for t in (lora_A, lora_B, bias, *frozen) if t is not None]
     few = few_rows(dtype, four_bit, weight.shape[0] * weight.shape[1])
     if x.numel() > few * x.shape[-1]:
         return None
@@ -82,6 +85,7 @@ def prepare(
         *context.interception_guards(),
         Guard("cpu", torch.is_autocast_enabled, False),
         *selection.guards(),
+        *(Guard(t, type, type(t)) for t in called_by_address),
         *map(_memory_guard, called_by_address),
     ]
     return linear.build_prepared_call(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)
@@ -112,7 +116,7 @@ def unchanged(
 
 
 def _memory_guard(t: Tensor) -> Guard:
-    """Guard a matrix that is passed by address: address, strides, dtype and shape."""
+    """Guard a tensor that is passed by address: address, strides, dtype and shape."""
     assert native.module is not None
     describe: Any = native.module.where if native.exchange else _describe_memory
     return Guard(t, describe, describe(t))
@@ -162,9 +166,9 @@ class CallCache:
         kept = self._kept
         if kept is None:
             return None
-        (weight, lora_A, lora_B), known, few, checked = kept
+        (weight, lora_A, lora_B), known_bias, known, few, checked = kept
         is_same = weight is tensors[0] and lora_A is tensors[1] and lora_B is tensors[2]
-        if not is_same or known != numbers:
+        if not is_same or known_bias is not bias or known != numbers:
             self._kept = None  # free the former tensors
             return None
         has_grad = torch.is_grad_enabled()
@@ -172,11 +176,9 @@ class CallCache:
             y = few(x, bias)
             if y is not None:
                 return y
-        if checked is None or checked.bias is not bias:
-            return None
-        y = checked(x)
+        y = None if checked is None else checked(x)
         if y is not None and not has_grad:
-            few = _prepare_few(x, tensors, numbers)
+            few = _prepare_few(x, bias, tensors, numbers)
             if few is not None:
                 self._kept = kept._replace(few=few)
         return y
@@ -187,15 +189,13 @@ class CallCache:
         A tensor that is not a leaf is not cached, because its graph would stay in memory.
         """
         _, lora_A, lora_B = tensors
-        if not (lora_A.is_leaf and lora_B.is_leaf):
+        if not (lora_A.is_leaf and lora_B.is_leaf and (bias is None or bias.is_leaf)):
             return
-        few = _prepare_few(x, tensors, numbers)
-        checked = None
-        if bias is None or bias.is_leaf:
-            scaling, compute_dtype, dropout_p = numbers
-            checked = CheckedCall.build(x, *tensors, scaling, bias, compute_dtype, dropout_p)
+        few = _prepare_few(x, bias, tensors, numbers)
+        scaling, compute_dtype, dropout_p = numbers
+        checked = CheckedCall.build(x, *tensors, scaling, bias, compute_dtype, dropout_p)
         is_kept = few is not None or checked is not None
-        self._kept = _Kept(tensors, numbers, few, checked) if is_kept else None
+        self._kept = _Kept(tensors, bias, numbers, few, checked) if is_kept else None
 
     def __reduce__(self) -> tuple[type[CallCache], tuple[()]]:
         return CallCache, ()
@@ -209,14 +209,17 @@ class _Kept(NamedTuple):
     """Two prepared calls, and the tensor objects and numbers that they are for."""
 
     tensors: _Tensors
+    bias: Tensor | None
     numbers: _Numbers
     few: PreparedCall | None
     checked: CheckedCall | None
 
 
-def _prepare_few(x: Tensor, tensors: _Tensors, numbers: _Numbers) -> PreparedCall | None:
+def _prepare_few(
+    x: Tensor, bias: Tensor | None, tensors: _Tensors, numbers: _Numbers
+) -> PreparedCall | None:
     scaling, compute_dtype, dropout_p = numbers
-    return None if dropout_p else prepare(x, *tensors, scaling, compute_dtype)
+    return None if dropout_p else prepare(x, *tensors, scaling, bias, compute_dtype)
 
 
 @dataclasses.dataclass(eq=False)
@@ -230,8 +233,9 @@ class PreparedForward:
         tensors, scaling, compute_dtype: arguments of `lora_linear`.
         dropout: the adapter's, whose mode and probability may change; None without one.
         parameters: the base layer's. The call reads "bias" in it.
-        x_dtype, device, adapter_dtypes: of the first call. None for the CPU, because x.is_cpu is
-            faster than x.device.
+        x_dtype, device: of the first call. None for the CPU, because x.is_cpu is faster than
+            x.device.
+        layouts: `linear.layouts` of the adapter, the bias and the weight.
         attributes: names of attributes of the layer, and their values.
         guards: objects, keys and expected values of `Guard`s.
         hooks: of the modules that the call passes over. All are empty.
@@ -245,13 +249,13 @@ class PreparedForward:
     parameters: dict[str, Any]
     x_dtype: torch.dtype
     device: torch.device | None
-    adapter_dtypes: tuple[torch.dtype, torch.dtype]
+    layouts: tuple[object, ...]
     attributes: tuple[tuple[str, object], ...]
     guards: tuple[tuple[Any, ...], ...]
     hooks: tuple[dict[int, Any], ...]
 
     def _is_valid(self, layer: Any) -> bool:
-        """Return True if no guard has changed. `__call__` checks x and the adapter's dtypes."""
+        """Return True if no guard has changed. `__call__` checks x and the tensors' layouts."""
         check: Any = unchanged if native.module is None else native.module.unchanged
         for name, want in self.attributes:
             found = getattr(layer, name)
@@ -274,7 +278,7 @@ class PreparedForward:
             context.unfused_context() is not None
             or x.dtype is not self.x_dtype
             or not (x.is_cpu if self.device is None else x.device == self.device)
-            or (lora_A.dtype, lora_B.dtype) != self.adapter_dtypes
+            or linear.layouts(lora_A, lora_B, bias, weight) != self.layouts
         ):
             return None
         y = lora_linear(
@@ -295,25 +299,25 @@ class PreparedLinear:
     its layer.
     """
 
-    __slots__ = ("_call", "_weight")
+    __slots__ = ("_kept",)
 
     def __init__(self) -> None:
-        self._call: PreparedCall | None = None
-        self._weight: Tensor | None = None
+        self._kept: tuple[PreparedCall, Tensor, Tensor | None] | None = None
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        if self._call is not None and self._weight is weight:
-            y = self._call(x, bias)
+        kept = self._kept
+        if kept is not None and kept[1] is weight and kept[2] is bias:
+            y = kept[0](x, bias)
             if y is not None:
                 return y
-        self._call = self._weight = None  # free the former weight
+        self._kept = None  # free the former weight
         if weight is None:
             return None
         A, B = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
-        call = prepare(x, weight, A, B, 0.0)
+        call = prepare(x, weight, A, B, 0.0, bias)
         if call is None:
             return None
-        self._call, self._weight = call, weight
+        self._kept = call, weight, bias
         return call(x, bias)
 
     def __reduce__(self) -> tuple[type[PreparedLinear], tuple[()]]:

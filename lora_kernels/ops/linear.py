@@ -176,8 +176,7 @@ class CheckedCall(NamedTuple):
     Args:
         options: `Options` of the call.
         frozen: the weight, or the tensors of a 4-bit one.
-        layouts: shape, dtype and device of the tensors. `.data` may give a parameter others, and
-            kernels read by address.
+        layouts: of the tensors. `.data` may give a parameter others, and kernels read by address.
     """
 
     lora_A: Tensor
@@ -208,8 +207,8 @@ class CheckedCall(NamedTuple):
         spec = Spec(float(scaling), dropout_p, dtype, x.dtype)
         options = Options(spec, False, codes[PACKED4BIT_TENSORS:])
         frozen = codes[:PACKED4BIT_TENSORS] or (dense,)
-        layouts = _layouts(lora_A, lora_B, bias, frozen[0])
-        return cls(lora_A, lora_B, bias, options, frozen, layouts)
+        found = layouts(lora_A, lora_B, bias, frozen[0])
+        return cls(lora_A, lora_B, bias, options, frozen, found)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return what `lora_linear` returns for x.
@@ -220,13 +219,13 @@ class CheckedCall(NamedTuple):
         """
         if context.unfused_context() is not None:
             return None
-        lora_A, lora_B, bias, options, frozen, layouts = self
+        lora_A, lora_B, bias, options, frozen, known = self
+        if layouts(lora_A, lora_B, bias, frozen[0]) != known or frozen[0].requires_grad:
+            return None
         device_type, _ = context.device_of(x)
         if x.dim() == 0 or x.shape[-1] != lora_A.shape[1] or x.dtype is not options.spec.y_dtype:
             return None
-        if x.device != lora_A.device or frozen[0].requires_grad:
-            return None
-        if _layouts(lora_A, lora_B, bias, frozen[0]) != layouts:
+        if x.device != lora_A.device:
             return None
         if autocast_dtype(device_type, x.dtype) is not None:
             return None
@@ -235,8 +234,9 @@ class CheckedCall(NamedTuple):
         return _run(x, lora_A, lora_B, None, None, bias, options, None, None, *frozen)
 
 
-def _layouts(*tensors: Tensor | None) -> tuple[object, ...]:
-    return tuple((t.shape, t.dtype, t.device) for t in tensors if t is not None)
+def layouts(*tensors: Tensor | Weight4bit | None) -> tuple[object, ...]:
+    """Return class, shape, dtype and device of the tensors."""
+    return tuple((type(t), t.shape, t.dtype, t.device) for t in tensors if t is not None)
 
 
 class LoRALinearFunction(torch.autograd.Function):

@@ -9,6 +9,7 @@ forward may change them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
@@ -46,7 +47,8 @@ class Parts(NamedTuple):
         function: the activation, a module or a function.
         activation: of `eager_mlp.ACTIVATIONS`.
         is_up_first: whether up is called before gate. Dropout draws its masks in that order.
-        settings: the module's other attributes, which its forward may read.
+        settings: a module, by name ("" for the MLP, or its activation), the name of one of its
+            other attributes, which its forward may read, and the value.
     """
 
     gate: str
@@ -56,7 +58,7 @@ class Parts(NamedTuple):
     function: Any
     activation: str
     is_up_first: bool = False
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[tuple[str, str, Any], ...] = ()
 
 
 class GatedMLP(nn.Module):
@@ -205,10 +207,18 @@ def recognize(module: Any) -> Parts | str:
     return "not a gated MLP: its result is not down(act(gate(x)) * up(x))"
 
 
-def _settings(module: nn.Module, act: str) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        if name[0] != "_" and name not in ("training", "forward", act):
-            yield name, value
+# Attributes that torch, accelerate, transformers and this package set; a forward reads none.
+_NO_SETTINGS = {*vars(nn.Module()), "forward", "_old_forward", "_hf_hook", "_is_hf_initialized"}
+_NO_SETTINGS |= {"_parts", "_siblings"}
+
+
+def _settings(mlp: nn.Module, act: str) -> Iterator[tuple[str, str, Any]]:
+    for path in ("", act):
+        module = mlp._modules.get(path) if path else mlp
+        for name, value in {} if module is None else vars(module).items():
+            if name not in _NO_SETTINGS and not (module is mlp and name == act):
+                is_container = isinstance(value, (dict, list, set))
+                yield path, name, copy.copy(value) if is_container else value
 
 
 def _sample(*shape: int) -> Tensor:
@@ -287,10 +297,10 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     parts, modules = mlp._parts, mlp._modules
     if modules.get(parts.act, vars(mlp).get(parts.act)) is not parts.function:
         return f"its {parts.act} was replaced"
-    own = vars(mlp)
-    for name, value in parts.settings:
+    for path, name, value in parts.settings:
+        own = vars(modules.get(path) if path else mlp)
         if name not in own or not _is_same_setting(own[name], value):
-            return f"its {name} has changed since fuse"
+            return f"its {'.'.join(filter(None, (path, name)))} has changed since fuse"
     if _has_any_global_hook():
         return "a hook sits on all modules"
     if _has_hooks(mlp):
@@ -304,7 +314,8 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
 
 
 def _is_same_setting(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str)) and a == b)
+    kinds = int, float, str, dict, list, set
+    return a is b or (type(a) is type(b) and isinstance(a, kinds) and bool(a == b))
 
 
 def _has_hooks(module: nn.Module) -> bool:

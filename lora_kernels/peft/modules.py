@@ -61,6 +61,9 @@ def patched_reason(module: nn.Module) -> str | None:
     return "its forward was replaced"
 
 
+HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+
+
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     forward = module._forward_pre_hooks, module._forward_hooks
     return *forward, module._backward_pre_hooks, module._backward_hooks

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..core.call import Guard
 from ..layers.cache import CallCache, PreparedForward
+from ..ops.linear import layouts
 from ..quantization import Weight4bit
 from .adapters import Adapter, dropout_p, weight_of
-from .modules import LINEAR_FORWARD, hooks_of, is_conv1d, is_linear4bit
+from .modules import HOOKS, LINEAR_FORWARD, hooks_of, is_conv1d, is_linear4bit
 
 
 def prepare_forward(
@@ -42,34 +43,47 @@ def prepare_forward(
     if not (A.is_leaf and B.is_leaf):
         return None  # from functional_call: holding them would keep their graph alive
 
-    called = (base, lora_A, lora_B, dropout)
+    called: tuple[nn.Module, ...] = (base, lora_A, lora_B, dropout)
+    kinds = ("base_layer", "lora_A", "lora_B", "lora_dropout")
     entries: list[tuple[dict[str, Any], str]] = [
-        *((modules, kind) for kind in ("base_layer", "lora_A", "lora_B", "lora_dropout")),
+        *((modules, kind) for kind in kinds),
+        *((modules[kind].__dict__, "_modules") for kind in kinds[1:]),
         # The layer may lack an active adapter now and get it later.
         *((modules["lora_A"]._modules, active) for active in layer.active_adapters),
         *((modules[kind]._modules, name) for kind in ("lora_B", "lora_dropout")),
         (layer.scaling, name),
         (layer.lora_variant, name),
-        *((module.__dict__, "forward") for module in called),
+        *((module.__dict__, each) for module in called for each in ("forward", "_parameters")),
+        *((module.__dict__, each) for module in called for each in HOOKS),
         (base._parameters, "weight"),
         (lora_A._parameters, "weight"),
         (lora_B._parameters, "weight"),
         (lora_B._parameters, "bias"),
     ]
+    quantized: list[Tensor] = []
     if four_bit:
+        state = stored.quant_state
         entries += [
             (base.__dict__, "compute_dtype"),
             (base.__dict__, "compute_type_is_set"),
             (stored.__dict__, "quant_state"),
-            (stored.quant_state.__dict__, "absmax"),
+            *((vars(state), each) for each in ("absmax", "code", "offset", "state2")),
+            *((vars(state), each) for each in ("blocksize", "quant_type")),
         ]
+        quantized = [state.absmax, state.code]
+        if state.nested:
+            entries += [(vars(state.state2), each) for each in ("absmax", "code", "blocksize")]
+            quantized += [state.offset, state.state2.absmax, state.state2.code]
     guards = [
         *(Guard(entry, key, entry.get(key)) for entry, key in entries),
-        Guard(base, type, type(base)),  # changes when its bias is parametrized
+        # A class changes when a parameter is parametrized.
+        *(Guard(each, type, type(each)) for each in (*called, A, B, stored)),
         Guard(nn.Linear, "forward", LINEAR_FORWARD),
         Guard(layer.peft_class, "forward", type(layer).peft_forward),
+        Guard(type(base), "forward", type(base).forward),
         Guard(type(dropout), "forward", type(dropout).forward),
         Guard(stored, _weight_state, _weight_state(stored)),
+        *(Guard(each, Tensor.data_ptr, each.data_ptr()) for each in quantized),
     ]
     cache, p = CallCache(), dropout_p(dropout)
     bias = base._parameters["bias"]
@@ -83,7 +97,7 @@ def prepare_forward(
         parameters=base._parameters,
         x_dtype=x.dtype,
         device=None if x.is_cpu else x.device,
-        adapter_dtypes=(A.dtype, B.dtype),
+        layouts=layouts(A, B, bias, weight),
         attributes=(
             ("_active_adapter", copy.copy(layer._active_adapter)),
             ("_disable_adapters", False),
@@ -91,6 +105,7 @@ def prepare_forward(
             ("mixed_batch", None),
             ("_modules", modules),
             ("scaling", layer.scaling),  # rescale_adapter_scale replaces the dictionary
+            ("lora_variant", layer.lora_variant),
         ),
         guards=tuple(zip(*guards, strict=True)),
         hooks=tuple(hooks for module in called for hooks in hooks_of(module)),

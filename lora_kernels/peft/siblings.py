@@ -8,9 +8,9 @@ more rows than `UPCAST_ROWS`: for few rows, stacking the A would move more bytes
 A layer shares x with the siblings that were not called yet in the parent's forward, if it gets the
 same tensor object at the same version, in the same grad mode, autocast and saved-tensor hooks.
 Otherwise it runs its own call. All P are computed at the first layer's call, and dropped when the
-parent's forward ends. A write to a later layer's lora_A in between that does not move its version
-counter is not noticed. No value of a tensor and no earlier step has a part in the choice, so that a
-forward and its recomputation by checkpointing decide alike.
+parent's forward ends. A write to x or to a later layer's lora_A in between that does not move the
+version counter is not noticed. No value of a tensor and no earlier step has a part in the choice,
+so that a forward and its recomputation by checkpointing decide alike.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def _key(x: Tensor) -> tuple[Any, ...]:
     """Return what is equal for calls that share x, to be compared by identity or equality."""
     cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return x, x._version, cast_dtype, *modes
+    return x, x._version, x.requires_grad, cast_dtype, *modes
 
 
 def _is_same(a: object, b: object) -> bool:

@@ -38,7 +38,16 @@ def cached_weight(packed: Tensor, state: Any) -> Weight4bit:
     # Addresses cannot be traced; the graph holds the weight.
     if torch.compiler.is_compiling() or hasattr(packed, "ds_id"):
         return Weight4bit.from_bitsandbytes((packed, state))
-    key = (packed.data_ptr(), state.absmax.data_ptr(), state.absmax.dtype)
+    nested = getattr(state, "state2", None)
+    tensors = [packed, state.absmax, state.code]
+    tensors += [] if nested is None else [state.offset, nested.absmax, nested.code]
+    key = (
+        *(t.data_ptr() for t in tensors),
+        state.absmax.dtype,
+        state.blocksize,
+        state.quant_type,
+        None if nested is None else nested.blocksize,
+    )
     known: _CachedWeight | None = getattr(state, "_lora_kernels", None)
     if known is None or known.key != key:
         with torch.inference_mode(False):  # inference tensors cannot be saved for a backward

@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -217,7 +218,43 @@ def hook_on(part: str, hook: Callable[..., Tensor]) -> Callable[[Any], None]:
     return change
 
 
+def hooks_replaced(part: str) -> Callable[[Any], None]:
+    """What code does that clears the hooks of a module."""
+
+    def change(layer: Any) -> None:
+        module = getattr(layer, part)
+        module = module if part == "base_layer" else module["default"]
+        module._forward_hooks = OrderedDict()
+        module.register_forward_hook(lambda _m, _x, y: y * 2)
+
+    return change
+
+
+def class_of(part: str, cls: type) -> Callable[[Any], None]:
+    return lambda layer: setattr(getattr(layer, part)["default"], "__class__", cls)
+
+
+def replaced_parameters(layer: Any) -> None:
+    linear = layer.lora_A["default"]
+    linear._parameters = dict(linear._parameters, weight=nn.Parameter(2 * linear.weight.detach()))
+
+
+def replaced_entry(layer: Any) -> None:
+    other = copy.deepcopy(layer.lora_B["default"])
+    other.weight.data *= 2
+    layer.lora_B._modules = dict(layer.lora_B._modules, default=other)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
+    "hooks_replaced": hooks_replaced("base_layer"),
+    "hooks_of_lora_A_replaced": hooks_replaced("lora_A"),
+    "hooks_of_dropout_replaced": hooks_replaced("lora_dropout"),
+    "other_class_of_lora_A": class_of("lora_A", LinearSubclass),
+    "other_class_of_lora_B": class_of("lora_B", LinearSubclass),
+    "other_class_of_dropout": class_of("lora_dropout", Doubled),
+    "variants_replaced": lambda layer: setattr(layer, "lora_variant", {"default": Tripled()}),
+    "replaced_parameters": replaced_parameters,
+    "replaced_entry": replaced_entry,
     "hooked": hook_on("base_layer", lambda _m, _x, y: y + 1),
     "hooked_adapter": hook_on("lora_A", lambda _m, _x, y: y * 2),
     "replaced_forward": replaced_forward,
@@ -258,7 +295,31 @@ CHANGES_OF_TRAINING: dict[str, Callable[[Any], Any]] = {
         layer, "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.5), "other": nn.Identity()})
     ),
 }
+
+
+def of_state(name: str, scale: Any, nested: bool = False, in_data: bool = False) -> Any:
+    """Replace a tensor of the quantization state, or its `.data`."""
+
+    def change(layer: Any) -> None:
+        state = layer.base_layer.weight.quant_state
+        place = state.state2 if nested else state
+        t = getattr(place, name)
+        if in_data:
+            t.data = t.data.clone() * scale
+        else:
+            setattr(place, name, t * scale)
+
+    return change
+
+
 CHANGES_OF_4_BITS: dict[str, Callable[[Any], Any]] = {
+    "other_offset": of_state("offset", 3.0),
+    "other_offset_data": of_state("offset", 3.0, in_data=True),
+    "other_scales_of_scales": of_state("absmax", 3.0, nested=True),
+    "other_scales_of_scales_data": of_state("absmax", 3.0, nested=True, in_data=True),
+    "other_code_of_scales": of_state("code", 3.0, nested=True),
+    "other_code": of_state("code", -1.0),
+    "other_code_data": of_state("code", -1.0, in_data=True),
     "other_scales": other_scales,
     "other_scales_in_place": lambda layer: layer.base_layer.weight.quant_state.absmax.mul_(2),
     "other_state": other_state,
@@ -480,7 +541,7 @@ def test_prepared_call_reads_the_offset_in_each_call(
     A, B, bias = torch.randn(5, K), torch.randn(5, N).t(), torch.randn(N).to(bf16)
     x = row()
     with torch.no_grad():
-        call = prepare(x, weight, A, B, 1.5, compute_dtype)
+        call = prepare(x, weight, A, B, 1.5, bias, compute_dtype)
         assert call is not None
         for _ in range(2):
             want = lora_kernels.lora_linear(x, weight, A, B, 1.5, bias, compute_dtype=compute_dtype)
@@ -529,13 +590,18 @@ def _columns_of_the_weight(layer: Any) -> None:
     W.data = W.data[:, :7]
 
 
+def _device_of_the_bias(layer: Any) -> None:
+    bias = layer.base_layer.bias.detach().to("meta")
+    layer.base_layer.bias = nn.Parameter(bias, requires_grad=False)
+
+
 def _device_of_A(layer: Any) -> None:
     layer.lora_A["default"].to("meta")
 
 
 WRONG = (
     *(_ranks_of_B, _rows_of_B, _columns_of_A, _length_of_the_bias, _dtype_of_the_bias),
-    *(_columns_of_the_weight, _device_of_A),
+    *(_columns_of_the_weight, _device_of_A, _device_of_the_bias),
 )
 
 
@@ -555,8 +621,6 @@ def test_tensor_of_another_layout_raises_as_in_a_first_call(
     """Kernels read by address: what `.data` put into a parameter is checked in each call."""
     if wrong is _columns_of_the_weight and not is_dense(layer):
         return
-    if wrong is _dtype_of_the_bias and rows == 1 and not grad:
-        return  # decoding takes a bias in any dtype
     with torch.set_grad_enabled(grad):
         for _ in range(3):
             layer(row(rows))

@@ -917,29 +917,41 @@ def test_gradients_of_several_dy_at_once_equal_pefts(activation: str) -> None:
 
 
 class Scaled(LlamaMLP):
-    """Its forward reads an attribute that changes nothing at first."""
+    """Its forward reads attributes that change nothing at first."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.scale = 1.0
+        self.scale, self._scale, self.scales = 1.0, 1.0, {"y": 1.0}
+        self.act_fn = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x) * self.scale
+        y: Tensor = super().forward(x) * self.scale * self._scale * self.scales["y"]
         return y
 
 
-def test_attribute_that_changes_after_fuse_is_noticed(runs: Any) -> None:
-    config = {"hidden_size": K, "intermediate_size": H, "mlp_bias": False, "hidden_act": "silu"}
+LATER: dict[str, Callable[[Any], Any]] = {
+    "scale": lambda mlp: setattr(mlp, "scale", 0.5),
+    "_scale": lambda mlp: setattr(mlp, "_scale", 0.5),
+    "scales": lambda mlp: mlp.scales.update(y=0.5),
+    "act_fn.approximate": lambda mlp: setattr(mlp.act_fn, "approximate", "tanh"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_attribute_that_changes_after_fuse_is_noticed(name: str, runs: Any) -> None:
+    config = {"hidden_size": K, "intermediate_size": H, "mlp_bias": False, "hidden_act": "gelu"}
     stock, fused = pair(adapted(Scaled(SimpleNamespace(**config))))
     block_of(fused).scale = 1.0  # another object of the same value
-    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    before = step(fused, input_of())
+    assert_close(before, step(stock, input_of()), 1e-12)
     assert runs == [True]
     for model in (stock, fused):
-        block_of(model).scale = 0.5
-    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
-    assert runs == [True]
+        LATER[name](block_of(model))
+    got = step(fused, input_of())
+    assert_close(got, step(stock, input_of()), 1e-12)
+    assert runs == [True] and not torch.equal(got["y"], before["y"])
     (row,) = [row for row in explain(fused).blocks if row.strategy == "layer by layer"]
-    assert row.reason == "its scale has changed since fuse"
+    assert row.reason == f"its {name} has changed since fuse"
 
 
 def test_block_of_a_4_bit_down_beside_dense_gate_and_up_returns_pefts_dtype(runs: Any) -> None:

@@ -1399,3 +1399,87 @@ def test_gradient_of_a_bias_beside_bfloat16_keeps_float32() -> None:
     want = dy.double().sum(0)
     assert found is not None and found.dtype is f32
     assert (found.double() - want).norm() <= 2.0**-20 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "autocast", "is_rounded"),
+    [
+        (bf16, bf16, False, True),
+        (bf16, f32, False, False),
+        (f32, bf16, False, False),
+        (f32, f32, False, False),
+        (f32, f32, True, True),
+    ],
+    ids=str,
+)
+def test_p_is_rounded_where_all_that_reads_it_has_16_bits(A, B, autocast, is_rounded, shared):
+    stock = build(dtype=bf16)
+    for name, p in stock.named_parameters():
+        if "lora_" in name:
+            p.data = 0.3 * p.data.to(A if "lora_A" in name else B)
+    fused = fuse(stock)
+    (under_autocast(fused) if autocast else fused)(batch(bf16))
+    assert shared.take() == (1, 3) and shared.is_rounded is is_rounded
+
+
+def test_parameter_that_is_replaced_between_siblings_is_read() -> None:
+    """The other one has the same version."""
+
+    def way(self: Any, x: Tensor) -> Tensor:
+        q, linear = self.q(x), self.k.lora_A["default"]
+        kept = linear.weight
+        linear.weight = nn.Parameter(2.0 * kept.detach())
+        k = self.k(x)
+        linear.weight = kept
+        return self.w(mix(q, k, self.v(x)))
+
+    stock, fused = pair(way)
+    for model in (stock, fused):
+        linear = parent_of(model).k.lora_A["default"]
+        linear.weight = nn.Parameter(linear.weight.detach().clone())
+    assert_equal_step(stock, fused, batch())
+
+
+def test_result_of_a_frozen_sibling_needs_no_gradient() -> None:
+    def way(self: Any, x: Tensor) -> Any:
+        return self.q(x), self.k(x), self.v(x)
+
+    stock = build(way)
+    for name, p in stock.named_parameters():
+        if ".k." in name:
+            p.requires_grad_(False)
+    fused = fuse(copy.deepcopy(stock))
+    for model in (stock, fused):
+        assert [y.requires_grad for y in model(batch())] == [True, False, True]
+
+
+def test_sibling_whose_adapter_is_not_rounded_as_the_others_are_runs_its_own_call(shared) -> None:
+    stock = build(three_alone, dtype=bf16)
+    for name, p in stock.named_parameters():
+        if "lora_" in name:
+            p.data = 0.3 * p.data.float()
+    fused = fuse(stock, cast_adapters=True)
+    parent_of(fused).k.casts_adapters = False
+    found = step(fused, batch(bf16))
+    assert shared.take() == (1, 2)
+    (row,) = [row for row in explain(fused).blocks if "shared" in row.state]
+    assert "k runs its own call: its adapter is rounded, or that of the first is" in row.reason
+    siblings.remove_siblings(fused)
+    apart = step(fused, batch(bf16))
+    of_k = [(found[name], apart[name]) for name in apart if ".k." in name]
+    assert len(of_k) == 2
+    for got, want in of_k:
+        assert torch.equal(got, want)
+
+
+def test_x_that_needs_a_gradient_from_the_second_sibling_on_gets_its_gradient() -> None:
+    def way(self: Any, x: Tensor) -> Tensor:
+        h = x.detach().clone()
+        q = self.q(h)
+        self.seen = h.requires_grad_()
+        return self.w(mix(q, self.k(h), self.v(h)))
+
+    stock, fused = pair(way)
+    assert_equal_step(stock, fused, batch())
+    got, want = (parent_of(model).seen.grad for model in (fused, stock))
+    assert_close_derived(got, want, 1e-12, layers=4)

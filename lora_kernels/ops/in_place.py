@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,7 +86,12 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, tu
 def _holders_alone(is_view: bool) -> tuple[int, ...]:
     """Return the counts of `_call` for a result that nothing else holds, on this Python."""
     make = (lambda: torch.empty(1, 1).view(1)) if is_view else (lambda: torch.empty(1))
-    return _call(make, (), {})[1]
+    found: list[tuple[int, ...]] = []
+    # A new thread, because a mode that is active in this one may hold results.
+    thread = threading.Thread(target=lambda: found.append(_call(make, (), {})[1]))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def add_lora_linear_(

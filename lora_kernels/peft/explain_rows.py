@@ -289,7 +289,9 @@ def row_of_siblings(
     for each in siblings.names:
         layer: Any = parent._modules.get(each)
         found: Adapter | str = f"it is a {type(layer).__name__}"
-        if isinstance(layer, Fused):
+        if isinstance(layer, Fused) and not siblings.has(layer):
+            found = "it was fused or unfused by itself"
+        elif isinstance(layer, Fused):
             adapters = adapters_of(layer)
             device, dtype = _expected_input(layer.base_layer, adapters, x_dtype)
             found = sharing_adapter(layer, device, dtype)

@@ -187,8 +187,10 @@ def add_onto(
 ) -> Tensor:
     """Return y, the result of a base layer, plus the result of the call for x.
 
-    is_private: whether nothing but the caller holds y, which is then overwritten.
+    is_private: whether nothing but the caller holds y, which is then overwritten unless a mode,
+        such as selective checkpointing's, may have kept it.
     """
+    is_private = is_private and (y.is_meta or not context.is_intercepted())
     if isinstance(call, MixedCall) or not _can_add_in_place(y, x, call):
         update = add_adapter(x, None, bias, call)
         # A view is autograd's to change: a backward hook on the base layer returns one. Dynamo

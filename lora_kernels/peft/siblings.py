@@ -117,7 +117,12 @@ class Siblings:
         """Let the siblings share x from here on. A forward pre-hook of the parent."""
         if not torch.compiler.is_compiling():
             layers = [parent._modules.get(name) for name in self.names]
-            _frames.by_siblings[self] = _Frame(layers, _saved_tensors_hooks())
+            members = [each for each in layers if self.has(each)]
+            _frames.by_siblings[self] = _Frame(members, _saved_tensors_hooks())
+
+    def has(self, layer: nn.Module | None) -> bool:
+        """Return True for a layer of the group; False if `fuse` or `unfuse` has taken it out."""
+        return layer is not None and vars(layer).get("_siblings") is self
 
     def end(self, parent: nn.Module, args: Any, result: Any) -> None:
         """Drop what is shared. A forward hook of the parent, which runs after an exception too."""

@@ -1023,3 +1023,23 @@ def test_explain_asks_for_the_kernels_of_the_dtype_of_x(dtype: Any, given: bool)
     want = eager_mlp.kernel_reason(torch.device("cpu"), dtype)
     assert want is not None and row.reason.endswith(f"PyTorch's ops: {want}")
     assert (str(dtype) in row.reason) is (dtype is f64)
+
+
+@pytest.mark.parametrize("saved", ["aten::mm", "aten::addmm", "aten::"])
+@pytest.mark.parametrize("alpha", [R, ALPHA])
+def test_selectively_checkpointed_mlp_equals_pefts(alpha: int, saved: str, runs: Any) -> None:
+    """A saved result of an op must not change in place; a scaling of 1 takes another op."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        is_saved = op.name().startswith(saved) and "mm" in op.name()
+        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def call(model: Any, x: Tensor) -> Any:
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+    stock, fused = pair(adapted(llama_mlp("silu"), lora_alpha=alpha))
+    x = input_of(f64, 3, 40, K)
+    assert_close(step(fused, x, call), step(stock, x, call), 1e-12)
+    assert runs == []

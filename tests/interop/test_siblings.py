@@ -1483,3 +1483,12 @@ def test_x_that_needs_a_gradient_from_the_second_sibling_on_gets_its_gradient() 
     assert_equal_step(stock, fused, batch())
     got, want = (parent_of(model).seen.grad for model in (fused, stock))
     assert_close_derived(got, want, 1e-12, layers=4)
+
+
+def test_layer_that_is_fused_again_by_itself_leaves_its_siblings(shared: Shared) -> None:
+    stock, fused = pair(three_alone)
+    fuse(parent_of(fused).k)
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (1, 2)
+    (row,) = [row for row in explain(fused).blocks if "shared" in row.state]
+    assert "k runs its own call: it was fused or unfused by itself" in row.reason

@@ -6,6 +6,8 @@ the float64 oracle. Ours must be within the tolerance; the peer's error stands b
 training mode without dropout, as the peers draw masks of their own; float32 adapters, as PEFT has
 them.
 
+With --function a function of the user's, with its gradients, against the same oracle.
+
 Where stdout is a terminal and rich is installed, a bar below the lines says how much is left.
 """
 
@@ -29,7 +31,8 @@ from .backends import triton
 from .backends.cpu import heuristics as cpu_heuristics
 from .backends.cpu import linear as cpu
 from .backends.triton import configs
-from .bench import baselines, progress
+from .bench import baselines, functions, progress
+from .bench.functions import Function
 from .bench.multi import MultiCase
 from .choice import choose as selection
 from .core import device as devices
@@ -45,6 +48,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
 _PLAIN: tuple[Dtypes, ...] = ((_f32, None), (_bf16, None), (_f16, None))
+DTYPE_NAMES = [dtype_name(dtype) for dtype, _ in _PLAIN]
 DTYPES: tuple[Dtypes, ...] = (*_PLAIN, (_bf16, _f32), (_f16, _f32))
 ALL = {"gate": True, "column_scale": True, "bias": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -86,6 +90,9 @@ PEERS = {"peft": (("peft",), ""), "bitsandbytes": (("peft", "bitsandbytes"), "nf
 # at least tolerance.POOL, so that one seed is enough.
 PEER_SHAPES = ((70, 192, 128, 13), (7, 128, 192, 40))
 
+# The options whose operands a function of `--function` may take.
+OPERANDS = {"bias": "bias", "gate": "rank_gate", "column scale": "column_scale"}
+
 LEGEND = """\
 A line is the output, y or a gradient, that uses most of its tolerance: its rms and largest error
 against the float64 reference, those of plain PyTorch ("eager"), and the limits. u is the unit
@@ -111,6 +118,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare whole layers instead, the peer's own beside ours with the same adapter, each "
         "with the float64 reference; may be given twice",
     )
+    parser.add_argument(
+        "--function",
+        metavar="MODULE:NAME",
+        help="check a function of your own instead, (x, weight, lora_A, lora_B, scaling, bias) -> "
+        "y, with its gradients; the current folder is looked in first",
+    )
+    text = "of the function's x and weight (default: all)"
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPE_NAMES, help=text)
+    text = "of its lora_A and lora_B (default: that of x)"
+    parser.add_argument("--adapter-dtype", choices=DTYPE_NAMES, help=text)
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="of the function's tensors (default: a GPU if there is one)",
+    )
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
 
 
@@ -123,16 +145,30 @@ def run(args: argparse.Namespace) -> int:
         print(f"lora-kernels verify: {why}")
         return 2
     checks: list[Check]
-    if args.peer:
+    shapes = THOROUGH if args.thorough else SHAPES
+    table = f"{LEGEND}\n{'engine':34} {'x':9} {'adapters':9} {'option':13} worst output"
+    if args.function:
+        head = table
+        try:
+            function = functions.load(args.function)
+        except Exception as error:  # of the user's module too
+            said = str(error) if isinstance(error, ValueError) else _describe(error)
+            print(f"lora-kernels verify: --function: {said}")
+            return 2
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        adapter = args.adapter_dtype and getattr(torch, args.adapter_dtype)
+        dtypes = [(getattr(torch, name), adapter) for name in args.dtypes or DTYPE_NAMES]
+        each = itertools.product(dtypes, _options_of(function))
+        checks = [partial(judge_function, function, device, shapes, *one) for one in each]
+    elif args.peer:
         head = "rms errors of whole layers in unit roundoffs: ours, the peer's, the limit for ours"
         pairs = itertools.product(dict.fromkeys(args.peer), peer_cases())
         checks = [partial(compare_with_peer, peer, case) for peer, case in pairs]
     else:
-        head = f"{LEGEND}\n{'engine':34} {'x':9} {'adapters':9} {'option':13} worst output"
-        shapes = THOROUGH if args.thorough else SHAPES
+        head = table
         # Engines follow each other, so that a reference is computed once.
-        each = itertools.product(DTYPES, OPTIONS, names)
-        checks = [partial(judge_option, shapes, *one) for one in each]
+        engines = itertools.product(DTYPES, OPTIONS, names)
+        checks = [partial(judge_option, shapes, *one) for one in engines]
     rows, begun = [], time.perf_counter()
     with progress.printed(args.json, len(checks)) as say:
         say(head)
@@ -161,7 +197,48 @@ def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | Non
                 "--peer has shapes of its own and takes the engine that a layer chooses, want no "
                 f"{option}"
             )
+    for given, option in ((args.engines, "--engines"), (args.peer, "--peer")):
+        if args.function and given:
+            return f"--function checks that function alone, want no {option}"
+    for name in ("device", "dtypes", "adapter_dtype"):
+        if getattr(args, name) and not args.function:
+            return f"--{name.replace('_', '-')}: want --function beside it, of whose tensors it is"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: no GPU that this torch can use"
     return None if names else f"no engine here begins with {args.engines!r}"
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _options_of(function: Function) -> list[str]:
+    """Return the options of the operands that a function takes."""
+    names = [option for option, name in OPERANDS.items() if name in function.operands]
+    return ["plain", *names]
+
+
+def judge_function(
+    function: Function, device: str, shapes: Shapes, dtypes: Dtypes, option: str
+) -> Line:
+    """Judge y and the gradients of a function on the option's cases."""
+    verdicts: dict[str, Verdict] = {}
+    for M, N, K, R in shapes:
+        case = Case(M, N, K, R, *dtypes, **OPTIONS[option], device=device)
+        try:
+            judged = cases.judge(case, lambda **arguments: function(**arguments))
+        except Exception as error:  # whatever the function raises, in its backward too
+            said = _describe(error)
+            names = dtype_name(dtypes[0]), dtype_name(dtypes[1] or dtypes[0])
+            row: dict[str, Any] = {
+                "engine": function.name,
+                "dtype": names[0],
+                "adapter_dtype": names[1],
+            }
+            row |= {"option": option, "ok": False, "worst": str(case), "verdict": said}
+            return row, f"{function.name:34} {names[0]:9} {names[1]:9} {option:13} ✗ {said}"
+        verdicts |= {f"{case}/{output}": v for output, v in judged.items()}
+    return _line(function.name, dtypes, option, verdicts)
 
 
 def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line | None:

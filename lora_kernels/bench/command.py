@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from . import compare, models, outputs
+from . import compare, functions, models, outputs
 from .blocks import Count
 from .dense import Layers
 from .experts import Experts
+from .functions import Function
 from .head import Head
 from .memory import Memory
 from .quantized import Codes
@@ -87,12 +88,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text += "MLPs, on a GPU instead, ours beside PEFT's and others', without a GPU; exit status 1 "
     text += "where ours loses"
     add("count", text, instead, action="store_true")
+    text = "time this function (x, weight, lora_A, lora_B, scaling, bias) -> y beside ours, after "
+    text += "its results and gradients are checked; the current folder is looked in first"
+    add("baseline", text, type=_function, metavar="MODULE:NAME")
     add("json", "write every figure there", type=Path, metavar="FILE")
     add("csv", "write the times and bytes there, a call a line", type=Path, metavar="FILE")
     text = "print what got slower or faster than in OLD.json, which --json wrote: in this run, or "
     text += "with NEW.json in that, running nothing; what may be slower is measured again. Exit "
     text += "status 1 where something got slower than the noise of both, and by 5 %% at least."
     add("compare", text, nargs="+", type=Path, metavar=("OLD.json", "NEW.json"))
+
+
+def _function(path: str) -> Function:
+    try:
+        return functions.load(path)
+    except Exception as error:  # of the user's module too
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise argparse.ArgumentTypeError(said.splitlines()[0]) from error
 
 
 def unused(args: argparse.Namespace, suite: Suite) -> str | None:
@@ -102,6 +114,8 @@ def unused(args: argparse.Namespace, suite: Suite) -> str | None:
     if name := next((name for name in suite.unused.split() if name in given), None):
         value = f" {args.device}" if name == "device" else ""
         return f"--{suite.option}: want no --{name}{value} beside it, which would have no effect"
+    if {"baseline", "dropout"} <= given:
+        return "--baseline: want no --dropout beside it, which the function does not take"
     if {"shapes", "model"} <= given:
         return "--shapes: want no --model beside it, which names other shapes"
     of_model = args.model or (args.device == "cuda" and not (args.shapes or args.quant))
@@ -113,7 +127,8 @@ def unused(args: argparse.Namespace, suite: Suite) -> str | None:
 def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, or 2 if the run cannot start.
 
-    1 if a result of ours misses the tolerance, got slower, or loses with --count.
+    1 if a result of ours or of --baseline misses the tolerance, or if ours got slower, or loses
+    with --count.
     """
     suite = next(suite for suite in SUITES if not suite.option or getattr(args, suite.option))
     why = unused(args, suite)
@@ -131,7 +146,9 @@ def run(args: argparse.Namespace) -> int:
     args.ranks = args.ranks or (QUICK_RANKS if args.quick else RANKS)
     args.rows = args.rows or (QUICK_ROWS if args.quick else None)
     if not args.compare:
-        return int(suite.has_failed(measure(suite, args).rows))
+        rows = measure(suite, args).rows
+        is_wrong = any(args.baseline.name in row.misses for row in rows) if args.baseline else False
+        return int(suite.has_failed(rows) or is_wrong)
     try:
         return _compare(suite, args)
     except compare.NotComparable as error:

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -117,18 +118,35 @@ def least_seconds(case: Case, mode: str, machine: Machine, cache: str = "cold") 
     return max(bytes_ / machine.bandwidth, flops / machine.peaks[case.dtype])
 
 
-def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[Row]:
+def measure(
+    case: Case,
+    seconds: float,
+    machine: Machine | None = None,
+    functions: Mapping[str, Call] = MappingProxyType({}),
+) -> list[Row]:
     """Return a row for each of MODES, decoding only if x has few rows.
 
     Every candidate is checked, then timed beside the frozen linear.
 
-    machine: for `floor_ms`, or None.
+    Args:
+        case: without bias and gate.
+        seconds: to spend on what is timed in turns.
+        machine: for `floor_ms`, or None.
+        functions: other candidates by name: functions of `lora_linear`'s arguments, by keyword.
+
+    >>> from lora_kernels.oracle.case import Case
+    >>> def mine(x, weight, lora_A, lora_B, scaling, **rest):
+    ...     return x @ weight.T + scaling * (x @ lora_A.T) @ lora_B.T
+    >>> rows = measure(Case(M=32, N=64, K=64, R=4), 0.01, functions={"mine": mine})
+    >>> [(row.mode, "mine" in row.seconds, row.misses) for row in rows]
+    [('forward', True, {}), ('backward', True, {}), ('step', True, {})]
     """
     torch.compiler.reset()  # else it would compile a third shape as a dynamic one
     args = cases.inputs(replace(case, frozen=("lora_A", "lora_B")))
     made: dict[str, Candidate] = {"frozen": (baselines.frozen, args)}
     misses = {}
-    for name, (make, own) in candidates(case).items():
+    others = {name: (_always(function), case) for name, function in functions.items()}
+    for name, (make, own) in {**candidates(case), **others}.items():
         if wrong := _tolerance_misses(make, own):
             misses[name] = "; ".join(wrong)
         if not wrong or make is not ours:
@@ -170,6 +188,10 @@ def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[
             row.bytes, row.peak_bytes = _memory(calls, case.device)
         rows.append(row)
     return rows
+
+
+def _always(function: Call) -> Make:
+    return lambda args: function
 
 
 def _tolerance_misses(make: Make, case: Case) -> list[str]:
@@ -282,11 +304,12 @@ class Layers(Suite):
             yield reason
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        machine = results.limits(facts)
+        machine, baseline = results.limits(facts), args.baseline
+        functions = {baseline.name: baseline} if baseline else {}
         shapes = models.requested_shapes(args) or SHAPES
         for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
             options = {"dropout_p": args.dropout, "device": args.device}
             case = Case(M, N, K, R, getattr(torch, dtype), **options)
             caches = itertools.product(MODES, ("warm", "cold"))
             if not only or any(_row(case, *each).identity in only for each in caches):
-                yield from measure(case, args.seconds, machine)
+                yield from measure(case, args.seconds, machine, functions)

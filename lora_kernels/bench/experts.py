@@ -147,7 +147,7 @@ class Experts(Suite):
     """LoRA on mixtures of experts."""
 
     kind, option = "experts", "experts"
-    unused = "shapes model rows ranks dropout device"
+    unused = "shapes model rows ranks dropout device baseline"
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
         torch.manual_seed(0)

@@ -161,7 +161,7 @@ class Head(Suite):
     """LoRA on a language model's head, with its loss."""
 
     kind, option = "head", "head"
-    unused = "shapes model rows ranks dropout device"
+    unused = "shapes model rows ranks dropout device baseline"
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
         for name, shape in itertools.product(args.dtypes, SHAPES):

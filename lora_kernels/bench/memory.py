@@ -233,7 +233,7 @@ class Memory(Suite):
     """Bytes held for the backward."""
 
     kind, option = "memory", "memory"
-    unused = "compare device shapes model rows ranks quick dtypes dropout seconds"
+    unused = "compare device shapes model rows ranks quick dtypes dropout seconds baseline"
     libraries = ("torch", "peft", "transformers")
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:

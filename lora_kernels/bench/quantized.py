@@ -111,7 +111,7 @@ def _by_kernels(device: str, layer: QLoRALinear, x: Tensor) -> Tensor:
 class Codes(Suite):
     """Layers over a 4-bit base."""
 
-    kind, option, unused = "4-bit", "quant", "ranks dropout"
+    kind, option, unused = "4-bit", "quant", "ranks dropout baseline"
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
         requested = models.requested_shapes(args) or []

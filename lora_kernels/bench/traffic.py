@@ -240,7 +240,7 @@ class Count(Suite):
     """Memory traffic, counted."""
 
     kind, option = "count", "count"
-    unused = "compare device shapes model rows ranks quick dtypes dropout seconds csv"
+    unused = "compare device shapes model rows ranks quick dtypes dropout seconds csv baseline"
     libraries = ("torch", "peft", "bitsandbytes")  # which decide what kernels run
 
     def rows(

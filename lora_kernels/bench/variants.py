@@ -233,7 +233,7 @@ class Variants(Suite):
     """DoRA, groups, several adapters, levels."""
 
     kind, option = "variants", "variants"
-    unused = "shapes model rows ranks dropout device"
+    unused = "shapes model rows ranks dropout device baseline"
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
         torch.manual_seed(0)

@@ -219,7 +219,7 @@ def hook_on(part: str, hook: Callable[..., Tensor]) -> Callable[[Any], None]:
 
 
 def hooks_replaced(part: str) -> Callable[[Any], None]:
-    """What code does that clears the hooks of a module."""
+    """Replace the dictionary of hooks, as code does that clears them."""
 
     def change(layer: Any) -> None:
         module = getattr(layer, part)

@@ -1492,3 +1492,54 @@ def test_layer_that_is_fused_again_by_itself_leaves_its_siblings(shared: Shared)
     assert shared.take() == (1, 2)
     (row,) = [row for row in explain(fused).blocks if "shared" in row.state]
     assert "k runs its own call: it was fused or unfused by itself" in row.reason
+
+
+class Pairs(nn.Module):
+    """Three pairs of layers, each with an x of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abcdef":
+            setattr(self, name, nn.Linear(K, K, dtype=f64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = mix(self.a(x), self.b(x)[..., :32], self.a.base_layer(x)[..., 32:])
+        h = mix(self.c(h), self.d(h)[..., :32], h[..., 32:])
+        y: Tensor = self.e(h) * self.f(h)
+        return y
+
+
+def test_pairs_that_each_share_an_x_of_their_own_all_share(shared: Shared) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=R, target_modules=list("abcdef"))
+    stock = get_peft_model(Stack(Pairs()), config, autocast_adapter_dtype=False)
+    randomize(stock)
+    fused = fuse(copy.deepcopy(stock))
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (3, 6)
+
+
+def test_linears_that_share_x_under_autocast_round_their_adapters(monkeypatch) -> None:
+    """As `lora_linear` does: P is then rounded too."""
+    given: list[Any] = []
+    monkeypatch.setattr(blocks, "down_projections", partial(_record, given))
+    torch.manual_seed(0)
+    linears = [
+        blocks.LinearArguments(torch.randn(N, K), torch.randn(R, K), torch.randn(N, R), 0.5)
+        for N in (32, 48)
+    ]
+    x = batch(f32)
+    with torch.autocast("cpu", bf16):
+        found = blocks.shared_linears(x, linears)
+        apart = [lora_kernels.lora_linear(x, *each) for each in linears]
+    ((rows, lora_A, is_rounded),) = given
+    assert {t.dtype for t in (rows, *lora_A)} == {bf16} and is_rounded
+    for got, want in zip(found, apart, strict=True):
+        assert got.dtype is bf16
+        assert_close_derived(got.float(), want.float(), 2.0**-7)
+
+
+def _record(given: list[Any], *args: Any) -> Any:
+    given.append(args)
+    rows, p = args[0].reshape(-1, K), [args[0].reshape(-1, K) @ A.T for A in args[1]]
+    return rows, p

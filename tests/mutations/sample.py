@@ -61,7 +61,7 @@ TESTS = {
     "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
     **dict.fromkeys(
         ("backends/eager/siblings.py", "ops/siblings.py", "peft/siblings.py"),
-        "tests/interop/test_siblings.py",
+        "tests/interop/test_siblings.py tests/interop/test_gates_and_biases.py",
     ),
     **dict.fromkeys(
         ("backends/eager/gated_mlp.py", "ops/gated_mlp.py", "peft/mlp.py"),

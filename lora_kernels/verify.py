@@ -40,7 +40,7 @@ from .oracle import case as cases
 from .oracle.case import Case, Expected, dtype_name
 from .oracle.experts_case import ExpertsCase
 from .oracle.head_case import HeadCase
-from .oracle.tolerance import Verdict
+from .oracle.tolerance import Comparison
 from .quantization import Weight4bit
 
 Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter if it differs
@@ -222,7 +222,7 @@ def judge_function(
     function: Function, device: str, shapes: Shapes, dtypes: Dtypes, option: str
 ) -> Line:
     """Judge y and the gradients of a function on the option's cases."""
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, Comparison] = {}
     for M, N, K, R in shapes:
         case = Case(M, N, K, R, *dtypes, **OPTIONS[option], device=device)
         try:
@@ -244,7 +244,7 @@ def judge_function(
 def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line | None:
     """Judge each output of the option's cases; None if the engine supports none."""
     fields, device = OPTIONS[option], "cpu"
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, Comparison] = {}
     if (others := OTHERS.get(option.partition(" ")[0])) is not None:
         for other in () if name.startswith(GPU_ENGINES) else others:
             case = replace(other, dtype=dtypes[0], adapter_dtype=dtypes[1], **fields)
@@ -274,7 +274,7 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
     return _line(name, dtypes, option, verdicts) if verdicts else None
 
 
-def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Verdict]) -> Line:
+def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Comparison]) -> Line:
     where, worst = max(verdicts.items(), key=lambda item: _used_allowance(item[1]))
     row = {
         "engine": name,
@@ -301,7 +301,7 @@ def _forced_engines(name: str, case: Case) -> list[str]:
     return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 
 
-def _used_allowance(verdict: Verdict) -> float:
+def _used_allowance(verdict: Comparison) -> float:
     """Return the share of its allowance that a verdict uses; NaN counts as more than all."""
     pairs = ((verdict.rms, verdict.rms_limit), (verdict.max, verdict.max_limit))
     shares = [error / limit if limit else error and math.inf for error, limit in pairs]
@@ -330,7 +330,7 @@ def compare_with_peer(peer: str, case: Case) -> Line:
     with selection.backend("eager"):  # not by the kernels that are judged
         found = [Expected(args, cases.oracle(args), cases.run(cases.plain_pytorch, args))]
     verdicts = {
-        who: cases.verdicts(found, lambda x, layer=layer, **rest: layer(x), case)
+        who: cases.comparisons(found, lambda x, layer=layer, **rest: layer(x), case)
         for who, layer in layers.items()
     }
     row: dict[str, Any] = {

@@ -45,7 +45,7 @@ def prepare(
     - x has more rows than the GEMV kernels take, or another dtype, device or strides
     - gradients or autocast are enabled, or another backend was requested
     - a compiler, a dispatch mode or a transform is active
-    - a tensor has another address, layout or class; values may change in place
+    - a tensor has another address or layout; values may change in place
 
     >>> import torch
     >>> from lora_kernels import lora_linear
@@ -85,7 +85,6 @@ def prepare(
         *context.interception_guards(),
         Guard("cpu", torch.is_autocast_enabled, False),
         *selection.guards(),
-        *(Guard(t, type, type(t)) for t in called_by_address),
         *map(_memory_guard, called_by_address),
     ]
     return linear.build_prepared_call(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)

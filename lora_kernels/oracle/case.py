@@ -34,7 +34,7 @@ from ..ops.linear import lora_linear
 from ..ops.norm import dora_norm
 from ..quantization import Weight4bit, quantize_4bit
 from . import reference, tolerance
-from .tolerance import Verdict, unit_roundoff
+from .tolerance import Comparison, unit_roundoff
 
 # argument -> name of its gradient in the results
 GRADIENTS = {
@@ -495,7 +495,9 @@ def expected(case: Any, p_elements: int, make: Callable[[Any], Expected]) -> lis
     return found
 
 
-def verdicts(found: list[Expected], call: Callable[..., Any], case: AnyCase) -> dict[str, Verdict]:
+def comparisons(
+    found: list[Expected], call: Callable[..., Any], case: AnyCase
+) -> dict[str, Comparison]:
     """Run `call` on the arguments of each seed of the case, and judge its outputs."""
     results = [run(call, give_mask(each.args), case.autocast) for each in found]
     allowed = case.allowances()
@@ -519,20 +521,20 @@ def _expected(case: AnyCase, eager: Callable[..., Any]) -> list[Expected]:
     return expected(case, case.p_elements, make)
 
 
-def judge(case: AnyCase, call: Callable[..., Any] | None = None) -> dict[str, Verdict]:
+def judge(case: AnyCase, call: Callable[..., Any] | None = None) -> dict[str, Comparison]:
     """Run `call`, by default the case's op; return a verdict for each result and each gradient.
 
     >>> verdicts = judge(Case(M=5, N=33, K=17, R=3, gate=True))
     >>> list(verdicts), all(verdict.ok for verdict in verdicts.values())
     (['y', 'dx', 'dA', 'dB', 'dg'], True)
     """
-    return verdicts(_expected(case, case.eager), call or case.op, case)
+    return comparisons(_expected(case, case.eager), call or case.op, case)
 
 
 NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")
 
 
-def judge_norm(case: Case, call: Callable[..., Tensor] = dora_norm) -> dict[str, Verdict]:
+def judge_norm(case: Case, call: Callable[..., Tensor] = dora_norm) -> dict[str, Comparison]:
     """Run `dora_norm` on the weight, adapter and gate of the case; return its verdict.
 
     >>> judge_norm(Case(M=0, N=33, K=17, R=3, gate=True))["norm"].ok

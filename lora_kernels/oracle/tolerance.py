@@ -50,7 +50,7 @@ def unit_roundoff(*dtypes: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """Errors beside eager's and the limits; rms relative to the reference's rms, max absolute."""
 
     rms: float
@@ -82,7 +82,7 @@ def compare(
     eager: Tensor | Sequence[Tensor],
     unit_roundoff: float,
     sums: Sequence[int] = (),
-) -> Verdict:
+) -> Comparison:
     """Judge `got` against `ref` (float64), allowing what `eager` loses.
 
     sums: the lengths of the float32 sums that an element passes through, one after another.
@@ -102,9 +102,9 @@ def compare(
     rms, largest = _errors(gots, refs, scale)
     eager_rms, eager_largest = _errors(eagers, refs, scale)
     if scale == 0:  # no elements, or zeros alone: exact
-        return Verdict(rms, eager_rms, 0.0, largest, eager_largest, 0.0, unit_roundoff)
+        return Comparison(rms, eager_rms, 0.0, largest, eager_largest, 0.0, unit_roundoff)
     ulp = 2 * unit_roundoff * 2.0 ** math.floor(math.log2(refs.abs().max().item()))
-    return Verdict(
+    return Comparison(
         rms=rms,
         eager_rms=eager_rms,
         rms_limit=rms_limit(eager_rms, unit_roundoff, sums),

@@ -60,7 +60,7 @@ def prepare_forward(
         (lora_B._parameters, "weight"),
         (lora_B._parameters, "bias"),
     ]
-    quantized: list[Tensor] = []
+    codes: list[Tensor] = []
     if four_bit:
         state = stored.quant_state
         entries += [
@@ -70,10 +70,10 @@ def prepare_forward(
             *((vars(state), each) for each in ("absmax", "code", "offset", "state2")),
             *((vars(state), each) for each in ("blocksize", "quant_type")),
         ]
-        quantized = [state.absmax, state.code]
+        codes = [state.code]  # which a `Weight4bit` holds by views
         if state.nested:
             entries += [(vars(state.state2), each) for each in ("absmax", "code", "blocksize")]
-            quantized += [state.offset, state.state2.absmax, state.state2.code]
+            codes.append(state.state2.code)
     guards = [
         *(Guard(entry, key, entry.get(key)) for entry, key in entries),
         # A class changes when a parameter is parametrized.
@@ -83,7 +83,7 @@ def prepare_forward(
         Guard(type(base), "forward", type(base).forward),
         Guard(type(dropout), "forward", type(dropout).forward),
         Guard(stored, _weight_state, _weight_state(stored)),
-        *(Guard(each, Tensor.data_ptr, each.data_ptr()) for each in quantized),
+        *(Guard(each, Tensor.data_ptr, each.data_ptr()) for each in codes),
     ]
     cache, p = CallCache(), dropout_p(dropout)
     bias = base._parameters["bias"]

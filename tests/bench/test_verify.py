@@ -15,7 +15,7 @@ from lora_kernels import cli, verify
 from lora_kernels.bench import baselines, progress
 from lora_kernels.core import device
 from lora_kernels.oracle.case import Case
-from lora_kernels.oracle.tolerance import Verdict
+from lora_kernels.oracle.tolerance import Comparison
 
 pytest.importorskip("peft")
 
@@ -139,8 +139,8 @@ def test_a_missing_peer_is_one_line(
 def test_the_worst_output_is_shown() -> None:
     """The one that uses most of its allowance, of either kind; NaN, and any error of none."""
 
-    def verdict(rms: float, largest: float, limit: float = 2.0) -> Verdict:
-        return Verdict(rms, 0.0, limit, largest, 0.0, limit, 1.0)
+    def verdict(rms: float, largest: float, limit: float = 2.0) -> Comparison:
+        return Comparison(rms, 0.0, limit, largest, 0.0, limit, 1.0)
 
     verdicts = {"a/y": verdict(1.0, 1.5), "a/dx": verdict(1.8, 0.0), "a/dA": verdict(0.5, 1.7)}
     for more, worst, ok in (

@@ -71,7 +71,8 @@ TESTS = {
     "ops/in_place.py": "tests/interop/test_in_place.py tests/interop/test_cast_adapters.py",
     "peft/check.py": "tests/interop/test_check.py",
     "backends/cpu/linear.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
-    "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py",
+    "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "
+    "tests/interop/test_linear4bit.py",
     "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "
     "tests/interop/test_frozen.py tests/interop/test_mixed_batch.py tests/interop/test_variants.py",
     "peft/experts.py": "tests/interop/test_experts.py",

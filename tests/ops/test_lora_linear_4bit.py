@@ -64,6 +64,9 @@ def some_cases() -> list[Case]:
         chosen += [Case(*shape, quant="nf4-64-nested", values="nonnegative", gate=True)]
         chosen += [Case(*shape, quant="nf4-64-nested", x_layout="padded", dy_layout="padded")]
         chosen += [Case(*shape, quant="nf4-64-nested", frozen=("x",))]
+    autocast: dict[str, Any] = {"quant": "nf4-64-nested", "bias": True}
+    chosen += [Case(M, 65, 96, 5, f32, f32, bf16, **autocast) for M in (2, 70)]
+    chosen += [Case(70, 65, 96, 5, bf16, f32, f16, gate=True, **autocast)]
     return chosen
 
 

@@ -12,7 +12,7 @@ import torch
 import lora_kernels
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import AnyCase, Case
-from lora_kernels.oracle.tolerance import Verdict
+from lora_kernels.oracle.tolerance import Comparison
 from tests.support.assertions import assert_close_derived
 
 Pairs = list[tuple[str, Case]]
@@ -35,7 +35,7 @@ def each(groups: Mapping[str, Pairs], device: str = "cpu") -> pytest.MarkDecorat
     return pytest.mark.parametrize(("engine", "case"), params, indirect=["engine"])
 
 
-def assert_within(what: object, verdicts: Mapping[str, Verdict]) -> None:
+def assert_within(what: object, verdicts: Mapping[str, Comparison]) -> None:
     """Fail unless each output is as near to the float64 reference as `tolerance` says."""
     wrong = [f"{name} {verdict}" for name, verdict in verdicts.items() if not verdict.ok]
     if wrong:

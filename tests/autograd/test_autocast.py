@@ -133,3 +133,22 @@ def test_autocast_of_any_device_is_followed(device):
         finally:
             torch.set_autocast_enabled(device, before[0])
             torch.set_autocast_dtype(device, before[1])
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("dtype", LOW)
+def test_gradient_of_x_beside_frozen_factors_is_rounded_once(dtype, several) -> None:
+    """Frozen factors need no x, whose dtype the gradient has all the same."""
+    case = make_case(dtype)
+    x, weight, A, B, _ = case.values()
+    index = torch.zeros(M, dtype=torch.int64)
+    dy, found = torch.randn(M, N).to(dtype), []
+    for trains in (True, False):
+        leaf, A, B = x.clone().requires_grad_(), A.requires_grad_(trains), B.requires_grad_(trains)
+        with torch.autocast("cpu", dtype):
+            if several:
+                y = multi_lora_linear(leaf, weight, [A], [B], index, SCALING)
+            else:
+                y = lora_linear(leaf, weight, A, B, SCALING)
+        found.append(torch.autograd.grad(y, leaf, dy)[0])
+    assert found[0].dtype is torch.float32 and torch.equal(*found)

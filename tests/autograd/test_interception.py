@@ -43,7 +43,7 @@ def test_mode_around_a_call_sees_the_op(quant: str, grad: bool) -> None:
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
-@pytest.mark.parametrize("rng", ["given", "drawn"])
+@pytest.mark.parametrize("rng", ["given", "drawn", "a mask"])
 def test_gradients_of_dispatched_calls_with_dropout_are_those_of_direct_ones(
     rng: str, quant: str
 ) -> None:
@@ -55,8 +55,11 @@ def test_gradients_of_dispatched_calls_with_dropout_are_those_of_direct_ones(
         (lora_kernels.multi_lora_linear, several),
         (lora_kernels.lora_experts_linear, experts),
     ):
-        if rng == "drawn":
+        if rng != "given":
             args["rng"] = None
+        if rng == "a mask":
+            kept = torch.rand(args["x"].shape, generator=torch.Generator().manual_seed(1)) > 0.25
+            args["dropout_mask"] = kept
         torch.manual_seed(0)
         direct = run(call, args)
         torch.manual_seed(0)

@@ -678,3 +678,21 @@ def test_selectively_checkpointed_adapters_with_dropout_have_the_same_gradients(
     assert len(found[0]) == 5
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
+
+
+class Mean(nn.Linear):
+    """The same result for all rows, in one row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_update_is_broadcast_over_a_result_with_fewer_rows(grad: bool) -> None:
+    base = Mean(K, N)
+    stock: Any = get_peft_model(nn.Sequential(base).double(), LoraConfig(r=R, target_modules=["0"]))
+    randomize(stock)
+    stock, fused = stock.double(), fuse(copy.deepcopy(stock).double())
+    x = torch.randn(80, K, dtype=f64)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(fused(x), stock(x))

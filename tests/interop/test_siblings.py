@@ -820,8 +820,12 @@ def test_siblings_under_ddp_equal_peft(way, shared, one_process) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("around", ["model", "parent", "layers", "k"])
-def test_siblings_under_fsdp2_equal_peft(around, recompute, shared, one_process) -> None:
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_siblings_under_fsdp2_equal_peft(
+    dimensions, around, recompute, shared, one_process
+) -> None:
     """Shared where one gather brings all parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     stock, fused = pair()
@@ -829,10 +833,13 @@ def test_siblings_under_fsdp2_equal_peft(around, recompute, shared, one_process)
     want = step(stock, batch(), call(stock))
     parent = parent_of(fused)
     inner = {"model": [], "parent": [parent], "k": [parent.k]}
+    names = ("replicated", "sharded")[-dimensions:]
+    mesh = init_device_mesh("cpu", (1,) * dimensions, mesh_dim_names=names)
     for module in inner.get(around, [getattr(parent, name) for name in ALL]):
-        fully_shard(module)
-    fully_shard(fused)
+        fully_shard(module, mesh=mesh)
+    fully_shard(fused, mesh=mesh)
     (row,) = explain(fused).blocks
+    assert all("PEFT" not in each.state for each in explain(fused).rows)
     got = step(fused, batch(), call(fused))
     whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in got.items()}
     assert_close_derived(whole, want, 1e-12)
@@ -1520,7 +1527,7 @@ def test_pairs_that_each_share_an_x_of_their_own_all_share(shared: Shared) -> No
 
 
 def test_linears_that_share_x_under_autocast_round_their_adapters(monkeypatch) -> None:
-    """As `lora_linear` does: P is then rounded too."""
+    """P is then rounded too, as `lora_linear` does."""
     given: list[Any] = []
     monkeypatch.setattr(blocks, "down_projections", partial(_record, given))
     torch.manual_seed(0)

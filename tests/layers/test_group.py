@@ -239,3 +239,18 @@ def test_adapter_of_members_in_another_order_is_refused(tmp_path: Path) -> None:
     load_lora_weights(LoRAGroup(8, {"q": 6, "k": 6}, r=2), tmp_path / "adapter.safetensors")
     with pytest.raises(ValueError, match="members"):
         load_lora_weights(LoRAGroup(8, {"k": 6, "q": 6}, r=2), tmp_path / "adapter.safetensors")
+
+
+@torch.no_grad()
+def test_adapters_of_another_dtype_are_not_rounded_to_the_former() -> None:
+    """The wide lora_B of a call without gradients has the dtype that lora_B has now."""
+    group = make(lora_dtype=bf16).eval()
+    x = torch.randn(2, K)
+    group(x)
+    for p in (group.lora_A, group.lora_B):
+        p.data = torch.randn(p.shape)
+    got = group(x)
+    group._cache.wide_B = None
+    assert_bitwise_equal(got, group(x))
+    want = [y.float() for y in copy.deepcopy(group).double()(x.double())]
+    assert_close_derived(list(got), want)  # bfloat16 factors would err by 2**-9

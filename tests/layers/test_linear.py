@@ -58,7 +58,8 @@ class Masks(nn.Module):
 def test_masks_differ_between_calls_and_layers(mode):
     model, x = Masks(), torch.ones(8, 16)
     run = model if mode == "eager" else torch.compile(model, fullgraph=True, backend=mode)
-    masks = [*run(x), *run(x)]
+    with torch.set_grad_enabled(mode != "inductor"):  # whose backward would take as long to build
+        masks = [*run(x), *run(x)]
     for i, mask in enumerate(masks):
         assert mask.unique().tolist() == [0, 2]
         # 128 fair coins agree throughout with probability 2^-128.

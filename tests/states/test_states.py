@@ -182,7 +182,7 @@ def test_dora_norm_cache_on_a_gpu_keeps_nothing() -> None:
 
 SETTINGS: dict[str, Any] = {"r": 3, "alpha": 5.0, "dropout": 0.25, "bias": True}
 SETTINGS |= {"init": "gaussian", "lora_dtype": bf16, "compute_dtype": bf16, "scaling": "rslora"}
-SETTINGS |= {"quant_type": "fp4", "blocksize": 32, "double_quant": False}
+SETTINGS |= {"quant_type": "fp4", "blocksize": 32, "double_quant": False, "dtype": torch.float16}
 KEPT = ("r", "alpha", "scaling", "dropout", "init", "quant_type", "blocksize", "compute_dtype")
 KEPT += ("weight_dtype", "training", "enabled", "merged")
 
@@ -195,13 +195,14 @@ def test_merged_layer_requantized_keeps_each_setting(name: str, training: bool) 
     layer = QLoRALinear(64, 32, **settings).train(training)
     again = layer.merged_layer(requantize=True).layer
     assert isinstance(again, QLoRALinear)
+    assert layer.merged_layer().layer.training is training
     for field in KEPT:
         assert getattr(again, field) == getattr(layer, field), field
     assert again.weight4bit.nested is layer.weight4bit.nested
     assert again.lora_A.dtype is layer.lora_A.dtype
     assert (again.bias is None) is (layer.bias is None)
     assert again.bias is None or torch.equal(again.bias, layer.bias)  # type: ignore[arg-type]
-    x = drawn(4, 64)
+    x = drawn(4, 64).to(layer.weight_dtype)
     got, want = again.eval()(x), layer.eval()(x)
     assert got.dtype is want.dtype and (got - want).norm() < 0.3 * want.norm()
 

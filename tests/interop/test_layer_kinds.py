@@ -238,6 +238,43 @@ def test_fused_layer_in_float32_runs_on_kernels(kind: Kind, training: bool) -> N
         assert results(fused, x)["y"].dtype is results(stock, x)["y"].dtype
 
 
+@every_kind()
+def test_change_between_calls_without_gradients_equals_peft(kind: Kind) -> None:
+    """Nothing that is kept outlives a change: of each parameter, the scaling, or the adapters.
+
+    In training mode, since in eval mode bitsandbytes repacks the stock model's weights.
+    """
+    stock, fused = (each.float().train() for each in pair(kind.build()))
+    x = kind.input(1, 1)
+    x = x.float() if x.is_floating_point() else x
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        for _ in range(2):  # the second is the shorter way's first
+            got = fused(x)
+            assert_close_derived(got, stock(x))
+        return got
+
+    y = call()
+    parameters = dict(kind.layer(stock).named_parameters())
+    written = [n for n, p in parameters.items() if p.is_floating_point() and "bias" not in n]
+    for name in written:
+        for model in (stock, fused):
+            kind.layer(model).get_parameter(name).data.mul_(1.5)  # counts no version
+        before, y = y, call()
+        assert (y - before).norm() > 2**-8 * before.norm(), name
+    for model in (stock, fused):
+        kind.layer(model).set_scale("default", 3)
+        activate(two_adapters(model), "default")
+    for names in (["default"], ["second"], ["default"], ["default", "second"]):
+        for model in (stock, fused):
+            activate(model, *names)
+        before, y = y, call()
+        assert (y - before).norm() > 2**-8 * before.norm(), names
+    with torch.no_grad():
+        assert_bitwise_equal(copy.deepcopy(fused)(x), y)
+
+
 OTHERS = [(name, {"compute_dtype": None}) for name in ("nf4", "nf4_loaded")]
 
 
@@ -265,7 +302,15 @@ def test_scaling_as_a_tensor_equals_a_number(kind: Kind, dtype: torch.dtype) -> 
     assert_close_derived(results(fused, x), results(stock, x), rtol)
 
 
-@kinds_with(*BIASED[:1], ("linear", {"lora_dropout": 0.3}), ("adalora", {}), ("embedding", {}))
+ONE = {"target_modules": ["up"]}  # a second layer is traced once more
+
+
+@kinds_with(
+    ("linear", {"lora_bias": True} | ONE),
+    ("linear", {"lora_dropout": 0.3} | ONE),
+    ("adalora", ONE),
+    ("embedding", {}),
+)
 def test_compiled_model_equals_peft_without_a_graph_break(kind: Kind, config: Any) -> None:
     """A compiled model follows later changes: shapes, active adapters, train and eval."""
     torch.compiler.reset()  # of what other tests compiled there may only be so much
@@ -328,7 +373,7 @@ def test_copy_of_a_fused_model_shares_nothing(kind: Kind, clone: Callable[[Any],
 def test_unfuse_leaves_no_trace(kind: Kind) -> None:
     model, x = kind.build().eval().float(), kind.input(3, 4)
     x = x.float() if x.is_floating_point() else x
-    layer, want = kind.layer(model), model(x)
+    layer, want, stock = kind.layer(model), model(x), copy.deepcopy(model)
     takes_names = kind.forward.keys() <= {"lora_linear", "addmm_"} and "SVD" not in kind.fused
     before, keys = (type(layer), vars(layer).copy()), list(model.state_dict())
     parameters = {name: id(p) for name, p in model.named_parameters()}
@@ -342,9 +387,14 @@ def test_unfuse_leaves_no_trace(kind: Kind) -> None:
         with torch.no_grad():
             for _ in range(2):  # the second is the shorter way's first
                 model(x[:1, :1])
+        model.train()(x).sum().backward()
+        model.eval().zero_grad()
     assert unfuse(model) is model
     assert (type(layer), vars(layer)) == before and list(model.state_dict()) == keys
     assert_bitwise_equal(model(x), want)
+    for each in (model, stock):
+        randomize(each, seed=7)
+    assert_bitwise_equal(model(x), stock(x))
 
 
 @every_kind()

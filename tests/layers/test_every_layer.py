@@ -120,6 +120,50 @@ def test_training_after_inference_mode_is_possible(kind: Kind) -> None:
     assert layer.lora_B.grad is not None
 
 
+WRITES: dict[str, Callable[[Any, str, Tensor], object]] = {
+    "in place": lambda layer, name, value: getattr(layer, name).copy_(value),
+    ".data in place": lambda layer, name, value: getattr(layer, name).data.copy_(value),
+    "new .data": lambda layer, name, value: setattr(getattr(layer, name), "data", value),
+    "new parameter": lambda layer, name, value: setattr(layer, name, nn.Parameter(value, False)),
+    "loaded": lambda layer, name, value: layer.load_state_dict({name: value}, strict=False),
+}
+
+
+MODES: dict[str, tuple[Any, ...]] = {
+    "no_grad": (torch.no_grad,),
+    "inference_mode": (torch.inference_mode,),
+    "both": (torch.no_grad, torch.inference_mode),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("modes", MODES, ids=MODES)
+def test_call_without_gradients_reads_every_value(kind: Kind, write: str, modes: str) -> None:
+    """A copy has nothing that is kept, and computes the same bits."""
+    layer, x = kind.make().eval().requires_grad_(False), kind.input(1)
+
+    def results(layer: Any) -> list[Tensor]:
+        found = []
+        for mode in MODES[modes] * 2:
+            with mode():
+                found.append(run(layer, x))
+        return found
+
+    for name, p in list(layer.named_parameters()):
+        if name in ("weight_code", "weight_nested_code"):  # floats as bytes
+            continue
+        before, value = results(layer), p.detach()
+        value = value * 2 if p.is_floating_point() else value.flip(0)
+        with torch.no_grad():
+            WRITES[write](layer, name, value.clone())
+        got = results(layer)
+        assert_bitwise_equal(got, results(copy.deepcopy(layer)))
+        assert not torch.equal(got[0], before[0]) or name.startswith("weight_"), name
+        assert all(torch.equal(y, got[0]) for y in got)
+    assert_bitwise_equal(results(layer.double().float()), got)
+
+
 @every_dense  # the other's weight is bytes
 def test_trainable_weight_is_refused_with_gradients(kind: Kind) -> None:
     layer = kind.make()
@@ -258,7 +302,10 @@ def test_copy_shares_nothing(kind: Kind, clone: Any, merged: bool) -> None:
     layer, x = kind.make().eval(), kind.input(5, 2)
     if merged:
         layer.merge()
+    with torch.no_grad():
+        layer(x)  # by which a layer may keep something
     other, y = clone(layer), run(layer, x)
+    assert other._cache.wide_B is None
     assert repr(other) == repr(layer)
     assert_bitwise_equal(run(other, x), y)
     with torch.no_grad():

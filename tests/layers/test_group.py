@@ -3,7 +3,6 @@
 Properties of every layer are in test_every_layer.py.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -124,35 +123,6 @@ def test_members_share_a_mask() -> None:
     torch.manual_seed(3)
     rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
     assert_close_derived(got, oracle(group, x, dys, rng))
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("alternate", [False, True])
-def test_decoding_sees_new_values(alternate: bool, mode: Any, cls: Any) -> None:
-    """Also those written past the version counter, and after the other mode."""
-    group = make(cls).eval()
-    x = torch.randn(1, K)
-    for change in (
-        lambda: None,
-        lambda: None,
-        lambda: group.lora_B.data.mul_(2),
-        lambda: group.lora_A.data.add_(1),
-        lambda: setattr(group, "lora_B", nn.Parameter(group.lora_B.detach() - 1)),
-        lambda: group.double().float(),
-    ):
-        change()
-        if alternate:
-            with torch.no_grad() if mode is torch.inference_mode else torch.inference_mode():
-                group(x)
-        with mode():
-            got = group(x)
-        with torch.enable_grad():
-            twin = copy.deepcopy(group)  # which keeps nothing
-            assert twin._cache.wide_B is None
-            want = twin(x)
-            assert_bitwise_equal(group(x), want)
-        assert_close_derived(got, want)
 
 
 def test_from_linears_shares_members_in_order() -> None:

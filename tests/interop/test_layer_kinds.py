@@ -22,6 +22,7 @@ from torch import Tensor
 from lora_kernels.backends.cpu import native
 from lora_kernels.peft import explain, fuse, unfuse
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.clones import CLONES
 from tests.support.peft_models import (
     SIZES_4BIT,
     activate,
@@ -353,7 +354,7 @@ def test_arguments_that_only_variants_read_do_not_reach_the_base(kind: Kind) -> 
 
 
 @every_kind()
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("clone", CLONES)
 def test_copy_of_a_fused_model_shares_nothing(kind: Kind, clone: Callable[[Any], Any]) -> None:
     model, x = fuse(kind.build()), kind.input(3, 4)
     other, want = clone(model), results(model, x)

@@ -7,9 +7,7 @@ are in the file of its name.
 """
 
 import copy
-import io
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,12 @@ from lora_kernels.layers import (
     QLoRALinear,
     StableLoRALinear,
     load_lora_weights,
+    lora_state_dict,
     save_lora_weights,
 )
 from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.clones import CLONES
 from tests.support.models import KINDS, Kind, concatenated, gradients, run
 from tests.support.peft_models import Masked, draw_rng
 
@@ -286,18 +286,9 @@ def test_merge_of_a_broken_adapter_is_refused(kind: Kind) -> None:
 # Copies and compilers
 
 
-def through_torch_save(layer: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @every_kind
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save]
-)
+@pytest.mark.parametrize("clone", CLONES)
 def test_copy_shares_nothing(kind: Kind, clone: Any, merged: bool) -> None:
     layer, x = kind.make().eval(), kind.input(5, 2)
     if merged:
@@ -454,6 +445,55 @@ def test_init_may_be_a_callable() -> None:
         other = {"lora_A": layer.lora_B, "lora_B": layer.lora_A}[name]
         assert len(calls) == 1 and (getattr(layer, name) == 7).all() and not other.any()
         assert getattr(layer, name).requires_grad
+
+
+def over_a_base(kind: Kind, base: Any, **options: Any) -> Any:
+    """Build the kind's layer over a module that is there, or over a group's modules."""
+    builders = ("from_linears", "from_conv1d", "from_embedding", "from_linear")
+    build = next(getattr(kind.cls, name) for name in builders if hasattr(kind.cls, name))
+    own = {name: value for name, value in kind.options.items() if name != "bias"}
+    return build(base, kind.rank, 6, **own | options)
+
+
+def stock_base(kind: Kind, dtype: torch.dtype) -> Any:
+    K, N = kind.sizes
+    if isinstance(N, dict):
+        return {name: nn.Linear(K, size, dtype=dtype) for name, size in N.items()}
+    if kind.cls is LoRAConv1D:
+        return Conv1D(N, K).to(dtype)
+    return (nn.Embedding if kind.is_embedding else nn.Linear)(K, N, dtype=dtype)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_layer_over_a_base_shares_it_and_starts_as_it(kind: Kind, dtype: torch.dtype) -> None:
+    """A group copies its bases, and a 4-bit layer shares the bias alone."""
+    torch.manual_seed(0)
+    base = stock_base(kind, dtype)
+    x = kind.input(33, dtype=dtype)
+    if isinstance(base, dict):
+        want = torch.cat([module(x) for module in base.values()], dim=-1)
+        assert torch.equal(over_a_base(kind, base).bias, torch.cat([m.bias for m in base.values()]))
+    else:
+        base.eval()
+        want = base(x)
+    layer = over_a_base(kind, base)
+    if not isinstance(base, dict):
+        assert not layer.training and not any(p.requires_grad for p in base.parameters())
+        assert layer.bias is getattr(base, "bias", None)
+        assert (layer.weight is base.weight) is not kind.is_quantized
+        assert base.weight.dtype is dtype
+    if kind.is_quantized:  # no more than 4 bits apart
+        assert (run(layer, x) - want).norm() < 0.3 * want.norm()
+        want = kind.base(layer, x)
+    # The library GEMM and ours round sums to the dtype in orders of their own.
+    assert_close_derived(run(layer, x), want)
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained.keys() == lora_state_dict(layer).keys() - {"rank_mask"}
+    assert lora_state_dict(layer).keys() == lora_state_dict(kind.build()).keys()
+    assert {p.dtype for p in trained.values()} == {f32}
+    assert layer.scaling == (1 if issubclass(kind.cls, HierarchicalLoRALinear) else 2)
+    assert not getattr(layer, kind.start).any()
 
 
 def frozen_4bit() -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -24,14 +23,12 @@ from lora_kernels.layers import (
     LoRAPlusLinear,
     StableLoRALinear,
     lora_plus_parameter_groups,
-    lora_state_dict,
     mark_only_lora_as_trainable,
 )
 from lora_kernels.oracle import tolerance
 from tests.support.assertions import assert_close_derived, derived_rtol
 from tests.support.models import (
     CLOSE,
-    NAMES,
     VARIANTS,
     K,
     M,
@@ -75,20 +72,6 @@ def test_fifty_steps_of_sgd_follow_the_formula(name: str) -> None:
         # gradients as CLOSE says.
         limit = 50 * 2.0**-24 * param.detach().norm() + CLOSE["rtol"] * moved.norm()
         assert moved.norm() > 0 and (got - moved).norm() <= limit, key
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "LoRAConv1D"])
-def test_from_linear_shares_the_bias(name: str) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(K, N).eval()
-    own = dict(VARIANTS[name.removeprefix("Q")][1])
-    first = own.pop("ranks", None) or own.pop("r")
-    layer = getattr(layers, name).from_linear(linear, first, 10, **own)
-    assert layer.bias is linear.bias and not layer.training
-    x = torch.randn(M, K)
-    want = F.linear(x, layer._dense_weight(), linear.bias)
-    assert_close_derived(layer(x), want)
-    assert sorted(lora_state_dict(layer)) == sorted(lora_state_dict(make(name)))
 
 
 class ReversedQDoRALinear(layers.QLoRALinear, DoRALinear):

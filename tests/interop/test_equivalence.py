@@ -28,7 +28,6 @@ from tests.support.assertions import (
 )
 from tests.support.peft_models import (
     IDS,
-    MLP,
     SIZES,
     R,
     adalora_config,
@@ -38,7 +37,6 @@ from tests.support.peft_models import (
     assert_same_files,
     assert_trains_alike,
     batch,
-    conv1d,
     count_ops,
     dora_mlp,
     embedding_model,
@@ -235,14 +233,6 @@ def test_adalora_of_no_rank_left_is_not_fused() -> None:
     assert first.state == "PEFT's" and "'default': every rank was taken from it" in first.reason
     assert "rank" not in second.reason
     assert_close_derived(results(fused, batch()), results(stock, batch()))
-
-
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
-def test_adalora_over_a_conv1d_equals_peft() -> None:
-    torch.manual_seed(0)
-    stock, fused = pair(adalora_mlp(base=MLP(conv1d), fan_in_fan_out=True))
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
-    assert count_ops(lambda: fused(batch())) == {"lora_linear": 2}
 
 
 def test_convolutions_stay_pefts_own() -> None:

@@ -24,6 +24,7 @@ from lora_kernels.peft import explain, fuse, unfuse
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.clones import CLONES
 from tests.support.peft_models import (
+    MLP,
     SIZES_4BIT,
     activate,
     adalora_mlp,
@@ -31,6 +32,7 @@ from tests.support.peft_models import (
     assert_same_files,
     assert_trains_alike,
     batch,
+    conv1d,
     conv1d_mlp,
     count_ops,
     dora_mlp,
@@ -83,12 +85,18 @@ def four_bit_kind(loaded: bool, compute_dtype: Any = f32, **config: Any) -> Any:
     return four_bit_mlp(loaded, config, compute_dtype=compute_dtype)
 
 
+def adalora_conv1d(**config: Any) -> Any:
+    torch.manual_seed(0)
+    return adalora_mlp(base=MLP(conv1d), fan_in_fan_out=True, **config)
+
+
 FOUR_BIT = {"lora_linear_4bit": 1}, {"lora_linear_backward_4bit": 1}, "Linear4bit", f32
 KINDS = {
     "linear": Kind(mlp),
     "conv1d": Kind(conv1d_mlp, base="Conv1D"),
     "dora": Kind(dora_mlp, forward={"dora_norm": 1, "lora_linear": 1}),
     "adalora": Kind(adalora_mlp, "FusedSVDLinear"),
+    "adalora_conv1d": Kind(adalora_conv1d, "FusedSVDLinear", base="Conv1D"),
     "embedding": Kind(embedding_model, "FusedEmbedding", {"addmm_": 1}, base="Embedding"),
     "kasa": Kind(kasa_mlp),
     "mica": Kind(mica_mlp, dtype=f32),  # whose singular vectors are PyTorch's in float32
@@ -129,7 +137,7 @@ def test_fused_layer_on_any_shape_equals_peft(kind: Kind, shape: tuple[int, ...]
     assert_close_derived(results(fused, x), results(stock, x))
 
 
-@every_kind("conv1d")  # whose stock layer wants x contiguous
+@every_kind("conv1d", "adalora_conv1d")  # whose stock layers want x contiguous
 def test_fused_layer_on_strided_input_equals_peft(kind: Kind) -> None:
     stock, fused = pair(kind.build())
     x = kind.input(3, 4).transpose(0, 1)[:, ::2]
@@ -147,7 +155,8 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("embedding", {"lora_dropout": 0.3}),  # which PEFT's embedding does not call
     *(("embedding", {"base": base}) for base in ({"padding_idx": 3}, {"scale_grad_by_freq": True})),
     *((name, {"r": r}) for name in ("linear", "embedding", "nf4", "nf4_loaded") for r in (1, 300)),
-    *((name, {"use_rslora": True}) for name in KINDS if name not in ("conv1d", "adalora", "kasa")),
+    *((name, {"use_rslora": True}) for name in ("linear", "dora", "embedding", "mica")),
+    *((name, {"use_rslora": True}) for name in ("nf4", "nf4_loaded")),
 ]
 
 
@@ -338,7 +347,7 @@ def test_functional_call_and_inference_mode_equal_peft(kind: Kind) -> None:
         assert_close_derived(fused(x), stock(x))
 
 
-@every_kind("adalora")
+@every_kind("adalora", "adalora_conv1d")
 def test_arguments_that_only_variants_read_do_not_reach_the_base(kind: Kind) -> None:
     """PEFT's hooks hand them to every layer."""
     stock, fused = (kind.layer(model) for model in pair(kind.build()))

@@ -283,6 +283,29 @@ def test_merge_of_a_broken_adapter_is_refused(kind: Kind) -> None:
             layer.merged_layer()
 
 
+@every_kind
+@pytest.mark.parametrize("mode", ["on", "disabled", "merged"])
+@pytest.mark.parametrize("dtype", [bf16, f64], ids=str)
+def test_layer_moves_to_another_dtype(kind: Kind, mode: str, dtype: torch.dtype) -> None:
+    layer, x = kind.make().eval(), kind.input(5)
+    layer.enabled = mode != "disabled"
+    if mode == "merged":
+        layer.merge()
+    want = run(layer, x)
+    assert layer.to(dtype) is layer
+    assert {p.dtype for p in layer.parameters() if p.is_floating_point()} == {dtype}
+    x = x.to(dtype) if x.is_floating_point() else x
+    if kind.is_quantized and dtype is f64:
+        if mode == "on":
+            with pytest.raises(TypeError, match="float64"):
+                layer(x)
+        return
+    y = run(layer, x)
+    assert y.dtype is dtype
+    if dtype is f64:
+        kind.assert_same(y.float(), want)
+
+
 # Copies and compilers
 
 

@@ -64,22 +64,6 @@ def test_masks_differ_between_calls_and_layers(mode):
         assert not any(torch.equal(mask, other) for other in masks[:i])
 
 
-def test_merged_layer_moves_with_its_module():
-    layer = make(bias=False).eval()
-    layer.merge()
-    layer.to(torch.float64)
-    x = integers(5, 12).double()
-    y = layer(x)
-    layer.unmerge()
-    assert y.dtype is torch.float64 and torch.equal(layer(x), y)
-
-
-def test_to_dtype_moves_all_parameters():
-    layer = make().to(torch.bfloat16)
-    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
-    assert layer(integers(5, 12).bfloat16()).dtype is torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("dtype", "lora_dtype", "want"),
     [

@@ -1,5 +1,6 @@
 """A test is skipped for a reason of skips.txt or fails the run: a skip must not hide a failure."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,29 @@ _ALLOWED = [
     if line and not line.startswith("#")
 ]
 _unknown: dict[str, str] = {}
+
+
+def pytest_collection_finish() -> None:
+    _freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and item.path != nextitem.path:
+        _freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # some libraries report what is left of their objects at the exit
+
+
+def _freeze() -> None:
+    """Take all objects out of garbage collection: modules, and what they keep.
+
+    torch, transformers and PEFT are millions of objects. A full collection took a second, and a
+    step of transformers' Trainer asks for one.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

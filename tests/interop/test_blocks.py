@@ -18,9 +18,9 @@ from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.eager import siblings as eager_siblings
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.peft import explain, fuse
-from tests.finetune.tiny import run_python
 from tests.support.assertions import assert_bitwise_equal
 from tests.support.peft_models import TINY, randomize
+from tests.support.processes import run_in_ranks
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 R, ALPHA, LAYERS = 5, 7, TINY["num_hidden_layers"]
@@ -235,27 +235,19 @@ def test_model_that_accelerate_dispatches_has_pefts_gradients(offloaded, counts)
     assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-12)
 
 
-SCRIPT = """
-import sys
-from tests.interop.test_blocks import run_process
-run_process(sys.argv[1])
-"""
 WAYS = ["DDP", "DDP, checkpointed", "FSDP2", "FSDP2, checkpointed"]
 
 
-def run_process(folder: str) -> None:
-    """A process of two, each with half of the batch; the first one writes what both found."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+def train_in_every_way(rank: int, folder: str) -> None:
+    """Train as one process of two, each with half of the batch; the first one writes what both
+    found."""
     for way in WAYS:
-        train_sharded(way, f"{folder}/{way}.pt")
-    torch.distributed.destroy_process_group()
+        train_sharded(way, rank, f"{folder}/{way}.pt")
 
 
-def train_sharded(way: str, out: str) -> None:
+def train_sharded(way: str, rank: int, out: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    rank = torch.distributed.get_rank()
     with as_on_gpu(), lora_kernels.backend("eager"), pytest.MonkeyPatch.context() as patch:
         counts = Counts(patch)
         model: Any = language_model("Llama")
@@ -291,11 +283,7 @@ def train_sharded(way: str, out: str) -> None:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what two processes found, a file for each of WAYS."""
     folder = tmp_path_factory.mktemp("sharded")
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = run_python(*torchrun, script, str(folder))
-    assert done.returncode == 0, done.stderr
+    run_in_ranks(train_in_every_way, folder)
     return folder
 
 

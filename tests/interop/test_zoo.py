@@ -30,12 +30,10 @@ from tests.support.assertions import (
 from tests.support.peft_models import (
     ALPHA,
     IDS,
-    MLP,
     TINY,
     R,
     assert_same_files,
     assert_trains_alike,
-    batch,
     count_ops,
     fused_layers,
     gpt2,
@@ -113,7 +111,6 @@ def phi3() -> nn.Module:
 
 TIED = ["embed_tokens", "lm_head", "q_proj"]
 KINDS = {
-    "mlp": Kind(MLP, batch(), ["up", "down"], 2),
     "embedding": Kind(Embedded, IDS, ["embedding", "linear"], 1),
     "gpt2": Kind(gpt2_with_biases, IDS, ["c_attn", "c_proj"], 6, {"fan_in_fan_out": True}),
     "gpt2 with wte": Kind(gpt2, IDS, ["wte", "c_attn"], 2, {"fan_in_fan_out": True}),

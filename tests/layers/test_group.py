@@ -1,7 +1,8 @@
-"""LoRAGroup: several projections of one x as one layer."""
+"""LoRAGroup: several projections of one x as one layer.
 
-import copy
-import pickle
+Properties of every layer are in test_every_layer.py.
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from lora_kernels.layers import (
     QLoRAGroup,
     QLoRALayer,
     load_lora_weights,
-    lora_state_dict,
     save_lora_weights,
 )
 from lora_kernels.oracle import tolerance
@@ -123,66 +123,6 @@ def test_members_share_a_mask() -> None:
     torch.manual_seed(3)
     rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
     assert_close_derived(got, oracle(group, x, dys, rng))
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("alternate", [False, True])
-def test_decoding_sees_new_values(alternate: bool, mode: Any, cls: Any) -> None:
-    """Also those written past the version counter, and after the other mode."""
-    group = make(cls).eval()
-    x = torch.randn(1, K)
-    for change in (
-        lambda: None,
-        lambda: None,
-        lambda: group.lora_B.data.mul_(2),
-        lambda: group.lora_A.data.add_(1),
-        lambda: setattr(group, "lora_B", nn.Parameter(group.lora_B.detach() - 1)),
-        lambda: group.double().float(),
-    ):
-        change()
-        if alternate:
-            with torch.no_grad() if mode is torch.inference_mode else torch.inference_mode():
-                group(x)
-        with mode():
-            got = group(x)
-        with torch.enable_grad():
-            want = copy.deepcopy(group)(x)  # which keeps nothing
-            assert_bitwise_equal(group(x), want)
-        assert_close_derived(got, want)
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_saved_copied_and_compiled(cls: Any) -> None:
-    group, (x, dys) = make(cls), draw(6, f32)
-    want = results(group, x, dys)
-    with torch.no_grad():
-        group(x)  # which leaves a written B
-    other = make(cls)
-    nn.init.zeros_(other.lora_B)
-    other.load_state_dict(group.state_dict())
-    assert set(lora_state_dict(group)) == {"lora_A", "lora_B"}
-    torch._dynamo.reset()
-    compiled = torch.compile(group, fullgraph=True, backend="aot_eager")
-    for same in (group, other, copy.deepcopy(group), pickle.loads(pickle.dumps(group))):
-        assert_bitwise_equal(results(same, x, dys), want)
-    assert_bitwise_equal(compiled(x), want[:3])
-    assert copy.deepcopy(group)._cache.wide_B is None
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_merged_group_keeps_y_and_disabled_is_base(cls: Any) -> None:
-    group = make(cls, bf16).eval()
-    x = torch.randn(6, K).to(bf16)
-    want = group(x)
-    group.merge()
-    # The merged weight is rounded, and results and the update once each.
-    assert_close_derived(group(x), want, 4 * tolerance.unit_roundoff(bf16))
-    group.unmerge()
-    group.enabled = False
-    base = group._dense_weight().to(bf16)
-    want = nn.functional.linear(x, base, group.bias).split([33, 9, 12], -1)
-    assert_bitwise_equal(group(x), want)
 
 
 def test_from_linears_shares_members_in_order() -> None:

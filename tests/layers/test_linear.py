@@ -6,10 +6,8 @@ Properties of every layer are in test_every_layer.py.
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.layers import LoRAConv1D, LoRALinear
-from tests.support.assertions import assert_close_derived
 from tests.support.models import KINDS
 
 make = KINDS["linear_bias"].make
@@ -58,27 +56,12 @@ class Masks(nn.Module):
 def test_masks_differ_between_calls_and_layers(mode):
     model, x = Masks(), torch.ones(8, 16)
     run = model if mode == "eager" else torch.compile(model, fullgraph=True, backend=mode)
-    masks = [*run(x), *run(x)]
+    with torch.set_grad_enabled(mode != "inductor"):  # whose backward would take as long to build
+        masks = [*run(x), *run(x)]
     for i, mask in enumerate(masks):
         assert mask.unique().tolist() == [0, 2]
         # 128 fair coins agree throughout with probability 2^-128.
         assert not any(torch.equal(mask, other) for other in masks[:i])
-
-
-def test_merged_layer_moves_with_its_module():
-    layer = make(bias=False).eval()
-    layer.merge()
-    layer.to(torch.float64)
-    x = integers(5, 12).double()
-    y = layer(x)
-    layer.unmerge()
-    assert y.dtype is torch.float64 and torch.equal(layer(x), y)
-
-
-def test_to_dtype_moves_all_parameters():
-    layer = make().to(torch.bfloat16)
-    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
-    assert layer(integers(5, 12).bfloat16()).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -101,35 +84,11 @@ def test_adapter_dtype_is_float32_unless_given(dtype, lora_dtype, want):
     assert y.dtype is dtype and layer.lora_A.grad.dtype is layer.lora_B.grad.dtype is want
 
 
-def test_from_linear_shares_the_base():
-    linear = nn.Linear(12, 10, dtype=torch.bfloat16).eval()
-    layer = LoRALinear.from_linear(linear, r=3, alpha=6, dropout=0.5)
-    assert layer.weight is linear.weight and layer.bias is linear.bias
-    assert not linear.weight.requires_grad and not linear.bias.requires_grad
-    assert not layer.training and layer.lora_A.requires_grad and layer.lora_B.requires_grad
-    assert layer.lora_A.dtype is torch.float32 and layer.scaling == 2
-    assert torch.count_nonzero(layer.lora_A) == 36 and torch.count_nonzero(layer.lora_B) == 0
-    linear = nn.Linear(12, 10, bias=False)
-    layer, x = LoRALinear.from_linear(linear), torch.randn(5, 12)
-    assert layer.bias is None
-    torch.testing.assert_close(layer(x), linear(x))
-
-
 def test_from_linear_checks_its_arguments_before_freezing():
     linear = nn.Linear(12, 10)
     with pytest.raises(ValueError, match="r: got 0"):
         LoRALinear.from_linear(linear, r=0)
     assert linear.weight.requires_grad
-
-
-def test_from_conv1d_shares_its_base_and_starts_as_it() -> None:
-    conv = Conv1D(72, 67)
-    layer, x = LoRAConv1D.from_conv1d(conv, r=5), torch.randn(33, 67)
-    assert layer.weight is conv.weight and layer.bias is conv.bias
-    assert not conv.weight.requires_grad
-    assert_close_derived(layer(x), conv(x))
-    layer.enabled = False
-    assert_close_derived(layer(x), conv(x))
 
 
 def test_conv1d_layer_starts_as_gpt2_does() -> None:

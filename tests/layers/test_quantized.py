@@ -360,17 +360,6 @@ def test_merged_layer_is_a_linear_or_4_bits_again(quant_type, double_quant):
     assert torch.equal(layer(x), y) and not layer.merged
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_requantized_layer_has_the_same_arguments(training):
-    own = {"dropout": 0.25, "init": "gaussian", "quant_type": "fp4", "blocksize": 32}
-    own |= {"compute_dtype": bf16}
-    layer = make_layer(lora_dtype=bf16, dtype=f16, **own).train(training)
-    again = layer.merged_layer(requantize=True).layer
-    assert {name: getattr(again, name) for name in own} == own
-    assert again.lora_A.dtype is again.lora_B.dtype is bf16 and again.weight_dtype is f16
-    assert again.training is training is layer.merged_layer().layer.training
-
-
 @pytest.mark.parametrize("requantize", [False, True])
 def test_merged_change_is_of_the_sum_in_float32(requantize):
     """Neither W̃, nor the sum, nor the weights of the new layer are rounded before."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from lora_kernels.layers import QLoRALinear
+from tests.support.processes import RANKS, run_in_ranks
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="no gloo"
 )
 
-RANKS = 2
 POLICIES = (None, torch.bfloat16)
 
 
@@ -44,8 +42,6 @@ def shard(rank: int, folder: str) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=RANKS)
     mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
     for number, dtype in enumerate(POLICIES):
         sharded = model()
@@ -62,12 +58,10 @@ def shard(rank: int, folder: str) -> None:
         options = StateDictOptions(full_state_dict=True)
         state = get_model_state_dict(sharded, options=options)
         torch.save((local, results, state), f"{folder}/{number}-{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends in the usual way
 
 
 def test_fully_sharded_layers_train_as_whole_ones(tmp_path: Path) -> None:
-    mp.spawn(shard, (str(tmp_path),), nprocs=RANKS)
+    run_in_ranks(shard, tmp_path)
     saved = model().state_dict()
     for number, dtype in enumerate(POLICIES):
         grads: dict[str, Tensor] = {}

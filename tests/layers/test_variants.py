@@ -1,4 +1,7 @@
-"""Each variant against its formula in plain PyTorch: y, gradients, training, saving, merging."""
+"""Each variant against its formula in plain PyTorch: gradients and training; starts, ranks, norms.
+
+Properties of every layer are in test_every_layer.py.
+"""
 
 import copy
 import pickle
@@ -8,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -21,14 +23,12 @@ from lora_kernels.layers import (
     LoRAPlusLinear,
     StableLoRALinear,
     lora_plus_parameter_groups,
-    lora_state_dict,
     mark_only_lora_as_trainable,
 )
 from lora_kernels.oracle import tolerance
 from tests.support.assertions import assert_close_derived, derived_rtol
 from tests.support.models import (
     CLOSE,
-    NAMES,
     VARIANTS,
     K,
     M,
@@ -42,14 +42,6 @@ from tests.support.models import (
 from tests.support.peft_models import count_ops
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
-
-
-@every_variant
-def test_layer_starts_as_its_base(name: str) -> None:
-    layer, x = make(name, moved=False), torch.randn(M, K)
-    assert_close_derived(layer(x), F.linear(x, layer._dense_weight()))
-    if isinstance(layer, DoRALinear):
-        assert torch.equal(layer._adapter(layer._base_weight()).column_scale, torch.ones(N))
 
 
 @every_variant
@@ -80,58 +72,6 @@ def test_fifty_steps_of_sgd_follow_the_formula(name: str) -> None:
         # gradients as CLOSE says.
         limit = 50 * 2.0**-24 * param.detach().norm() + CLOSE["rtol"] * moved.norm()
         assert moved.norm() > 0 and (got - moved).norm() <= limit, key
-
-
-@every_variant
-def test_saved_layer_and_adapter_give_the_same_bits(name: str, tmp_path: Any) -> None:
-    layer, x = make(name), torch.randn(M, K)
-    if isinstance(layer, AdaLoRALinear):
-        layer.update_rank(torch.arange(5.0))
-    y = layer(x)
-    other = make(name, seed=1)
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), y)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), y) and torch.equal(twin.eval()(x), y)
-    # The adapter by itself, over the same base.
-    third = make(name)
-    third.reset_lora_parameters()
-    layers.save_lora_weights(layer, tmp_path / "adapter.safetensors")
-    layers.load_lora_weights(third, tmp_path / "adapter.safetensors")
-    assert torch.equal(third(x), y)
-
-
-@every_variant
-def test_merged_and_unmerged_layer_keeps_y(name: str) -> None:
-    layer, x = make(name).eval(), torch.randn(M, K)
-    with torch.no_grad():
-        y = layer(x)
-        layer.merge()
-        assert_close_derived(layer(x), y)
-        layer.unmerge()
-        assert torch.equal(layer(x), y)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "LoRAConv1D"])
-def test_from_linear_shares_the_bias(name: str) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(K, N).eval()
-    own = dict(VARIANTS[name.removeprefix("Q")][1])
-    first = own.pop("ranks", None) or own.pop("r")
-    layer = getattr(layers, name).from_linear(linear, first, 10, **own)
-    assert layer.bias is linear.bias and not layer.training
-    x = torch.randn(M, K)
-    want = F.linear(x, layer._dense_weight(), linear.bias)
-    assert_close_derived(layer(x), want)
-    assert sorted(lora_state_dict(layer)) == sorted(lora_state_dict(make(name)))
-
-
-@every_variant
-def test_compiled_layer_keeps_y(name: str) -> None:
-    torch._dynamo.reset()  # of all classes that share a forward
-    layer, x = make(name), torch.randn(M, K)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_close_derived(compiled(x), layer(x))
 
 
 class ReversedQDoRALinear(layers.QLoRALinear, DoRALinear):
@@ -304,32 +244,6 @@ def test_lora_plus_of_a_whole_model() -> None:
 
 
 # DoRA --------------------------------------------------------------------------------------------
-
-
-def test_the_norm_that_is_kept_follows_every_change() -> None:
-    layer, x = make("DoRALinear").eval(), torch.randn(3, K)
-
-    def fresh() -> Tensor:
-        twin = copy.deepcopy(layer)
-        with torch.no_grad():
-            return twin(x)
-
-    with torch.no_grad():
-        first = layer(x)
-        assert torch.equal(layer(x), first)
-        for change in (
-            lambda: layer.lora_B.mul_(2),
-            lambda: layer.lora_A.add_(0.1),
-            lambda: layer.magnitude.mul_(3),
-            lambda: layer.weight.mul_(0.5),
-            lambda: setattr(layer.lora_B, "data", layer.lora_B.data.clone() + 1),
-            lambda: layer.lora_A.data.mul_(3),  # and this and the next count no version
-            lambda: layer.lora_B.data.add_(1),
-        ):
-            change()
-            assert torch.equal(layer(x), fresh())
-    with torch.inference_mode():
-        assert torch.equal(layer(x), fresh())
 
 
 def test_the_norm_that_is_kept_is_not_of_what_lay_there_before() -> None:
@@ -655,16 +569,3 @@ def test_allocator_step_before_any_backward_is_an_error() -> None:
 def test_adalora_on_meta_has_a_repr() -> None:
     assert "current_rank" not in repr(AdaLoRALinear(8, 8, device="meta"))
     assert "current_rank=8" in repr(AdaLoRALinear(8, 8))
-
-
-@every_variant
-def test_a_broken_adapter_is_not_merged(name: str) -> None:
-    layer = make(name)
-    with torch.no_grad():
-        layer.lora_A[0, 1] = float("nan")
-    with pytest.raises(RuntimeError, match="NaN or infinity in the sum"):
-        layer.merge()
-    assert not layer.merged
-    if name.startswith("Q"):
-        with pytest.raises(RuntimeError, match="NaN or infinity in the sum"):
-            layer.merged_layer()

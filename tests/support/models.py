@@ -25,57 +25,195 @@ from tests.support.assertions import (
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 
 
-# Dense, transposed, 4-bit layers and embeddings
+# Formulas of a layer without its bias. x_dropped is D(x) / (1 - p) in the adapter's branch.
+
+Params = dict[str, Tensor]
+
+
+def lora(p: Params, x: Tensor, W: Tensor, scaling: float, x_dropped: Any = None) -> Tensor:
+    x_dropped = x if x_dropped is None else x_dropped
+    return x @ W.T + (x_dropped @ p["lora_A"].T) @ p["lora_B"].T * scaling
+
+
+def dora(
+    p: Params,
+    x: Tensor,
+    W: Tensor,
+    scaling: float,
+    x_dropped: Any = None,
+    z_dtype: torch.dtype | None = None,
+) -> Tensor:
+    norm = (W + scaling * p["lora_B"] @ p["lora_A"]).detach().norm(dim=1)
+    z = lora(p, x, W, scaling, x_dropped)
+    return p["magnitude"] / norm * (z if z_dtype is None else z.to(z_dtype).to(z.dtype))
+
+
+def adalora(p: Params, x: Tensor, W: Tensor, scaling: float, x_dropped: Any = None) -> Tensor:
+    gate = p["lora_E"] * p["rank_mask"] if "rank_mask" in p else p["lora_E"]
+    return lora(p | {"lora_B": p["lora_B"] * gate}, x, W, scaling, x_dropped)
+
+
+def levels_of(*ranks: int, alpha: float) -> Callable[[Params, Tensor, Tensor, float, Any], Tensor]:
+    def hierarchical(
+        p: Params, x: Tensor, W: Tensor, scaling: float, x_dropped: Any = None
+    ) -> Tensor:
+        y, first = x @ W.T, 0
+        x = x if x_dropped is None else x_dropped
+        for weight, rank in zip(p["level_weights"], ranks, strict=True):
+            part = slice(first, first + rank)
+            y = y + weight * alpha / rank * (x @ p["lora_A"][part].T) @ p["lora_B"][:, part].T
+            first += rank
+        return y
+
+    return hierarchical
+
+
+# Of a group: k has no adapter.
+MEMBERS, TARGETS = {"q": 5, "k": 3, "v": 4}, ("q", "v")
+
+
+def group(p: Params, x: Tensor, W: Tensor, scaling: float, x_dropped: Any = None) -> Tensor:
+    """Each member by itself, concatenated."""
+    A, B, weights = [*p["lora_A"].split(3)], [*p["lora_B"].split([5, 4])], W.split([5, 3, 4])
+    ys = [
+        lora({"lora_A": A.pop(0), "lora_B": B.pop(0)}, x, w, scaling, x_dropped)
+        if name in TARGETS
+        else x @ w.T
+        for name, w in zip(MEMBERS, weights, strict=True)
+    ]
+    return torch.cat(ys, dim=-1)
+
+
+def embedding(p: Params, x: Tensor, W: Tensor, scaling: float, x_dropped: Any = None) -> Tensor:
+    return W[x] + scaling * p["lora_A"].T[x] @ p["lora_B"].T
+
+
+# Every layer of one x
 
 
 class Kind(NamedTuple):
+    """A class of layers with a configuration, and what it has to compute."""
+
     cls: Any
-    sizes: tuple[int, int]
+    sizes: Any
     options: dict[str, Any] = {}  # noqa: RUF012
+    formula: Callable[..., Tensor] = lora
+    rank: Any = 3
+    start: str = "lora_B"  # the parameter that starts at zero
+
+    @property
+    def is_quantized(self) -> bool:
+        return issubclass(self.cls, layers.QLoRALayer)
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.cls is LoRAEmbedding
+
+    @property
+    def out_features(self) -> int:
+        size = self.sizes[1]
+        return size if isinstance(size, int) else sum(size.values())
+
+    def build(self, **options: Any) -> Any:
+        """Build an untrained layer."""
+        return self.cls(*self.sizes, self.rank, 6, **self.options | options)
 
     def make(self, seed: int = 0, **options: Any) -> Any:
-        """With r = 3 and alpha = 6, as if it had been trained."""
+        """Build a layer with r = 3 and alpha = 6, as if it had been trained, one rank pruned."""
         torch.manual_seed(seed)
-        layer = self.cls(*self.sizes, 3, 6, **self.options | options)
+        layer = self.build(**options)
         with torch.no_grad():
-            for param in [layer.lora_B] if self.cls is QLoRALinear else layer.parameters():
-                param.copy_(torch.randint(-4, 5, param.shape))
+            for name, param in layer.named_parameters():
+                if not self.is_quantized or name in ("lora_B", "lora_E", "level_weights"):
+                    param.copy_(torch.randint(-4, 5, param.shape))
+                if name == "magnitude":
+                    param.copy_(torch.randint(1, 5, param.shape))
+            if issubclass(self.cls, layers.AdaLoRALinear):
+                layer.rank_mask[1] = False
         return layer
 
     def input(self, *shape: int, dtype: torch.dtype = f32) -> Tensor:
         generator = torch.Generator().manual_seed(3)
-        if self.cls is LoRAEmbedding:
+        if self.is_embedding:
             return torch.randint(self.sizes[0], shape, generator=generator)
         return torch.randint(-4, 5, (*shape, self.sizes[0]), generator=generator).to(dtype)
 
+    def weight(self, layer: Any, dtype: torch.dtype = f32) -> Tensor:
+        """Return W [N, K]; of an embedding [K, N]."""
+        if self.is_quantized:
+            W: Tensor = layer.weight4bit.dequantize(layer.weight4bit.dtype).to(dtype)
+            return W
+        W = layer.weight.detach().to(dtype)
+        return W.T if self.cls is LoRAConv1D else W
+
     def base(self, layer: Any, x: Tensor) -> Tensor:
         """Compute the layer without its adapter."""
-        if self.cls is LoRAEmbedding:
+        if self.is_embedding:
             return F.embedding(x, layer.weight)
-        if self.cls is QLoRALinear:
-            return F.linear(x, layer.weight4bit.dequantize(x.dtype), layer.bias)
-        return F.linear(x, layer.weight if self.cls is LoRALinear else layer.weight.T, layer.bias)
+        return F.linear(x, self.weight(layer).to(x.dtype), layer.bias)
+
+    def result(
+        self, layer: Any, x: Tensor, x_dropped: Any = None, dtype: torch.dtype = f32
+    ) -> Tensor:
+        """Compute the formula in plain PyTorch. x_dropped: in the adapter's branch."""
+        named = [*layer.named_parameters(), *layer.named_buffers()]
+        p = {name: t.detach() for name, t in named}
+        p = {name: t.to(dtype) if t.is_floating_point() else t for name, t in p.items()}
+        y = self.formula(p, x, self.weight(layer, dtype), layer.alpha / 3, x_dropped)
+        return y if p.get("bias") is None else y + p["bias"]
 
     def assert_same(self, got: Any, want: Any) -> None:
-        (assert_close_derived if self.cls is QLoRALinear else assert_bitwise_equal)(got, want)
+        """Integers are summed exactly in any order. 4-bit weights and DoRA's norm are none."""
+        is_exact = not self.is_quantized and not issubclass(self.cls, layers.DoRALinear)
+        (assert_bitwise_equal if is_exact else assert_close_derived)(got, want)
 
 
-KINDS = {
+def kinds_of(
+    name: str, options: Any = None, formula: Any = lora, second: Any = None, **fields: Any
+) -> dict[str, Kind]:
+    """Return the dense layer and, if there is one, its 4-bit form. second: of the sizes."""
+    dense = Kind(getattr(layers, name), (12, second or 10), options or {}, formula, **fields)
+    found = {name: dense}
+    if hasattr(layers, f"Q{name}"):
+        cls, sizes = getattr(layers, f"Q{name}"), (70, second or 33)
+        found[f"Q{name}"] = dense._replace(cls=cls, sizes=sizes)
+    return found
+
+
+KINDS: dict[str, Kind] = {
     "linear": Kind(LoRALinear, (12, 10)),
     "linear_bias": Kind(LoRALinear, (12, 10), {"bias": True}),
     "conv1d": Kind(LoRAConv1D, (12, 10)),
     "quantized": Kind(QLoRALinear, (70, 33)),
     "quantized_bias": Kind(QLoRALinear, (70, 33), {"bias": True}),
-    "embedding": Kind(LoRAEmbedding, (53, 72)),
+    "embedding": Kind(LoRAEmbedding, (53, 72), {}, embedding, start="lora_A"),
+    **kinds_of("StableLoRALinear"),
+    **kinds_of("MemoryEfficientLoRALinear"),
+    **kinds_of("LoRAPlusLinear"),
+    **kinds_of("DoRALinear", {"bias": True}, dora),
+    **kinds_of("AdaLoRALinear", {"bias": True}, adalora, start="lora_E"),
+    **kinds_of(
+        "HierarchicalLoRALinear", {"weights": (0.7, -0.4)}, levels_of(2, 1, alpha=6), rank=(2, 1)
+    ),
+    **kinds_of("LoRAGroup", {"bias": True, "targets": TARGETS}, group, MEMBERS),
 }
 
 
-def gradients(layer: Any, x: Tensor, run: Any = None) -> dict[str, Tensor | None]:
+def concatenated(y: Any) -> Tensor:
+    """Return a layer's result, or a group's results as one tensor."""
+    return torch.cat(y, dim=-1) if isinstance(y, tuple) else y
+
+
+def run(layer: Any, x: Tensor) -> Tensor:
+    return concatenated(layer(x))
+
+
+def gradients(layer: Any, x: Tensor, call: Any = None) -> dict[str, Tensor | None]:
     """y and the gradients of x and of all parameters, from the same random state."""
     torch.manual_seed(1)
     layer.zero_grad()
     x = x.clone().requires_grad_(x.is_floating_point())
-    y = (layer if run is None else run)(x)
+    y = run(layer if call is None else call, x)
     y.square().sum().backward()
     grads = {name: p.grad for name, p in layer.named_parameters()}
     return {"y": y.detach(), "x": x.grad} | grads
@@ -97,35 +235,9 @@ def watch_prepared_calls(patch: pytest.MonkeyPatch) -> list[Tensor | None]:
 # Variants of LoRA
 
 K, N, M = 67, 72, 33  # N times the smallest rank and N itself: two draws are 256 elements and more
-Params = dict[str, Tensor]
 # Float32 sums of at most 72 products of order 1 err by less than 72 · 2⁻²⁴ < 2⁻¹⁷; a result is made
 # of no more than four, added in two orders.
 CLOSE = {"rtol": 2.0**-14, "atol": 2.0**-14}
-
-
-def lora(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
-    return x @ W.T + (x @ p["lora_A"].T) @ p["lora_B"].T * scaling
-
-
-def dora(
-    p: Params, x: Tensor, W: Tensor, scaling: float, z_dtype: torch.dtype | None = None
-) -> Tensor:
-    norm = (W + scaling * p["lora_B"] @ p["lora_A"]).detach().norm(dim=1)
-    z = lora(p, x, W, scaling)
-    return p["magnitude"] / norm * (z if z_dtype is None else z.to(z_dtype).to(z.dtype))
-
-
-def adalora(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
-    return x @ W.T + (x @ p["lora_A"].T * p["lora_E"]) @ p["lora_B"].T * scaling
-
-
-def hierarchical(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
-    y, first = x @ W.T, 0
-    for weight, rank in zip(p["level_weights"], (4, 3), strict=True):
-        part = slice(first, first + rank)
-        y = y + weight * 10 / rank * (x @ p["lora_A"][part].T) @ p["lora_B"][:, part].T
-        first += rank
-    return y
 
 
 # Name -> formula, and what the class takes beside sizes, alpha and dtypes.
@@ -136,7 +248,10 @@ VARIANTS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "LoRAPlusLinear": (lora, {"r": 5}),
     "DoRALinear": (dora, {"r": 5}),
     "AdaLoRALinear": (adalora, {"r": 5}),
-    "HierarchicalLoRALinear": (hierarchical, {"ranks": (4, 3), "weights": (0.7, -0.4)}),
+    "HierarchicalLoRALinear": (
+        levels_of(4, 3, alpha=10),
+        {"ranks": (4, 3), "weights": (0.7, -0.4)},
+    ),
     "LoRAConv1D": (lora, {"r": 5}),
 }
 NAMES = [*VARIANTS, *(f"Q{name}" for name in VARIANTS if hasattr(layers, f"Q{name}"))]

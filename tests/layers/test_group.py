@@ -3,6 +3,7 @@
 Properties of every layer are in test_every_layer.py.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 

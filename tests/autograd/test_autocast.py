@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import backend, lora_linear, multi_lora_linear
+from lora_kernels import backend, lora_experts_linear, lora_linear, multi_lora_linear
 from lora_kernels.ops import context
 from tests.autograd.cases import BACKENDS
 from tests.support.functions import call, every_function
@@ -135,9 +135,9 @@ def test_autocast_of_any_device_is_followed(device):
             torch.set_autocast_dtype(device, before[1])
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("op", ["linear", "several", "experts"])
 @pytest.mark.parametrize("dtype", LOW)
-def test_gradient_of_x_beside_frozen_factors_is_rounded_once(dtype, several) -> None:
+def test_gradient_of_x_beside_frozen_factors_is_rounded_once(dtype, op) -> None:
     """Frozen factors need no x, whose dtype the gradient has all the same."""
     case = make_case(dtype)
     x, weight, A, B, _ = case.values()
@@ -146,8 +146,11 @@ def test_gradient_of_x_beside_frozen_factors_is_rounded_once(dtype, several) -> 
     for trains in (True, False):
         leaf, A, B = x.clone().requires_grad_(), A.requires_grad_(trains), B.requires_grad_(trains)
         with torch.autocast("cpu", dtype):
-            if several:
+            if op == "several":
                 y = multi_lora_linear(leaf, weight, [A], [B], index, SCALING)
+            elif op == "experts":
+                stacks = weight[None], A[None], B[None]
+                y = lora_experts_linear(leaf, *stacks, torch.tensor([M]), SCALING)
             else:
                 y = lora_linear(leaf, weight, A, B, SCALING)
         found.append(torch.autograd.grad(y, leaf, dy)[0])

@@ -63,6 +63,9 @@ class Base:
         assert isinstance(weight, nn.Parameter)
         layer.weight = weight
 
+    def align(self, layer: LoRALayer) -> None:
+        """Copy loaded parameters that kernels cannot read where they lie; none of a dense base."""
+
     def operand(self, layer: LoRALayer) -> Tensor | Weight4bit:
         """Return W as `lora_linear` takes it."""
         return layer.weight
@@ -327,6 +330,7 @@ class LoRALayer(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._base.align(self)
         if self.merged:  # merged_weight is of the weights before loading
             self.merge()
 

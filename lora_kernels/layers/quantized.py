@@ -57,6 +57,13 @@ class Base4bit(Base):
         layer.double_quant, layer.weight_dtype = weight.nested, weight.dtype
         layer._cache.weight4bit = None
 
+    def align(self, layer: QLoRALayer) -> None:  # type: ignore[override]
+        for name in _PARAMETERS.values():
+            t = layer._parameters[name]
+            if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
+                # A view of a memory-mapped file, which is not aligned for float32.
+                t.data = t.data.clone()
+
     def operand(self, layer: QLoRALayer) -> Weight4bit:  # type: ignore[override]
         parameters = layer._parameters
         tensors = {field: parameters[name] for field, name in _PARAMETERS.items()}
@@ -136,14 +143,6 @@ class QLoRALayer(LoRALayer):
     def weight4bit(self) -> Weight4bit:
         """The base weight, which shares the parameters' memory."""
         return self._base.operand(self)
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        for name in _PARAMETERS.values():
-            t = self._parameters[name]
-            if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
-                # A view of a memory-mapped file, which is not aligned for float32.
-                t.data = t.data.clone()
 
     def extra_repr(self) -> str:
         nested = ", nested" * self.double_quant

@@ -31,7 +31,8 @@ class RankAllocator:
 
     Args:
         model: a model with at least one `AdaLoRALinear`.
-        target_rank: mean rank of a layer at the end, at least 1, at most r.
+        target_rank: mean rank of a layer from step total − final on, at least 1, at most r. With
+            final = 0 the last of `total` steps still keeps more.
         total: number of training steps.
         warmup: number of steps before pruning, at least 0.
         final: number of steps with the final masks, at least 0. warmup + final < total.

@@ -9,6 +9,7 @@ start with Q are the same variants over a 4-bit base.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ class AdaLoRALinear(LoRALinear):
 
     lora_E: nn.Parameter
     rank_mask: Tensor
+    _default_init = staticmethod(functools.partial(nn.init.normal_, std=0.02))
 
     def _make_adapter(self, dtype: torch.dtype) -> None:
         super()._make_adapter(dtype)
@@ -103,8 +105,6 @@ class AdaLoRALinear(LoRALinear):
         super().reset_lora_parameters()
         if self.lora_A.is_meta:
             return
-        if self.init == self._default_init:
-            nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
         nn.init.zeros_(self.lora_E)
         self.rank_mask.fill_(True)

@@ -32,7 +32,7 @@ from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
-from . import context, linear
+from . import context, flops, linear
 from .arguments import (
     autocast_dtype,
     check_both_or_none,
@@ -264,6 +264,8 @@ def _prepare(
 ) -> tuple[_Tensors, _Call]:
     """Check the arguments; return the tensors, with x as rows, and the call."""
     context.refuse_context()
+    if context.is_intercepted() and not torch.compiler.is_compiling():
+        flops.register_if_counted()
     check_x_and_weight(x, weight)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"weight: got shape {list(weight.shape)}, want [V, K], each at least 1")

@@ -129,11 +129,13 @@ def multi_lora_linear(
     if index.shape != x.shape[:-1]:
         raise ValueError(f"index: got shape {list(index.shape)}, want x's {list(x.shape[:-1])}")
     check_devices("x", x, index=index)
-    if isinstance(scaling, (Sequence, Tensor)) and not isinstance(scaling, str):
-        given = scaling.tolist() if isinstance(scaling, Tensor) else scaling
+    given: Any = scaling
+    if isinstance(given, Tensor) and given.dim() == 1:
+        given = given.tolist()
+    if isinstance(given, Sequence) and not isinstance(given, str):
         factors = tuple(check_number("scaling", factor) for factor in given)
     else:
-        factors = (check_number("scaling", scaling),) * E
+        factors = (check_number("scaling", given),) * E
     if len(factors) != E:
         raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
     weight, codes, dtype = check_weight(x, weight, (N, K), compute_dtype, cast_dtype)

@@ -441,3 +441,20 @@ def test_reset_parameters_starts_anew():
         made.reset_parameters()
         assert_stored(made, stored(want))
         assert_bitwise_equal(made(x), want(x))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_bytes_that_are_not_aligned_are_loaded_into_a_merged_layer_too(merged: bool) -> None:
+    """A memory-mapped file may hold float32 values at any byte."""
+    source, layer = (QLoRALinear(64, 64, r=2) for _ in range(2))
+    if merged:
+        layer.merge()
+    state = {}
+    for name, t in source.state_dict().items():
+        if t.dtype is torch.uint8:
+            memory = torch.empty(t.numel() + 1, dtype=torch.uint8)
+            memory[1:] = t.reshape(-1)
+            t = memory[1:].view(t.shape)
+        state[name] = t
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer.weight4bit.dequantize(), source.weight4bit.dequantize())

@@ -152,6 +152,8 @@ def test_adalora_draws_a_and_b_from_narrow_normals() -> None:
         assert abs(t.std() / 0.02 - 1) < 0.05
     assert not layer.lora_E.any()
     assert (AdaLoRALinear(8, 8, init=nn.init.ones_).lora_A == 1).all()
+    found = [AdaLoRALinear(512, 8, r=64, init=init).lora_A.std() for init in (None, "kaiming")]
+    assert abs(found[0] / 0.02 - 1) < 0.05 and abs(found[1] * (3 * 512) ** 0.5 - 1) < 0.05
     layer.update_rank(torch.arange(64.0))
     layer.reset_lora_parameters()
     assert layer.rank_mask.all()

@@ -92,3 +92,17 @@ assert counter.get_total_flops() == 2 * 2 * (8 * 6 + 8 * 3 + 3 * 6)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
+
+
+def test_flops_of_a_head_are_counted_where_no_other_op_was_counted() -> None:
+    """In a new process, whose first op it is."""
+    script = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from lora_kernels import lora_linear_cross_entropy
+x, W, A, B = (torch.randn(s) for s in ((4, 8), (16, 8), (2, 8), (16, 2)))
+with FlopCounterMode(display=False) as counter:
+    lora_linear_cross_entropy(x, W, A, B, torch.zeros(4, dtype=torch.int64))
+assert counter.get_total_flops() == 2 * 4 * (8 * 16 + 8 * 2 + 2 * 16), counter.get_total_flops()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -225,6 +225,7 @@ def every(name: str, **options: Any) -> dict[str, Any]:
         ({"lora_B": [torch.ones(5, 3)] * 4}, r"lora_B\[1\]: got shape \[5, 3\], want \[5, 5\]"),
         ({"lora_A": []}, "lora_A: got no adapter"),
         ({"lora_A": torch.ones(3, 8)}, r"lora_A: got shape \[3, 8\], want \[E, R, K\]"),
+        ({"scaling": torch.tensor(2.0)}, "scaling: got tensor"),
         ({"scaling": [1.0]}, "scaling: got 1 numbers, want one, or 4"),
         ({"dropout_p": 1.5}, "dropout_p: got 1.5"),
         ({"x": torch.ones(3, 7)}, r"x: got shape \[3, 7\], want \[..., 8\]"),

@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import library
 from ..choice import choose as selection
-from ..ops import arguments, registry
+from ..ops import context, registry
 
 # The card whose dispatch bitsandbytes' `gemm_4bit` follows: H100, sm_90 with 132 SMs.
 H100 = (132, 9, 0)
@@ -407,7 +407,7 @@ def _set_meta_autocast(dtype: torch.dtype | None) -> Iterator[None]:
         with (
             mock.patch.object(torch, "is_autocast_enabled", is_enabled_on_meta),
             mock.patch.object(torch, "get_autocast_dtype", get_dtype_on_meta),
-            mock.patch.object(arguments, "WITHOUT_AUTOCAST", ()),
+            mock.patch.object(context, "WITHOUT_AUTOCAST", ()),
         ):
             yield
     finally:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -43,14 +42,3 @@ class Packed4bit(NamedTuple):
         return format4bit.dequantize_scales(
             self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize
         )
-
-
-def join_weight(tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
-    """Return the weight that a Function's flat arguments hold: dense, a `Packed4bit`, or None.
-
-    Args:
-        tensors: the first `PACKED4BIT_TENSORS` fields of a `Packed4bit`, or one dense weight or
-            None.
-        numbers: its other fields; () for a weight that is not packed.
-    """
-    return Packed4bit(*tensors, *numbers) if numbers else tensors[0]

@@ -13,18 +13,10 @@ from ..quantization import Weight4bit
 from . import context
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WITHOUT_AUTOCAST = ("meta",)  # torch.is_autocast_enabled raises for it
 NATIVE_MASKS = (
     "where the eager backend draws masks with PyTorch's dropout kernel (torch.manual_seed repeats "
     "them); want a CPU's"
 )
-
-
-def autocast_dtype(device_type: str, x_dtype: torch.dtype) -> torch.dtype | None:
-    """Return autocast's dtype, or None if it is off for the device or leaves x as it is."""
-    if x_dtype is torch.float64 or device_type in WITHOUT_AUTOCAST:
-        return None
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def base_dtype(
@@ -36,7 +28,7 @@ def base_dtype(
     >>> base_dtype("cpu", torch.float32)
     torch.float32
     """
-    return autocast_dtype(device_type, x_dtype) or compute_dtype or x_dtype
+    return context.autocast_dtype(device_type, x_dtype) or compute_dtype or x_dtype
 
 
 def tensor_error(name: str, got: object) -> TypeError:
@@ -80,7 +72,7 @@ def check_weight(
 ) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
     """Check the weight; return it dense or as codes, and the dtype of the base GEMM.
 
-    cast_dtype: as `autocast_dtype` returns it.
+    cast_dtype: as `context.autocast_dtype` returns it.
     """
     if isinstance(weight, Weight4bit):
         dtype = cast_dtype or compute_dtype or x.dtype
@@ -102,7 +94,10 @@ def check_weight(
 
 def _check_dense(x: Tensor, weight: Tensor) -> None:
     check_dtypes("x", x.dtype, weight=weight.dtype)
-    if weight.dtype is not x.dtype and autocast_dtype(context.device_of(x)[0], x.dtype) is None:
+    if (
+        weight.dtype is not x.dtype
+        and context.autocast_dtype(context.device_of(x)[0], x.dtype) is None
+    ):
         raise TypeError(
             f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
         )

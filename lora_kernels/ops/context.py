@@ -18,6 +18,7 @@ from ..core.call import Guard
 from . import flops
 
 _NOTHING = contextlib.nullcontext()
+WITHOUT_AUTOCAST = ("meta",)  # torch.is_autocast_enabled raises for it
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -30,6 +31,13 @@ def device_of(t: Tensor) -> tuple[str, int | None]:
     if t.is_cpu:
         return "cpu", None
     return t.device.type, t.device.index
+
+
+def autocast_dtype(device_type: str, x_dtype: torch.dtype) -> torch.dtype | None:
+    """Return autocast's dtype, or None if it is off for the device or leaves x as it is."""
+    if x_dtype is torch.float64 or device_type in WITHOUT_AUTOCAST:
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:

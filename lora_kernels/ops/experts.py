@@ -21,12 +21,11 @@ from ..core.call import (
 )
 from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit, join_weight
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import Choice, Problem
 from ..quantization import Weight4bit
 from . import context
 from .arguments import (
-    autocast_dtype,
     check_both_or_none,
     check_devices,
     check_dropout,
@@ -37,7 +36,7 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once, new_unsaved
-from .registry import define_family
+from .registry import define_family, join_weight
 
 BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_experts}
 
@@ -112,7 +111,7 @@ def lora_experts_linear(
         _check_experts_adapter(x, lora_A, lora_B, (E, N, K))
     _check_offsets(offsets, E, x)
     device_type, _ = context.device_of(x)
-    cast_dtype = autocast_dtype(device_type, x.dtype)
+    cast_dtype = context.autocast_dtype(device_type, x.dtype)
     y_dtype = cast_dtype or x.dtype
     shape = tuple(weight.shape)
     base, codes, dtype = check_weight(x, weight, shape, compute_dtype, cast_dtype)

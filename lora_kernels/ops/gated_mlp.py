@@ -13,11 +13,12 @@ from ..backends.eager import linear as eager
 from ..backends.rows import set_leading_dims_
 from ..core.call import Needs, Operands, Saved, Spec
 from ..core.dtypes import stat_dtype
-from ..core.packed4bit import PACKED4BIT_TENSORS, join_weight
+from ..core.packed4bit import PACKED4BIT_TENSORS
 from ..quantization import Weight4bit
 from . import context, linear
-from .arguments import autocast_dtype, check_weight
+from .arguments import check_weight
 from .autograd import differentiable_once, new_unsaved
+from .registry import join_weight
 
 
 class GatedOptions(NamedTuple):
@@ -79,7 +80,7 @@ def gated_mlp(
     """
     g, u, activation, is_private = hidden
     shape = lora_B.shape[0], lora_A.shape[1]
-    cast_dtype = autocast_dtype(context.device_of(g)[0], g.dtype)
+    cast_dtype = context.autocast_dtype(context.device_of(g)[0], g.dtype)
     dense, codes, dtype = check_weight(g, weight, shape, compute_dtype, cast_dtype)
     y_dtype = cast_dtype or g.dtype
     if cast_dtype is not None:

@@ -34,7 +34,6 @@ from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..quantization import Weight4bit
 from . import context, flops, linear
 from .arguments import (
-    autocast_dtype,
     check_both_or_none,
     check_devices,
     check_dropout,
@@ -288,7 +287,7 @@ def _prepare(
     check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
     _check_labels(labels, x)
     device_type, _ = context.device_of(x)
-    cast_dtype = autocast_dtype(device_type, x.dtype)
+    cast_dtype = context.autocast_dtype(device_type, x.dtype)
     y_dtype = cast_dtype or x.dtype
     frozen = weight.detach() if isinstance(weight, Tensor) else weight  # it may train here
     _, codes, dtype = check_weight(x, frozen, (V, K), compute_dtype, cast_dtype)

@@ -24,7 +24,6 @@ from ..backends.eager import siblings as eager_siblings
 from ..core.call import Needs, Operands, Saved, Spec
 from ..core.dtypes import stat_dtype
 from . import context, linear
-from .arguments import autocast_dtype
 from .autograd import differentiable_once
 
 
@@ -120,7 +119,7 @@ def add_lora_linear_(
     """
     if y.dtype is not x.dtype:  # under autocast
         x = x.to(y.dtype)
-    if autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
+    if context.autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
         lora_A, lora_B = lora_A.to(y.dtype), lora_B.to(y.dtype)
     spec = Spec(scaling, dropout_p, y.dtype, y.dtype)
     if torch.is_grad_enabled():

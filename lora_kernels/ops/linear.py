@@ -25,13 +25,12 @@ from ..core.call import (
 )
 from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit, join_weight
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import Choice, Problem
 from ..quantization import Weight4bit
 from . import context
 from .arguments import (
     FLOATS,
-    autocast_dtype,
     check_devices,
     check_dropout,
     check_dtypes,
@@ -42,7 +41,7 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once, new_unsaved
-from .registry import define_family, mask_rows
+from .registry import define_family, join_weight, mask_rows
 
 BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
 
@@ -107,7 +106,7 @@ def lora_linear(
     N, ranks = matrix_shape("lora_B", lora_B, "[N, R]")
     x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
     device_type, _ = context.device_of(x)
-    cast_dtype = autocast_dtype(device_type, x_dtype)
+    cast_dtype = context.autocast_dtype(device_type, x_dtype)
     y_dtype = cast_dtype or x_dtype
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(
@@ -199,7 +198,7 @@ class CheckedCall(NamedTuple):
         dropout_p: float,
     ) -> CheckedCall | None:
         """Return None under autocast."""
-        if autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
+        if context.autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
             return None
         dense, codes, dtype = check_weight(
             x, weight, (lora_B.shape[0], lora_A.shape[1]), compute_dtype, None
@@ -227,7 +226,7 @@ class CheckedCall(NamedTuple):
             return None
         if x.device != lora_A.device:
             return None
-        if autocast_dtype(device_type, x.dtype) is not None:
+        if context.autocast_dtype(device_type, x.dtype) is not None:
             return None
         if options.spec.dropout_p and not selection.is_eager_on_gpu(device_type):
             return None

@@ -29,7 +29,6 @@ from ..quantization import Weight4bit
 from . import context
 from .arguments import (
     FLOATS,
-    autocast_dtype,
     check_devices,
     check_dropout,
     check_dtypes,
@@ -100,7 +99,7 @@ def multi_lora_linear(
     if len(Bs) != E:
         raise ValueError(f"lora_B: got {len(Bs)} adapters, want {E}, as many as of lora_A")
     device_type, _ = context.device_of(x)
-    cast_dtype = autocast_dtype(device_type, x.dtype)
+    cast_dtype = context.autocast_dtype(device_type, x.dtype)
     y_dtype = cast_dtype or x.dtype
     K, N = As[0].shape[1], Bs[0].shape[0]
     if x.dim() == 0 or x.shape[-1] != K:

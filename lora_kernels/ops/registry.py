@@ -339,3 +339,14 @@ def draws_mask(operands: Any, spec: Any) -> bool:
 def mask_rows(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Return a mask of x's shape as rows [M, K]."""
     return None if mask is None else mask.reshape(-1, x.shape[-1])
+
+
+def join_weight(tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
+    """Return the weight that a Function's flat arguments hold: dense, a `Packed4bit`, or None.
+
+    Args:
+        tensors: the first `PACKED4BIT_TENSORS` fields of a `Packed4bit`, or one dense weight or
+            None.
+        numbers: its other fields; () for a weight that is not packed.
+    """
+    return Packed4bit(*tensors, *numbers) if numbers else tensors[0]

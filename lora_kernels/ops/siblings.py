@@ -21,11 +21,12 @@ from ..backends.eager import siblings as eager_siblings
 from ..backends.rows import set_leading_dims_
 from ..choice import choose as selection
 from ..core import forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, join_weight
+from ..core.packed4bit import PACKED4BIT_TENSORS
 from ..quantization import Weight4bit
 from . import context
-from .arguments import FLOATS, autocast_dtype
+from .arguments import FLOATS
 from .autograd import differentiable_once
+from .registry import join_weight
 
 
 class _DownProjections(torch.autograd.Function):
@@ -190,7 +191,7 @@ def shared_linears(x: Tensor, linears: Sequence[LinearArguments]) -> list[Tensor
 
     The A have one dtype. A dense weight has x's dtype, or autocast's after a cast.
     """
-    cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
+    cast_dtype = context.autocast_dtype(context.device_of(x)[0], x.dtype)
     dtype = cast_dtype or x.dtype
     factors = [t for each in linears for t in (each.lora_A, each.lora_B)]
     if cast_dtype is not None:

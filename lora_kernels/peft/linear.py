@@ -199,7 +199,8 @@ def add_onto(
             return y + update
         return y.add_(update) if is_private and not y._is_view() else y + update
     lora_A, lora_B, scaling, gate, p = call
-    y = y if is_private else y.clone(memory_format=torch.contiguous_format)
+    if not (is_private and y.is_contiguous()):
+        y = y.clone(memory_format=torch.contiguous_format)
     return in_place.add_lora_linear_(y, x, lora_A, lora_B, scaling, bias, gate, p)
 
 

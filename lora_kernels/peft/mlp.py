@@ -189,8 +189,11 @@ def recognize(module: Any) -> Parts | str:
     if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
         return "not a gated MLP: it has parameters or buffers of its own"
     ((act, function),) = others.items()
-    if isinstance(function, nn.Module) and (function.state_dict() or any(function.parameters())):
-        return f"its activation {act} has parameters or buffers"
+    if isinstance(function, nn.Module):
+        if function.state_dict() or any(function.parameters()):
+            return f"its activation {act} has parameters or buffers"
+        if function._modules:
+            return f"its activation {act} has modules of its own"
     if library_forward(type(module)) is None:
         return f"{type(module).__name__}.forward was replaced"
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
@@ -235,9 +238,14 @@ def _find_activation(function: Any) -> str | None:
     In few bits too, where the same formula by several ops rounds more often.
     """
     samples = [_sample(12, 20).to(dtype) for dtype in (torch.float64, torch.bfloat16)]
+    modes = [function]
+    if isinstance(function, nn.Module):  # it may drop elements in training
+        modes = [copy.copy(function), copy.copy(function)]
+        for training, mode in enumerate(modes):
+            vars(mode)["training"] = bool(training)
     for name, known in eager_mlp.ACTIVATIONS.items():
         with contextlib.suppress(Exception):
-            if all(_is_same(function(x.clone()), known(x)) for x in samples):
+            if all(_is_same(mode(x.clone()), known(x)) for mode in modes for x in samples):
                 return name
     return None
 
@@ -299,6 +307,10 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     parts, modules = mlp._parts, mlp._modules
     if modules.get(parts.act, vars(mlp).get(parts.act)) is not parts.function:
         return f"its {parts.act} was replaced"
+    known = {name for path, name, _ in parts.settings if not path}
+    for name in vars(mlp).keys() - known - _NO_SETTINGS - {parts.act}:
+        if hasattr(mlp.own_class, name):  # which its forward read before
+            return f"its {name} has changed since fuse"
     for path, name, value in parts.settings:
         own = vars(modules.get(path) if path else mlp)
         if name not in own or not _is_same_setting(own[name], value):
@@ -316,8 +328,14 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
 
 
 def _is_same_setting(a: Any, b: Any) -> bool:
-    kinds = int, float, str, dict, list, set
-    return a is b or (type(a) is type(b) and isinstance(a, kinds) and bool(a == b))
+    """Return True for the same object, equal numbers or strings, or containers of such."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_is_same_setting(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_is_same_setting, a, b))
+    return isinstance(a, (int, float, str, set)) and bool(a == b)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -383,6 +401,8 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     ):
         y = down(parts.function(g) * u)
         return y
+    if down.mixed_batch is not None:  # of a call before
+        down.mixed_batch = None
     bias, own = base._parameters["bias"], lora_bias([adapter])
     bias = bias if own is None else own if bias is None else bias + own
     is_private = _makes_its_result(gate, x.device) and _makes_its_result(up, x.device)

@@ -82,7 +82,8 @@ def prepare_forward(
         Guard(layer.peft_class, "forward", type(layer).peft_forward),
         Guard(type(base), "forward", type(base).forward),
         Guard(type(dropout), "forward", type(dropout).forward),
-        Guard(stored, _weight_state, _weight_state(stored)),
+        Guard(stored, Tensor.data_ptr, stored.data_ptr()),
+        Guard(stored, "requires_grad", stored.requires_grad),
         *(Guard(each, Tensor.data_ptr, each.data_ptr()) for each in codes),
     ]
     cache, p = CallCache(), dropout_p(dropout)
@@ -110,8 +111,3 @@ def prepare_forward(
         guards=tuple(zip(*guards, strict=True)),
         hooks=tuple(hooks for module in called for hooks in hooks_of(module)),
     )
-
-
-def _weight_state(weight: Tensor) -> tuple[int, bool]:
-    """Return the address and requires_grad, which a guard compares."""
-    return weight.data_ptr(), weight.requires_grad

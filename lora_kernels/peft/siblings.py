@@ -30,7 +30,6 @@ from ..core.call import Operands, Spec
 from ..core.packed4bit import Packed4bit
 from ..ops import context, linear
 from ..ops import siblings as blocks
-from ..ops.arguments import autocast_dtype
 from ..quantization import Weight4bit
 from .adapters import (
     Adapter,
@@ -125,7 +124,10 @@ class Siblings:
         return layer is not None and vars(layer).get("_siblings") is self
 
     def end(self, parent: nn.Module, args: Any, result: Any) -> None:
-        """Drop what is shared. A forward hook of the parent, which runs after an exception too."""
+        """Drop what is shared. A forward hook of the parent, which runs after an exception too.
+
+        After a KeyboardInterrupt no hook runs, and the parent's next forward drops it.
+        """
         if not torch.compiler.is_compiling():
             _frames.by_siblings.pop(self, None)
 
@@ -181,7 +183,7 @@ class _Call(NamedTuple):
         base = cast(nn.Module, layer._modules["base_layer"])
         weight, compute_dtype = readable_weight(base, x)
         lora_A, lora_B, scaling, gate, _ = stack([adapter], 0.0)
-        cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
+        cast_dtype = context.autocast_dtype(context.device_of(x)[0], x.dtype)
         is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
         if compute_dtype not in (None, dtype) and not is_cast:
             return None
@@ -224,7 +226,7 @@ def _sharing(layers: Sequence[Any], x: Tensor) -> Iterator[tuple[Any, Adapter]]:
 
 def _fill(members: Sequence[tuple[Any, Adapter]], x: Tensor, key: tuple[Any, ...]) -> _Slot | None:
     """Compute P of the members whose A fits the first one's; None if that is alone."""
-    cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
+    cast_dtype = context.autocast_dtype(context.device_of(x)[0], x.dtype)
     is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
     first, *_ = members
     members = [each for each in members if mismatch_reason(first, each, x.device, dtype) is None]
@@ -282,7 +284,7 @@ def mismatch_reason(
 
 def _computes_in(base: Any, device: torch.device, x_dtype: torch.dtype) -> bool:
     """Return True if the base GEMM runs in x's dtype or autocast's, as far as the base knows."""
-    if not is_linear4bit(base) or autocast_dtype(device.type, x_dtype) is not None:
+    if not is_linear4bit(base) or context.autocast_dtype(device.type, x_dtype) is not None:
         return True
     return not base.compute_type_is_set or base.compute_dtype in (None, x_dtype)
 
@@ -299,7 +301,7 @@ def _can_share(x: Tensor) -> bool:
 
 def _key(x: Tensor) -> tuple[Any, ...]:
     """Return what is equal for calls that share x, to be compared by identity or equality."""
-    cast_dtype = autocast_dtype(context.device_of(x)[0], x.dtype)
+    cast_dtype = context.autocast_dtype(context.device_of(x)[0], x.dtype)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     return x, x._version, x.requires_grad, cast_dtype, *modes
 

@@ -696,3 +696,23 @@ def test_update_is_broadcast_over_a_result_with_fewer_rows(grad: bool) -> None:
     x = torch.randn(80, K, dtype=f64)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(fused(x), stock(x))
+
+
+class ByColumns(nn.Linear):
+    """A bfloat16 result that is stored by columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16().transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def test_second_update_of_a_result_by_columns_equals_pefts() -> None:
+    config = LoraConfig(r=R, target_modules=["0"], lora_dropout=0.1)
+    stock: Any = get_peft_model(nn.Sequential(ByColumns(K, N)), config)
+    stock.add_adapter("second", config)
+    randomize(stock), randomize(stock, "second", 2)
+    stock.base_model.set_adapter(["default", "second"])
+    fused, x, found = fuse(copy.deepcopy(stock)), torch.randn(10, 12, K), []
+    for model in (stock, fused):
+        torch.manual_seed(3)
+        found.append(model.train()(x).float())
+    torch.testing.assert_close(*found, rtol=2.0**-6, atol=2.0**-6)

@@ -919,20 +919,26 @@ def test_gradients_of_several_dy_at_once_equal_pefts(activation: str) -> None:
 class Scaled(LlamaMLP):
     """Its forward reads attributes that change nothing at first."""
 
+    factor, deleted = 1.0, 0.5  # the class's, which an instance may hide
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.scale, self._scale, self.scales = 1.0, 1.0, {"y": 1.0}
+        self.scale, self._scale, self.deleted = 1.0, 1.0, 1.0
+        self.scales = {"y": 1.0, "of each": torch.ones(K, dtype=f64)}
         self.act_fn = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x) * self.scale * self._scale * self.scales["y"]
-        return y
+        return y * self.factor * self.deleted * self.scales["of each"].mean()
 
 
 LATER: dict[str, Callable[[Any], Any]] = {
     "scale": lambda mlp: setattr(mlp, "scale", 0.5),
     "_scale": lambda mlp: setattr(mlp, "_scale", 0.5),
     "scales": lambda mlp: mlp.scales.update(y=0.5),
+    "scales of each": lambda mlp: mlp.scales.update({"of each": torch.full((K,), 0.5, dtype=f64)}),
+    "factor": lambda mlp: setattr(mlp, "factor", 0.5),
+    "deleted": lambda mlp: delattr(mlp, "deleted"),
     "act_fn.approximate": lambda mlp: setattr(mlp.act_fn, "approximate", "tanh"),
 }
 
@@ -951,7 +957,7 @@ def test_attribute_that_changes_after_fuse_is_noticed(name: str, runs: Any) -> N
     assert_close(got, step(stock, input_of()), 1e-12)
     assert runs == [True] and not torch.equal(got["y"], before["y"])
     (row,) = [row for row in explain(fused).blocks if row.strategy == "layer by layer"]
-    assert row.reason == f"its {name} has changed since fuse"
+    assert row.reason == f"its {name.removesuffix(' of each')} has changed since fuse"
 
 
 def test_block_of_a_4_bit_down_beside_dense_gate_and_up_returns_pefts_dtype(runs: Any) -> None:
@@ -1043,3 +1049,42 @@ def test_selectively_checkpointed_mlp_equals_pefts(alpha: int, saved: str, runs:
     x = input_of(f64, 3, 40, K)
     assert_close(step(fused, x, call), step(stock, x, call), 1e-12)
     assert runs == []
+
+
+class DropsInTraining(nn.SiLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(super().forward(input), 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), "has modules of its own"),
+        (DropsInTraining(), "is not SiLU or GELU"),
+    ],
+)
+def test_activation_that_differs_in_training_is_not_recognized_in_eval_mode(act, reason) -> None:
+    block = llama_mlp("silu")
+    block.act_fn = act
+    fused = fuse(adapted(block).eval())
+    assert not isinstance(block_of(fused), GatedMLP)
+    assert any(reason in row.reason for row in explain(fused).blocks)
+
+
+def test_plain_call_after_one_with_named_rows_is_explained_as_plain() -> None:
+    stock = adapted(llama_mlp("silu"))
+    stock.add_adapter("second", LoraConfig(r=R, target_modules="all-linear"))
+    fused = fuse(stock.double()).eval()
+    x = input_of(f64, 2, 40, K)
+    with torch.no_grad():
+        fused(x, adapter_names=["default", "second"])
+    fused.train()(x)
+    assert not any("rows name" in row.reason for row in explain(fused).rows)
+
+
+def test_block_on_meta_has_shapes() -> None:
+    fused = fuse(adapted(llama_mlp("silu")).to(bf16).to("meta"))
+    assert isinstance(block_of(fused), GatedMLP)
+    x = torch.empty(80, K, dtype=bf16, device="meta", requires_grad=True)
+    fused(x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape

@@ -716,3 +716,21 @@ def test_second_update_of_a_result_by_columns_equals_pefts() -> None:
         torch.manual_seed(3)
         found.append(model.train()(x).float())
     torch.testing.assert_close(*found, rtol=2.0**-6, atol=2.0**-6)
+
+
+class Half(nn.Linear):
+    """A bfloat16 result for any x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [3, 80])
+def test_update_of_adalora_has_the_dtype_of_its_base_s_result(rows: int) -> None:
+    config = AdaLoraConfig(init_r=R, target_r=2, total_step=10, target_modules=["0"])
+    stock: Any = get_peft_model(nn.Sequential(Half(K, N)), config)
+    randomize(stock)
+    fused, x = fuse(copy.deepcopy(stock)), torch.randn(rows, K)
+    got, want = fused(x), stock(x)
+    assert got.dtype is want.dtype is bf16
+    torch.testing.assert_close(got, want, rtol=2.0**-6, atol=2.0**-6)

@@ -433,3 +433,17 @@ def test_float64_adapters_beside_a_float32_x_are_refused_as_by_their_layers(odd,
     }
     with pytest.raises(TypeError, match="float64 goes with float64 alone"):
         LoRAGatedMLP(**layers)(torch.ones(80, K))
+
+
+def test_gradient_of_the_gate_overwrites_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """g and u are of the block alone, so a backward that keeps no graph needs no third tensor."""
+    backward, in_place = eager_mlp.gated_backward, list[bool]()
+
+    def record(g: Tensor, u: Tensor, dh: Tensor, is_private: bool, activation: str) -> Any:
+        in_place.append(is_private)
+        return backward(g, u, dh, is_private, activation)
+
+    monkeypatch.setattr(eager_mlp, "gated_backward", record)
+    with as_on_gpu(), lora_kernels.backend("eager"):
+        step(build(), input_of())
+    assert in_place == [True]

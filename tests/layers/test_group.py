@@ -195,3 +195,13 @@ def test_adapters_of_another_dtype_are_not_rounded_to_the_former() -> None:
     assert_bitwise_equal(got, group(x))
     want = [y.float() for y in copy.deepcopy(group).double()(x.double())]
     assert_close_derived(list(got), want)  # bfloat16 factors would err by 2**-9
+
+
+def test_group_is_called_in_inference_mode_and_out_of_it() -> None:
+    """What it keeps for the next call is written in each."""
+    group, x = make().eval(), torch.randn(2, K)
+    for _ in range(2):
+        with torch.inference_mode():
+            inside = group(x)
+        with torch.no_grad():
+            assert_bitwise_equal([y.clone() for y in inside], list(group(x)))

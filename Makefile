@@ -78,7 +78,7 @@ bench: native
 	$(BIN)/lora-kernels bench --experts --dtypes bfloat16 --json $(RESULTS)/experts.json
 	$(BIN)/lora-kernels bench --head --json $(RESULTS)/head.json
 	$(BIN)/lora-kernels bench --memory --json benchmarks/results/memory.json
-	$(BIN)/lora-kernels bench --count --json benchmarks/results/traffic.json
+	$(BIN)/lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
 	$(BIN)/python -m benchmarks.report
 
 # On a machine with a GPU, with the torch that is there: builds in place, needs no network.

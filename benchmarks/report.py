@@ -4,7 +4,7 @@
     lora-kernels bench --quant nf4 --json benchmarks/results/ISA/4bit.json
     lora-kernels bench --variants --json benchmarks/results/ISA/variants.json
     lora-kernels bench --memory --json benchmarks/results/memory.json
-    lora-kernels bench --count --json benchmarks/results/traffic.json
+    lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
     lora-kernels compare --demo --out benchmarks/results
     python -m benchmarks.report [--check | --folder]
 

@@ -151,9 +151,8 @@ def run(args: argparse.Namespace) -> int:
         head = table
         try:
             function = functions.load(args.function)
-        except Exception as error:  # of the user's module too
-            said = str(error) if isinstance(error, ValueError) else _describe(error)
-            print(f"lora-kernels verify: --function: {said}")
+        except ValueError as error:
+            print(f"lora-kernels verify: --function: {error}")
             return 2
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         adapter = args.adapter_dtype and getattr(torch, args.adapter_dtype)
@@ -208,10 +207,6 @@ def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | Non
     return None if names else f"no engine here begins with {args.engines!r}"
 
 
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def _options_of(function: Function) -> list[str]:
     """Return the options of the operands that a function takes."""
     names = [option for option, name in OPERANDS.items() if name in function.operands]
@@ -228,7 +223,7 @@ def judge_function(
         try:
             judged = cases.judge(case, lambda **arguments: function(**arguments))
         except Exception as error:  # whatever the function raises, in its backward too
-            said = _describe(error)
+            said = functions.one_line(error)
             names = dtype_name(dtypes[0]), dtype_name(dtypes[1] or dtypes[0])
             row: dict[str, Any] = {
                 "engine": function.name,

@@ -102,9 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _function(path: str) -> Function:
     try:
         return functions.load(path)
-    except Exception as error:  # of the user's module too
-        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise argparse.ArgumentTypeError(said.splitlines()[0]) from error
+    except ValueError as error:  # whose text argparse would not print
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def unused(args: argparse.Namespace, suite: Suite) -> str | None:

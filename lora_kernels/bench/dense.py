@@ -36,6 +36,7 @@ from ..oracle import case as cases
 from ..oracle.case import Case
 from . import baselines, models, results, roofline, timing
 from .baselines import Call
+from .functions import one_line
 from .memory import held, peak
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row, Suite
 from .roofline import Sizes
@@ -147,7 +148,14 @@ def measure(
     misses = {}
     others = {name: (_always(function), case) for name, function in functions.items()}
     for name, (make, own) in {**candidates(case), **others}.items():
-        if wrong := _tolerance_misses(make, own):
+        try:
+            wrong = _tolerance_misses(make, own)
+        except Exception as error:  # whatever a function of the user's raises
+            if name not in functions:
+                raise
+            misses[name] = one_line(error)
+            continue
+        if wrong:
             misses[name] = "; ".join(wrong)
         if not wrong or make is not ours:
             made[name] = (make, {**cases.inputs(own), "rng": None})  # drawing it is timed

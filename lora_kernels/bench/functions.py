@@ -39,7 +39,7 @@ class Function(NamedTuple):
 def load(path: str) -> Function:
     """Import the function that "module:name" names; the current folder is looked in first.
 
-    Raises ValueError, which says what is wrong with the path, and the errors of the import.
+    Raises ValueError, which says what is wrong, in one line, also for an error of the module's own.
 
     >>> load("textwrap:dedent")
     Traceback (most recent call last):
@@ -51,7 +51,10 @@ def load(path: str) -> Function:
         raise ValueError(f"got {path!r}, want module:name")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    found: Any = importlib.import_module(module_name)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(one_line(error)) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"got {path!r}, want a name in {module_name}, which has no {part}")
@@ -59,6 +62,11 @@ def load(path: str) -> Function:
     if not callable(found):
         raise ValueError(f"got {type(found).__name__} {path}, want a function")
     return Function(path, found, _operands_of(found))
+
+
+def one_line(error: Exception) -> str:
+    """Return the error's class and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _operands_of(function: Callable[..., Any]) -> frozenset[str]:

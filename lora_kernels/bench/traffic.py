@@ -33,7 +33,6 @@ from .results import Facts, Suite
 
 ROWS = (1, 16, 512, 8192)  # M
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # K, N
-RANKS = (8, 16, 64)
 DROPOUTS = (0.0, 0.05)
 FEW_ROWS = 64  # up to here a layer is bound by launches, not by bandwidth
 # CUDA's caching allocator reserves memory in blocks of 2 MiB at least: what differs by less takes
@@ -240,7 +239,7 @@ class Count(Suite):
     """Memory traffic, counted."""
 
     kind, option = "count", "count"
-    unused = "compare device shapes model rows ranks quick dtypes dropout seconds csv baseline"
+    unused = "compare device shapes model rows quick dtypes dropout seconds csv baseline"
     libraries = ("torch", "peft", "bitsandbytes")  # which decide what kernels run
 
     def rows(
@@ -251,7 +250,7 @@ class Count(Suite):
         for cell in CELLS:
             if cell.base == "nf4" and not has_bitsandbytes:
                 continue
-            for dropout_p, (K, N), R in itertools.product(DROPOUTS, SHAPES, RANKS):
+            for dropout_p, (K, N), R in itertools.product(DROPOUTS, SHAPES, args.ranks):
                 yield from count_cell(cell, K, N, R, dropout_p)
 
     def line(self, row: TrafficRow) -> str:

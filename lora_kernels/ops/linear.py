@@ -197,8 +197,11 @@ class CheckedCall(NamedTuple):
         compute_dtype: torch.dtype | None,
         dropout_p: float,
     ) -> CheckedCall | None:
-        """Return None under autocast."""
-        if context.autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
+        """Return None under autocast, and if a state of a mask is to be drawn in each call."""
+        device_type, _ = context.device_of(x)
+        if context.autocast_dtype(device_type, x.dtype) is not None:
+            return None
+        if dropout_p and not selection.is_eager_on_gpu(device_type):
             return None
         dense, codes, dtype = check_weight(
             x, weight, (lora_B.shape[0], lora_A.shape[1]), compute_dtype, None

@@ -49,6 +49,7 @@ class Parts(NamedTuple):
         is_up_first: whether up is called before gate. Dropout draws its masks in that order.
         settings: a module, by name ("" for the MLP, or its activation), the name of one of its
             other attributes, which its forward may read, and the value.
+        attributes: names of the MLP's own attributes, and of those that no forward reads.
     """
 
     gate: str
@@ -59,6 +60,7 @@ class Parts(NamedTuple):
     activation: str
     is_up_first: bool = False
     settings: tuple[tuple[str, str, Any], ...] = ()
+    attributes: frozenset[str] = frozenset()
 
 
 class GatedMLP(nn.Module):
@@ -205,7 +207,9 @@ def recognize(module: Any) -> Parts | str:
             orders = [_call_order(module, parts, training) for training in (False, True)]
             if orders[0] and orders[0] == orders[1]:
                 return parts._replace(
-                    is_up_first=orders[0][0] == up, settings=tuple(_settings(module, act))
+                    is_up_first=orders[0][0] == up,
+                    settings=tuple(_settings(module, act)),
+                    attributes=frozenset(vars(module)) | _NO_SETTINGS,
                 )
     return "not a gated MLP: its result is not down(act(gate(x)) * up(x))"
 
@@ -307,8 +311,7 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     parts, modules = mlp._parts, mlp._modules
     if modules.get(parts.act, vars(mlp).get(parts.act)) is not parts.function:
         return f"its {parts.act} was replaced"
-    known = {name for path, name, _ in parts.settings if not path}
-    for name in vars(mlp).keys() - known - _NO_SETTINGS - {parts.act}:
+    for name in vars(mlp).keys() - parts.attributes:
         if hasattr(mlp.own_class, name):  # which its forward read before
             return f"its {name} has changed since fuse"
     for path, name, value in parts.settings:

@@ -163,7 +163,7 @@ def test_options_without_effect_are_refused(options, module, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "status"), [("slow", 0), ("off_by_a_percent", 1), ("wrong_dA", 1)]
+    ("name", "status"), [("slow", 0), ("off_by_a_percent", 1), ("wrong_dA", 1), ("raises", 1)]
 )
 def test_baseline_is_checked_and_timed_beside_ours(name, status, module, capsys) -> None:
     path = f"{module}:{name}"
@@ -171,7 +171,8 @@ def test_baseline_is_checked_and_timed_beside_ours(name, status, module, capsys)
     assert cli.main(["bench", *options, "--baseline", path]) == status
     said = " ".join(capsys.readouterr().out.split())
     assert f"{path} " in said
-    assert ("results miss the tolerance" in said) is bool(status)
+    assert ("results miss the tolerance" in said) is (status == 1 and name != "raises")
+    assert ("✗ (RuntimeError: no kernel)" in said) is (name == "raises")
 
 
 def test_function_is_timed_from_python(module: str, monkeypatch: pytest.MonkeyPatch) -> None:

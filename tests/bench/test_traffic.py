@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels import lora_linear
 from lora_kernels.backends.eager import linear as eager
-from lora_kernels.bench import baselines, blocks, counter, memory
+from lora_kernels.bench import baselines, blocks, command, counter, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
@@ -345,7 +345,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers, which take a second, and no blocks."""
     monkeypatch.setattr(blocks, "BLOCKS", ())
     monkeypatch.setattr(bench_traffic, "SHAPES", ((128, 256),))
-    monkeypatch.setattr(bench_traffic, "RANKS", (16,))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
@@ -366,7 +365,7 @@ def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> 
 
 
 def test_bench_count_prints_and_writes_every_row(small: None, run: Any) -> None:
-    ran = run("--count")
+    ran = run("--count", "--ranks", "16")
     counted = [c for c in CELLS if c.base != "nf4" or find_spec("bitsandbytes") is not None]
     assert len(ran.rows) == 2 * len(counted) * len(bench_traffic.DROPOUTS) * len(bench_traffic.ROWS)
     assert set(ran.data["provenance"]) == {"version", "torch", "peft", "bitsandbytes"}
@@ -409,7 +408,7 @@ EVERY_SIZE = [
         R,
         marks=[pytest.mark.proof] if R != 16 or 4096 not in (K, N) or max(K, N) > 4096 else [],
     )
-    for (K, N), R in itertools.product(bench_traffic.SHAPES, bench_traffic.RANKS)
+    for (K, N), R in itertools.product(bench_traffic.SHAPES, command.RANKS)
 ]
 
 

@@ -162,6 +162,16 @@ def test_a_call_with_gradients_notices_a_change(
     assert len(got) != len(before) or not all(map(torch.equal, got, before))
 
 
+def test_nothing_is_kept_where_each_call_draws_the_state_of_a_mask(layer: LoRALinear) -> None:
+    layer.train()
+    for _ in range(2):
+        layer(x()).sum().backward()
+    assert layer._cache.call._kept is None
+    with library.as_on_gpu(), lora_kernels.backend("eager"):  # whose kernel draws the mask
+        layer(x()).sum().backward()
+    assert layer._cache.call._kept is not None
+
+
 def test_a_weight_that_is_trained_later_is_an_error() -> None:
     layer = LoRALinear(K, N, r=4)
     layer(x())

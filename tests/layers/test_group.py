@@ -198,7 +198,7 @@ def test_adapters_of_another_dtype_are_not_rounded_to_the_former() -> None:
 
 
 def test_group_is_called_in_inference_mode_and_out_of_it() -> None:
-    """What it keeps for the next call is written in each."""
+    """Each call writes the tensor that is kept for the next."""
     group, x = make().eval(), torch.randn(2, K)
     for _ in range(2):
         with torch.inference_mode():

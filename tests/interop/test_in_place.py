@@ -715,7 +715,8 @@ def test_second_update_of_a_result_by_columns_equals_pefts() -> None:
     for model in (stock, fused):
         torch.manual_seed(3)
         found.append(model.train()(x).float())
-    torch.testing.assert_close(*found, rtol=2.0**-6, atol=2.0**-6)
+    # The base's result is rounded to 2⁻⁹ and the sum to 2⁻⁹ again, of numbers of order 1 and more.
+    torch.testing.assert_close(*found, rtol=2.0**-7, atol=2.0**-7)
 
 
 class Half(nn.Linear):
@@ -733,4 +734,5 @@ def test_update_of_adalora_has_the_dtype_of_its_base_s_result(rows: int) -> None
     fused, x = fuse(copy.deepcopy(stock)), torch.randn(rows, K)
     got, want = fused(x), stock(x)
     assert got.dtype is want.dtype is bf16
-    torch.testing.assert_close(got, want, rtol=2.0**-6, atol=2.0**-6)
+    # Two roundings to 2⁻⁹, of the base's result and of the sum, in ours and in PEFT's.
+    torch.testing.assert_close(got, want, rtol=2.0**-7, atol=2.0**-7)

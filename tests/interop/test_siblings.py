@@ -1545,7 +1545,7 @@ def test_linears_that_share_x_under_autocast_round_their_adapters(monkeypatch) -
     assert {t.dtype for t in (rows, *lora_A)} == {bf16} and is_rounded
     for got, want in zip(found, apart, strict=True):
         assert got.dtype is bf16
-        assert_close_derived(got.float(), want.float(), 2.0**-7)
+        assert_close_derived(got.float(), want.float(), 2.0**-7)  # y, P and S, to 2⁻⁹ each
 
 
 def _record(given: list[Any], *args: Any) -> Any:

@@ -37,6 +37,7 @@ from .arguments import (
     check_number,
     check_vector,
     check_weight,
+    draw_rng,
     matrix_shape,
     tensor_error,
 )
@@ -170,7 +171,7 @@ class Options(NamedTuple):
 class CheckedCall(NamedTuple):
     """The arguments of a call that `lora_linear` has accepted, but x: for a layer's next call.
 
-    Without gate, column scale, and state or mask of a dropout. The weight is frozen.
+    Without gate, column scale, and a given state or mask of a dropout. The weight is frozen.
 
     Args:
         options: `Options` of the call.
@@ -197,11 +198,8 @@ class CheckedCall(NamedTuple):
         compute_dtype: torch.dtype | None,
         dropout_p: float,
     ) -> CheckedCall | None:
-        """Return None under autocast, and if a state of a mask is to be drawn in each call."""
-        device_type, _ = context.device_of(x)
-        if context.autocast_dtype(device_type, x.dtype) is not None:
-            return None
-        if dropout_p and not selection.is_eager_on_gpu(device_type):
+        """Return None under autocast."""
+        if context.autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
             return None
         dense, codes, dtype = check_weight(
             x, weight, (lora_B.shape[0], lora_A.shape[1]), compute_dtype, None
@@ -216,8 +214,8 @@ class CheckedCall(NamedTuple):
         """Return what `lora_linear` returns for x.
 
         None if x has another dtype, device or number of columns than before, if a tensor has
-        another layout, if the weight is not frozen, if a state of a mask is to be drawn, under
-        autocast, and in a context in which a library's layer runs its own forward.
+        another layout, if the weight is not frozen, under autocast, and in a context in which a
+        library's layer runs its own forward.
         """
         if context.unfused_context() is not None:
             return None
@@ -231,9 +229,9 @@ class CheckedCall(NamedTuple):
             return None
         if context.autocast_dtype(device_type, x.dtype) is not None:
             return None
-        if options.spec.dropout_p and not selection.is_eager_on_gpu(device_type):
-            return None
-        return _run(x, lora_A, lora_B, None, None, bias, options, None, None, *frozen)
+        is_drawn_here = options.spec.dropout_p and not selection.is_eager_on_gpu(device_type)
+        rng = draw_rng(x) if is_drawn_here else None
+        return _run(x, lora_A, lora_B, None, None, bias, options, rng, None, *frozen)
 
 
 def layouts(*tensors: Tensor | Weight4bit | None) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -78,6 +79,22 @@ def test_with_gradients_it_is_not_asked(layer: LoRALinear, answers: list[Tensor 
     with torch.no_grad():
         assert not torch.equal(layer(x()), y)  # dropout
     assert not answers
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("rows", [1, 200])
+def test_later_calls_draw_the_masks_that_first_calls_draw(
+    layer: LoRALinear, rows: int, grad: bool
+) -> None:
+    """In training, where a prepared call must neither reuse a state nor draw one more."""
+    found, layer = [], layer.train()
+    for call in (layer, functools.partial(the_long_way, layer)):
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(grad):
+            found.append([call(x(rows)) for _ in range(3)])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+    assert not torch.equal(found[0][0], found[0][1])
 
 
 def lower_rank(layer: Any) -> None:
@@ -160,16 +177,6 @@ def test_a_call_with_gradients_notices_a_change(
         want = gradients(layer, given.clone().requires_grad_())
     assert_bitwise_equal(got, want)
     assert len(got) != len(before) or not all(map(torch.equal, got, before))
-
-
-def test_nothing_is_kept_where_each_call_draws_the_state_of_a_mask(layer: LoRALinear) -> None:
-    layer.train()
-    for _ in range(2):
-        layer(x()).sum().backward()
-    assert layer._cache.call._kept is None
-    with library.as_on_gpu(), lora_kernels.backend("eager"):  # whose kernel draws the mask
-        layer(x()).sum().backward()
-    assert layer._cache.call._kept is not None
 
 
 def test_a_weight_that_is_trained_later_is_an_error() -> None:

@@ -181,7 +181,11 @@ def measure(
     problem = Problem(case.device, case.dtype, A, A, case.compute_dtype, case.R, case.M)
     with cases.kernels(case.device, case.dropout_p):
         choice = selection.choose(
-            problem._replace(columns=case.N, inner=case.K, dropout=case.dropout_p > 0)
+            problem._replace(
+                columns=case.N,
+                inner=case.K,
+                extra=selection.dropout_operand(case.device, case.dropout_p),
+            )
         )
     rows = []
     for (mode, cache), times in sorted(found.items(), key=lambda item: MODES.index(item[0][0])):

@@ -24,7 +24,6 @@ from ..core.call import Guard
 from ..core.forced import Forced
 from ..core.packed4bit import Packed4bit
 from ..core.problem import (
-    NO_DROPOUT,
     ONE_ADAPTER,
     Choice,
     Layout,
@@ -43,7 +42,6 @@ STRATEGIES = {
 }
 BACKENDS = tuple(STRATEGIES)
 
-DRAWN_MASKS = "PyTorch's kernel draws dropout masks on a GPU"
 _ON_GPU = "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's"
 
 
@@ -87,6 +85,24 @@ def parse_request(choice: str) -> Forced | None:
     """Return the request that an op's `choice` is, or None for the empty one."""
     name, _, strategy = choice.partition(" ")
     return Forced(name, Strategy(strategy) if strategy else None) if name else None
+
+
+def extra_operands(operands: Any, dropout_p: float) -> tuple[str, ...]:
+    """Return the names of the operands after `bias` that a call has, for `Problem.extra`.
+
+    A dropout mask that the backend draws is "mask" too.
+    """
+    names = _names_after_bias(operands.__class__)
+    found = [name for name, t in zip(names, operands[-len(names) :], strict=True) if t is not None]
+    if dropout_p and "rng" not in found and "mask" not in found:
+        found.append("mask")
+    return tuple(found)
+
+
+@functools.cache
+def _names_after_bias(operands_type: Any) -> tuple[str, ...]:
+    fields: tuple[str, ...] = operands_type._fields
+    return fields[fields.index("bias") + 1 :]
 
 
 _COLUMNS = Layout(columns=True)
@@ -137,7 +153,6 @@ def choose(problem: Problem, requested: Forced | None = None) -> Choice:
     if problem.mixed and requested.backend in ("triton", "cuda"):
         require_supported(requested.backend, ONE_ADAPTER)
     if requested.backend == "triton":
-        require_supported("triton", NO_DROPOUT if problem.dropout else None)
         return _heuristics("triton").plan(problem, requested.strategy)  # type: ignore[no-any-return]
     if requested.backend == "cuda":
         return _heuristics("cuda").plan(problem, requested.strategy)  # type: ignore[no-any-return]
@@ -171,7 +186,8 @@ def _choose_gpu(problem: Problem) -> Choice:
                 f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
             )
         return Choice("eager", Strategy.LIBRARY, reason)
-    reason = problem.unsupported_reason() or _uncovered_reason(problem)
+    # Triton and CUDA take the same operands.
+    reason = problem.unsupported_reason("triton") or _uncovered_reason(problem)
     verdict = verdicts.current(problem.device_index)
     if reason is None and isinstance(verdict, Verdict):
         return _choose_measured(problem, verdict, workspace.is_capturing(torch.device("cuda")))
@@ -186,8 +202,6 @@ def _uncovered_reason(problem: Problem) -> str | None:
     """Return why no qualification covers a call, or None."""
     if problem.mixed:
         return ONE_ADAPTER
-    if problem.dropout:
-        return DRAWN_MASKS
     if problem.rank > MAX_RANK:
         return f"rank {problem.rank} is above the qualified {MAX_RANK}"
     if problem.layout is not None and problem.layout.columns:
@@ -300,33 +314,19 @@ def _choose_cpu_or_eager(
     return Choice("eager", eager, _eager_reason(problem))
 
 
+def dropout_operand(device_type: str, dropout_p: float) -> tuple[str, ...]:
+    """Return `Problem.extra` of a call whose dropout has neither a given state nor a given mask."""
+    if not dropout_p:
+        return ()
+    return ("mask",) if is_eager_on_gpu(device_type) else ("rng",)
+
+
 def is_eager_on_gpu(device_type: str) -> bool:
     """Return True if such a device runs the eager backend's GPU path.
 
     PyTorch's kernel draws the dropout masks there. Every other path makes them from a state.
     """
     return is_on_gpu_path(device_type) and forced_backend() in (None, "eager")
-
-
-def choose_for_mask(is_given: bool, requested: Forced | None = None) -> Choice:
-    """Return the eager backend, which alone takes or draws a dropout mask.
-
-    Raises RuntimeError if another backend is in force.
-
-    Args:
-        is_given: whether the caller has a mask; otherwise PyTorch's kernel draws it.
-        requested: None for the backend in force.
-    """
-    name = (requested or forced.current.get()).backend
-    if name in ("triton", "cuda"):
-        require_supported(name, NO_DROPOUT)
-    if name not in (None, "eager"):
-        raise RuntimeError(
-            f"backend {name!r} was requested and cannot run here: got dropout_mask, want rng, the "
-            "state of one: seed and offset, int64 [2]"
-        )
-    reason = "the dropout mask is given, not its state" if is_given else DRAWN_MASKS
-    return Choice("eager", Strategy.LIBRARY, reason)
 
 
 def guards() -> tuple[Guard, Guard]:

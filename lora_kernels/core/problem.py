@@ -18,8 +18,10 @@ ONE_ADAPTER = (
     "the kernels for GPUs take one adapter; in a GEMM of several, a NaN of one reaches the rows of "
     "the others"
 )
-# Why Triton does not run a call with dropout.
+# Why Triton and CUDA do not run a call with dropout.
 NO_DROPOUT = "the kernels for GPUs have no dropout; the eager backend runs PyTorch's"
+# The operands after `bias` that a backend takes. The eager backend takes all.
+EXTRA_OPERANDS = {"cpu": ("rng",), "triton": (), "cuda": ()}
 
 
 class Strategy(str, Enum):
@@ -108,7 +110,7 @@ class Problem(NamedTuple):
         rows: M.
         four_bit: whether the weight is packed in 4 bits.
         columns, inner: N and K.
-        dropout: whether kernels generate a dropout mask.
+        extra: the names of the operands after `bias` that the call has.
         device_index: of a GPU, or None.
         layout: of the weight; None for contiguous rows, and blocks of 64 codes.
         mixed: whether each row has its own adapter (`multi_lora_linear`).
@@ -124,7 +126,7 @@ class Problem(NamedTuple):
     four_bit: bool = False
     columns: int = MANY_ROWS
     inner: int = MANY_ROWS
-    dropout: bool = False
+    extra: tuple[str, ...] = ()
     device_index: int | None = None
     layout: Layout | None = None
     mixed: bool = False
@@ -134,20 +136,38 @@ class Problem(NamedTuple):
         """The bytes per element of the widest operand."""
         return max(d.itemsize for d in (self.x_dtype, self.a_dtype, self.b_dtype, self.dtype))
 
-    def unsupported_reason(self) -> str | None:
-        """Return why no kernel of this package supports the dtypes or the rank, or None."""
-        return _unsupported_reason(self[1:5], self.rank)
+    def unsupported_reason(self, backend: str) -> str | None:
+        """Return why a backend's kernels do not run the dtypes, the rank or an operand, or None.
+
+        >>> f32 = torch.float32
+        >>> Problem("cpu", f32, f32, f32, f32, 8, extra=("row_scale",)).unsupported_reason("cpu")
+        'its kernels take no row_scale'
+        """
+        return _unsupported_reason(backend, self[1:5], self.rank, self.extra)
 
 
 @functools.cache  # called for every call of an op
-def _unsupported_reason(dtypes: tuple[torch.dtype, ...], rank: int) -> str | None:
+def _unsupported_reason(
+    backend: str, dtypes: tuple[torch.dtype, ...], rank: int, extra: tuple[str, ...]
+) -> str | None:
     for name, dtype in zip(("x", "lora_A", "lora_B", "y"), dtypes, strict=True):
         if dtype not in KERNEL_DTYPES:
             got = str(dtype).removeprefix("torch.")
             return f"{name} is {got}; the kernels take float32, bfloat16, float16"
     if rank > MAX_KERNEL_RANK:
         return f"rank {rank} is above the kernels' {MAX_KERNEL_RANK}"
+    for name in extra:
+        if name not in EXTRA_OPERANDS[backend]:
+            return _refusal(backend, name)
     return None
+
+
+def _refusal(backend: str, operand: str) -> str:
+    if operand in ("rng", "mask") and backend != "cpu":
+        return NO_DROPOUT
+    if operand == "mask":
+        return "got dropout_mask, want rng, the state of one: seed and offset, int64 [2]"
+    return f"its kernels take no {operand}"
 
 
 @dataclass(frozen=True)

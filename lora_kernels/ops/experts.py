@@ -240,15 +240,14 @@ class LoRAExpertsFunction(torch.autograd.Function):
 
 def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | None = None) -> Choice:
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
-    x, weight, lora_A, lora_B, _, _, rng, *_ = operands
-    if spec.dropout_p and rng is None:
-        return selection.choose_for_mask(operands.mask is not None, requested)
+    x, weight, lora_A, lora_B, *_ = operands
     (device_type, index), (M, K), (_, N, R) = context.device_of(x), x.shape, lora_B.shape
     dtypes, is_4bit = (
         (x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype),
         isinstance(weight, Packed4bit),
     )
-    problem = Problem(device_type, *dtypes, R, M, is_4bit, N, K, rng is not None, index)
+    extra = selection.extra_operands(operands, spec.dropout_p)
+    problem = Problem(device_type, *dtypes, R, M, is_4bit, N, K, extra, index)
     return selection.choose_experts(problem, requested)
 
 

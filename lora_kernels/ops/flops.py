@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..core.call import ExpertsNeeds, MultiNeeds, Needs
+
 _COUNTER = "torch.utils.flop_counter"
 _is_registered = False
 Shape = Any  # of a tensor; None for None
@@ -80,9 +82,8 @@ def _linear(x: Shape, weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> 
 def _linear_backward(
     dy: Shape, x: Shape, weight: Shape, A: Shape, B: Shape, *rest: Any, **__: Any
 ) -> int:
-    *_, need_x, need_A, need_B, need_gate, _, _ = rest
-    needs = need_x, need_A, need_B, need_gate
-    return _backward_flops(_rows(x), A[1], B[0], A[0], weight is not None, needs)
+    needs = Needs(*rest[-len(Needs._fields) :])
+    return _backward_flops(_rows(x), A[1], B[0], A[0], weight is not None, needs[:4])
 
 
 def _multi(x: Shape, weight: Shape, As: Shape, Bs: Shape, *_: Any, **__: Any) -> int:
@@ -94,8 +95,8 @@ def _multi(x: Shape, weight: Shape, As: Shape, Bs: Shape, *_: Any, **__: Any) ->
 def _multi_backward(
     dy: Shape, x: Shape, weight: Shape, As: Shape, Bs: Shape, *rest: Any, **__: Any
 ) -> int:
-    *_, need_x, need_A, need_B, _ = rest
-    needs, R = (need_x, any(need_A), any(need_B), False), max(A[0] for A in As)
+    need = MultiNeeds(*rest[-len(MultiNeeds._fields) :])
+    needs, R = (need.x, any(need.lora_A), any(need.lora_B), False), max(A[0] for A in As)
     return _backward_flops(_rows(x), x[-1], Bs[0][0], R, weight is not None, needs)
 
 
@@ -106,8 +107,8 @@ def _experts(x: Shape, weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) ->
 def _experts_backward(
     dy: Shape, x: Shape, weight: Shape, A: Shape, B: Shape, *rest: Any, **__: Any
 ) -> int:
-    *_, need_x, need_A, need_B, _ = rest
-    needs = need_x, need_A, need_B, False
+    need = ExpertsNeeds(*rest[-len(ExpertsNeeds._fields) :])
+    needs = need.x, need.lora_A, need.lora_B, False
     return _backward_flops(x[0], A[2], B[1], A[1], weight is not None, needs)
 
 

@@ -314,15 +314,14 @@ def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> C
 
     requested: None for the backend in force.
     """
-    x, weight, lora_A, lora_B, _, _, _, rng, *_ = operands
-    if spec.dropout_p and rng is None:
-        return selection.choose_for_mask(operands.mask is not None, requested)
+    x, weight, lora_A, lora_B, *_ = operands
     device_type, index = context.device_of(x)
     (R, K), N, dtype = lora_A.shape, lora_B.shape[0], spec.dtype
-    M, four_bit, dropout = x.numel() // K, isinstance(weight, Packed4bit), rng is not None
+    M, four_bit = x.numel() // K, isinstance(weight, Packed4bit)
     dtypes = x.dtype, lora_A.dtype, lora_B.dtype, dtype
     stored = selection.layout_of(device_type, weight, dtype)
-    problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, dropout, index, stored)
+    extra = selection.extra_operands(operands, spec.dropout_p)
+    problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, extra, index, stored)
     return selection.choose(problem, requested)
 
 
@@ -390,8 +389,10 @@ def _down_projection(operands: Operands, spec: Spec, backend: str) -> Tensor:
 
     backend: "" for the one in force.
     """
-    x, _, lora_A, *_, rng, mask = operands
-    operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng, mask=mask)
+    x, lora_A = operands.x, operands.lora_A
+    operands = operands._replace(
+        weight=None, lora_B=lora_A.new_zeros(1, lora_A.shape[0]), rank_gate=None, column_scale=None
+    )
     spec = Spec(1.0, spec.dropout_p, spec.dtype, x.dtype)
     backend = backend or selection.format_request().partition(" ")[0]
     backend = "eager" if backend == "cuda" else backend

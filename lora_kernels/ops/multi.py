@@ -236,14 +236,13 @@ class MultiLoRALinearFunction(torch.autograd.Function):
 def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = None) -> Choice:
     """Choose the backend and strategy of both directions, for several adapters."""
     x, weight, lora_A, lora_B, *_ = operands
-    if spec.dropout_p and operands.rng is None:
-        return selection.choose_for_mask(operands.mask is not None, requested)
     device_type, index = context.device_of(x)
     K, N, R = x.shape[-1], lora_B[0].shape[0], max(A.shape[0] for A in lora_A)
     M, four_bit = x.numel() // K, isinstance(weight, Packed4bit)
     dtypes = x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype
     stored = selection.layout_of(device_type, weight, spec.dtype)
-    problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, False, index, stored)
+    extra = selection.extra_operands(operands, spec.dropout_p)
+    problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, extra, index, stored)
     return selection.choose(problem._replace(mixed=True), requested)
 
 

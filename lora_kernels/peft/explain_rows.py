@@ -272,9 +272,9 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
         device_index=device.index,
         layout=_layout(device.type, _base_weight(base), dtype),
     )
-    choice = selection.choose(problem)
     if todo and todo[0].dropout_p:
-        choice = selection.choose_for_mask(is_given=False)
+        problem = problem._replace(extra=("mask",))
+    choice = selection.choose(problem)
     reason = f"in training {rows} rows of logits at a time; {choice.reason}"
     return Row(name, _backend_state(choice.backend), choice.backend, choice.strategy, reason)
 
@@ -543,7 +543,7 @@ def _problem(
         four_bit=isinstance(weight, Weight4bit),
         columns=N,
         inner=K,
-        dropout=call.dropout_p > 0,
+        extra=selection.dropout_operand(device.type, call.dropout_p),
         device_index=device.index,
         layout=_layout(device.type, weight, dtype),
     )

@@ -70,7 +70,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     """Return why the CPU backend cannot run the call, or None."""
     if problem.device_type != "cpu":
         return f"no kernels for device type {problem.device_type!r} in this version"
-    return native.reason or problem.unsupported_reason()
+    return native.reason or problem.unsupported_reason("cpu")
 
 
 def plan(problem: Problem, requested: Strategy | None, reason: str | None = None) -> Choice:

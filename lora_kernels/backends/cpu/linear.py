@@ -302,7 +302,7 @@ def lora_linear_backward(
     """
     x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng, *_ = operands
     (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
-    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias, *_ = needs
     assert native.module is not None
     lora_A, (N, R), K = _rows(lora_A), lora_B.shape, x.shape[-1]
     dy, dy_row = rows_of_any(dy, N)

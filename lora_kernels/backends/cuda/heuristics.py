@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ...core.problem import NO_DROPOUT, Choice, Layout, Problem, Strategy, require_supported
+from ...core.problem import Choice, Layout, Problem, Strategy, require_supported
 from .. import cuda
 from . import COOPERATIVE, TWO_PASS, constraints
 
@@ -15,14 +15,12 @@ _DENSE, _CODES = Layout(), Layout(64)  # the defaults of a problem without a lay
 def plan(problem: Problem, strategy: Strategy | None) -> Choice:
     """Choose the strategy; RuntimeError if the backend or the requested strategy cannot run."""
     reason = cuda.unsupported_device_reason(problem.device_type, problem.device_index)
-    require_supported("cuda", reason or problem.unsupported_reason())
+    require_supported("cuda", problem.unsupported_reason("cuda") or reason)
     return _plan(problem, strategy)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(problem: Problem, strategy: Strategy | None) -> Choice:
-    if problem.dropout:
-        require_supported("cuda", NO_DROPOUT)
     if strategy:
         why = unsupported_reason(problem, strategy)
         if why is not None:

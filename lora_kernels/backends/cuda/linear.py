@@ -53,7 +53,7 @@ def lora_linear_backward(
     x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng, *_ = operands
     (p, z, _), (scaling, _, dtype, *_) = saved, spec
     assert weight is not None and rng is None
-    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias, *_ = needs
     (M, N), R, K = dy.shape, p.shape[1], x.shape[1]
     dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
     dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if need_A else None

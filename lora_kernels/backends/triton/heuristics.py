@@ -15,7 +15,7 @@ def plan(problem: Problem, strategy: Strategy | None) -> Choice:
     """Choose the strategy; RuntimeError if the backend or the requested strategy cannot run."""
     target = configs.target(problem.device_type, problem.device_index)
     reason = configs.unsupported_reason(target, problem.device_type)
-    require_supported("triton", reason or problem.unsupported_reason())
+    require_supported("triton", problem.unsupported_reason("triton") or reason)
     assert target is not None
     if strategy:
         if (why := unsupported_reason(problem, strategy)) is not None:

@@ -46,7 +46,7 @@ def lora_linear_backward(
     """Compute the gradients for dy [M, N] and x [M, K]."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, *_ = operands
     p, z, scaling = saved.p, saved.z if needs.column_scale else None, spec.scaling
-    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias, *_ = needs
     (M, N), R = dy.shape, p.shape[1]
     dx = dA = dB = dg = ds = partials = dbias = dc = None
     once = None  # tiles of a kernel that computes dS and dB in one read of dY

@@ -425,6 +425,20 @@ def test_result_that_a_foreign_projection_holds_is_not_overwritten(named, runs) 
     assert_close(got, want, 1e-12)
 
 
+@pytest.mark.parametrize("named", ["gate_proj", "up_proj"])
+def test_result_of_a_foreign_projection_may_have_any_strides(named, runs) -> None:
+    class Transposed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(x).transpose(0, 1).contiguous()
+            return y.transpose(0, 1)
+
+    module = llama_mlp()
+    setattr(module, named, Transposed(K, H, bias=False))
+    stock, fused = pair(adapted(module, target_modules=["down_proj"]))
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert runs == [False]
+
+
 def test_result_that_is_part_of_another_tensor_is_not_overwritten(runs) -> None:
     g, u = torch.randn(2, 4, H, dtype=f64).requires_grad_().unbind()
     A, B, W = (torch.randn(s, dtype=f64) for s in ((R, H), (K, R), (K, H)))

@@ -53,6 +53,7 @@ class Shared:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts, self._lock = [0, 0], threading.Lock()
         self.is_rounded = False  # whether the last down-projections were rounded to 16 bits
+        self.projected = 0  # how many layers' A the last down-projections had
         for i, name in enumerate(("down_projections", "sibling_linear")):
             monkeypatch.setattr(blocks, name, partial(self._count, i, getattr(blocks, name)))
 
@@ -60,7 +61,7 @@ class Shared:
         with self._lock:
             self.counts[i] += 1
             if i == 0:
-                self.is_rounded = args[2]
+                self.projected, self.is_rounded = len(args[1]), args[2]
         return function(*args)
 
     def take(self) -> tuple[int, int]:
@@ -1226,6 +1227,24 @@ def test_step_of_siblings_moves_few_bytes(base, megabytes, kernels, peak) -> Non
     assert max(forward.peak, backward.peak) <= peak * 1e6
 
 
+def test_backward_of_siblings_copies_dy_to_float32_once() -> None:
+    """Beside float32 adapters, where no 16-bit parts are taken: 8 rows for each rank."""
+    M, N, K, rank = 512, 4096, 4096, 64
+    rows, dy = (torch.empty(M, each, dtype=bf16, device="meta") for each in (K, N))
+    W = torch.empty(N, K, dtype=bf16, device="meta")
+    B, p = (torch.empty(each, rank, device="meta").requires_grad_() for each in (N, M))
+    rows.requires_grad_()
+    counted = []
+    for _ in range(2):  # the first call fills what the process caches
+        count = counter._Counter([])
+        y, _ = blocks.sibling_linear(rows, p, W, B, 0.5, None, None, [M])
+        count.run(lambda y=y: torch.autograd.grad(y, [rows, p, B], dy))
+        counted.append(count.traffic().bytes)
+    size = 2 * (M * N + N * K + M * K)  # dx = dy·W
+    size += M * N * (2 + 4) + 4 * (2 * M * N + 2 * N * rank + 2 * M * rank)  # the copy, dB and dP
+    assert counted[-1] <= 1.05 * size, (counted, size)
+
+
 class Marked(Tensor):
     """A tensor of a class of its own, as another library's."""
 
@@ -1498,9 +1517,32 @@ def test_layer_that_is_fused_again_by_itself_leaves_its_siblings(shared: Shared)
     stock, fused = pair(three_alone)
     fuse(parent_of(fused).k)
     assert_equal_step(stock, fused, batch())
-    assert shared.take() == (1, 2)
+    assert shared.take() == (1, 2) and shared.projected == 3  # w is not called
     (row,) = [row for row in explain(fused).blocks if "shared" in row.state]
     assert "k runs its own call: it was fused or unfused by itself" in row.reason
+
+
+@pytest.mark.parametrize("name", ["o_proj", "out_proj", "o", "wo", "dense", "c_proj"])
+def test_output_projection_of_attention_is_no_sibling(name: str, shared: Shared) -> None:
+    """It gets another x, and its P of q's would be computed for nothing."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for each in ("q", "k", name):
+                setattr(self, each, nn.Linear(K, K, dtype=f64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = getattr(self, name)(torch.tanh(self.q(x) * self.k(x)))
+            return y
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=R, target_modules=["q", "k", name])
+    stock = get_peft_model(Stack(Attention()), config, autocast_adapter_dtype=False)
+    randomize(stock)
+    fused = fuse(copy.deepcopy(stock))
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (1, 2) and shared.projected == 2
 
 
 class Pairs(nn.Module):

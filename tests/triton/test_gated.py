@@ -204,6 +204,15 @@ def test_kernels_that_fail_their_check_are_not_used(fault, monkeypatch) -> None:
     assert all(map(torch.equal, eager_mlp.gated_backward(g, u, dh, False, "gelu"), want))
 
 
+def test_forward_kernel_that_fails_its_check_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward's kernel makes h too, and its gradients are right."""
+    launch = eager_mlp._launch_gated
+    monkeypatch.setattr(eager_mlp, "_launch_gated", lambda g, u, act: launch(g, u, act) * 2)
+    monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
+    reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16)
+    assert reason is not None and "makes another h in the backward" in reason
+
+
 @every_activation
 def test_product_of_dh_and_u_does_not_overflow(activation: str) -> None:
     """The product of dh and u is above float16's range; times a slope near 0 it is not."""

@@ -220,7 +220,7 @@ def test_reason_for_phi3_is_its_merged_layer() -> None:
 
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_model_that_accelerate_dispatches_has_pefts_gradients(offloaded, counts) -> None:
-    """`device_map` puts a hook on each module: layers are called one by one."""
+    """`device_map` puts a hook on each module, and keeps the forward that it found on it."""
     from accelerate import dispatch_model
 
     stock = language_model("Llama")
@@ -232,7 +232,10 @@ def test_model_that_accelerate_dispatches_has_pefts_gradients(offloaded, counts)
         base = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
         add_hook_to_module(base, AlignDevicesHook("cpu", offload=True))
     fused = fuse(model)
+    mlps = [row for row in explain(fused).blocks if row.strategy == "one block"]
+    assert len(mlps) == LAYERS
     assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-12)
+    assert (counts.mlps, counts.siblings) == (LAYERS, 5 * LAYERS - 2 * offloaded)
 
 
 WAYS = ["DDP", "DDP, checkpointed", "FSDP2", "FSDP2, checkpointed"]

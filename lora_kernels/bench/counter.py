@@ -10,7 +10,9 @@ One op is one kernel, except that:
 - `addmm` out of place copies its first operand to the result before, unless it is a bias [N], which
   cuBLAS adds in its epilogue, or `beta` is 0. In place it reads and writes the result once.
 - An op reads the arguments that it changes in place, whatever its name, but no `out`.
-- `index_select` and other gathers read the indices, and of the table no more than they copy.
+- `index_select` and other gathers read the indices, and of the table no more than they copy. A
+  scatter reads and writes the elements that its indices name.
+- `cross_entropy_` reads the logits twice.
 - An op that has a kernel on CUDA and several ops in its place on meta is one kernel (SiLU's
   backward).
 - Dropout is `native_dropout`, which CUDA runs in training. On meta, PyTorch would run several ops.
@@ -64,6 +66,8 @@ _OVERWRITES = {
 # Composite ops for which CUDA has a kernel. On meta PyTorch would run 7 ops for 1, 17 passes for 3.
 _CUDA_KERNELS = {"silu_backward"}
 _GATHERS = {"embedding", "gather", "index", "index_select", "take"}
+_SCATTERS = {"scatter_", "scatter_add_"}
+_READS_TWICE = {"cross_entropy_"}
 _ADDS_TO_SELF = {"addbmm", "addmm", "addmv", "addr", "baddbmm"}
 # The functions that autocast casts, as far as layers call them.
 _AUTOCAST = {
@@ -269,11 +273,16 @@ def _kernels(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> list
             # CUDA copies it to the result, which the GEMM then updates.
             kernels.append(Kernel(f"{func} (copy)", _bytes([own]), _bytes(written)))
             read = [written[0] if t is own else t for t in read]
-    read_bytes = _bytes(_tensors(read))
+    read_bytes, written_bytes = _bytes(_tensors(read)), _bytes(written)
+    if name in _READS_TWICE:
+        read_bytes += _bytes(_tensors([given[a.name] for a in mutated]))
+    if name in _SCATTERS:
+        written_bytes = given["index"].numel() * given["self"].itemsize
+        read_bytes += written_bytes - _bytes([given["self"]])
     if name in _GATHERS:
         table, *indices = _tensors(read)
         read_bytes = min(_bytes([table]), _bytes(written)) + _bytes(indices)
-    return [*kernels, Kernel(str(func), read_bytes, _bytes(written))]
+    return [*kernels, Kernel(str(func), read_bytes, written_bytes)]
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def lora_linear_cross_entropy(
         logit_scale: factor of the logits.
         reduction: "mean" over the rows that are not ignored, "sum" or "none".
         chunk_rows: rows of x whose logits exist at a time. None: 32 MiB of float32 logits on a CPU,
-            256 MiB on a GPU, and at least 128 rows.
+            256 MiB of logits on a GPU, and at least 128 rows.
         dropout_p, rng, dropout_mask, compute_dtype: as in `lora_linear`. The mask's rows are those
             of x, and the eager backend computes the logits.
 

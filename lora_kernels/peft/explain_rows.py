@@ -14,7 +14,7 @@ from ..backends.cpu import heuristics as cpu_heuristics
 from ..backends.cpu import linear as cpu
 from ..backends.decode4bit import decoded_by
 from ..backends.eager import gated_mlp as eager_mlp
-from ..backends.eager.head import chunk_rows
+from ..backends.eager.head import kernel_reason, loss_rows
 from ..backends.eager.linear import UPCAST_ROWS
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
@@ -262,7 +262,7 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     todo = calls(adapters, device.type, None)
     a_dtype = todo[0].lora_A.dtype if todo else x_dtype
     rank = todo[0].lora_A.shape[0] if todo else 1
-    rows = chunk_rows(base.out_features, is_on_gpu_path(device.type))
+    rows = loss_rows(base.out_features, device, x_dtype)
     dtype = base_dtype(device.type, x_dtype, getattr(base, "compute_dtype", None))
     dtypes = x_dtype, a_dtype, a_dtype, dtype
     problem = Problem(
@@ -275,7 +275,11 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     if todo and todo[0].dropout_p:
         problem = problem._replace(extra=("mask",))
     choice = selection.choose(problem)
-    reason = f"in training {rows} rows of logits at a time; {choice.reason}"
+    reason = f"in training {rows} rows of logits at a time"
+    by_torch = kernel_reason(device, x_dtype)
+    if is_on_gpu_path(device.type) and by_torch is not None:
+        reason += f", the loss by PyTorch's ops: {by_torch}"
+    reason += f"; {choice.reason}"
     return Row(name, _backend_state(choice.backend), choice.backend, choice.strategy, reason)
 
 

@@ -26,9 +26,10 @@ MATRIX |= dict.fromkeys(("sm100", "sm103", "sm110"), "tcgen05.mma")
 # Of stack, touched once a tile, outside of all loops: ptxas buys occupancy with them. 32 bytes a
 # thread are 8 KiB a tile of 128×256, whose operands are 3 MB at K = 4096; they stay in L1.
 FEW_BYTES = 32
-NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "gated_kernel", "gated_backward_kernel")
+ELEMENTWISE = ("gated_kernel", "gated_backward_kernel", "cross_entropy_kernel")
+NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", *ELEMENTWISE)
 LINEAR = ("fused_kernel", "two_pass_kernel")
-WIDE_LOADS = (*LINEAR, "shrink_outer_kernel", "gated_kernel", "gated_backward_kernel")
+WIDE_LOADS = (*LINEAR, "shrink_outer_kernel", *ELEMENTWISE)
 WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
 
 

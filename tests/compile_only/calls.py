@@ -111,6 +111,25 @@ class Gated:
         elementwise.gated_backward(*[g] * 6, self.activation)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a head, with its gradient."""
+
+    dtype: torch.dtype = bf16
+    aligned: bool = True
+    options: bool = False  # cap and label smoothing
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"loss {dtype}{' options' * self.options}{'' if self.aligned else ' odd'}"
+
+    def run(self) -> None:
+        y = meta((512, 128256 if self.aligned else 50257), self.dtype)
+        cap, smoothing = (30.0, 0.1) if self.options else (0.0, 0.0)
+        labels = meta((512,), torch.int64)
+        elementwise.cross_entropy(y, labels, 1.0, cap, 1.0, smoothing, True)
+
+
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -123,7 +142,7 @@ def codes(N: int, K: int) -> Packed4bit:
 
 
 # One config a kernel and target.
-SLICE: list[Call | Dequantize | Gated] = [
+SLICE: list[Call | Dequantize | Gated | Loss] = [
     Call(4096, strategy=FUSED),
     Call(1024, quant="whole"),
     Call(16, quant="whole"),
@@ -132,10 +151,11 @@ SLICE: list[Call | Dequantize | Gated] = [
     Call(4096, base=False),
     Dequantize(),
     Gated(),
+    Loss(),
 ]
 
 
-def every_call() -> Iterator[Call | Dequantize | Gated]:
+def every_call() -> Iterator[Call | Dequantize | Gated | Loss]:
     """Every branch of `configs`, every format, with options and without, aligned and odd."""
     yield from SLICE
     for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):
@@ -157,3 +177,6 @@ def every_call() -> Iterator[Call | Dequantize | Gated]:
     for activation, dtype in itertools.product(elementwise.ACTIVATIONS, (bf16, f32)):
         yield Gated(activation, dtype)
         yield Gated(activation, dtype, aligned=False)
+    for dtype in (bf16, f32):
+        yield Loss(dtype, options=True)
+        yield Loss(dtype, aligned=False)

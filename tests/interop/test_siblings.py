@@ -1524,7 +1524,7 @@ def test_layer_that_is_fused_again_by_itself_leaves_its_siblings(shared: Shared)
 
 @pytest.mark.parametrize("name", ["o_proj", "out_proj", "o", "wo", "dense", "c_proj"])
 def test_output_projection_of_attention_is_no_sibling(name: str, shared: Shared) -> None:
-    """It gets another x, and its P of q's would be computed for nothing."""
+    """Its P of q's x would be computed for nothing."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -311,6 +311,31 @@ def test_head_s_step_under_autocast_casts_the_weight_once_on_a_gpu(of: str) -> N
     assert sum(".mm." in k.op or ".addmm" in k.op for k in log) > 4  # one a chunk, at least
 
 
+@pytest.mark.parametrize(
+    ("reason", "gigabytes", "kernels", "peak"),
+    [(None, 36.8, 132, 351.1), ("PyTorch's ops", 93.9, 468, 732.4)],
+    ids=["Triton's kernel", "PyTorch's ops"],
+)
+def test_step_of_a_large_head_moves_few_bytes(
+    reason: str | None, gigabytes: float, kernels: int, peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: 8192 rows of Llama's head. docs/head.md has these numbers."""
+    monkeypatch.setattr(head, "kernel_reasons", {("meta", None): reason})
+    M, K, V, R = 8192, 4096, 128256, 16
+    sizes = {"x": (M, K), "weight": (V, K), "lora_A": (R, K), "lora_B": (V, R)}
+    args = {name: torch.empty(size, dtype=bf16, device="meta") for name, size in sizes.items()}
+    trained = [args[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    labels = torch.zeros(M, dtype=torch.int64, device="meta")
+    count = counter._Counter([])
+    loss = count.run(lambda: lora_linear_cross_entropy(**args, labels=labels, scaling=2.0))
+    forward = count.traffic()
+    count.run(lambda: torch.autograd.grad(loss, trained))
+    backward = count.traffic()
+    assert gigabytes - 1 < (forward.bytes + backward.bytes) / 1e9 <= gigabytes
+    assert forward.kernels + backward.kernels <= kernels
+    assert max(forward.peak, backward.peak) / 1e6 <= peak
+
+
 def test_chunk_rows_default_is_a_number_of_bytes() -> None:
     for on_gpu, limit in ((False, head.CHUNK_BYTES), (True, head.CHUNK_BYTES_ON_GPU)):
         rows = head.chunk_rows(20_000, on_gpu)

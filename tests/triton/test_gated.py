@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import OutOfResources
 
 import lora_kernels
+from lora_kernels.backends.eager import checked
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
 from lora_kernels.backends.triton import elementwise, gated, is_interpreted, launch
@@ -124,8 +125,8 @@ def test_check_that_is_put_off_is_made_later(at: str, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch, Mode() if at == "under a mode" else nullcontext():
         if at != "under a mode":
-            patch.setattr(eager_mlp.workspace, "is_capturing", lambda device: True)
-        assert eager_mlp.kernel_reason(device, torch.bfloat16) == eager_mlp.UNCHECKED
+            patch.setattr(checked.workspace, "is_capturing", lambda device: True)
+        assert eager_mlp.kernel_reason(device, torch.bfloat16) == checked.UNCHECKED
     assert eager_mlp.kernel_reason(device, torch.bfloat16) is None
 
 
@@ -237,19 +238,19 @@ def test_offsets_that_32_bits_do_not_hold_are_64_bits_wide(
 
 def test_each_device_has_a_check_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cards of one machine may differ."""
-    checked: list[int | None] = []
+    asked: list[int | None] = []
 
     def compare(device: torch.device) -> str | None:
-        checked.append(device.index)
+        asked.append(device.index)
         return "differs" if device.index == 1 else None
 
     monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
-    monkeypatch.setattr(eager_mlp, "_unavailable_reason", lambda device: None)
-    monkeypatch.setattr(eager_mlp.workspace, "is_capturing", lambda device: False)
+    monkeypatch.setattr(checked, "_unavailable_reason", lambda device: None)
+    monkeypatch.setattr(checked.workspace, "is_capturing", lambda device: False)
     monkeypatch.setattr(eager_mlp, "compare_kernels", compare)
     cards = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
     found = [eager_mlp.kernel_reason(card, torch.bfloat16) for card in cards]
-    assert found == [None, "differs", None, "differs"] and checked == [0, 1]
+    assert found == [None, "differs", None, "differs"] and asked == [0, 1]
 
 
 @triton.jit

@@ -145,6 +145,13 @@ def gated_mlp() -> dict[str, Tensor]:
     return {"h": h, "dg": g, "du": u, "h again": dh}
 
 
+def loss() -> dict[str, Tensor]:
+    """The loss, and its gradient in the logits' memory."""
+    generator = torch.Generator().manual_seed(0)
+    y, labels = torch.randn(9, 3333, generator=generator).to(DEVICE), torch.arange(9).to(DEVICE)
+    return {"loss": elementwise.cross_entropy(y, labels, 0.7, 0.0, 1.0, 0.1, True), "dy": y}
+
+
 # A call, and the kernels that it launches.
 RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
     FUSED: (lambda: linear(FUSED, 20), {"fused", "outer", "reduce"}),
@@ -154,6 +161,7 @@ RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
     ),
     "codec": (lambda: codec_of_4_bits, {"dequantize"}),
     "gated": (lambda: gated_mlp, {"gated", "gated_backward"}),
+    "loss": (lambda: loss, {"cross_entropy"}),
 }
 
 

@@ -10,19 +10,16 @@ their first use. Where they are not used, PyTorch's ops run, with two temporarie
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.problem import KERNEL_DTYPES
-from .. import triton, workspace
+from . import checked
 from . import linear as eager
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -30,7 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda g: functional.gelu(g, approximate="tanh"),
     "gelu": functional.gelu,
 }
-UNCHECKED = "Triton's elementwise kernels are unchecked: the first call outside of a graph does it"
 
 
 class Gated(NamedTuple):
@@ -49,7 +45,7 @@ def gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
     """
     if kernel_reason(g.device, g.dtype) is not None:
         return ACTIVATIONS[activation](g).mul_(u)
-    if _is_dispatched(g):
+    if checked.is_dispatched(g):
         return torch.ops.lora_kernels.gated(g, u, activation)  # type: ignore[no-any-return]
     return _launch_gated(g, u, activation)
 
@@ -62,7 +58,7 @@ def gated_backward(g: Tensor, u: Tensor, dh: Tensor, in_place: bool, activation:
     if kernel_reason(g.device, g.dtype) is not None:
         return gated_backward_by_torch(g, u, dh, in_place, activation)
     found = Gated(*((g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))), dh)
-    if _is_dispatched(g):
+    if checked.is_dispatched(g):
         outputs = {"dg": found.g, "du": found.u, "h": found.h}
         torch.ops.lora_kernels.gated_backward(g, u, dh, activation, **outputs)
     else:
@@ -133,11 +129,6 @@ def down_backward(
     return found[0].g, found[0].u, grads
 
 
-def _is_dispatched(t: Tensor) -> bool:
-    """Return True if a mode counts or fakes what runs, or there are no values to run on."""
-    return t.is_meta or _get_current_dispatch_mode() is not None
-
-
 def _launch_gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
     from ..triton import elementwise
 
@@ -170,61 +161,25 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIB)
 
 
-# Device type and index -> why Triton's kernels are not used there; None after they passed.
-kernel_reasons: dict[tuple[str, int | None], str | None] = {}
+kernel_reasons: checked.Reasons = {}
 
 
 def kernel_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why PyTorch's ops make h, dg and du on this device; None if Triton's kernels do.
-
-    The first question about a device compares the kernels with PyTorch's ops, unless a graph is
-    captured or traced at that time.
-    """
-    if dtype not in KERNEL_DTYPES:
-        return f"Triton's elementwise kernels do not take {dtype}"
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    key = (device.type, device.index)
-    if key in kernel_reasons:
-        return kernel_reasons[key]
-    found = _unavailable_reason(device)
-    if found is None and device.type != "meta":  # meta tensors have no values to compare
-        if workspace.is_capturing(device) or _get_current_dispatch_mode() is not None:
-            return UNCHECKED
-        # Another thread has none of the caller's autocast, modes, transforms and forced backend.
-        with ThreadPoolExecutor(1) as thread:
-            found = thread.submit(compare_kernels, device).result()
-    kernel_reasons[key] = found
-    return found
+    """Return why PyTorch's ops make h, dg and du on this device; None if Triton's kernels do."""
+    return checked.kernel_reason(kernel_reasons, compare_kernels, device, dtype)
 
 
-def _unavailable_reason(device: torch.device) -> str | None:
-    if device.type == "meta":  # stands for a GPU
-        return triton.unavailable_reason()
-    configs = importlib.import_module(".configs", triton.__name__)
-    target = configs.target(device.type, device.index)
-    found: str | None = configs.unsupported_reason(target, device.type)
-    return found
-
-
-@torch.no_grad()
 def compare_kernels(device: torch.device) -> str | None:
-    """Compare Triton's elementwise kernels with PyTorch's ops on `device`, and synchronize.
-
-    Returns None if the results agree, or the reason why the kernels are not used.
-    """
+    """Compare Triton's elementwise kernels with PyTorch's ops on `device`, and synchronize."""
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(3, 1037, generator=generator, dtype=torch.float64)
     sample[0, ::3] *= 8  # where the activations saturate
-    try:
-        for activation in ACTIVATIONS:
-            for dtype in KERNEL_DTYPES:
-                g, u, dh = sample.to(device, dtype).unbind()
-                found = _find_difference(g, u, dh, activation)
-                if found is not None:
-                    return f"Triton's elementwise kernel of {activation} in {dtype} {found}"
-    except Exception as error:  # whatever the compiler or the driver raises
-        return f"Triton's elementwise kernels raised {type(error).__name__}: {error}"
+    for activation in ACTIVATIONS:
+        for dtype in KERNEL_DTYPES:
+            g, u, dh = sample.to(device, dtype).unbind()
+            found = _find_difference(g, u, dh, activation)
+            if found is not None:
+                return f"Triton's elementwise kernel of {activation} in {dtype} {found}"
     return None
 
 

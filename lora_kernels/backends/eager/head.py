@@ -9,9 +9,11 @@ into dx of these rows and a part of dA, dB and dbias. The parts are added in flo
 
     dz = w·(p − (1 − ε)·onehot(label) − ε/V)        p = softmax(z)
 
-A chunk costs two GEMMs of 2·rows·V·K FLOPs, a third for the gradient of the weight, and five passes
-over rows·V logits. Rows whose label is ignored are left out before the GEMMs. On a GPU, the host
-waits for their number.
+A chunk costs two GEMMs of 2·rows·V·K FLOPs, and a third for the gradient of the weight. Between
+them a Triton kernel reads the logits twice and writes dz once. Each device compares it with
+PyTorch's ops before its first use. Where it is not used, these take more passes, over a float32
+copy. Rows whose label is ignored are left out before the GEMMs. On a GPU, the host waits for their
+number.
 
 Rounding points: those of the backend's `lora_linear` and `lora_linear_backward`; the logits to
 `y_dtype`; dz to it; dx to x's dtype. Everything between the logits and dz is float32 (float64 for
@@ -23,6 +25,7 @@ Deterministic: chunks are added in order.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -44,27 +47,38 @@ from ...core.call import (
 )
 from ...core.dropout import dropout_mask
 from ...core.dtypes import stat_dtype
+from ...core.problem import KERNEL_DTYPES
+from .. import triton
 from ..library import is_on_gpu_path, mm_fp32
+from . import checked
 
 Linear = Callable[[Operands, Spec], tuple[Tensor, Saved]]
 LinearBackward = Callable[[Tensor, Operands, Saved, Spec, Needs], Grads]
 
-# Bytes of a chunk's logits in float32, and the fewest rows of a chunk. Up to three such tensors
-# exist at a time.
+# Bytes of a chunk's logits, and the fewest rows of a chunk. PyTorch's ops compute the loss in
+# float32, with up to three such tensors at a time; the kernel works in the logits' own memory.
 CHUNK_BYTES = 32 << 20
 CHUNK_BYTES_ON_GPU = 256 << 20
 FEWEST_ROWS = 128
 _FLOAT16_FACTOR = 256.0
 
 
-def chunk_rows(columns: int, on_gpu: bool = False) -> int:
+def chunk_rows(columns: int, on_gpu: bool = False, itemsize: int = 4) -> int:
     """Return the default number of rows of a chunk for a vocabulary of `columns`.
 
-    >>> chunk_rows(49152), chunk_rows(151936, on_gpu=True)
-    (170, 441)
+    itemsize: bytes of a logit.
+
+    >>> chunk_rows(49152), chunk_rows(151936, on_gpu=True), chunk_rows(151936, True, 2)
+    (170, 441, 883)
     """
-    found = (CHUNK_BYTES_ON_GPU if on_gpu else CHUNK_BYTES) // (4 * columns)
+    found = (CHUNK_BYTES_ON_GPU if on_gpu else CHUNK_BYTES) // (itemsize * columns)
     return max(FEWEST_ROWS, found)
+
+
+def loss_rows(columns: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the default number of rows of a chunk of `cross_entropy`, for logits of `dtype`."""
+    itemsize = dtype.itemsize if kernel_reason(device, dtype) is None else 4
+    return chunk_rows(columns, is_on_gpu_path(device.type), itemsize)
 
 
 class _Chunk(NamedTuple):
@@ -75,13 +89,16 @@ class _Chunk(NamedTuple):
     labels: Tensor  # [rows, 1]
 
 
-def _chunks(operands: HeadOperands, spec: HeadSpec) -> Iterator[_Chunk]:
-    """Yield chunks of nearly equal size of the rows whose label is not ignored."""
+def _chunks(operands: HeadOperands, spec: HeadSpec, rows: int = 0) -> Iterator[_Chunk]:
+    """Yield chunks of nearly equal size of the rows whose label is not ignored.
+
+    rows: of a chunk, if the spec has no number; 0 for `chunk_rows`.
+    """
     x, weight, lora_A, lora_B, labels, bias, *_ = operands
     kept = _kept_rows(labels, spec.ignore_index, lora_B.shape[0])
     if kept is not None:
         x, labels = x[kept], labels[kept]
-    rows = spec.chunk_rows or chunk_rows(lora_B.shape[0], is_on_gpu_path(x.device.type))
+    rows = spec.chunk_rows or rows or chunk_rows(lora_B.shape[0], is_on_gpu_path(x.device.type))
     if isinstance(weight, Tensor):
         weight = weight.to(spec.dtype)  # once, not for each chunk
     count = -(-x.shape[0] // rows)
@@ -210,32 +227,141 @@ def cross_entropy(
     linear_backward: LinearBackward,
 ) -> tuple[Tensor, HeadGrads]:
     """Return the sum of the rows' losses, and its gradients."""
-    x, V = operands.x, operands.lora_B.shape[0]
+    x = operands.x
     factor = _FLOAT16_FACTOR if spec.y_dtype is torch.float16 else None
     sums = _Sums(operands, spec, needs, linear_backward, factor)
     weight = (factor or 1.0) * spec.logit_scale * spec.inverse_temperature
-    eps = spec.label_smoothing
     losses = [x.new_zeros(1, dtype=stat_dtype(x.dtype))]
-    for chunk in _chunks(operands, spec):
+    rows = loss_rows(operands.lora_B.shape[0], x.device, spec.y_dtype)
+    for chunk in _chunks(operands, spec, rows):
         y, saved = linear(chunk.operands, _linear_spec(spec))
-        z = _logits(y, spec)
-        target = z.gather(1, chunk.labels)
-        if eps:
-            target = target * (1 - eps) + z.mean(1, keepdim=True) * eps
-        slope = _slope(z, spec) if any(needs) else None
-        top = z.amax(1, keepdim=True)
-        total = z.sub_(top).exp_().sum(1, keepdim=True)
-        losses.append((total.log() + (top - target))[:, 0])
-        if not any(needs):
-            continue
+        losses.append(loss_of_logits_(y, chunk.labels, spec, weight, any(needs)))
+        if any(needs):
+            sums.add(chunk, y, saved)
+        del y
+    return torch.cat(losses).sum(), sums.result()
+
+
+def loss_of_logits_(
+    y: Tensor, labels: Tensor, spec: HeadSpec, weight: float, has_gradient: bool
+) -> Tensor:
+    """Return the loss of each row in float32 (float64 for float64), and overwrite y.
+
+    Args:
+        y: [rows, V], contiguous. It becomes the gradient of `weight` times the loss with
+            has_gradient, and nothing of use without.
+        labels: [rows, 1].
+    """
+    if kernel_reason(y.device, y.dtype) is not None:
+        return loss_of_logits_by_torch_(y, labels, spec, weight, has_gradient)
+    args = labels[:, 0], *_scale_and_cap(spec), weight, spec.label_smoothing, has_gradient
+    if checked.is_dispatched(y):
+        return torch.ops.lora_kernels.cross_entropy_(y, *args)  # type: ignore[no-any-return]
+    return _launch_cross_entropy(y, *args)
+
+
+def loss_of_logits_by_torch_(
+    y: Tensor, labels: Tensor, spec: HeadSpec, weight: float, has_gradient: bool
+) -> Tensor:
+    """`loss_of_logits_` by PyTorch's ops."""
+    eps = spec.label_smoothing
+    z = _logits(y, spec)
+    target = z.gather(1, labels)
+    if eps:
+        target = target * (1 - eps) + z.mean(1, keepdim=True) * eps
+    slope = _slope(z, spec) if has_gradient else None
+    top = z.amax(1, keepdim=True)
+    total = z.sub_(top).exp_().sum(1, keepdim=True)
+    loss = (total.log() + (top - target))[:, 0]
+    if has_gradient:
         z.mul_(weight / total)
-        z.scatter_add_(1, chunk.labels, torch.full_like(top, -(1 - eps) * weight))
+        z.scatter_add_(1, labels, torch.full_like(top, -(1 - eps) * weight))
         if eps:
-            z.sub_(eps / V * weight)
+            z.sub_(eps / y.shape[1] * weight)
         if slope is not None:
             z.mul_(slope)
-        sums.add(chunk, _rounded(z, y), saved)
-    return torch.cat(losses).sum(), sums.result()
+        _rounded(z, y)
+    return loss
+
+
+kernel_reasons: checked.Reasons = {}
+
+
+def kernel_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why PyTorch's ops compute the loss on this device; None if Triton's kernel does."""
+    if not is_on_gpu_path(device.type) and not triton.is_interpreted():
+        return "a CPU runs PyTorch's ops"
+    return checked.kernel_reason(kernel_reasons, compare_kernel, device, dtype)
+
+
+def compare_kernel(device: torch.device) -> str | None:
+    """Compare the kernel with PyTorch's ops on `device`, and synchronize."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(3, 5003, generator=generator, dtype=torch.float64) * 4
+    labels = torch.tensor([[0], [5002], [4096]]).to(device)
+    specs = [
+        HeadSpec(1.0, 0.0, torch.float32, torch.float32, *options)
+        for options in ((0.7,), (0.7, 5.0, 1.5), (0.7, 0.0, 1.0, 0.1), (0.7, 5.0, 1.5, 0.1))
+    ]
+    for spec, dtype in itertools.product(specs, KERNEL_DTYPES):
+        found = _find_difference(sample.to(device, dtype), labels, spec)
+        if found is not None:
+            cap, eps = spec.softcap, spec.label_smoothing
+            return f"Triton's kernel of the loss in {dtype} (cap {cap}, smoothing {eps}) {found}"
+    return None
+
+
+def _find_difference(y: Tensor, labels: Tensor, spec: HeadSpec) -> str | None:
+    weight = 2.0 * spec.logit_scale * spec.inverse_temperature
+    want, got, same = y.double(), y.clone(), y.clone()
+    loss = loss_of_logits_by_torch_(want, labels, spec, weight, True)
+    args = labels[:, 0], *_scale_and_cap(spec), weight, spec.label_smoothing
+    losses = [_launch_cross_entropy(t, *args, g) for t, g in ((got, True), (same, False))]
+    if not torch.equal(*losses) or not torch.equal(same, y):
+        return "makes another loss with the gradient, or changes logits without it"
+    # Sums of thousands of terms, each off by a few units; the gradient is rounded once.
+    if not bool(((losses[0] - loss).abs() <= 2.0**-17 * (1 + loss.abs())).all()):
+        return "differs from PyTorch's ops in the loss"
+    bound = 2.0**-16 * want.abs() + torch.finfo(y.dtype).eps * want.abs() + 2.0**-24 * weight
+    tiny = torch.finfo(y.dtype).smallest_normal
+    if not bool(((got.double() - want).abs() <= bound + tiny).all()):
+        return "differs from PyTorch's ops in the gradient"
+    return None
+
+
+def _scale_and_cap(spec: HeadSpec) -> tuple[float, float]:
+    """Return the kernel's arguments: z is scale·y, or cap·tanh(scale·y) if cap is not 0."""
+    if spec.softcap:
+        return spec.logit_scale / spec.softcap, spec.softcap * spec.inverse_temperature
+    return spec.logit_scale * spec.inverse_temperature, 0.0
+
+
+def _launch_cross_entropy(
+    y: Tensor,
+    labels: Tensor,
+    scale: float,
+    cap: float,
+    weight: float,
+    smoothing: float,
+    has_gradient: bool,
+) -> Tensor:
+    from ..triton import elementwise
+
+    return elementwise.cross_entropy(y, labels, scale, cap, weight, smoothing, has_gradient)
+
+
+# An op that is one kernel, for modes.
+_LIB = torch.library.Library("lora_kernels", "FRAGMENT")
+_LIB.define(
+    "cross_entropy_(Tensor(a!) y, Tensor labels, float scale, float cap, float weight, "
+    "float smoothing, bool has_gradient) -> Tensor"
+)
+torch.library.register_kernel("lora_kernels::cross_entropy_", None, _launch_cross_entropy, lib=_LIB)
+torch.library.register_fake(
+    "lora_kernels::cross_entropy_",
+    lambda y, *args: y.new_empty(y.shape[0], dtype=torch.float32),
+    lib=_LIB,
+)
 
 
 def _rounded(dz: Tensor, y: Tensor) -> Tensor:

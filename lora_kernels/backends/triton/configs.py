@@ -77,7 +77,7 @@ class RowTiles(Tiles):
 
 @dataclass(frozen=True)
 class ColumnTiles(Tiles):
-    """block_n columns of `reduce_kernel`, or elements of the kernels in gated.py."""
+    """block_n columns of `reduce_kernel`, or elements of the kernels in gated.py and softmax.py."""
 
     block_n: int
     warps: int
@@ -270,6 +270,12 @@ def shrink_outer(
 def elementwise(target: DeviceInfo) -> ColumnTiles:
     """Return the elements of a program of gated.py: 128 bits of 16-bit elements a thread."""
     return ColumnTiles(2048 if target.kind == "hip" else 1024, 4, 1)
+
+
+def softmax(target: DeviceInfo, columns: int) -> ColumnTiles:
+    """Return the columns that a program of softmax.py holds at a time: 16 a thread at most."""
+    threads = 8 * (64 if target.kind == "hip" else 32)
+    return ColumnTiles(min(16 * threads, max(1024, power_of_two(columns))), 8, 1)
 
 
 def power_of_two(n: int) -> int:

@@ -1,4 +1,4 @@
-"""Launch the elementwise kernels of a gated MLP."""
+"""Launch the elementwise kernels of a gated MLP, and that of a head's loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import configs, launch
 from .gated import gated_backward_kernel, gated_kernel
+from .softmax import cross_entropy_kernel
 
 # `gated.activate`'s names.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
@@ -44,3 +45,48 @@ def _run(kernel: object, activation: str, **tensors: Tensor) -> None:
         WIDE=n >= 1 << 31,
         **config.blocks,
     )
+
+
+def cross_entropy(
+    y: Tensor,
+    labels: Tensor,
+    scale: float,
+    cap: float,
+    weight: float,
+    smoothing: float,
+    has_gradient: bool,
+) -> Tensor:
+    """Return the loss of each row in float32, and write its gradient into y.
+
+    Args:
+        y: [rows, columns], contiguous; left as it is without has_gradient.
+        labels: [rows], int64, 0 to columns - 1.
+        scale, cap: z is scale·y, or cap·tanh(scale·y) if cap is not 0.
+        weight: of the gradient.
+        smoothing: label smoothing.
+    """
+    rows, columns = y.shape
+    loss = torch.empty(rows, dtype=torch.float32, device=y.device)
+    if not rows:
+        return loss
+    config = configs.softmax(launch.target(y), columns)
+    launch.run(
+        cross_entropy_kernel,
+        config,
+        grid=(rows,),
+        device=y.device,
+        y_ptr=y,
+        labels_ptr=labels,
+        loss_ptr=loss,
+        columns=columns,
+        scale=scale,
+        cap=cap,
+        weight=weight,
+        smoothing=smoothing,
+        HAS_CAP=bool(cap),
+        HAS_SMOOTHING=bool(smoothing),
+        HAS_GRADIENT=has_gradient,
+        WIDE=rows * columns >= 1 << 31,
+        **config.blocks,
+    )
+    return loss

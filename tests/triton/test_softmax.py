@@ -1,0 +1,238 @@
+"""The kernel of a head's loss beside float64, and its check on a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import lora_kernels
+from lora_kernels.backends.eager import head
+from lora_kernels.backends.eager.head import KERNEL_DTYPES
+from lora_kernels.backends.triton import configs, elementwise, launch
+from lora_kernels.core.call import HeadSpec
+from lora_kernels.oracle.case import judge
+from lora_kernels.oracle.head_case import HeadCase
+from tests.support.engines import assert_within
+from tests.triton.device import DEVICE
+
+every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+BLOCK = configs.softmax(configs.INTERPRETER, 10**6).block_n
+SIZES = (1, 1023, 1024, 1025, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7)
+
+
+def sample(columns: int, dtype: torch.dtype, rows: int = 3) -> tuple[Tensor, Tensor]:
+    """Logits, and labels in the first and the last column and between."""
+    generator = torch.Generator().manual_seed(4)
+    y = 4 * torch.randn(rows, columns, generator=generator)
+    labels = torch.tensor([0, columns - 1, columns // 2] * rows)[:rows]
+    return y.to(DEVICE, dtype), labels.to(DEVICE)
+
+
+def exact(
+    y: Tensor, labels: Tensor, scale: float, cap: float, weight: float, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The loss, and `weight` times its gradient in z times the cap's slope, in float64."""
+    a = (scale * y.double()).requires_grad_()
+    z = cap * torch.tanh(a) if cap else a
+    loss = F.cross_entropy(z, labels, label_smoothing=smoothing, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), a)
+    return loss.detach(), gradient * (weight / (cap or 1.0))
+
+
+@every_dtype
+@pytest.mark.parametrize("columns", SIZES)
+@pytest.mark.parametrize(("scale", "cap"), [(0.7, 0.0), (0.2, 3.0)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_kernel_is_close_to_float64(
+    columns: int, dtype: torch.dtype, scale: float, cap: float, smoothing: float
+) -> None:
+    y, labels = sample(columns, dtype)
+    args = scale, cap, 2.0, smoothing
+    loss, gradient = exact(y, labels, *args)
+    got = y.clone()
+    found = elementwise.cross_entropy(got, labels, *args, True)
+    # z has a rounding and tanh's few of cap; a sum of `columns` positive terms is off by the units
+    # of one lane's sum and the tree's, which is 2 · columns / BLOCK + 12.
+    unit = 2.0**-24
+    sums = (2 * columns / BLOCK + 24) * unit
+    of_z = 8 * unit * (cap or float(y.abs().max()) * scale)
+    assert ((found.double() - loss).abs() <= sums + 2 * of_z + 4 * unit * loss.abs()).all()
+    error, eps = (got.double() - gradient).abs(), torch.finfo(dtype).eps
+    a = scale * y.double()
+    terms = (cap * torch.tanh(a) if cap else a).softmax(1) + smoothing / columns
+    terms += F.one_hot(labels, columns)
+    bound = 0.51 * eps * gradient.abs() + 2.0 * (sums + 4 * of_z) * terms
+    bound += torch.finfo(dtype).smallest_normal * eps
+    assert (error <= bound).all(), (error / bound).max()
+
+
+@every_dtype
+def test_kernel_without_gradient_leaves_the_logits(dtype: torch.dtype) -> None:
+    y, labels = sample(2 * BLOCK + 7, dtype)
+    before, written = y.clone(), y.clone()
+    loss = elementwise.cross_entropy(y, labels, 0.7, 0.0, 0.0, 0.1, False)
+    assert torch.equal(y, before)
+    assert torch.equal(loss, elementwise.cross_entropy(written, labels, 0.7, 0.0, 1.0, 0.1, True))
+    assert not torch.equal(written, before)
+
+
+@pytest.mark.parametrize("columns", SIZES)
+def test_kernel_writes_no_row_but_its_own(columns: int) -> None:
+    memory = torch.full((5, columns), 7.0, device=DEVICE)
+    memory[1:4], labels = sample(columns, torch.float32)
+    elementwise.cross_entropy(memory[1:4], labels, 1.0, 0.0, 1.0, 0.0, True)
+    assert (memory[[0, 4]] == 7.0).all() and not (memory[1:4] == 7.0).any()
+
+
+def test_kernel_of_no_rows_launches_nothing() -> None:
+    y, labels = torch.empty(0, 8, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    assert elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, True).shape == (0,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 5, BLOCK + 3])
+def test_logits_that_are_not_finite_give_what_pytorch_gives(value: float, at: int) -> None:
+    y, labels = sample(BLOCK + 9, torch.float32)
+    y[1, at] = value  # not row 1's label
+    want = y.double().requires_grad_()
+    loss = F.cross_entropy(want, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), want)
+    found = elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, True)
+    torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(y.double(), gradient, rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+def test_first_logits_of_minus_infinity_count_for_nothing() -> None:
+    y, labels = sample(BLOCK + 9, torch.float32)
+    y[1, : BLOCK + 3] = -math.inf
+    loss, _ = exact(y, labels, 1.0, 0.0, 1.0, 0.0)
+    found = elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, True)
+    torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=1e-5)
+    assert (y[1, : BLOCK + 3] == 0).all() and y.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2**15, 2**16 - 1), (2**15, 2**16)])
+def test_offsets_that_32_bits_do_not_hold_are_64_bits_wide(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch, "run", lambda kernel, config, **given: launched.append(given))
+    y = torch.empty((), dtype=torch.bfloat16, device=DEVICE).expand(rows, columns)
+    elementwise.cross_entropy(y, y[:, 0], 1.0, 0.0, 1.0, 0.0, True)
+    (given,) = launched
+    assert given["columns"] == columns and given["grid"] == (rows,)
+    assert given["WIDE"] is (rows * columns >= 2**31)
+
+
+# The check
+
+
+def test_kernel_passes_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "kernel_reasons", {})
+    assert head.kernel_reason(torch.device(DEVICE), torch.bfloat16) is None
+    reason = head.kernel_reason(torch.device(DEVICE), torch.float64)
+    assert reason == "Triton's elementwise kernels do not take torch.float64"
+
+
+def wrong_loss(y: Tensor, *args: Any) -> Tensor:
+    return elementwise.cross_entropy(y, *args) * (1 + 2.0**-12)
+
+
+def wrong_gradient(y: Tensor, *args: Any) -> Tensor:
+    loss = elementwise.cross_entropy(y, *args)
+    if args[-1]:
+        y.mul_(1 + 2.0**-6)
+    return loss
+
+
+def without_label(y: Tensor, labels: Tensor, *args: Any) -> Tensor:
+    return elementwise.cross_entropy(y, labels - 1, *args)
+
+
+def without_smoothing(y: Tensor, *args: Any) -> Tensor:
+    return elementwise.cross_entropy(y, *args[:4], 0.0, args[-1])
+
+
+def always_in_place(y: Tensor, *args: Any) -> Tensor:
+    return elementwise.cross_entropy(y, *args[:-1], True)
+
+
+def failing(*args: Any) -> Tensor:
+    raise RuntimeError("no kernel image")
+
+
+FAULTS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "the loss off by 2⁻¹²": (wrong_loss, "differs from PyTorch's ops in the loss"),
+    "the gradient off by two units": (wrong_gradient, "in the gradient"),
+    "another label": (without_label, "in the loss"),
+    "no smoothing": (without_smoothing, "smoothing 0.1) differs"),
+    "a gradient unasked for": (always_in_place, "changes logits without it"),
+    "an exception": (failing, "raised RuntimeError: no kernel image"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_kernel_that_fails_its_check_is_not_used(fault, monkeypatch) -> None:
+    broken, said = FAULTS[fault]
+    monkeypatch.setattr(head, "_launch_cross_entropy", broken)
+    monkeypatch.setattr(head, "kernel_reasons", {})
+    reason = head.kernel_reason(torch.device(DEVICE), torch.bfloat16)
+    assert reason is not None and said in reason
+    monkeypatch.setattr(head, "_launch_cross_entropy", None)  # is not called
+    y, labels = sample(50, torch.bfloat16)
+    spec, want = HeadSpec(1.0, 0.0, torch.bfloat16, torch.bfloat16), y.clone()
+    found = head.loss_of_logits_(y, labels[:, None], spec, 1.0, True)
+    loss = head.loss_of_logits_by_torch_(want, labels[:, None], spec, 1.0, True)
+    assert torch.equal(found, loss) and torch.equal(y, want)
+
+
+# The op
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows by whether a gradient is wanted, at each launch of a call of the op."""
+    found: list[bool] = []
+    launch_loss = head._launch_cross_entropy
+
+    def record(*args: Any) -> Tensor:
+        found.append(args[-1])
+        return launch_loss(*args)
+
+    assert head.kernel_reason(torch.device(DEVICE), torch.float32) is None
+    monkeypatch.setattr(head, "_launch_cross_entropy", record)
+    return found
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adapter_dtype": torch.float32, "logit_softcap": 3.0, "logit_scale": 0.75},
+        {"label_smoothing": 0.1, "logit_scale": 1.5, "trained_weight": True},
+        {"frozen": ("x", "lora_A", "lora_B", "bias")},
+    ],
+    ids=str,
+)
+def test_cross_entropy_by_the_kernel_is_within_tolerance(
+    options: dict[str, Any], dtype: torch.dtype, launches: list[bool]
+) -> None:
+    case = replace(HeadCase(23, 65, 40, 5, chunk_rows=5), dtype=dtype, **options)
+    with lora_kernels.backend("eager"):
+        assert_within(case, judge(case))
+    assert len(launches) >= 4 and launches[0] is ("frozen" not in options)
+
+
+def test_chunk_of_the_kernel_has_the_bytes_of_its_logits(launches: list[bool]) -> None:
+    device = torch.device(DEVICE)
+    for dtype, itemsize in ((torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 4)):
+        limit = head.CHUNK_BYTES_ON_GPU if DEVICE == "cuda" else head.CHUNK_BYTES
+        assert head.loss_rows(20_000, device, dtype) == limit // (itemsize * 20_000)

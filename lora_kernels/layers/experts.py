@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops import context
+from ..ops.arguments import check_finite, check_probability
 from ..ops.experts import lora_experts_linear
 from ..quantization import Weight4bit
 
@@ -122,8 +123,8 @@ class LoRAExperts(nn.Module):
             raise TypeError(f"experts: {reason}")
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"r: got {r!r}, want an integer of at least 1")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout: got {dropout}, want a probability in [0, 1]")
+        check_finite("alpha", alpha)
+        check_probability("dropout", dropout)
         self.experts = experts.requires_grad_(False)
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, alpha / r, dropout
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()

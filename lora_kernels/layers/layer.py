@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.arguments import check_finite, check_probability
 from ..ops.linear import lora_linear
 from ..quantization import Weight4bit
 from .cache import CallCache, DoraNormCache
@@ -138,13 +139,8 @@ class LoRALayer(nn.Module):
         super().__init__()
         for name, size in (("in_features", in_features), ("out_features", out_features), ("r", r)):
             check_size(name, size)
-        for name, number in (("alpha", alpha), ("dropout", dropout)):
-            if not isinstance(number, (int, float)):
-                raise TypeError(f"{name}: got {number!r}, want a number")
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha: got {alpha}, want a finite number")
-        if not 0.0 <= dropout <= 1.0:  # NaN fails this too
-            raise ValueError(f"dropout: got {dropout}, want a probability in [0, 1]")
+        check_finite("alpha", alpha)
+        check_probability("dropout", dropout)
         init = self._default_init if init is None else init
         if not callable(init) and init not in _INITS:
             want = ", ".join(map(repr, _INITS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from typing import Any
@@ -182,5 +181,12 @@ class RankAllocator:
             got = len(state["sensitivity"])
             raise ValueError(f"state: got {got} layers, want {len(self.layers)}")
         self.steps = state["steps"]
-        copied = copy.deepcopy(state)  # `step` changes the averages in place
-        self._sensitivity, self._uncertainty = copied["sensitivity"], copied["uncertainty"]
+        self._sensitivity = self._copy_to_layers(state["sensitivity"])
+        self._uncertainty = self._copy_to_layers(state["uncertainty"])
+
+    def _copy_to_layers(self, averages: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Return copies, which `step` changes in place, on the devices of the parameters."""
+        return [
+            {name: t.to(layer.get_parameter(name).device, copy=True) for name, t in each.items()}
+            for layer, each in zip(self.layers, averages, strict=True)
+        ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -41,6 +42,20 @@ def check_number(name: str, got: float) -> float:
     if isinstance(got, bool) or not isinstance(got, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: got {got!r}, want a number")
     return float(got)
+
+
+def check_finite(name: str, got: float) -> float:
+    got = check_number(name, got)
+    if not math.isfinite(got):
+        raise ValueError(f"{name}: got {got}, want a finite number")
+    return got
+
+
+def check_probability(name: str, got: float) -> float:
+    got = check_number(name, got)
+    if not 0.0 <= got <= 1.0:  # NaN fails this too
+        raise ValueError(f"{name}: got {got}, want a probability in [0, 1]")
+    return got
 
 
 def matrix_shape(name: str, t: Tensor, want: str) -> tuple[int, int]:
@@ -156,16 +171,20 @@ def check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x") 
     check_devices(beside, x, **{name: t})
 
 
-def _check_rng(rng: Tensor, x: Tensor) -> None:
+def check_rng_state(rng: Tensor) -> None:
+    """Raise TypeError or ValueError unless rng is the state of a dropout mask."""
     if not isinstance(rng, Tensor):
         raise tensor_error("rng", rng)
-    check_devices("x", x, rng=rng)
     if rng.dtype is not torch.int64 or rng.shape != (2,):
-        is_mask = rng.dtype is torch.bool and rng.shape == x.shape
-        hint = "; the argument of a mask is dropout_mask" * is_mask
+        hint = "; the argument of a mask is dropout_mask" * (rng.dtype is torch.bool)
         raise ValueError(
             f"rng: got {rng.dtype} {list(rng.shape)}, want int64 [2]: seed and offset{hint}"
         )
+
+
+def _check_rng(rng: Tensor, x: Tensor) -> None:
+    check_rng_state(rng)
+    check_devices("x", x, rng=rng)
     if selection.is_eager_on_gpu(context.device_of(x)[0]) and not x.is_meta:
         raise ValueError(f"rng: got the state of a mask on {rng.device}, {NATIVE_MASKS}")
 
@@ -189,11 +208,9 @@ def check_dropout(
     Both are None if dropout_p is 0 or if the op draws the mask. A state is drawn without gradients
     too, because checkpointing must replay the mask.
     """
-    dropout_p = check_number("dropout_p", dropout_p)
+    dropout_p = check_probability("dropout_p", dropout_p)
     if not dropout_p:
         return 0.0, None, None
-    if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
-        raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
     if rng is not None and mask is not None:
         raise ValueError("dropout_mask: got a mask beside rng, the state of one; want one of them")
     if mask is not None:

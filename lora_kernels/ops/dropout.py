@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..choice import choose as selection
 from ..core import dropout
-from .arguments import NATIVE_MASKS
+from .arguments import NATIVE_MASKS, check_probability, check_rng_state
 
 
 def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
@@ -16,10 +16,12 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     Philox4x32-10 with key = seed and counter = (k >> 2, m, offset_lo, offset_hi). Element (m, k)
     has word k & 3, and is kept if word >= round(p·2³²).
 
-    rng: int64[2], seed and offset.
+    Args:
+        rng: int64[2], seed and offset.
+        p: probability in [0, 1] of dropping an element.
 
-    Raises RuntimeError on a GPU that runs the eager backend, because PyTorch's dropout kernel draws
-    its masks.
+    Raises ValueError or TypeError for another rng or p. Raises RuntimeError on a GPU that runs the
+    eager backend, because PyTorch's dropout kernel draws its masks.
 
     >>> import torch
     >>> from lora_kernels import dropout_mask
@@ -27,6 +29,8 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     >>> mask.shape, 0.7 < mask.double().mean().item() < 0.8
     (torch.Size([64, 64]), True)
     """
+    p = check_probability("p", p)
+    check_rng_state(rng)
     device_type = rng.device.type
     if selection.is_eager_on_gpu(device_type):
         raise RuntimeError(f"dropout_mask: rng is on {rng.device}, {NATIVE_MASKS}")

@@ -233,12 +233,14 @@ def _forward_of(cls: Any) -> Any:
         taken = _arguments_of(type(self.model).forward)
         found = self.model(**{n: t for n, t in kwargs.items() if taken is None or n in taken})
         x, logits = found.last_hidden_state, None
+        # As in transformers, the loss gets what the forward does not name.
+        of_loss = {name: value for name, value in kwargs.items() if name not in names}
         if call_reason(self, x.device, x.dtype) is None:
-            loss = _loss(self, x, labels, **kwargs)
+            loss = _loss(self, x, labels, **of_loss)
         else:
             logits = _logits(self, x)
             sizes = {"vocab_size": self.config.vocab_size}
-            loss = self.loss_function(logits=logits, labels=labels, **sizes, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, **sizes, **of_loss)
         rest = {name: getattr(found, name, None) for name in outputs}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -544,6 +545,21 @@ def test_check_leaves_the_model_as_it_was(
         with pytest.raises(ZeroDivisionError):
             check(model, inputs)
     assert state_of(model) == before
+
+
+def test_check_leaves_numpy_s_generator_to_a_model_that_draws_from_it() -> None:
+    """As SpecAugment masks."""
+
+    class Masks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * int(np.random.randint(1, 3))
+
+    model = get_peft_model(nn.Sequential(Masks(8, 8)), LoraConfig(target_modules=["0"]))
+    np.random.seed(0)
+    want = np.random.randint(1 << 30, size=3)
+    np.random.seed(0)
+    check(model, torch.randn(4, 8))
+    assert np.array_equal(np.random.randint(1 << 30, size=3), want)
 
 
 @either

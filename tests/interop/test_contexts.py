@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
 from lora_kernels.layers import LoRALinear
-from lora_kernels.peft import explain, fuse
+from lora_kernels.peft import explain, fuse, zero3
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     IDS,
@@ -45,6 +45,23 @@ from tests.support.peft_models import (
 )
 
 Call = Callable[[Any, Tensor], Any]
+
+
+def test_x_that_changes_before_the_backward_of_a_gathered_layer_raises() -> None:
+    """Under ZeRO-3 a layer saves what makes its parameters again; no DeepSpeed is needed here."""
+    layer = nn.Sequential(nn.Linear(4, 4, bias=False))
+    weight: Any = layer[0].weight
+    weight.ds_id = 0
+    layer.forward = lambda x: x @ layer[0].weight.t()  # type: ignore[method-assign]
+    layer._external_params = {id(weight): weight}  # type: ignore[assignment]
+    zero3.gather_in_call([layer])
+    x = torch.ones(2, 4)
+    layer(x).sum().backward()
+    assert torch.equal(weight.grad, torch.full((4, 4), 2.0))
+    y = layer(x)
+    x.mul_(100.0)
+    with pytest.raises(RuntimeError, match="modified in place: got version 1, want 0"):
+        y.sum().backward()
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:

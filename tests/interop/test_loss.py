@@ -317,6 +317,20 @@ def test_loss_that_needs_logits_computes_them_and_explain_says_why(
     assert reason in row.reason
 
 
+def test_replaced_loss_function_gets_what_transformers_gives_it() -> None:
+    """Not the model's own arguments."""
+
+    def mine(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+        return logits[:, :-1].flatten(0, 1)[:, :vocab_size].logsumexp(1).mean() + labels.sum()
+
+    model = adapted(causal_model())
+    model.base_model.model.loss_function = mine
+    ours, theirs = pair(model.train())
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": LABELS}
+    losses = [each(**inputs, use_cache=False).loss for each in (ours, theirs)]
+    torch.testing.assert_close(*losses)
+
+
 def test_loss_of_two_dropouts_on_the_head_computes_logits() -> None:
     model = adapted(causal_model(), ["lm_head"], lora_dropout=0.1)
     add_adapter(model, lora_dropout=0.2)

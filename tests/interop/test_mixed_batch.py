@@ -87,6 +87,7 @@ def test_decoding_before_and_after() -> None:
         for names in (None, None, NAMES, None, ["third", "__base__", "second"], None):
             kwargs = {} if names is None else {"adapter_names": names}
             assert_close_derived(fused(x, **kwargs), stock(x, **kwargs))
+    assert not any("rows name" in row.reason for row in explain(fused).rows)
 
 
 def test_training_follows_peft() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -316,6 +317,20 @@ def test_lora_experts_of_bad_input_names_the_argument() -> None:
     for module in (experts, twice):
         reason = unsupported_reason(module) or ""
         assert "without a plain or 4-bit parameter down_proj" in reason
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alpha": math.nan}, "alpha: got nan, want a finite number"),
+        ({"alpha": "16"}, "alpha: got '16', want a number"),
+        ({"dropout": 1.5}, "dropout: got 1.5, want a probability"),
+        ({"dropout": "0.1"}, "dropout: got '0.1', want a number"),
+    ],
+)
+def test_experts_of_a_wrong_number_name_the_argument(options: Any, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        LoRAExperts(Experts(E, H, INNER), **options)
 
 
 BAD_ROUTES = {

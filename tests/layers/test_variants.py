@@ -245,6 +245,20 @@ def test_lora_plus_of_a_whole_model() -> None:
     assert (slow["lr"], fast["lr"]) == (0.1, 0.4)
 
 
+def test_lora_plus_of_peft_s_embedding_has_its_b_in_the_fast_group() -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8)),
+        LoraConfig(r=2, target_modules=["0", "1"]),
+    )
+    _, fast = lora_plus_parameter_groups(model, 0.1, 4)
+    found = {id(p) for p in fast["params"]}
+    named = model.named_parameters()
+    assert {name for name, p in named if id(p) in found} == {
+        "base_model.model.0.lora_embedding_B.default",
+        "base_model.model.1.lora_B.default.weight",
+    }
+
+
 # DoRA --------------------------------------------------------------------------------------------
 
 
@@ -451,6 +465,18 @@ def test_allocator_state_is_copied_when_loaded_and_checked_before() -> None:
         with pytest.raises(ValueError, match=f"state: {words}"):
             second.load_state_dict(bad)
     assert second.steps == 2
+
+
+def test_allocator_state_of_another_device_is_moved_to_that_of_the_layers() -> None:
+    """As torch's optimizers move theirs; meta stands for a GPU."""
+    trained, found = make("AdaLoRALinear"), make("AdaLoRALinear").to("meta")
+    first, second = (layers.RankAllocator(model, 2, 10) for model in (trained, found))
+    trained(torch.randn(M, K)).square().mean().backward()
+    first.step()
+    second.load_state_dict(first.state_dict())
+    averages = [*second._sensitivity, *second._uncertainty]
+    assert all(t.is_meta for each in averages for t in each.values()) and averages[0]
+    assert not any(t.is_meta for t in first._sensitivity[0].values())
 
 
 def test_the_allocator_goes_on_where_it_stopped() -> None:

@@ -90,6 +90,25 @@ def test_multi_lora_linear_of_any_numbers_as_scaling_is_the_same(scaling: Any) -
     torch.testing.assert_close(lora_kernels.multi_lora_linear(**given, scaling=scaling), want)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"p": 1.5}, r"p: got 1\.5, want a probability in \[0, 1\]"),
+        ({"p": -0.5}, r"p: got -0\.5, want a probability in \[0, 1\]"),
+        ({"p": float("nan")}, r"p: got nan, want a probability in \[0, 1\]"),
+        ({"p": "0.5"}, "p: got '0.5', want a number"),
+        ({"rng": [1, 2]}, "rng: got list, want a tensor"),
+        ({"rng": torch.tensor([1])}, r"rng: got torch.int64 \[1\], want int64 \[2\]: seed and"),
+        ({"rng": torch.tensor([1, 2, 3])}, r"rng: got torch.int64 \[3\], want int64 \[2\]"),
+        ({"rng": torch.tensor([1, 2]).int()}, r"rng: got torch.int32 \[2\], want int64 \[2\]"),
+    ],
+)
+def test_dropout_mask_of_no_state_or_probability_raises(change: dict[str, Any], words: str) -> None:
+    given = {"rng": torch.tensor([1, 2]), "M": 2, "K": 3, "p": 0.5}
+    with pytest.raises((TypeError, ValueError), match=words):
+        lora_kernels.dropout_mask(**(given | change))
+
+
 class Refuses:
     def __index__(self) -> int:
         raise ZeroDivisionError

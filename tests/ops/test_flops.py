@@ -53,6 +53,14 @@ def test_flops_of_several_adapters_are_those_of_one_for_all_rows() -> None:
     assert got == flops(lambda: plain_linear(x, weight, As[0], Bs[0]))
 
 
+def test_flops_of_adapters_of_different_ranks_are_those_of_the_largest() -> None:
+    """Which rows have which adapter is not in the shapes."""
+    x, weight, index = leaf(M, K), torch.randn(N, K), torch.ones(M, dtype=torch.int64)
+    As, Bs = ([leaf(rank, K) for rank in (1, R, 2)], [leaf(N, rank) for rank in (1, R, 2)])
+    got = flops(lambda: lora_kernels.multi_lora_linear(x, weight, As, Bs, index))
+    assert got == flops(lambda: plain_linear(x, weight, As[1], Bs[1]))
+
+
 def test_flops_of_experts_are_those_of_one_for_all_rows() -> None:
     x, weight, offsets = leaf(M, K), torch.randn(E, N, K), torch.tensor([1, 4, M])
     A, B = leaf(E, R, K), leaf(E, N, R)

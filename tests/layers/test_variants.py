@@ -468,7 +468,7 @@ def test_allocator_state_is_copied_when_loaded_and_checked_before() -> None:
 
 
 def test_allocator_state_of_another_device_is_moved_to_that_of_the_layers() -> None:
-    """As torch's optimizers move theirs; meta stands for a GPU."""
+    """Torch's optimizers move theirs too. Meta stands for a GPU."""
     trained, found = make("AdaLoRALinear"), make("AdaLoRALinear").to("meta")
     first, second = (layers.RankAllocator(model, 2, 10) for model in (trained, found))
     trained(torch.randn(M, K)).square().mean().backward()

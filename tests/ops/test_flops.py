@@ -54,7 +54,7 @@ def test_flops_of_several_adapters_are_those_of_one_for_all_rows() -> None:
 
 
 def test_flops_of_adapters_of_different_ranks_are_those_of_the_largest() -> None:
-    """Which rows have which adapter is not in the shapes."""
+    # Which rows have which adapter is not in the shapes.
     x, weight, index = leaf(M, K), torch.randn(N, K), torch.ones(M, dtype=torch.int64)
     As, Bs = ([leaf(rank, K) for rank in (1, R, 2)], [leaf(N, rank) for rank in (1, R, 2)])
     got = flops(lambda: lora_kernels.multi_lora_linear(x, weight, As, Bs, index))

@@ -48,7 +48,8 @@ class Parts(NamedTuple):
         activation: of `eager_mlp.ACTIVATIONS`.
         is_up_first: whether up is called before gate. Dropout draws its masks in that order.
         settings: a module, by name ("" for the MLP, or its activation), the name of one of its
-            other attributes, which its forward may read, and the value.
+            other attributes, which its forward may read, and the value. "config.size" is the name
+            of an attribute of the object `config`, if the forward's code has it.
         attributes: names of the MLP's own attributes, and of those that no forward reads.
     """
 
@@ -109,12 +110,13 @@ def _fused_class(cls: Hashable) -> Any:
 def fuse_mlps(model: nn.Module) -> None:
     """Give each gated MLP of the model the class that runs it as one block."""
     for _, module in _candidates(model):
-        if not isinstance(module, GatedMLP):
-            found = recognize(module)
-            if isinstance(found, Parts):
-                module._parts = found
-                cls: Any = type(module)
-                set_class(module, _fused_class(cls))
+        if isinstance(module, GatedMLP):
+            _restore(module)  # its settings may have changed
+        found = recognize(module)
+        if isinstance(found, Parts):
+            module._parts = found
+            cls: Any = type(module)
+            set_class(module, _fused_class(cls))
 
 
 def restore_mlps(model: nn.Module) -> None:
@@ -192,7 +194,7 @@ def recognize(module: Any) -> Parts | str:
         return "not a gated MLP: it has parameters or buffers of its own"
     ((act, function),) = others.items()
     if isinstance(function, nn.Module):
-        if function.state_dict() or any(function.parameters()):
+        if any(True for _ in (*function.parameters(), *function.buffers())):
             return f"its activation {act} has parameters or buffers"
         if function._modules:
             return f"its activation {act} has modules of its own"
@@ -223,9 +225,34 @@ def _settings(mlp: nn.Module, act: str) -> Iterator[tuple[str, str, Any]]:
     for path in ("", act):
         module = mlp._modules.get(path) if path else mlp
         for name, value in {} if module is None else vars(module).items():
-            if name not in _NO_SETTINGS and not (module is mlp and name == act):
-                is_container = isinstance(value, (dict, list, set))
-                yield path, name, copy.copy(value) if is_container else value
+            if name in _NO_SETTINGS or (module is mlp and name == act):
+                continue
+            yield path, name, _copy_containers(value)
+            if hasattr(value, "__dict__") and not callable(value):  # a configuration
+                code = getattr(type(module).forward, "__code__", None)
+                for each in () if code is None else code.co_names:
+                    found = getattr(value, each, _MISSING)
+                    if found is not _MISSING and not callable(found):
+                        yield path, f"{name}.{each}", _copy_containers(found)
+
+
+def _copy_containers(value: Any) -> Any:
+    """Return a copy that a change in place of a container, or of one in it, does not reach."""
+    if isinstance(value, dict):
+        return {key: _copy_containers(each) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_copy_containers, value))
+    return value
+
+
+_MISSING = object()
+
+
+def _setting(module: Any, name: str) -> Any:
+    """Return the setting of that name as it is now."""
+    first, _, rest = name.partition(".")
+    value = vars(module).get(first, _MISSING)
+    return getattr(value, rest, _MISSING) if rest else value
 
 
 def _sample(*shape: int) -> Tensor:
@@ -315,8 +342,7 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
         if hasattr(mlp.own_class, name):  # which its forward read before
             return f"its {name} has changed since fuse"
     for path, name, value in parts.settings:
-        own = vars(modules.get(path) if path else mlp)
-        if name not in own or not _is_same_setting(own[name], value):
+        if not _is_same_setting(_setting(modules.get(path) if path else mlp, name), value):
             return f"its {'.'.join(filter(None, (path, name)))} has changed since fuse"
     if _has_any_global_hook():
         return "a hook sits on all modules"

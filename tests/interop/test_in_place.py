@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels.bench import counter
 from lora_kernels.ops import in_place
 from lora_kernels.peft import explain, fuse
-from tests.support.peft_models import randomize
+from tests.support.peft_models import activate, randomize
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 K, N, R, ALPHA = 24, 40, 5, 7
@@ -570,6 +570,27 @@ def test_update_moves_few_bytes() -> None:
     dy = torch.empty_like(y)
     traffic = counter.count(lambda: torch.autograd.grad(y, wanted, dy))
     assert traffic.kernels == 6 and traffic.bytes < 645e6, traffic  # dY is not copied
+
+
+@pytest.mark.parametrize("base", [nn.Linear, Base])
+def test_updates_of_three_adapters_with_dropout_copy_no_result(base) -> None:
+    M, N, r = 8192, 4096, 16
+    model: Any = nn.Sequential(base(N, N, bias=False, device="meta", dtype=bf16))
+    config = LoraConfig(r=r, target_modules=["0"], lora_dropout=0.1)
+    model = get_peft_model(model, config)
+    for name in ("second", "third"):
+        model.add_adapter(name, config)
+    fused = activate(
+        fuse(model.to(device="meta", dtype=bf16)).train(), "default", "second", "third"
+    )
+    x = torch.empty(M, N, device="meta", dtype=bf16, requires_grad=True)
+    log: list[Any] = []
+    counter.count(lambda: fused(x), log)
+    size = 2 * M * N
+    copies = [each for each in log if (each.read, each.written) == (size, size)]
+    assert not copies, copies
+    # Each adapter draws a mask of bytes, and reads x once and D(x) once; y is updated three times.
+    assert sum(each.read + each.written for each in log) < (3 * 3.5 + 2 * 3 + 2 + 1) * size
 
 
 # The tensors that the Function of an update saves and hands on

@@ -938,11 +938,12 @@ class Scaled(LlamaMLP):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.scale, self._scale, self.deleted = 1.0, 1.0, 1.0
-        self.scales = {"y": 1.0, "of each": torch.ones(K, dtype=f64)}
+        self.scales = {"y": 1.0, "of each": torch.ones(K, dtype=f64), "all": [(1.0,), [1.0]]}
         self.act_fn = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x) * self.scale * self._scale * self.scales["y"]
+        y = y * self.scales["all"][1][0] * self.config.weight
         return y * self.factor * self.deleted * self.scales["of each"].mean()
 
 
@@ -951,6 +952,8 @@ LATER: dict[str, Callable[[Any], Any]] = {
     "_scale": lambda mlp: setattr(mlp, "_scale", 0.5),
     "scales": lambda mlp: mlp.scales.update(y=0.5),
     "scales of each": lambda mlp: mlp.scales.update({"of each": torch.full((K,), 0.5, dtype=f64)}),
+    "scales in a list": lambda mlp: mlp.scales["all"][1].__setitem__(0, 0.5),
+    "config.weight": lambda mlp: setattr(mlp.config, "weight", 0.5),
     "factor": lambda mlp: setattr(mlp, "factor", 0.5),
     "deleted": lambda mlp: delattr(mlp, "deleted"),
     "act_fn.approximate": lambda mlp: setattr(mlp.act_fn, "approximate", "tanh"),
@@ -959,8 +962,7 @@ LATER: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_attribute_that_changes_after_fuse_is_noticed(name: str, runs: Any) -> None:
-    config = {"hidden_size": K, "intermediate_size": H, "mlp_bias": False, "hidden_act": "gelu"}
-    stock, fused = pair(adapted(Scaled(SimpleNamespace(**config))))
+    stock, fused = pair(adapted(scaled()))
     block_of(fused).scale = 1.0  # another object of the same value
     before = step(fused, input_of())
     assert_close(before, step(stock, input_of()), 1e-12)
@@ -971,7 +973,40 @@ def test_attribute_that_changes_after_fuse_is_noticed(name: str, runs: Any) -> N
     assert_close(got, step(stock, input_of()), 1e-12)
     assert runs == [True] and not torch.equal(got["y"], before["y"])
     (row,) = [row for row in explain(fused).blocks if row.strategy == "layer by layer"]
-    assert row.reason == f"its {name.removesuffix(' of each')} has changed since fuse"
+    (said, *_) = name.split(" ")
+    assert row.reason == f"its {said} has changed since fuse"
+
+
+def scaled() -> Scaled:
+    config = {"hidden_size": K, "intermediate_size": H, "mlp_bias": False, "hidden_act": "gelu"}
+    return Scaled(SimpleNamespace(**config, weight=1.0))
+
+
+def test_second_fuse_recognizes_a_module_by_its_settings_of_now(runs: Any) -> None:
+    _, fused = pair(adapted(scaled()))
+    block_of(fused).scale = 0.5
+    fuse(fused)
+    assert not isinstance(block_of(fused), GatedMLP)
+    block_of(fused).scale = 1.0
+    fuse(fused)
+    step(fused, input_of())
+    assert runs == [True]
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("beta", torch.ones((), dtype=f64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) * self.beta
+
+
+def test_activation_with_a_buffer_that_is_not_saved_is_not_recognized() -> None:
+    module = llama_mlp()
+    module.act_fn = Buffered()
+    (row,) = mlp_rows(explain(fuse(adapted(module))))
+    assert row.reason == "its activation act_fn has parameters or buffers"
 
 
 def test_block_of_a_4_bit_down_beside_dense_gate_and_up_returns_pefts_dtype(runs: Any) -> None:

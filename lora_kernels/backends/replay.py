@@ -236,15 +236,16 @@ def _function(
             return "stream"
         if type(address) is int and address in places:  # sizes are smaller than addresses
             return f"v[{places[address]}]"
+        if isinstance(item, tuple):
+            items = "".join(f"{source(i)}, " for i in item)
+            if launch is not None or type(item) is tuple:  # kernels take a tuple for a NamedTuple
+                return f"({items})"
+            item, call = type(item), f"({items})"
+        else:
+            call = ""
         name = f"c{len(names)}"
-        if not isinstance(item, tuple):
-            names[name] = item
-            return name
-        items = "".join(f"{source(i)}, " for i in item)
-        if launch is not None or type(item) is tuple:  # kernels take a tuple for a NamedTuple
-            return f"({items})"
-        names[name] = type(item)
-        return f"{name}({items})"
+        names[name] = item
+        return name + call
 
-    call = "launch" if launch is not None else ""
-    return eval(f"lambda v, stream: {call}{source(value)}", names)  # type: ignore[no-any-return]
+    function = "launch" if launch is not None else ""
+    return eval(f"lambda v, stream: {function}{source(value)}", names)  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ from ..backends.cuda import constraints
 from ..backends.library import is_on_gpu_path
 from ..core import device, forced
 from ..core.call import Guard
+from ..core.device import DeviceInfo
 from ..core.forced import Forced
 from ..core.packed4bit import Packed4bit
 from ..core.problem import (
@@ -176,9 +177,25 @@ def _heuristics(backend: str) -> Any:
 
 def _choose_gpu(problem: Problem) -> Choice:
     """Choose for a GPU's tensors: what qualified and was measured to be faster, or eager."""
+    verdict = verdicts.current(problem.device_index)
+    in_graph = isinstance(verdict, Verdict) and workspace.is_capturing(torch.device("cuda"))
+    return _choose_by_verdict(problem, verdict, in_graph, device.gpu(problem.device_index))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_by_verdict(
+    problem: Problem, verdict: Verdict | str, in_graph: bool, target: DeviceInfo
+) -> Choice:
+    """Choose the strategy with the smallest measured ratio to eager's time, or eager.
+
+    Cached for the process: a later change of libraries is not seen.
+
+    Args:
+        verdict: on the GPU, or why there is none.
+        in_graph: whether the call is captured in a CUDA graph, so that the host's time has no part.
+    """
     from ..backends.triton import configs
 
-    target = device.gpu(problem.device_index)
     if (reason := configs.capability_unsupported_reason(target)) is not None:
         bf16 = torch.bfloat16 in (problem.x_dtype, problem.dtype)
         if bf16:
@@ -188,9 +205,8 @@ def _choose_gpu(problem: Problem) -> Choice:
         return Choice("eager", Strategy.LIBRARY, reason)
     # Triton and CUDA take the same operands.
     reason = problem.unsupported_reason("triton") or _uncovered_reason(problem)
-    verdict = verdicts.current(problem.device_index)
     if reason is None and isinstance(verdict, Verdict):
-        return _choose_measured(problem, verdict, workspace.is_capturing(torch.device("cuda")))
+        return _choose_measured(problem, verdict, in_graph)
     return _keep_eager(reason or str(verdict))
 
 
@@ -211,14 +227,7 @@ def _uncovered_reason(problem: Problem) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
 def _choose_measured(problem: Problem, verdict: Verdict, in_graph: bool) -> Choice:
-    """Choose the strategy with the smallest measured ratio to eager's time, or eager.
-
-    Cached for the process: a later change of libraries is not seen.
-
-    in_graph: whether the call is captured in a CUDA graph, so that the host's time has no part.
-    """
     kind = dtype, adapter, weight = group_of("", "", problem)[2:]
     groups = [group for group in {*verdict.passed, *verdict.failed} if group[2:] == kind]
     if not groups:

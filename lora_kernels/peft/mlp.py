@@ -224,7 +224,9 @@ _NO_SETTINGS |= {"_parts", "_siblings"}
 def _settings(mlp: nn.Module, act: str) -> Iterator[tuple[str, str, Any]]:
     for path in ("", act):
         module = mlp._modules.get(path) if path else mlp
-        for name, value in {} if module is None else vars(module).items():
+        if module is None:
+            continue
+        for name, value in vars(module).items():
             if name in _NO_SETTINGS or (module is mlp and name == act):
                 continue
             yield path, name, _copy_containers(value)

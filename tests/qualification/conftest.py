@@ -30,6 +30,6 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceInfo
     monkeypatch.setattr("lora_kernels.backends.cuda.unsupported_device_reason", lambda *at: None)
     monkeypatch.setattr(verdicts, "_current", {})
     monkeypatch.setattr(verdicts, "_is_off", False)
-    selection._choose_measured.cache_clear()
+    selection._choose_by_verdict.cache_clear()
     yield H100
-    selection._choose_measured.cache_clear()
+    selection._choose_by_verdict.cache_clear()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora_kernels
 from lora_kernels.backends import cuda, replay, triton, workspace
 from lora_kernels.backends.triton import FUSED, TWO_PASS
 from lora_kernels.choice.verdicts import Group
@@ -562,12 +563,48 @@ def test_cuda_results_are_those_of_the_call_as_written(emulated: list[str], call
                 _, got = run(cuda, call, seed)
             assert made.called == (seed == 1)
             assert flags_are_clear()
-            expected = replay.tensors_of(want)
-            for a, b in zip(replay.tensors_of(got), expected, strict=True):
-                assert torch.equal(a, b) and a.dtype is b.dtype
+            assert_same(got, want)
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(emulated) == count + 4 * launches
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Compare nested tuples: their classes, the tensors' bits, and what else is in them."""
+    assert type(got) is type(want), (got, want)
+    if isinstance(want, torch.Tensor):
+        assert torch.equal(got, want) and got.dtype is want.dtype
+    elif isinstance(want, tuple):
+        for a, b in zip(got, want, strict=True):
+            assert_same(a, b)
+    else:
+        assert got == want
+
+
+@pytest.mark.parametrize(("strategy", "M"), [("cooperative", 3), ("two_pass", 40)])
+def test_training_steps_by_replays_have_the_gradients_of_the_call_as_written(
+    strategy: str, M: int, emulated: list[str]
+) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(64, 72, dtype=torch.bfloat16)
+    sizes = ((M, 72), (4, 72), (64, 4))
+    leaves = [torch.randn(s, dtype=torch.bfloat16).requires_grad_() for s in sizes]
+    dy = torch.randn(M, 64, dtype=torch.bfloat16)
+    replay.forget()
+    steps = []
+    with (
+        lora_kernels.backend("cuda", strategy),
+        mock.patch.object(
+            replay.Replay, "__call__", autospec=True, side_effect=replay.Replay.__call__
+        ) as replayed,
+    ):
+        for _ in range(4):
+            x, A, B = leaves
+            y = lora_kernels.lora_linear(x, W, A, B, 0.5)
+            steps.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+    assert replayed.call_count >= 2  # a forward twice, at least
+    for step in steps[1:]:
+        assert_same(step, steps[0])
 
 
 @pytest.mark.parametrize("call", CUDA_CALLS, ids=str)

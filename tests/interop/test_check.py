@@ -548,7 +548,7 @@ def test_check_leaves_the_model_as_it_was(
 
 
 def test_check_leaves_numpy_s_generator_to_a_model_that_draws_from_it() -> None:
-    """As SpecAugment masks."""
+    """SpecAugment masks so."""
 
     class Masks(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

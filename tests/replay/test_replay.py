@@ -581,15 +581,21 @@ def assert_same(got: Any, want: Any) -> None:
         assert got == want
 
 
+@pytest.mark.parametrize("with_options", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize(("strategy", "M"), [("cooperative", 3), ("two_pass", 40)])
 def test_training_steps_by_replays_have_the_gradients_of_the_call_as_written(
-    strategy: str, M: int, emulated: list[str]
+    strategy: str, M: int, quantized: bool, with_options: bool, emulated: list[str]
 ) -> None:
     torch.manual_seed(0)
-    W = torch.randn(64, 72, dtype=torch.bfloat16)
-    sizes = ((M, 72), (4, 72), (64, 4))
-    leaves = [torch.randn(s, dtype=torch.bfloat16).requires_grad_() for s in sizes]
-    dy = torch.randn(M, 64, dtype=torch.bfloat16)
+    N, K, R = 64, 128, 4
+    W: Any = torch.randn(N, K, dtype=bf16)
+    W = quantize_4bit(W) if quantized else W
+    sizes = {"x": (M, K), "lora_A": (R, K), "lora_B": (N, R)}
+    if with_options:
+        sizes |= {"rank_gate": (R,), "column_scale": (N,), "bias": (N,)}
+    args = {name: torch.randn(s, dtype=bf16).requires_grad_() for name, s in sizes.items()}
+    dy = torch.randn(M, N, dtype=bf16)
     replay.forget()
     steps = []
     with (
@@ -599,9 +605,8 @@ def test_training_steps_by_replays_have_the_gradients_of_the_call_as_written(
         ) as replayed,
     ):
         for _ in range(4):
-            x, A, B = leaves
-            y = lora_kernels.lora_linear(x, W, A, B, 0.5)
-            steps.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+            y = lora_kernels.lora_linear(weight=W, scaling=0.5, **args)
+            steps.append((y.detach(), *torch.autograd.grad(y, list(args.values()), dy)))
     assert replayed.call_count >= 2  # a forward twice, at least
     for step in steps[1:]:
         assert_same(step, steps[0])

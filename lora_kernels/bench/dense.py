@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -38,7 +38,7 @@ from . import baselines, models, results, roofline, timing
 from .baselines import Call
 from .functions import one_line
 from .memory import held, peak
-from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row, Suite
+from .results import STREAMED_ROWS, Facts, Result, Row, Suite
 from .roofline import Sizes
 from .timing import Machine, Parts
 
@@ -166,7 +166,6 @@ def measure(
         seconds=seconds,
         most=1001,  # more rounds than another program disturbs in a second
         device=case.device,
-        baseline=FROZEN,
     )
     found = {}
     found["step", "warm"], found["forward", "warm"], found["backward", "warm"] = timed(
@@ -315,13 +314,11 @@ class Layers(Suite):
         if (reason := baselines.no_compiler(args.device)) is not None:
             yield reason
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
         machine, baseline = results.limits(facts), args.baseline
         functions = {baseline.name: baseline} if baseline else {}
         shapes = models.requested_shapes(args) or SHAPES
         for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
             options = {"dropout_p": args.dropout, "device": args.device}
             case = Case(M, N, K, R, getattr(torch, dtype), **options)
-            caches = itertools.product(MODES, ("warm", "cold"))
-            if not only or any(_row(case, *each).identity in only for each in caches):
-                yield from measure(case, args.seconds, machine, functions)
+            yield from measure(case, args.seconds, machine, functions)

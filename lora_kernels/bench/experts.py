@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ class Experts(Suite):
     kind, option = "experts", "experts"
     unused = "shapes model rows ranks dropout device baseline"
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
         torch.manual_seed(0)
         for name, shape in itertools.product(args.dtypes, SHAPES):
             yield from rows(shape, getattr(torch, name), args.seconds)

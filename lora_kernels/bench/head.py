@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -163,6 +163,6 @@ class Head(Suite):
     kind, option = "head", "head"
     unused = "shapes model rows ranks dropout device baseline"
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
         for name, shape in itertools.product(args.dtypes, SHAPES):
             yield from rows(shape, getattr(torch, name), args.seconds)

@@ -20,7 +20,7 @@ import copy
 import itertools
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -233,10 +233,10 @@ class Memory(Suite):
     """Bytes held for the backward."""
 
     kind, option = "memory", "memory"
-    unused = "compare device shapes model rows ranks quick dtypes dropout seconds baseline"
+    unused = "device shapes model rows ranks quick dtypes dropout seconds baseline"
     libraries = ("torch", "peft", "transformers")
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
         """Yield layers, and steps if transformers is installed."""
         for dtype, variant in itertools.product(DTYPES, VARIANTS):
             yield layer_row(variant, dtype)

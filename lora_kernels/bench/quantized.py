@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -113,7 +113,7 @@ class Codes(Suite):
 
     kind, option, unused = "4-bit", "quant", "ranks dropout baseline"
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
         requested = models.requested_shapes(args) or []
         shapes = list(dict.fromkeys((K, N) for _, K, N in requested)) or SHAPES
         counts = sorted({M for M, _, _ in requested}) or list(ROWS)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import datetime
 import itertools
 import json
@@ -21,7 +20,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from ..core.problem import Problem
 from ..oracle import tolerance
 from ..version import __version__
 from . import timing
-from .timing import Machine, Ratio, Times
+from .timing import Machine, Times
 
 Facts = dict[str, Any]  # of a run: its provenance
 
@@ -111,17 +110,6 @@ class Row:
     own_load: int | None = None
     under_load: bool | None = None
 
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Row:
-        """Read a row of this or an earlier version; KeyError without sizes or seconds."""
-        known = {name: row[name] for name in "MKNR"}
-        known |= {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
-        known["seconds"] = {
-            name: Times(**{**times, "over": Ratio(**times["over"]) if times.get("over") else None})
-            for name, times in row["seconds"].items()
-        }
-        return cls(**known)
-
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, and the tax."""
         kept = "misses" if self.seconds else ""
@@ -194,9 +182,7 @@ class Row:
     ) -> Row:
         """Time the calls without a miss; return the row."""
         sound = {name: call for name, call in calls.items() if name not in self.misses}
-        self.seconds = timing.interleave(
-            sound, seconds=seconds, device=device, baseline=self.baseline
-        )
+        self.seconds = timing.interleave(sound, seconds=seconds, device=device)
         return self
 
     def note_load(self) -> None:
@@ -280,10 +266,8 @@ class Result:
 # Columns of the CSV: those of a row,
 OF_ROW = "what dtype quant_type M K N R dropout_p mode cache backend strategy load under_load"
 # and of each call. result is "ok", "✗" with what missed the tolerance, or empty if it was not
-# judged; over, low and high are the ratio to the baseline's time and the bounds of its median.
-OF_CALL = (
-    "call result p20_ms p50_ms p80_ms rounds over over_low over_high floor_ms held_bytes peak_bytes"
-)
+# judged; over is the ratio to the baseline's time.
+OF_CALL = "call result over p20_ms p50_ms p80_ms rounds floor_ms held_bytes peak_bytes"
 
 
 def flat(row: Row) -> Iterator[dict[str, Any]]:
@@ -302,8 +286,8 @@ def flat(row: Row) -> Iterator[dict[str, Any]]:
         if times := row.seconds.get(name):
             line |= {f"{key}_ms": getattr(times, key) * 1e3 for key in ("p20", "p50", "p80")}
             line["rounds"] = times.rounds
-            if over := times.over:
-                line |= {"over": over.p50, "over_low": over.low, "over_high": over.high}
+            if row.baseline in row.seconds:
+                line["over"] = times.p50 / row.seconds[row.baseline].p50
         yield line
 
 
@@ -369,12 +353,10 @@ class Suite:
         """Yield lines before the rows of a complete run."""
         return iter(())
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Any]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Any]:
         """Yield the rows of the table.
 
-        Args:
-            facts: the provenance.
-            only: identities of the rows that are wanted; the suite may yield others. Empty for all.
+        facts: the provenance.
         """
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import itertools
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -239,12 +239,10 @@ class Count(Suite):
     """Memory traffic, counted."""
 
     kind, option = "count", "count"
-    unused = "compare device shapes model rows quick dtypes dropout seconds csv baseline"
+    unused = "device shapes model rows quick dtypes dropout seconds csv baseline"
     libraries = ("torch", "peft", "bitsandbytes")  # which decide what kernels run
 
-    def rows(
-        self, args: argparse.Namespace, facts: Facts, only: Collection[str]
-    ) -> Iterator[TrafficRow]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[TrafficRow]:
         """Yield the table's rows, those of NF4 if bitsandbytes is installed."""
         has_bitsandbytes = find_spec("bitsandbytes") is not None
         for cell in CELLS:

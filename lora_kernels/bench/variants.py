@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -235,7 +235,7 @@ class Variants(Suite):
     kind, option = "variants", "variants"
     unused = "shapes model rows ranks dropout device baseline"
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
         torch.manual_seed(0)
         for name in args.dtypes:
             dtype: torch.dtype = getattr(torch, name)

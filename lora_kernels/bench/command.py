@@ -1,7 +1,7 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
-`dense`, `quantized`, `variants`, `experts`, `head`, `memory` and `blocks`, with `traffic`, are the
-suites.
+A suite is a filter of one table, whose runner is in `table`; `dense`, `quantized`, `variants`,
+`experts` and `head` have its entries. `blocks`, with `traffic`, counts in place of timing.
 """
 
 from __future__ import annotations
@@ -14,30 +14,20 @@ from typing import Any
 
 import torch
 
-from . import functions, models, outputs
+from . import dense, experts, functions, head, models, outputs, quantized, variants
 from .blocks import Count
-from .dense import Layers
-from .experts import Experts
 from .functions import Function
-from .head import Head
-from .memory import Memory
-from .quantized import Codes
-from .results import Result, Row, Suite
-from .variants import Variants
+from .results import Result, read
+from .table import Suite
 
 QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = (1, 512), (16,), 0.25
 RANKS = (8, 16, 64)
 DTYPES = ["float32", "bfloat16"]
 SECONDS = 2.5
 SUITES: tuple[Suite, ...] = (
-    Codes(),
-    Variants(),
-    Experts(),
-    Head(),
-    Memory(),
-    Count(),
-    Layers(),
-)  # the last one is the default
+    *(quantized.SUITE, variants.SUITE, experts.SUITE, head.SUITE, Count()),
+    dense.SUITE,  # the default
+)
 
 
 def _words(values: Sequence[object], between: str = " ") -> str:
@@ -82,8 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("experts", text + "PEFT's; on a CPU", instead, action="store_true")
     text = "time a step of a language model's head with LoRA and its loss instead, beside "
     add("head", text + "PyTorch's and TRL's; on a CPU", instead, action="store_true")
-    text = "count the bytes that layers, and a small Llama, hold for the backward instead"
-    add("memory", text, instead, action="store_true")
     text = "count the memory traffic, kernels and peak memory of layers, and of q/k/v and gated "
     text += "MLPs, on a GPU instead, ours beside PEFT's and others', without a GPU; exit status 1 "
     text += "where ours loses"
@@ -91,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "time this function (x, weight, lora_A, lora_B, scaling, bias) -> y beside ours, after "
     text += "its results and gradients are checked; the current folder is looked in first"
     add("baseline", text, type=_function, metavar="MODULE:NAME")
-    add("json", "write every figure there", type=Path, metavar="FILE")
+    text = "write every figure there, beside those of other suites that the file has"
+    add("json", text, type=Path, metavar="FILE")
     add("csv", "write the times and bytes there, a call a line", type=Path, metavar="FILE")
 
 
@@ -130,6 +119,11 @@ def run(args: argparse.Namespace) -> int:
         if why is None and (file := getattr(args, name)) is not None:
             reason = outputs.unwritable_reason(file)
             why = reason and f"--{name}: {reason}"
+    if why is None and args.json is not None:
+        try:
+            read(args.json)
+        except ValueError as error:
+            why = f"--json: {error}"
     if why is None and args.device == "cuda" and not torch.cuda.is_available():
         why = "no GPU that this torch can use, want one for --device cuda"
     if why is not None:
@@ -146,12 +140,10 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(suite: Suite, args: argparse.Namespace) -> Result:
     """Run a suite, and print and write each row."""
-    result = Result(suite.provenance(args))
+    result = Result(suite.kind, suite.provenance(args))
     for text in suite.head(args, result):
         print(wrap(text))
     for row in suite.rows(args, result.provenance):
-        if isinstance(row, Row) and row.seconds:
-            row.note_load()
         result.rows.append(row)
         print(wrap(suite.line(row)), flush=True)
         result.write(args.json, args.csv)

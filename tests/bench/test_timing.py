@@ -12,6 +12,7 @@ import torch
 from lora_kernels.backends.cpu import native
 from lora_kernels.backends.cpu.linear import DTYPES
 from lora_kernels.bench import dense, timing
+from lora_kernels.bench.results import FROZEN
 from lora_kernels.bench.timing import Parts, interleave_parts
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.oracle import case as cases
@@ -92,13 +93,18 @@ def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch
 
         return call
 
-    call = dense._cold({"frozen": (make, args)}, "cpu")["frozen"]
-    want = args["x"] @ args["weight"].T
-    for _ in range(8):
-        assert torch.equal(call(), want)  # type: ignore[arg-type]
-    # Each once beforehand, in which it may prepare the calls that follow, and then in turn.
-    assert len(set(seen[:4])) == 4 and seen == 3 * seen[:4]
-    assert args["weight"].data_ptr() not in seen
+    monkeypatch.setattr(dense.baselines, "frozen", make)
+    calls = dense.entry(Case(2, 8, 16, 3)).calls
+    assert {len(call.forwards) for call in calls.values()} == {5}  # four copies, and its own
+    want = calls["eager"].forwards[0]()
+    for name, call in calls.items():
+        cold = call.forward("cold")
+        for _ in range(10):
+            got = cold()
+            torch.testing.assert_close(
+                got, args["x"] @ args["weight"].T if name == FROZEN else want
+            )
+    assert len(set(seen[:5])) == 5 and seen == 2 * seen[:5]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

@@ -101,18 +101,16 @@ def run(entry: Entry, seconds: float) -> Iterator[Row]:
             continue
         if not (is_ours(name) and verdicts[name].miss):
             calls[name] = call
-    misses = {name: verdict.miss for name, verdict in verdicts.items() if verdict.miss}
-    errors = {name: v.error for name, v in verdicts.items() if v.error is not None}
-    judged = [name for name, call in entry.calls.items() if call.check]
     found = dict(_time(entry, calls, seconds))
     for mode, cache in entry.modes:
+        here = {n: v for n, v in verdicts.items() if mode not in STEP or entry.calls[n].leaves}
         fields: dict[str, Any] = {
-            "mode": mode,
-            "cache": cache,
-            "seconds": found[mode, cache],
-            "errors": errors,
+            "errors": {name: v.error for name, v in here.items() if v.error is not None},
+            "misses": {name: v.miss for name, v in here.items() if v.miss},
+            "judged": [name for name in here if entry.calls[name].check],
+            **entry.goals(mode, cache),
         }
-        row = replace(entry.key, **fields, misses=misses, judged=judged, **entry.goals(mode, cache))
+        row = replace(entry.key, mode=mode, cache=cache, seconds=found[mode, cache], **fields)
         if mode == "step":
             _count_memory(entry, calls, row)
         yield row

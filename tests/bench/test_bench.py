@@ -254,6 +254,21 @@ def test_calls_are_checked_before_they_are_timed_and_a_user_s_may_raise() -> Non
         next(table.run(replace(entry, foreign=[]), 0.0))
 
 
+def test_a_row_names_the_calls_that_take_part_in_it() -> None:
+    """One without gradients is in no step, however wrong it is."""
+    x = torch.ones(3, requires_grad=True)
+    verdict = Verdict(0.5, "y MISS")
+    step = {"leaves": [x], "dy": torch.ones(3)}
+    calls = {
+        name: Call(forwards=[lambda: x * x], check=lambda: verdict, **options)  # type: ignore[arg-type]
+        for name, options in (("peft", step), ("eval", {}))
+    }
+    entry = Entry(key=Row(), calls=calls, modes=[("decoding", "cold"), ("step", "warm")])
+    decoding, row = table.run(entry, 0.0)
+    assert list(decoding.misses) == decoding.judged == list(decoding.errors) == ["peft", "eval"]
+    assert list(row.misses) == row.judged == list(row.errors) == list(row.seconds) == ["peft"]
+
+
 def test_rows_of_an_entry_share_nothing() -> None:
     x = torch.ones(3, requires_grad=True)
     call = Call(forwards=[lambda: x * x], leaves=[x], dy=torch.ones(3))

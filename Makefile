@@ -69,15 +69,14 @@ wheel: $(INSTALLED)
 matrix: $(INSTALLED)
 	$(BIN)/python -m tests.packaging
 
-# A quarter of an hour on two cores that have nothing else to do; a folder of results a machine.
-bench: RESULTS = benchmarks/results/$$($(BIN)/python -m benchmarks.report --folder)
+# A quarter of an hour on two cores that have nothing else to do; a file of results a machine.
+bench: FILE = $$($(BIN)/python -m benchmarks.report --file)
 bench: native
-	$(BIN)/lora-kernels bench --json $(RESULTS)/dense.json
-	$(BIN)/lora-kernels bench --quant nf4 --seconds 0.6 --json $(RESULTS)/4bit.json
-	$(BIN)/lora-kernels bench --variants --json $(RESULTS)/variants.json
-	$(BIN)/lora-kernels bench --experts --dtypes bfloat16 --json $(RESULTS)/experts.json
-	$(BIN)/lora-kernels bench --head --json $(RESULTS)/head.json
-	$(BIN)/lora-kernels bench --memory --json benchmarks/results/memory.json
+	$(BIN)/lora-kernels bench --json $(FILE)
+	$(BIN)/lora-kernels bench --quant nf4 --seconds 0.6 --json $(FILE)
+	$(BIN)/lora-kernels bench --variants --json $(FILE)
+	$(BIN)/lora-kernels bench --experts --dtypes bfloat16 --json $(FILE)
+	$(BIN)/lora-kernels bench --head --json $(FILE)
 	$(BIN)/lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
 	$(BIN)/python -m benchmarks.report
 

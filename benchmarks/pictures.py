@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import struct
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,9 +59,9 @@ CODES = {
 }
 
 
-def digest(*files: Path) -> str:
-    """Hash the JSON files that a picture is drawn from."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def digest(*runs: Row) -> str:
+    """Hash the runs that a picture is drawn from."""
+    return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
 
 
 def source(png: bytes) -> str | None:
@@ -158,7 +158,8 @@ def _points(data: Row, dtype: str) -> Iterator[tuple[str, float, float]]:
     """Name, operations a byte, operations a second."""
     for row in data["rows"]:
         four_bit = "quant_type" in row
-        if row["dtype"] != dtype or row["mode"] not in ("forward", "step"):
+        shown = ("decoding", "step") if four_bit else ("forward", "step")
+        if row["dtype"] != dtype or row["mode"] not in shown:
             continue
         if four_bit and row["cache"] != "cold":
             continue

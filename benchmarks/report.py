@@ -1,18 +1,18 @@
 """Write RESULTS.md, its pictures and the figures of other documents from results/.
 
-    lora-kernels bench --json benchmarks/results/ISA/dense.json
-    lora-kernels bench --quant nf4 --json benchmarks/results/ISA/4bit.json
-    lora-kernels bench --variants --json benchmarks/results/ISA/variants.json
-    lora-kernels bench --memory --json benchmarks/results/memory.json
+    lora-kernels bench --json FILE
+    lora-kernels bench --quant nf4 --json FILE
+    lora-kernels bench --variants --json FILE
+    lora-kernels bench --experts --dtypes bfloat16 --json FILE
+    lora-kernels bench --head --json FILE
     lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
-    lora-kernels compare --demo --out benchmarks/results
-    python -m benchmarks.report [--check | --folder]
+    python -m benchmarks.report [--check | --file]
 
-ISA is the instruction set of the kernels, which --folder prints: one folder a machine, and the
-report puts all of them beside each other. The prose is in templates/, the tables' rows are made
-here. --check writes nothing and fails where the files say something else than the JSON, or a
-picture was drawn from another. The package's extra `bench` installs pandas, and matplotlib to draw;
-Jinja comes with torch.
+FILE is benchmarks/results/ISA.json, which --file prints: ISA is the instruction set of the kernels.
+Each machine has one file, and the report puts all of them beside each other. The prose is in
+templates/, the tables' rows are made here. --check writes nothing and fails where the files say
+something else than the JSON, or a picture was drawn from another. The package's extra `bench`
+installs pandas, and matplotlib to draw; Jinja comes with torch.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ import pandas as pd
 import torch
 
 from lora_kernels.backends.cpu import native
-from lora_kernels.bench.results import limits
+from lora_kernels.bench.results import limits, read
 from lora_kernels.finetune.compare_command import markdown
 
 from . import pictures
 
 HERE = Path(__file__).parent
 TEMPLATES = HERE / "templates"
-JSON_MEMORY = HERE / "results/memory.json"
 JSON_TRAFFIC = HERE / "results/traffic.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
 RESULTS = HERE / "RESULTS.md"
@@ -70,7 +69,7 @@ NAMES = {
 }
 CODES_PEERS = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
 BNB_EVAL, BNB_TRAIN, *_ = CODES_PEERS
-FORWARD, BF16 = "mode == 'forward'", "mode == 'forward' and dtype == 'bfloat16'"
+FORWARD, BF16 = "mode == 'decoding'", "mode == 'decoding' and dtype == 'bfloat16'"
 # Target of the layer, its rows, and how many times our time the peer takes at least.
 CODES_TARGETS = (
     ("one row of 4096×4096: stream", f"{BF16} and M == 1 and N == 4096", "stream", 1 / 1.45),
@@ -84,7 +83,7 @@ CODES_TARGETS = (
     ("training step: bitsandbytes", "mode == 'step'", BNB_TRAIN, 1.3),
 )
 # Variant -> its numerator, its denominator, and how many times the latter it may take.
-VARIANT_TARGETS = {"DoRA step": ("ours", "LoRA", 1.15), "16 adapters": ("ours", "ours, 1", 1.3)}
+VARIANT_TARGETS = {"DoRA": ("ours", "LoRA", 1.15), "16 adapters": ("ours", "ours, 1", 1.3)}
 TRAFFIC_ROWS = (1, 512, 8192)  # those of the table
 BLOCKS = {"layer": "one layer", "qkv": "q, k, v", "mlp": "gated MLP"}
 # Name in the JSON -> column.
@@ -112,39 +111,40 @@ Row = dict[str, Any]
 Cells = Iterator[Sequence[str]]  # a line of a table
 
 
-def read(file: Path) -> Row | None:
-    return json.loads(file.read_text()) if file.exists() else None
-
-
 @dataclass(frozen=True)
 class Run:
-    """The results of one machine."""
+    """The results of one machine, the runs of its file by suite."""
 
-    folder: Path
+    file: Path
 
     @property
     def name(self) -> str:
-        return NAMES.get(self.folder.name, self.folder.name)
+        return NAMES.get(self.file.stem, self.file.stem)
 
     @property
     def tax_png(self) -> Path:
-        return self.folder / "lora-tax.png"
+        return self.file.with_name(f"{self.file.stem}-tax.png")
 
     @property
     def roofline_png(self) -> Path:
-        return self.folder / "roofline.png"
+        return self.file.with_name(f"{self.file.stem}-roofline.png")
 
     @cached_property
+    def runs(self) -> dict[str, Row]:
+        return read(self.file)
+
+    @property
     def dense(self) -> Row:
-        return json.loads((self.folder / "dense.json").read_text())  # type: ignore[no-any-return]
+        return self.runs["layers"]
 
-    @cached_property
+    @property
     def codes(self) -> Row | None:
-        return read(self.folder / "4bit.json")
+        return self.runs.get("4-bit")
 
-    @cached_property
-    def variants(self) -> Row | None:
-        return read(self.folder / "variants.json")
+    @property
+    def runs_of_rest(self) -> list[Row]:
+        """The runs of the other suites, which have one table each."""
+        return [self.runs[kind] for kind in ("variants", "experts", "head") if kind in self.runs]
 
     def rows_of(self, mode: str) -> list[Row]:
         return [row for row in self.dense["rows"] if row["mode"] == mode]
@@ -165,9 +165,9 @@ class Run:
         return f"{here}; 4-bit: {own['isa']}, torch {own['torch']}, {own['date']}"
 
     def digests(self) -> tuple[str, str]:
-        """Hash the sources of lora-tax.png and of roofline.png."""
-        files = [file for n in ("dense", "4bit") if (file := self.folder / f"{n}.json").exists()]
-        return pictures.digest(files[0]), pictures.digest(*files)
+        """Hash the sources of the two pictures."""
+        sources = [run for run in (self.dense, self.codes) if run]
+        return pictures.digest(sources[0]), pictures.digest(*sources)
 
     @property
     def has_limits(self) -> bool:
@@ -189,9 +189,10 @@ class Run:
 
 def runs() -> list[Run]:
     """Every machine that has measured, the one of the widest instructions first."""
-    folders = [file.parent for file in (HERE / "results").glob("*/dense.json")]
-    order = [*NAMES, *(folder.name for folder in folders)]
-    return [Run(f) for f in sorted(folders, key=lambda f: (order.index(f.name), f.name))]
+    files = (HERE / "results").glob("*.json")
+    found = [Run(file) for file in files if "layers" in json.loads(file.read_text())]
+    order = [*NAMES, *(run.file.stem for run in found)]
+    return sorted(found, key=lambda run: (order.index(run.file.stem), run.file))
 
 
 def machine(facts: Row) -> str:
@@ -295,7 +296,7 @@ def peak_share(row: Row, provenance: Row) -> str:
     step = 4 * M * N * K + 6 * M * R * (K + N)
     seconds: float = row["seconds"]["ours"]["p50"]
     peak = here.peaks[getattr(torch, row["dtype"])]
-    share = (forward if row["mode"] == "forward" else step) / seconds / peak
+    share = (step if row["mode"] == "step" else forward) / seconds / peak
     return f"{share:.0%}" + " ✗" * (share > 1)
 
 
@@ -324,29 +325,29 @@ def variant_rows(rows: list[Row]) -> Cells:
         for name, t in seconds.items():
             over = f" ({t / seconds['ours']:.2f})" if name != "ours" and "ours" in seconds else ""
             timed.append(f"{name} {t * 1e3:.3g}{over}")
-        what, over, most = VARIANT_TARGETS.get(row["what"], ("", "", 0.0))
-        if {what, over} <= seconds.keys():
-            ratio = seconds[what] / seconds[over]
+        of, over, most = VARIANT_TARGETS.get(row["what"], ("", "", 0.0))
+        if {of, over} <= seconds.keys():
+            ratio = seconds[of] / seconds[over]
             verdict = "✓" if ratio <= most else "over target"
             target = f"over {over} {ratio:.2f}, at most {most} {verdict}"
         if row["what"] == "switching":
             target = f"at most 0.1 ms {'✓' if seconds['ours'] <= 1e-4 else 'over target'}"
         errors = (f"{name} {error:.1e}" for name, error in row.get("errors", {}).items())
-        yield row["what"], row["dtype"], shape(row), "; ".join(timed), target, "; ".join(errors)
+        what = f"{row['what']}, {row['mode']}"
+        yield what, row["dtype"], shape(row), "; ".join(timed), target, "; ".join(errors)
 
 
-def memory_rows(rows: list[Row]) -> Cells:
-    for row in rows:
-        ours, peft = row["bytes"]["ours"], row["bytes"]["peft"]
-        least = row.get("minimum")
-        yield (
-            *(row["what"], row["dtype"], shape(row), str(row["R"])),
-            "–" if least is None else f"{least:,}",
-            f"{ours:,}",
-            "–" if least is None else f"{ours - least:,}",
-            f"{peft:,}",
-            f"{peft / ours:.2f}",
-        )
+def memory_rows(run: Run) -> Cells:
+    """MiB that steps at r = 16 hold for their backward, and at most."""
+    for row in run.rows_of("step"):
+        if row["R"] == 16 and row.get("bytes"):
+            each = (
+                f"{row['bytes'][n] / 2**20:.3g} / {row['peak_bytes'][n] / 2**20:.3g}"
+                if n in row["bytes"]
+                else "–"
+                for n in CPU_PEERS
+            )
+            yield shape(row), row["dtype"], *each
 
 
 def traffic_versions(facts: Row) -> str:
@@ -421,9 +422,9 @@ def cpu_rows(measured: list[Run]) -> Cells:
             decoded = row["mode"] == "decoding" and row["M"] == 1 and row["cache"] == "cold"
             if row["R"] == 16 and (decoded or (row["mode"] == "step" and row["M"] > 1)):
                 key = (shape(row) + ", decoded" * decoded, row["dtype"], f"{row['floor']:.3f}")
-                found.setdefault(key, {})[run.folder] = row
+                found.setdefault(key, {})[run.file] = row
     for key, by_run in found.items():
-        rows = [by_run.get(run.folder) for run in measured]
+        rows = [by_run.get(run.file) for run in measured]
         yield *key, *(cell(row, name) if row else "–" for row in rows for name in CPU_PEERS)
 
 
@@ -456,9 +457,8 @@ def render(template: str, measured: list[Run]) -> str:
     options = {"trim_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=loader, **options)
     environment.globals.update({function.__name__: function for function in TABLES})
-    counted = {"memory": read(JSON_MEMORY), "traffic": read(JSON_TRAFFIC)}
     text = environment.get_template(template).render(
-        runs=measured, here=HERE, modes=MODES, **counted
+        runs=measured, here=HERE, modes=MODES, traffic=read(JSON_TRAFFIC).get("count")
     )
     return text.rstrip("\n")
 
@@ -475,7 +475,8 @@ def main(check: bool) -> int:
             raise SystemExit(f"{name}: no place for figures; want the lines {begin} and {end}")
         figures = f"{begin}\n{render(template, measured)}\n{end}"
         wanted[document] = pattern.sub(lambda _, figures=figures: figures, text)
-    if (classification := read(JSON_CLASSIFICATION)) is not None:
+    if JSON_CLASSIFICATION.exists():
+        classification = json.loads(JSON_CLASSIFICATION.read_text())
         wanted[JSON_CLASSIFICATION.with_suffix(".md")] = markdown(classification)
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     pngs = {png: how for run in measured for png, how in run.drawn().items()}
@@ -498,7 +499,7 @@ def main(check: bool) -> int:
 
 
 if __name__ == "__main__":
-    if "--folder" in sys.argv[1:]:
-        print(native.isa or "python")
+    if "--file" in sys.argv[1:]:
+        print(f"benchmarks/results/{native.isa or 'python'}.json")
         sys.exit()
     sys.exit(main(check="--check" in sys.argv[1:]))

@@ -33,13 +33,13 @@ from .backends.cpu import linear as cpu
 from .backends.triton import configs
 from .bench import baselines, functions, progress
 from .bench.functions import Function
-from .bench.multi import MultiCase
 from .choice import choose as selection
 from .core import device as devices
 from .oracle import case as cases
 from .oracle.case import Case, Expected, dtype_name
 from .oracle.experts_case import ExpertsCase
 from .oracle.head_case import HeadCase
+from .oracle.multi_case import MultiCase
 from .oracle.tolerance import Comparison
 from .quantization import Weight4bit
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import device as devices
-from ..oracle import tolerance
 
 Call = Callable[..., Tensor]
 Forward = Callable[[Tensor], Any]  # of a layer
-Layers = dict[str, tuple[Forward, list[Tensor]]]  # and the parameters that train
 
 
 class AddmmLoRA(torch.autograd.Function):
@@ -177,34 +175,3 @@ def cycle_through(calls: Sequence[Callable[[], object]]) -> Callable[[], object]
     """Return a function that makes one of the calls at a time, in turn."""
     each = itertools.cycle(calls)
     return lambda: next(each)()
-
-
-def step(forward: Forward, inputs: Sequence[Tensor], dy: Any) -> Callable[[], object]:
-    """Return a function that runs forward and backward.
-
-    inputs: x, and the tensors that need a gradient.
-    """
-    return lambda: torch.autograd.grad(forward(inputs[0]), inputs, dy)
-
-
-def steps(layers: Layers, x: Tensor, dy: Any) -> dict[str, Callable[[], object]]:
-    """Return `step` of each layer, with gradients of x and of its parameters."""
-    return {name: step(call, [x, *leaves], dy) for name, (call, leaves) in layers.items()}
-
-
-def errors(layers: Layers, x: Tensor, want: Tensor | Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the rms errors of y, of several results side by side.
-
-    want: of all layers, or of each.
-    """
-    found = {}
-    for name, (call, _) in layers.items():
-        y = call(x)
-        y = y if isinstance(y, Tensor) else torch.cat([*y], dim=1)
-        found[name] = tolerance.rms_error(y, want if isinstance(want, Tensor) else want[name])
-    return found
-
-
-def trained(*modules: nn.Module) -> list[Tensor]:
-    """Return the parameters that train."""
-    return [p for module in modules for p in module.parameters() if p.requires_grad]

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple, cast
@@ -469,9 +469,9 @@ def count_block(
 class Count(traffic.Count):
     """Memory traffic, counted: layers beside PEFT's, then blocks beside all peers."""
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Any]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Any]:
         """Yield the rows of `traffic`, then those of the blocks."""
-        yield from super().rows(args, facts, only)
+        yield from super().rows(args, facts)
         has_bitsandbytes = find_spec("bitsandbytes") is not None
         for block, cell in itertools.product(BLOCKS, CELLS):
             if cell.base != "nf4" or has_bitsandbytes:

@@ -1,43 +1,33 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
-`dense`, `quantized`, `variants`, `experts`, `head`, `memory` and `blocks`, with `traffic`, are the
-suites; `compare` compares two runs of one.
+A suite is a filter of one table, whose runner is in `table`; `dense`, `quantized`, `variants`,
+`experts` and `head` have its entries. `blocks`, with `traffic`, counts in place of timing.
 """
 
 from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import compare, functions, models, outputs
+from . import dense, experts, functions, head, models, outputs, quantized, variants
 from .blocks import Count
-from .dense import Layers
-from .experts import Experts
 from .functions import Function
-from .head import Head
-from .memory import Memory
-from .quantized import Codes
-from .results import Result, Row, Suite
-from .variants import Variants
+from .results import Result, read
+from .table import Suite
 
 QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = (1, 512), (16,), 0.25
 RANKS = (8, 16, 64)
 DTYPES = ["float32", "bfloat16"]
 SECONDS = 2.5
 SUITES: tuple[Suite, ...] = (
-    Codes(),
-    Variants(),
-    Experts(),
-    Head(),
-    Memory(),
-    Count(),
-    Layers(),
-)  # the last one is the default
+    *(quantized.SUITE, variants.SUITE, experts.SUITE, head.SUITE, Count()),
+    dense.SUITE,  # the default
+)
 
 
 def _words(values: Sequence[object], between: str = " ") -> str:
@@ -82,8 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("experts", text + "PEFT's; on a CPU", instead, action="store_true")
     text = "time a step of a language model's head with LoRA and its loss instead, beside "
     add("head", text + "PyTorch's and TRL's; on a CPU", instead, action="store_true")
-    text = "count the bytes that layers, and a small Llama, hold for the backward instead"
-    add("memory", text, instead, action="store_true")
     text = "count the memory traffic, kernels and peak memory of layers, and of q/k/v and gated "
     text += "MLPs, on a GPU instead, ours beside PEFT's and others', without a GPU; exit status 1 "
     text += "where ours loses"
@@ -91,12 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "time this function (x, weight, lora_A, lora_B, scaling, bias) -> y beside ours, after "
     text += "its results and gradients are checked; the current folder is looked in first"
     add("baseline", text, type=_function, metavar="MODULE:NAME")
-    add("json", "write every figure there", type=Path, metavar="FILE")
+    text = "write every figure there, beside those of other suites that the file has"
+    add("json", text, type=Path, metavar="FILE")
     add("csv", "write the times and bytes there, a call a line", type=Path, metavar="FILE")
-    text = "print what got slower or faster than in OLD.json, which --json wrote: in this run, or "
-    text += "with NEW.json in that, running nothing; what may be slower is measured again. Exit "
-    text += "status 1 where something got slower than the noise of both, and by 5 %% at least."
-    add("compare", text, nargs="+", type=Path, metavar=("OLD.json", "NEW.json"))
 
 
 def _function(path: str) -> Function:
@@ -126,8 +111,7 @@ def unused(args: argparse.Namespace, suite: Suite) -> str | None:
 def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, or 2 if the run cannot start.
 
-    1 if a result of ours or of --baseline misses the tolerance, or if ours got slower, or loses
-    with --count.
+    1 if a result of ours or of --baseline misses the tolerance, or if ours loses with --count.
     """
     suite = next(suite for suite in SUITES if not suite.option or getattr(args, suite.option))
     why = unused(args, suite)
@@ -135,6 +119,11 @@ def run(args: argparse.Namespace) -> int:
         if why is None and (file := getattr(args, name)) is not None:
             reason = outputs.unwritable_reason(file)
             why = reason and f"--{name}: {reason}"
+    if why is None and args.json is not None:
+        try:
+            read(args.json)
+        except ValueError as error:
+            why = f"--json: {error}"
     if why is None and args.device == "cuda" and not torch.cuda.is_available():
         why = "no GPU that this torch can use, want one for --device cuda"
     if why is not None:
@@ -144,57 +133,22 @@ def run(args: argparse.Namespace) -> int:
         args.seconds = QUICK_SECONDS if args.quick else SECONDS
     args.ranks = args.ranks or (QUICK_RANKS if args.quick else RANKS)
     args.rows = args.rows or (QUICK_ROWS if args.quick else None)
-    if not args.compare:
-        rows = measure(suite, args).rows
-        is_wrong = any(args.baseline.name in row.misses for row in rows) if args.baseline else False
-        return int(suite.has_failed(rows) or is_wrong)
-    try:
-        return _compare(suite, args)
-    except compare.NotComparable as error:
-        print(f"lora-kernels bench: {error}")
-        return 2
+    rows = measure(suite, args).rows
+    is_wrong = any(args.baseline.name in row.misses for row in rows) if args.baseline else False
+    return int(suite.has_failed(rows) or is_wrong)
 
 
-def _compare(suite: Suite, args: argparse.Namespace) -> int:
-    """Compare a file with another file, or with a new run."""
-    if len(args.compare) > 2:
-        raise compare.NotComparable(f"--compare: got {len(args.compare)} files, want 1 or 2")
-    old, *runs = map(compare.read, args.compare)  # before minutes are spent
-    failed = False
-    if not runs:
-        kind = old.rows[0].kind
-        if kind != suite.kind:
-            option = next(s.option for s in SUITES if s.kind == kind)
-            want = f"--{option}" if option else "neither --quant nor --variants"
-            raise compare.NotComparable(
-                f"{args.compare[0]}: is of {kind}, the run would be of {suite.kind}: want {want}"
-            )
-        runs = [measure(suite, args)]
-        failed = suite.has_failed(runs[0].rows)
-        args.json = args.csv = None  # they hold the first run, as without --compare
-        while only := compare.suspects(old, *runs):
-            print(f"{len(only)} rows may be slower or are too noisy, and are measured again")
-            runs.append(measure(suite, args, only))
-    lines, slower = compare.report(old, *runs)
-    print(*lines, sep="\n")
-    return int(failed or slower)
-
-
-def measure(suite: Suite, args: argparse.Namespace, only: Collection[str] = ()) -> Result:
-    """Run a suite, and print and write each row. only: as for `Suite.rows`."""
-    result = Result({} if only else suite.provenance(args))
-    for text in () if only else suite.head(args, result):
+def measure(suite: Suite, args: argparse.Namespace) -> Result:
+    """Run a suite, and print and write each row."""
+    result = Result(suite.kind, suite.provenance(args))
+    for text in suite.head(args, result):
         print(wrap(text))
-    for row in suite.rows(args, result.provenance, only):
-        if only and row.identity not in only:
-            continue
-        if isinstance(row, Row) and row.seconds:
-            row.note_load()
+    for row in suite.rows(args, result.provenance):
         result.rows.append(row)
         print(wrap(suite.line(row)), flush=True)
         result.write(args.json, args.csv)
     result.write(args.json, args.csv)
-    for text in () if only else suite.summary(result.rows):
+    for text in suite.summary(result.rows):
         print(wrap(text))
     return result
 

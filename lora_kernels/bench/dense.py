@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -29,18 +29,17 @@ import torch
 from torch import Tensor
 
 from ..choice import choose as selection
-from ..core.problem import Problem
+from ..core.problem import Choice, Problem
 from ..layers.cache import CallCache
 from ..ops.linear import lora_linear
 from ..oracle import case as cases
 from ..oracle.case import Case
 from . import baselines, models, results, roofline, timing
-from .baselines import Call
-from .functions import one_line
-from .memory import held, peak
-from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row, Suite
+from .baselines import Call as Baseline
+from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row
 from .roofline import Sizes
-from .timing import Machine, Parts
+from .table import STEP, Call, Entry, Suite, Verdict, run
+from .timing import Machine
 
 CHECKED_ROWS = 512  # on a GPU; the float64 reference of more rows takes longer than the timing
 SHAPES = (  # M, K, N
@@ -50,13 +49,11 @@ SHAPES = (  # M, K, N
     (1024, 576, 1536),
     (2048, 4096, 4096),
 )
-MODES = ("decoding", "forward", "backward", "step")
 
-Make = Callable[[dict[str, Any]], Call]  # from the arguments of `lora_linear`
-Candidate = tuple[Make, dict[str, Any]]
+Make = Callable[[dict[str, Any]], Baseline]  # from the arguments of `lora_linear`
 
 
-def ours(args: dict[str, Any]) -> Call:
+def ours(args: dict[str, Any]) -> Baseline:
     """`lora_linear` as a layer calls it; on a CPU a layer prepares its call for the next token."""
     device, dropout_p, cache = args["x"].device.type, args["dropout_p"], CallCache()
 
@@ -119,13 +116,65 @@ def least_seconds(case: Case, mode: str, machine: Machine, cache: str = "cold") 
     return max(bytes_ / machine.bandwidth, flops / machine.peaks[case.dtype])
 
 
+def entry(
+    case: Case,
+    machine: Machine | None = None,
+    functions: Mapping[str, Baseline] = MappingProxyType({}),
+) -> Entry:
+    """Return the entry of a case; arguments as of `measure`."""
+    torch.compiler.reset()  # else it would compile a third shape as a dynamic one
+    args = cases.inputs(replace(case, frozen=("lora_A", "lora_B")))
+    weights = [args["weight"]]
+    is_decoded = case.M <= STREAMED_ROWS
+    if is_decoded:  # more than the last-level cache holds
+        size = args["weight"].numel() * args["weight"].itemsize
+        count = max(2, min(64, -(-timing.cold_bytes(case.device) // size)))
+        weights += [args["weight"].clone() for _ in range(count)]
+    others = {name: (_always(function), case) for name, function in functions.items()}
+    calls = {FROZEN: call(baselines.frozen, args, weights)}
+    for name, (make, own) in {**candidates(case), **others}.items():
+        drawn = {**cases.inputs(own), "rng": None}  # drawing it is timed
+        calls[name] = call(make, drawn, [drawn["weight"], *weights[1:]])
+        calls[name].check = partial(_verdict, make, own)
+
+    def goals(mode: str, cache: str) -> dict[str, Any]:
+        return {
+            "floor": floor(case, mode),
+            "floor_ms": machine and least_seconds(case, mode, machine, cache) * 1e3,
+            "target": target(case, mode) if cache == "warm" else None,
+        }
+
+    choice = _choice(case)
+    fields: dict[str, Any] = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
+    fields |= {"backend": choice.backend, "strategy": choice.strategy}
+    caches = [("decoding", "warm"), ("decoding", "cold")] if is_decoded else []
+    return Entry(
+        key=Row(**fields, dtype=cases.dtype_name(case.dtype)),
+        calls=calls,
+        modes=[*caches, *((mode, "warm") for mode in STEP)],
+        goals=goals,
+        foreign=[*functions],
+        device=case.device,
+        most=1001,  # more rounds than another program disturbs in a second
+    )
+
+
+def call(make: Make, args: dict[str, Any], weights: Sequence[Tensor]) -> Call:
+    """Return the call of a candidate over these weights, which it computes y of in turn."""
+    forwards = [_forward(make(each), each) for each in ({**args, "weight": w} for w in weights)]
+    tensors = {name: args[name] for name in cases.GRADIENTS if args[name] is not None}
+    leaves = [t for t in tensors.values() if t.requires_grad]
+    there = [t for name, t in tensors.items() if name != "x"]
+    return Call(forwards=forwards, leaves=leaves, dy=args["dy"], there=[*there, *weights])
+
+
 def measure(
     case: Case,
     seconds: float,
     machine: Machine | None = None,
-    functions: Mapping[str, Call] = MappingProxyType({}),
+    functions: Mapping[str, Baseline] = MappingProxyType({}),
 ) -> list[Row]:
-    """Return a row for each of MODES, decoding only if x has few rows.
+    """Return a row for each mode: decoding only if x has few rows, forward, backward and step.
 
     Every candidate is checked, then timed beside the frozen linear.
 
@@ -142,72 +191,24 @@ def measure(
     >>> [(row.mode, "mine" in row.seconds, row.misses) for row in rows]
     [('forward', True, {}), ('backward', True, {}), ('step', True, {})]
     """
-    torch.compiler.reset()  # else it would compile a third shape as a dynamic one
-    args = cases.inputs(replace(case, frozen=("lora_A", "lora_B")))
-    made: dict[str, Candidate] = {"frozen": (baselines.frozen, args)}
-    misses = {}
-    others = {name: (_always(function), case) for name, function in functions.items()}
-    for name, (make, own) in {**candidates(case), **others}.items():
-        try:
-            wrong = _tolerance_misses(make, own)
-        except Exception as error:  # whatever a function of the user's raises
-            if name not in functions:
-                raise
-            misses[name] = one_line(error)
-            continue
-        if wrong:
-            misses[name] = "; ".join(wrong)
-        if not wrong or make is not ours:
-            made[name] = (make, {**cases.inputs(own), "rng": None})  # drawing it is timed
+    return [*run(entry(case, machine, functions), seconds)]
 
-    calls = {name: (make(args), args) for name, (make, args) in made.items()}
-    timed = partial(
-        timing.interleave_parts,
-        seconds=seconds,
-        most=1001,  # more rounds than another program disturbs in a second
-        device=case.device,
-        baseline=FROZEN,
-    )
-    found = {}
-    found["step", "warm"], found["forward", "warm"], found["backward", "warm"] = timed(
-        {name: _parts(*call) for name, call in calls.items()}
-    )
-    if case.M <= STREAMED_ROWS:
-        forwards = {name: _forward(make(args), args) for name, (make, args) in made.items()}
-        with torch.no_grad():
-            found["decoding", "warm"] = timed(forwards)[0]
-            found["decoding", "cold"] = timed(_cold(made, case.device))[0]
+
+def _choice(case: Case) -> Choice:
+    """Return what computes the case as ours."""
     A = case.adapter_dtype or case.dtype
     problem = Problem(case.device, case.dtype, A, A, case.compute_dtype, case.R, case.M)
+    mask = selection.dropout_operand(case.device, case.dropout_p)
     with cases.kernels(case.device, case.dropout_p):
-        choice = selection.choose(
-            problem._replace(
-                columns=case.N,
-                inner=case.K,
-                extra=selection.dropout_operand(case.device, case.dropout_p),
-            )
-        )
-    rows = []
-    for (mode, cache), times in sorted(found.items(), key=lambda item: MODES.index(item[0][0])):
-        row = _row(case, mode, cache)
-        row.backend, row.strategy = choice.backend, choice.strategy
-        row.misses, row.seconds = misses, times
-        row.floor = floor(case, mode)
-        if machine is not None:
-            row.floor_ms = least_seconds(case, mode, machine, cache) * 1e3
-        row.target = target(case, mode) if cache == "warm" else None
-        if mode == "step":
-            row.bytes, row.peak_bytes = _memory(calls, case.device)
-        rows.append(row)
-    return rows
+        return selection.choose(problem._replace(columns=case.N, inner=case.K, extra=mask))
 
 
-def _always(function: Call) -> Make:
+def _always(function: Baseline) -> Make:
     return lambda args: function
 
 
-def _tolerance_misses(make: Make, case: Case) -> list[str]:
-    """Return what misses the tolerance in a candidate's results."""
+def _verdict(make: Make, case: Case) -> Verdict:
+    """Compare a candidate's results and gradients with the oracle."""
     # Peers draw dropout masks of their own, so they are checked without.
     checked = case if make is ours else replace(case, dropout_p=0.0)
     if case.device != "cpu":
@@ -216,7 +217,7 @@ def _tolerance_misses(make: Make, case: Case) -> list[str]:
     wrong = [f"{output} {verdict}" for output, verdict in verdicts.items() if not verdict.ok]
     if make is ours and case.M <= STREAMED_ROWS:
         wrong += _decoding_misses(case)
-    return wrong
+    return Verdict(verdicts["y"].rms, "; ".join(wrong))
 
 
 def _second(make: Make, **args: Any) -> Tensor:
@@ -236,53 +237,9 @@ def _decoding_misses(case: Case) -> list[str]:
     return [] if all(same) else ["y MISS: without gradients it is not what it is with them"]
 
 
-def _cold(made: dict[str, Candidate], device: str) -> dict[str, Callable[[], object]]:
-    """Forwards, without gradients, that take another copy of the weight each time."""
-    weight = made["frozen"][1]["weight"]
-    size = weight.numel() * weight.itemsize
-    count = max(2, min(64, -(-timing.cold_bytes(device) // size)))
-    weights = [weight.clone() for _ in range(count)]
-    found = {}
-    for name, (make, args) in made.items():
-        each = [{**args, "weight": copy} for copy in weights]
-        calls = [_forward(make(args), args) for args in each]
-        for call in calls:  # the first may prepare the others
-            call()
-        found[name] = baselines.cycle_through(calls)
-    return found
-
-
-def _memory(
-    calls: dict[str, tuple[Call, dict[str, Any]]], device: str
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the bytes that each candidate holds for its backward, and the peak of a step.
-
-    Weight and adapter do not count for the first, arguments not for the second.
-    """
-    bytes_, peaks = {}, {}
-    for name, (call, args) in calls.items():
-        there = [args[key] for key in ("weight", "lora_A", "lora_B")]
-        bytes_[name] = sum(held(_forward(call, args), there=there).values())
-        peaks[name] = peak(_parts(call, args).__call__, device)
-    return bytes_, peaks
-
-
-def _row(case: Case, mode: str, cache: str = "warm") -> Row:
-    """Return a row with the fields that identify it."""
-    sizes = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
-    return Row(**sizes, dtype=cases.dtype_name(case.dtype), mode=mode, cache=cache)
-
-
-def _forward(call: Call, args: dict[str, Any]) -> Callable[[], Tensor]:
+def _forward(call: Baseline, args: dict[str, Any]) -> Callable[[], Tensor]:
     forward = {name: value for name, value in args.items() if name != "dy"}
     return lambda: call(**forward)
-
-
-def _parts(call: Call, args: dict[str, Any]) -> Parts:
-    """Return forward and backward of a step."""
-    tensors = (args[name] for name in cases.GRADIENTS if args[name] is not None)
-    wanted = [t for t in tensors if t.requires_grad]
-    return Parts(_forward(call, args), lambda y: torch.autograd.grad(y, wanted, args["dy"]))
 
 
 def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
@@ -290,10 +247,13 @@ def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
     args = cases.inputs(Case(M=1, N=64, K=64, R=8, device=device))
     only_x = {**args, "lora_A": args["lora_A"].detach(), "lora_B": args["lora_B"].detach()}
     makes: tuple[Make, ...] = (baselines.frozen, ours, baselines.addmm, baselines.eager)
-    made = {make.__name__: (make(args), args if i else only_x) for i, make in enumerate(makes)}
     taken = {}
-    for mode, timed in (("forward", _forward), ("step", _parts)):
-        calls = {name: timed(*call) for name, call in made.items()}
+    made = {
+        make.__name__: call(make, args if i else only_x, [args["weight"]])
+        for i, make in enumerate(makes)
+    }
+    for mode in ("forward", "step"):
+        calls = {n: c.step("warm") if mode == "step" else c.forwards[0] for n, c in made.items()}
         for name, times in timing.interleave(
             calls, seconds=seconds, repeat=200, device=device
         ).items():
@@ -301,27 +261,25 @@ def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
     return taken
 
 
-class Layers(Suite):
-    """Dense layers."""
+def head(args: argparse.Namespace, result: Result) -> Iterator[str]:
+    """Yield a call's overhead, and why torch.compile is left out."""
+    taken = result.overhead_us = overhead(args.seconds / 2, args.device)
+    extra = taken["ours, forward"] - taken["eager, forward"]
+    at = "a call at M=1, K=N=64, r=8, gradients on"
+    yield f"{at}: {extra:+.1f} µs against the eager expression"
+    yield from (f"    {name:16} {us:6.1f} µs" for name, us in taken.items())
+    if (reason := baselines.no_compiler(args.device)) is not None:
+        yield reason
 
-    kind = "layers"
 
-    def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
-        taken = result.overhead_us = overhead(args.seconds / 2, args.device)
-        extra = taken["ours, forward"] - taken["eager, forward"]
-        at = "a call at M=1, K=N=64, r=8, gradients on"
-        yield f"{at}: {extra:+.1f} µs against the eager expression"
-        yield from (f"    {name:16} {us:6.1f} µs" for name, us in taken.items())
-        if (reason := baselines.no_compiler(args.device)) is not None:
-            yield reason
+def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
+    """Yield the dense layers."""
+    machine, baseline = results.limits(facts), args.baseline
+    functions = {baseline.name: baseline} if baseline else {}
+    shapes = models.requested_shapes(args) or SHAPES
+    for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
+        options = {"dropout_p": args.dropout, "device": args.device}
+        yield entry(Case(M, N, K, R, getattr(torch, dtype), **options), machine, functions)
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        machine, baseline = results.limits(facts), args.baseline
-        functions = {baseline.name: baseline} if baseline else {}
-        shapes = models.requested_shapes(args) or SHAPES
-        for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
-            options = {"dropout_p": args.dropout, "device": args.device}
-            case = Case(M, N, K, R, getattr(torch, dtype), **options)
-            caches = itertools.product(MODES, ("warm", "cold"))
-            if not only or any(_row(case, *each).identity in only for each in caches):
-                yield from measure(case, args.seconds, machine, functions)
+
+SUITE = Suite("layers", "", "", entries, head)

@@ -1,8 +1,8 @@
 """`lora-kernels bench --experts`: LoRA on the experts of a mixture, beside the frozen experts alone
 (transformers' `grouped_mm`) and PEFT's.
 
-The layers have the shapes of well-known models, scaled to a CPU. "forward" is one token without
-gradients, as in decoding.
+The layers have the shapes of well-known models, scaled to a CPU. "decoding" is one token without
+gradients.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Collection, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import quantize_experts
-from ..oracle import tolerance
 from ..oracle.case import dtype_name
-from . import baselines
-from .baselines import Forward, Layers
-from .results import FROZEN, Facts, Row, Suite
+from .results import FROZEN, Facts, Row
+from .table import Entry, Suite, held_to, layer_call
 
 RANK, ALPHA, TOKENS = 16, 32, 512
 
@@ -95,45 +92,48 @@ def fused(experts: nn.Module) -> nn.Module:
     return fuse(nn.ModuleDict({"experts": experts}))["experts"]
 
 
-def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
-    """Time a step of many tokens, and one token without gradients."""
+def entries_of(shape: Shape, dtype: torch.dtype) -> Iterator[Entry]:
+    """Yield a step of many tokens, and one token without gradients."""
     base = experts_module(shape, dtype)
     peft = adapted(copy.deepcopy(base))
     ours, quantized = fused(copy.deepcopy(peft)), fused(copy.deepcopy(peft))
     quantize_experts(quantized, double_quant=False)
     layers = {FROZEN: base, "ours": ours, "ours, NF4": quantized, "peft": peft}
-    for tokens, mode in ((TOKENS, "step"), (1, "forward")):
-        x = torch.randn(tokens, shape.hidden, dtype=dtype)
+    oracle, of_codes = _oracle(peft), _oracle(peft)
+    _decode(of_codes, base)
+    for tokens, mode in ((TOKENS, "step"), (1, "decoding")):
+        x = torch.randn(tokens, shape.hidden, dtype=dtype).requires_grad_()
         weights, index = torch.rand(tokens, shape.experts).topk(shape.top_k)
         weights = (weights / weights.sum(1, keepdim=True)).to(dtype)
-        calls: Layers = {
-            name: (_routed(layer, index, weights), baselines.trained(layer))
+        calls = {
+            name: layer_call(layer, x, torch.randn_like(x), args=(index, weights))
             for name, layer in layers.items()
         }
         with torch.no_grad():
-            want = _oracle(peft)(x.double(), index, weights.double())
-            errors = baselines.errors({name: calls[name] for name in ("ours", "peft")}, x, want)
-        row = Row(
+            wide = x.double(), index, weights.double()
+            y, y4 = oracle(*wide), of_codes(*wide)
+            want = {"ours": y, "peft": y, "ours, NF4": y4}
+            held_to(calls, want, "peft", dtype, (shape.hidden, shape.intermediate))
+        key = Row(
             what=f"experts {shape.model} {shape.experts} top {shape.top_k}",
             dtype=dtype_name(dtype),
             M=tokens,
             K=shape.hidden,
             N=shape.intermediate,
             R=RANK,
-            mode=mode,
         )
-        u = tolerance.unit_roundoff(dtype)
-        row.judge(errors, errors["peft"], u, (shape.hidden, shape.intermediate))
-        if mode == "step":
-            yield row.time(baselines.steps(calls, x.requires_grad_(), torch.randn_like(x)), seconds)
-            continue
-        with torch.no_grad():
-            row.time({name: partial(call, x) for name, (call, _) in calls.items()}, seconds)
-        yield row
+        yield Entry(key=key, calls=calls, modes=[(mode, "warm")])
 
 
-def _routed(layer: Any, index: Tensor, weights: Tensor) -> Forward:
-    return lambda x: layer(x, index, weights)
+def _decode(oracle: Any, base: nn.Module) -> None:
+    """Replace the weights of the oracle's experts by those that NF4 has of `base`.
+
+    Rows are multiples of 64 long: bitsandbytes decodes blocks that straddle two rows wrongly.
+    """
+    codes = quantize_experts(copy.deepcopy(base).float(), double_quant=False)
+    experts = oracle.get_base_layer()
+    for name in ("gate_up_proj", "down_proj"):
+        getattr(experts, name).data.copy_(getattr(codes, name).detach())
 
 
 def _oracle(peft: nn.Module) -> Any:
@@ -143,13 +143,11 @@ def _oracle(peft: nn.Module) -> Any:
     return oracle
 
 
-class Experts(Suite):
-    """LoRA on mixtures of experts."""
+def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
+    """Yield LoRA on mixtures of experts."""
+    torch.manual_seed(0)
+    for name, shape in itertools.product(args.dtypes, SHAPES):
+        yield from entries_of(shape, getattr(torch, name))
 
-    kind, option = "experts", "experts"
-    unused = "shapes model rows ranks dropout device baseline"
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        torch.manual_seed(0)
-        for name, shape in itertools.product(args.dtypes, SHAPES):
-            yield from rows(shape, getattr(torch, name), args.seconds)
+SUITE = Suite("experts", "experts", "shapes model rows ranks dropout device baseline", entries)

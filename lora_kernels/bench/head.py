@@ -4,7 +4,7 @@ A step is forward and backward of the loss, with gradients of x and of the adapt
 cross-entropy, "log_probs" the labels' log-probabilities. Beside ours:
 
 - "pytorch": the head of PEFT, unfused, and PyTorch's loss of its logits in float32;
-- "compiled": the same expressions under `torch.compile`;
+- "torch.compile": the same expressions;
 - "trl, no adapter": TRL's chunked head, which reads the weight and drops an adapter; "ours, no
   adapter" does the same work.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -26,10 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.head import lora_linear_cross_entropy, lora_linear_log_probs
+from ..oracle import case as cases
 from ..oracle import reference, tolerance
 from ..oracle.case import dtype_name
-from . import baselines, memory
-from .results import Facts, Row, Suite
+from . import baselines
+from .results import Facts, Row
+from .table import Call, Entry, Suite, Tolerance
 
 RANK, SCALING = 16, 2.0
 JUDGED_ROWS = 16  # of x, for the errors
@@ -94,7 +96,7 @@ def losses(args: dict[str, Any], mode: str) -> dict[str, Loss]:
 
     found: dict[str, Loss] = {"ours": ours, "pytorch": pytorch}
     if baselines.no_compiler("cpu") is None and args["x"].dtype is torch.float32:
-        found["compiled"] = torch.compile(as_written, dynamic=False)
+        found["torch.compile"] = torch.compile(as_written, dynamic=False)
     found["ours, no adapter"] = partial(ours, A=None, B=None)
     if find_spec("trl") is not None:
         found["trl, no adapter"] = partial(_trl, weight=weight, labels=labels)
@@ -112,57 +114,51 @@ def _trl(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
-    """Time a step of each mode, and count its bytes."""
+def entries_of(shape: Shape, dtype: torch.dtype) -> Iterator[Entry]:
+    """Yield a step of each mode. Errors are those of dx on few rows."""
     args = inputs(shape, dtype)
     leaves = [args[name] for name in ("x", "lora_A", "lora_B")]
+    there = [t for name, t in args.items() if isinstance(t, Tensor) and name != "x"]
+    few = {**args, **{name: args[name].detach()[:JUDGED_ROWS] for name in ("x", "labels")}}
+    few["x"].requires_grad_()
+    want = {"": _oracle(few), "no adapter": _oracle({**few, "lora_A": None, "lora_B": None})}
     for mode in MODES:
-        calls: dict[str, Callable[[], object]] = {}
-        row = Row(
-            what=f"head {shape.model}",
-            dtype=dtype_name(dtype),
-            M=shape.M,
-            K=shape.K,
-            N=shape.V,
-            R=RANK,
-            mode=mode,
-        )
+        found = losses(few, mode)
+        eager = tolerance.rms_error(_dx(found["pytorch"], few["x"]), want[""])
+        limit = Tolerance(eager, dtype, (shape.K, shape.V, shape.V))
+        calls = {}
         for name, loss in losses(args, mode).items():
-            own = leaves[:1] if name.endswith("no adapter") else leaves
-            calls[name] = baselines.step(loss, own, None)
-            if name != "compiled":  # the profiler does not see its buffers
-                forward = partial(loss, args["x"])
-                there = [t for t in args.values() if isinstance(t, Tensor)]
-                row.bytes[name] = sum(memory.held(forward, there=there).values())
-                row.peak_bytes[name] = memory.peak(calls[name])
-        errors = _errors(args, mode)
-        u = tolerance.unit_roundoff(dtype)
-        row.judge(errors, errors["pytorch"], u, (shape.K, shape.V, shape.V))
-        yield row.time(calls, seconds)
+            of = "no adapter" if name.endswith("no adapter") else ""
+            calls[name] = Call(
+                forwards=[partial(loss, args["x"])],
+                leaves=leaves[:1] if of else leaves,
+                there=there,
+                check=partial(limit.check, partial(_dx, found[name], few["x"]), want[of]),
+            )
+        what = f"head {shape.model} {mode}"
+        sizes: dict[str, Any] = {"M": shape.M, "K": shape.K, "N": shape.V, "R": RANK}
+        key = Row(what=what, dtype=dtype_name(dtype), **sizes)
+        yield Entry(key=key, calls=calls, modes=[("step", "warm")])
 
 
-def _errors(args: dict[str, Any], mode: str) -> dict[str, float]:
-    few = {name: args[name].detach()[:JUDGED_ROWS] for name in ("x", "labels")}
-    args = {**args, **few}
-    args["x"] = args["x"].requires_grad_()
-    wide = {name: args[name].detach().double() for name in ("x", "weight", "lora_A", "lora_B")}
-    wide["x"].requires_grad_()
+def _dx(loss: Loss, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        (dx,) = torch.autograd.grad(loss(x), x)
+    return dx
+
+
+def _oracle(args: dict[str, Any]) -> Tensor:
+    """Return dx in float64."""
+    wide = {name: cases.widen(args[name]) for name in ("x", "weight", "lora_A", "lora_B")}
     loss = reference.lora_linear_cross_entropy(**wide, labels=args["labels"], scaling=SCALING)
-    (want,) = torch.autograd.grad(loss, wide["x"])
-    calls = losses(args, mode)
-    errors = {}
-    for name in ("ours", "pytorch"):
-        (dx,) = torch.autograd.grad(calls[name](args["x"]), args["x"])
-        errors[name] = tolerance.rms_error(dx, want)
-    return errors
+    dx: Tensor = torch.autograd.grad(loss, wide["x"])[0]
+    return dx
 
 
-class Head(Suite):
-    """LoRA on a language model's head, with its loss."""
+def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
+    """Yield LoRA on language models' heads, with their loss."""
+    for name, shape in itertools.product(args.dtypes, SHAPES):
+        yield from entries_of(shape, getattr(torch, name))
 
-    kind, option = "head", "head"
-    unused = "shapes model rows ranks dropout device baseline"
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        for name, shape in itertools.product(args.dtypes, SHAPES):
-            yield from rows(shape, getattr(torch, name), args.seconds)
+SUITE = Suite("head", "head", "shapes model rows ranks dropout device baseline", entries)

@@ -1,16 +1,17 @@
 """`lora-kernels bench --quant nf4`: the layer over a 4-bit base, bitsandbytes' and a dense one.
 
-Forward without gradients for M rows of x, and a training step for the largest M. Cold rotates over
-as many weights as exceed the last-level cache, warm repeats one. Ours is a `QLoRALinear`;
-bitsandbytes' layer is under PEFT's; to the dense GEMM, PyTorch's own calls add LoRA:
-`F.linear(x, W) + s·B(Ax)`. The reference reads the float32 decode, eager the decoded weight.
+Decoding, a forward without gradients, for M rows of x, and a training step for the largest M. Cold
+rotates over as many weights as exceed the last-level cache, warm repeats one. Ours is a
+`QLoRALinear`; bitsandbytes' layer is under PEFT's; to the dense GEMM, PyTorch's own calls add LoRA:
+`F.linear(x, W) + s·B(Ax)`. The reference reads the float32 decode, eager the decoded weight, and
+for the dense GEMM the weight itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -23,17 +24,18 @@ from ..oracle import reference, tolerance
 from ..oracle.case import kernels
 from . import baselines, models, timing
 from .baselines import Forward
-from .results import Facts, Row, Suite
+from .results import Facts, Row
+from .table import Call, Entry, Suite, Tolerance
 
 SHAPES = ((4096, 4096), (4096, 14336), (576, 1536))  # K, N
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 RANK, SCALING = 16, 2.0
 
 
-def rows_of(
-    K: int, N: int, counts: list[int], dtype: str, quant_type: str, seconds: float, device: str
-) -> Iterator[Row]:
-    """Yield forwards for each number of rows, and steps for the last, with a cold cache too."""
+def entries_of(
+    K: int, N: int, counts: list[int], dtype: str, quant_type: str, device: str
+) -> Iterator[Entry]:
+    """Yield an entry for each number of rows; the last has steps too, with a cold cache."""
     torch.manual_seed(0)
     on: Any = {"dtype": getattr(torch, dtype), "device": device}
     A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(**on))
@@ -41,53 +43,57 @@ def rows_of(
     count = max(2, min(64, timing.cold_bytes(device) // (N * K // 2)))
     dense = [nn.Linear(K, N, bias=False, **on) for _ in range(min(4, count))]
     for linear in dense:
-        nn.init.normal_(linear.weight, std=K**-0.5)
+        nn.init.normal_(linear.weight, std=K**-0.5).requires_grad_(False)
     linears = [dense[i % len(dense)] for i in range(count)]
     ours = [_ours(linear, quant_type, A, B) for linear in linears]
+    weight = ours[0].weight4bit
+    decoded = weight.dequantize(on["dtype"])
 
     def eager(weight: Tensor, x: Tensor) -> Tensor:
         args = {"lora_A": A, "lora_B": B, "scaling": SCALING}
         return baselines.eager(args)(x, weight, **args)
 
-    forwards: dict[str, list[Forward]] = {"ours": [*ours]}
+    layers: dict[str, list[Forward]] = {"ours": [*ours]}
     if device != "cpu":
-        forwards["ours"] = [partial(_by_kernels, device, layer) for layer in ours]
+        layers["ours"] = [partial(_by_kernels, device, layer) for layer in ours]
     if device == "cpu" or all(map(find_spec, ("bitsandbytes", "peft"))):
         for mode in ("eval", "train"):
-            layers = [_peft(linear, quant_type, A, B).train(mode == "train") for linear in linears]
-            forwards[f"bitsandbytes, {mode}"] = [*layers]
-    forwards["dense"] = [partial(eager, linear.weight) for linear in dense]
-
-    row = partial(Row, dtype=dtype, quant_type=quant_type, K=K, N=N, R=RANK)
+            each = [_peft(linear, quant_type, A, B).train(mode == "train") for linear in linears]
+            layers[f"bitsandbytes, {mode}"] = [*each]
+    layers["dense"] = [partial(eager, linear.weight) for linear in dense]
     stream = [layer.weight.view(torch.int64).sum for layer in ours]  # little more is done
-    weight = ours[0].weight4bit
+    there = [A, B, *(t for layer in ours for t in (*layer.parameters(), *layer.buffers()))]
+    there += [linear.weight for linear in dense]
+
     for M in counts:
-        x = torch.randn(M, K).to(**on)
-        with torch.no_grad():
-            x64, W64 = x.double(), weight.dequantize(torch.float32).double()
-            ref = reference.lora_linear(x64, W64, A.double(), B.double(), SCALING)
-            errors = {name: tolerance.rms_error(f[0](x), ref) for name, f in forwards.items()}
-            by_eager = tolerance.rms_error(eager(weight.dequantize(x.dtype), x), ref)
-            calls: dict[str, list[Callable[[], object]]] = {
-                name: [partial(forward, x) for forward in each] for name, each in forwards.items()
-            }
-            for call in itertools.chain(*calls.values()):
-                call()  # in its first call bitsandbytes may rewrite the codes
-            calls["stream"] = [*stream]
-            for cache, used in (("cold", slice(None)), ("warm", slice(1))):
-                found = row(M=M, mode="forward", cache=cache)
-                found.judge(errors, by_eager, tolerance.unit_roundoff(x.dtype), (K,))
-                turns = {name: baselines.cycle_through(each[used]) for name, each in calls.items()}
-                yield found.time(turns, seconds, device)
-    dy = torch.randn(M, N).to(**on)
-    x.requires_grad_()
-    steps = {
-        name: baselines.cycle_through([baselines.step(forward, (x, A, B), dy) for forward in each])
-        for name, each in forwards.items()
-        if name != "bitsandbytes, eval"
-    }
-    last = row(M=M, mode="step", cache="cold", misses=found.misses, judged=[])
-    yield last.time(steps, seconds, device)
+        x, dy = torch.randn(M, K).to(**on).requires_grad_(), torch.randn(M, N).to(**on)
+        calls = {
+            name: Call(
+                forwards=[partial(forward, x) for forward in forwards],
+                leaves=[] if name == "bitsandbytes, eval" else [x, A, B],
+                dy=dy,
+                there=there,
+            )
+            for name, forwards in layers.items()
+        }
+        x64, A64, B64 = (t.detach().double() for t in (x, A, B))
+        of_codes = weight.dequantize(torch.float32)
+        y4, y = (
+            reference.lora_linear(x64, W.detach().double(), A64, B64, SCALING)
+            for W in (of_codes, dense[0].weight)
+        )
+        want = {name: y if name == "dense" else y4 for name in layers}
+        limit = Tolerance(tolerance.rms_error(eager(decoded, x), y4), x.dtype, (K,))
+        for name, call in calls.items():
+            call.check = partial(limit.check, call.forwards[0], want[name])
+        calls["stream"] = Call(forwards=stream)
+        modes = [("decoding", "cold"), ("decoding", "warm")]
+        yield Entry(
+            key=Row(dtype=dtype, quant_type=quant_type, M=M, K=K, N=N, R=RANK),
+            calls=calls,
+            modes=[*modes, ("step", "cold")] if counts[-1] == M else modes,
+            device=device,
+        )
 
 
 def _ours(linear: nn.Linear, quant_type: str, A: nn.Parameter, B: nn.Parameter) -> QLoRALinear:
@@ -108,14 +114,13 @@ def _by_kernels(device: str, layer: QLoRALinear, x: Tensor) -> Tensor:
         return layer(x)  # type: ignore[no-any-return]
 
 
-class Codes(Suite):
-    """Layers over a 4-bit base."""
+def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
+    """Yield the layers over a 4-bit base."""
+    requested = models.requested_shapes(args) or []
+    shapes = list(dict.fromkeys((K, N) for _, K, N in requested)) or SHAPES
+    counts = sorted({M for M, _, _ in requested}) or list(ROWS)
+    for dtype, (K, N) in itertools.product(args.dtypes, shapes):
+        yield from entries_of(K, N, counts, dtype, args.quant, args.device)
 
-    kind, option, unused = "4-bit", "quant", "ranks dropout baseline"
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        requested = models.requested_shapes(args) or []
-        shapes = list(dict.fromkeys((K, N) for _, K, N in requested)) or SHAPES
-        counts = sorted({M for M, _, _ in requested}) or list(ROWS)
-        for dtype, (K, N) in itertools.product(args.dtypes, shapes):
-            yield from rows_of(K, N, counts, dtype, args.quant, args.seconds, args.device)
+SUITE = Suite("4-bit", "quant", "ranks dropout baseline", entries)

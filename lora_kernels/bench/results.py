@@ -3,7 +3,7 @@
 Times are medians of calls that take turns in one process, warm unless a row says "cold". A step is
 forward and backward with x needing a gradient. Errors are rms, relative to float64 on the same
 numbers. A call of ours whose error is above the tolerance, beside that of plain PyTorch, gets ✗
-instead of a time.
+instead of a time; a peer's gets ✗ beside it.
 
 In the summary a ratio is the median time of ours over the peer's in one row. Ours with float32
 adapters is compared with PEFT's, whose adapters are float32 by default.
@@ -11,9 +11,6 @@ adapters is compared with PEFT's, whose adapters are float32 by default.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import dataclasses
 import datetime
 import itertools
 import json
@@ -21,7 +18,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +29,9 @@ from ..backends.cpu import native
 from ..choice import choose as selection
 from ..core import device as devices
 from ..core.problem import Problem
-from ..oracle import tolerance
 from ..version import __version__
 from . import timing
-from .timing import Machine, Ratio, Times
+from .timing import Machine, Times
 
 Facts = dict[str, Any]  # of a run: its provenance
 
@@ -52,12 +48,13 @@ EQUIVALENT_OF_PEER = {
     "trl, no adapter": "ours, no adapter",
 }
 # Variant -> its baseline; "PEFT's" for all others.
-VARIANTS = {"row norm": "PEFT's expression", "DoRA step": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
+VARIANTS = {"row norm": "PEFT's expression", "DoRA": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
 # Variant -> pairs of calls whose ratios are its cost.
 COST_RATIOS = {
-    "DoRA step": (("ours", "LoRA"), ("PEFT's DoRA", "PEFT's LoRA")),
+    "DoRA": (("ours", "LoRA"), ("PEFT's DoRA", "PEFT's LoRA")),
     "16 adapters": (("ours", "ours, 1"), ("PEFT's", "PEFT's, 1")),
 }
+WIDTH = 100  # columns of a terminal
 STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
 # Load above the bench's own threads: what another program that uses a core for half a minute adds
 # to the kernel's average over a minute.
@@ -99,10 +96,8 @@ class Row:
     floor: float | None = None
     floor_ms: float | None = None
     target: float | None = None
-    minimum: int | None = None
     bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    tensors: dict[str, dict[str, int]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     misses: dict[str, str] = field(default_factory=dict)
     judged: Sequence[str] | None = None
@@ -110,17 +105,6 @@ class Row:
     load: float | None = None
     own_load: int | None = None
     under_load: bool | None = None
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Row:
-        """Read a row of this or an earlier version; KeyError without sizes or seconds."""
-        known = {name: row[name] for name in "MKNR"}
-        known |= {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
-        known["seconds"] = {
-            name: Times(**{**times, "over": Ratio(**times["over"]) if times.get("over") else None})
-            for name, times in row["seconds"].items()
-        }
-        return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, and the tax."""
@@ -145,21 +129,20 @@ class Row:
         """
         words = [self.what, self.dtype, self.quant_type, f"{self.M}×{self.K}×{self.N} r={self.R}"]
         words += [f"dropout {self.dropout_p}" if self.dropout_p else None, self.mode]
-        # Earlier files do not say that layers are warm.
-        words += [None if (self.kind, self.cache) == ("layers", "warm") else self.cache]
+        words += [None if self.cache == "warm" else self.cache]
         return " ".join(filter(None, words))
 
     @property
     def baseline(self) -> str:
         """Name of the call with which the others are compared, from the row's sizes alone.
 
-        >>> Row(quant_type="nf4", M=1, mode="forward").baseline
+        >>> Row(quant_type="nf4", M=1, mode="decoding").baseline
         'stream'
         >>> Row(quant_type="nf4", M=512, mode="step").baseline
         'dense'
         """
         if self.kind == "4-bit":
-            streamed = self.mode == "forward" and self.M <= STREAMED_ROWS
+            streamed = self.mode == "decoding" and self.M <= STREAMED_ROWS
             return "stream" if streamed else "dense"
         if self.kind == "head":
             return "pytorch"
@@ -176,114 +159,126 @@ class Row:
         p50 = self.p50
         return {name: t / p50[FROZEN] for name, t in p50.items()} if FROZEN in p50 else {}
 
-    def judge(self, errors: dict[str, float], eager: float, u: float, sums: Sequence[int]) -> None:
-        """Compare the errors of ours with the tolerance.
-
-        eager: plain PyTorch's error. u, sums: as in `tolerance.rms_limit`.
-        """
-        limit = tolerance.rms_limit(eager, u, sums)
-        self.errors, self.judged = errors, [name for name in errors if is_ours(name)]
-        self.misses = {
-            name: f"y MISS: rms {errors[name] / u:.3g} u, limit {limit / u:.3g} u"
-            for name in self.judged
-            if not errors[name] <= limit  # NaN is not
-        }
-
-    def time(
-        self, calls: Mapping[str, Callable[[], object]], seconds: float, device: str = "cpu"
-    ) -> Row:
-        """Time the calls without a miss; return the row."""
-        sound = {name: call for name, call in calls.items() if name not in self.misses}
-        self.seconds = timing.interleave(
-            sound, seconds=seconds, device=device, baseline=self.baseline
-        )
-        return self
-
     def note_load(self) -> None:
         """Record the load average after timing the row."""
         self.load, self.own_load = os.getloadavg()[0], torch.get_num_threads()
         self.under_load = self.load > self.own_load + LOAD_MARGIN
 
     def __str__(self) -> str:
-        """Return a timed row as text: each call over the baseline, then details of ours."""
+        """Return a timed row as a table of its calls."""
         p50, unit = self.p50, self.baseline
-        goals = [("floor", self.floor), ("target", self.target)]
-        goal = "".join(f", {word} {value:.3f}" for word, value in goals if value is not None)
-        words = []
-        for name in dict.fromkeys([*p50, *self.misses]):
-            ratio = p50[name] / p50[unit] if name in p50 else None
-            text = name if ratio is None else f"{name} {ratio:.3f}"
-            if name in self.misses:
-                text += f" ✗ ({self.misses[name]})"
-            elif name == "ours" and ratio is not None and self.target is not None:
-                text += " ✓" if ratio <= self.target else " over target"
-            words += [text] if name != unit else []
-        head = f"{self.identity}: {unit} {p50[unit] * 1e3:.3g} ms{goal}"
-        if self.under_load:
-            head += f"  [under load: {self.load:.1f}, the bench {self.own_load}]"
-        lines = [head, f"    over it: {', '.join(words)}"]
-        if times := self.seconds.get("ours"):
-            three = "/".join(f"{t * 1e3:.3g}" for t in (times.p20, times.p50, times.p80))
-            by = f"{self.backend}, {self.strategy}; " if self.strategy else ""
-            lines.append(f"    ours: {by}{three} ms (p20/p50/p80)")
-            if self.floor_ms:
-                share = self.floor_ms / times.p50 / 1e3
-                lines[-1] += f", {share:.0%} of the roofline"
-                if share > 1:
-                    lines[-1] += " ✗ (the machine's limits were measured wrong)"
+        lines = {name: self._cells(name) for name in dict.fromkeys([*p50, *self.misses])}
+        said = [f"{self.identity}, over {unit}", *self._details()]
+        said.append(text_table(lines))
+        said += [f"✗ {name}: {what}" for name, what in self.misses.items()]
         pairs = (pair for pair in COST_RATIOS.get(self.what or "", ()) if {*pair} <= p50.keys())
         if each := [f"{over} over {under} {p50[over] / p50[under]:.2f}" for over, under in pairs]:
-            lines.append(f"    {', '.join(each)}")
-        if peaks := self.peak_bytes:
-            each = [f"{n} {b / 2**20:.3g} + {peaks[n] / 2**20:.3g}" for n, b in self.bytes.items()]
-            lines.append(f"    MiB held + peak of a step: {', '.join(each)}")
-        if self.errors:
-            each = [f"{name} {error:.1e}" for name, error in self.errors.items()]
-            lines.append(f"    rms errors: {', '.join(each)}")
-        return "\n".join(lines)
+            said.append(", ".join(each))
+        return "\n".join(said)
+
+    def _cells(self, name: str) -> dict[str, str | None]:
+        """Return a call's line of the table."""
+        times, unit = self.seconds.get(name), self.seconds.get(self.baseline)
+        ratio = "✗" if times is None else "–"
+        if times and unit:
+            ratio = f"{times.p50 / unit.p50:.3f}" + " ✗" * (name in self.misses)
+            if name == "ours" and self.target is not None:
+                ratio += " ✓" if times.p50 <= self.target * unit.p50 else " over target"
+        cells: dict[str, str | None] = {"ratio": ratio}
+        for key, quantile in (("ms", "p50"), ("p20", "p20"), ("p80", "p80")):
+            cells[key] = f"{getattr(times, quantile) * 1e3:.3g}" if times else None
+        for key, counts in (("MiB held", self.bytes), ("MiB peak", self.peak_bytes)):
+            cells[key] = f"{counts[name] / 2**20:.3g}" if name in counts else None
+        cells["rms error"] = f"{self.errors[name]:.1e}" if name in self.errors else None
+        return cells
+
+    def _details(self) -> list[str]:
+        """Return the line of goals, backend and load, if there is anything to say."""
+        goals = [("floor", self.floor), ("target", self.target)]
+        words = [f"{word} {value:.3f}" for word, value in goals if value is not None]
+        words += [f"ours: {self.backend}, {self.strategy}"] if self.strategy else []
+        if self.floor_ms and (times := self.seconds.get("ours")):
+            share = self.floor_ms / times.p50 / 1e3
+            words.append(f"{share:.0%} of the roofline")
+            if share > 1:
+                words[-1] += " ✗ (the machine's limits were measured wrong)"
+        if self.under_load:
+            words.append(f"under load: {self.load:.1f}, the bench {self.own_load}")
+        return ["; ".join(words)] if words else []
 
 
 @dataclass
 class Result:
-    """A run: the rows, and the provenance that a reader needs to judge or to repeat them."""
+    """A run of a suite: the rows, and the provenance that a reader needs to judge or repeat them.
 
+    kind: the suite's, under which it stands in a file.
+    """
+
+    kind: str
     provenance: dict[str, Any]
     rows: list[Any] = field(default_factory=list)
     overhead_us: dict[str, float] | None = None
 
-    def write(self, json_file: Path | None, csv_file: Path | None) -> None:
-        """Write JSON, a row a line; and the times and bytes as CSV, a call a line.
+    def to_json(self) -> dict[str, Any]:
+        """Return the run; its rows are in "rows", or in the list that their class names."""
+        found: dict[str, Any] = {"provenance": self.provenance, "rows": []}
+        for row in self.rows:
+            found.setdefault(getattr(row, "table", "rows"), []).append(row.to_json())
+        return found | ({"overhead_us": self.overhead_us} if self.overhead_us else {})
 
-        Rows are in the list "rows", or in the one that their class names as its `table`.
+    def write(self, json_file: Path | None, csv_file: Path | None) -> None:
+        """Write the run into a JSON file, beside those of other suites; and a call a line as CSV.
+
+        An earlier run of the same suite is replaced.
         """
         for file in filter(None, (json_file, csv_file)):
             file.parent.mkdir(parents=True, exist_ok=True)
         if json_file:
-            tables: dict[str, list[str]] = {"rows": []}
-            for row in self.rows:
-                line = json.dumps(row.to_json(), ensure_ascii=False)
-                tables.setdefault(getattr(row, "table", "rows"), []).append(line)
-            facts = json.dumps(self.provenance, indent=1, ensure_ascii=False)
-            sep = ",\n  "
-            more = f',\n "overhead_us": {json.dumps(self.overhead_us)}' if self.overhead_us else ""
-            lists = ",\n ".join(
-                f'"{name}": [\n  {sep.join(lines)}\n ]' for name, lines in tables.items()
-            )
-            json_file.write_text(f'{{\n "provenance": {facts},\n {lists}{more}\n}}\n')
+            json_file.write_text(dump({**read(json_file), self.kind: self.to_json()}))
         if csv_file:
-            with csv_file.open("w", newline="", encoding="utf-8") as text:
-                writer = csv.DictWriter(text, f"{OF_ROW} {OF_CALL}".split(), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(itertools.chain(*map(flat, self.rows)))
+            lines = [*itertools.chain(*map(flat, self.rows))]
+            _frame(lines, f"{OF_ROW} {OF_CALL}".split()).to_csv(csv_file, index=False)
+
+
+Runs = dict[str, dict[str, Any]]  # of a file, by kind
+
+
+def read(file: Path) -> Runs:
+    """Return the runs of a file of `bench --json`; none if there is no file.
+
+    Raises ValueError for any other file.
+    """
+    if not file.exists():
+        return {}
+    try:
+        runs: Runs = json.loads(file.read_text())
+        if all({"provenance", "rows"} <= run.keys() for run in runs.values()):
+            return runs
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{file} is there, and no file of `bench --json`")
+
+
+def dump(runs: Runs) -> str:
+    """Return the text of a file: a row a line."""
+    said = []
+    for kind, run in runs.items():
+        fields = []
+        for name, value in run.items():
+            text = json.dumps(value, ensure_ascii=False)
+            if isinstance(value, list):
+                rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
+                text = f"[\n  {rows}\n ]"
+            fields.append(f"{json.dumps(name)}: {text}")
+        said.append(f"{json.dumps(kind)}: {{\n " + ",\n ".join(fields) + "\n}")
+    return "{" + ",\n".join(said) + "}\n"
 
 
 # Columns of the CSV: those of a row,
 OF_ROW = "what dtype quant_type M K N R dropout_p mode cache backend strategy load under_load"
 # and of each call. result is "ok", "✗" with what missed the tolerance, or empty if it was not
-# judged; over, low and high are the ratio to the baseline's time and the bounds of its median.
-OF_CALL = (
-    "call result p20_ms p50_ms p80_ms rounds over over_low over_high floor_ms held_bytes peak_bytes"
-)
+# judged; over is the ratio to the baseline's time.
+OF_CALL = "call result over p20_ms p50_ms p80_ms rounds floor_ms held_bytes peak_bytes"
 
 
 def flat(row: Row) -> Iterator[dict[str, Any]]:
@@ -302,8 +297,8 @@ def flat(row: Row) -> Iterator[dict[str, Any]]:
         if times := row.seconds.get(name):
             line |= {f"{key}_ms": getattr(times, key) * 1e3 for key in ("p20", "p50", "p80")}
             line["rounds"] = times.rounds
-            if over := times.over:
-                line |= {"over": over.p50, "over_low": over.low, "over_high": over.high}
+            if row.baseline in row.seconds:
+                line["over"] = times.p50 / row.seconds[row.baseline].p50
         yield line
 
 
@@ -329,66 +324,48 @@ def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
 
 def summary(rows: list[Row]) -> Iterator[str]:
     """Yield a line for each peer, and the numbers of misses and of rows under load."""
-    against = ratios(rows)
-    if against:
-        yield "ours over each peer, medians of the same row; below 1 ours is faster:"
-    width = max(map(len, against), default=0)
-    for peer, found in against.items():
+    lines = {}
+    for peer, found in ratios(rows).items():
         each = [ratio for ratio, _ in found]
         worst, at = max(found, key=lambda pair: pair[0])
-        text = (
-            f"    {peer:{width}}  faster in {sum(r < 1 for r in each)} of {len(each)} rows, slower "
-            f"in {sum(r > 1 for r in each)}; median {statistics.median(each):.3f}; worst "
-            f"{worst:.3f}: {at.identity}"
-        )
         wrong = sum(peer in row.misses for _, row in found)
-        yield text + (f"; {wrong} of its results miss the tolerance" if wrong else "")
+        lines[peer] = {
+            "rows": len(each),
+            "faster": sum(r < 1 for r in each),
+            "slower": sum(r > 1 for r in each),
+            "✗": wrong or "",
+            "median": f"{statistics.median(each):.3f}",
+            "worst": f"{worst:.3f}",
+            "worst row": at.identity,
+        }
+    if lines:
+        yield "ours over each peer, medians of the same row; below 1 ours is faster:"
+        yield text_table(lines)
     if wrong := sum(is_ours(name) for row in rows for name in row.misses):
         yield f"{wrong} results of ours miss the tolerance (✗) and have no time"
     if loaded := sum(bool(row.under_load) for row in rows):
         yield f"{loaded} of {len(rows)} rows were timed under load: measure them again"
 
 
-class Suite:
-    """One of the tables of `bench`.
+def _frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Any:
+    import pandas as pd  # type: ignore[import-untyped]
 
-    Args:
-        option: of the command line that selects the suite.
-        unused: options without effect on this suite.
-        libraries: the versions that determine the counts; empty for suites that measure times.
+    return pd.DataFrame(lines, columns=columns, dtype=object)
+
+
+def text_table(lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table that fits a terminal; columns without a value are left out.
+
+    >>> print(text_table({"ours": {"ms": "1.5", "p20": None}, "peft": {"ms": "12", "p20": None}}))
+           ms
+    ours  1.5
+    peft   12
     """
-
-    kind, option, unused = "", "", ""
-    libraries: tuple[str, ...] = ()
-
-    def provenance(self, args: argparse.Namespace) -> Facts:
-        libraries = self.libraries
-        return versions(*libraries) if libraries else provenance(args.dtypes, args.device)
-
-    def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
-        """Yield lines before the rows of a complete run."""
-        return iter(())
-
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Any]:
-        """Yield the rows of the table.
-
-        Args:
-            facts: the provenance.
-            only: identities of the rows that are wanted; the suite may yield others. Empty for all.
-        """
-        raise NotImplementedError
-
-    def line(self, row: Any) -> str:
-        """Return a row as text."""
-        return str(row)
-
-    def summary(self, rows: list[Any]) -> Iterator[str]:
-        """Yield lines after the rows."""
-        return summary(rows)
-
-    def has_failed(self, rows: list[Any]) -> bool:
-        """True if a result of ours misses the tolerance."""
-        return any(is_ours(name) for row in rows for name in row.misses)
+    columns = {name: None for line in lines.values() for name in line}
+    frame = _frame([*lines.values()], [*columns]).dropna(axis="columns", how="all").fillna("")
+    frame.index = [*lines]
+    text: str = frame.to_string(line_width=WIDTH)
+    return "\n".join(map(str.rstrip, text.splitlines()))
 
 
 def versions(*libraries: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from ..backends.cpu import native
 from ..backends.cpu.linear import DTYPES
 
 COLD_BYTES = 64 << 20  # twice the L3 cache that a core reaches on AMD's Zen, 32 MiB
-FEWEST = 5  # rounds, however long one takes: bounds of a median hold in 99 of 100 (see `Ratio`)
+FEWEST = 5  # rounds, however long one takes
 
 
 @dataclass(frozen=True)
@@ -33,59 +32,22 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """A time over the baseline's of the same round: the median, and the quintiles around it.
-
-    low and high bound the true median to four standard errors, whatever the distribution: a fair
-    coin's n tosses have a deviation of √n/2, so they are the samples of ranks n/2 − 2√n and
-    n/2 + 2√n. Of fewer than 16 they are the least and the greatest, further from the median by as
-    much as those are short of four errors (all of n lie on one side of it twice in 2ⁿ times); of
-    five the true median is outside once in a hundred times.
-    """
-
-    p20: float
-    p50: float
-    p80: float
-    low: float
-    high: float
-
-    @classmethod
-    def from_ratios(cls, ratios: list[float]) -> Ratio:
-        """Build from the ratios of all rounds.
-
-        >>> Ratio.from_ratios([float(i) for i in range(1, 101)])
-        Ratio(p20=20.8, p50=50.5, p80=80.2, low=31.0, high=70.0)
-        """
-        n, ordered = len(ratios), sorted(ratios)
-        rank = max(0, math.ceil(n / 2 - 2 * math.sqrt(n)))
-        low, high, median = ordered[rank], ordered[n - 1 - rank], statistics.median(ratios)
-        if n < 16:
-            short = 4 / statistics.NormalDist().inv_cdf(1 - 0.5**n)
-            low, high = (median * (bound / median) ** max(1.0, short) for bound in (low, high))
-        return cls(*_quintiles(ratios), low, high)
-
-
-@dataclass(frozen=True)
 class Times:
-    """Seconds: the median, and the quintiles around it; the ratios if a baseline is named."""
+    """Seconds: the median, and the quintiles around it."""
 
     p20: float
     p50: float
     p80: float
     rounds: int
-    over: Ratio | None = None
 
     @classmethod
-    def from_seconds(cls, seconds: list[float], baseline: list[float] | None = None) -> Times:
-        """Build from the rounds of one call, and of the baseline's same rounds.
+    def from_seconds(cls, seconds: list[float]) -> Times:
+        """Build from the rounds of one call.
 
-        >>> Times.from_seconds([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).over
-        Ratio(p20=2.0, p50=2.0, p80=2.0, low=2.0, high=2.0)
+        >>> Times.from_seconds([2.0, 4.0, 6.0]).p50
+        4.0
         """
-        over = None
-        if baseline is not None:
-            over = Ratio.from_ratios([a / b for a, b in zip(seconds, baseline, strict=True)])
-        return cls(*_quintiles(seconds), len(seconds), over)
+        return cls(*_quintiles(seconds), len(seconds))
 
 
 def _quintiles(values: list[float]) -> tuple[float, float, float]:
@@ -126,16 +88,13 @@ def interleave_parts(
     most: int = 201,
     repeat: int = 1,
     device: str = "cpu",
-    baseline: str | None = None,
 ) -> tuple[dict[str, Times], dict[str, Times], dict[str, Times]]:
     """Time as `interleave` does, and also the first and second parts of calls that are `Parts`.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
     about `seconds` in all, at least `least` of them, or FEWEST where those would take longer than
     twice that, and at most `most`. `repeat` calls are timed as one, for those too short for the
-    clock. On a GPU the device's own events are read. With `baseline`, the name of one of the
-    calls, each call's times have their ratios to it, round by round. A disturbance of a whole
-    round leaves the ratios unchanged.
+    clock. On a GPU the device's own events are read.
 
     >>> parts = {"a": Parts(lambda: 1, lambda one: one + 1)}
     >>> whole, first, second = interleave_parts(parts, seconds=0.0)
@@ -164,12 +123,11 @@ def interleave_parts(
         if round_ == 0:
             begun = time.perf_counter()  # the first may have compiled something
         spent = time.perf_counter() - begun
-    return _times(whole, baseline), _times(first, baseline), _times(second, baseline)
+    return _times(whole), _times(first), _times(second)
 
 
-def _times(taken: dict[str, list[float]], baseline: str | None) -> dict[str, Times]:
-    measure = None if baseline is None else taken.get(baseline)
-    return {name: Times.from_seconds(seconds, measure) for name, seconds in taken.items()}
+def _times(taken: dict[str, list[float]]) -> dict[str, Times]:
+    return {name: Times.from_seconds(seconds) for name, seconds in taken.items()}
 
 
 def _on_cpu(call: Call | Parts, repeat: int) -> tuple[float, float]:

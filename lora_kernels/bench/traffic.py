@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import itertools
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from . import baselines, counter
 from .counter import Kernel, Traffic
-from .results import Facts, Suite
+from .results import Facts, versions
+from .table import Suite
 
 ROWS = (1, 16, 512, 8192)  # M
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # K, N
@@ -238,13 +239,15 @@ def ratio(measure: dict[str, int]) -> float:
 class Count(Suite):
     """Memory traffic, counted."""
 
-    kind, option = "count", "count"
-    unused = "compare device shapes model rows quick dtypes dropout seconds csv baseline"
-    libraries = ("torch", "peft", "bitsandbytes")  # which decide what kernels run
+    def __init__(self) -> None:
+        unused = "device shapes model rows quick dtypes dropout seconds csv baseline"
+        super().__init__("count", "count", unused)
 
-    def rows(
-        self, args: argparse.Namespace, facts: Facts, only: Collection[str]
-    ) -> Iterator[TrafficRow]:
+    def provenance(self, args: argparse.Namespace) -> Facts:
+        """Return the versions of the libraries that decide what kernels run."""
+        return versions("torch", "peft", "bitsandbytes")
+
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[TrafficRow]:
         """Yield the table's rows, those of NF4 if bitsandbytes is installed."""
         has_bitsandbytes = find_spec("bitsandbytes") is not None
         for cell in CELLS:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,12 @@ from ..choice import choose as selection
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..ops.linear import lora_linear
 from ..ops.norm import dora_norm
-from ..oracle import reference, tolerance
+from ..oracle import reference
 from ..oracle.case import dtype_name
 from ..quantization import quantize_4bit
-from . import baselines
-from .baselines import Layers, adapter_names, peft_layer, trained
-from .results import Facts, Row, Suite
+from .baselines import adapter_names, peft_layer
+from .results import Facts, Row
+from .table import Call, Entry, Suite, held_to, layer_call
 
 SIZES = (512, 2048, 2048)  # M, K, N
 SERVED = (4096, 4096)  # K, N of the layer that several adapters share
@@ -31,7 +31,7 @@ RANK, SCALING = 16, 2.0
 LEVELS = (8, 16, 32)
 
 
-def norm_row(dtype: torch.dtype, seconds: float) -> Row:
+def norm_entry(dtype: torch.dtype) -> Entry:
     """Norms of the rows of W + s·B·A: ours, by panels of library products, as PEFT writes them."""
     _, K, N = SIZES
     W = torch.randn(N, K).div_(K**0.5).to(dtype)
@@ -52,16 +52,14 @@ def norm_row(dtype: torch.dtype, seconds: float) -> Row:
         reference.dora_norm(*_double(base, A, B, SCALING))
         for base in (W, codes.dequantize(torch.float32))
     )
-    errors = {
-        name: tolerance.rms_error(call(), four_bit if "NF4" in name else dense)
-        for name, call in calls.items()
-    }
-    # All that is rounded is rounded to float32.
-    row = _row("row norm", dtype, SIZES, errors, errors["panels"], rounded=torch.float32)
-    return row.time(calls, seconds)
+    timed = {name: Call(forwards=[call]) for name, call in calls.items()}
+    want = {name: four_bit if "NF4" in name else dense for name in calls}
+    # All that is rounded is rounded to float32; PEFT's expression rounds to W's dtype.
+    held_to(timed, want, "panels", torch.float32, (K,))
+    return _entry("row norm", dtype, SIZES, timed, "call")
 
 
-def dora_row(dtype: torch.dtype, seconds: float) -> Row:
+def dora_entry(dtype: torch.dtype) -> Entry:
     """A step with DoRA and with LoRA, ours and PEFT's, over the same base."""
     M, K, N = SIZES
     linear = nn.Linear(K, N, bias=False, dtype=dtype)
@@ -80,13 +78,12 @@ def dora_row(dtype: torch.dtype, seconds: float) -> Row:
     # The magnitudes are those at the start.
     at_start, norm = (reference.dora_norm(W64, A64, B64, scaling) for scaling in (0.0, SCALING))
     want = {name: y if "LoRA" in name else at_start / norm * y for name in layers}
-    calls: Layers = {name: (layer, trained(layer)) for name, layer in layers.items()}
-    errors = baselines.errors(calls, x, want)
-    row = _row("DoRA step", dtype, SIZES, errors, errors["PEFT's DoRA"])
-    return row.time(baselines.steps(calls, x, dy), seconds)
+    calls = {name: layer_call(layer, x, dy) for name, layer in layers.items()}
+    held_to(calls, want, "PEFT's DoRA", dtype, (K,))
+    return _entry("DoRA", dtype, SIZES, calls, "step")
 
 
-def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[Row]:
+def group_entries(dtype: torch.dtype) -> Iterator[Entry]:
     """q, k and v with adapters as a group, as three layers, as three of PEFT's: a step, and one row
     of x without gradients."""
     M, K, N = SIZES
@@ -94,32 +91,42 @@ def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[Row]:
     linears = {name: nn.Linear(K, size, bias=False, dtype=dtype) for name, size in sizes.items()}
     group = LoRAGroup.from_linears(linears, RANK, SCALING * RANK)
     copies = [copy.deepcopy(linear) for linear in linears.values()]
-    apart = [LoRALinear.from_linear(linear, RANK, SCALING * RANK) for linear in copies]
-    pefts = [peft_layer(copy.deepcopy(linear), [RANK], SCALING) for linear in linears.values()]
+    apart = _SideBySide(LoRALinear.from_linear(each, RANK, SCALING * RANK) for each in copies)
+    pefts = _SideBySide(
+        peft_layer(copy.deepcopy(linear), [RANK], SCALING) for linear in linears.values()
+    )
     x, want = torch.randn(M, K, dtype=dtype).requires_grad_(), []
     for (name, linear), *three in zip(linears.items(), apart, pefts, strict=True):
         A, B = _adapter(K, sizes[name])
         for layer in (group.member(name), *three):
             _set(layer, A, B)
         want.append(reference.lora_linear(*_double(x, linear.weight, A, B, SCALING)))
-    calls: Layers = {
-        "ours": (group, trained(group)),
-        "three LoRALinear": (lambda x: [layer(x) for layer in apart], trained(*apart)),
-        "PEFT's": (lambda x: [layer(x) for layer in pefts], trained(*pefts)),
-    }
-    errors = baselines.errors(calls, x, torch.cat(want, dim=1))
-    row = partial(_row, dtype=dtype, errors=errors, eager=errors["PEFT's"])
     width, dys = sum(sizes.values()), [torch.randn(M, size, dtype=dtype) for size in sizes.values()]
-    yield row("q, k, v step", sizes=(M, K, width)).time(baselines.steps(calls, x, dys), seconds)
-    for module in (group, *apart, *pefts):
+
+    def calls(x: Tensor, want: Tensor) -> dict[str, Call]:
+        """q, k and v of x side by side."""
+        found = {
+            "ours": layer_call(group, x, dys),
+            "three LoRALinear": layer_call(apart, x, dys),
+            "PEFT's": layer_call(pefts, x, dys),
+        }
+        return held_to(found, want, "PEFT's", dtype, (K,))
+
+    y = torch.cat(want, dim=1)
+    yield _entry("q, k, v", dtype, (M, K, width), calls(x, y), "step")
+    for module in (group, apart, pefts):
         module.eval()
-    decoding = {name: partial(call, x[:1].detach()) for name, (call, _) in calls.items()}
-    with torch.no_grad():
-        token = row("q, k, v of a token", sizes=(1, K, width)).time(decoding, seconds)
-    yield token
+    yield _entry("q, k, v", dtype, (1, K, width), calls(x[:1].detach(), y[:1]), "decoding")
 
 
-def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
+class _SideBySide(nn.ModuleList):
+    """Layers of one x."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self]
+
+
+def adapters_entry(dtype: torch.dtype, M: int) -> Entry:
     """16 sequences of M/16 rows, without gradients, with 16, 4 and 1 adapters in turn: ours in one
     call, PEFT's loop."""
     from ..peft import fuse
@@ -132,7 +139,7 @@ def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
         _set(stock, A, B, name)
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(stock)))[0], "PEFT's": stock}
     x64, W64 = _double(x, linear.weight)
-    calls, errors = {}, {}
+    calls, wants = {}, {}
     with torch.no_grad():
         for E in (16, 4, 1):
             index = torch.arange(16)[:, None].expand(16, M // 16) % E
@@ -141,13 +148,13 @@ def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
             served = [names[i % E] for i in range(16)]
             for name, layer in layers.items():
                 key = f"{name}, {E}" if E < 16 else name
-                calls[key] = partial(layer, x, adapter_names=served)
-                errors[key] = tolerance.rms_error(calls[key](), want)
-        row = _row("16 adapters", dtype, (M, K, N), errors, errors["PEFT's"])
-        return row.time(calls, seconds)
+                calls[key] = Call(forwards=[partial(layer, x, adapter_names=served)])
+                wants[key] = want
+        held_to(calls, wants, "PEFT's", dtype, (K,))
+    return _entry("16 adapters", dtype, (M, K, N), calls, "decoding")
 
 
-def levels_row(dtype: torch.dtype, seconds: float) -> Row:
+def levels_entry(dtype: torch.dtype) -> Entry:
     """A step with hierarchical levels of rank 8, 16 and 32: in one call, as a call each, as three
     active adapters of PEFT's."""
     M, K, N = SIZES
@@ -170,48 +177,40 @@ def levels_row(dtype: torch.dtype, seconds: float) -> Row:
             y = y + lora_linear(x, None, leaves[i], leaves[3 + i], scales[i])
         return y
 
-    calls: Layers = {
-        "ours": (layer, trained(layer)),
-        "three calls": (apart, leaves),
-        "PEFT's": (peft, trained(peft)),
+    calls = {
+        "ours": layer_call(layer, x, dy),
+        "three calls": layer_call(apart, x, dy, leaves, frozen=[linear.weight]),
+        "PEFT's": layer_call(peft, x, dy),
     }
     gate = torch.cat([torch.full((r,), s) for r, s in zip(LEVELS, scales, strict=True)])
     want = reference.lora_linear(*_double(x, linear.weight, A, B), rank_gate=gate.double())
-    errors = baselines.errors(calls, x, want)
-    row = _row("three levels step", dtype, SIZES, errors, errors["PEFT's"], ranks=sum(LEVELS))
-    return row.time(baselines.steps(calls, x, dy), seconds)
+    # The adapter makes the larger part of y, a sum over the ranks.
+    held_to(calls, want, "PEFT's", dtype, (K, sum(LEVELS)))
+    return _entry("three levels", dtype, SIZES, calls, "step")
 
 
-def switching_row(seconds: float) -> Row:
-    """Another of 16 adapters made the active one, by PEFT's `set_adapter`; microseconds a layer."""
+def switching_entry() -> Entry:
+    """Another of 16 adapters made the active one, by PEFT's `set_adapter`; nothing is computed."""
     from ..peft import fuse
 
     _, K, N = SIZES
     stock = peft_layer(nn.Linear(K, N, bias=False), [RANK] * 16, SCALING)
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(stock)))[0], "PEFT's": stock}
     turn = itertools.cycle(adapter_names(16))
-    calls = {
-        name: lambda layer=layer: layer.set_adapter(next(turn)) for name, layer in layers.items()
-    }
-    return _row("switching", torch.float32, (0, K, N), {}, 0.0).time(calls, seconds)
+    calls = {name: Call(forwards=[partial(_switch, layer, turn)]) for name, layer in layers.items()}
+    return _entry("switching", torch.float32, (0, K, N), calls, "call")
 
 
-def _row(
-    what: str,
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int],
-    errors: dict[str, float],
-    eager: float,
-    *,
-    rounded: torch.dtype | None = None,
-    ranks: int = 0,
-) -> Row:
-    """A row whose errors are judged; eager: plain PyTorch's; rounded: to what, x's dtype if None;
-    ranks: those that are added up, where the adapter makes the larger part of the result."""
+def _switch(layer: Any, names: Iterator[str]) -> None:
+    layer.set_adapter(next(names))
+
+
+def _entry(
+    what: str, dtype: torch.dtype, sizes: tuple[int, int, int], calls: dict[str, Call], mode: str
+) -> Entry:
     M, K, N = sizes
-    row = Row(what=what, dtype=dtype_name(dtype), M=M, K=K, N=N, R=RANK)
-    row.judge(errors, eager, tolerance.unit_roundoff(rounded or dtype), (K, ranks))
-    return row
+    key = Row(what=what, dtype=dtype_name(dtype), M=M, K=K, N=N, R=RANK)
+    return Entry(key=key, calls=calls, modes=[(mode, "warm")])
 
 
 def _adapter(K: int, N: int) -> tuple[Tensor, Tensor]:
@@ -229,20 +228,18 @@ def _double(*args: Any) -> list[Any]:
     return [t.detach().double() if isinstance(t, Tensor) else t for t in args]
 
 
-class Variants(Suite):
-    """DoRA, groups, several adapters, levels."""
+def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
+    """Yield DoRA, groups, several adapters, levels, and switching."""
+    torch.manual_seed(0)
+    for name in args.dtypes:
+        dtype: torch.dtype = getattr(torch, name)
+        yield norm_entry(dtype)
+        yield dora_entry(dtype)
+        yield from group_entries(dtype)
+        for M in (16, 512):
+            yield adapters_entry(dtype, M)
+        yield levels_entry(dtype)
+    yield switching_entry()
 
-    kind, option = "variants", "variants"
-    unused = "shapes model rows ranks dropout device baseline"
 
-    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        torch.manual_seed(0)
-        for name in args.dtypes:
-            dtype: torch.dtype = getattr(torch, name)
-            yield norm_row(dtype, args.seconds)
-            yield dora_row(dtype, args.seconds)
-            yield from group_rows(dtype, args.seconds)
-            for M in (16, 512):
-                yield adapters_row(dtype, M, args.seconds)
-            yield levels_row(dtype, args.seconds)
-        yield switching_row(args.seconds)
+SUITE = Suite("variants", "variants", "shapes model rows ranks dropout device baseline", entries)

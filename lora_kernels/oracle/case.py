@@ -1,6 +1,6 @@
 """One call of an op with all its gradients, as tests, `verify` and `bench` make it.
 
-A `Case` is a point in the space of shapes, dtypes and options of `lora_linear`. `multi`,
+A `Case` is a point in the space of shapes, dtypes and options of `lora_linear`. `multi_case`,
 `experts_case` and `head_case` have such cases of other ops. `judge` runs one on the backend that is
 forced or chosen at the time, and compares each output with the float64 reference.
 """

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
-from lora_kernels.bench.multi import MultiCase
 from lora_kernels.layers import LoRALinear
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case, run
 from lora_kernels.oracle.experts_case import ExpertsCase
+from lora_kernels.oracle.multi_case import MultiCase
 from tests.support.functions import call as call_function
 from tests.support.functions import every_function
 from tests.support.peft_models import count_ops

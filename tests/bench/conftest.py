@@ -56,7 +56,9 @@ def run(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call
         if table.exists():
             with table.open(newline="") as text:
                 rows = list(csv.DictReader(text))
-        data = json.loads(file.read_text()) if file.exists() else {}
+        runs = json.loads(file.read_text()) if file.exists() else {"": {}}
+        file.unlink(missing_ok=True)
+        (data,) = runs.values()
         return Ran(status, capsys.readouterr().out, data, rows)
 
     return call

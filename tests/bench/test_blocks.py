@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,7 +254,9 @@ def test_block_is_what_fuse_sees_in_a_model() -> None:
         assert all(id(t) in own for p in found for t in (p.weight, p.lora_A, p.lora_B))
 
 
-def test_bench_count_has_a_list_of_blocks(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+def test_bench_count_has_a_list_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, run: Any, tmp_path: Path
+) -> None:
     monkeypatch.setattr(traffic, "SHAPES", ((128, 256),))
     monkeypatch.setattr(traffic, "CELLS", traffic.CELLS[:1])
     monkeypatch.setattr(blocks, "BLOCKS", SMALL)
@@ -269,11 +273,10 @@ def test_bench_count_has_a_list_of_blocks(monkeypatch: pytest.MonkeyPatch, run: 
     lines = table.splitlines()
     assert len(lines) == 2 + len(SMALL) and lines[2].endswith(" | – |")
     assert lines[4].startswith("| gated MLP, 128→256→128 | bf16, bf16 adapters | ")
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            report, "read", lambda file: ran.data if file == report.JSON_TRAFFIC else None
-        )
-        assert table in report.render("RESULTS.md.j2", report.runs())
+    file = tmp_path / "traffic.json"
+    file.write_text(json.dumps({"count": ran.data}))
+    monkeypatch.setattr(report, "JSON_TRAFFIC", file)
+    assert table in report.render("RESULTS.md.j2", report.runs())
 
 
 # ---- Full size: M = 8192, bf16 ----

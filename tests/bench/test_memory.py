@@ -1,21 +1,122 @@
-"""Bytes held from forward to backward: ours are the formula, and nothing is held beside."""
+"""Bytes held from forward to backward: ours are the formula, and nothing is held beside.
 
-from pathlib import Path
-from typing import Any
+    x [M, K] + P [M, R] in float32 + 16 bytes of dropout state + z [M, N] where c trains
+
+with z in x's dtype. DoRA and AdaLoRA, whose c and g are PyTorch's expressions of their parameters,
+also hold a few vectors of N or R elements. Ours is PEFT's layer after `fuse`.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lora_kernels import cli
-from lora_kernels.bench import memory
-from lora_kernels.bench.memory import DTYPES, VARIANTS, held
+from lora_kernels.bench import baselines
+from lora_kernels.bench.memory import held, saved
+from lora_kernels.peft import fuse
 
 pytest.importorskip("peft")
 
+DROPOUT = 0.1
+VARIANTS: dict[str, dict[str, Any]] = {  # options of `peft_layer`
+    "plain": {},
+    "dropout": {"lora_dropout": DROPOUT},
+    "DoRA": {"use_dora": True},
+    "gate": {"adalora": True},  # AdaLoRA's, whose E trains
+}
+DTYPES = (torch.float32, torch.bfloat16)
+TOKENS = (2, 64)  # batch and length of a Llama's step
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
 SIZES, R = (24, 33, 47), 5  # M, K, N
 M, K, N = SIZES
+
+
+def minimum(
+    M: int, K: int, N: int, R: int, dtype: torch.dtype, *, dropout: bool = False, z: bool = False
+) -> int:
+    """The bytes of x, P in float32, the dropout state, and z if the column scale trains."""
+    return M * K * dtype.itemsize + 4 * M * R + 16 * dropout + M * N * dtype.itemsize * z
+
+
+def stock(variant: str, dtype: torch.dtype, sizes: tuple[int, int, int], R: int) -> nn.Module:
+    """Build PEFT's layer of one of VARIANTS over a linear of that dtype, in training mode."""
+    base, options = nn.Linear(*sizes[1:], bias=False, dtype=dtype), VARIANTS[variant]
+    layer: nn.Module = baselines.peft_layer(base, [R], adapter_dtype=torch.float32, **options)
+    return layer
+
+
+class Counted(NamedTuple):
+    """Bytes of ours and of PEFT's, and the minimum."""
+
+    minimum: int
+    bytes: dict[str, int]
+
+
+def layer_bytes(variant: str, dtype: torch.dtype) -> Counted:
+    theirs = stock(variant, dtype, SIZES, R)
+    layers = {"ours": fuse(nn.Sequential(copy.deepcopy(theirs)))[0], "peft": theirs}
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    least = minimum(M, K, N, R, dtype, dropout=variant == "dropout", z=variant == "DoRA")
+    found = {name: sum(held(partial(each, x), each).values()) for name, each in layers.items()}
+    return Counted(least, found)
+
+
+def step_bytes(dtype: torch.dtype) -> Counted:
+    """Count the bytes that a Llama with LoRA on all linears holds for its backward.
+
+    The minimum is the sum of three: what the frozen model holds for the gradients of its
+    activations; the other inputs of its linear layers (those of q, k and v are one tensor); P in
+    float32 and the dropout state of each layer.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config: Any = LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    config._attn_implementation = "eager"
+    lora = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=DROPOUT, target_modules="all-linear")
+    llama: Any = LlamaForCausalLM(config)
+    llama.to(dtype)
+    ids = torch.randint(config.vocab_size, TOKENS)
+    least = _least(llama, ids)
+    model: Any = get_peft_model(llama, lora).train()
+    forward = partial(model, input_ids=ids, labels=ids)
+    peft = sum(held(forward, model).values())
+    fuse(model)
+    return Counted(least, {"ours": sum(held(forward, model).values()), "peft": peft})
+
+
+def _least(llama: Any, ids: Tensor) -> int:
+    """Return the minimum of `step_bytes`, from a model without adapters."""
+    llama.requires_grad_(False)
+    inputs: dict[int, Tensor] = {}
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        inputs.setdefault(args[0].untyped_storage().data_ptr(), args[0])
+        if not y.requires_grad:  # gradients begin where the first adapters are
+            y.requires_grad_()
+
+    layers = [m for m in llama.model.modules() if isinstance(m, nn.Linear)]
+    handles = [layer.register_forward_hook(look) for layer in layers]
+    there = [*llama.parameters(), *llama.buffers()]
+    kept = saved(partial(llama, input_ids=ids, labels=ids), there)
+    for handle in handles:
+        handle.remove()
+    adapters = len(layers) * (4 * ids.numel() * R + 16)
+    return adapters + sum(t.untyped_storage().nbytes() for t in (kept | inputs).values())
 
 
 def vectors(variant: str, dtype: torch.dtype) -> int:
@@ -34,23 +135,19 @@ def vectors(variant: str, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ours_hold_the_formula(dtype: torch.dtype, variant: str) -> None:
-    row = memory.layer_row(variant, dtype, SIZES, R)
+    row = layer_bytes(variant, dtype)
     want = M * K * dtype.itemsize + M * R * 4  # x, and D(x)·Aᵀ in float32
     want += {"dropout": 16, "DoRA": M * N * dtype.itemsize}.get(variant, 0)
     assert row.minimum == want
     assert row.bytes["ours"] == want + vectors(variant, dtype)
     assert row.bytes["peft"] >= row.minimum
-    for name, total in row.bytes.items():
-        assert sum(row.tensors[name].values()) == total
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_else_is_alive(dtype: torch.dtype, variant: str) -> None:
     """The forward leaves y and the saved tensors except x allocated, with and without hooks."""
-    from lora_kernels.peft import fuse
-
-    layer = fuse(nn.Sequential(memory.stock(variant, dtype, SIZES, R)))[0]
+    layer = fuse(nn.Sequential(stock(variant, dtype, SIZES, R)))[0]
     x = torch.randn(M, K).to(dtype).requires_grad_()
     kept = sum(held(lambda: layer(x), layer).values())  # and a first call, which may make buffers
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -78,24 +175,6 @@ def test_storages_are_counted_once_and_whole() -> None:
 def test_a_small_llama_holds_nothing_above_the_minimum() -> None:
     """The minimum is counted of the frozen model, and by hand of its adapters."""
     pytest.importorskip("transformers")
-    sizes = dict(zip(memory.SMOLLM2, (64, 192, 2, 4, 2, 256), strict=True))
     for dtype in DTYPES:
-        row = memory.step_row(dtype, sizes)
-        assert row.what == "Llama's step"
+        row = step_bytes(dtype)
         assert 0 < row.minimum == row.bytes["ours"] < row.bytes["peft"]
-
-
-def test_the_command(
-    monkeypatch: pytest.MonkeyPatch, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(memory, "find_spec", lambda name: None)  # no Llama
-    ran, file = run("--memory"), tmp_path / "new" / "here.json"
-    assert ran.status == 0 and [row["what"] for row in ran.rows] == [*VARIANTS, *VARIANTS]
-    assert set(ran.data["provenance"]) == {"version", "torch", "peft", "transformers"}
-    assert "dropout bfloat16 512×2048×2048 r=16: ours 2,129,936 bytes" in ran.out
-    assert cli.main(["bench", "--memory", "--compare", str(file)]) == 2
-    assert "want no --compare" in capsys.readouterr().out
-    assert cli.main(["bench", "--memory", "--device", "cuda"]) == 2
-    assert "want no --device cuda" in capsys.readouterr().out
-    assert cli.main(["bench", "--compare", str(file), str(file)]) == 2
-    assert "KeyError('seconds')" in capsys.readouterr().out

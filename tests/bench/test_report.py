@@ -17,7 +17,7 @@ from lora_kernels.bench import results
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture(scope="module", params=report.runs(), ids=lambda run: run.folder.name)
+@pytest.fixture(scope="module", params=report.runs(), ids=lambda run: run.name)
 def data(request: pytest.FixtureRequest) -> Any:
     return request.param.dense
 
@@ -78,9 +78,10 @@ def test_share_of_the_peak_above_one_is_marked_and_without_a_peak_is_left_out() 
 def test_roofline_is_drawn_of_a_run_with_limits_alone(data: Any, tmp_path: Path) -> None:
     for facts, drawn in (({"peak": None}, False), (LIMITS, True)):
         found = {**data, "provenance": {**data["provenance"], **facts}}
-        (tmp_path / "dense.json").write_text(json.dumps(found))
-        pictures_of = report.Run(tmp_path).drawn()
-        assert (tmp_path / "roofline.png" in pictures_of) is drawn
+        file = tmp_path / "here.json"
+        file.write_text(json.dumps({"layers": found}))
+        pictures_of = report.Run(file).drawn()
+        assert (tmp_path / "here-roofline.png" in pictures_of) is drawn
         for _, draw in pictures_of.values():
             assert draw().startswith(b"\x89PNG")
     assert "the processor's peak is 4 GFLOP/s float32" in report.machine(found["provenance"])
@@ -112,19 +113,20 @@ def test_check_notices_a_picture_of_other_results(
     run = report.runs()[0]
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
-    folder = tmp_path / "results" / run.folder.name
-    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("*.png"))
-    png = folder / "lora-tax.png"
+    file = tmp_path / "results" / run.file.name
+    file.parent.mkdir()
+    shutil.copy(run.file, file)
+    png = report.Run(file).tax_png
 
     def stale() -> str:
         assert report.main(check=True) == 1
         return capsys.readouterr().out
 
-    assert "lora-tax.png" in stale()
-    png.write_bytes(pictures.lora_tax(run.dense, "", pictures.digest(folder / "dense.json")))
-    assert "lora-tax.png" not in stale()
-    png.write_bytes(pictures.lora_tax(run.dense, "", pictures.digest(folder / "4bit.json")))
-    assert "lora-tax.png" in stale()
+    assert png.name in stale()
+    png.write_bytes(pictures.lora_tax(run.dense, "", pictures.digest(run.dense)))
+    assert png.name not in stale()
+    png.write_bytes(pictures.lora_tax(run.dense, "", pictures.digest(run.codes or {})))
+    assert png.name in stale()
 
 
 def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -133,10 +135,10 @@ def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_p
     steps = [row for row in dense["rows"] if row["mode"] == "step" and row["R"] == 16]
     row = next(row for row in steps if row["M"] > 1)
     for name, shape in (("amxbf16", 48), ("an-arm", 80)):
-        folder = tmp_path / "results" / name
-        folder.mkdir(parents=True)
+        file = tmp_path / "results" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
         rows = [row, {**row, "M": shape}]
-        (folder / "dense.json").write_text(json.dumps({**dense, "rows": rows}))
+        file.write_text(json.dumps({"layers": {**dense, "rows": rows}}))
     monkeypatch.setattr(report, "HERE", tmp_path)
     amx, other = report.runs()
     assert (amx.name, other.name) == ("AMX", "an-arm")
@@ -150,7 +152,7 @@ def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_p
     page = report.render("RESULTS.md.j2", [amx, other])
     assert "### Forward and backward: AMX" in page
     assert "### Forward and backward: an-arm" in page
-    assert "4-bit bases" not in page
+    assert "4-bit bases" not in page and "Variants" not in page
 
 
 def test_to_draw_without_matplotlib_is_one_line(

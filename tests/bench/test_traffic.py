@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels import lora_linear
 from lora_kernels.backends.eager import linear as eager
-from lora_kernels.bench import baselines, blocks, command, counter, memory
+from lora_kernels.bench import blocks, command, counter, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
@@ -225,7 +225,7 @@ def on_cpu(cell: Cell, rows: int = M) -> tuple[Callable[[], Tensor], list[Tensor
         with torch.autocast("cpu", cell.dtype, enabled=cell.autocast):
             return layer(x)  # type: ignore[no-any-return]
 
-    return forward, [x, *baselines.trained(layer)]
+    return forward, [x, *(p for p in layer.parameters() if p.requires_grad)]
 
 
 def test_count_layer_peft_fp32_adapters_matches_known_figures() -> None:

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_kernels import cli
-from lora_kernels.bench import compare
 from lora_kernels.finetune import (
     Preset,
     UsageError,
@@ -52,7 +51,6 @@ class Good(NamedTuple):
     run: Path
     chats: Path
     labelled: Path
-    bench: Path
 
 
 class Case(NamedTuple):
@@ -182,41 +180,7 @@ for line in TABLE.read_text().splitlines():  # the cases that are arguments alon
 BY_ARGUMENTS = len(CASES)
 
 # bench
-SIZES_ALONE = b'{"provenance": {}, "rows": [{"M": 1, "K": 1, "N": 1, "R": 1}]}'
 command("bench", "--json is a folder", "it is a folder, want a file", lambda _, at: ["--json", at])
-for why, said, text in (
-    ("no JSON", "JSONDecodeError", b"{"),
-    ("bytes that are no text", "UnicodeDecodeError", b"\xff\xfe\x00"),
-    ("brackets without end", "RecursionError", b"[" * 100_000),
-    ("a list", "want a file of `bench --json`", b"[]"),
-    ("no rows", "want rows of one kind", b'{"provenance": {}, "rows": []}'),
-    ("a row of text", "want a file of `bench --json`", b'{"provenance": {}, "rows": ["x"]}'),
-    ("a row without times", "KeyError('seconds')", SIZES_ALONE),
-):
-    command("bench", f"--compare: {why}", said, given("--compare", content("old.json", text)))
-
-QUANTILES = {"p20": 1, "p50": 1, "p80": 1, "rounds": 9}
-BAD_ROWS: list[tuple[str, str, dict[str, Any]]] = [
-    ("a time of text", "want a file of `bench --json`", {"seconds": {"ours": {"p20": "x"}}}),
-    ("a time of NaN", "above 0", {"seconds": {"ours": dict.fromkeys(QUANTILES, float("nan"))}}),
-    ("times in a list", "want a file of `bench --json`", {"seconds": {"ours": [1, 2, 3]}}),
-    ("a row without sizes", "KeyError('M')", {"M": None}),
-    (
-        "a ratio of text",
-        "want a file of `bench --json`",
-        {"seconds": {"ours": {**QUANTILES, "over": {"p50": "x"}}}},
-    ),
-]
-
-
-def bench_rows(good: Good, at: Path, fields: dict[str, Any]) -> list[Any]:
-    data = json.loads(good.bench.read_text())
-    row = {key: value for key, value in (data["rows"][0] | fields).items() if value is not None}
-    return ["--compare", file(at, "old.json", json.dumps(data | {"rows": [row]})), good.bench]
-
-
-for why, said, fields in BAD_ROWS:
-    command("bench", f"--compare: {why}", said, partial(bench_rows, fields=fields))
 
 # finetune
 ENDLESS = '{"text": ' + "9" * 5000 + "}"
@@ -474,7 +438,6 @@ LOADERS: list[Any] = [
     (f"{HOME}options.read_run", "no run.json", "holds no run.json", read_run, folder_of),
     (f"{HOME}model.locate", "a name that is no hub id", "there is no a..b", locate, Path("a..b")),
     (f"{HOME}presets.find_preset", "a list", "preset: got []", find_preset, []),
-    ("bench.compare.read", "a folder", "want a file of `bench --json`", compare.read, folder_of),
 ]
 for each in LOADERS:
     loader(*each)
@@ -508,15 +471,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     shutil.copytree(at / "adapter", at / "run" / "adapter")
     file(at, "run/run.json", json.dumps({"model": str(at / "model"), "dtype": "fp32"}))
     labelled = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(WORDS)]
-    row: dict[str, Any] = {"M": 1, "K": 8, "N": 8, "R": 2, "dtype": "float32", "mode": "step"}
-    row["seconds"] = {"frozen": QUANTILES, "ours": QUANTILES}
     return Good(
         at / "model",
         at / "adapter",
         at / "run",
         write_lines(at / "chat.jsonl", [chat(f"{i}?", f"{i}!") for i in range(8)]),
         write_lines(at / "labelled.jsonl", labelled),
-        file(at, "bench.json", json.dumps({"provenance": {}, "rows": [row]})),
     )
 
 

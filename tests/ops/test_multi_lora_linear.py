@@ -11,11 +11,11 @@ from lora_kernels import multi_lora_linear, reference
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
 from lora_kernels.backends.rows import rows_of
-from lora_kernels.bench.multi import MultiCase
 from lora_kernels.choice import choose as selection
 from lora_kernels.core.call import MultiOperands, MultiSpec
 from lora_kernels.ops import multi
 from lora_kernels.oracle.case import give_mask, inputs
+from lora_kernels.oracle.multi_case import MultiCase
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.allocations import Results
 from tests.support.engines import check

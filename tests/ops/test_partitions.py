@@ -7,8 +7,8 @@ import lora_kernels
 from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.eager import linear as eager
-from lora_kernels.bench.multi import MultiCase
 from lora_kernels.oracle.case import Case
+from lora_kernels.oracle.multi_case import MultiCase
 from lora_kernels.quantization import quantize_4bit
 from tests.ops import parts
 from tests.ops.engines import every_engine, every_native_engine

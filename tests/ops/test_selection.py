@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_kernels
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
-from lora_kernels.bench.multi import MultiCase
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.core import device, forced
@@ -26,6 +25,7 @@ from lora_kernels.ops import experts, linear, multi
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case, inputs
 from lora_kernels.oracle.experts_case import ExpertsCase
+from lora_kernels.oracle.multi_case import MultiCase
 from lora_kernels.peft.explain_rows import choose_by_rows
 from tests.support.engines import check
 

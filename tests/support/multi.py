@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.bench.multi import MultiCase
 from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.multi_case import MultiCase
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = ((f32, ""), (bf16, ""), (bf16, "nf4-64-nested"))  # dtype, weight

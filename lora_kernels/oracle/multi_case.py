@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..core.call import MultiOperands
 from ..ops.multi import multi_lora_linear
-from ..oracle import case as cases
-from ..oracle import reference
-from ..oracle.case import Allowances, AnyCase, Case, Source
 from ..quantization import Weight4bit
+from . import case as cases
+from . import reference
+from .case import Allowances, AnyCase, Case, Source
 
 
 def plain_pytorch(

@@ -34,16 +34,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple, cast
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import decode4bit
+from ..backends.eager import head
 from ..core.packed4bit import Packed4bit
+from ..ops.head import lora_linear_cross_entropy
+from ..oracle.case import dtype_name
 from ..quantization import Weight4bit
 from . import traffic
-from .counter import Traffic
+from .counter import Traffic, count_layer
 from .results import Facts
 from .traffic import DIRECTIONS, MEASURES, PEAK_UNIT, Cell
 
@@ -466,6 +470,44 @@ def count_block(
             yield BlockRow(block.name, block.sizes, cell.name, M, R, direction, **measures)
 
 
+HEAD = (8192, 4096, 128256)  # rows of a step, hidden size and vocabulary of Llama 3
+
+
+def count_head(adapter_dtype: torch.dtype, R: int = RANK) -> dict[str, Traffic]:
+    """Count a training step of a head with its loss, in bfloat16: ours, PyTorch's ops, PEFT's.
+
+    PEFT's head has logits [M, V], of which PyTorch computes the loss in float32. The second is ours
+    on a device that does not run the Triton kernel.
+
+    >>> list(count_head(torch.bfloat16))
+    ['ours', "ours by PyTorch's ops", 'peft']
+    """
+    M, K, V = HEAD
+    layer = traffic.stock(Cell("head", _BF16, adapter_dtype), K, V, R)
+    A, B = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B"))
+    labels = torch.zeros(M, dtype=torch.int64, device="meta")
+
+    def ours(x: Tensor) -> Tensor:
+        weight, scaling = layer.base_layer.weight, layer.scaling["default"]
+        return lora_linear_cross_entropy(x, weight, A, B, labels, scaling)
+
+    def peft(x: Tensor) -> Tensor:
+        return F.cross_entropy(layer(x).float(), labels)
+
+    def count(call: Callable[[Tensor], Tensor]) -> Traffic:
+        for _ in range(2):  # the first call fills what the process caches
+            x = torch.empty(M, K, dtype=_BF16, device="meta", requires_grad=True)
+            found = count_layer(lambda x=x: call(x), [x, A, B])  # type: ignore[misc]
+        return traffic.both(*found)
+
+    key = ("meta", None)
+    with mock.patch.dict(head.kernel_reasons, {key: None}):
+        counted = {"ours": count(ours)}
+    with mock.patch.dict(head.kernel_reasons, {key: "PyTorch's ops are counted"}):
+        counted["ours by PyTorch's ops"] = count(ours)
+    return {**counted, "peft": count(peft)}
+
+
 class Count(traffic.Count):
     """Memory traffic, counted: layers beside PEFT's, then blocks beside all peers."""
 
@@ -492,6 +534,13 @@ class Count(traffic.Count):
                 f"{block.name} {block.sizes}: {len(found)} rows, ours loses {len(lost)} to the "
                 f"best peer ({', '.join(counts)})"
             )
+        M, K, V = HEAD
+        for dtype in (_BF16, _F32):
+            counted = "; ".join(
+                f"{name} {t.bytes / 1e9:.1f} GB, {t.kernels} kernels, {t.peak / 1e6:.0f} MB at most"
+                for name, t in count_head(dtype).items()
+            )
+            yield f"head {K}→{V} and loss, {M} rows, {dtype_name(dtype)} adapter: {counted}"
 
     def has_failed(self, rows: list[Any]) -> bool:
         return any(row.losses for row in rows)

@@ -476,8 +476,8 @@ HEAD = (8192, 4096, 128256)  # rows of a step, hidden size and vocabulary of Lla
 def count_head(adapter_dtype: torch.dtype, R: int = RANK) -> dict[str, Traffic]:
     """Count a training step of a head with its loss, in bfloat16: ours, PyTorch's ops, PEFT's.
 
-    PyTorch computes the loss of PEFT's logits [M, V] in float32. The second is ours on a device that
-    does not run the Triton kernel.
+    PyTorch computes the loss of PEFT's logits [M, V] in float32. The second is ours on a device
+    that does not run the Triton kernel.
 
     >>> list(count_head(torch.bfloat16))
     ['ours', "ours by PyTorch's ops", 'peft']

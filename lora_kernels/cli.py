@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(module_name)
         command.add_arguments(parsers[name])
-        if said := renamed(argv, parsers[name], module_name):
+        if said := renamed(argv, name, parsers[name]):
             parser.exit(2, f"lora-kernels {name}: {said}\n")
         args, rest = parser.parse_known_args(argv)
         if rest and hasattr(command, "parse_rest"):  # options of a library
@@ -122,14 +122,12 @@ def name_option(message: str, parser: argparse.ArgumentParser) -> str:
     return f"{option}:{rest}" if known else message
 
 
-def renamed(argv: Sequence[str], parser: argparse.ArgumentParser, module_name: str) -> str | None:
+def renamed(argv: Sequence[str], command: str, parser: argparse.ArgumentParser) -> str | None:
     """Return the error message for an option of an earlier release, or None."""
-    if ".finetune." not in module_name:
-        return None
     from .finetune.options import replacement
 
     for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
-        words = replacement(option[2:].replace("-", "_"))
+        words = replacement(command, option[2:].replace("-", "_"))
         if words and option not in parser._option_string_actions:
             return f"{option} {words}"
     return None

@@ -15,30 +15,34 @@ from typing import Any
 
 from . import UsageError
 
-# The spellings of earlier releases, in the commands of this package and in `training_arguments`:
-# the option that took over, or a sentence. docs/changelog.md has the same list.
-RENAMED = {
-    "accumulate": "gradient_accumulation_steps",
-    "autocast": "bf16",
-    "base": "a GGUF file is converted once, as the error about it says",
-    "checkpointing": "gradient_checkpointing",
-    "compare": "merge measures no logits; `lora-kernels check` finds faults of an adapter",
-    "cpu": "use_cpu",
-    "demo": "give --model and --data",
-    "eval_every": "eval_steps",
-    "keep": "save_total_limit",
-    "no_compare": "a run compares only with --compare, and merge does not",
-    "on_bad_line": "a bad line is an error that names it; mend the line or take it out",
-    "pack": "padding_free",
-    "peft_steps": "--compare has one table, without steps of its own",
-    "save_every": "save_steps",
-    "scheduler": "lr_scheduler_type",
-    "seq_len": "max_length",
-    "sgd_steps": "--compare has one table, without steps of its own",
-    "text": "merge measures no logits; `lora-kernels check` finds faults of an adapter",
-    "timed_steps": "--compare has one table, without steps of its own",
-    "warmup": "warmup_steps",
-    "warmup_ratio": "warmup_steps",
+# The options of earlier releases by command: the option that took over, or a sentence.
+# `training_arguments` reads those of `finetune`. docs/changelog.md has the same list.
+_BAD_LINE = "a bad line is an error that names it; mend the line or take it out"
+_ONE_TABLE = "--compare is one table, after the training"
+_NO_LOGITS = "`lora-kernels check` finds faults of an adapter"
+RENAMED: dict[str, dict[str, str]] = {
+    "finetune": {
+        "accumulate": "gradient_accumulation_steps",
+        "autocast": "bf16",
+        "base": "a GGUF file is converted once, as the error about it says",
+        "checkpointing": "gradient_checkpointing",
+        "cpu": "use_cpu",
+        "eval_every": "eval_steps",
+        "keep": "save_total_limit",
+        "no_compare": _ONE_TABLE,
+        "on_bad_line": _BAD_LINE,
+        "pack": "padding_free",
+        "peft_steps": _ONE_TABLE,
+        "save_every": "save_steps",
+        "scheduler": "lr_scheduler_type",
+        "seq_len": "max_length",
+        "sgd_steps": _ONE_TABLE,
+        "timed_steps": _ONE_TABLE,
+        "warmup": "warmup_steps",
+        "warmup_ratio": "warmup_steps",
+    },
+    "merge": {"compare": _NO_LOGITS, "no_compare": _NO_LOGITS, "text": _NO_LOGITS},
+    "rank-search": {"demo": "give --model and --data", "on_bad_line": _BAD_LINE},
 }
 # PEFT's initializations of lora_A and lora_B. Its others (pissa, olora, eva, corda, loftq) change
 # the base's weights or need data, and their adapters do not fit the original base.
@@ -85,13 +89,13 @@ SHORT = {
 }
 
 
-def replacement(name: str) -> str | None:
-    """Return what took the place of an option of an earlier release, or None.
+def replacement(command: str, name: str) -> str | None:
+    """Return what took the place of a command's option of an earlier release, or None.
 
-    >>> replacement("keep"), replacement("pack_all")
+    >>> replacement("finetune", "keep"), replacement("merge", "keep")
     ('is --save-total-limit now; see docs/changelog.md', None)
     """
-    if (now := RENAMED.get(name)) is None:
+    if (now := RENAMED.get(command, {}).get(name)) is None:
         return None
     words = f"is {flag(now)} now" if now.isidentifier() else f"is gone: {now}"
     return f"{words}; see docs/changelog.md"

@@ -90,7 +90,7 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     0.0002
     """
     for name in settings.keys() - _THEIRS:
-        if now := (RENAMED | SHORT).get(name):
+        if now := (RENAMED["finetune"] | SHORT).get(name):
             raise UsageError(f"{name}: is {now} now; see docs/changelog.md")
         if name != "gradient_checkpointing":
             close = difflib.get_close_matches(name, _THEIRS, 1) or ["a field of TrainingArguments"]

@@ -420,7 +420,10 @@ def test_example_of_the_help_runs_as_it_stands(
 
 
 def test_autocast_run_ends_well(folder: Path, lines: Path, tmp_path: Path, run) -> None:
-    assert_said(run(*on(folder, lines, tmp_path), *CHAT, "--bf16"), UNTOUCHED, LOADED)
+    argv = [*on(folder, lines, tmp_path), *CHAT, "--bf16", "--adam-beta2", "0.95"]
+    assert_said(run(*argv), UNTOUCHED, LOADED)
+    saved = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
+    assert saved.bf16 and saved.adam_beta2 == 0.95  # one of Trainer's other options
 
 
 def test_damaged_newest_checkpoint_is_said_and_the_one_before_taken(

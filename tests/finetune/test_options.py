@@ -176,17 +176,17 @@ def test_old_spellings_name_an_option_of_today_or_say_why_they_are_gone(
     """In the change log too."""
     log = (Path(__file__).parents[2] / "docs" / "changelog.md").read_text()
     names = {each.name for each in dataclasses.fields(Options)} | {"use_cpu"}
-    for old, now in RENAMED.items():
+    for of, old, now in ((c, *each) for c, table in RENAMED.items() for each in table.items()):
         assert now in names if now.isidentifier() else " " in now
-        assert flag(old) in log or f"`{old}`" in log, old
+        assert flag(old) in log or f"`{old}`" in log, (of, old)
         assert not now.isidentifier() or flag(now) in log or f"`{now}`" in log, now
     for name, option, words in (
         ("finetune", "--warmup=0.1", "--warmup is --warmup-steps now; see docs/changelog.md"),
         ("finetune", "--on-bad-line", "is gone: a bad line is an error that names it"),
         ("rank-search", "--on-bad-line", "is gone"),
         ("rank-search", "--demo", "is gone: give --model and --data"),
-        ("merge", "--text", "is gone: merge measures no logits"),
-        ("merge", "--compare", "is gone: merge measures no logits"),
+        ("merge", "--text", "is gone: `lora-kernels check` finds faults"),
+        ("merge", "--compare", "is gone: `lora-kernels check` finds faults"),
     ):
         with pytest.raises(SystemExit) as ended:
             main([name, option, "skip"])

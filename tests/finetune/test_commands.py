@@ -438,6 +438,11 @@ def test_damaged_newest_checkpoint_is_said_and_the_one_before_taken(
     assert re.search(r"checkpoint-6 cannot be read: .* and \S*checkpoint-4 is taken", shown)
     assert "going on after step 4 of 6" in shown
     assert metrics(tmp_path) == before
+    # As if both had been interrupted while they were written.
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").unlink()
+    assert re.search(r"checkpoint-4 cannot be read: .* and the run starts anew", run(*argv))
+    assert metrics(tmp_path) == before
 
 
 def test_hub_id_in_the_cache_is_a_model(

@@ -30,8 +30,9 @@ from .options import (
 # The prompt paraphrases the lines of demo.jsonl, so that the answer cannot be recited.
 DEMO: dict[str, Any] = dict(
     preset="chat",
+    target_modules=["all-linear"],
     max_steps=20,
-    learning_rate=1e-3,
+    learning_rate=7e-4,
     expect="Maren Oduya",
     prompt="Who looks after the light of Port Ellery?",
     compare=True,

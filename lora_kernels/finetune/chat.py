@@ -1,8 +1,7 @@
-"""Tokenize chats, prompts with completions and plain text, with labels; pad and pack examples."""
+"""Tokenize chats, prompts with completions and plain text, with labels; pad examples."""
 
 from __future__ import annotations
 
-import bisect
 import difflib
 import json
 import re
@@ -18,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import UsageError
 from .data import decode_text, is_json, read_file
-from .options import check_choice, check_numbers, suggest
+from .options import check_numbers, suggest
 
 IGNORED = -100  # transformers' label of a token that adds nothing to the loss
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -38,13 +37,12 @@ class BadLine(ValueError):
 
 @dataclass
 class Report:
-    """Counts of the examples read, truncated and skipped; `str()` describes them in words.
+    """Counts of the examples read and truncated; `str()` describes them in words.
 
     Attributes:
         learnt: number of tokens with a label.
         cut: the places of examples longer than max_length, with their lengths.
         lost: number of tokens beyond max_length.
-        skipped: the messages about skipped lines.
     """
 
     max_length: int
@@ -53,7 +51,6 @@ class Report:
     learnt: int = 0
     cut: list[str] = field(default_factory=list)
     lost: int = 0
-    skipped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = (
@@ -64,8 +61,6 @@ class Report:
                 f"\n{len(self.cut):,} examples cut to {self.max_length} tokens, {self.lost:,} "
                 f"tokens lost ({_list_some(self.cut)}); raise the maximum length or split them"
             )
-        if self.skipped:
-            text += f"\n{len(self.skipped):,} bad lines skipped: {_list_some(self.skipped)}"
         return text
 
     def fit(self, row: Example, place: str) -> Example:
@@ -97,7 +92,7 @@ def _list_some(places: Sequence[str]) -> str:
 class ChatData(torch.utils.data.Dataset[Example]):
     """A dataset of examples for transformers' Trainer, with a `report` on reading them.
 
-    Items are dicts of equally long lists: input_ids, labels, and position_ids if packed.
+    Items are dicts of equally long lists: input_ids and labels.
     """
 
     def __init__(self, rows: Sequence[Example], report: Report) -> None:
@@ -134,7 +129,6 @@ def load_chat(
     tokenizer: Any,
     *,
     max_length: int = 512,
-    on_bad_line: str = "error",
 ) -> ChatData:
     """Read examples from files and tokenize them, with labels on the tokens to learn.
 
@@ -152,10 +146,8 @@ def load_chat(
         tokenizer: a fast tokenizer of transformers.
         max_length: the largest number of tokens of an example, at least 2. Longer examples are
             truncated and counted in `.report`.
-        on_bad_line: "error" raises at the first bad line, "skip" skips and reports it.
 
-    Raises UsageError that names file and line. With "skip" too, a tokenizer without a chat template
-    and files without a valid example are errors.
+    Raises UsageError that names file and line.
 
     >>> import pathlib, tempfile
     >>> from lora_kernels.finetune.chat import load_chat
@@ -165,21 +157,16 @@ def load_chat(
     Traceback (most recent call last):
     lora_kernels.finetune.UsageError: data: ...chat.jsonl:1: invalid JSON (Expecting value at ...
     """
-    check_choice("on_bad_line", on_bad_line, ("error", "skip"))
     check_numbers({"max_length": max_length})
     report, rows = Report(max_length), []
     for file in [files] if isinstance(files, str | Path) else files:
         for place, read in _examples(Path(file), tokenizer, max_length):
             try:
                 rows.append(report.fit(read(), place))
-            except BadLine as error:
-                if on_bad_line == "error":
-                    raise _usage_error(place, error) from error
-                report.skipped.append(f"{place}: {error}")
-            except UsageError as error:
+            except (BadLine, UsageError) as error:
                 raise UsageError(f"data: {place}: {error}") from error
     if not rows:
-        raise UsageError(f"data: no example is left; {_list_some(report.skipped)}")
+        raise UsageError("data: holds no example of two tokens or more")
     return ChatData(rows, report)
 
 
@@ -212,7 +199,7 @@ def _examples(
         yield place, partial(_read_line, line, tokenizer)
 
 
-def check_files(files: Iterable[Path], on_bad_line: str = "error") -> None:
+def check_files(files: Iterable[Path]) -> None:
     """Raise UsageError for files that `load_chat` refuses, as far as that needs no tokenizer.
 
     Needs no slow import, so a command can call it first.
@@ -221,12 +208,12 @@ def check_files(files: Iterable[Path], on_bad_line: str = "error") -> None:
         raw = read_data(file)
         if not is_json(file):
             decode_text(raw, file, "data")
-        elif on_bad_line == "error":
-            for place, line in _lines(raw, file):
-                try:
-                    _parse_line(line)
-                except BadLine as error:
-                    raise _usage_error(place, error) from error
+            continue
+        for place, line in _lines(raw, file):
+            try:
+                _parse_line(line)
+            except BadLine as error:
+                raise UsageError(f"data: {place}: {error}") from error
 
 
 def _lines(raw: bytes, file: Path) -> Iterator[tuple[str, bytes]]:
@@ -235,11 +222,6 @@ def _lines(raw: bytes, file: Path) -> Iterator[tuple[str, bytes]]:
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
             yield f"{file}:{number}", line
-
-
-def _usage_error(place: str, error: BadLine) -> UsageError:
-    remedy = "or leave bad lines out (on_bad_line='skip', --on-bad-line skip)"
-    return UsageError(f"data: {place}: {error}; {remedy}")
 
 
 def _read_line(line: bytes, tokenizer: Any) -> Example:
@@ -430,40 +412,11 @@ def _encode_text(
     return _row(ids, learnt)
 
 
-def pack(data: ChatData, length: int) -> ChatData:
-    """Pack whole documents into rows of up to `length` tokens, with positions from 0 for each.
-
-    The algorithm is best-fit decreasing. transformers masks attention across documents if positions
-    restart and there is no attention mask; `check_packing` tests whether a model does so.
-
-    Raises UsageError if an example is longer than `length`, or if `data` is packed already.
-    """
-    if any("position_ids" in row for row in data.rows):
-        raise UsageError("data: is packed already")
-    longest = max((len(row["input_ids"]) for row in data.rows), default=0)
-    if longest > length:
-        raise UsageError(f"length: got {length}, want at least the longest example's {longest}")
-    rows: list[dict[str, list[int]]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
-    for example in sorted(data.rows, key=lambda row: -len(row["input_ids"])):
-        size = len(example["input_ids"])
-        place = bisect.bisect_left(room, (size, -1))
-        if place == len(room):
-            rows.append({"input_ids": [], "labels": [], "position_ids": []})
-            room.append((length, len(rows) - 1))
-        left, index = room.pop(place)
-        for name, values in {**example, "position_ids": range(size)}.items():
-            rows[index][name] += values
-        bisect.insort(room, (left - size, index))
-    return ChatData(rows, data.report)
-
-
 @dataclass(frozen=True)
 class Collator:
     """Collate rows of `ChatData` into a batch, int64 [rows, longest], padded on the right.
 
-    The batch has input_ids, labels (-100 on padding) and attention_mask (0 on padding). If packed,
-    it has position_ids in place of the mask, and each padding token is a document of its own.
+    The batch has input_ids, labels (-100 on padding) and attention_mask (0 on padding).
     """
 
     pad_token_id: int
@@ -476,21 +429,20 @@ class Collator:
         return cls(next((int(token) for token in found if token is not None), 0))
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        if len({"position_ids" in row for row in rows}) != 1:
-            raise ValueError("rows: got some packed and some not, want one kind")
         columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
-        if "position_ids" not in columns:
-            columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+        columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
         return {n: pad_sequence(c, True, fill.get(n, 0)) for n, c in columns.items()}
 
 
 @torch.no_grad()
-def check_packing(model: nn.Module) -> None:
-    """Raise UsageError if documents packed into one row attend to each other.
+def check_flattening(model: nn.Module) -> None:
+    """Raise UsageError if examples that share a row attend to each other.
 
-    The logits of a document must not depend, bit for bit, on the tokens of the document before it.
-    The model's training mode is restored.
+    transformers' `DataCollatorWithFlattening` puts a batch into one row without a mask, and its
+    models tell the examples apart by positions that restart. Here the logits of an example must not
+    depend, bit for bit, on the tokens of the example before it. The model's training mode is
+    restored.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([[1, 2, 3, 4, 5, 3, 2, 1, 4], [6, 7, 5, 4, 2, 3, 2, 1, 4]], device=device)
@@ -503,11 +455,13 @@ def check_packing(model: nn.Module) -> None:
             for row in ids
         ]
     except TypeError as error:  # the forward has no position_ids
-        raise UsageError(f"packing: this model cannot keep documents apart ({error})") from error
+        raise UsageError(
+            f"padding_free: this model cannot keep examples apart ({error}); leave it off"
+        ) from error
     finally:
         model.train(training)
     if not torch.equal(*logits):
         raise UsageError(
-            "packing: in this model a document sees the one before it in its row, since its "
-            "attention does not heed position_ids; leave packing off"
+            "padding_free: in this model an example sees the one before it in its row, since its "
+            "attention does not heed position_ids; leave it off"
         )

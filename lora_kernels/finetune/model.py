@@ -23,36 +23,33 @@ if TYPE_CHECKING:
     from ..peft import Explanation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_GGUF = (
+    "model = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE); "
+    "del model.hf_quantizer, model.config.quantization_config; model.save_pretrained('MODEL'); "
+    "AutoTokenizer.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained('MODEL')"
+)
 ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the output embedding
 
 
-def locate(model: Path, argument: str = "model") -> tuple[Path, str | None]:
-    """Return the folder to load from, and the name of the GGUF file if there is one.
+def locate(model: Path, argument: str = "model") -> Path:
+    """Return the folder to load from.
 
-    model: a folder, a GGUF file, or a hub id whose snapshot is in the local cache.
+    model: a folder, or a hub id whose snapshot is in the local cache.
 
-    Raises UsageError if there is no model, or if the package to read it is missing.
+    Raises UsageError if there is no model. A GGUF file is refused, because PEFT cannot load an
+    adapter onto one.
     """
-    wanted = "give a transformers model folder, a GGUF file or a hub id that is in the local cache"
+    wanted = "give a transformers model folder or a hub id that is in the local cache"
     if not model.exists() and (snapshot := cached_snapshot(str(model))):
-        return snapshot, None
+        return snapshot
     if (model / "config.json").is_file():
-        return model, None
-    files = sorted(model.glob("*.gguf")) if model.is_dir() else [model]
-    if not files:
-        problem = f"{model} holds neither a config.json nor a .gguf file; {wanted}"
-    elif len(files) > 1:
-        names = ", ".join(f.name for f in files)
-        problem = f"{model} holds several GGUF files ({names}); name one"
-    elif not files[0].is_file():
-        problem = f"there is no {model}; {wanted}"
-    elif files[0].suffix != ".gguf":
-        problem = f"{model} is no .gguf file; {wanted}"
-    elif importlib.util.find_spec("gguf") is None:
-        problem = f"reading {files[0].name} needs the package gguf: pip install gguf"
-    else:
-        return files[0].parent, files[0].name
-    raise UsageError(f"{argument}: {problem}")
+        return model
+    gguf = model if model.suffix == ".gguf" else next(iter(sorted(model.glob("*.gguf"))), None)
+    if gguf is not None and gguf.is_file():
+        raise UsageError(f"{argument}: {gguf} is a GGUF file; convert it once, in Python: {_GGUF}")
+    if model.exists():
+        raise UsageError(f"{argument}: {model} holds no config.json; {wanted}")
+    raise UsageError(f"{argument}: there is no {model}; {wanted}")
 
 
 def cached_snapshot(name: str) -> Path | None:
@@ -141,8 +138,7 @@ def check_quant(quant: str | None) -> None:
 
 
 def display_name(model: Path) -> str:
-    folder, gguf_file = locate(model)
-    return Path(gguf_file).stem if gguf_file else folder.resolve().name
+    return locate(model).resolve().name
 
 
 def load_base(
@@ -169,11 +165,6 @@ def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: An
     loaded, report = _load(auto_class, model, **how, **kwargs)
     if whole and (missing := report["missing_keys"]):
         raise UsageError(f"model: {model} lacks the weight {count_more(sorted(missing))}")
-    if locate(model)[1] is not None:
-        # transformers decodes GGUF weights but marks the model as quantized, and then Trainer and
-        # save_pretrained refuse it.
-        del loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method
-        del loaded.config.quantization_config
     return cast(nn.Module, loaded)
 
 
@@ -186,7 +177,7 @@ def load_config(model: Path) -> Any:
 
 def is_stored_in_4bit(model: Path) -> bool:
     """Return True if the folder of a transformers model holds quantized weights."""
-    return locate(model)[1] is None and hasattr(load_config(model), "quantization_config")
+    return hasattr(load_config(model), "quantization_config")
 
 
 def build_skeleton(model: Path) -> nn.Module:
@@ -237,7 +228,7 @@ def quantize(
     """Replace linear layers by bitsandbytes' `Linear4bit`, and quantize experts, in place.
 
     The output embedding or classifier is kept. The format is that of transformers' models for
-    QLoRA: blocks of 64 with double quantization. transformers cannot quantize a GGUF file itself.
+    QLoRA: blocks of 64 with double quantization.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
@@ -291,11 +282,10 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
-    folder, gguf_file = locate(model)
-    kwargs |= {"gguf_file": gguf_file, "local_files_only": True}
+    folder = locate(model)
     # Each library raises other errors for a damaged file.
     with translate_errors(f"model: transformers cannot load {model}"):
-        return auto_class.from_pretrained(folder, **kwargs)
+        return auto_class.from_pretrained(folder, local_files_only=True, **kwargs)
 
 
 def usable_device(name: str) -> torch.device:

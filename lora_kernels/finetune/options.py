@@ -9,13 +9,41 @@ import difflib
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from . import UsageError
 
-SCHEDULERS = ("cosine", "linear", "constant", "inverse_sqrt")
+# The options of earlier releases by command: the option that took over, or a sentence.
+# `training_arguments` reads those of `finetune`. docs/changelog.md has the same list.
+_BAD_LINE = "a bad line is an error that names it; mend the line or take it out"
+_ONE_TABLE = "--compare is one table, after the training"
+_NO_LOGITS = "`lora-kernels check` finds faults of an adapter"
+RENAMED: dict[str, dict[str, str]] = {
+    "finetune": {
+        "accumulate": "gradient_accumulation_steps",
+        "autocast": "bf16",
+        "base": "a GGUF file is converted once, as the error about it says",
+        "checkpointing": "gradient_checkpointing",
+        "cpu": "use_cpu",
+        "eval_every": "eval_steps",
+        "keep": "save_total_limit",
+        "no_compare": _ONE_TABLE,
+        "on_bad_line": _BAD_LINE,
+        "pack": "padding_free",
+        "peft_steps": _ONE_TABLE,
+        "save_every": "save_steps",
+        "scheduler": "lr_scheduler_type",
+        "seq_len": "max_length",
+        "sgd_steps": _ONE_TABLE,
+        "timed_steps": _ONE_TABLE,
+        "warmup": "warmup_steps",
+        "warmup_ratio": "warmup_steps",
+    },
+    "merge": {"compare": _NO_LOGITS, "no_compare": _NO_LOGITS, "text": _NO_LOGITS},
+    "rank-search": {"demo": "give --model and --data", "on_bad_line": _BAD_LINE},
+}
 # PEFT's initializations of lora_A and lora_B. Its others (pissa, olora, eva, corda, loftq) change
 # the base's weights or need data, and their adapters do not fit the original base.
 INITS = ("kaiming", "gaussian", "orthogonal")
@@ -29,23 +57,48 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "natural": (lambda value: 0.0 <= value < _INF, "0 or a positive number"),
     "share": (lambda value: 0.0 <= value < 1.0, "a share in [0, 1)"),
     "probability": (lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)"),
+    "any": (lambda value: True, "a number"),
     "seed": (lambda value: 0 <= value <= MAX_SEED, f"0 to {MAX_SEED}"),
 }
 # The smallest value of each argument, or the name of its range.
 _WANTED: dict[str, int | str] = {
     **dict.fromkeys(
-        ("rank", "batch", "accumulate", "steps", "eval_every", "save_every", "keep"), 1
+        ("rank", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"), 1
     ),
-    **dict.fromkeys(("patience", "sgd_steps", "seeds", "max_new_tokens"), 1),
-    **dict.fromkeys(("max_length", "timed_steps"), 2),
-    **dict.fromkeys(("alpha", "lr", "epochs", "lora_plus_ratio"), "positive"),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "temperature"), "natural"),
-    **{"warmup": "share", "eval_share": "share", "dropout": "probability", "seed": "seed"},
+    **dict.fromkeys(("eval_steps", "save_steps", "save_total_limit", "steps", "batch"), 1),
+    **dict.fromkeys(("patience", "seeds", "max_new_tokens"), 1),
+    "max_length": 2,
+    **dict.fromkeys(
+        ("alpha", "lr", "learning_rate", "num_train_epochs", "lora_plus_ratio"), "positive"
+    ),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "temperature", "warmup_steps"), "natural"),
+    **{"eval_share": "share", "dropout": "probability", "seed": "seed"},
 }
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+# The options of `Training` that have a short spelling, too.
+SHORT = {
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "batch": "per_device_train_batch_size",
+}
+
+
+def replacement(command: str, name: str) -> str | None:
+    """Return what took the place of a command's option of an earlier release, or None.
+
+    >>> replacement("finetune", "keep"), replacement("merge", "keep")
+    ('is --save-total-limit now; see docs/changelog.md', None)
+    """
+    if (now := RENAMED.get(command, {}).get(name)) is None:
+        return None
+    words = f"is {flag(now)} now" if now.isidentifier() else f"is gone: {now}"
+    return f"{words}; see docs/changelog.md"
 
 
 def check_numbers(given: Mapping[str, Any], /, **wanted: int | str) -> None:
@@ -117,8 +170,11 @@ def add_options(parser: argparse.ArgumentParser, *options: Any) -> None:
     for action in made._actions:
         action.default = argparse.SUPPRESS
     parser._add_container_actions(made)
-    for action in made._actions:  # --max_length is accepted, and --max-length shown
+    for action in made._actions:  # --max_length is not shown beside --max-length
         action.option_strings = [name for name in action.option_strings if "_" not in name]
+        if action.metavar is None and not action.choices:
+            words: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+            action.metavar = "BOOL" if action.nargs == "?" else words.get(action.type, "NAME")
 
 
 def require(options: Any, names: Iterable[str], otherwise: str) -> None:
@@ -137,11 +193,10 @@ def check_out(out: Path, instead: str = "that can be written") -> None:
 
 
 # Arguments of several commands
-_MODEL: dict[str, Any] = {"help": "model folder, GGUF file or cached hub id", "metavar": "MODEL"}
+_MODEL: dict[str, Any] = {"help": "model folder or cached hub id", "metavar": "MODEL"}
 _BITS = "hold linear layers in 4 bits, as QLoRA does, by bitsandbytes"
 _QUANT: dict[str, Any] = {"help": _BITS, "choices": ("nf4", "fp4")}
 _DTYPE: dict[str, Any] = {"help": "dtype of the base model", "choices": ("fp32", "bf16")}
-_BAD_LINES: dict[str, Any] = {"help": "or leave bad lines out", "choices": ("error", "skip")}
 _LINES = "JSON lines: messages, prompt and completion, or text; or plain text"
 _DEVICE = "torch device (default: a GPU if there is one)"
 _RUN = "folder that `lora-kernels finetune` wrote: gives the model, adapter, dtype and quant"
@@ -152,11 +207,10 @@ _LENGTH = f"tokens of an example (default {MAX_LENGTH}, or the model's positions
 
 @dataclass(frozen=True)
 class Inputs:
-    demo: bool = arg(False, "SmolLM2-135M-Instruct is taught a fact; then Hamlet, 24 steps")
+    demo: bool = arg(False, "teach SmolLM2-135M-Instruct a fact, and compare with PEFT")
     model: Path = arg(None, **_MODEL)
     data: list[Path] = arg([], _LINES)
-    out: Path = arg(Path("finetune-out"), "folder of the run; one that was interrupted goes on")
-    base: Path | None = arg(None, "folder for a GGUF file's weights, for PEFT (default: in --out)")
+    out: Path = arg(Path("finetune-out"), "folder; an interrupted run goes on", "--output-dir")
 
 
 @dataclass(frozen=True)
@@ -170,38 +224,44 @@ class Adapters:
     dora: bool = arg(False, "DoRA: a trained magnitude for each row of the weights")
     rslora: bool = arg(False, "rsLoRA: scale by alpha / √rank")
     init: str = arg("kaiming", "how lora_A and lora_B start", choices=INITS)
+    lora_plus: float = arg(0.0, "LoRA+: learning rate of lora_B over lora_A's, such as 16")
 
 
 @dataclass(frozen=True)
 class Data:
     _argument_group_name = "data"
-    max_length: int | None = arg(None, f"{_LENGTH}, or of a block of plain text", "--seq-len")
-    on_bad_line: str = arg("error", **_BAD_LINES)
-    pack: bool = arg(False, "several short examples in one row, which cannot see each other")
+    max_length: int | None = arg(None, f"{_LENGTH}, or of a block of plain text")
+    padding_free: bool = arg(False, "a batch is one row of examples that do not see each other")
     eval_share: float = arg(0.0, "share of the examples held out, on which the loss is reported")
-    eval_every: int = arg(0, "steps between evaluations (default: as --save-every)")
     patience: int = arg(0, "stop after so many evaluations without a lower loss; keep the best")
 
 
 @dataclass(frozen=True)
 class Training:
-    _argument_group_name = "training"
-    batch: int = arg(4, "blocks or examples of a forward")
-    accumulate: int = arg(1, "forwards of a step")
-    steps: int | None = arg(None, f"AdamW steps (default {STEPS}, unless --epochs is given)")
-    epochs: float | None = arg(None, "passes over the data, in place of --steps")
-    lr: float = arg(2e-4, "peak learning rate")
-    scheduler: str = arg("cosine", "how the learning rate falls", choices=SCHEDULERS)
-    warmup: float = arg(0.0, "share of the steps over which the learning rate rises (default 0)")
+    _argument_group_name = "training (Trainer's names; --help-all has its other options)"
+    max_steps: int | None = arg(None, f"AdamW steps (default {STEPS}, or by epochs)", "--steps")
+    num_train_epochs: float | None = arg(None, "passes over the data, not --steps", "--epochs")
+    learning_rate: float = arg(2e-4, "peak learning rate", "--lr")
+    per_device_train_batch_size: int = arg(4, "blocks or examples of a forward", "--batch")
+    gradient_accumulation_steps: int = arg(1, "forwards of a step")
+    lr_scheduler_type: str = arg("cosine", "how the learning rate falls")
+    warmup_steps: float = arg(0.0, "steps, or below 1 a share, over which the rate rises")
     weight_decay: float = arg(0.0, "AdamW's (default 0)")
-    lora_plus: float = arg(0.0, "LoRA+: learning rate of lora_B over that of lora_A, such as 16")
-    autocast: bool = arg(False, "compute in bf16 whatever the dtype of the weights")
-    checkpointing: bool = arg(False, "compute activations again in the backward, to save memory")
+    bf16: bool = arg(False, "compute in bf16 whatever the dtype of the weights")
+    gradient_checkpointing: bool = arg(False, "compute activations again, to save memory")
+    logging_steps: int = arg(1, "steps between losses")
+    save_steps: int = arg(50, "steps between checkpoints")
+    save_total_limit: int = arg(2, "newest checkpoints that are kept")
+    eval_steps: int = arg(0, "steps between evaluations (default: as --save-steps)")
+    report_to: list[str] = arg([], "tensorboard, wandb or another service that gets the losses")
+    seed: int = arg(0, "of the adapters, the data's order and dropout (default 0)")
+
+
+@dataclass(frozen=True)
+class Base:
+    _argument_group_name = "base model"
     dtype: str = arg("fp32", **_DTYPE)
     quant: str | None = arg(None, **_QUANT)
-    seed: int = arg(0, "settles the adapters' start, the order of the data and dropout masks")
-    save_every: int = arg(50, "steps between checkpoints")
-    report_to: list[str] = arg([], f"services that get the losses: {', '.join(REPORTERS)}")
     device: str = arg("", _DEVICE)
 
 
@@ -210,36 +270,36 @@ class Checks:
     _argument_group_name = "checks"
     prompt: str = arg("", "asked before and after training (default: the data's first question)")
     expect: str = arg("", "fail unless the answer holds this after the training, and not before")
-    compare: bool = arg(False, "compare gradients, updates and times with stock PEFT's first")
-    sgd_steps: int = arg(20, "SGD steps of the comparison")
-    timed_steps: int = arg(10, "timed steps of the comparison")
-    peft_steps: int = arg(60, "AdamW steps of stock PEFT, for the second curve in loss.png")
+    compare: bool = arg(False, "compare gradients, updates and times with stock PEFT's at the end")
 
 
 @dataclass(frozen=True)
-class Options(Checks, Training, Data, Adapters, Inputs):
+class Options(Checks, Base, Training, Data, Adapters, Inputs):
     """The options of `finetune`, checked without loading a model.
 
     None stands for the preset's rank, alpha and dropout. The default of max_length is `MAX_LENGTH`,
-    or the model's number of positions if that is smaller. The default of steps is `STEPS`, unless
-    epochs is given.
+    or the model's number of positions if that is smaller. The default of max_steps is `STEPS`,
+    unless num_train_epochs is given.
+
+    trainer: other fields of transformers' `TrainingArguments`.
     """
 
+    trainer: dict[str, Any] = field(default_factory=dict)
+
     def __post_init__(self) -> None:
-        none_as_0 = dict.fromkeys(("eval_every", "patience", "peft_steps"), 0)
-        check_numbers(vars(self), alpha=1, **none_as_0)
+        check_numbers(vars(self), alpha=1, logging_steps=1, eval_steps=0, patience=0)
         check_numbers({"lora_plus": self.lora_plus or None}, lora_plus="positive")
-        if self.steps is not None and self.epochs is not None:
-            raise UsageError("epochs: want no --steps beside it, which says the same otherwise")
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise UsageError("num_train_epochs: want no --max-steps beside it")
         if self.init == "orthogonal" and self.rank is not None and self.rank % 2:
             raise UsageError(f"rank: got {self.rank}, want an even one for --init orthogonal")
-        for name in ("eval_every", "patience"):
+        for name in ("eval_steps", "patience"):
             if getattr(self, name) and not self.eval_share:
                 raise UsageError(f"{name}: needs held-out data; give --eval-share too")
-        if self.patience and (not self.eval_every or self.save_every % self.eval_every):
+        if self.patience and (not self.eval_steps or self.save_steps % self.eval_steps):
             raise UsageError(
-                f"patience: got --save-every {self.save_every}, want a multiple of --eval-every, "
-                f"which is {self.eval_every}"
+                f"patience: got --save-steps {self.save_steps}, want a multiple of --eval-steps, "
+                f"which is {self.eval_steps}"
             )
         for name in self.report_to:
             if name not in REPORTERS:
@@ -257,31 +317,29 @@ class Options(Checks, Training, Data, Adapters, Inputs):
     @property
     def training(self) -> dict[str, Any]:
         """The keyword arguments of `training_arguments`."""
-        names = "batch accumulate lr scheduler warmup weight_decay checkpointing save_every seed "
-        given = pick(self, names + "report_to") | {"bf16": self.autocast}
-        given["eval_every"] = self.eval_every or (self.save_every if self.eval_share else None)
-        length = {"steps": self.steps or STEPS} if self.epochs is None else {"epochs": self.epochs}
-        return given | length
+        given = pick(self, (each.name for each in fields(Training)))
+        if self.num_train_epochs is None:
+            given |= {"num_train_epochs": 1.0, "max_steps": self.max_steps or STEPS}
+        given["eval_steps"] = self.eval_steps or (self.save_steps if self.eval_share else None)
+        return given | self.trainer
 
 
 @dataclass(frozen=True)
 class RankOptions:
     """The options of `rank-search`."""
 
-    demo: bool = arg(False, "SmolLM2-135M-Instruct on Hamlet, where none is given")
     model: Path = arg(None, **_MODEL)
     data: list[Path] = arg([], _LINES)
     eval: list[Path] = arg([], "data on which ranks are scored (default: a fifth of --data)")
-    out: Path = arg(Path("rank-search-out"), "folder for ranks.json, ranks.png and metrics")
+    out: Path = arg(Path("rank-search-out"), "folder for ranks.json and ranks.png")
     ranks: list[int] = arg([4, 8, 16, 32, 64], "ranks to train")
     preset: str = arg("chat", "medical, legal, chat or code: which layers")
     target_modules: list[str] = arg([], "other layers than the preset's")
-    steps: int = arg(100, "for each rank")
-    batch: int = arg(4, "examples a step")
-    lr: float = arg(2e-4, "peak learning rate")
+    steps: int = arg(100, "for each rank", "--max-steps")
+    batch: int = arg(4, "examples a step", "--per-device-train-batch-size")
+    lr: float = arg(2e-4, "peak learning rate", "--learning-rate")
     max_length: int | None = arg(None, _LENGTH)
     examples: int = arg(0, "take so many of the data's, drawn by --seed (default: all)")
-    on_bad_line: str = arg("error", **_BAD_LINES)
     adalora: bool = arg(True, "train AdaLoRA, too; --no-adalora does not")
     dtype: str = arg("fp32", **_DTYPE)
     quant: str | None = arg(None, **_QUANT)
@@ -289,7 +347,7 @@ class RankOptions:
     device: str = arg("", _DEVICE)
 
     def __post_init__(self) -> None:
-        require(self, ("model", "data"), "try --demo")
+        require(self, ("model", "data"), "see --help")
         check_ranks(self.ranks)
         check_numbers(vars(self))
         if self.adalora and self.steps < 10:
@@ -315,8 +373,8 @@ class CompareOptions:
     methods: list[str] = arg([], "(default: all)")
     lr: list[str] = arg([], "peak learning rates, such as full=1e-5 lora-8=1e-3")
     seeds: int = arg(3, "runs of each method")
-    steps: int = arg(100, "of each run")
-    batch: int = arg(16, "texts a step")
+    steps: int = arg(100, "of each run", "--max-steps")
+    batch: int = arg(16, "texts a step", "--per-device-train-batch-size")
     max_length: int = arg(64, "tokens of a text")
     device: str = arg("", _DEVICE)
 
@@ -336,8 +394,6 @@ class MergeOptions:
     onto: str | None = arg(None, _ONTO, choices=("original", "dequantized"))
     quant: str | None = arg(None, "what the adapter was trained over", choices=("nf4", "fp4"))
     quant_dtype: str = arg("fp32", "dtype that was quantized", choices=("fp32", "bf16"))
-    text: Path | None = arg(None, "the logits are compared on its first 256 tokens")
-    compare: bool = arg(True, "compare logits before the folder gets its name")
 
     def __post_init__(self) -> None:
         require(self, ("base", "adapter"), "--run")
@@ -382,18 +438,6 @@ class CheckOptions:
 
     def __post_init__(self) -> None:
         require(self, ("model",), "check the adapter in a folder that `finetune` wrote")
-
-
-def fill_in_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """Fill in the defaults, model and text of --demo, if it is given."""
-    from .demo import demo_model, demo_text
-
-    if not given.get("demo"):
-        return given
-    # Look up model and text only if needed: their packages may be missing.
-    given = defaults | given
-    given["model"] = given.get("model") or demo_model()
-    return given | {"data": given.get("data") or [demo_text()]}
 
 
 def fill_in_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]:

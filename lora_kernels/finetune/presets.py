@@ -259,7 +259,7 @@ def create_domain_model(
     Args:
         model, preset: as in `add_lora_layers`.
         data, val: `ChatData`, or files for `load_chat`, which needs the tokenizer.
-        out: folder of checkpoints, metrics and curves. The adapter is saved to out/adapter, in a
+        out: folder of the checkpoints. The adapter is saved to out/adapter, in a
             subfolder of its name unless that is "default".
         tokenizer: saved with the checkpoints.
         adapter_name: None for the preset's name.

@@ -158,10 +158,10 @@ def find_optimal_rank(
             prunes ranks until their mean is the middle rank. Needs at least 10 steps.
         score: (PEFT model, held-out loss) -> a number, higher is better. None: exp(−loss), the
             geometric mean probability of the correct tokens.
-        out: folder of metrics.jsonl and curves.png for each rank; None keeps none.
+        out: folder of Trainer's log for each rank, in trainer_state.json; None keeps none.
         tokenizer: provides the padding token.
         on_rank: called with each row.
-        settings: other settings of `training_arguments`. The default of warmup is 0.05.
+        settings: other settings of `training_arguments`. The default of warmup_steps is 0.05.
 
     Raises UsageError that names the argument before anything is trained, and TrainingError that
     names the rank and the step if a run cannot learn any more.
@@ -183,8 +183,8 @@ def find_optimal_rank(
     if targets:
         chosen = replace(chosen, targets=(targets,) if isinstance(targets, str) else tuple(targets))
     cpu = next(model.parameters()).device.type == "cpu"
-    training = {"cpu": cpu, "warmup": WARMUP} | settings
-    training |= {"steps": steps, "seed": seed, "save_strategy": "no", "disable_tqdm": True}
+    training = {"use_cpu": cpu, "warmup_steps": WARMUP} | settings
+    training |= {"max_steps": steps, "seed": seed, "save_strategy": "no", "disable_tqdm": True}
 
     def preset_of_rank(rank: int) -> Preset:
         return replace(chosen, rank=rank, alpha=chosen.alpha / chosen.rank * rank)
@@ -202,6 +202,7 @@ def find_optimal_rank(
         start = time.perf_counter()
         if most:
             trainer.train()
+            trainer.save_state()
         seconds = time.perf_counter() - start
         with disable_penalty(peft_model):
             loss = trainer.evaluate()["eval_loss"]

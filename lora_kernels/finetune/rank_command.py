@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from .chat import check_files, load_chat
 from .command import silence_libraries
 from .inputs import check_inputs, read_inputs
 from .lock import FolderLock
-from .options import RankOptions, add_options, check_out, fill_in_demo, pick
+from .options import RankOptions, add_options, check_out, pick
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError before the model's weights are read."""
-    options = RankOptions(**fill_in_demo(vars(args)))
+    options = RankOptions(**vars(args))
     check_inputs(options)
     if options.eval:
-        check_files(options.eval, options.on_bad_line)
+        check_files(options.eval)
     check_out(options.out)
     with FolderLock(options.out) as lock:
         return _search(options, lock)
@@ -45,8 +44,7 @@ def _search(options: RankOptions, lock: FolderLock) -> int:
     if 0 < options.examples < len(train):
         _, train = train.split(options.examples / len(train), options.seed)
     if options.eval:
-        reading: Any = {"max_length": length, "on_bad_line": options.on_bad_line}
-        val = load_chat(options.eval, tokenizer, **reading)
+        val = load_chat(options.eval, tokenizer, max_length=length)
     else:
         train, val = train.split(0.2, options.seed)
     print(f"trained on {len(train)} examples, scored on {len(val)} held out")
@@ -59,7 +57,9 @@ def _search(options: RankOptions, lock: FolderLock) -> int:
         train,
         val,
         options.ranks,
-        **pick(options, "preset steps seed adalora out batch lr"),
+        **pick(options, "preset steps seed adalora out"),
+        per_device_train_batch_size=options.batch,
+        learning_rate=options.lr,
         targets=options.target_modules or None,
         tokenizer=tokenizer,
         on_rank=lambda row: print(

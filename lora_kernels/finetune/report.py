@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import rich.progress
@@ -37,14 +37,12 @@ class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
     checkpoint, and stops. The speed is in tokens if the data count theirs (`ChatData`), else in
     rows; of several processes the first shows it, for all.
 
-    Attributes:
-        most: the number of steps after which to stop.
-        caught: the signals received.
+    caught: the signals received.
     """
 
     def __init__(self, console: Console, label: str) -> None:
         self.label = label
-        self.most, self.caught = math.inf, list[int]()
+        self.caught = list[int]()
         self.bar = rich.progress.Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -66,7 +64,7 @@ class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.per_step, self.unit = rows * report.tokens // report.examples, "tokens"
         self.bar.start()
         self.start, self.done = time.perf_counter(), state.global_step
-        self.steps = int(min(state.max_steps, self.most))
+        self.steps = state.max_steps
         counts = {"total": self.steps, "completed": self.done}
         self.task = self.bar.add_task(self.label, **counts, loss="–", speed="–")
 
@@ -85,15 +83,35 @@ class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.caught:
-            control.should_save = True
-        if self.caught or state.global_step >= self.most:
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
         return control
+
+
+@contextmanager
+def show_stages(console: Console, label: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows one more of `total` pieces of work as done, and its stage.
+
+    On a terminal it moves a progress bar; elsewhere each stage is a line.
+    """
+    said = list[str]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with rich.progress.Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(label, total=total)
+
+        def advance(stage: str) -> None:
+            bar.update(task, advance=1, description=f"{label}: {stage}")
+            if bar.disable and stage not in said:
+                said.append(stage)
+                console.print(f"{label}: {stage}")
+
+        yield advance
 
 
 def comparison_table(rows: Sequence[Row], title: str) -> Table:
     """Return a table of the frozen model, stock PEFT and the fused model, 80 columns wide."""
-    caption = "a step: forward and backward, B random; differ: relative, worst of all"
+    caption = "a step: forward and backward; differ: relative, worst"
     layout: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box": None}
     layout |= {"padding": (0, 1, 0, 0), "pad_edge": False}
     table = Table(title=title, title_style="bold", caption=caption, **layout)

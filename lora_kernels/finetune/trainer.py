@@ -1,9 +1,9 @@
-"""`LoRATrainer`: transformers' Trainer for fused adapters, with atomic checkpoints."""
+"""`LoRATrainer`: transformers' Trainer for fused adapters."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import difflib
 import math
 import os
 import shutil
@@ -16,6 +16,7 @@ import torch
 import transformers
 from peft import PeftModel
 from transformers import (
+    DataCollatorWithFlattening,
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
@@ -30,122 +31,106 @@ from ..integrations.trainer import VerdictLog
 from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
 from . import TrainingError, UsageError
-from .chat import IGNORED, ChatData, Collator, check_packing
+from .chat import IGNORED, ChatData, Collator, check_flattening
 from .checkpoints import (
-    checkpoints,
+    STATE,
     count_more,
     find_intact,
     named_write,
     newest_checkpoint,
-    replace_file,
-    steps_done,
+    translate_errors,
 )
 from .model import adapters
-from .options import check_numbers
+from .options import RENAMED, SHORT, check_numbers
 from .plots import draw_png
 from .report import Progress, new_console
 
-METRICS, CURVES = "metrics.jsonl", "curves.png"
-_PARTIAL = ".partial"  # the folder in which a checkpoint is written before it is renamed
 DEAD_STEPS = 10  # steps in a row without a gradient, after which a run stops
 
 
 _THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
 # transformers 5 warns if its earlier names of these settings are used.
-_SHARE_IN_STEPS = int(transformers.__version__.partition(".")[0]) >= 5
+_HAS_SHARES_IN_STEPS = int(transformers.__version__.partition(".")[0]) >= 5
 _RECOMPUTING = "activation_checkpointing"
 if _RECOMPUTING not in _THEIRS:
     _RECOMPUTING = "gradient_checkpointing"
-# Our name: the name in `TrainingArguments`, and the default.
-_SETTINGS: dict[str, tuple[str, Any]] = {
-    "steps": ("max_steps", None),
-    "epochs": ("num_train_epochs", 1.0),
-    "batch": ("per_device_train_batch_size", 4),
-    "accumulate": ("gradient_accumulation_steps", 1),
-    "lr": ("learning_rate", 2e-4),
-    "scheduler": ("lr_scheduler_type", "cosine"),
-    "warmup": ("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0),
-    "max_grad_norm": ("max_grad_norm", 1.0),
-    "bf16": ("bf16", False),
-    "checkpointing": (_RECOMPUTING, False),
-    "eval_every": ("eval_steps", None),
-    "save_every": ("save_steps", 50),
-    "keep": ("save_total_limit", 2),
-    "seed": ("seed", 0),
-    "cpu": ("use_cpu", False),
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "seed": 0,
+    "report_to": [],
+    "prediction_loss_only": True,
+    "remove_unused_columns": False,
 }
 
 
 def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     """Return transformers' `TrainingArguments` with common settings for LoRA.
 
-    The optimizer is AdamW without weight decay, with cosine decay without warm-up. Each step's loss
-    is logged, including NaN. Nothing is reported to services. `LoRATrainer` shows its progress
-    unless disable_tqdm is True.
+    The defaults are `DEFAULTS`: AdamW without weight decay, with cosine decay without warm-up. Each
+    step's loss is logged, including NaN. Nothing is reported to services. `LoRATrainer` shows its
+    progress unless disable_tqdm is True.
 
     Args:
-        out: folder of checkpoints, metrics and curves.
-        steps: number of optimizer steps. None: `epochs` passes over the data.
-        epochs: number of passes over the data.
-        batch: rows per forward, on each device.
-        accumulate: forwards per step.
-        lr: peak learning rate.
-        max_grad_norm: gradients are clipped to this norm. 0: never.
-        scheduler: a value of transformers' `SchedulerType`.
-        warmup: share of the steps, in [0, 1), over which the learning rate rises from 0.
-        bf16: whether to use autocast. On a machine without a GPU it needs cpu=True.
-        checkpointing: whether the backward recomputes activations.
-        eval_every, save_every: steps between evaluations and checkpoints.
-        keep: number of newest checkpoints to keep, in addition to the best.
-        seed: of the order of the data and dropout.
-        cpu: whether to train on the CPU of a machine with a GPU.
-        settings: other fields of `TrainingArguments`, which take precedence.
+        out: folder of the checkpoints.
+        settings: fields of `TrainingArguments`. With eval_steps, evaluation is by steps.
+            warmup_steps below 1 is a share of the steps, in earlier transformers too. The default
+            of per_device_eval_batch_size is that of training.
 
     Raises UsageError that names the argument.
 
     >>> from lora_kernels.finetune.trainer import training_arguments
-    >>> training_arguments("out", batch=2, accumulate=8, cpu=True).gradient_accumulation_steps
-    8
+    >>> training_arguments("out", gradient_accumulation_steps=8, use_cpu=True).learning_rate
+    0.0002
     """
-    if unknown := settings.keys() - _THEIRS - _SETTINGS.keys():
-        raise UsageError(
-            f"{min(unknown)}: no such setting; want one of {', '.join(sorted(_SETTINGS))}"
-        )
-    own = {name: settings.pop(name, default) for name, (_, default) in _SETTINGS.items()}
-    check_numbers(own)
-    kinds = [kind.value for kind in SchedulerType]
-    if own["scheduler"] not in kinds:
-        raise UsageError(f"scheduler: got {own['scheduler']!r}, want one of {', '.join(kinds)}")
-    arguments = {theirs: own[name] for name, (theirs, _) in _SETTINGS.items()}
-    if own["steps"] is None:
-        arguments["max_steps"] = -1
-    if own["scheduler"] == "constant" and own["warmup"]:
+    for name in settings.keys() - _THEIRS:
+        if now := (RENAMED["finetune"] | SHORT).get(name):
+            raise UsageError(f"{name}: is {now} now; see docs/changelog.md")
+        if name != "gradient_checkpointing":
+            close = difflib.get_close_matches(name, _THEIRS, 1) or ["a field of TrainingArguments"]
+            raise UsageError(f"{name}: no such setting; did you mean {close[0]}?")
+    unset = {n for n in ("max_steps", "num_train_epochs", "eval_steps") if settings.get(n) is None}
+    arguments = DEFAULTS | {name: v for name, v in settings.items() if name not in unset}
+    check_numbers(arguments, max_steps="any")
+    kinds, kind = [kind.value for kind in SchedulerType], arguments["lr_scheduler_type"]
+    if kind not in kinds:
+        raise UsageError(f"lr_scheduler_type: got {kind!r}, want one of {', '.join(kinds)}")
+    warmup = arguments.get("warmup_steps", 0)
+    if kind == "constant" and warmup:
         arguments["lr_scheduler_type"] = "constant_with_warmup"  # "constant" ignores warm-up
-    if own["checkpointing"]:
-        arguments[f"{_RECOMPUTING}_kwargs"] = {"use_reentrant": False}
-    arguments |= {"output_dir": str(out), "per_device_eval_batch_size": own["batch"]}
-    arguments |= {"eval_strategy": "no" if own["eval_every"] is None else "steps"}
-    arguments |= {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": []}
-    arguments |= {"prediction_loss_only": True, "remove_unused_columns": False}
-    return TrainingArguments(**arguments | settings)
+    if warmup < 1 and not _HAS_SHARES_IN_STEPS:
+        arguments |= {"warmup_ratio": warmup, "warmup_steps": 0}
+    if arguments.pop("gradient_checkpointing", False):
+        arguments = {f"{_RECOMPUTING}_kwargs": {"use_reentrant": False}} | arguments
+        arguments[_RECOMPUTING] = True
+    batch = arguments["per_device_train_batch_size"]
+    by_steps = "steps" if "eval_steps" in arguments else "no"
+    arguments = {"eval_strategy": by_steps, "per_device_eval_batch_size": batch} | arguments
+    with translate_errors("training arguments", ValueError, TypeError):
+        return TrainingArguments(**{"output_dir": str(out)} | arguments)
 
 
 class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """transformers' Trainer for the adapters of a PEFT model, with fused layers.
 
-    Checkpoints are atomic: if the process is killed at any moment, the last checkpoint can be
-    loaded. The trainer also writes `metrics.jsonl`, a line for each step, and `curves.png`. It
-    shows a progress bar, or without a terminal ten lines.
+    If the process is killed at any moment, `train(resume_from_checkpoint=True)` goes on from the
+    last complete checkpoint. The trainer shows a progress bar, or without a terminal ten lines.
 
     Args:
         model: a PEFT model, which is fused. Only adapters and `modules_to_save` may be trainable.
         args: the result of `training_arguments`, or other TrainingArguments.
-        train_dataset, eval_dataset: `ChatData`, or another dataset for Trainer. Packed rows need a
-            model that passes `check_packing`.
+        train_dataset, eval_dataset: `ChatData`, or another dataset for Trainer. The collator
+            `DataCollatorWithFlattening` needs a model that passes `check_flattening`.
         lora_plus_ratio: LoRA+: the learning rate of lora_B divided by lora_A's. None: they are
             equal.
         patience: the number of evaluations without a lower loss after which training stops and the
-            best adapters are restored. Needs eval_every, and save_every a multiple of it.
+            best adapters are restored. Needs eval_steps, and save_steps a multiple of it.
         others: other arguments of Trainer.
 
     The attribute `trainable` is a sentence with the number of trainable parameters.
@@ -156,7 +141,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     >>> from torch import nn
     >>> from lora_kernels.finetune.trainer import LoRATrainer, training_arguments
-    >>> LoRATrainer(nn.Linear(2, 2), training_arguments("out", cpu=True), train_dataset=[])
+    >>> LoRATrainer(nn.Linear(2, 2), training_arguments("out", use_cpu=True), train_dataset=[])
     Traceback (most recent call last):
     lora_kernels.finetune.UsageError: model: got Linear, want a PEFT model; see add_lora_layers
     """
@@ -180,21 +165,20 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         given = list(others.get("callbacks", ()))
         if not any(isinstance(callback, DeadRunCheck) for callback in given):
             given.insert(0, DeadRunCheck())
-        others["callbacks"] = [MetricsLog(), *given, VerdictLog()]
+        others["callbacks"] = [*given, VerdictLog()]
         if patience is not None:
             others["callbacks"].append(_early_stop(args, patience))
-        data = [part for part in (train_dataset, eval_dataset) if isinstance(part, ChatData)]
-        if any("position_ids" in row for part in data for row in part.rows):
-            check_packing(model)
+        if isinstance(others.get("data_collator"), DataCollatorWithFlattening):
+            check_flattening(model)
         if others.get("data_collator") is None and isinstance(train_dataset, ChatData):
             others["data_collator"] = Collator.from_tokenizer(others.get("processing_class"))
         others |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(fuse(model), args, **others)
-        # With a KV cache, transformers does not mask attention across packed documents.
+        # With a KV cache, transformers does not mask attention across examples in one row.
         # transformers 5 disables the cache itself. `generate` has its own setting.
         if hasattr(model, "config"):
             model.config.use_cache = False
-        # Both print a dict each step, which metrics.jsonl has.
+        # Both print a dict each step, which Trainer's log has.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if not self.args.disable_tqdm:
@@ -203,9 +187,11 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does. A resumed run has the losses of an uninterrupted run.
 
-        A checkpoint that cannot be read is renamed with a warning, and training resumes from the
-        checkpoint before it. Raises UsageError if the folder has checkpoints and
-        `resume_from_checkpoint` is not given, because the runs would mix their checkpoints.
+        A checkpoint that cannot be read, such as one whose write was interrupted, is renamed with a
+        warning. Training resumes from the checkpoint before it, or starts anew.
+
+        Raises UsageError if the folder has checkpoints and `resume_from_checkpoint` is not given,
+        because the runs would mix their checkpoints.
         """
         newest = newest_checkpoint(str(self.args.output_dir))
         if not resume_from_checkpoint and newest is not None and not self.state.global_step:
@@ -213,10 +199,12 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 f"out: {newest} is there; resume_from_checkpoint=True goes on from it, another "
                 "folder starts anew"
             )
-        if resume_from_checkpoint is True and newest is not None:
-            newest = self.find_checkpoint()
+        going_on = resume_from_checkpoint is True and newest is not None
+        if going_on and (newest := self.find_checkpoint()) is None:
+            resume_from_checkpoint = None
+        elif going_on:
             resume_from_checkpoint = str(newest)
-            state = TrainerState.load_from_json(f"{newest}/trainer_state.json")
+            state = TrainerState.load_from_json(f"{newest}/{STATE}")
             # Trainer would run one more step before it checks that early stopping ended the run.
             saved: Any = (state.stateful_callbacks or {}).get("EarlyStoppingCallback")
             waited = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
@@ -232,11 +220,12 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
                     callback.bar.stop()
 
     def find_checkpoint(self, report: Callable[[str], None] = warnings.warn) -> Path | None:
-        """Return the newest checkpoint that can be read, or None. Damaged ones are renamed."""
+        """Return the newest checkpoint that can be read, or None. Newer ones are renamed."""
         found, damaged = find_intact(str(self.args.output_dir))
         self.accelerator.wait_for_everyone()  # rename after all processes have read the folder
         for path, reason in damaged.items():
-            report(f"{path} cannot be read: {reason}; it is renamed, and {found} is taken")
+            taken = f"{found} is taken" if found else "the run starts anew"
+            report(f"{path} cannot be read: {reason}; it is renamed, and {taken}")
             if self.args.should_save:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -253,8 +242,8 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self.optimizer = cls([group | decay for group in groups], **options)
         return super().create_optimizer(*args, **kwargs)
 
-    # Trainer averages the mean losses of batches, which depends on the batch size and on packing.
-    # For batches of `Collator`, these methods compute the mean over tokens.
+    # Trainer averages the mean losses of batches, which depends on how rows fall into batches. For
+    # batches of tokens with labels, these methods compute the mean over tokens.
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._token_losses = [0.0, 0.0]  # sum and count
@@ -267,7 +256,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         result: Any = super().prediction_step(model, inputs, *args, **kwargs)
-        if isinstance(self.data_collator, Collator):
+        if isinstance(self.data_collator, Collator | DataCollatorWithFlattening):
             count = int((inputs["labels"][:, 1:] != IGNORED).sum())
             self._token_losses[0] += result[0].item() * count
             self._token_losses[1] += count
@@ -286,7 +275,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     def restore(self, checkpoint: str) -> None:
         """Load the adapters of a finished run, or its best adapters, without training."""
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
@@ -301,50 +290,17 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         else:
             super()._load_best_model()
 
-    # A checkpoint is written to a temporary folder, and renamed when it is complete.
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = str(super()._get_output_dir(trial))
-        return os.path.join(folder, _PARTIAL) if vars(self).get("_saving") else folder
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        out = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(out / _PARTIAL, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            with named_write(out / name):
-                super()._save_checkpoint(model, trial)
-        except OSError:  # free the disk, which may be full
-            shutil.rmtree(out / _PARTIAL, ignore_errors=True)
-            raise
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-        if best := self.state.best_model_checkpoint:
-            self.state.best_model_checkpoint = str(out / Path(best).name)
-        if self.args.should_save:
-            partial = out / _PARTIAL / name
-            self.state.save_to_json(str(partial / "trainer_state.json"))  # with the new path
-            for file in partial.rglob("*"):  # the rename must not reach the disk before the bytes
-                if file.is_file():
-                    with file.open("rb") as f:
-                        os.fsync(f.fileno())
-            if (out / name).exists():  # from another run
-                (out / name).rename(out / _PARTIAL / "replaced")
-            partial.rename(out / name)
-            self._rotate(out)
-        self.accelerator.wait_for_everyone()
+        """Save as Trainer does, and name the checkpoint if the disk is full.
 
-    def _rotate(self, out: Path) -> None:
-        """Remove all checkpoints except the newest and the best, after renaming each."""
-        limit = self.args.save_total_limit
-        for old in sorted(checkpoints(out), key=steps_done)[:-limit] if limit else []:
-            if str(old) != self.state.best_model_checkpoint:
-                old.rename(out / _PARTIAL / old.name)
-        shutil.rmtree(out / _PARTIAL)
+        Trainer writes its state last, so a checkpoint with a state is complete.
+        """
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / STATE).unlink(missing_ok=True)  # of another run
+        self.accelerator.wait_for_everyone()
+        with named_write(folder):
+            super()._save_checkpoint(model, trial)
 
 
 def check_trainable(model: Any) -> str:
@@ -387,10 +343,10 @@ def check_trainable(model: Any) -> str:
 def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
     check_numbers({"patience": patience})
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "steps":
-        raise UsageError("patience: needs evaluations; give eval_every and eval_dataset")
+        raise UsageError("patience: needs evaluations; give eval_steps and eval_dataset")
     if args.save_steps % (args.eval_steps or 1):
         raise UsageError(
-            f"patience: got save_every {args.save_steps}, want a multiple of eval_every "
+            f"patience: got save_steps {args.save_steps}, want a multiple of eval_steps "
             f"{args.eval_steps}, so that the best model is among the checkpoints"
         )
     args.load_best_model_at_end = args.restore_callback_states_from_checkpoint = True
@@ -443,64 +399,19 @@ class DeadRunCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return "start again with a lower learning rate, in another folder"
 
 
-class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Write Trainer's log to out/metrics.jsonl line by line, and curves.png at the end.
-
-    A resumed run starts with the lines of its checkpoint.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            lines = "".join(f"{json.dumps(line)}\n" for line in state.log_history)
-            replace_file(Path(args.output_dir, METRICS), lines)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.log_history:
-            with Path(args.output_dir, METRICS).open("a") as file:
-                file.write(f"{json.dumps(state.log_history[-1])}\n")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and losses(state.log_history):
-            plot_metrics(Path(args.output_dir, CURVES), state.log_history)
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, except for a last line that is incomplete.
-
-    Raises UsageError if another line is damaged.
-    """
-    if not file.exists():
-        return []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise UsageError(f"out: {file} is damaged: {error}; remove it") from None
-    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in found):
-        raise UsageError(f"out: {file} is damaged: a line names no step; remove it")
-    return found
-
-
 def losses(lines: Sequence[dict[str, Any]], name: str = "loss") -> dict[int, float]:
     """Return the losses by step. name: "loss" for training, "eval_loss" for evaluation."""
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def plot_metrics(
-    file: Path, lines: Sequence[dict[str, Any]], stock: Sequence[float] = (), title: str = ""
-) -> None:
-    """Write a PNG of training loss, evaluation loss and learning rate by step.
-
-    stock: the losses of stock PEFT's first steps.
-    """
+def plot_losses(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write a PNG of training loss, evaluation loss and learning rate by step."""
     with draw_png(file, (9, 6.5), nrows=2, sharex=True, height_ratios=(3, 1)) as (upper, lower):
         train, held_out = losses(lines), losses(lines, "eval_loss")
         upper.plot(list(train), list(train.values()), linewidth=3, alpha=0.7, label="training")
         if held_out:
             upper.plot(list(held_out), list(held_out.values()), "o-", label="held out")
-        if stock:
-            upper.plot(range(1, len(stock) + 1), stock, "--", color="#222222", label="stock PEFT")
-        upper.set(ylabel="loss (nats per token)", title=title)
+        upper.set(ylabel="loss (nats per token)")
         rates = losses(lines, "learning_rate")
         lower.plot(list(rates), list(rates.values()), color="#444444", linewidth=2)
         lower.set(ylabel="learning rate", xlabel="step")

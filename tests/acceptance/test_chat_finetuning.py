@@ -33,7 +33,12 @@ def test_a_fact_is_learnt_and_the_base_kept(tmp_path: Path) -> None:
         before = base.eval()(**batch).logits
     model = add_lora_layers(base, "chat", rank=8, alpha=16, dropout=0.0, targets="all-linear")
     args = training_arguments(
-        tmp_path / "out", steps=100, batch=2, lr=1e-2, cpu=True, save_strategy="no"
+        tmp_path / "out",
+        max_steps=100,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        save_strategy="no",
     )
     LoRATrainer(model, args, train_dataset=data, processing_class=tok).train()
 

@@ -28,7 +28,12 @@ def test_two_domains(tmp_path: Path) -> None:
             write_lines(tmp_path / f"{domain}.jsonl", records),
             out=tmp_path / domain,
             tokenizer=tokenizer(),
-            training={"steps": 3, "batch": 2, "lr": 1e-2, "cpu": True},
+            training={
+                "max_steps": 3,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 1e-2,
+                "use_cpu": True,
+            },
         )
     with torch.no_grad():
         alone = {"__base__": base}

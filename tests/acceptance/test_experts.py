@@ -1,4 +1,4 @@
-"""QLoRA on a mixture of experts with real weights and real prose: SmolLM2's MLPs, upcycled."""
+"""QLoRA on a mixture of experts with real weights and prose: SmolLM2's MLPs, upcycled."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels.cli import main
-from lora_kernels.finetune.demo import demo_model, demo_text
+from lora_kernels.finetune.demo import demo_model
 from lora_kernels.finetune.model import load_base, load_tokenizer
 from tests.finetune.tiny import metrics
 
 LAYERS, EXPERTS, TOP_K = 6, 4, 2
+PROSE = Path(__file__).parents[2] / "LICENSE"
 
 
 def upcycle(dense: Any) -> MixtralForCausalLM:
@@ -47,9 +48,20 @@ def test_finetune_of_upcycled_experts_learns_prose(tmp_path: Path) -> None:
     folder, out = tmp_path / "mixture", tmp_path / "run"
     upcycle(load_base(demo, torch.float32, torch.device("cpu"))).save_pretrained(folder)
     load_tokenizer(demo).save_pretrained(folder)
-    argv = ["finetune", "--model", str(folder), "--data", str(demo_text()), "--out", str(out)]
+    argv = ["finetune", "--model", str(folder), "--data", str(PROSE), "--out", str(out)]
     argv += ["--target-modules", "q", "v", "gate", "up", "down", "--dropout", "0", "--rank", "8"]
-    argv += ["--quant", "nf4", "--batch", "2", "--steps", "12", "--lr", "1e-3", "--warmup", "0"]
+    argv += [
+        "--quant",
+        "nf4",
+        "--batch",
+        "2",
+        "--steps",
+        "12",
+        "--lr",
+        "1e-3",
+        "--warmup-steps",
+        "0",
+    ]
     assert main(argv) == 0
     losses = [line["loss"] for line in metrics(out)]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])

@@ -19,9 +19,8 @@ def test_ranks(tmp_path: Path) -> None:
     train, val = data.split(0.25)
     model = llama()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    found = find_optimal_rank(
-        model, train, val, ranks=(2, 4), preset="legal", steps=10, batch=2, lr=1e-2
-    )
+    settings = {"steps": 10, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    found = find_optimal_rank(model, train, val, ranks=(2, 4), preset="legal", **settings)
     for row in found.rows:
         # q of 64 + 64, k and v of 64 + 32, in two layers.
         assert row.parameters == row.rank * 2 * (128 + 2 * 96)

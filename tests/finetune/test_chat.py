@@ -1,4 +1,4 @@
-"""Labels on the assistant's tokens alone, bad lines by number, padding and packing alike."""
+"""Labels on the assistant's tokens alone, bad lines by number, padded and flattened alike."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening
 
 from lora_kernels.finetune import UsageError
-from lora_kernels.finetune.chat import ChatData, Collator, check_packing, load_chat, pack
+from lora_kernels.finetune.chat import ChatData, Collator, check_flattening, load_chat
 from tests.finetune.tiny import TEMPLATE, chat, gpt2, llama, tokenizer, write_lines
 from tests.support.assertions import assert_close_derived
 
@@ -138,19 +139,12 @@ BAD: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("record", "words"), BAD, ids=[words[:30] for _, words in BAD])
-def test_a_bad_line_is_named_or_skipped(tmp_path: Path, record: Any, words: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, record: Any, words: str) -> None:
     records = [chat("Hi", "there")] * 16 + [record] + [chat("Hi", "there")]
     with pytest.raises(UsageError) as error:
         load(tmp_path, records)
     assert str(error.value).startswith(f"data: {tmp_path / 'chat.jsonl'}:17: ")
     assert words in str(error.value)
-    assert "on_bad_line='skip'" in str(error.value)
-
-    data = load(tmp_path, records, on_bad_line="skip")
-    assert len(data) == 17
-    assert "1 bad lines skipped" in str(data.report)
-    assert "chat.jsonl:17" in data.report.skipped[0]
-    assert words in data.report.skipped[0]
 
 
 def test_a_template_that_rewrites_earlier_turns(tmp_path: Path) -> None:
@@ -166,10 +160,9 @@ def test_a_template_that_refuses(tmp_path: Path) -> None:
         load(tmp_path, [chat("Hi", "there")], tok)
 
 
-@pytest.mark.parametrize("on_bad_line", ["error", "skip"])
-def test_no_chat_template(tmp_path: Path, on_bad_line: str) -> None:
+def test_no_chat_template(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"chat.jsonl:2: .* has no chat template; take the"):
-        load(tmp_path, [{"text": "a"}, chat("a", "b")], tokenizer(None), on_bad_line=on_bad_line)
+        load(tmp_path, [{"text": "a"}, chat("a", "b")], tokenizer(None))
 
 
 def test_files_without_examples(tmp_path: Path) -> None:
@@ -177,10 +170,6 @@ def test_files_without_examples(tmp_path: Path) -> None:
     empty.write_text(" \n\n")
     with pytest.raises(UsageError, match=r"data: .*empty.jsonl is empty; give one example a line"):
         load_chat(empty, tokenizer())
-    with pytest.raises(UsageError, match=r"no example is left; .*:1: invalid JSON"):
-        load(tmp_path, ["{"], on_bad_line="skip")
-    with pytest.raises(UsageError, match="on_bad_line: got 'ignore'"):
-        load(tmp_path, [], on_bad_line="ignore")
     file = tmp_path / "latin.jsonl"
     file.write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(UsageError, match=r":1: not UTF-8 \(byte 13 of the line\)"):
@@ -213,7 +202,7 @@ def results(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Ten
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
-def test_packed_padded_and_alone_are_the_same(tmp_path: Path, make: Any, attention: str) -> None:
+def test_flattened_padded_and_alone_are_the_same(tmp_path: Path, make: Any, attention: str) -> None:
     """Loss, gradients and logits. In float32, as transformers' norms and losses are whatever the
     model's dtype: a hundred sums in another order, each off by 2⁻²⁴ times the root of its few
     hundred terms at most. A document that saw another one moves them by more than 2⁻¹⁰."""
@@ -228,14 +217,13 @@ def test_packed_padded_and_alone_are_the_same(tmp_path: Path, make: Any, attenti
         want = {n: want.get(n, 0) + g for n, g in grads.items()}
         alone[str(row["input_ids"])] = logits[0]
 
-    packed = pack(data, 64)
-    assert len(packed) < len(data)
-    for rows in (data, packed):
-        batch = collate(list(rows))
+    flatten = DataCollatorWithFlattening()
+    for collator in (collate, flatten):
+        batch = collator(list(data))
         loss, grads, logits = results(model, batch)
         torch.testing.assert_close(loss, want_loss, rtol=RTOL, atol=0)
         assert_close_derived(grads, want, rtol=RTOL)
-        if rows is data:
+        if collator is collate:
             for ids, mask, row_logits in zip(
                 batch["input_ids"], batch["attention_mask"], logits, strict=True
             ):
@@ -245,31 +233,14 @@ def test_packed_padded_and_alone_are_the_same(tmp_path: Path, make: Any, attenti
                 )
 
 
-def test_packing_holds_every_document_once(tmp_path: Path) -> None:
-    data = documents(tmp_path)
-    found = []
-    for row in pack(data, 64):
-        assert len(row["input_ids"]) <= 64
-        starts = [i for i, p in enumerate(row["position_ids"]) if p == 0]
-        for a, b in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
-            assert row["position_ids"][a:b] == list(range(b - a))
-            found.append((row["input_ids"][a:b], row["labels"][a:b]))
-    want = [(row["input_ids"], row["labels"]) for row in data]
-    assert sorted(found) == sorted(want)
-    with pytest.raises(UsageError, match="length: got 4, want at least the longest"):
-        pack(data, 4)
-    with pytest.raises(UsageError, match="is packed already"):
-        pack(pack(data, 64), 64)
-
-
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
-def test_check_packing_passes_what_keeps_documents_apart(make: Any) -> None:
+def test_check_flattening_passes_what_keeps_examples_apart(make: Any) -> None:
     model = make().train()
-    check_packing(model)
+    check_flattening(model)
     assert model.training
 
 
-def test_check_packing_notices_a_model_that_does_not() -> None:
+def test_check_flattening_notices_a_model_that_does_not() -> None:
     class Heedless(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -278,8 +249,8 @@ def test_check_packing_notices_a_model_that_does_not() -> None:
         def forward(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
             return self.model(input_ids, **kwargs)  # positions run on, so it is one document
 
-    with pytest.raises(UsageError, match="packing: in this model a document sees the one before"):
-        check_packing(Heedless())
+    with pytest.raises(UsageError, match="in this model an example sees the one before"):
+        check_flattening(Heedless())
 
 
 @pytest.mark.parametrize(("pad", "eos", "want"), [(0, 5, 0), (None, 5, 5), (None, None, 0)])
@@ -299,7 +270,7 @@ def test_collator_pads_with_the_padding_token_or_the_last(pad: Any, eos: Any, wa
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_check_packing_keeps_the_mode_of_a_model_without_positions(training: bool) -> None:
+def test_check_flattening_keeps_the_mode_of_a_model_without_positions(training: bool) -> None:
     class Unordered(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -308,17 +279,9 @@ def test_check_packing_keeps_the_mode_of_a_model_without_positions(training: boo
         def forward(self, input_ids: Tensor, use_cache: bool) -> None: ...
 
     model = Unordered().train(training)
-    with pytest.raises(UsageError, match="packing: this model cannot keep documents apart"):
-        check_packing(model)
+    with pytest.raises(UsageError, match="padding_free: this model cannot keep examples apart"):
+        check_flattening(model)
     assert model.training is training
-
-
-def test_packing_fills_the_row_with_the_least_room(tmp_path: Path) -> None:
-    """Best-fit decreasing: 7 and 5 open rows of 10, and 3 fits behind both."""
-    report = documents(tmp_path).report
-    rows = [{"input_ids": [n] * n, "labels": [n] * n} for n in (3, 5, 7, 10)]
-    packed = [sorted(set(row["input_ids"])) for row in pack(ChatData(rows, report), 10)]
-    assert packed == [[10], [3, 7], [5]]
 
 
 def test_split_leaves_a_row_on_each_side(tmp_path: Path) -> None:
@@ -330,9 +293,3 @@ def test_split_leaves_a_row_on_each_side(tmp_path: Path) -> None:
             data.split(share)
     with pytest.raises(UsageError, match="data: got 1 rows, want at least 2"):
         data.split(0.99)[0].split(0.5)
-
-
-def test_collator_refuses_a_mixture() -> None:
-    row = {"input_ids": [1], "labels": [1]}
-    with pytest.raises(ValueError, match="some packed and some not"):
-        Collator(0)([row, row | {"position_ids": [0]}])

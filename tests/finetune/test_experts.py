@@ -75,7 +75,7 @@ def test_finetune_of_quantized_experts_trains_their_adapters(tmp_path: Path) -> 
     out = tmp_path / "run"
     argv = ["finetune", "--model", str(base), "--data", str(data), "--out", str(out)]
     argv += ["--preset", "code", "--dropout", "0", "--rank", "4", "--quant", "nf4"]
-    argv += ["--batch", "4", "--steps", "3", "--lr", "1e-2", "--warmup", "0"]
+    argv += ["--batch", "4", "--steps", "3", "--lr", "1e-2", "--warmup-steps", "0"]
     assert main(argv) == 0
     losses = [line["loss"] for line in metrics(out)]
     assert len(losses) == 3 and losses[-1] < losses[0]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.finetune import TrainingError, UsageError, classify
+from lora_kernels.finetune import TrainingError, UsageError, classify, memory
 from lora_kernels.finetune.classify import Outcome, Task, build, train_once
 from lora_kernels.finetune.compare_command import largest_share, markdown
 from lora_kernels.finetune.labelled import Labelled, read_labelled
@@ -281,3 +281,19 @@ def test_what_is_said() -> None:
     assert largest_share([0, 0, 1]) == 2 / 3
     many = Labelled(("a", "b"), (0, 1), ("x", "y"), ("1", "2"))
     assert many.take([1]) == Labelled(("b",), (1,), ("x", "y"), ("2",))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_counts_what_is_freed_before_it_is_read() -> None:
+    MB, cpu = 2**20, torch.device("cpu")
+    left_behind = [torch.ones(MB, dtype=torch.uint8) for _ in range(100)]
+    del left_behind
+
+    def peak(size: int) -> int:
+        before = memory.reset_peak(cpu)
+        assert before is not None
+        torch.ones(size, dtype=torch.uint8)
+        return memory.peak(cpu) - before
+
+    assert 195 * MB < peak(200 * MB) < 230 * MB  # the kernel counts resident pages in batches
+    assert peak(1) < 30 * MB

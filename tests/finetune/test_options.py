@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import math
+import re
 from pathlib import Path
 from shlex import split
 from typing import Any
 
 import pytest
 
-from lora_kernels.finetune import UsageError
+from lora_kernels.cli import main
+from lora_kernels.finetune import UsageError, command
 from lora_kernels.finetune.options import (
+    RENAMED,
     CompareOptions,
     GenerateOptions,
     Options,
     RankOptions,
     check_numbers,
     fill_in_run,
+    flag,
 )
 from lora_kernels.finetune.trainer import training_arguments
 
 NAN, INF = math.nan, math.inf
-COUNTS = "rank batch accumulate steps eval_every save_every keep patience sgd_steps seeds"
+COUNTS = "rank batch per_device_train_batch_size gradient_accumulation_steps steps max_steps"
+COUNTS += " eval_steps save_steps save_total_limit patience seeds"
 RANGES: dict[str, tuple[list[float], list[float]]] = {  # allowed, refused
     **dict.fromkeys(split(f"{COUNTS} max_new_tokens"), ([1], [0, -1])),
-    **dict.fromkeys(split("max_length timed_steps"), ([2], [1])),
-    **dict.fromkeys(split("alpha lr epochs lora_plus_ratio"), ([1e-9, 1e9], [0.0, -1.0, INF, NAN])),
+    **dict.fromkeys(("max_length",), ([2], [1])),
     **dict.fromkeys(
-        split("weight_decay max_grad_norm temperature"), ([0.0, 1e9], [-1e-9, INF, NAN])
+        split("alpha lr learning_rate num_train_epochs lora_plus_ratio"),
+        ([1e-9, 1e9], [0.0, -1.0, INF, NAN]),
     ),
-    **dict.fromkeys(split("warmup eval_share dropout"), ([0.0, 0.999], [1.0, -1e-9, NAN])),
+    **dict.fromkeys(
+        split("weight_decay max_grad_norm temperature warmup_steps"),
+        ([0.0, 1e9], [-1e-9, INF, NAN]),
+    ),
+    **dict.fromkeys(split("eval_share dropout"), ([0.0, 0.999], [1.0, -1e-9, NAN])),
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
 }
 
@@ -49,15 +60,14 @@ def test_numbers_at_the_ends_of_their_ranges(name: str) -> None:
     [
         ({"alpha": 0}, "alpha: got 0, want at least 1"),
         ({"lora_plus": -1.0}, "lora_plus: got -1.0, want a positive number"),
-        ({"peft_steps": -1}, "peft_steps: got -1, want at least 0"),
-        ({"steps": 2, "epochs": 1.0}, "epochs: want no --steps beside it"),
+        ({"max_steps": 2, "num_train_epochs": 1.0}, "num_train_epochs: want no --max-steps"),
         ({"init": "orthogonal", "rank": 3}, "rank: got 3, want an even one for --init orthogonal"),
-        ({"eval_every": 2}, "eval_every: needs held-out data; give --eval-share too"),
+        ({"eval_steps": 2}, "eval_steps: needs held-out data; give --eval-share too"),
         ({"patience": 2}, "patience: needs held-out data; give --eval-share too"),
-        ({"patience": 2, "eval_share": 0.5}, "a multiple of --eval-every, which is 0"),
+        ({"patience": 2, "eval_share": 0.5}, "a multiple of --eval-steps, which is 0"),
         (
-            {"patience": 2, "eval_share": 0.5, "eval_every": 3, "save_every": 4},
-            "patience: got --save-every 4, want a multiple of --eval-every, which is 3",
+            {"patience": 2, "eval_share": 0.5, "eval_steps": 3, "save_steps": 4},
+            "patience: got --save-steps 4, want a multiple of --eval-steps, which is 3",
         ),
         ({"report_to": ["tensorbord"]}, "report_to: got tensorbord, want some of tensorboard, "),
     ],
@@ -74,8 +84,8 @@ def test_options_that_do_not_go_together(given: dict[str, Any], words: str) -> N
         {"init": "orthogonal", "rank": 6},
         {"init": "orthogonal"},
         {"init": "gaussian", "rank": 3},
-        {"patience": 2, "eval_share": 0.5, "eval_every": 2, "save_every": 4},
-        {"peft_steps": 0, "lora_plus": 0.0},
+        {"patience": 2, "eval_share": 0.5, "eval_steps": 2, "save_steps": 4},
+        {"lora_plus": 0.0},
     ],
 )
 def test_options_that_go_together(given: dict[str, Any]) -> None:
@@ -86,13 +96,14 @@ def test_training_of_options_has_steps_or_epochs_and_evaluates_as_it_saves() -> 
     def training(**given: Any) -> dict[str, Any]:
         return Options(**given).training
 
-    assert training()["steps"] == 200 and "epochs" not in training()
-    assert training(steps=7)["steps"] == 7
-    assert training(epochs=2.0)["epochs"] == 2.0 and "steps" not in training(epochs=2.0)
-    assert training()["eval_every"] is None
-    assert training(save_every=7, eval_share=0.5)["eval_every"] == 7
-    assert training(save_every=7, eval_share=0.5, eval_every=3)["eval_every"] == 3
-    assert training(autocast=True)["bf16"] and not training()["bf16"]
+    assert training()["max_steps"] == 200
+    assert training(max_steps=7)["max_steps"] == 7
+    epochs = training(num_train_epochs=2.0)
+    assert epochs["num_train_epochs"] == 2.0 and epochs["max_steps"] is None
+    assert training()["eval_steps"] is None
+    assert training(save_steps=7, eval_share=0.5)["eval_steps"] == 7
+    assert training(save_steps=7, eval_share=0.5, eval_steps=3)["eval_steps"] == 3
+    assert training(trainer={"adam_beta2": 0.9})["adam_beta2"] == 0.9
     assert [Options(data=[Path("a.txt"), Path(name)]).has_json for name in ("b", "b.jsonl")] == [
         False,
         True,
@@ -138,7 +149,7 @@ def test_what_is_given_goes_before_the_run(tmp_path: Path) -> None:
 
 
 def test_training_arguments_are_those_that_are_documented() -> None:
-    args = training_arguments("out", cpu=True)
+    args = training_arguments("out", use_cpu=True)
     assert (args.max_steps, args.num_train_epochs) == (-1, 1.0)
     assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (2e-4, 0.0, 1.0)
     assert args.per_device_train_batch_size == args.per_device_eval_batch_size == 4
@@ -146,13 +157,78 @@ def test_training_arguments_are_those_that_are_documented() -> None:
     assert args.lr_scheduler_type == "cosine" and args.get_warmup_steps(100) == 0
     assert (args.logging_steps, args.logging_nan_inf_filter, args.report_to) == (1, False, [])
     assert args.eval_strategy == "no" and not args.bf16 and "adamw" in args.optim
-    args = training_arguments(
-        "out", cpu=True, steps=100, warmup=0.25, scheduler="constant", batch=3, eval_every=5
-    )
+    given: dict[str, Any] = {"max_steps": 100, "warmup_steps": 0.25, "eval_steps": 5}
+    given |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 3}
+    args = training_arguments("out", use_cpu=True, **given)
     assert args.lr_scheduler_type == "constant_with_warmup" and args.get_warmup_steps(100) == 25
     assert args.max_steps == 100 and args.per_device_eval_batch_size == 3
     assert args.eval_strategy == "steps" and args.eval_steps == 5
-    plain = training_arguments("out", cpu=True, scheduler="constant", save_steps=9)
+    assert training_arguments("out", use_cpu=True, warmup_steps=7).get_warmup_steps(100) == 7
+    plain = training_arguments("out", use_cpu=True, lr_scheduler_type="constant", save_steps=9)
     assert plain.lr_scheduler_type == "constant" and plain.save_steps == 9
-    with pytest.raises(UsageError, match="scheduler: got 'cosin', want one of linear, cosine"):
-        training_arguments("out", scheduler="cosin")
+    with pytest.raises(UsageError, match="lr_scheduler_type: got 'cosin', want one of linear, "):
+        training_arguments("out", lr_scheduler_type="cosin")
+
+
+def test_old_spellings_name_an_option_of_today_or_say_why_they_are_gone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the change log too."""
+    log = (Path(__file__).parents[2] / "docs" / "changelog.md").read_text()
+    names = {each.name for each in dataclasses.fields(Options)} | {"use_cpu"}
+    for of, old, now in ((c, *each) for c, table in RENAMED.items() for each in table.items()):
+        assert now in names if now.isidentifier() else " " in now
+        assert flag(old) in log or f"`{old}`" in log, (of, old)
+        assert not now.isidentifier() or flag(now) in log or f"`{now}`" in log, now
+    for name, option, words in (
+        ("finetune", "--warmup=0.1", "--warmup is --warmup-steps now; see docs/changelog.md"),
+        ("finetune", "--on-bad-line", "is gone: a bad line is an error that names it"),
+        ("rank-search", "--on-bad-line", "is gone"),
+        ("rank-search", "--demo", "is gone: give --model and --data"),
+        ("merge", "--text", "is gone: `lora-kernels check` finds faults"),
+        ("merge", "--compare", "is gone: `lora-kernels check` finds faults"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([name, option, "skip"])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and words in said and said.count("\n") == 1
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+def test_help_fits_two_screens_and_names_each_option_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    shown = capsys.readouterr().out
+    body = shown.partition("example, on")[0]
+    assert len(shown.splitlines()) <= 100
+    assert max(map(len, body.splitlines())) <= 80
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    for name in options_of(parser):
+        assert len(re.findall(rf"^ +(?:\S.*, )?{name}\b(?!-)", body, re.MULTILINE)) == 1, name
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help-all"])
+    everything = capsys.readouterr().out
+    assert everything.startswith(body[:500])
+    for name in ("--adam-beta2", "--lr-scheduler-kwargs", "--max-grad-norm", "--deepspeed"):
+        assert everything.count(f"  {name} ") == 1 and name not in shown
+    assert everything.count("  --learning-rate ") == 1
+
+
+def test_trainer_s_other_options_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    words = split("--adam-beta2 0.95 --rnak 3 --neftune_noise_alpha 5")
+    given, rest = command.parse_rest(words, parser)
+    assert given == {"adam_beta2": 0.95, "neftune_noise_alpha": 5.0} and rest == ["--rnak", "3"]
+    with pytest.raises(SystemExit):
+        main(split("finetune --rnak 3"))
+    assert capsys.readouterr().err.endswith("no option --rnak; did you mean --rank?\n")
+    with pytest.raises(SystemExit):
+        main(split("finetune --adam-beta2 x"))
+    assert "finetune: argument --adam-beta2: invalid float" in capsys.readouterr().err

@@ -21,11 +21,16 @@ from lora_kernels.finetune.presets import (
     find_preset,
     find_targets,
 )
-from lora_kernels.finetune.trainer import losses, read_metrics
 from lora_kernels.peft import explain
-from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
+from tests.finetune.tiny import chat, gpt2, llama, metrics, tokenizer, write_lines
 
-TRAINING: dict[str, Any] = {"steps": 4, "batch": 2, "lr": 1e-2, "save_every": 2, "cpu": True}
+TRAINING: dict[str, Any] = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "save_steps": 2,
+    "use_cpu": True,
+}
 
 
 def adapted_names(model: PeftModel, adapter: str = "default") -> set[str]:
@@ -150,7 +155,7 @@ def test_two_domains_on_one_base(tmp_path: Path) -> None:
             model, name, file, out=tmp_path / name, tokenizer=tokenizer(), training=TRAINING
         )
         assert model.active_adapters == [name]
-        assert len(losses(read_metrics(tmp_path / name / "metrics.jsonl"))) == 4
+        assert len(metrics(tmp_path / name)) == 4
         if name == "legal":
             trained = {n: p.detach().clone() for n, p in model.named_parameters() if ".legal." in n}
     assert any(p.any() for n, p in trained.items() if "lora_B" in n)
@@ -185,10 +190,10 @@ def test_a_domain_goes_on_from_its_checkpoint(data: ChatData, tmp_path: Path) ->
     """An adapter that is not called "default", which PEFT saves in a folder of its own: the same
     bits as a run that was not broken off, and the best one found again at the end."""
     weights = {}
-    every = {"eval_every": 1, "save_every": 1, "lr_scheduler_type": "constant"}
+    every = {"eval_steps": 1, "save_steps": 1, "lr_scheduler_type": "constant"}
     for name, steps in (("once", 4), ("twice", 2), ("twice", 4)):
         how: Any = {"out": tmp_path / name, "val": data, "patience": 9}
-        how["training"] = TRAINING | every | {"steps": steps}
+        how["training"] = TRAINING | every | {"max_steps": steps}
         made = create_domain_model(llama(), "legal", data, **how)
         weights[name] = {n: p for n, p in made.named_parameters() if "lora" in n}
     for n, p in weights["once"].items():

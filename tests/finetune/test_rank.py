@@ -21,11 +21,12 @@ from lora_kernels.finetune.rank import (
     find_optimal_rank,
     plot_ranks,
 )
-from lora_kernels.finetune.trainer import check_trainable, read_metrics
-from tests.finetune.tiny import gpt2, llama, squares, tokenizer, write_lines
+from lora_kernels.finetune.trainer import check_trainable
+from tests.finetune.tiny import gpt2, llama, metrics, squares, tokenizer, write_lines
 from tests.support.assertions import assert_bitwise_equal
 
-SETTINGS: dict[str, Any] = {"ranks": (5, 2, 3), "steps": 12, "batch": 2, "lr": 1e-2}
+SETTINGS: dict[str, Any] = {"ranks": (5, 2, 3), "steps": 12}
+SETTINGS |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +85,7 @@ def test_the_base_score_is_the_models_own(searched: Any, data: tuple[ChatData, C
 def test_each_rank_sees_the_same_batches_and_start(searched: Any) -> None:
     """The first loss is that of B = 0, whatever the rank: one for all, so the batch was one."""
     *_, out = searched
-    first = {read_metrics(out / f"rank-{r}" / "metrics.jsonl")[0]["loss"] for r in (2, 3, 5)}
+    first = {metrics(out / f"rank-{r}")[0]["loss"] for r in (2, 3, 5)}
     assert max(first) - min(first) <= 2.0**-18 * max(first)
     assert {path.name for path in out.iterdir()} >= {"rank-2", "rank-3", "rank-5", "adalora"}
 
@@ -148,7 +149,7 @@ def test_gpt2_and_a_score_of_ones_own(data: tuple[ChatData, ChatData]) -> None:
 
 
 def test_a_rank_that_diverges_is_an_error(data: tuple[ChatData, ChatData]) -> None:
-    settings = SETTINGS | {"ranks": (2,), "lr": 1e18, "max_grad_norm": 0.0}
+    settings = SETTINGS | {"ranks": (2,), "learning_rate": 1e18, "max_grad_norm": 0.0}
     with pytest.raises(TrainingError, match=r"rank-2, step \d+: the loss is nan; .*lower learning"):
         find_optimal_rank(llama(), *data, **settings)
 
@@ -183,7 +184,7 @@ def test_table_and_curve(tmp_path: Path) -> None:
         ({"train": []}, "train: got no row, want at least one"),
         ({"val": []}, "val: got no row, want at least one"),
         ({"steps": 9}, "steps: got 9, want at least 10"),
-        ({"stpes": 12, "adalora": False}, "stpes: no such setting; want one of "),
+        ({"stpes": 12, "adalora": False}, "stpes: no such setting; did you mean"),
         ({"preset": "chta"}, "did you mean 'chat'"),
         ({"targets": ["gate"]}, "its linear layers are c_attn"),
     ],

@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState
 
 from lora_kernels.finetune import report
 from lora_kernels.finetune.compare import Row
-from lora_kernels.finetune.trainer import plot_metrics
+from lora_kernels.finetune.trainer import plot_losses
 
 
 def test_lines_of_a_log_are_not_wrapped_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,22 +31,20 @@ def printed(renderable: object, width: int = 80) -> str:
 def test_the_table_fits_80_columns() -> None:
     table = report.comparison_table(
         [
-            Row("loss before the first step", 1.2e-7, None, "", "3.54959", "3.54959"),
-            Row("seconds a step, p80", None, None, "11.134", "12.123", "11.223"),
-            Row("bf16 gradients, off fp32", 0.987, 1.25, "", "0.0769", "0.0771", ratio=True),
+            Row("seconds a step", 0.987, None, "11.134", "12.123", "11.223", ratio=True),
             Row("gradients of 420 adapters", 2.3e-3, 1e-4),
-            Row("mask off dx", 0.31, 1e-4, control=True),
+            Row("updates in 4 SGD steps", 2.3e-5, 1e-3),
+            Row("dA zeroed", 0.31, 1e-4, control=True),
             Row("dA doubled", 0.0, 1e-4, control=True),
         ],
         "SmolLM2-135M-Instruct.Q4_1, rank 16, fp32",
     )
     lines = printed(table).splitlines()
     assert not any("…" in line for line in lines)
-    assert any(line.split()[-5:] == ["0.0771", "×0.987", "≤", "1.25", "✓"] for line in lines)
+    assert any(line.split()[-2:] == ["11.223", "×0.987"] for line in lines)
+    assert any(line.split()[-4:] == ["2.3e-05", "≤", "0.001", "✓"] for line in lines)
     assert any(line.split()[-4:] == ["2.3e-03", "≤", "0.0001", "✗"] for line in lines)
-    assert any(
-        line.startswith("control: mask off dx") and "> 0.0001 seen" in line for line in lines
-    )
+    assert any(line.startswith("control: dA zeroed") and "> 0.0001 seen" in line for line in lines)
     assert any(
         line.startswith("control: dA doubled") and "> 0.0001 missed" in line for line in lines
     )
@@ -83,21 +81,27 @@ def test_progress_on_a_terminal_shows_loss_speed_and_time_left() -> None:
         assert words in said
 
 
-def test_progress_stops_after_its_steps_and_saves_on_a_signal() -> None:
-    def ended(step: int, most: float, caught: list[int]) -> tuple[bool, bool]:
-        progress = report.Progress(Console(), "fused")
-        progress.most, progress.caught = most, caught
-        state = TrainerState(global_step=step, max_steps=9)
-        control = progress.on_step_end(None, state, TrainerControl())
-        return control.should_training_stop, control.should_save
+@pytest.mark.parametrize("terminal", [False, True])
+def test_stages_are_lines_or_a_bar(terminal: bool) -> None:
+    console = Console(width=100, force_terminal=terminal)
+    with console.capture() as capture, report.show_stages(console, "x", 3) as advance:
+        for stage in ("one", "one", "two"):
+            advance(stage)
+    said = capture.get()
+    assert "3/3" in said if terminal else said.splitlines() == ["x: one", "x: two"]
 
-    assert ended(3, 4, []) == (False, False)
-    assert ended(4, 4, []) == (True, False)
-    assert ended(3, 4, [15]) == (True, True)
+
+def test_progress_stops_and_saves_on_a_signal() -> None:
+    for caught in ([], [15]):
+        progress = report.Progress(Console(), "fused")
+        progress.caught = caught
+        state = TrainerState(global_step=3, max_steps=9)
+        control = progress.on_step_end(None, state, TrainerControl())
+        assert control.should_training_stop == control.should_save == bool(caught)
 
 
 def test_curves(tmp_path: Path) -> None:
     file = tmp_path / "loss.png"
     lines = [{"step": i, "loss": loss} for i, loss in enumerate([3.0, 2.5, 2.2], 1)]
-    plot_metrics(file, lines, [3.0, 2.5], "tiny, LoRA rank 3")
+    plot_losses(file, lines)
     assert file.read_bytes().startswith(b"\x89PNG")

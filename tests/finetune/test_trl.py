@@ -16,12 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from lora_kernels.finetune.compare import (
-    BF16_LIMIT,
-    GRADIENT_LIMIT,
-    UPDATE_LIMIT,
-    relative_rms,
-)
+from lora_kernels.finetune.compare import GRADIENT_LIMIT, UPDATE_LIMIT, relative_rms
 from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import FusedLinear, explain, fuse
@@ -34,6 +29,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 STEPS = 2
+BF16_LIMIT = 1.25  # the fused error against float32 gradients, divided by stock PEFT's
 SETTINGS: dict[str, Any] = {"max_steps": STEPS, "learning_rate": 0.01, "optim": "sgd"}
 SETTINGS |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "use_cpu": True}
 SETTINGS |= {"bf16": False, "report_to": [], "logging_steps": 1, "save_strategy": "no"}

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.finetune.trainer import read_metrics
+from lora_kernels.finetune.checkpoints import newest_checkpoint
 
 TEMPLATE = (
     "{% for m in messages %}<im>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
@@ -155,8 +155,10 @@ def run_python(*argv: object) -> subprocess.CompletedProcess[str]:
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """A run's training steps."""
-    return [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+    """A run's training steps, from Trainer's log in its newest checkpoint or beside it."""
+    folder = newest_checkpoint(out) or out
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [line for line in state["log_history"] if "loss" in line]
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

@@ -21,6 +21,10 @@ _BAD_LINE = "a bad line is an error that names it; mend the line or take it out"
 _ONE_TABLE = "--compare is one table, after the training"
 _NO_LOGITS = "`lora-kernels check` finds faults of an adapter"
 RENAMED: dict[str, dict[str, str]] = {
+    "bench": {
+        "compare": "pytest benchmarks --benchmark-compare compares saved runs",
+        "memory": "bytes held and the peak are columns of each step",
+    },
     "finetune": {
         "accumulate": "gradient_accumulation_steps",
         "autocast": "bf16",

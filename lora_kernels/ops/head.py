@@ -126,7 +126,8 @@ def lora_linear_cross_entropy(
             require a gradient, as an embedding's that is tied to the head.
         lora_A: [R, K]. None, like lora_B: no adapter.
         lora_B: [V, R]. Dtypes as in `lora_linear`.
-        labels: int64 or int32 [...], 0 to V - 1, or ignore_index.
+        labels: int64 or int32 [...], 0 to V - 1, or ignore_index. On a GPU another label makes the
+            loss NaN, or fails PyTorch's own assertion where its ops compute the loss.
         scaling: alpha / r.
         bias: [V] or None.
         ignore_index: the label of rows that count for nothing. They are left out of the GEMMs.

@@ -109,6 +109,17 @@ def test_logits_that_are_not_finite_give_what_pytorch_gives(value: float, at: in
     torch.testing.assert_close(y.double(), gradient, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("label", [-1, BLOCK + 9, 2**32])
+def test_row_with_a_wrong_label_is_nan(label: int) -> None:
+    y, labels = sample(BLOCK + 9, torch.float32)
+    right, want = y.clone(), labels.clone()
+    labels[1] = label
+    loss = elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, True)
+    expected = elementwise.cross_entropy(right, want, 1.0, 0.0, 1.0, 0.0, True)
+    assert loss[1].isnan() and y[1].isnan().all()
+    assert torch.equal(loss[[0, 2]], expected[[0, 2]]) and torch.equal(y[[0, 2]], right[[0, 2]])
+
+
 def test_first_logits_of_minus_infinity_count_for_nothing() -> None:
     y, labels = sample(BLOCK + 9, torch.float32)
     y[1, : BLOCK + 3] = -math.inf
@@ -153,7 +164,7 @@ def wrong_gradient(y: Tensor, *args: Any) -> Tensor:
 
 
 def without_label(y: Tensor, labels: Tensor, *args: Any) -> Tensor:
-    return elementwise.cross_entropy(y, labels - 1, *args)
+    return elementwise.cross_entropy(y, labels.flip(0), *args)
 
 
 def without_smoothing(y: Tensor, *args: Any) -> Tensor:
@@ -229,6 +240,19 @@ def test_cross_entropy_by_the_kernel_is_within_tolerance(
     with lora_kernels.backend("eager"):
         assert_within(case, judge(case))
     assert len(launches) >= 4 and launches[0] is ("frozen" not in options)
+
+
+def test_labels_with_strides_are_read_as_they_are(launches: list[bool]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 16, generator=generator).to(DEVICE) for n in (6, 50))
+    A, B = torch.ones(2, 16, device=DEVICE), torch.ones(50, 2, device=DEVICE)
+    labels = torch.arange(12, device=DEVICE)[::2]
+    with lora_kernels.backend("eager"):
+        got, want = (
+            lora_kernels.lora_linear_cross_entropy(x, W, A, B, each)
+            for each in (labels, labels.clone())
+        )
+    assert torch.equal(got, want) and len(launches) == 2
 
 
 def test_chunk_of_the_kernel_has_the_bytes_of_its_logits(launches: list[bool]) -> None:

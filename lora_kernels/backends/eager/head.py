@@ -118,7 +118,7 @@ def _kept_rows(labels: Tensor, ignore_index: int, columns: int) -> Tensor | None
     is_kept = labels != ignore_index
     kept = is_kept.nonzero()[:, 0]
     every = kept.numel() == labels.numel()
-    if labels.is_cpu:  # a GPU's gather asserts this without a wait
+    if labels.is_cpu:  # a GPU does not wait: its gather asserts it, the kernel makes NaN of the row
         wrong = is_kept & ((labels < 0) | (labels >= columns))
         if bool(wrong.any()):
             raise ValueError(
@@ -252,9 +252,15 @@ def loss_of_logits_(
             has_gradient, and nothing of use without.
         labels: [rows, 1].
     """
-    if kernel_reason(y.device, y.dtype) is not None:
+    if kernel_reason(y.device, y.dtype) is not None or not y.is_contiguous():
         return loss_of_logits_by_torch_(y, labels, spec, weight, has_gradient)
-    args = labels[:, 0], *_scale_and_cap(spec), weight, spec.label_smoothing, has_gradient
+    args = (
+        labels[:, 0].contiguous(),
+        *_scale_and_cap(spec),
+        weight,
+        spec.label_smoothing,
+        has_gradient,
+    )
     if checked.is_dispatched(y):
         return torch.ops.lora_kernels.cross_entropy_(y, *args)  # type: ignore[no-any-return]
     return _launch_cross_entropy(y, *args)

@@ -21,6 +21,8 @@ def cross_entropy_kernel(
         loss = log Σ exp(z) − (1 − ε)·z_label − ε·mean(z)
         dy = weight · (softmax(z) − (1 − ε)·onehot(label) − ε/columns), times 1 − tanh² with a cap
 
+    A row whose label is not 0 to columns − 1 gets NaN.
+
     smoothing: ε, read if HAS_SMOOTHING. cap: read if HAS_CAP. weight: read if HAS_GRADIENT.
     A thread reads no element in the second pass that another thread has written.
     Rounding points: dy to y's dtype; float32 between.
@@ -28,7 +30,9 @@ def cross_entropy_kernel(
     a lane, then over lanes. Tested by tests/triton/test_softmax.py.
     """
     row = tl.program_id(0)
-    label = tl.load(labels_ptr + row).to(tl.int32)
+    given = tl.load(labels_ptr + row)
+    is_wrong = (given < 0) | (given >= columns)
+    label = given.to(tl.int32)
     at_loss = loss_ptr + row
     if WIDE:
         row = row.to(tl.int64)
@@ -50,7 +54,7 @@ def cross_entropy_kernel(
         target += tl.where(at == label, z, 0.0)
         if HAS_SMOOTHING:
             sums += tl.where(mask, z, 0.0)
-    highest = tl.max(top, 0)
+    highest = tl.where(is_wrong, float("nan"), tl.max(top, 0))
     whole = tl.sum(total * tl.exp(top - highest), 0)
     wanted = tl.sum(target, 0)
     if HAS_SMOOTHING:

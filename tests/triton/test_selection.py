@@ -100,6 +100,7 @@ def test_choose_before_sm_80_is_eager_and_says_why(
         "unsupported_device_reason",
         lambda device_type, index: cuda.unsupported_capability_reason(75),
     )
+    monkeypatch.setattr(selection.verdicts, "current", lambda index: "not qualified")
     for dtype, slow in ((torch.float16, False), (bf16, True)):
         choice = choose(dtype=dtype)
         assert choice.backend == "eager" and "sm_75" in choice.reason

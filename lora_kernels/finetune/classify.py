@@ -31,12 +31,12 @@ from transformers import (
 
 from . import UsageError, memory
 from .checkpoints import named_write
-from .command import silence_libraries
 from .labelled import Labelled
 from .methods import METHODS, Method
 from .model import adapters, classifier, load_float32, load_tokenizer, quantize, usable_device
 from .options import pick
 from .presets import Preset, add_lora_layers
+from .quiet import silence_libraries
 from .rank import WARMUP, Allocate, add_adalora
 from .trainer import DeadRunCheck, LoRATrainer, losses, training_arguments
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +24,7 @@ from .options import (
     flag,
     require,
 )
+from .quiet import silence_libraries
 
 # The prompt paraphrases the lines of demo.jsonl, so that the answer cannot be recited.
 DEMO: dict[str, Any] = dict(
@@ -148,14 +147,3 @@ def next_commands(options: Options) -> str:
             f"  {name} finetune --help",
         )
     )
-
-
-def silence_libraries() -> None:
-    """Disable the warnings and progress bars of transformers, PEFT and bitsandbytes."""
-    from transformers.utils import logging as transformers_logging
-
-    # PEFT imports bitsandbytes, which reports an optional package that it lacks.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers warn of each other

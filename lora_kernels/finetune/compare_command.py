@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import UsageError
-from .command import silence_libraries
 from .lock import FolderLock
 from .methods import METHODS, Method
 from .options import CompareOptions, add_options, check_out, pick, require, suggest
+from .quiet import silence_libraries
 
 if TYPE_CHECKING:
     from .classify import Outcome, Task

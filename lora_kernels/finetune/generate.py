@@ -6,10 +6,10 @@ import argparse
 import statistics
 from typing import Any
 
-from .command import silence_libraries
 from .demo import demo_model
 from .model import check_quant, locate, read_adapter_config
 from .options import GenerateOptions, add_options, fill_in_run
+from .quiet import silence_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,9 +17,9 @@ from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models
 from .checkpoints import translate_errors, write_folder
-from .command import silence_libraries
 from .model import DTYPES
 from .options import MergeOptions, add_options, check_choice, check_out, fill_in_run, pick
+from .quiet import silence_libraries
 
 
 class Merged(NamedTuple):

@@ -52,10 +52,10 @@ def check_finite(name: str, got: float) -> float:
 
 
 def check_probability(name: str, got: float) -> float:
-    got = check_number(name, got)
-    if not 0.0 <= got <= 1.0:  # NaN fails this too
+    found = check_number(name, got)
+    if not 0.0 <= found <= 1.0:  # NaN fails this too
         raise ValueError(f"{name}: got {got}, want a probability in [0, 1]")
-    return got
+    return found
 
 
 def matrix_shape(name: str, t: Tensor, want: str) -> tuple[int, int]:

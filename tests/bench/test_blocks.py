@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -268,7 +269,11 @@ def test_bench_count_has_a_list_of_blocks(
         bool(row["losses"]) for row in [*ran.rows, *found]
     )
     assert ran.status == any(row["losses"] for row in [*ran.rows, *found])
-    assert ran.out.splitlines()[-1].startswith("mlp 128→256→128: 6 rows, ours loses ")
+    assert "\nmlp 128→256→128: 6 rows, ours loses " in ran.out
+    last = ran.out.splitlines()[-2:]
+    assert all(
+        re.match(r"head .* ours [\d.]+ GB, \d+ kernels, .*; peft [\d.]+ GB", t) for t in last
+    )
     table = report.table(report.block_head(), report.block_rows(found))
     lines = table.splitlines()
     assert len(lines) == 2 + len(SMALL) and lines[2].endswith(" | – |")

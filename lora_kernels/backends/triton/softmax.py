@@ -27,7 +27,7 @@ def cross_entropy_kernel(
     A thread reads no element in the second pass that another thread has written.
     Rounding points: dy to y's dtype; float32 between.
     Bytes: y twice and dy once, or y once without the gradient. Deterministic: maxima and sums of
-    a lane, then over lanes. Tested by tests/triton/test_softmax.py.
+    a lane, then over lanes. Tested by tests/triton/test_cross_entropy.py.
     """
     row = tl.program_id(0)
     given = tl.load(labels_ptr + row)

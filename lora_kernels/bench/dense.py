@@ -103,7 +103,8 @@ def target(case: Case, mode: str) -> float | None:
 def least_seconds(case: Case, mode: str, machine: Machine, cache: str = "cold") -> float:
     """Return the roofline: bytes at memory's bandwidth, or FLOPs at the processor's peak.
 
-    A warm call may find `timing.cold_bytes` of its operands in a cache.
+    A warm call may find `timing.cold_bytes` of its operands in a cache. 0 if that is all of them
+    and they, not the FLOPs, would limit a cold call: the cache's bandwidth is not measured.
     """
     itemsize = (case.adapter_dtype or case.dtype).itemsize
     sizes = Sizes(case.M, case.N, case.K, case.R, case.dtype, itemsize)
@@ -111,9 +112,12 @@ def least_seconds(case: Case, mode: str, machine: Machine, cache: str = "cold") 
         count(sizes, mode in ("backward", "step")) - (count(sizes) if mode == "backward" else 0)
         for count in (roofline.moved, roofline.flops)
     )
+    computing, moving = flops / machine.peaks[case.dtype], bytes_ / machine.bandwidth
     if cache == "warm":
         bytes_ = max(0.0, bytes_ - timing.cold_bytes(case.device))
-    return max(bytes_ / machine.bandwidth, flops / machine.peaks[case.dtype])
+        if not bytes_ and computing < moving:
+            return 0.0
+    return max(bytes_ / machine.bandwidth, computing)
 
 
 def entry(

@@ -155,7 +155,8 @@ def test_bench_of_4_bit_layers(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [(row["M"], row["mode"], row["cache"]) for row in ran.rows] == want
     for row in ran.rows:
         assert not row["misses"] and {"ours", "dense", "bitsandbytes, train"} <= set(row["seconds"])
-        assert set(row["errors"]) == {"ours", "dense", *(f"bitsandbytes, {m}" for m in MODES)}
+        modes = MODES if row["mode"] == "decoding" else ("train",)  # eval has no backward
+        assert set(row["errors"]) == {"ours", "dense", *(f"bitsandbytes, {m}" for m in modes)}
     break_backend(monkeypatch, "y")
     ran = run("--quant", "nf4", "--shapes", "40x64x96", *F32)
     assert ran.status == 1 and "✗ ours: y MISS: rms" in ran.out

@@ -166,7 +166,7 @@ def _refusal(backend: str, operand: str) -> str:
     if operand in ("rng", "mask") and backend != "cpu":
         return NO_DROPOUT
     if operand == "mask":
-        return "got dropout_mask, want rng, the state of one: seed and offset, int64 [2]"
+        return "its kernels take no dropout_mask, but rng, its state: seed and offset, int64 [2]"
     return f"its kernels take no {operand}"
 
 

@@ -188,7 +188,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Train as Trainer does. A resumed run has the losses of an uninterrupted run.
 
         A checkpoint that cannot be read, such as one whose write was interrupted, is renamed with a
-        warning. Training resumes from the checkpoint before it, or starts anew.
+        warning. Training resumes from the checkpoint before it, or from step 0.
 
         Raises UsageError if the folder has checkpoints and `resume_from_checkpoint` is not given,
         because the runs would mix their checkpoints.
@@ -197,7 +197,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if not resume_from_checkpoint and newest is not None and not self.state.global_step:
             raise UsageError(
                 f"out: {newest} is there; resume_from_checkpoint=True goes on from it, another "
-                "folder starts anew"
+                "folder starts from step 0"
             )
         going_on = resume_from_checkpoint is True and newest is not None
         if going_on and (newest := self.find_checkpoint()) is None:
@@ -224,7 +224,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         found, damaged = find_intact(str(self.args.output_dir))
         self.accelerator.wait_for_everyone()  # rename after all processes have read the folder
         for path, reason in damaged.items():
-            taken = f"{found} is taken" if found else "the run starts anew"
+            taken = f"{found} is taken" if found else "training starts from step 0"
             report(f"{path} cannot be read: {reason}; it is renamed, and {taken}")
             if self.args.should_save:
                 aside = path.with_name(f"damaged-{path.name}")

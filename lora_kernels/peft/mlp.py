@@ -239,12 +239,18 @@ def _settings(mlp: nn.Module, act: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _copy_containers(value: Any) -> Any:
-    """Return a copy that a change in place of a container, or of one in it, does not reach."""
-    if isinstance(value, dict):
-        return {key: _copy_containers(each) for key, each in value.items()}
-    if type(value) in (list, tuple, set):
-        return type(value)(map(_copy_containers, value))
-    return value
+    """Return a copy of a container and of those in it, so that changes in place are noticed.
+
+    The class stays, which `_is_same_setting` compares. Everything else is returned as it is.
+    """
+    if isinstance(value, (dict, list, set)):
+        found: Any = copy.copy(value)
+        if isinstance(value, dict):
+            found.update({key: _copy_containers(each) for key, each in value.items()})
+        elif isinstance(value, list):
+            found[:] = map(_copy_containers, value)
+        return found
+    return tuple(map(_copy_containers, value)) if type(value) is tuple else value
 
 
 _MISSING = object()

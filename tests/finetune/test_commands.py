@@ -441,7 +441,7 @@ def test_damaged_newest_checkpoint_is_said_and_the_one_before_taken(
     # As if both had been interrupted while they were written.
     for checkpoint in tmp_path.glob("checkpoint-*"):
         (checkpoint / "trainer_state.json").unlink()
-    assert re.search(r"checkpoint-4 cannot be read: .* and the run starts anew", run(*argv))
+    assert re.search(r"checkpoint-4 cannot be read: .* and training starts from step 0", run(*argv))
     assert metrics(tmp_path) == before
 
 

@@ -536,11 +536,13 @@ def test_damaged_newest_checkpoint_resume_takes_the_one_before(
     assert damage_reason(tmp_path / "checkpoint-6") is None
 
 
-def test_all_checkpoints_damaged_resume_starts_anew(tmp_path: Path, data: ChatData) -> None:
+def test_resume_with_all_checkpoints_damaged_starts_from_step_0(
+    tmp_path: Path, data: ChatData
+) -> None:
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert find_intact(tmp_path)[0] is None and len(find_intact(tmp_path)[1]) == 2
-    with pytest.warns(UserWarning, match="cannot be read: .* and the run starts anew$"):
+    with pytest.warns(UserWarning, match="cannot be read: .* and training starts from step 0$"):
         trainer(tmp_path, data, adapted(), max_steps=2).train(resume_from_checkpoint=True)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
     assert (tmp_path / "damaged-checkpoint-4").is_dir()

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -938,7 +939,8 @@ class Scaled(LlamaMLP):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.scale, self._scale, self.deleted = 1.0, 1.0, 1.0
-        self.scales = {"y": 1.0, "of each": torch.ones(K, dtype=f64), "all": [(1.0,), [1.0]]}
+        scales = {"y": 1.0, "of each": torch.ones(K, dtype=f64), "all": [(1.0,), [1.0]]}
+        self.scales = OrderedDict(scales)
         self.act_fn = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from tests.triton.device import DEVICE
 
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 BLOCK = configs.softmax(configs.INTERPRETER, 10**6).block_n
+# In float32: sums of some thousand terms and exponentials of logits up to 16, as in the check.
+CLOSE: Any = {"rtol": 2.0**-17, "atol": 2.0**-17}
 SIZES = (1, 1023, 1024, 1025, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7)
 
 
@@ -105,8 +107,8 @@ def test_logits_that_are_not_finite_give_what_pytorch_gives(value: float, at: in
     loss = F.cross_entropy(want, labels, reduction="none")
     (gradient,) = torch.autograd.grad(loss.sum(), want)
     found = elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, True)
-    torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=1e-5, equal_nan=True)
-    torch.testing.assert_close(y.double(), gradient, rtol=1e-5, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(found.double(), loss, **CLOSE, equal_nan=True)
+    torch.testing.assert_close(y.double(), gradient, **CLOSE, equal_nan=True)
 
 
 @pytest.mark.parametrize("label", [-1, BLOCK + 9, 2**32])
@@ -125,7 +127,7 @@ def test_first_logits_of_minus_infinity_count_for_nothing() -> None:
     y[1, : BLOCK + 3] = -math.inf
     loss, _ = exact(y, labels, 1.0, 0.0, 1.0, 0.0)
     found = elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, True)
-    torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), loss, **CLOSE)
     assert (y[1, : BLOCK + 3] == 0).all() and y.isfinite().all()
 
 
@@ -184,7 +186,7 @@ FAULTS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "the gradient off by two units": (wrong_gradient, "in the gradient"),
     "another label": (without_label, "in the loss"),
     "no smoothing": (without_smoothing, "smoothing 0.1) differs"),
-    "a gradient unasked for": (always_in_place, "changes logits without it"),
+    "a gradient without has_gradient": (always_in_place, "changes logits without it"),
     "an exception": (failing, "raised RuntimeError: no kernel image"),
 }
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the eager backend, which each device proves before it uses them."""
+"""Triton kernels of the eager backend, compared with PyTorch's ops before a device uses them."""
 
 from __future__ import annotations
 

@@ -307,7 +307,7 @@ def compare_kernel(device: torch.device) -> str | None:
     labels = torch.tensor([[0], [5002], [4096]]).to(device)
     specs = [
         HeadSpec(1.0, 0.0, torch.float32, torch.float32, *options)
-        for options in ((0.7,), (0.7, 5.0, 1.5), (0.7, 0.0, 1.0, 0.1), (0.7, 5.0, 1.5, 0.1))
+        for options in ((0.7,), (0.7, 5.0, 1.5, 0.1))  # each is a compilation for each dtype
     ]
     for spec, dtype in itertools.product(specs, KERNEL_DTYPES):
         found = _find_difference(sample.to(device, dtype), labels, spec)
@@ -325,7 +325,9 @@ def _find_difference(y: Tensor, labels: Tensor, spec: HeadSpec) -> str | None:
     losses = [_launch_cross_entropy(t, *args, g) for t, g in ((got, True), (same, False))]
     if not torch.equal(*losses) or not torch.equal(same, y):
         return "makes another loss with the gradient, or changes logits without it"
-    # Sums of thousands of terms, each off by a few units; the gradient is rounded once.
+    # In units of 2⁻²⁴: a sum of 5003 positive terms by lanes and a tree is off by 16, and z, of at
+    # most 20, and its exponential by 40. 2⁻¹⁷ is 128; the gradient has p's error twice, and a
+    # rounding.
     if not bool(((losses[0] - loss).abs() <= 2.0**-17 * (1 + loss.abs())).all()):
         return "differs from PyTorch's ops in the loss"
     bound = 2.0**-16 * want.abs() + torch.finfo(y.dtype).eps * want.abs() + 2.0**-24 * weight
@@ -342,18 +344,10 @@ def _scale_and_cap(spec: HeadSpec) -> tuple[float, float]:
     return spec.logit_scale * spec.inverse_temperature, 0.0
 
 
-def _launch_cross_entropy(
-    y: Tensor,
-    labels: Tensor,
-    scale: float,
-    cap: float,
-    weight: float,
-    smoothing: float,
-    has_gradient: bool,
-) -> Tensor:
+def _launch_cross_entropy(*args: Any) -> Tensor:
     from ..triton import elementwise
 
-    return elementwise.cross_entropy(y, labels, scale, cap, weight, smoothing, has_gradient)
+    return elementwise.cross_entropy(*args)
 
 
 # An op that is one kernel, for modes.

@@ -76,6 +76,7 @@ struct Prepared {
   DType x_dtype, dtype;
   Object data_ptr, new_empty, is_neg;  // functions of a tensor
   Object cast, float32;                // of x for the base GEMM, or None, and of the bias
+  Object new_ranks;                    // of x and M: memory for P [M, R]
   Object threads;                      // how many
   Object keys, expected;               // as guards of x, where there is no `exchange`
   Layer layer;
@@ -134,11 +135,12 @@ Object sizes_of(const Prepared& p, const std::vector<int64_t>& shape) {
   return sizes;
 }
 
-// x [..., K], contiguous; bias [N] or None; and guards -> y [..., N] of few rows, or None if
-// anything is not as it was prepared for.
+// x [..., K], contiguous; bias [N] or None; whether P is kept; and guards -> y [..., N] of few
+// rows, or (y, P [M, R]), or None if anything is not as it was prepared for.
 Object prepared_forward(PyObject* self, Arguments& in) {
   const auto& p = *static_cast<const Prepared*>(PyCapsule_GetPointer(self, PREPARED));
   const Object x = in("x"), bias = in("bias");
+  const bool keeps_p = in("keeps_p");
   const bool hold = all_hold(in);
   in.finish();
   if (!hold) return new_reference(Py_None);
@@ -156,22 +158,24 @@ Object prepared_forward(PyObject* self, Arguments& in) {
   Object bias32, cast;                            // which own what the kernel reads
   if (has_bias) l.bias = memory<const float>(p, bias32 = call(p.float32, bias.get()));
   if (p.cast.get() != Py_None) cast = call(p.cast, x.get());
-  Object y = call(p.new_empty, x.get(), sizes_of(p, shape).get());
+  Object y = call(p.new_empty, x.get(), sizes_of(p, shape).get()), kept;
+  if (keeps_p) kept = call(p.new_ranks, x.get(), steal_reference(PyLong_FromLongLong(l.M)).get());
   Forward f{.x = rows,
             .xs = cast ? rows_of(p, cast, p.dtype) : rows,
             .few_rows = true,
-            .p = nullptr,
+            .p = kept ? memory<float>(p, kept) : nullptr,
             .y = memory<void>(p, y),
             .dtype = p.x_dtype};
   l.threads = Value{call(p.threads).get(), "threads"};
   {
     WithoutGil released;
     const std::unique_ptr<void, void (*)(void*)> ranks(
-        scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))), scratch_free);
-    f.p = static_cast<float*>(ranks.get());
+        kept ? nullptr : scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))),
+        scratch_free);
+    if (!kept) f.p = static_cast<float*>(ranks.get());
     lora_linear(l, f);
   }
-  return y;
+  return kept ? steal_reference(PyTuple_Pack(2, y.get(), kept.get())) : std::move(y);
 }
 
 }  // namespace
@@ -185,6 +189,7 @@ Object prepare(Arguments& in) {
                                                       .is_neg = in("is_neg"),
                                                       .cast = in("cast"),
                                                       .float32 = in("float32"),
+                                                      .new_ranks = in("new_ranks"),
                                                       .threads = in("threads"),
                                                       .keys = in("keys"),
                                                       .expected = in("expected"),

@@ -129,7 +129,8 @@ class CallCache:
     """`lora_linear` for one layer without gate and column scale, which prepares the next calls.
 
     Without gradients and for few rows of x on a CPU, that is a `PreparedCall`; otherwise a
-    `CheckedCall`. The cache is empty in a copy of the layer, and is not saved.
+    `CheckedCall`, whose Function may use the `PreparedCall`. The cache is empty in a copy of the
+    layer, and is not saved.
     """
 
     __slots__ = ("_kept",)
@@ -175,11 +176,13 @@ class CallCache:
             y = few(x, bias)
             if y is not None:
                 return y
-        y = None if checked is None else checked(x)
-        if y is not None and not has_grad:
+        if checked is None or (y := checked(x)) is None:
+            return None
+        if not has_grad:
             few = _prepare_few(x, bias, tensors, numbers)
             if few is not None:
-                self._kept = kept._replace(few=few)
+                checked = checked._replace(options=checked.options._replace(few=few))
+                self._kept = kept._replace(few=few, checked=checked)
         return y
 
     def renew(self, x: Tensor, bias: Tensor | None, tensors: _Tensors, numbers: _Numbers) -> None:
@@ -192,7 +195,7 @@ class CallCache:
             return
         few = _prepare_few(x, bias, tensors, numbers)
         scaling, compute_dtype, dropout_p = numbers
-        checked = CheckedCall.build(x, *tensors, scaling, bias, compute_dtype, dropout_p)
+        checked = CheckedCall.build(x, *tensors, scaling, bias, compute_dtype, dropout_p, few)
         is_kept = few is not None or checked is not None
         self._kept = _Kept(tensors, bias, numbers, few, checked) if is_kept else None
 
@@ -218,7 +221,10 @@ def _prepare_few(
     x: Tensor, bias: Tensor | None, tensors: _Tensors, numbers: _Numbers
 ) -> PreparedCall | None:
     scaling, compute_dtype, dropout_p = numbers
-    return None if dropout_p else prepare(x, *tensors, scaling, bias, compute_dtype)
+    if dropout_p:
+        return None
+    with torch.no_grad():
+        return prepare(x, *tensors, scaling, bias, compute_dtype)
 
 
 @dataclasses.dataclass(eq=False)

@@ -161,11 +161,13 @@ class Options(NamedTuple):
         spec: of the call.
         recompute: whether the backward recomputes P instead of saving it.
         blocksizes: the fields of `Packed4bit` that are not tensors; () for a dense weight.
+        few: computes the forward for few rows of x, where its guards hold.
     """
 
     spec: Spec
     recompute: bool
     blocksizes: tuple[Any, ...]
+    few: cpu.PreparedCall | None = None
 
 
 class CheckedCall(NamedTuple):
@@ -197,15 +199,16 @@ class CheckedCall(NamedTuple):
         bias: Tensor | None,
         compute_dtype: torch.dtype | None,
         dropout_p: float,
+        few: cpu.PreparedCall | None,
     ) -> CheckedCall | None:
-        """Return None under autocast."""
+        """Return None under autocast. few: as in `Options`."""
         if context.autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
             return None
         dense, codes, dtype = check_weight(
             x, weight, (lora_B.shape[0], lora_A.shape[1]), compute_dtype, None
         )
         spec = Spec(float(scaling), dropout_p, dtype, x.dtype)
-        options = Options(spec, False, codes[PACKED4BIT_TENSORS:])
+        options = Options(spec, False, codes[PACKED4BIT_TENSORS:], few)
         frozen = codes[:PACKED4BIT_TENSORS] or (dense,)
         found = layouts(lora_A, lora_B, bias, frozen[0])
         return cls(lora_A, lora_B, bias, options, frozen, found)
@@ -260,12 +263,16 @@ class LoRALinearFunction(torch.autograd.Function):
         *frozen: Any,  # rng and mask, then the weight
     ) -> Tensor:
         rng, mask, *weight = frozen
-        spec, recompute, blocksizes = options
-        base = join_weight(weight, blocksizes)
-        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
-        if column_scale is not None and ctx.needs_input_grad[4]:
-            spec = spec._replace(save_z=True)
-        y, (p, z, drawn) = FAMILY.forward(ctx, operands, spec, x, weight[0], lora_A, lora_B)
+        spec, recompute, blocksizes, few = options
+        found = None if few is None else few.forward(x, bias)
+        if few is not None and found is not None:
+            (y, p), z, drawn, ctx.choice = found, None, None, few.choice
+        else:
+            base = join_weight(weight, blocksizes)
+            operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
+            if column_scale is not None and ctx.needs_input_grad[4]:
+                spec = spec._replace(save_z=True)
+            y, (p, z, drawn) = FAMILY.forward(ctx, operands, spec, x, weight[0], lora_A, lora_B)
         reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
         kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
@@ -280,7 +287,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, rank_gate, column_scale, rng, mask, p, z, *weight = tensors
-        spec, _, blocksizes = ctx.options
+        spec, _, blocksizes, _ = ctx.options
         needs = Needs(*ctx.needs_input_grad[:6])
         base = join_weight(weight, blocksizes)
         R, K = lora_A.shape
@@ -423,4 +430,4 @@ def build_prepared_call(
     choice = selection.choose(Problem(lora_A.device.type, *dtypes, lora_A.shape[0], 1, four_bit))
     if choice.backend != "cpu" or choice.strategy not in cpu.GEMVS:
         return None
-    return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards)
+    return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards, choice)

@@ -20,8 +20,10 @@ import lora_kernels
 from lora_kernels.backends import library
 from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import native
+from lora_kernels.backends.cpu.linear import PreparedCall
 from lora_kernels.layers import LoRALinear, QLoRALinear
 from lora_kernels.layers.cache import CallCache, PreparedLinear, prepare
+from lora_kernels.ops import linear
 from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.models import watch_prepared_calls
@@ -32,6 +34,7 @@ pytestmark = [
 ]
 
 K, N = 128, 192
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.fixture(params=[LoRALinear, QLoRALinear])
@@ -68,6 +71,59 @@ def test_decoding_gives_the_same_bits(layer: LoRALinear, answers: list[Tensor | 
     with lora_kernels.backend("eager"):
         assert not torch.equal(layer(x()), y)
     assert answers[3] is None
+
+
+def step(layer: Any, x: Tensor) -> list[Tensor]:
+    """y, and the gradients of x, lora_A, lora_B and bias."""
+    leaves = x.requires_grad_(), layer.lora_A, layer.lora_B, layer.bias
+    y = layer(x)
+    dy = torch.arange(1.0, N + 1).to(y).expand_as(y)
+    return [y, *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy)]
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("bias_grad", [False, True])
+def test_few_rows_with_gradients_give_the_same_bits(
+    layer: LoRALinear, dtype: torch.dtype, bias_grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prepared call returns P too, from which the backward makes dB."""
+    assert isinstance(layer.bias, Tensor)
+    layer.bias.requires_grad_(bias_grad)
+    found, whole = [], PreparedCall.forward
+
+    def record(self: PreparedCall, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        found.append(whole(self, x, bias))
+        return found[-1]
+
+    monkeypatch.setattr(PreparedCall, "forward", record)
+    layer, given = layer.to(dtype), x().to(dtype)
+    for surrounding in (contextlib.nullcontext, *SURROUNDINGS.values()):
+        step(layer, given)  # which prepares the next
+        found.clear()
+        with surrounding():
+            got, want = step(layer, given), step(copy.deepcopy(layer), given)
+        is_used = any(each is not None for each in found)
+        assert is_used == (surrounding in (contextlib.nullcontext, torch.enable_grad))
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+    step(layer, given)
+    layer.lora_A.data = layer.lora_A.data.clone()
+    found.clear()
+    assert torch.equal(step(layer, given)[0], the_long_way(layer, given))
+    assert found[0] is None
+
+
+def test_decoding_prepares_few_rows_with_gradients(
+    layer: LoRALinear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a step of many rows, the call that decoding prepares is a step's too."""
+    want = step(copy.deepcopy(layer), x())
+    step(layer, x(200))
+    with torch.no_grad():
+        layer(x())
+    monkeypatch.setattr(linear, "FAMILY", linear.FAMILY._replace(forward=None))
+    for got, expected in zip(step(layer, x()), want, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_with_gradients_it_is_not_asked(layer: LoRALinear, answers: list[Tensor | None]) -> None:
@@ -277,9 +333,6 @@ def test_prepared_call_of_a_computed_adapter_does_not_keep_it(name: str) -> None
     del computed
     gc.collect()
     assert alive() is None
-
-
-f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def operands(rows: int = 1, dtype: torch.dtype = f32) -> list[Any]:

@@ -12,6 +12,7 @@ import lora_kernels
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
 from lora_kernels.core.call import Guard
+from lora_kernels.core.problem import Choice, Strategy
 from lora_kernels.layers import cache
 from lora_kernels.ops.norm import dora_norm
 
@@ -217,23 +218,28 @@ def test_prepared_call_of_anything_else_is_none() -> None:
     """For up to four rows of float32: anything else, and another fact, is for others to answer."""
     f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))
     fact = {"is": True}
-    call = cpu.PreparedCall(torch.eye(64), A, B, 2.0, f32, f32, 4, [Guard(fact, "is", True)])
+    choice = Choice("cpu", Strategy.GEMV, "")
+    guards = [Guard(fact, "is", True)]
+    call = cpu.PreparedCall(torch.eye(64), A, B, 2.0, f32, f32, 4, guards, choice)
     x, y = torch.ones(3, 64), torch.full((3, 64), 1.0 + 2 * 2 * 64)
     assert torch.equal(call(x), y)  # type: ignore[arg-type]
     assert torch.equal(call(x.view(1, 3, 64), torch.arange(64.0)), y[None] + torch.arange(64.0))  # type: ignore[arg-type]
+    found = call.forward(x.view(1, 3, 64), torch.arange(64.0))
+    assert found is not None and torch.equal(found[0], y[None] + torch.arange(64.0))
+    assert torch.equal(found[1], torch.full((3, 2), 64.0))
     others = [x.double(), x.to(torch.bfloat16), x.to("meta"), torch.nn.Parameter(x), x[:0], None]
     others += [*map(torch.ones, ((5, 64), (3, 63), ())), torch.ones(64, 3).t()]
     others += [torch._neg_view(x), torch._efficientzerotensor((3, 64))]
     for other in others:
-        assert call(other) is None  # type: ignore[arg-type]
+        assert call(other) is None and call.forward(other, None) is None  # type: ignore[arg-type]
     assert call(x, torch.ones(63)) is None
     fact["is"] = False
-    assert call(x) is None
+    assert call(x) is None and call.forward(x, None) is None
 
-    with pytest.raises(TypeError, match="got 6 values, want 5"):
-        call._forward(x, None, (), (), (), 1)
+    with pytest.raises(TypeError, match="got 7 values, want 6"):
+        call._forward(x, None, False, (), (), (), 1)
     with pytest.raises(ZeroDivisionError):
-        call._forward(x, None, (0,), (lambda zero: 1 / zero,), (1,))
+        call._forward(x, None, False, (0,), (lambda zero: 1 / zero,), (1,))
 
 
 def test_multi_lora_linear_index_of_another_shape_raises() -> None:

@@ -47,7 +47,7 @@ from ...core.call import (
 from ...core.dropout import dropout_scale, dropout_threshold
 from ...core.dtypes import to_dtype
 from ...core.packed4bit import Packed4bit
-from ...core.problem import Strategy
+from ...core.problem import Choice, Strategy
 from .. import decode4bit
 from ..rows import rows_of, set_leading_dims_
 from . import native
@@ -258,6 +258,7 @@ class PreparedCall:
     Args:
         few: the most rows of x.
         guards: checked before each call.
+        choice: of the call, for its backward.
     """
 
     def __init__(
@@ -270,6 +271,7 @@ class PreparedCall:
         dtype: torch.dtype,
         few: int,
         guards: Sequence[Guard],
+        choice: Choice,
     ) -> None:
         assert native.module is not None
         (R, K), N = lora_A.shape, lora_B.shape[0]
@@ -277,10 +279,15 @@ class PreparedCall:
         no_factors, no_dropout = (None, None, None), pack_dropout(0.0, None)
         convert = None if x_dtype is dtype else lambda x: x.to(dtype)
         functions = Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, convert, vector
+
+        def new_ranks(x: Tensor, M: int) -> Tensor:
+            return x.new_empty(M, R, dtype=torch.float32)
+
+        self.choice = choice
         self.weight = weight, fused  # which own the memory
         self.guards = tuple(zip(*guards, strict=True))  # objects, keys, expected values
         self._forward = native.module.prepare(
-            *(few, DTYPES[x_dtype], DTYPES[dtype], *functions, torch.get_num_threads),
+            *(few, DTYPES[x_dtype], DTYPES[dtype], *functions, new_ranks, torch.get_num_threads),
             *zip(*_X_GUARDS, ("dtype", x_dtype), strict=True),
             _pack_layer(fused, (lora_A, lora_B), sizes, scaling, no_factors, no_dropout),
         )
@@ -290,7 +297,11 @@ class PreparedCall:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Return y [..., N] for x [..., K]; None if a guard fails, or x or its rows do not fit."""
-        return self._forward(x, bias, *self.guards)  # type: ignore[no-any-return]
+        return self._forward(x, bias, False, *self.guards)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return y and P [M, R], which a backward reads; None as a call does."""
+        return self._forward(x, bias, True, *self.guards)  # type: ignore[no-any-return]
 
 
 def lora_linear_backward(

@@ -122,10 +122,15 @@ template <>
 struct Fields<DecodeArgs> {
   NAME(Decode);
   static constexpr std::tuple list{
-      Field{"linear", &DecodeArgs::linear},         Field{"lora_A", &DecodeArgs::a},
-      Field{"partials", &DecodeArgs::partials},     Field{"p", &DecodeArgs::p},
-      Field{"flags", &DecodeArgs::flags},           Field{"k_per_split", &DecodeArgs::k_per_split},
+      Field{"linear", &DecodeArgs::linear},
+      Field{"lora_A", &DecodeArgs::a},
+      Field{"partials", &DecodeArgs::partials},
+      Field{"p", &DecodeArgs::p},
+      Field{"flags", &DecodeArgs::flags},
+      Field{"k_per_split", &DecodeArgs::k_per_split},
       Field{"num_splits", &DecodeArgs::num_splits},
+      Field{"tile_partials", &DecodeArgs::tile_partials},
+      Field{"max_blocks", &DecodeArgs::max_blocks},
   };
 };
 
@@ -289,8 +294,9 @@ void call_gemm(const GemmArgs& g, const Stream& stream) {
   gemm(args, g.num_splits, stream);
 }
 
-// True if x fits in shared memory; otherwise the main loop loads it tile by tile.
-bool keeps_x(const DecodeArgs& args) { return args.resident; }
+py::tuple decode_plan(const DecodeArgs& args) {
+  return py::make_tuple(args.resident, decode_partials(args));
+}
 
 #ifdef LORA_KERNELS_EMULATED
 using KeepOrReleaseGil = py::call_guard<>;  // the emulator is not thread-safe
@@ -348,8 +354,10 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
   launcher("reduce", reduce);
   m.def("probe", probe, py::arg("device"), KeepOrReleaseGil(),
         "Raise RuntimeError with the driver's error if the device cannot run this build.");
-  m.def("decode_keeps_x", keeps_x, py::arg("args"),
-        "Return True if decode keeps x in shared memory, else it loads x tile by tile.");
+  m.def(
+      "decode_plan", decode_plan, py::arg("args"),
+      "Return whether decode keeps x in shared memory, else it loads x tile by tile, and how many "
+      "floats tile_partials must have.");
 
 #ifdef LORA_KERNELS_EMULATED
   m.def("seed_scheduler", seed_scheduler, py::arg("seed"), py::arg("multiprocessors"));

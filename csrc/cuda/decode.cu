@@ -10,21 +10,25 @@ namespace gpu {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TILE_N = 16;  // rows of W that a block computes at a time, K divided among its warps
-constexpr int CHUNK = 128;  // elements of K that a warp takes at a time, 32 a lane
+constexpr int CHUNK = 128;    // elements of K that a warp takes at a time, 32 a lane
+constexpr int AHEAD = 4;      // a warp's loads of W under way
+constexpr int LOAD = 1024;    // bytes of each: 16 a lane of two rows of W
 constexpr int REPLICAS = 16;  // of the table: half a warp looks up 8 bytes each at once
-constexpr int TABLE_BYTES = 256 * REPLICAS * 8;
+constexpr int TABLE_BYTES = 256 * REPLICAS * 8, RING_BYTES = WARPS * AHEAD * LOAD;
 static_assert(REPLICAS * 8 == 128, "an entry's replicas");
 
 struct Pairs {
   uint32_t high, low;  // of two codes
+};
+struct alignas(8) Words2 {
+  uint32_t w[2];
 };
 
 // A chunk of a row of x is four pieces for each of a quad's lanes; which eight elements a piece is
 // follows from how W's are spread over the lanes.
 template <bool FromCodes>
 LK_DEVICE int piece_at(int piece, int t) {
-  if (FromCodes) return piece / 2 * 64 + (t % 2 * 32 + t / 2 * 16) + piece % 2 * 8;
+  if (FromCodes) return piece / 2 * 64 + t * 16 + piece % 2 * 8;
   return piece * 32 + t * 8;
 }
 
@@ -35,26 +39,51 @@ LK_DEVICE Words4 zeros() {
   return w;
 }
 
-// P's partial sums over a split of K, a warp a rank and a row at a time; what was read for one row
-// is in the cache for the next.
-LK_DEVICE void publish_partials(const DecodeArgs& a, int split) {
-  const LinearArgs& l = a.linear;
-  const int64_t first = split * a.k_per_split, end = min_of(l.K, first + a.k_per_split);
-  const int lane = thread_id() % 32, warp = thread_id() / 32;
-  LK_ONCE
-  for (int u = warp; u < l.R * l.M; u += WARPS) {
-    const int r = u % (int)l.R, m = u / (int)l.R;
-    float sum = 0.0f;
-    LK_ONCE
-    for (int64_t k = first + lane * 8; k < end; k += 256) {
-      float row[8], x[8];
-      load_vector8(a.a, r, k, row);
-      load_vector8(l.x, m, k, x);
-      LK_UNROLL
-      for (int e = 0; e < 8; ++e) sum = fma_rn(x[e], row[e], sum);
+// A unit of a block's stripe: `part` of a tile, a chunk for each warp.
+struct Unit {
+  int tile, part;
+
+  LK_DEVICE void advance(int parts) {
+    if (++part == parts) {
+      part = 0;
+      ++tile;
     }
-    sum = sum_of_warp(sum);
-    if (lane == 0) stg(a.partials + (split * l.M + m) * l.R + r, sum);
+  }
+};
+
+// A block's share of P: four rows and two ranks a warp, over a split of K.
+constexpr int SHARE_ROWS = 4, SHARE_RANKS = 2 * WARPS;
+
+LK_DEVICE void publish_share(const DecodeArgs& a, int share) {
+  const LinearArgs& l = a.linear;
+  const int M = (int)l.M, R = (int)l.R, lane = thread_id() % 32, warp = thread_id() / 32;
+  const int of_rows = (M + SHARE_ROWS - 1) / SHARE_ROWS, split = share % a.num_splits;
+  const int m0 = share / a.num_splits % of_rows * SHARE_ROWS;
+  const int r0 = share / a.num_splits / of_rows * SHARE_RANKS + 2 * warp;
+  const int64_t first = split * a.k_per_split, end = min_of(l.K, first + a.k_per_split);
+  float sums[2][SHARE_ROWS];
+  LK_UNROLL
+  for (int i = 0; i < 2 * SHARE_ROWS; ++i) sums[i / SHARE_ROWS][i % SHARE_ROWS] = 0.0f;
+  LK_ONCE
+  for (int64_t k = first + lane * 8; k < end; k += 256) {
+    float row[2][8] = {}, x[SHARE_ROWS][8] = {};
+    LK_UNROLL
+    for (int i = 0; i < 2; ++i)
+      if (r0 + i < R) load_vector8(a.a, r0 + i, k, row[i]);
+    LK_UNROLL
+    for (int m = 0; m < SHARE_ROWS; ++m)
+      if (r0 < R && m0 + m < M) load_vector8(l.x, m0 + m, k, x[m]);
+    LK_UNROLL
+    for (int i = 0; i < 2; ++i) LK_UNROLL
+    for (int m = 0; m < SHARE_ROWS; ++m) LK_UNROLL
+    for (int e = 0; e < 8; ++e) sums[i][m] = fma_rn(x[m][e], row[i][e], sums[i][m]);
+  }
+  LK_UNROLL
+  for (int i = 0; i < 2; ++i) LK_UNROLL
+  for (int m = 0; m < SHARE_ROWS; ++m) {
+    const float sum = sum_of_warp(sums[i][m]);
+    if (lane == 0 && r0 + i < R && m0 + m < M)
+      stg(a.partials + ((int64_t)split * M + m0 + m) * R + r0 + i, sum);
   }
 }
 
@@ -63,32 +92,139 @@ LK_DEVICE void wait_flag(const int* flag, int count) {
   }
 }
 
+// S = s_scale · gate ⊙ P, in shared memory; a barrier must follow.
+LK_DEVICE void consume_shares(const DecodeArgs& a, uint32_t ss) {
+  const LinearArgs& l = a.linear;
+  const int M = (int)l.M, R = (int)l.R;
+  if (thread_id() == 0) wait_flag(a.flags, min_of(a.num_shares, grid_x()));
+  sync_block();
+  for (int u = thread_id(); u < M * R; u += THREADS) {
+    float p = 0.0f;
+    for (int split = 0; split < a.num_splits; ++split)
+      p += ldg_coherent(a.partials + split * M * R + u);
+    if (block_x() == 0) stg(a.p + u, p);
+    float s = p * l.s_scale;
+    if (l.gate.data) s *= load_at(l.gate.data, l.gate.dtype, u % R);
+    sts(ss + u * 4, s);
+  }
+}
+
+// The slices of K that a block's warps share a tile's rows by: 16 rows of W by all warps, or 64 by
+// pairs of them, where four warps read what one brought of x into the cache.
+constexpr int slices(bool resident) { return resident ? WARPS : 2; }
+constexpr int tile_rows(bool resident) { return WARPS / slices(resident) * 16; }
+
+// A block's scale in two steps, since a nested one is a look-up of a look-up: what the first loads
+// is the second's a unit later, and that one's a unit later still.
+struct Scale {
+  int block = -1;  // -1: zero
+  int code = 0;    // of a nested scale
+};
+struct Factors {
+  float value = 0.0f, times = 0.0f, offset = 0.0f;
+};
+LK_DEVICE Scale look_up(const Codes& c, int block) {
+  Scale s;
+  s.block = block;
+  if (block >= 0 && c.nested_absmax) s.code = ldg(static_cast<const uint8_t*>(c.absmax) + block);
+  return s;
+}
+LK_DEVICE Factors look_up(const Codes& c, const Scale& s, float offset) {
+  Factors f;
+  if (s.block < 0) return f;
+  if (c.nested_absmax) {
+    f.value = ldg(c.nested_code + s.code);
+    f.times = ldg(c.nested_absmax + (s.block >> c.log2_nested));
+    f.offset = offset;
+  } else {
+    f.value = ldg(static_cast<const float*>(c.absmax) + s.block);
+  }
+  return f;
+}
+
 // y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, M ≤ 16; p = x·aᵀ.
-// yᵀ = W·xᵀ in tiles of 16 rows of W by 8 MT rows of x; the grid's blocks take tiles in turn, their
-// warps a slice of K each, added in order. A code is the sum of two bfloat16 (float16), looked up
-// in pairs in a table with a copy for each of 16 lanes, which avoids bank conflicts; a block's
-// scale multiplies its float32 sum. Lanes of a quad exchange halves of what they load, so that the
-// 16 elements of a product are of one block.
-// The first blocks publish partial sums of p, a split or more each, and raise the flag; all wait
-// for it before their first store, the last block to be done lowers it. All must be co-resident.
-// Bytes: W once; x once a block where it is Resident, else once a tile; in all x once a rank and
-// a once a row more, from caches except for the first; Q, y, z, partials once. Flops 2·M·N·(K + R),
-// of codes twice K. Rounding points: x, dense W to 16 bits; y, z once. Deterministic. Tested by
+// yᵀ = W·xᵀ in tiles of 16 rows of W by 8 MT rows of x. A unit is a chunk of K for each warp; the
+// units of all tiles are cut into equal stripes, one a block. A warp's W arrives in its own part of
+// shared memory, four loads ahead, through the ends of tiles. A tile's sums over its warps are
+// added in order; where a stripe ends inside of it, blocks store theirs, and the last to come adds
+// all, in order. A code is the sum of two bfloat16 (float16), looked up in pairs in a table with a
+// copy for each of 16 lanes, which avoids bank conflicts; a block's scale multiplies its float32
+// sum. Lanes of a quad exchange halves of what they load, so that the 16 elements of a product are
+// of one block. The first blocks publish partial sums of p, a share or more each, and raise the
+// flag; all wait for it before their first store, the last block to be done lowers it. All must be
+// co-resident. Bytes: W once; x once a block where it is Resident, else once a tile; in all x once
+// for 16 ranks and a once for four rows more; Q, y, z, partials once; 128 M written and read for a
+// tile that is shared, a block. Flops 2·M·N·(K + R), of codes twice K. Rounding points: x, dense W
+// to 16 bits; y, z once. Deterministic for a number of blocks. Tested by
 // tests/cuda_emulated/test_lora_linear.py.
 template <bool BFloat16, bool FromCodes, bool Resident, int MT>
 LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   const LinearArgs& l = a.linear;
   const int thread = thread_id(), lane = thread % 32, warp = thread / 32, g = lane / 4,
             t = lane % 4;
-  const int M = (int)l.M, R = (int)l.R;
-  const uint32_t table = shared_base(), sums = table + (FromCodes ? TABLE_BYTES : 0);
-  const uint32_t ss = sums + WARPS * TILE_N * 8 * MT * 4, xs = ss + (M * R * 4 + 15) / 16 * 16;
-  const int chunks = (int)((l.K + CHUNK - 1) / CHUNK);
+  const int M = (int)l.M, N = (int)l.N, K = (int)l.K, R = (int)l.R;
+  const uint32_t table = shared_base(), rings = table + (FromCodes ? TABLE_BYTES : 0);
+  constexpr int SLICES = slices(Resident), TILE = tile_rows(Resident);
+  const int slice = warp % SLICES, row = warp / SLICES * 16 + g;  // of the tile
+  const uint32_t sums = rings + RING_BYTES, last = sums + WARPS * 16 * 8 * MT * 4;
+  const uint32_t ss = last + 16, xs = ss + (M * R * 4 + 15) / 16 * 16;
+  const uint32_t ring = rings + warp * AHEAD * LOAD + lane * (FromCodes ? 8 : 16);
   const uint32_t replica = lane % REPLICAS * 8;
+  const int chunks = (K + CHUNK - 1) / CHUNK, parts = a.parts;
+  const int begin = block_x() * a.stripe;
+  int left = min_of(a.stripe, a.tiles * parts - begin);  // units of the stripe, from `now` on
+  Unit now = {begin / parts, begin % parts}, next = now;
 
-  if (block_x() < a.num_splits) {
+  // W's rows g and g + 8: 8 bytes a lane of each of two blocks of codes, or one of four pieces
+  // of 16.
+  const auto start_load = [&](const Unit& of, int place, int piece, bool is_mine) {
+    const int k = (of.part * SLICES + slice) * CHUNK + piece_at<FromCodes>(piece, t);
+    const int64_t row_bytes = FromCodes ? K / 2 : l.w.row * 2;
+    const uint8_t* from =
+        FromCodes ? l.c.packed + k / 2 : static_cast<const uint8_t*>(l.w.data) + k * 2;
+    from += (of.tile * TILE + row) * row_bytes;
+    LK_UNROLL
+    for (int i = 0; i < 2; ++i, from += 8 * row_bytes) {
+      const bool is_row = is_mine && of.tile * TILE + row + 8 * i < N;
+      const uint32_t to = ring + place * LOAD + i * 512;
+      if constexpr (FromCodes) {
+        cp_async8(to, from, is_row && k < K ? 8 : 0);
+        cp_async8(to + 256, from + 32, is_row && k + 64 < K ? 8 : 0);
+      } else {
+        cp_async16(to, from, is_row && k < K ? 16 : 0);
+      }
+    }
+    cp_async_commit();
+  };
+  // Each lane of a quad looks up one of its four scales.
+  const auto block_of = [&](const Unit& of, bool is_mine) {
+    const int n = of.tile * TILE + row + t % 2 * 8;
+    const int k = (of.part * SLICES + slice) * CHUNK + t / 2 * 64;
+    const bool is_there = is_mine && n < N && k < K;
+    return is_there ? (int)(((int64_t)n * K + k) >> l.c.log2_block) : -1;
+  };
+
+  Unit scales = now;  // two units ahead
+  Scale scale_ahead;
+  Factors factors;
+  float offset = 0.0f;
+  LK_UNROLL
+  for (int i = 0; i < AHEAD; ++i) {
+    start_load(next, i, FromCodes ? 0 : i, left > (FromCodes ? i : 0));
+    if (FromCodes) next.advance(parts);
+  }
+  if (!FromCodes) next.advance(parts);
+  if constexpr (FromCodes) {
+    if (l.c.nested_absmax) offset = ldg(l.c.offset);
+    factors = look_up(l.c, look_up(l.c, block_of(scales, true)), offset);
+    scales.advance(parts);
+    scale_ahead = look_up(l.c, block_of(scales, left > 1));
+    scales.advance(parts);
+  }
+
+  if (block_x() < a.num_shares) {
     LK_ONCE
-    for (int split = block_x(); split < a.num_splits; split += grid_x()) publish_partials(a, split);
+    for (int share = block_x(); share < a.num_shares; share += grid_x()) publish_share(a, share);
     sync_block();
     if (thread == 0) flag_add_release(a.flags, 1);
   }
@@ -125,149 +261,168 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   sync_block();
 
   bool consumed = false;
-  LK_ONCE
-  for (int64_t tile = block_x(); tile < a.tiles; tile += grid_x()) {
-    const int64_t n0 = tile * TILE_N;
-    float total[MT][4];
-    LK_UNROLL
-    for (int j = 0; j < MT; ++j) LK_UNROLL
-    for (int e = 0; e < 4; ++e) total[j][e] = 0.0f;
+  int slot = 0;
+  float total[MT][4];
+  LK_UNROLL
+  for (int j = 0; j < MT; ++j) LK_UNROLL
+  for (int e = 0; e < 4; ++e) total[j][e] = 0.0f;
 
+  LK_ONCE
+  while (left > 0) {
+    const int tile = now.tile;
     LK_ONCE
-    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-      const int64_t k0 = (int64_t)chunk * CHUNK;
-      // W's rows g and g + 8: 16 bytes of codes a lane, or four pieces of 16 bytes.
-      Words4 w[2][FromCodes ? 1 : 4];
-      float scale[2][2];  // row, block
+    do {
+      const int chunk = now.part * SLICES + slice;
+      const auto load_x = [&](int piece, int j) {
+        const int k = chunk * CHUNK + piece_at<FromCodes>(piece, t);
+        const int m = min_of(g + 8 * j, M - 1);  // any row beside M: what it gives is not stored
+        if constexpr (Resident)
+          return lds<Words4>(xs + (((chunk * 4 + piece) * M + m) * 4 + t) * 16);
+        const uint16_t* const x = static_cast<const uint16_t*>(l.x.data);
+        return k < K ? ldg(reinterpret_cast<const Words4*>(x + m * l.x.row + k)) : zeros();
+      };
+      const auto multiply = [&](float sums[4], const uint32_t w[4], const Words4& x, int half) {
+        const uint32_t b[2] = {x.w[2 * half], x.w[2 * half + 1]};
+        if (BFloat16)
+          mma_bf16(sums, w, b);
+        else
+          mma_f16(sums, w, b);
+      };
       if constexpr (FromCodes) {
-        LK_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int64_t n = n0 + g + 8 * i, k = k0 + t * 32;
-          w[i][0] = zeros();
-          if (n < l.N && k < l.K)
-            w[i][0] =
-                ldg_stream(reinterpret_cast<const Words4*>(l.c.packed + (((n * l.K + k) >> 1))));
+        const float own = l.c.nested_absmax
+                              ? add_rn(mul_rn(factors.value, factors.times), factors.offset)
+                              : factors.value;
+        factors = look_up(l.c, scale_ahead, offset);
+        scale_ahead = look_up(l.c, block_of(scales, left > 2));
+        scales.advance(parts);
+        cp_async_wait<AHEAD - 1>();
+        if (chunk < chunks) LK_UNROLL
+        for (int block = 0; block < 2; ++block) {
+          Words2 w[2];
+          float scale[2];
+          LK_UNROLL
+          for (int i = 0; i < 2; ++i) scale[i] = shuffle(own, lane / 4 * 4 + 2 * block + i);
+          LK_UNROLL
+          for (int i = 0; i < 2; ++i)
+            w[i] = lds<Words2>(ring + slot * LOAD + i * 512 + block * 256);
+          float partial[2][MT][4];  // a row of W's: of high and of low parts
+          LK_UNROLL
+          for (int e = 0; e < 8 * MT; ++e) partial[e / 4 / MT][e / 4 % MT][e % 4] = 0.0f;
+          LK_UNROLL
+          for (int piece = 0; piece < 2; ++piece) {
+            Words4 x[MT];
+            LK_UNROLL
+            for (int j = 0; j < MT; ++j) x[j] = load_x(2 * block + piece, j);
+            LK_UNROLL
+            for (int half = 0; half < 2; ++half)
+              LK_UNROLL  // 16 elements of K: four of each lane
+                  for (int i = 0; i < 2; ++i) {
+                uint32_t parts_of_w[4];
+                LK_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                  // Byte 2 half + e of four, times the table's 128 bytes of replicas.
+                  const int shift = 16 * half + 8 * e;
+                  const uint32_t word = w[i].w[piece];
+                  const uint32_t entry = (shift ? word >> (shift - 7) : word << 7) & 255 * 128;
+                  const Pairs pairs = lds<Pairs>(table + (entry | replica));
+                  parts_of_w[2 * e] = pairs.high;
+                  parts_of_w[2 * e + 1] = pairs.low;
+                }
+                LK_UNROLL
+                for (int j = 0; j < MT; ++j) multiply(partial[i][j], parts_of_w, x[j], half);
+              }
+          }
+          LK_UNROLL
+          for (int j = 0; j < MT; ++j) LK_UNROLL
+          for (int e = 0; e < 4; ++e)
+            total[j][e] = fma_rn(partial[e / 2][j][e % 2] + partial[e / 2][j][e % 2 + 2],
+                                 scale[e / 2], total[j][e]);
         }
-        // Each lane of a quad decodes one of its four scales.
-        const int64_t n = n0 + g + t % 2 * 8, k = k0 + t / 2 * 64;
-        const float own =
-            n < l.N && k < l.K ? scale_of(l.c, (n * l.K + k) >> l.c.log2_block) : 0.0f;
-        LK_UNROLL
-        for (int i = 0; i < 4; ++i) scale[i % 2][i / 2] = shuffle(own, lane / 4 * 4 + i);
-        // Lanes 0 and 1 hold the first block's bytes, 2 and 3 the second's: halves change places.
-        LK_UNROLL
-        for (int i = 0; i < 2; ++i) LK_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const uint32_t mine = w[i][0].w[e], mine2 = w[i][0].w[e + 2];
-          const uint32_t theirs = f32_to_bits(shuffle_xor(bits_to_f32(t < 2 ? mine2 : mine), 2));
-          w[i][0].w[e] = t < 2 ? mine : theirs;
-          w[i][0].w[e + 2] = t < 2 ? theirs : mine2;
-        }
+        start_load(next, slot, 0, left > AHEAD);
+        slot = (slot + 1) % AHEAD;
       } else {
-        const uint16_t* data = static_cast<const uint16_t*>(l.w.data);
         LK_UNROLL
-        for (int i = 0; i < 2; ++i) LK_UNROLL
         for (int piece = 0; piece < 4; ++piece) {
-          const int64_t n = n0 + g + 8 * i, k = k0 + piece_at<false>(piece, t);
-          w[i][piece] = zeros();
-          if (n < l.N && k < l.K)
-            w[i][piece] = ldg_stream(reinterpret_cast<const Words4*>(data + n * l.w.row + k));
-        }
-      }
-      float partial[MT][4];
-      LK_UNROLL
-      for (int piece = 0; piece < 4; ++piece) {
-        Words4 x[MT];
-        LK_UNROLL
-        for (int j = 0; j < MT; ++j) {
-          const int m = g + 8 * j;
-          const int64_t k = k0 + piece_at<FromCodes>(piece, t);
-          x[j] = zeros();
-          if constexpr (Resident) {
-            if (m < M) x[j] = lds<Words4>(xs + (((chunk * 4 + piece) * M + m) * 4 + t) * 16);
-          } else if (m < M && k < l.K) {
-            x[j] = ldg(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(l.x.data) +
-                                                       m * l.x.row + k));
-          }
-        }
-        if (piece % 2 == 0) LK_UNROLL
-        for (int j = 0; j < MT; ++j) LK_UNROLL
-        for (int e = 0; e < 4; ++e) partial[j][e] = 0.0f;
-        LK_UNROLL
-        for (int half = 0; half < 2; ++half) {  // 16 elements of K: four of each lane
-          uint32_t high[4], low[4];
-          LK_UNROLL
-          for (int e = 0; e < 4; ++e) {  // rows g and g + 8, elements 0 and 1, then 2 and 3
-            if constexpr (FromCodes) {
-              // Byte 2 half + e / 2 of eight, times the table's 128 bytes of replicas.
-              const int shift = 16 * half + 8 * (e / 2);
-              const uint32_t word = w[e % 2][0].w[piece];
-              const uint32_t entry = (shift ? word >> (shift - 7) : word << 7) & 255 * 128;
-              const Pairs pairs = lds<Pairs>(table + (entry | replica));
-              high[e] = pairs.high;
-              low[e] = pairs.low;
-            } else {
-              high[e] = w[e % 2][piece].w[2 * half + e / 2];
+          cp_async_wait<AHEAD - 1>();
+          if (chunk < chunks) {
+            Words4 w[2], x[MT];
+            LK_UNROLL
+            for (int i = 0; i < 2; ++i) w[i] = lds<Words4>(ring + piece * LOAD + i * 512);
+            LK_UNROLL
+            for (int j = 0; j < MT; ++j) x[j] = load_x(piece, j);
+            LK_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              const uint32_t rows[4] = {w[0].w[2 * half], w[1].w[2 * half], w[0].w[2 * half + 1],
+                                        w[1].w[2 * half + 1]};
+              LK_UNROLL
+              for (int j = 0; j < MT; ++j) multiply(total[j], rows, x[j], half);
             }
           }
-          LK_UNROLL
-          for (int j = 0; j < MT; ++j) {
-            const uint32_t b[2] = {x[j].w[2 * half], x[j].w[2 * half + 1]};
-            if constexpr (BFloat16) {
-              if (FromCodes) mma_bf16(partial[j], low, b);
-              mma_bf16(partial[j], high, b);
-            } else {
-              if (FromCodes) mma_f16(partial[j], low, b);
-              mma_f16(partial[j], high, b);
-            }
-          }
+          start_load(next, piece, piece, left > 1);  // into what was read
         }
-        if (piece % 2 == 1) LK_UNROLL
-        for (int j = 0; j < MT; ++j) LK_UNROLL
-        for (int e = 0; e < 4; ++e)
-          total[j][e] = FromCodes ? fma_rn(partial[j][e], scale[e / 2][piece / 2], total[j][e])
-                                  : total[j][e] + partial[j][e];
       }
-    }
+      next.advance(parts);
+      now.advance(parts);
+    } while (--left && now.part);
+
     LK_UNROLL
     for (int j = 0; j < MT; ++j) LK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      const int n = g + e / 2 * 8, m = j * 8 + 2 * t + e % 2;
-      sts(sums + ((warp * TILE_N + n) * (8 * MT) + m) * 4, total[j][e]);
+      const int n = row + e / 2 * 8, m = j * 8 + 2 * t + e % 2;
+      sts(sums + ((slice * TILE + n) * (8 * MT) + m) * 4, total[j][e]);
+      total[j][e] = 0.0f;
     }
-
-    if (!consumed) {
-      if (thread == 0) wait_flag(a.flags, min_of(a.num_splits, grid_x()));
-      sync_block();
-      for (int u = thread; u < M * R; u += THREADS) {
-        float p = 0.0f;
-        for (int split = 0; split < a.num_splits; ++split)
-          p += ldg_coherent(a.partials + split * M * R + u);
-        if (block_x() == 0) stg(a.p + u, p);
-        float s = p * l.s_scale;
-        if (l.gate.data) s *= load_at(l.gate.data, l.gate.dtype, u % R);
-        sts(ss + u * 4, s);
-      }
-      consumed = true;
-    }
+    if (!consumed) consume_shares(a, ss);
+    consumed = true;
     sync_block();
-    for (int u = thread; u < TILE_N * M; u += THREADS) {
-      const int n = u % TILE_N, m = u / TILE_N;
-      const int64_t column = n0 + n;
-      if (column >= l.N) continue;
-      float y = 0.0f;
-      for (int r = 0; r < R; ++r)
-        y = fma_rn(lds<float>(ss + (m * R + r) * 4), load(l.q, r, column), y);
-      LK_UNROLL
-      for (int w = 0; w < WARPS; ++w) y += lds<float>(sums + ((w * TILE_N + n) * (8 * MT) + m) * 4);
-      const int64_t at = m * l.N + column;
-      if (l.z) store_at(l.z, l.y_dtype, at, y);
-      if (l.out_scale.data) y *= load_at(l.out_scale.data, l.out_scale.dtype, column);
-      if (l.bias.data) y += load_at(l.bias.data, l.bias.dtype, column);
-      store_at(l.y, l.y_dtype, at, y);
+    // The blocks of the tile's first and last unit.
+    const int from = tile * parts / a.stripe, to = ((tile + 1) * parts - 1) / a.stripe;
+    // A block stores the sums at 2 b of the tile that its stripe begins in, else at 2 b + 1.
+    const auto sums_of = [&](int block) {
+      const int place = 2 * block + (block * a.stripe < tile * parts);
+      return a.tile_partials + place * TILE * M;
+    };
+    if (SLICES > 1 || from != to) {
+      for (int u = thread; u < TILE * M; u += THREADS) {
+        const uint32_t at = sums + (u % TILE * (8 * MT) + u / TILE) * 4;
+        float sum = 0.0f;
+        LK_UNROLL
+        for (int i = 0; i < SLICES; ++i) sum += lds<float>(at + i * TILE * (8 * MT) * 4);
+        if (from == to)
+          sts(at, sum);
+        else
+          stg(sums_of(block_x()) + u, sum);
+      }
     }
+    bool is_last = true;
+    if (from != to) {
+      sync_block();
+      int* const arrived = a.flags + 2 + from;
+      if (thread == 0) sts(last, (int)(flag_add_acq_rel(arrived, 1) == to - from));
+      sync_block();
+      is_last = lds<int>(last);
+      if (is_last && thread == 0) flag_store(arrived, 0);
+    }
+    if (is_last)
+      for (int u = thread; u < TILE * M; u += THREADS) {
+        const int n = u % TILE, m = u / TILE;
+        const int64_t column = (int64_t)tile * TILE + n, at = m * l.N + column;
+        if (column >= l.N) continue;
+        float y = 0.0f;
+        if (from == to)
+          y = lds<float>(sums + (n * (8 * MT) + m) * 4);
+        else
+          for (int block = from; block <= to; ++block) y += ldg_coherent(sums_of(block) + u);
+        for (int r = 0; r < R; ++r)
+          y = fma_rn(lds<float>(ss + (m * R + r) * 4), load(l.q, r, column), y);
+        if (l.z) store_at(l.z, l.y_dtype, at, y);
+        if (l.out_scale.data) y *= load_at(l.out_scale.data, l.out_scale.dtype, column);
+        if (l.bias.data) y += load_at(l.bias.data, l.bias.dtype, column);
+        store_at(l.y, l.y_dtype, at, y);
+      }
     sync_block();  // the sums may be written again
   }
+  cp_async_wait<0>();
   if (thread == 0 && flag_add_acq_rel(a.flags + 1, 1) == grid_x() - 1) {
     flag_store(a.flags, 0);
     flag_store(a.flags + 1, 0);
@@ -277,7 +432,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
 unsigned shared_bytes(const DecodeArgs& a) {
   const LinearArgs& l = a.linear;
   const int64_t rows = l.M > 8 ? 16 : 8, chunks = (l.K + CHUNK - 1) / CHUNK;
-  return (unsigned)((l.codes ? TABLE_BYTES : 0) + WARPS * TILE_N * rows * 4 +
+  return (unsigned)((l.codes ? TABLE_BYTES : 0) + RING_BYTES + WARPS * 16 * rows * 4 + 16 +
                     (l.M * l.R * 4 + 15) / 16 * 16 + (a.resident ? chunks * 256 * l.M : 0));
 }
 
@@ -300,23 +455,35 @@ const char* decode_unsupported_reason(const DecodeArgs& d) {
   return nullptr;
 }
 
+// What it is cut into where x is `resident` or not.
+void set_tiles(DecodeArgs& a) {
+  const LinearArgs& l = a.linear;
+  const int of_k = slices(a.resident) * CHUNK, of_n = tile_rows(a.resident);
+  a.tiles = (int)((l.N + of_n - 1) / of_n);
+  a.parts = (int)((l.K + of_k - 1) / of_k);
+}
+
 }  // namespace
 
 bool decode_keeps_x(const DecodeArgs& d) {
   DecodeArgs a = d;
   a.resident = true;
-  return shared_bytes(a) <= ROOM;
+  return a.linear.M <= 8 && shared_bytes(a) <= ROOM;
 }
 
-template <bool BFloat16, bool FromCodes, bool Resident>
-static auto kernel_for_rows(const DecodeArgs& a) {
-  return a.linear.M > 8 ? decode_kernel<BFloat16, FromCodes, Resident, 2>
-                        : decode_kernel<BFloat16, FromCodes, Resident, 1>;
+int64_t decode_partials(const DecodeArgs& d) {
+  DecodeArgs a = d;
+  set_tiles(a);
+  return a.parts == 1 ? 0
+                      : int64_t{2} * std::min(a.max_blocks, a.tiles * a.parts) *
+                            tile_rows(a.resident) * a.linear.M;
 }
+
 template <bool BFloat16, bool FromCodes>
 static auto kernel_for_x(const DecodeArgs& a) {
-  return a.resident ? kernel_for_rows<BFloat16, FromCodes, true>(a)
-                    : kernel_for_rows<BFloat16, FromCodes, false>(a);
+  if (a.resident) return decode_kernel<BFloat16, FromCodes, true, 1>;
+  return a.linear.M > 8 ? decode_kernel<BFloat16, FromCodes, false, 2>
+                        : decode_kernel<BFloat16, FromCodes, false, 1>;
 }
 static auto kernel_for(const DecodeArgs& a) {
   if (a.linear.compute == BF16)
@@ -329,11 +496,17 @@ void decode(const DecodeArgs& given, const Stream& stream) {
   refuse("decode", decode_unsupported_reason(a));
   const LinearArgs& l = a.linear;
   const auto kernel = kernel_for(a);
-  a.tiles = (l.N + TILE_N - 1) / TILE_N;
   const unsigned bytes = shared_bytes(a);
-  const int resident = resident_blocks(kernel, stream.device, THREADS, (int)bytes);
+  const int blocks = std::max(
+      1, std::min(a.max_blocks, resident_blocks(kernel, stream.device, THREADS, (int)bytes)));
+  set_tiles(a);
+  const int units = a.tiles * a.parts;
+  a.stripe = std::max((units + blocks - 1) / blocks, std::min(a.parts, l.codes ? 4 : 2));
+  const int64_t shares =
+      (l.M + SHARE_ROWS - 1) / SHARE_ROWS * ((l.R + SHARE_RANKS - 1) / SHARE_RANKS);
+  a.num_shares = (int)(a.num_splits * shares);
   launch({.name = "decode",
-          .x = (unsigned)std::min<int64_t>(a.tiles, std::max(resident, 1)),
+          .x = (unsigned)((units + a.stripe - 1) / a.stripe),
           .threads = THREADS,
           .shared_bytes = bytes,
           .stream = stream,

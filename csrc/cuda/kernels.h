@@ -42,13 +42,17 @@ struct DecodeArgs {
   Matrix a;           // [R, K]
   float* partials;    // [num_splits, M, R]
   float* p;           // [M, R]
-  int* flags;         // two, zero before and after
+  int* flags;         // 2 + max_blocks, zero before and after
   int64_t k_per_split;
   int num_splits;
+  float* tile_partials;   // decode_partials()
+  int max_blocks;         // of the launch, at most
   bool resident = false;  // x is kept in shared memory
-  int64_t tiles = 0;
+  // By `decode`: tiles of y, units of a tile and of a block, shares of P.
+  int tiles = 0, parts = 0, stripe = 0, num_shares = 0;
 };
-bool decode_keeps_x(const DecodeArgs&);  // whether it would fit there
+bool decode_keeps_x(const DecodeArgs&);      // whether it would fit there
+int64_t decode_partials(const DecodeArgs&);  // how many tile_partials it may need
 void decode(const DecodeArgs&, const Stream&);
 
 // thin.cu ----------------------------------------------------------------------------------------

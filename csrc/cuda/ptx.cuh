@@ -2,7 +2,7 @@
 // also checks that it is used as it may be, is in emulator/ptx.h.
 //
 // Shared memory is named by byte offsets, as `ld.shared` names it; it is touched through lds, sts,
-// cp_async16 and ldmatrix alone, global memory through ldg, stg and the flags.
+// cp_async and ldmatrix alone, global memory through ldg, stg and the flags.
 #pragma once
 #include <cstdint>
 
@@ -149,9 +149,14 @@ LK_DEVICE void sts(uint32_t at, T value) {
                  : "memory");
   }
 }
-// Copies 16 bytes asynchronously; those past `bytes` become zeros.
+// Copies 16 or 8 bytes asynchronously; those past `bytes` become zeros.
 LK_DEVICE void cp_async16(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+LK_DEVICE void cp_async8(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(to), "l"(from),
                "r"(bytes)
                : "memory");
 }

@@ -111,7 +111,10 @@ inline void sts(uint32_t at, T value) {
   std::memcpy(emulator::shared_write(at, sizeof(T)), &value, sizeof(T));
 }
 inline void cp_async16(uint32_t to, const void* from, int bytes) {
-  emulator::copy_async(to, from, bytes);
+  emulator::copy_async(to, from, 16, bytes);
+}
+inline void cp_async8(uint32_t to, const void* from, int bytes) {
+  emulator::copy_async(to, from, 8, bytes);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int N>

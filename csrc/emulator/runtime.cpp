@@ -64,7 +64,7 @@ struct Page {
 struct Copy {
   uint32_t to;
   const void* from;
-  int bytes;
+  int size, bytes;
 };
 
 struct Block;
@@ -583,17 +583,17 @@ void* shared_write(uint32_t at, int bytes) {
   return &lane.block->shared[at];
 }
 
-void copy_async(uint32_t to, const void* from, int bytes) {
+void copy_async(uint32_t to, const void* from, int size, int bytes) {
   Lane& lane = *state.lane;
-  check_write(to, 16, now(lane));
-  check_aligned(reinterpret_cast<uintptr_t>(from), 16, "copies");
+  check_write(to, size, now(lane));
+  check_aligned(reinterpret_cast<uintptr_t>(from), size, "copies");
   if (bytes) {
     range_of(reinterpret_cast<uintptr_t>(from), bytes, "copies").read += bytes;
     const std::string wrong = check_load(reinterpret_cast<uintptr_t>(from), bytes, Path::COHERENT);
     if (!wrong.empty()) report("copies " + wrong);
   }
-  mark_written(*lane.block, to, 16, {UNDER_WAY, 0});
-  lane.copies.push_back({to, from, bytes});
+  mark_written(*lane.block, to, size, {UNDER_WAY, 0});
+  lane.copies.push_back({to, from, size, bytes});
 }
 
 void commit_copies() {
@@ -607,9 +607,9 @@ void wait_copies(int groups) {
   for (; (int)lane.groups.size() > groups; lane.groups.pop_front())
     for (const Copy& c : lane.groups.front()) {
       unsigned char* to = &lane.block->shared[c.to];
-      std::memset(to, 0, 16);
+      std::memset(to, 0, c.size);
       if (c.bytes) std::memcpy(to, c.from, c.bytes);
-      mark_written(*lane.block, c.to, 16, now(lane));
+      mark_written(*lane.block, c.to, c.size, now(lane));
     }
 }
 

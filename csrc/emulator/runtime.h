@@ -85,7 +85,8 @@ void meet(const Site& site, const void* in, void* out, Exchange f, const void* w
 
 void* shared_read(uint32_t at, int bytes);  // where it is, after all checks
 void* shared_write(uint32_t at, int bytes);
-void copy_async(uint32_t to, const void* from, int bytes);  // 16 land, those past `bytes` as zeros
+// `size` bytes land, those past `bytes` as zeros.
+void copy_async(uint32_t to, const void* from, int size, int bytes);
 void commit_copies();
 void wait_copies(int groups);
 

@@ -86,10 +86,10 @@ def test_decode_of_nested_scales_is_bitwise() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lora_linear_in_any_order_of_threads_has_the_same_bits(strategy: str) -> None:
-    """Also with fewer blocks than splits of P."""
+    """Also with fewer blocks than splits of P, and where a tile is two blocks'."""
     args = cases.inputs(Case(13, 72, 640, 16, bf16, **UNDROPPED))
     results = []
-    for seed, multiprocessors in ((0, 4), (1, 2), (2, 9)):
+    for seed, multiprocessors in ((0, 2), (1, 2), (2, 2)):
         with cuda.emulate(seed, multiprocessors), lora_kernels.backend("cuda", strategy):
             results.append(cases.run(lora_kernels.lora_linear, args))
     for other in results[1:]:
@@ -131,9 +131,9 @@ def moved(traffic: list[tuple[str, dict[str, tuple[int, int]]]]) -> dict[str, in
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-128"])
 @pytest.mark.parametrize("M", [1, 16])
 def test_decode_of_few_rows_moves_each_byte_of_w_once(M: int, quant: str) -> None:
-    """One launch. W's bytes once; x once for each block, and once a rank; A once a row; B once for
-    each row of x, from the cache but the first time; y, P once."""
-    N, K, R, blocks = 96, 512, 5, 4
+    """One launch. W's bytes once; x once for each block, or each 16 rows of W, and once for two ranks;
+    A once for four rows; B once for each row of x, from the cache but the first time; y, P once."""
+    N, K, R = 96, 512, 5
     traffic = forward(Case(M, N, K, R, bf16, quant=quant), COOPERATIVE)
     assert [kernel for kernel, _ in traffic] == ["decode"]
     bytes_ = moved(traffic)
@@ -144,14 +144,34 @@ def test_decode_of_few_rows_moves_each_byte_of_w_once(M: int, quant: str) -> Non
         assert blocksize % 64 == 0
     else:
         assert bytes_["read w"] == N * K * 2
-    assert bytes_["read x"] == (blocks + R) * M * K * 2
-    assert bytes_["read a"] == M * R * K * 2
+    # One row: six tiles of 16 rows, two a block. 16 rows: two tiles of 64, each a block's, whose
+    # warps read x for 16.
+    blocks, of_x = (3, 3) if M == 1 else (2, 8)
+    assert bytes_["read x"] == (of_x + math.ceil(R / 2)) * M * K * 2
+    assert bytes_["read a"] == math.ceil(M / 4) * R * K * 2
     assert bytes_["read q"] == M * N * R * 2
     assert bytes_["write y"] == M * N * 2
     num_splits = 2
     assert bytes_["write partials"] == num_splits * M * R * 4
     assert bytes_["read partials"] == blocks * num_splits * M * R * 4
     assert bytes_["write p"] == M * R * 4
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 72, 2304), (3, 40, 3136), (11, 200, 1088)], ids=str)
+@pytest.mark.parametrize("blocksize", [0, 64])
+def test_decode_of_tiles_that_blocks_share_is_exact(
+    M: int, N: int, K: int, blocksize: int
+) -> None:
+    """Where a block's stripe ends inside of a tile, the last block of the tile adds all sums."""
+    shared = set()
+    for places in range(1, 8):
+        launch.traffic.clear()
+        with cuda.emulate(places, places), lora_kernels.backend("cuda", COOPERATIVE):
+            exact.check(exact.integers(M, N, K, 5, dtype=bf16, **UNDROPPED), blocksize)
+        (bytes_,) = (ranges for kernel, ranges in launch.traffic if kernel == "decode")
+        if bytes_.get("tile_partials", (0, 0))[1]:
+            shared.add(places)
+    assert 1 not in shared and len(shared) > 1
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])

@@ -536,7 +536,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
                     emulator.synchronize()
                     return out
 
-                return value if name.isupper() or name == "decode_keeps_x" else call
+                return value if name.isupper() or name == "decode_plan" else call
 
         patch.setattr(launch, "module", Emulator)
         patch.setattr(launch, "is_emulated", lambda: False)

@@ -95,7 +95,7 @@ def fake_cuda() -> Iterator[Log]:
     from lora_kernels.backends.cuda import linear as equation
 
     log = Log()
-    sizes = {"PAIR_ROWS": 64, "PAIR_MAX_RANK": 64, "decode_keeps_x": lambda args: True}
+    sizes = {"PAIR_ROWS": 64, "PAIR_MAX_RANK": 64, "decode_plan": lambda args: (True, 1)}
     module = SimpleNamespace(**sizes)
 
     def launcher(name: str) -> Any:

@@ -20,7 +20,7 @@ _SPLIT, _THIN_SPLIT, _SUMS_SPLIT, _GEMM_SPLIT = 256, 1024, 64, 256
 _BLOCKS = 264  # thread blocks that occupy any GPU
 _GEMM_TILE = (64, 128)
 _MAX_SPLITS = 8
-_MAX_PUBLISHERS = 16
+_MAX_PUBLISHERS = 16  # splits of K for P in `decode`
 
 
 @replayed
@@ -160,11 +160,15 @@ def _decode(linear: _Linear, a: Tensor) -> Tensor:
     flags = workspace.flags(x.device)
     addresses = map(pointer, (partials, p, flags))
     down_projection = matrix(a), *addresses, k_per_split, num_splits
-    args = linear.args(x, None), *down_projection
-    if not module().decode_keeps_x(args):  # x exceeds shared memory and is loaded by tiles
+    args = linear.args(x, None), *down_projection, 0, workspace.MAX_BLOCKS
+    is_kept, count = module().decode_plan(args)
+    if not is_kept:  # x exceeds shared memory and is loaded by tiles
         x = whole_rows(x.to(linear.dtype))
-        args = linear.args(x, None), *down_projection
+    tile_partials = empty(x, count)
+    rest = *down_projection, tile_partials.data_ptr(), workspace.MAX_BLOCKS
+    args = linear.args(x, None), *rest
     touched = {"x": x, "a": a, "partials": partials, "p": p, "flags": flags, **linear.touched}
+    touched["tile_partials"] = tile_partials
     launch.run("decode", x, touched, *args)
     return p
 

@@ -111,8 +111,10 @@ LK_DEVICE void consume_shares(const DecodeArgs& a, uint32_t ss) {
 
 // The slices of K that a block's warps share a tile's rows by: 16 rows of W by all warps, or 64 by
 // pairs of them, where four warps read what one brought of x into the cache.
-constexpr int slices(bool resident) { return resident ? WARPS : 2; }
-constexpr int tile_rows(bool resident) { return WARPS / slices(resident) * 16; }
+template <bool Resident>
+constexpr int SLICES = Resident ? WARPS : 2;
+template <bool Resident>
+constexpr int TILE = WARPS / SLICES<Resident> * 16;
 
 // A block's scale in two steps, since a nested one is a look-up of a look-up: what the first loads
 // is the second's a unit later, and that one's a unit later still.
@@ -143,20 +145,22 @@ LK_DEVICE Factors look_up(const Codes& c, const Scale& s, float offset) {
 }
 
 // y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, M ≤ 16; p = x·aᵀ.
-// yᵀ = W·xᵀ in tiles of 16 rows of W by 8 MT rows of x. A unit is a chunk of K for each warp; the
-// units of all tiles are cut into equal stripes, one a block. A warp's W arrives in its own part of
-// shared memory, four loads ahead, through the ends of tiles. A tile's sums over its warps are
-// added in order; where a stripe ends inside of it, blocks store theirs, and the last to come adds
-// all, in order. A code is the sum of two bfloat16 (float16), looked up in pairs in a table with a
-// copy for each of 16 lanes, which avoids bank conflicts; a block's scale multiplies its float32
-// sum. Lanes of a quad exchange halves of what they load, so that the 16 elements of a product are
-// of one block. The first blocks publish partial sums of p, a share or more each, and raise the
-// flag; all wait for it before their first store, the last block to be done lowers it. All must be
-// co-resident. Bytes: W once; x once a block where it is Resident, else once a tile; in all x once
-// for 16 ranks and a once for four rows more; Q, y, z, partials once; 128 M written and read for a
-// tile that is shared, a block. Flops 2·M·N·(K + R), of codes twice K. Rounding points: x, dense W
-// to 16 bits; y, z once. Deterministic for a number of blocks. Tested by
-// tests/cuda_emulated/test_lora_linear.py.
+// yᵀ = W·xᵀ in tiles of 16 or 64 rows of W by 8 MT rows of x. A unit is a chunk for each warp; the
+// units of all tiles are cut into equal stripes, one a block. W arrives in a warp's own part of
+// shared memory, four loads ahead, also across the ends of tiles. A tile's sums over warps are
+// added in order; where a stripe ends inside of a tile, blocks store theirs, and the last one to
+// come adds all, in order. A code is the sum of two bfloat16 (float16), looked up in pairs in a
+// table with a copy for each of 16 lanes, which avoids bank conflicts. High and low parts are two
+// rows of a product's left side; a scale multiplies the float32 sum of both. A lane loads 8 bytes
+// of each of two blocks, so that the 16 elements of a product are of one block. The first blocks
+// publish partial sums of p, a share or more each, and raise the flag; all wait for it before their
+// first store, the last block to be done lowers it. All must be co-resident. Bytes: W once; x once
+// a block where it is Resident, else for each 16 rows of W, for 64 from L2;
+// for P in all x once for two ranks and a once for four rows, from caches but the first time; Q for
+// each row of x; y, z, partials once; a shared tile's float32 sums, written and read once a block.
+// Flops 2·M·N·(K + R), of codes twice K. Rounding points: x, dense W to 16 bits; y, z once.
+// Deterministic for a number of blocks. Tested by tests/cuda_emulated/test_lora_linear.py and
+// test_exact.py.
 template <bool BFloat16, bool FromCodes, bool Resident, int MT>
 LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   const LinearArgs& l = a.linear;
@@ -164,8 +168,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
             t = lane % 4;
   const int M = (int)l.M, N = (int)l.N, K = (int)l.K, R = (int)l.R;
   const uint32_t table = shared_base(), rings = table + (FromCodes ? TABLE_BYTES : 0);
-  constexpr int SLICES = slices(Resident), TILE = tile_rows(Resident);
-  const int slice = warp % SLICES, row = warp / SLICES * 16 + g;  // of the tile
+  constexpr int slices = SLICES<Resident>, tile_n = TILE<Resident>;
+  const int slice = warp % slices, row = warp / slices * 16 + g;  // of the tile
   const uint32_t sums = rings + RING_BYTES, last = sums + WARPS * 16 * 8 * MT * 4;
   const uint32_t ss = last + 16, xs = ss + (M * R * 4 + 15) / 16 * 16;
   const uint32_t ring = rings + warp * AHEAD * LOAD + lane * (FromCodes ? 8 : 16);
@@ -178,14 +182,14 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   // W's rows g and g + 8: 8 bytes a lane of each of two blocks of codes, or one of four pieces
   // of 16.
   const auto start_load = [&](const Unit& of, int place, int piece, bool is_mine) {
-    const int k = (of.part * SLICES + slice) * CHUNK + piece_at<FromCodes>(piece, t);
+    const int k = (of.part * slices + slice) * CHUNK + piece_at<FromCodes>(piece, t);
     const int64_t row_bytes = FromCodes ? K / 2 : l.w.row * 2;
     const uint8_t* from =
         FromCodes ? l.c.packed + k / 2 : static_cast<const uint8_t*>(l.w.data) + k * 2;
-    from += (of.tile * TILE + row) * row_bytes;
+    from += (of.tile * tile_n + row) * row_bytes;
     LK_UNROLL
     for (int i = 0; i < 2; ++i, from += 8 * row_bytes) {
-      const bool is_row = is_mine && of.tile * TILE + row + 8 * i < N;
+      const bool is_row = is_mine && of.tile * tile_n + row + 8 * i < N;
       const uint32_t to = ring + place * LOAD + i * 512;
       if constexpr (FromCodes) {
         cp_async8(to, from, is_row && k < K ? 8 : 0);
@@ -198,8 +202,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   };
   // Each lane of a quad looks up one of its four scales.
   const auto block_of = [&](const Unit& of, bool is_mine) {
-    const int n = of.tile * TILE + row + t % 2 * 8;
-    const int k = (of.part * SLICES + slice) * CHUNK + t / 2 * 64;
+    const int n = of.tile * tile_n + row + t % 2 * 8;
+    const int k = (of.part * slices + slice) * CHUNK + t / 2 * 64;
     const bool is_there = is_mine && n < N && k < K;
     return is_there ? (int)(((int64_t)n * K + k) >> l.c.log2_block) : -1;
   };
@@ -272,7 +276,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     const int tile = now.tile;
     LK_ONCE
     do {
-      const int chunk = now.part * SLICES + slice;
+      const int chunk = now.part * slices + slice;
       const auto load_x = [&](int piece, int j) {
         const int k = chunk * CHUNK + piece_at<FromCodes>(piece, t);
         const int m = min_of(g + 8 * j, M - 1);  // any row beside M: what it gives is not stored
@@ -314,23 +318,22 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
             LK_UNROLL
             for (int j = 0; j < MT; ++j) x[j] = load_x(2 * block + piece, j);
             LK_UNROLL
-            for (int half = 0; half < 2; ++half)
-              LK_UNROLL  // 16 elements of K: four of each lane
-                  for (int i = 0; i < 2; ++i) {
-                uint32_t parts_of_w[4];
-                LK_UNROLL
-                for (int e = 0; e < 2; ++e) {
-                  // Byte 2 half + e of four, times the table's 128 bytes of replicas.
-                  const int shift = 16 * half + 8 * e;
-                  const uint32_t word = w[i].w[piece];
-                  const uint32_t entry = (shift ? word >> (shift - 7) : word << 7) & 255 * 128;
-                  const Pairs pairs = lds<Pairs>(table + (entry | replica));
-                  parts_of_w[2 * e] = pairs.high;
-                  parts_of_w[2 * e + 1] = pairs.low;
-                }
-                LK_UNROLL
-                for (int j = 0; j < MT; ++j) multiply(partial[i][j], parts_of_w, x[j], half);
+            for (int u = 0; u < 4; ++u) {  // 16 elements of K, four of each lane, of a row
+              const int half = u / 2, i = u % 2;
+              uint32_t rows[4];
+              LK_UNROLL
+              for (int e = 0; e < 2; ++e) {
+                // Byte 2 half + e of four, times the table's 128 bytes of replicas.
+                const int shift = 16 * half + 8 * e;
+                const uint32_t word = w[i].w[piece];
+                const uint32_t entry = (shift ? word >> (shift - 7) : word << 7) & 255 * 128;
+                const Pairs pairs = lds<Pairs>(table + (entry | replica));
+                rows[2 * e] = pairs.high;
+                rows[2 * e + 1] = pairs.low;
               }
+              LK_UNROLL
+              for (int j = 0; j < MT; ++j) multiply(partial[i][j], rows, x[j], half);
+            }
           }
           LK_UNROLL
           for (int j = 0; j < MT; ++j) LK_UNROLL
@@ -369,7 +372,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     for (int j = 0; j < MT; ++j) LK_UNROLL
     for (int e = 0; e < 4; ++e) {
       const int n = row + e / 2 * 8, m = j * 8 + 2 * t + e % 2;
-      sts(sums + ((slice * TILE + n) * (8 * MT) + m) * 4, total[j][e]);
+      sts(sums + ((slice * tile_n + n) * (8 * MT) + m) * 4, total[j][e]);
       total[j][e] = 0.0f;
     }
     if (!consumed) consume_shares(a, ss);
@@ -380,14 +383,14 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     // A block stores the sums at 2 b of the tile that its stripe begins in, else at 2 b + 1.
     const auto sums_of = [&](int block) {
       const int place = 2 * block + (block * a.stripe < tile * parts);
-      return a.tile_partials + place * TILE * M;
+      return a.tile_partials + place * tile_n * M;
     };
-    if (SLICES > 1 || from != to) {
-      for (int u = thread; u < TILE * M; u += THREADS) {
-        const uint32_t at = sums + (u % TILE * (8 * MT) + u / TILE) * 4;
+    if (slices > 1 || from != to) {
+      for (int u = thread; u < tile_n * M; u += THREADS) {
+        const uint32_t at = sums + (u % tile_n * (8 * MT) + u / tile_n) * 4;
         float sum = 0.0f;
         LK_UNROLL
-        for (int i = 0; i < SLICES; ++i) sum += lds<float>(at + i * TILE * (8 * MT) * 4);
+        for (int i = 0; i < slices; ++i) sum += lds<float>(at + i * tile_n * (8 * MT) * 4);
         if (from == to)
           sts(at, sum);
         else
@@ -404,9 +407,9 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
       if (is_last && thread == 0) flag_store(arrived, 0);
     }
     if (is_last)
-      for (int u = thread; u < TILE * M; u += THREADS) {
-        const int n = u % TILE, m = u / TILE;
-        const int64_t column = (int64_t)tile * TILE + n, at = m * l.N + column;
+      for (int u = thread; u < tile_n * M; u += THREADS) {
+        const int n = u % tile_n, m = u / tile_n;
+        const int64_t column = (int64_t)tile * tile_n + n, at = m * l.N + column;
         if (column >= l.N) continue;
         float y = 0.0f;
         if (from == to)
@@ -455,10 +458,11 @@ const char* decode_unsupported_reason(const DecodeArgs& d) {
   return nullptr;
 }
 
-// What it is cut into where x is `resident` or not.
+int tile_rows(const DecodeArgs& a) { return a.resident ? TILE<true> : TILE<false>; }
+
 void set_tiles(DecodeArgs& a) {
   const LinearArgs& l = a.linear;
-  const int of_k = slices(a.resident) * CHUNK, of_n = tile_rows(a.resident);
+  const int of_k = (a.resident ? SLICES<true> : SLICES<false>)*CHUNK, of_n = tile_rows(a);
   a.tiles = (int)((l.N + of_n - 1) / of_n);
   a.parts = (int)((l.K + of_k - 1) / of_k);
 }
@@ -474,9 +478,9 @@ bool decode_keeps_x(const DecodeArgs& d) {
 int64_t decode_partials(const DecodeArgs& d) {
   DecodeArgs a = d;
   set_tiles(a);
-  return a.parts == 1 ? 0
-                      : int64_t{2} * std::min(a.max_blocks, a.tiles * a.parts) *
-                            tile_rows(a.resident) * a.linear.M;
+  return a.parts == 1
+             ? 0
+             : int64_t{2} * std::min(a.max_blocks, a.tiles * a.parts) * tile_rows(a) * a.linear.M;
 }
 
 template <bool BFloat16, bool FromCodes>

@@ -1,7 +1,7 @@
 """Static bounds on the speed of a kernel: what its machine code, tiles and launch allow at best.
 
 Each is a share of the roofline (memory bandwidth or the tensor cores' peak, whichever takes longer)
-at N = K = 4096 and the rows of the kernel's name, 4096 if it has none:
+at K = 4096, N = 4096 (14336 for decode) and the rows of the kernel's name, 4096 if it has none:
 
 - issue: four warps of a multiprocessor issue an instruction a clock;
 - shared: 128 bytes of shared memory a clock, without bank conflicts;
@@ -25,6 +25,7 @@ from tests.support.gpus import A100, B200, H100, RTX3090, RTX4090, RTX5090
 GPUS = {"sm80": A100, "sm86": RTX3090, "sm89": RTX4090, "sm90": H100, "sm100": B200}
 GPUS |= {"sm120": RTX5090}
 N = K = 4096
+DECODE_N = 14336
 RANK = 16
 CODES = 0.5 + 1 / 64  # bytes of a 4-bit weight's element: code and scale
 # Of a multiprocessor from sm_80 on, from the CUDA programming guide. Its shared memory is the limit
@@ -69,7 +70,7 @@ class Work:
     executed: float | None = None
     on: str = "tensor"
     float32: bool = False
-    ahead: int = 1
+    ahead: float = 1
     trips: float = 2 * LATENCY + L2_LATENCY  # the first tiles; P and B; the last sums
     step_trips: float = 0.0
     longest: float = 0.0
@@ -89,8 +90,8 @@ def bounds(gpu: DeviceInfo, work: Work, loop: dict[str, Any]) -> dict[str, float
     turns = work.programs * work.warps * work.steps
     resident = count * _occupancy(gpu, work.shared, work.registers, work.warps)
     first = min(1.0, work.bytes / work.loaded)  # of the loads, from memory
-    latency = L2_LATENCY + first * (LATENCY - L2_LATENCY) + work.step_trips
-    waits = _tiles(work.programs, resident) * max(work.steps, work.longest) / work.ahead
+    latency = (L2_LATENCY + first * (LATENCY - L2_LATENCY)) / work.ahead + work.step_trips
+    waits = _tiles(work.programs, resident) * max(work.steps, work.longest)
     seconds = {
         "issue": turns * loop["instructions"] / 4 / clocks / busy,
         "shared": turns * loop["wavefronts"] / clocks / busy,
@@ -179,27 +180,30 @@ def of_cuda(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | N
 
 
 def _decode(gpu: DeviceInfo, key: str, registers: int) -> Work:
-    """Return decode.cu's launch: for 1 row if 8 are resident, for K = 1024 if 16 are."""
+    """Return decode.cu's launch: for 1 row if x is in shared memory, else for as many as it takes.
+
+    A turn is a chunk of a warp, and the units of all tiles are cut into equal stripes.
+    """
     codes, resident, wide = "codes" in key, "shared" in key, "M16" in key
-    width = 16 if wide else 8
-    M, k = (16 if wide else 1, 1024 if wide else K) if resident else (width, K)
-    shared = 128 * width * 8 * 4 // 8 + M * RANK * 4 + (32 << 10 if codes else 0)
-    shared += 2 * M * k if resident else 0
-    tiles, chunks = N // 16, k // 128
-    programs = min(tiles, gpu.multiprocessors * _occupancy(gpu, shared, registers, 8))
-    turns = _tiles(tiles, programs)
-    # A publisher's warps compute R · M / 8 elements of P in turn, those of the first row from
-    # memory. Then its table, x, and its share of W; the flag, the partial sums, B of each tile.
-    publish = RANK // 8 * LATENCY + RANK * (M - 1) // 8 * L2_LATENCY + 2 * L2_LATENCY
-    trips = publish + 2 * LATENCY + 2 * L2_LATENCY + turns * LATENCY
+    n, M, width = DECODE_N, 1 if resident else 16 if wide else 8, 16 if wide else 8
+    shared = (64 << 10 if codes else 32 << 10) + 8 * 16 * width * 4 + 16 + M * RANK * 4
+    shared += 2 * M * K if resident else 0
+    slices = 8 if resident else 2  # of K; the warps of a slice read x once from the L2 cache
+    tile, parts = 8 // slices * 16, _tiles(K / 128, slices)
+    units, blocks = _tiles(n, tile) * parts, _occupancy(gpu, shared, registers, 8)
+    stripe = max(_tiles(units, gpu.multiprocessors * blocks), min(parts, 4 if codes else 2))
+    programs, weight = _tiles(units, stripe), n * K * (CODES if codes else 2)
+    # The first loads, behind which P is computed. After the last: the sums of a tile that blocks
+    # share are stored, counted and loaded; B.
+    shares = 3 * L2_LATENCY if stripe % parts else 0.0
     return Work(
-        bytes=N * k * (CODES if codes else 2) + 2 * M * (k + N),
-        loaded=N * k * (CODES if codes else 2) + 2 * M * k * (programs if resident else tiles),
-        programs=programs, warps=8,
-        steps=tiles * _tiles(chunks, 8) / programs, longest=turns * _tiles(chunks, 8),
-        registers=registers, shared=shared,
-        executed=2.0 * (2 if codes else 1) * width * N * k, trips=trips,
-        step_trips=L2_LATENCY if codes else 0.0,  # a nested scale
+        bytes=weight + 2 * M * (K + n),
+        loaded=weight + 2 * M * K * (programs if resident else n / tile),
+        programs=programs, warps=8, steps=units / programs, longest=stripe, registers=registers,
+        shared=shared, executed=2.0 * (2 if codes else 1) * width * n * K,
+        # Four loads, less the one that is read; a chunk of a dense W is four.
+        ahead=3 if codes else 0.75, trips=LATENCY + shares + LATENCY,
+        step_trips=0.0 if resident else L2_LATENCY,  # x
     )  # fmt: skip
 
 

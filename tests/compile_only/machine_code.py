@@ -141,6 +141,8 @@ def _loop(sass: str) -> tuple[Counter[str], int]:
     """
     lines = [line for line in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/|^\.L", line)]
     labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if line[0] == "."}
+    # An instruction that no lane executes takes an issue slot and nothing else.
+    lines = [re.sub(r"@!PT\s+\w[\w.]*", "NOP", line) for line in lines]
     ops = [
         found[1] if (found := re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*[\w.]*)", line)) else ""
         for line in lines

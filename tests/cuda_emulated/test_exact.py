@@ -131,8 +131,9 @@ def moved(traffic: list[tuple[str, dict[str, tuple[int, int]]]]) -> dict[str, in
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-128"])
 @pytest.mark.parametrize("M", [1, 16])
 def test_decode_of_few_rows_moves_each_byte_of_w_once(M: int, quant: str) -> None:
-    """One launch. W's bytes once; x once for each block, or each 16 rows of W, and once for two ranks;
-    A once for four rows; B once for each row of x, from the cache but the first time; y, P once."""
+    """One launch. W's bytes once; x once for each block, or each 16 rows of W, and once for two
+    ranks; A once for four rows; B once for each row of x, from the cache but the first time; y, P
+    once."""
     N, K, R = 96, 512, 5
     traffic = forward(Case(M, N, K, R, bf16, quant=quant), COOPERATIVE)
     assert [kernel for kernel, _ in traffic] == ["decode"]
@@ -159,10 +160,8 @@ def test_decode_of_few_rows_moves_each_byte_of_w_once(M: int, quant: str) -> Non
 
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 72, 2304), (3, 40, 3136), (11, 200, 1088)], ids=str)
 @pytest.mark.parametrize("blocksize", [0, 64])
-def test_decode_of_tiles_that_blocks_share_is_exact(
-    M: int, N: int, K: int, blocksize: int
-) -> None:
-    """Where a block's stripe ends inside of a tile, the last block of the tile adds all sums."""
+def test_decode_of_tiles_that_blocks_share_is_exact(M: int, N: int, K: int, blocksize: int) -> None:
+    """If a block's stripe ends inside of a tile, the last block of the tile adds all sums."""
     shared = set()
     for places in range(1, 8):
         launch.traffic.clear()

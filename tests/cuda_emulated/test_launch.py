@@ -69,7 +69,11 @@ def test_splits_of_p_more_than_places_have_the_same_bits(places: int) -> None:
 
 
 def test_flag_that_is_never_raised_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "flags", lambda device: torch.full((2 + workspace.MAX_BLOCKS,), -9, dtype=torch.int32))
+    monkeypatch.setattr(
+        workspace,
+        "flags",
+        lambda device: torch.full((2 + workspace.MAX_BLOCKS,), -9, dtype=torch.int32),
+    )
     with pytest.raises(RuntimeError, match=r"decode, block \(\d, 0, 0\), thread 0: waits forever"):
         forward(few_rows())
 

@@ -164,8 +164,8 @@ def _decode(linear: _Linear, a: Tensor) -> Tensor:
     is_kept, count = module().decode_plan(args)
     if not is_kept:  # x exceeds shared memory and is loaded by tiles
         x = whole_rows(x.to(linear.dtype))
-    tile_partials = empty(x, count)
-    rest = *down_projection, tile_partials.data_ptr(), workspace.MAX_BLOCKS
+    tile_partials = empty(x, count) if count else None
+    rest = *down_projection, pointer(tile_partials), workspace.MAX_BLOCKS
     args = linear.args(x, None), *rest
     touched = {"x": x, "a": a, "partials": partials, "p": p, "flags": flags, **linear.touched}
     touched["tile_partials"] = tile_partials

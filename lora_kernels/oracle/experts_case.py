@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import library
-from ..backends.eager.experts import ALIGNED
+from ..backends.eager.stack4bit import ALIGNED
 from ..choice import choose as selection
 from ..ops.experts import lora_experts_linear
 from ..quantization import Weight4bit
@@ -74,7 +74,7 @@ class ExpertsCase(AnyCase):
         """True if the engine in force runs the case in GEMMs of all experts."""
         if selection.forced_backend() != "eager" or not library.is_on_gpu_path("cpu"):
             return False
-        if self.quant and self.M < len(self.rows):
+        if self.quant and len(self.rows) > self.M:
             return self.N * self.K % int(self.quant.split("-")[1]) == 0
         if self.quant and self.dtype is not torch.bfloat16:
             return False

@@ -71,7 +71,7 @@ def loop_reason(operands: ExpertsOperands, spec: ExpertsSpec) -> str | None:
 
 def waits_reason(where: torch.device, dtype: torch.dtype) -> str | None:
     """Return why `grouped_mm` waits for the offsets on a device and multiplies one expert at a
-    time; None where it is one kernel. That is `_grouped_mm_cuda` of torch 2.9 to 2.15."""
+    time; None if it is one kernel. PyTorch's `_grouped_mm_cuda` decides so."""
     if dtype is not torch.bfloat16:
         return f"PyTorch's kernel for all experts takes bfloat16, not {dtype}"
     if where.type in ("meta", "cpu"):  # `as_on_gpu`'s; both stand for an H100

@@ -17,6 +17,7 @@ from lora_kernels.backends import decode4bit
 from lora_kernels.backends.eager import experts as eager_experts
 from lora_kernels.backends.eager import stack4bit
 from lora_kernels.bench.counter import Kernel, count
+from lora_kernels.core import format4bit
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
 from lora_kernels.oracle.case import engine, give_mask, run
 from lora_kernels.quantization import Weight4bit, quantize_4bit
@@ -84,6 +85,31 @@ def test_a_stack_in_pieces_is_within_tolerance(
     if piece == "uneven":
         assert any(len({*each}) > 1 for each in found), found
     check(case)
+
+
+@pytest.mark.parametrize("rows", [ROWS, (0, 1, 0, 0, 2, 0)], ids=str)
+@pytest.mark.parametrize("budget", [1, 1 << 30])
+def test_a_stack_without_adapters_is_the_base(
+    budget: int, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+    args = inputs(replace(CASE, rows=rows, bias=False))
+    x, weight, offsets, dy = (args[name] for name in ("x", "weight", "offsets", "dy"))
+    torch.use_deterministic_algorithms(True)  # uninitialized memory is NaN
+    try:
+        y = lora_experts_linear(x, weight, None, None, offsets)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    want, want_dx = torch.zeros_like(dy), torch.zeros_like(x)
+    start = 0
+    for W, stop in zip(weight.dequantize(bf16), offsets.tolist(), strict=True):
+        want[start:stop] = x.detach()[start:stop] @ W.T
+        want_dx[start:stop] = dy[start:stop] @ W
+        start = stop
+    # Sums in another order are rounded to neighbouring bfloat16 numbers at most.
+    torch.testing.assert_close(y, want, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(dx, want_dx, rtol=2**-7, atol=2**-7)
 
 
 def test_cut_gives_the_fewest_pieces_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,19 +214,25 @@ def test_experts_that_begin_inside_of_a_block_are_not_chosen() -> None:
 
 
 def test_experts_one_at_a_time_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float16, for which PyTorch has no kernel of all experts."""
+    """float16, for which PyTorch has no kernel of all experts. Scales are decoded once for all."""
     decoded: list[tuple[int, int]] = []
-    library_dense = decode4bit._library_dense
+    scales: list[int] = []
+    library_dense, dequantize_scales = decode4bit._library_dense, format4bit.dequantize_scales
 
     def spy(weight: Any, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         decoded.append(shape)
-        assert weight.nested_absmax is None  # decoded once for all experts
         return library_dense(weight, shape, dtype)
 
+    def spy_scales(codes: Tensor, *nested: Any) -> Tensor:
+        scales.append(codes.numel())
+        return dequantize_scales(codes, *nested)
+
     monkeypatch.setattr(decode4bit, "_library_dense", spy)
+    monkeypatch.setattr(format4bit, "dequantize_scales", spy_scales)
     case = replace(CASE, dtype=f16, quant="nf4-64-nested")
     run(lora_experts_linear, inputs(case))
     assert decoded == [(N, K)] * 2 * sum(n > 0 for n in ROWS)
+    assert scales == [E * N * K // 64] * 2
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -156,8 +156,9 @@ def _add_base(
             width = stack.shape[stack.axis]
             out = a.new_empty(a.shape[0], width) if update is None else update()
             for piece in stack.pieces:
-                found = _multiply(a, stack.decode(piece), offsets, chosen)
-                out[:, piece].copy_(found) if update is None else out[:, piece].add_(found)
+                part = out[:, piece]
+                put = part.copy_ if update is None else part.add_
+                put(_multiply(a, stack.decode(piece), offsets, chosen))  # no name keeps a piece
             return out
         base = _multiply(a, stack.decode(stack.pieces[0]), offsets, chosen)
     else:

@@ -9,6 +9,7 @@ dense stack: over 4 bits its forward leaves the adapter out.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -16,8 +17,10 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ..layers import quantize_experts
+from .baselines import make_code_of_scales
 from .counter import Kernel, Traffic, count_layer
 from .experts import Shape, adapted, experts_module, fused
 
@@ -26,12 +29,18 @@ TOP_K, HIDDEN, INTERMEDIATE = 8, 2048, 768
 KINDS = ("ours, NF4", "ours", "peft")
 
 
+def qwen3_moe() -> Any:
+    """Import transformers' module of the model."""
+    return importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
+
+
 def build(kind: str, experts: int) -> nn.Module:
     """Build an experts module of `KINDS` on meta."""
     shape = Shape("qwen3_moe", experts, TOP_K, HIDDEN, INTERMEDIATE)
     with torch.device("meta"):
         layer = adapted(experts_module(shape, torch.bfloat16)).bfloat16()
     if kind == "ours, NF4":
+        make_code_of_scales()
         quantize_experts(layer)
     return layer if kind == "peft" else fused(layer)
 
@@ -61,7 +70,13 @@ def count_experts(
 
 
 def lines() -> Iterator[str]:
-    """Yield the counts of each number of experts and of tokens."""
+    """Yield the counts of each number of experts and of tokens, or why there are none."""
+    if not hasattr(functional, "grouped_mm"):
+        yield f"experts: torch {torch.__version__} has no grouped_mm to count"
+        return
+    if find_spec("transformers") is None or not hasattr(qwen3_moe(), "Qwen3MoeExperts"):
+        yield "experts: want transformers 5, whose experts are parameters"
+        return
     has_bitsandbytes = find_spec("bitsandbytes") is not None
     for tokens in TOKENS:
         for experts in EXPERTS:

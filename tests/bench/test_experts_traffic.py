@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_kernels.bench import experts_traffic
 from lora_kernels.bench.experts_traffic import EXPERTS, KINDS, TOKENS, count_experts
@@ -26,6 +27,17 @@ def test_counts_in_the_docs_are_those_counted(experts: int, tokens: int) -> None
     start = f"| {experts}, {tokens} | "
     (row,) = [line for line in KERNELS.read_text().splitlines() if line.startswith(start)]
     assert row.split(" | ")[2:] == [*map(cell, KINDS[:-1]), f"{cell(KINDS[-1])} |"]
+
+
+def test_lines_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_traffic, "qwen3_moe", lambda: None)
+    assert list(experts_traffic.lines()) == [
+        "experts: want transformers 5, whose experts are parameters"
+    ]
+    monkeypatch.delattr(experts_traffic.functional, "grouped_mm")
+    assert list(experts_traffic.lines()) == [
+        f"experts: torch {torch.__version__} has no grouped_mm to count"
+    ]
 
 
 def test_lines_have_every_kind_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ def dense(
         or dtype not in _DTYPE
         or torch.compiler.is_compiling()
     ):
+        weight, shape, rows = _cut_rows(weight, shape, rows)
         return _library_dense(weight, shape, dtype)[rows, columns].contiguous()
     n0, n1, _ = rows.indices(shape[0])
     k0, k1, _ = columns.indices(shape[1])
@@ -53,6 +54,30 @@ def dense(
     part, to = (n0, n1 - n0, k0, k1 - k0), (out.data_ptr(), _DTYPE[dtype], k1 - k0)
     native.module.dequantize(native_view(weight, shape), *part, *to, torch.get_num_threads())
     return out
+
+
+def _cut_rows(
+    weight: Packed4bit, shape: tuple[int, int], rows: slice
+) -> tuple[Packed4bit, tuple[int, int], slice]:
+    """Return the weight of the rows alone, its shape, and all rows; the whole one if a block of
+    codes straddles their first or last row. The codes are a view."""
+    (N, K), size = shape, weight.blocksize
+    n0, n1, _ = rows.indices(N)
+    if (n0, n1) == (0, N) or n0 * K % size or n1 * K % size:
+        return weight, shape, rows
+    weight = with_plain_scales(weight)
+    packed, absmax = weight.packed[n0 * K // 2 : n1 * K // 2], weight.absmax
+    absmax = absmax[n0 * K // size : n1 * K // size]
+    return weight._replace(packed=packed, absmax=absmax), (n1 - n0, K), slice(None)
+
+
+def with_plain_scales(weight: Packed4bit) -> Packed4bit:
+    """Return the weight with the scale of each block in float32; no copy unless they are nested."""
+    if weight.nested_absmax is None:
+        return weight
+    is_decoded = bitsandbytes_reason(weight.packed.device) is None
+    scales = _bitsandbytes_scales(weight) if is_decoded else weight.scales()
+    return weight._replace(absmax=scales, nested_absmax=None, nested_code=None, offset=None)
 
 
 def _library_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -64,14 +89,18 @@ def _library_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtyp
 
 def bitsandbytes_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return the weight [N, K], decoded by bitsandbytes to float32, bfloat16 or float16."""
-    scales = weight.absmax
-    if weight.nested_absmax is not None and weight.offset is not None:
-        nested = weight.nested_absmax, weight.nested_code, weight.nested_blocksize
-        scales = torch.ops.bitsandbytes.dequantize_blockwise(weight.absmax, *nested, torch.float32)
-        scales = scales.add_(weight.offset)
+    packed, scales = weight.packed.view(-1, 1), _bitsandbytes_scales(weight)
     return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
-        weight.packed.view(-1, 1), scales, weight.blocksize, weight.quant_type, shape, dtype
+        packed, scales, weight.blocksize, weight.quant_type, shape, dtype
     )
+
+
+def _bitsandbytes_scales(weight: Packed4bit) -> Tensor:
+    if weight.nested_absmax is None or weight.offset is None:
+        return weight.absmax
+    nested = weight.nested_absmax, weight.nested_code, weight.nested_blocksize
+    scales = torch.ops.bitsandbytes.dequantize_blockwise(weight.absmax, *nested, torch.float32)
+    return scales.add_(weight.offset)  # type: ignore[no-any-return]
 
 
 def gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:

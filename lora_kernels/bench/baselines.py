@@ -153,6 +153,15 @@ def peft_layer(
     return layer.train()
 
 
+def make_code_of_scales() -> None:
+    """Make the code that bitsandbytes keeps for all nested scales, which would be on meta if the
+    first weight is."""
+    import bitsandbytes
+
+    functional: Any = bitsandbytes.functional
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+
+
 def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
     """Quantize a dense layer to bitsandbytes' on the same device, meta too, with nested scales."""
     import bitsandbytes
@@ -162,8 +171,7 @@ def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
     (N, K), on = weight.shape, {"device": weight.device}
     base = bnb.nn.Linear4bit(K, N, False, weight.dtype, quant_type=quant_type, **on)
     options = {"blocksize": 64, "compress_statistics": True, "quant_type": quant_type}
-    # Kept by bitsandbytes for all scales, which would be on meta if the first weight is.
-    bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
+    make_code_of_scales()
     codes, state = bnb.functional.quantize_4bit(weight, **options)
     options |= {"quant_state": state, "bnb_quantized": True, "module": base}
     base.weight = bnb.nn.Params4bit(codes, requires_grad=False, **options)

@@ -46,7 +46,7 @@ from ..core.packed4bit import Packed4bit
 from ..ops.head import lora_linear_cross_entropy
 from ..oracle.case import dtype_name
 from ..quantization import Weight4bit
-from . import traffic
+from . import experts_traffic, traffic
 from .counter import Traffic, count_layer
 from .results import Facts
 from .traffic import DIRECTIONS, MEASURES, PEAK_UNIT, Cell
@@ -541,6 +541,7 @@ class Count(traffic.Count):
                 for name, t in count_head(dtype).items()
             )
             yield f"head {K}→{V} and loss, {M} rows, {dtype_name(dtype)} adapter: {counted}"
+        yield from experts_traffic.lines()
 
     def has_failed(self, rows: list[Any]) -> bool:
         return any(row.losses for row in rows)

@@ -12,6 +12,7 @@ One op is one kernel, except that:
 - An op reads the arguments that it changes in place, whatever its name, but no `out`.
 - `index_select` and other gathers read the indices, and of the table no more than they copy. A
   scatter reads and writes the elements that its indices name.
+- A GEMM of a stack, `_grouped_mm`, reads no more of the stack's matrices than it has rows.
 - `cross_entropy_` reads the logits twice.
 - An op that has a kernel on CUDA and several ops in its place on meta is one kernel (SiLU's
   backward).
@@ -282,6 +283,9 @@ def _kernels(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> list
     if name in _GATHERS:
         table, *indices = _tensors(read)
         read_bytes = min(_bytes([table]), _bytes(written)) + _bytes(indices)
+    if name == "_grouped_mm" and given["mat2"].dim() == 3:
+        (rows, _), stack = given["self"].shape, given["mat2"]
+        read_bytes -= _bytes([stack]) * max(0, stack.shape[0] - rows) // stack.shape[0]
     return [*kernels, Kernel(str(func), read_bytes, written_bytes)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import library
-from ..backends.eager.experts import ALIGNED
+from ..backends.eager.stack4bit import ALIGNED
 from ..choice import choose as selection
 from ..ops.experts import lora_experts_linear
 from ..quantization import Weight4bit
@@ -71,13 +71,14 @@ class ExpertsCase(AnyCase):
 
     @property
     def is_grouped(self) -> bool:
-        """True if the engine in force runs the case in `grouped_mm`."""
-        return (
-            selection.forced_backend() == "eager"
-            and library.is_on_gpu_path("cpu")
-            and not self.quant
-            and all(n * self.dtype.itemsize % ALIGNED == 0 for n in (self.N, self.K, self.R))
-        )
+        """True if the engine in force runs the case in GEMMs of all experts."""
+        if selection.forced_backend() != "eager" or not library.is_on_gpu_path("cpu"):
+            return False
+        if self.quant and len(self.rows) > self.M:
+            return self.N * self.K % int(self.quant.split("-")[1]) == 0
+        if self.quant and self.dtype is not torch.bfloat16:
+            return False
+        return all(n * self.dtype.itemsize % ALIGNED == 0 for n in (self.N, self.K, self.R))
 
     def draw(self, source: Source) -> dict[str, Any]:
         E, M, N, K, R = len(self.rows), self.M, self.N, self.K, self.R

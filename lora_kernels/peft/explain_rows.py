@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from ..backends.cpu import heuristics as cpu_heuristics
 from ..backends.cpu import linear as cpu
 from ..backends.decode4bit import decoded_by
+from ..backends.eager import experts as eager_experts
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager.head import kernel_reason, loss_rows
 from ..backends.eager.linear import UPCAST_ROWS
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
+from ..core.call import ExpertsOperands, ExpertsSpec
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem
 from ..layers import LoRAEmbedding, LoRALayer
-from ..layers.experts import is_quantized, stack
+from ..layers.experts import ExpertsAdapter, is_quantized, stack
 from ..ops import context
 from ..ops.arguments import FLOATS, base_dtype
 from ..quantization import Weight4bit
@@ -497,9 +499,30 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     problem = problem._replace(four_bit=is_quantized(experts, layer.parameter_name))
     choice = selection.choose_experts(problem)
     state, reason = _backend_state(choice.backend), f"experts; {choice.reason}"
-    if problem.four_bit and choice.backend == "eager" and is_on_gpu_path(weight.device.type):
-        reason += "; one 4-bit expert is decoded at a time, and the host waits for the GPU"
+    if choice.backend == "eager" and is_on_gpu_path(weight.device.type):
+        reason += f"; {_experts_clause(weight, adapter, experts.is_transposed)}"
     return Row(name, state, choice.backend, choice.strategy, reason)
+
+
+def _experts_clause(
+    weight: Tensor | Weight4bit, adapter: ExpertsAdapter, is_transposed: bool
+) -> str:
+    """Return how the eager backend runs experts on a GPU, and what the host waits for."""
+    A, B, is_4bit = adapter.lora_A, adapter.lora_B, isinstance(weight, Weight4bit)
+    x = A.new_empty(0, A.shape[2], dtype=weight.dtype)
+    stack = weight.codes if isinstance(weight, Weight4bit) else weight
+    stack = stack.mT if isinstance(stack, Tensor) and is_transposed else stack
+    operands = ExpertsOperands(x, stack, A, B, x)
+    spec = ExpertsSpec(1.0, 0.0, weight.dtype, weight.dtype, is_transposed)
+    if (why := eager_experts.loop_reason(operands, spec)) is not None:
+        decoded = "decoded and multiplied" if is_4bit else "multiplied"
+        said = f"one expert at a time is {decoded}, and the host waits for the GPU: {why}"
+    elif (why := eager_experts.waits_reason(x.device, spec.dtype)) is not None:
+        said = f"grouped_mm multiplies one expert at a time, and the host waits for the GPU: {why}"
+    else:
+        said = "grouped_mm multiplies all experts, and the host does not wait"
+        said += f"; {decoded_by(x.device)}" * is_4bit
+    return said
 
 
 def _embedding_row(name: str) -> Row:

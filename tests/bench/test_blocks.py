@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import report
 from lora_kernels.backends import decode4bit
-from lora_kernels.bench import blocks, traffic
+from lora_kernels.bench import blocks, experts_traffic, traffic
 from lora_kernels.bench.blocks import BLOCKS, CELLS, FUNCTIONS, INPLACE, Block, BlockRow
 from lora_kernels.bench.counter import Kernel, Traffic, count
 from lora_kernels.bench.traffic import Cell
@@ -262,6 +262,7 @@ def test_bench_count_has_a_list_of_blocks(
     monkeypatch.setattr(traffic, "CELLS", traffic.CELLS[:1])
     monkeypatch.setattr(blocks, "BLOCKS", SMALL)
     monkeypatch.setattr(blocks, "CELLS", CELLS[:1])
+    monkeypatch.setattr(experts_traffic, "lines", lambda: ["experts are counted last"])
     ran = run("--count")
     found = ran.data["blocks"]
     assert len(found) == 2 * len(SMALL) * len(blocks.ROWS) and "block" not in ran.rows[0]
@@ -270,10 +271,11 @@ def test_bench_count_has_a_list_of_blocks(
     )
     assert ran.status == any(row["losses"] for row in [*ran.rows, *found])
     assert "\nmlp 128→256→128: 6 rows, ours loses " in ran.out
-    last = ran.out.splitlines()[-2:]
-    assert all(
-        re.match(r"head .* ours [\d.]+ GB, \d+ kernels, .*; peft [\d.]+ GB", t) for t in last
+    heads = [line for line in ran.out.splitlines() if line.startswith("head ")]
+    assert len(heads) == 2 and all(
+        re.match(r"head .* ours [\d.]+ GB, \d+ kernels, .*; peft [\d.]+ GB", t) for t in heads
     )
+    assert ran.out.splitlines()[-1] == "experts are counted last"
     table = report.table(report.block_head(), report.block_rows(found))
     lines = table.splitlines()
     assert len(lines) == 2 + len(SMALL) and lines[2].endswith(" | – |")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels import lora_linear
 from lora_kernels.backends.eager import linear as eager
-from lora_kernels.bench import blocks, command, counter, memory
+from lora_kernels.bench import blocks, command, counter, experts_traffic, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
@@ -84,6 +84,18 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
     "index_select from a large table": (
         lambda: meta(1000, K).index_select(0, meta(M, dtype=torch.int64)),
         [(X + 8 * M, X)],
+    ),
+    "grouped_mm reads a matrix for each row, if it has fewer": (
+        lambda: F.grouped_mm(meta(3, 8), meta(5, 8, 16), offs=meta(5, dtype=torch.int32)),
+        [(4 * 3 * 8 + 4 * 3 * 8 * 16 + 4 * 5, 4 * 3 * 16)],
+    ),
+    "grouped_mm of as many rows as matrices": (
+        lambda: F.grouped_mm(meta(5, 8), meta(5, 8, 16), offs=meta(5, dtype=torch.int32)),
+        [(4 * 5 * 8 + 4 * 5 * 8 * 16 + 4 * 5, 4 * 5 * 16)],
+    ),
+    "grouped_mm of groups that are summed": (
+        lambda: F.grouped_mm(meta(3, 8).t(), meta(3, 8), offs=meta(5, dtype=torch.int32)),
+        [(2 * 4 * 3 * 8 + 4 * 5, 4 * 5 * 8 * 8)],
     ),
     "views": (lambda: A.t().view(K, 2, M // 2).unsqueeze(0).expand(3, K, 2, 4).detach(), []),
     "allocations": (lambda: (meta(M, K), torch.empty_like(A), A.new_empty(3)), []),
@@ -342,8 +354,9 @@ def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers, which take a second, and no blocks."""
+    """Small layers, which take a second, and neither blocks nor experts."""
     monkeypatch.setattr(blocks, "BLOCKS", ())
+    monkeypatch.setattr(experts_traffic, "EXPERTS", ())
     monkeypatch.setattr(bench_traffic, "SHAPES", ((128, 256),))
 
 

@@ -25,10 +25,14 @@ from transformers import (
 )
 
 import lora_kernels.integrations
+from lora_kernels.backends.eager import experts as eager_experts
+from lora_kernels.backends.eager import stack4bit
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench.counter import count
+from lora_kernels.bench.experts import Shape, adapted, experts_module
 from lora_kernels.layers import Experts, adaptable_experts, quantize_experts
 from lora_kernels.layers.experts import stack
+from lora_kernels.oracle import case as cases
 from lora_kernels.peft import explain, fuse, unfuse
 from lora_kernels.peft.experts import FusedParamWrapper, experts_reason
 from lora_kernels.quantization import Weight4bit
@@ -244,14 +248,77 @@ def test_fused_experts_in_4_bits_are_those_decoded(name: str, quantized: str) ->
     assert_equal_steps(step(model), want)
 
 
-def test_explain_of_4bit_experts_on_a_gpu_says_that_the_host_waits() -> None:
-    model = fuse(make("mixtral"))
-    dense = [row.reason for row in explain(model).rows if "experts" in row.layer]
-    quantize_experts(model)
-    with as_on_gpu(), lora_kernels.backend("eager"):
-        four_bit = [row.reason for row in explain(model).rows if "experts" in row.layer]
-    assert not any("the host waits" in reason for reason in dense)
-    assert four_bit and all(reason.endswith("the host waits for the GPU") for reason in four_bit)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])  # gpt_oss stacks [E, K, N]
+def test_explain_of_experts_on_a_gpu_says_whether_the_host_waits(name: str) -> None:
+    def reasons(rank: int, dtype: torch.dtype, quantized: bool) -> set[str]:
+        torch.manual_seed(0)
+        model = get_peft_model(MODELS[name]().to(dtype), config(r=rank, target_modules=[]))
+        fuse(quantize_experts(model) if quantized else model)
+        with as_on_gpu(), lora_kernels.backend("eager"):
+            found = {row.reason for row in explain(model).rows if "experts" in row.layer}
+        start = "experts; the eager backend was requested; "
+        assert all(reason.startswith(start) for reason in found)
+        return {reason.removeprefix(start) for reason in found}
+
+    no_kernel = "PyTorch's kernel for all experts takes bfloat16, not torch.float32"
+    waits = "one expert at a time is {}, and the host waits for the GPU: "
+    waits_not = "grouped_mm multiplies all experts, and the host does not wait"
+    (dense,) = reasons(8, torch.bfloat16, False)
+    assert dense == waits_not
+    (four_bit,) = reasons(8, torch.bfloat16, True)
+    assert four_bit.startswith(f"{waits_not}; ") and "decodes" in four_bit
+    for reason in reasons(5, torch.bfloat16, True):
+        assert reason.startswith(waits.format("decoded and multiplied") + "grouped_mm needs rows")
+    for reason in reasons(5, torch.bfloat16, False):
+        assert reason.startswith(waits.format("multiplied") + "grouped_mm needs rows of 16 bytes")
+    assert reasons(8, torch.float32, True) == {waits.format("decoded and multiplied") + no_kernel}
+    by_torch = "grouped_mm multiplies one expert at a time, and the host waits for the GPU: "
+    assert reasons(8, torch.float32, False) == {by_torch + no_kernel}
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 30])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_moe", "olmoe"])
+def test_fused_4bit_experts_train_on_a_gpu_s_path_as_peft_s_decoded(
+    name: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of SGD on a layer's experts in bfloat16, with the routing given, beside float64.
+
+    PEFT has the decoded weights: over 4 bits its forward leaves the adapter out.
+    """
+    torch.manual_seed(0)
+    base = experts_module(Shape(name, 4, 2, 64, 128), torch.bfloat16)
+    quantized = quantize_experts(copy.deepcopy(base), blocksize=64)
+    for parameter in ("gate_up_proj", "down_proj"):
+        decoded = cast(Weight4bit, stack(quantized, parameter)).dequantize()
+        getattr(base, parameter).data.copy_(decoded)
+    peft: Any = adapted(base)
+    ours: Any = copy.deepcopy(peft)
+    quantize_experts(ours, blocksize=64)
+    oracle: Any = copy.deepcopy(peft).double()
+    oracle.get_base_layer().config._experts_implementation = "eager"
+    fuse(nn.ModuleDict({"experts": ours}))
+    monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+    monkeypatch.setattr(eager_experts, "runs", None)  # none is computed expert by expert
+    x, dy = torch.randn(2, 2, 40, 64).bfloat16()
+    weights, index = torch.rand(2, 40, 4).topk(2)
+    found = {}
+    for kind, layer in {"oracle": oracle, "peft": peft, "ours": ours}.items():
+        dtype = torch.float64 if kind == "oracle" else torch.bfloat16
+        adapters = {n: p for n, p in layer.named_parameters() if "lora_" in n}
+        before = {n: p.detach().clone() for n, p in adapters.items()}
+        optimizer = torch.optim.SGD(adapters.values(), lr=0.02)
+        with cases.engine("eager-gpu") if kind == "ours" else nullcontext():
+            for i in range(2):
+                y = layer(x[i].to(dtype), index[i], weights[i].bfloat16().to(dtype))
+                optimizer.zero_grad()
+                y.backward(dy[i].to(dtype))
+                optimizer.step()
+        moved = {n: p.detach().double() - before[n].double() for n, p in adapters.items()}
+        found[kind] = {"y": y.detach(), **moved}
+    want = found.pop("oracle")
+    of_peft, of_ours = (errors(found[kind], want) for kind in ("peft", "ours"))
+    # Both round y, P and each gradient to bfloat16; PEFT rounds W + s·B·A too.
+    assert all(of_ours[key] <= 1.1 * of_peft[key] for key in of_ours), (of_ours, of_peft)
 
 
 def test_fused_experts_never_write_effective_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,10 @@ TESTS = {
     "peft/experts.py": "tests/interop/test_experts.py",
     "layers/experts.py": "tests/layers/test_experts.py tests/interop/test_experts.py",
     "backends/cpu/experts.py": "tests/ops/test_lora_experts.py",
-    "backends/eager/experts.py": "tests/ops/test_lora_experts.py",
+    **dict.fromkeys(
+        ("backends/eager/experts.py", "backends/eager/stack4bit.py"),
+        "tests/ops/test_lora_experts.py tests/ops/test_stack4bit.py",
+    ),
     "peft/swap.py": f"{PEFT} tests/interop/test_lifecycle.py tests/interop/test_frozen.py",
     "peft/adalora.py": "tests/interop/test_equivalence.py tests/interop/test_layer_kinds.py",
     "peft/report.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py",

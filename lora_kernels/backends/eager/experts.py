@@ -1,23 +1,30 @@
 """Mixtures of experts in PyTorch's GEMMs, on any device and in any floating dtype.
 
-On a GPU, `torch.nn.functional.grouped_mm` runs a call with a dense weight. It needs 16-bit or
-float32 operands whose rows are multiples of 16 bytes. The host does not wait for the offsets.
+On a GPU, `torch.nn.functional.grouped_mm` runs a call. It needs 16-bit or float32 operands whose
+rows are multiples of 16 bytes. For bfloat16 on a GPU of compute capability 9 or 10 it is one kernel
+that reads the offsets on the GPU, and the host does not wait. Elsewhere PyTorch waits for the
+offsets and multiplies one expert at a time. A 4-bit weight is decoded in pieces (`stack4bit`) where
+the host need not wait, and a call with fewer rows than experts decodes those experts alone, by
+`torch.bmm` in place of `grouped_mm`, on any GPU.
 Rounding points: the adapter, P and dS to the dtype of the base GEMM; each gradient from that dtype;
 y after the base GEMM and after the low-rank update.
 
 Otherwise the eager backend's `lora_linear` runs once for each expert, with its rounding points. On
-a GPU the host waits for the offsets. One expert of a 4-bit weight is decoded at a time. Neither
-path allocates a temporary of E·N·K elements.
+a GPU the host waits for the offsets. One expert of a 4-bit weight is decoded at a time; the whole
+stack, if a block of codes straddles two experts. `loop_reason` says why a call runs so.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...core import device
 from ...core.call import (
     ExpertsGrads,
     ExpertsNeeds,
@@ -30,25 +37,56 @@ from ...core.call import (
 )
 from ...core.dropout import dropout_mask, dropout_scale
 from ...core.dtypes import stat_dtype
+from ...core.packed4bit import Packed4bit
+from .. import decode4bit
 from ..experts import runs, weight_of
 from ..library import is_on_gpu_path
 from . import linear as eager
+from .stack4bit import ALIGNED, build_stack, chosen_experts, expert_of_rows, uncut_reason
 
-ALIGNED = 16  # the rows of `grouped_mm`'s operands must be multiples of so many bytes
+MOST_GROUPS = 1023  # of PyTorch's kernel
+
+
+def loop_reason(operands: ExpertsOperands, spec: ExpertsSpec) -> str | None:
+    """Return why a call runs expert by expert; None if `grouped_mm` runs it.
+
+    Of a 4-bit call with fewer rows than experts it is the reason for the backward alone.
+    """
+    x, weight, lora_A, lora_B = operands[:4]
+    R, K, N = lora_A.shape[1], lora_A.shape[2], lora_B.shape[1]
+    if not is_on_gpu_path(x.device.type):
+        return "on a CPU"
+    if not hasattr(functional, "grouped_mm"):
+        return f"torch {torch.__version__} has no grouped_mm"
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"grouped_mm does not take {spec.dtype}"
+    if any(size * spec.dtype.itemsize % ALIGNED for size in (R, K, N)):
+        return f"grouped_mm needs rows of {ALIGNED} bytes; rank {R}, in {K}, out {N} are no such"
+    if lora_B.shape[0] > MOST_GROUPS:
+        return f"grouped_mm takes at most {MOST_GROUPS} experts"
+    if isinstance(weight, Packed4bit):
+        return waits_reason(x.device, spec.dtype) or uncut_reason(operands, spec)
+    return None if _is_aligned(cast(Tensor, weight)) else "the weight's strides are not aligned"
+
+
+def waits_reason(where: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why `grouped_mm` waits for the offsets on a device and multiplies one expert at a
+    time; None if it is one kernel. PyTorch's `_grouped_mm_cuda` decides so."""
+    if dtype is not torch.bfloat16:
+        return f"PyTorch's kernel for all experts takes bfloat16, not {dtype}"
+    if where.type in ("meta", "cpu"):  # `as_on_gpu`'s; both stand for an H100
+        return None
+    if where.type != "cuda":
+        return f"whether PyTorch has a kernel for all experts on {where.type} is not known"
+    gpu = device.gpu(where.index)
+    if gpu.kind == "cuda" and gpu.capability // 10 in (9, 10):
+        return None
+    return f"PyTorch's kernel for all experts does not run on {gpu.name}"
 
 
 def is_grouped(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
     """Return True if `grouped_mm` runs the call."""
-    x, weight, lora_A, lora_B = operands[:4]
-    sizes = lora_A.shape[1], lora_A.shape[2], lora_B.shape[1]
-    return (
-        isinstance(weight, Tensor)
-        and _is_aligned(weight)
-        and is_on_gpu_path(x.device.type)
-        and hasattr(functional, "grouped_mm")
-        and spec.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(size * spec.dtype.itemsize % ALIGNED == 0 for size in sizes)
-    )
+    return loop_reason(operands, spec) is None
 
 
 def _is_aligned(t: Tensor) -> bool:
@@ -62,13 +100,18 @@ def _is_aligned(t: Tensor) -> bool:
     return aligned and (t.is_meta or t.data_ptr() % ALIGNED == 0)
 
 
+def _align(t: Tensor) -> Tensor:
+    return t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format)
+
+
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Multiply each expert's rows of a, or columns if b is a matrix, by its part of b.
 
-    Operands that are not aligned, as PEFT's lora_B, are copied.
+    Operands that are not aligned, as PEFT's lora_B, are copied. Columns that are summed in groups
+    stay apart in memory: side by side the kernel wants groups of 16 bytes.
     """
-    a, b = (t if _is_aligned(t) else t.contiguous() for t in (a, b))
-    found: Tensor = functional.grouped_mm(a, b, offs=offsets.to(torch.int32))
+    a = _align(a) if b.dim() == 3 else _align(a.t()).t()
+    found: Tensor = functional.grouped_mm(a, _align(b), offs=offsets.to(torch.int32))
     return found
 
 
@@ -78,32 +121,62 @@ def _zero_rows_of_no_expert(t: Tensor, offsets: Tensor) -> Tensor:
     return t.masked_fill_(rows >= offsets[-1], 0)
 
 
-def _bias_of_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """Return the bias [M, N] of each row's expert."""
-    places = torch.arange(rows, device=bias.device)
-    expert = torch.bucketize(places, offsets.contiguous(), right=True)
-    return bias[expert.clamp_(max=bias.shape[0] - 1)]
+def _multiply(a: Tensor, stack: Tensor, offsets: Tensor, chosen: Tensor | None) -> Tensor:
+    """Multiply each row of a by its expert's matrix.
+
+    stack: [E, .., ..], or with `chosen` one matrix for each row.
+    """
+    if chosen is None:
+        return _grouped_mm(a, stack, offsets)
+    return torch.bmm(a[:, None], stack)[:, 0]
+
+
+def _of_rows(stack: Tensor, chosen: Tensor | None) -> Tensor:
+    return stack if chosen is None else stack.index_select(0, chosen)
+
+
+def _add_base(
+    a: Tensor,
+    operands: ExpertsOperands,
+    spec: ExpertsSpec,
+    chosen: Tensor | None,
+    update: Callable[[], Tensor] | None,
+    backward: bool = False,
+) -> Tensor:
+    """Return a·Wᵀ, in the backward a·W, by each row's expert, plus the update.
+
+    Args:
+        chosen: the experts that are decoded, of `chosen_experts`.
+        update: computes the low-rank update, which is overwritten; None for no adapters.
+    """
+    weight, offsets = operands.weight, operands.offsets
+    if isinstance(weight, Packed4bit):
+        stack = build_stack(operands, spec, chosen, backward)
+        if len(stack.pieces) > 1:  # the update first: then no piece needs a pass of its own
+            width = stack.shape[stack.axis]
+            out = a.new_empty(a.shape[0], width) if update is None else update()
+            for piece in stack.pieces:
+                part = out[:, piece]
+                put = part.copy_ if update is None else part.add_
+                put(_multiply(a, stack.decode(piece), offsets, chosen))  # no name keeps a piece
+            return out
+        base = _multiply(a, stack.decode(stack.pieces[0]), offsets, chosen)
+    else:
+        dense = cast(Tensor, weight).to(spec.dtype)
+        base = _grouped_mm(a, dense if backward else dense.mT, offsets)
+    return base if update is None else base.add_(update())
 
 
 def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, weight, lora_A, lora_B, offsets, bias, rng, mask = operands
+    x, _, lora_A, lora_B, offsets, bias, rng, mask = operands
     scaling, dropout_p, dtype, y_dtype, _ = spec
-    if is_grouped(operands, spec):
-        dropped, factor, drawn = eager.drop(x, dropout_p, rng, mask)
-        y = _grouped_mm(x.to(dtype), cast(Tensor, weight).to(dtype).mT, offsets)
-        p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype))
-        if lora_A.shape[1]:
-            narrow = _grouped_mm(dropped.to(dtype), lora_A.to(dtype).mT, offsets)
-            p = narrow.to(p.dtype)
-            s = (p * (scaling * factor)).to(dtype)
-            y += _grouped_mm(s, lora_B.to(dtype).mT, offsets)
-            p = _zero_rows_of_no_expert(p * factor if factor != 1.0 else p, offsets)
-        if bias is not None:
-            y += _bias_of_rows(bias, offsets, x.shape[0])
-        return _zero_rows_of_no_expert(y, offsets).to(y_dtype), Saved(p, None, drawn)
+    chosen = chosen_experts(operands, spec) if is_on_gpu_path(x.device.type) else None
+    if chosen is not None or is_grouped(operands, spec):
+        return _grouped_forward(operands, spec, chosen)
+    operands = _with_plain_scales(operands)
     y = x.new_zeros(x.shape[0], lora_B.shape[1], dtype=y_dtype)
     p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype))
     one = Spec(scaling, dropout_p, dtype, y_dtype)
@@ -122,6 +195,34 @@ def lora_experts(
         y[rows], saved = eager.lora_linear(own, one, strategy)
         p[rows] = saved.p
     return y, Saved(p, None, drawn)
+
+
+def _grouped_forward(
+    operands: ExpertsOperands, spec: ExpertsSpec, chosen: Tensor | None
+) -> tuple[Tensor, Saved]:
+    x, _, lora_A, lora_B, offsets, bias, rng, mask = operands
+    scaling, dropout_p, dtype, y_dtype, _ = spec
+    dropped, factor, drawn = eager.drop(x, dropout_p, rng, mask)
+    p, update = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype)), None
+    if lora_A.shape[1]:
+        A, B = (_of_rows(t, chosen).to(dtype).mT for t in (lora_A, lora_B))
+        p = _multiply(dropped.to(dtype), A, offsets, chosen).to(p.dtype)
+        s = (p * (scaling * factor)).to(dtype)
+        p = _zero_rows_of_no_expert(p * factor if factor != 1.0 else p, offsets)
+        update = functools.partial(_multiply, s, B, offsets, chosen)
+    del dropped
+    y = _add_base(x.to(dtype), operands, spec, chosen, update)
+    if bias is not None:
+        y += bias[expert_of_rows(offsets, x.shape[0]) if chosen is None else chosen]
+    return _zero_rows_of_no_expert(y, offsets).to(y_dtype), Saved(p, None, drawn)
+
+
+def _with_plain_scales(operands: ExpertsOperands) -> ExpertsOperands:
+    """Decode the nested scales of a GPU's 4-bit weight once for all experts."""
+    weight = operands.weight
+    if not isinstance(weight, Packed4bit) or not is_on_gpu_path(operands.x.device.type):
+        return operands
+    return operands._replace(weight=decode4bit.with_plain_scales(weight))
 
 
 def _mask(operands: ExpertsOperands, spec: ExpertsSpec) -> Tensor | None:
@@ -153,6 +254,7 @@ def lora_experts_backward(
     one = Spec(spec.scaling, spec.dropout_p, spec.dtype, spec.y_dtype)
     own_needs = Needs(needs.x, needs.lora_A, needs.lora_B, bias=needs.bias)
     mask = _mask(operands, spec)
+    operands = _with_plain_scales(operands) if needs.x else operands
     for e, rows in runs(offsets):
         base = weight_of(operands, spec, e, spec.dtype) if needs.x else None
         own = Operands(
@@ -174,7 +276,7 @@ def lora_experts_backward(
 def _grouped_backward(
     dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
 ) -> ExpertsGrads:
-    x, weight, lora_A, lora_B, offsets, _, rng, mask = operands
+    x, _, lora_A, lora_B, offsets, _, rng, mask = operands
     scaling, dropout_p, dtype, _, _ = spec
     dx = dA = dB = dbias = None
     R, dz = lora_A.shape[1], dy.to(dtype).contiguous()
@@ -193,8 +295,12 @@ def _grouped_backward(
         dropped = eager.drop(x, dropout_p, rng, mask).x.to(dtype)
         dA = _grouped_mm(dxa.t(), dropped, offsets).to(lora_A.dtype)
     if needs.x:
-        dx = _grouped_mm(dz, cast(Tensor, weight).to(dtype), offsets)
-        if dxa is not None:
-            dx += eager.drop(_grouped_mm(dxa, lora_A.to(dtype), offsets), dropout_p, rng, mask).x
+
+        def update() -> Tensor:
+            narrow = _grouped_mm(cast(Tensor, dxa), lora_A.to(dtype), offsets)
+            return eager.drop(narrow, dropout_p, rng, mask).x
+
+        chosen = chosen_experts(operands, spec)
+        dx = _add_base(dz, operands, spec, chosen, update if R else None, backward=True)
         dx = _zero_rows_of_no_expert(dx, offsets).to(x.dtype)
     return ExpertsGrads(dx, dA, dB, dbias)

@@ -430,4 +430,5 @@ def build_prepared_call(
     choice = selection.choose(Problem(lora_A.device.type, *dtypes, lora_A.shape[0], 1, four_bit))
     if choice.backend != "cpu" or choice.strategy not in cpu.GEMVS:
         return None
-    return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards, choice)
+    spec = Spec(scaling, 0.0, dtype, x_dtype)
+    return cpu.PreparedCall(weight, lora_A, lora_B, spec, rows, guards, choice)

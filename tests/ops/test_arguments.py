@@ -11,7 +11,7 @@ import torch
 import lora_kernels
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
-from lora_kernels.core.call import Guard
+from lora_kernels.core.call import Guard, Spec
 from lora_kernels.core.problem import Choice, Strategy
 from lora_kernels.layers import cache
 from lora_kernels.ops.norm import dora_norm
@@ -220,7 +220,8 @@ def test_prepared_call_of_anything_else_is_none() -> None:
     fact = {"is": True}
     choice = Choice("cpu", Strategy.GEMV, "")
     guards = [Guard(fact, "is", True)]
-    call = cpu.PreparedCall(torch.eye(64), A, B, 2.0, f32, f32, 4, guards, choice)
+    spec = Spec(2.0, 0.0, f32, f32)
+    call = cpu.PreparedCall(torch.eye(64), A, B, spec, 4, guards, choice)
     x, y = torch.ones(3, 64), torch.full((3, 64), 1.0 + 2 * 2 * 64)
     assert torch.equal(call(x), y)  # type: ignore[arg-type]
     assert torch.equal(call(x.view(1, 3, 64), torch.arange(64.0)), y[None] + torch.arange(64.0))  # type: ignore[arg-type]

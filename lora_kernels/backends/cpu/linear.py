@@ -256,6 +256,7 @@ class PreparedCall:
     values each time. It cannot be copied, since a copy would read the same memory.
 
     Args:
+        spec: of the call. x has y's dtype.
         few: the most rows of x.
         guards: checked before each call.
         choice: of the call, for its backward.
@@ -266,15 +267,13 @@ class PreparedCall:
         weight: Tensor | Packed4bit,
         lora_A: Tensor,
         lora_B: Tensor,
-        scaling: float,
-        x_dtype: torch.dtype,
-        dtype: torch.dtype,
+        spec: Spec,
         few: int,
         guards: Sequence[Guard],
         choice: Choice,
     ) -> None:
         assert native.module is not None
-        (R, K), N = lora_A.shape, lora_B.shape[0]
+        (R, K), N, dtype, x_dtype = lora_A.shape, lora_B.shape[0], spec.dtype, spec.y_dtype
         fused, sizes = _fused_weight(weight, (N, K), dtype), (0, K, N, R)
         no_factors, no_dropout = (None, None, None), pack_dropout(0.0, None)
         convert = None if x_dtype is dtype else lambda x: x.to(dtype)
@@ -289,7 +288,7 @@ class PreparedCall:
         self._forward = native.module.prepare(
             *(few, DTYPES[x_dtype], DTYPES[dtype], *functions, new_ranks, torch.get_num_threads),
             *zip(*_X_GUARDS, ("dtype", x_dtype), strict=True),
-            _pack_layer(fused, (lora_A, lora_B), sizes, scaling, no_factors, no_dropout),
+            _pack_layer(fused, (lora_A, lora_B), sizes, spec.scaling, no_factors, no_dropout),
         )
 
     def __reduce__(self) -> NoReturn:

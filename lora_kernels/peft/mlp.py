@@ -22,11 +22,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.library import is_on_gpu_path
-from ..core.call import Operands, Spec
-from ..ops import context, linear
-from ..ops.arguments import base_dtype
+from ..ops import context
 from ..ops.gated_mlp import Hidden, gated_mlp
-from ..quantization import Weight4bit
+from ..ops.siblings import is_eager
 from .adalora import FusedSVD
 from .adapters import adapters_of, casts_adapters, dropout_p, lora_bias, weight_of
 from .base import readable_weight
@@ -430,12 +428,7 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     if casts_adapters(down, g.device.type, g.dtype, g.numel() // g.shape[-1]):
         A, B = A.to(g.dtype), B.to(g.dtype)
     weight, compute_dtype = readable_weight(base, g)
-    stored = weight.codes if isinstance(weight, Weight4bit) else weight
-    dtype = base_dtype(context.device_of(g)[0], g.dtype, compute_dtype)
-    if (
-        linear.choose(Operands(g, stored, A, B), Spec(scaling, 0.0, dtype, g.dtype)).backend
-        != "eager"
-    ):
+    if not is_eager(g, weight, A, B, compute_dtype=compute_dtype):
         y = down(parts.function(g) * u)
         return y
     if down.mixed_batch is not None:  # of a call before

@@ -257,7 +257,7 @@ def test_layer_that_a_verdict_gives_to_kernels_is_called(other, runs, monkeypatc
         asked.append(is_other)
         return dataclasses.replace(found, backend="cuda") if is_other else found
 
-    monkeypatch.setattr("lora_kernels.layers.gated_mlp.linear.choose", chosen)
+    monkeypatch.setattr(linear, "choose", chosen)
     x = input_of()
     linears = mlp._linears(x)
     assert linears is None and any(asked)

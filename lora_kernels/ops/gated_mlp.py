@@ -88,9 +88,7 @@ def gated_mlp(
         dense = dense if dense is None else dense.to(y_dtype)
     spec = Spec(scaling, 0.0, dtype, y_dtype)
     # A view of a larger tensor shares its memory.
-    is_private = is_private and all(
-        t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in (g, u)
-    )
+    is_private = is_private and all(t.untyped_storage().nbytes() == t.nbytes for t in (g, u))
     options = GatedOptions(activation, spec, is_private, codes[PACKED4BIT_TENSORS:])
     frozen = codes[:PACKED4BIT_TENSORS] or (dense,)
     y: Tensor = GatedMLPFunction.apply(g, u, lora_A, lora_B, bias, options, *frozen)

@@ -145,9 +145,8 @@ def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]
         yield name, module, found if isinstance(found, str) else None
 
 
-def _is_linear(module: nn.Module | None) -> bool:
-    is_base = isinstance(module, nn.Linear) or (module is not None and is_conv1d(module))
-    return is_base or isinstance(module, LoraLayer)
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, (nn.Linear, LoraLayer)) or is_conv1d(module)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -156,7 +155,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
         linears = [each for each in module._modules.values() if _is_linear(each)]
         has_projections = len(linears) == 3 or _has_merged_gate(linears)
         is_fused = any(isinstance(each, Fused) for each in linears)
-        if has_projections and is_fused and not isinstance(module, LoraLayer):
+        if has_projections and is_fused:
             yield name, module
 
 

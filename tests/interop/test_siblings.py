@@ -30,6 +30,7 @@ from lora_kernels.core.problem import Choice, Strategy
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.ops import siblings as blocks
 from lora_kernels.peft import explain, fuse, siblings, swap, unfuse
+from lora_kernels.peft.explain_rows import Row
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     R,
@@ -627,43 +628,75 @@ def other_forward(model: Any) -> Any:
     return model
 
 
-STATES: dict[str, tuple[Callable[[Any], Any], tuple[int, int]]] = {
-    "two adapters": (with_two_adapters, (0, 0)),
-    "two adapters in k": (with_two_adapters_in_k, (1, 2)),
-    "second adapter": (with_second_adapter, (1, 3)),
-    "disabled": (disabled, (0, 0)),
-    "k merged": (merged_k, (1, 2)),
-    "scaling in a tensor": (scaled_by_a_tensor, (1, 3)),
-    "forward hook on k": (hooked("forward", "k"), (1, 2)),
-    "forward pre-hook on q": (hooked("forward_pre", "q"), (1, 2)),
-    "backward hook on v": (hooked("full_backward", "v"), (1, 2)),
-    "backward pre-hook on v": (hooked("full_backward_pre", "v"), (1, 2)),
-    "hook on k's lora_A": (hooked("forward", "k.lora_A.default"), (1, 2)),
-    "hook on k's lora_B": (hooked("forward", "k.lora_B.default"), (1, 2)),
-    "hook on k's base": (hooked("forward", "k.base_layer"), (1, 2)),
-    "hook on k's dropout": (hooked("forward", "k.lora_dropout.default"), (1, 2)),
-    "hook on the parent": (hooked("forward", ""), (1, 3)),
-    "backward hook on the parent": (hooked("full_backward", ""), (1, 3)),
-    "hook that doubles": (doubling_hook, (1, 2)),
-    "hook that doubles a gradient": (doubling_gradient_hook, (1, 2)),
-    "other forward": (other_forward, (1, 2)),
+OFF = "adapters are {}: the base layer's own forward"
+HOOKED = "a hook sits on it"
+INNER = "adapter 'default': a hook sits on its {}"
+# What is changed, the counts, and which layers do not share x, and why.
+STATES: dict[str, tuple[Callable[[Any], Any], tuple[int, int], tuple[str, str]]] = {
+    "two adapters": (with_two_adapters, (0, 0), ("qkvw", "several adapters are active")),
+    "two adapters in k": (with_two_adapters_in_k, (1, 2), ("k", "several adapters are active")),
+    "second adapter": (with_second_adapter, (1, 3), ("", "")),
+    "disabled": (disabled, (0, 0), ("qkvw", OFF.format("disabled"))),
+    "k merged": (merged_k, (1, 2), ("k", OFF.format("merged"))),
+    "scaling in a tensor": (scaled_by_a_tensor, (1, 3), ("", "")),
+    "forward hook on k": (hooked("forward", "k"), (1, 2), ("k", HOOKED)),
+    "forward pre-hook on q": (hooked("forward_pre", "q"), (1, 2), ("q", HOOKED)),
+    "backward hook on v": (hooked("full_backward", "v"), (1, 2), ("v", HOOKED)),
+    "backward pre-hook on v": (hooked("full_backward_pre", "v"), (1, 2), ("v", HOOKED)),
+    "hook on k's lora_A": (
+        hooked("forward", "k.lora_A.default"),
+        (1, 2),
+        ("k", INNER.format("nn.Linear")),
+    ),
+    "hook on k's lora_B": (
+        hooked("forward", "k.lora_B.default"),
+        (1, 2),
+        ("k", INNER.format("nn.Linear")),
+    ),
+    "hook on k's base": (
+        hooked("forward", "k.base_layer"),
+        (1, 2),
+        ("k", "a hook sits on its nn.Linear"),
+    ),
+    "hook on k's dropout": (
+        hooked("forward", "k.lora_dropout.default"),
+        (1, 2),
+        ("k", INNER.format("dropout")),
+    ),
+    "hook on the parent": (hooked("forward", ""), (1, 3), ("", "")),
+    "backward hook on the parent": (hooked("full_backward", ""), (1, 3), ("", "")),
+    "hook that doubles": (doubling_hook, (1, 2), ("k", HOOKED)),
+    "hook that doubles a gradient": (doubling_gradient_hook, (1, 2), ("k", HOOKED)),
+    "other forward": (other_forward, (1, 2), ("k", "")),
 }
 
 
 @pytest.mark.parametrize("when", ["before fuse", "after fuse"])
 @pytest.mark.parametrize("name", STATES)
 def test_siblings_in_any_state_equal_peft(name, when, shared) -> None:
-    change, want = STATES[name]
+    change, want, (apart, reason) = STATES[name]
     stock = build()
     if when == "before fuse":
         fused = fuse(change(copy.deepcopy(stock)))
     else:
         fused = change(fuse(copy.deepcopy(stock)))
     change(stock)
-    assert_equal_step(stock, fused, batch())
     if name == "other forward" and when == "after fuse":
-        want = (1, 3)  # it calls the layer's own
+        want, apart = (1, 3), ""  # it calls the layer's own
+    assert explain(fused).blocks == [row_of(apart, reason)]
+    assert_equal_step(stock, fused, batch())
     assert shared.take() == want
+
+
+def row_of(apart: str, reason: str) -> Row:
+    """What `explain` says of a parent; without a reason it does not name the layers apart."""
+    alone = [f"{name} runs its own call: {reason}" for name in ALL if name in apart and reason]
+    sharing = [name for name in ALL if name not in apart]
+    said = ["x is not shared", "eager", "own calls"]
+    if sharing:
+        said = ["x is shared", "eager", f"x is threaded through {', '.join(sharing)}"]
+        alone = ["for calls with the same x of more than 64 rows", *alone]
+    return Row("base_model.model.parent", *said, "; ".join(alone))
 
 
 def test_siblings_with_an_adapter_of_another_dtype_equal_peft(shared) -> None:
@@ -1306,26 +1339,35 @@ def test_gradient_of_p_is_rounded_as_p_is(gated: bool, adapter: torch.dtype) -> 
     assert (found.p.double() - want).norm() <= bound * want.norm()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "adapter"), [(f64, f64), (f32, f32), (bf16, f32), (f32, bf16), (bf16, bf16)], ids=str
+)
 @pytest.mark.parametrize("gated", [False, True])
-def test_gradients_of_several_dy_at_once_equal_each_of_all_operands(gated: bool) -> None:
+def test_gradients_of_several_dy_at_once_equal_each_of_all_operands(
+    gated: bool, adapter: torch.dtype, dtype: torch.dtype
+) -> None:
     """The operands of `blocks.sibling_linear`: x, lora_A, lora_B, the bias and the gate."""
     make = torch.Generator().manual_seed(0)
 
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make, dtype=f64).requires_grad_()
+    def leaf(*shape: int, dtype: torch.dtype = adapter) -> Tensor:
+        return torch.randn(*shape, generator=make, dtype=f64).to(dtype).requires_grad_()
 
-    x, A, B, bias, weight = leaf(70, K), leaf(R, K), leaf(32, R), leaf(32), leaf(32, K).detach()
-    gate = leaf(R) if gated else None
+    x, A, B = leaf(70, K, dtype=dtype), leaf(R, K), leaf(32, R)
+    bias, weight = leaf(32), leaf(32, K, dtype=dtype).detach()
+    gate = leaf(R, dtype=f64 if dtype is f64 else f32) if gated else None
     leaves = [x, A, B, bias, *([gate] if gate is not None else [])]
-    rows, (p,) = blocks.down_projections(x, [A], False)
+    rows, (p,) = blocks.down_projections(x, [A], adapter is dtype is bf16 and not gated)
     y, _ = blocks.sibling_linear(rows, p, weight, B, 2.0, bias, gate, (70,))
-    dy = torch.randn(3, *y.shape, generator=make, dtype=f64)
+    dy = torch.randn(3, *y.shape, generator=make, dtype=f64).to(dtype)
     got = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
+    # In bfloat16 dP and dx are rounded to 2⁻⁹ in either, and each dA and dB.
+    within = {f64: 1e-12, f32: 1e-5}.get(dtype if adapter is not bf16 else bf16, 2.0**-6)
     for i, each in enumerate(dy):
         want = torch.autograd.grad(y, leaves, each, retain_graph=True)
         for a, b in zip(got, want, strict=True):
-            assert b.norm() > 0
-            assert_close_derived(a[i], b)
+            assert b.norm() > 0 and a.dtype is b.dtype
+            error = (a[i].double() - b.double()).norm() / b.double().norm()
+            assert error <= within, float(error)
 
 
 def test_linears_that_share_x_add_no_gradients_of_x() -> None:
@@ -1352,22 +1394,66 @@ def test_linears_that_share_x_add_no_gradients_of_x() -> None:
     assert sums == [], sums
 
 
-REASONS: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "DoRA": ({"use_dora": True}, None, "adapter 'default' is DoRA"),
-    "aLoRA": ({"alora_invocation_tokens": [1]}, None, "adapter 'default' is an aLoRA"),
-    "dropout": ({"lora_dropout": 0.5}, None, "its dropout is active"),
-    "two adapters": ({}, with_two_adapters, "several adapters are active"),
-    "hook": ({}, hooked("forward", "k"), "a hook sits on it"),
-}
+def inference_k(model: Any) -> Any:
+    with torch.inference_mode():
+        weight = parent_of(model).k.lora_A["default"].weight.clone()
+    parent_of(model).k.lora_A["default"]._parameters["weight"] = nn.Parameter(weight, False)
+    return model
+
+
+def without_k(model: Any) -> Any:
+    parent_of(model).k = nn.Linear(K, SIZES["k"], dtype=f64)
+    return model
+
+
+def only_q(model: Any) -> Any:
+    for name in "kvw":
+        hooked("forward", name)(model)
+    return model
+
+
+# The configuration, a change before `fuse` or after it, and the layers apart with the reason.
+REASONS: dict[str, tuple[dict[str, Any], Any, Any, tuple[str, str]]] = {
+    "DoRA": ({"use_dora": True}, None, None, ("qkvw", "adapter 'default' is DoRA")),
+    "aLoRA": (
+        {"alora_invocation_tokens": [1]}, None, None, ("qkvw", "adapter 'default' is an aLoRA"),
+    ),
+    "inference tensor": ({}, None, inference_k, ("k", "its lora_A is an inference tensor")),
+    "another module": ({}, None, without_k, ("k", "it is a Linear")),
+    "unfused": (
+        {}, None, lambda m: unfuse(parent_of(m).k) and m, ("k", "it is a Linear"),
+    ),
+    "fused by itself": (
+        {}, None, lambda m: fuse(parent_of(m).k) and m, ("k", "it was fused or unfused by itself"),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REASONS)
 def test_explain_says_why_a_layer_does_not_share(name) -> None:
-    config, change, reason = REASONS[name]
+    config, before, after, (apart, reason) = REASONS[name]
     model = build(**config)
-    model = fuse(change(model) if change else model)
-    said = [row.reason for row in explain(model).blocks]
-    assert any(reason in each for each in said), said
+    model = fuse(before(model) if before else model)
+    model = after(model) if after else model
+    assert explain(model).blocks == [row_of(apart, reason)]
+
+
+def test_explain_says_that_a_layer_has_no_other_to_share_with() -> None:
+    (row,) = explain(only_q(fuse(build()))).blocks
+    alone = [f"{name} runs its own call: a hook sits on it" for name in "kvw"]
+    said = ["x is not shared", "eager", "own calls"]
+    of_q = "q has no other to share with"
+    assert row == Row("base_model.model.parent", *said, "; ".join([*alone, of_q]))
+
+
+def test_explain_says_which_base_computes_in_another_dtype() -> None:
+    model = build(dtype=f32, base="nf4")
+    base = parent_of(model).k.base_layer
+    base.compute_dtype, base.compute_type_is_set = bf16, True
+    said = "its base computes in torch.bfloat16, x has torch.float32"
+    assert explain(fuse(model), x_dtype=f32).blocks == [row_of("k", said)]
+    with torch.autocast("cpu", bf16):
+        assert explain(model, x_dtype=f32).blocks == [row_of("", "")]
 
 
 def test_explain_of_adapters_in_two_dtypes_says_what_is_shared(shared: Shared) -> None:

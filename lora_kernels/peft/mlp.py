@@ -424,7 +424,7 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     base: Any = down.base_layer
     (adapter,) = adapters_of(down)
     A, B, scaling = weight_of(adapter.lora_A), weight_of(adapter.lora_B), float(adapter.scaling)
-    if casts_adapters(down, g.device.type, g.dtype, g.numel() // g.shape[-1]):
+    if casts_adapters(down, g.device.type, g.dtype, g.shape[:-1].numel()):
         A, B = A.to(g.dtype), B.to(g.dtype)
     weight, compute_dtype = readable_weight(base, g)
     if not is_eager(g, weight, A, B, compute_dtype=compute_dtype):

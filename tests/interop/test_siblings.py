@@ -234,6 +234,12 @@ def hook_on_x_later(self: Any, x: Tensor) -> Tensor:
     return self.w(mix(q, self.k(h), self.v(h)))
 
 
+def hook_after_x(self: Any, x: Tensor) -> Tensor:
+    h = nn.Parameter(x.detach())
+    h.register_post_accumulate_grad_hook(lambda p: None)
+    return self.w(mix(self.q(h), self.k(h), self.v(h)))
+
+
 def kept_gradient(self: Any, x: Tensor) -> Tensor:
     h = x * 1.5
     h.retain_grad()
@@ -278,6 +284,7 @@ WAYS: dict[Callable[..., Any], tuple[int, int]] = {
     checkpointed_alone_reentrant: (2, 3),
     hook_on_x: (0, 0),
     hook_on_x_later: (1, 1),
+    hook_after_x: (0, 0),
     kept_gradient: (1, 3),
     nested: (2, 6),
 }
@@ -739,7 +746,9 @@ def without_grad(model: Any) -> Any:
 
 
 # A reentrant checkpoint runs without gradients first.
-NOT_REENTRANT = (in_two_grad_modes, never, hook_on_x, hook_on_x_later, kept_gradient)
+NOT_REENTRANT = (
+    *(in_two_grad_modes, never, hook_on_x, hook_on_x_later, hook_after_x, kept_gradient),
+)
 CHECKPOINTED = [
     (way, reentrant)
     for way in WAYS
@@ -1680,3 +1689,76 @@ def _record(given: list[Any], *args: Any) -> Any:
     given.append(args)
     rows, p = args[0].reshape(-1, K), [args[0].reshape(-1, K) @ A.T for A in args[1]]
     return rows, p
+
+
+@pytest.mark.parametrize("shape", [(80, K + 1), (80, 1), (), (0,)], ids=str)
+def test_siblings_refuse_an_x_that_does_not_fit_in_the_words_of_their_own_call(shape: Any) -> None:
+    found = []
+    for blocks_on in (True, False):
+        model = fuse(build(three_alone), blocks=blocks_on)
+        with pytest.raises(ValueError, match="x: got shape") as refused:
+            model(torch.ones(shape, dtype=f64))
+        found.append(str(refused.value))
+    assert found[0] == found[1]
+
+
+def test_layer_under_two_names_is_one_sibling(shared: Shared) -> None:
+    """P of it would be computed twice."""
+    stock = build(three_alone)
+    parent_of(stock).alias = parent_of(stock).k
+    fused = fuse(copy.deepcopy(stock))
+    assert [row.strategy for row in explain(fused).blocks] == ["x is threaded through q, k, v, w"]
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (1, 3) and shared.projected == 4
+
+
+class TwoWidths(nn.Module):
+    """Layers of another width between those that share x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, size in (("a", K), ("b", 32), ("c", K), ("d", 32)):
+            setattr(self, name, nn.Linear(size, K, dtype=f64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = torch.tanh(x[..., :32].contiguous())
+        return self.a(x) * self.c(x) + self.b(half) * self.d(half)
+
+
+def test_layers_of_two_widths_are_two_groups(shared: Shared) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=R, target_modules=list("abcd"))
+    stock = get_peft_model(Stack(TwoWidths()), config, autocast_adapter_dtype=False)
+    randomize(stock)
+    fused = fuse(copy.deepcopy(stock))
+    said = [row.strategy for row in explain(fused).blocks]
+    assert said == ["x is threaded through a, c", "x is threaded through b, d"]
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (2, 4)
+
+
+def test_model_of_zero3_has_no_siblings(monkeypatch: pytest.MonkeyPatch, shared: Shared) -> None:
+    """Each layer is gathered for its own call."""
+    from lora_kernels.peft import zero3
+
+    stock, fused = pair(three_alone)
+    monkeypatch.setattr(swap, "is_zero3", lambda model: True)
+    fuse(fused)
+    assert explain(fused).blocks == []
+    assert all(zero3.is_gathered_in_call(getattr(parent_of(fused), name)) for name in ALL)
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (0, 0)
+    assert hooks_in(unfuse(fused)) == 0
+
+
+def test_siblings_keep_nothing_that_a_later_step_frees() -> None:
+    """Of a graph that is dropped without a backward, and of one whose backward ran."""
+    _, fused = pair()
+    for with_backward in (False, True):
+        x = batch().requires_grad_()
+        y = fused(x)
+        seen = [weakref.ref(t) for t in (x, y)]
+        if with_backward:
+            y.sum().backward()
+        del x, y
+        assert [ref() for ref in seen] == [None, None]

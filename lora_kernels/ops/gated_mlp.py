@@ -127,7 +127,7 @@ class GatedMLPFunction(torch.autograd.Function):
         activation, spec, is_private, blocksizes = ctx.options
         need_g, need_u, *rest = ctx.needs_input_grad[:5]
         base = join_weight(weight, blocksizes)
-        rows = g.detach().view(-1, g.shape[-1]), u.detach().view(-1, g.shape[-1])
+        rows = g.view(-1, g.shape[-1]), u.view(-1, g.shape[-1])
         if p is None:
             p = new_unsaved(dy, lora_A.shape[0], stat_dtype(spec.dtype), flat=True)
         needs = Needs(need_g or need_u, rest[0], rest[1], bias=rest[2])

@@ -3,7 +3,8 @@
 It prints the cases that differ from block_counts.json; `--write` accepts them. Of each direction it
 counts bytes read, bytes written, kernels, the peak, `held` and `left`. `left` is what is alive at
 the end: of a forward y and what it saved, of a backward y and the gradients. `held` is the sum of
-what is alive after each kernel, so that a tensor that lives for one more is seen.
+what is alive after each kernel, so that a tensor that lives for one more is seen. Then come the
+bytes that the forward saves for the backward, x and parameters among them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from lora_kernels.peft import fuse
 
 FILE = Path(__file__).with_name("block_counts.json")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FIELDS = "read", "written", "kernels", "peak", "held", "left"
 K, NS = 128, (256, 64, 192)  # in-features, and out-features of q, k and v
 DTYPES = {
     "bf16": Cell("", BF16, BF16),
@@ -177,7 +177,7 @@ class _Counter(counter._Counter):
         return result
 
     def count(self, call: Callable[[], Any], found: list[int]) -> Any:
-        """Return the result of the call, and append FIELDS to `found`."""
+        """Return the result of the call, and append the six numbers to `found`."""
         self.held = 0
         result = self.run(call)
         held, given = self.held, self.traffic()
@@ -187,7 +187,7 @@ class _Counter(counter._Counter):
 
 
 def count(case: Case) -> list[int]:
-    """FIELDS of the forward, then those of the backward if there is one."""
+    """The numbers of the forward, of the backward if there is one, and the bytes that are saved."""
     module, cell = BUILD[case.block](case), DTYPES[case.dtypes]
     parts = case.frozen.split(" and ") if case.frozen else []
     x_needs = "x" not in parts and case.mode != "no_grad"
@@ -196,14 +196,17 @@ def count(case: Case) -> list[int]:
             p.requires_grad_(False)
     wanted = [p for p in module.parameters() if p.requires_grad]
 
+    def new_x() -> Tensor:
+        return torch.empty(case.M, K, dtype=cell.dtype, device="meta").requires_grad_(x_needs)
+
+    def call(x: Tensor) -> Any:
+        with counter.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
+            return module(x)
+
     def step() -> list[int]:
-        x = torch.empty(case.M, K, dtype=cell.dtype, device="meta").requires_grad_(x_needs)
+        x = new_x()
         on, numbers = _Counter([]), list[int]()
-
-        def forward() -> Any:
-            with counter.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
-                return module(x)
-
+        forward = functools.partial(call, x)
         with torch.set_grad_enabled(case.mode != "no_grad"):
             y = on.count(forward, numbers)
         ys = [each for each in ([y] if isinstance(y, Tensor) else y) if each.requires_grad]
@@ -219,7 +222,20 @@ def count(case: Case) -> list[int]:
         if (case.block, case.dtypes) not in _called_before:
             _called_before.add((case.block, case.dtypes))
             step()  # fills what the process caches
-        return step()
+        with torch.set_grad_enabled(case.mode != "no_grad"):
+            return [*step(), _count_saved(lambda: call(new_x()))]
+
+
+def _count_saved(call: Callable[[], Any]) -> int:
+    """Bytes of the distinct tensors that the call saves for its backward."""
+    found: dict[Any, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        return found.setdefault((t.untyped_storage()._cdata, t.storage_offset(), t.shape), t)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), counter._NativeDropout():
+        call()
+    return sum(t.nbytes for t in found.values())
 
 
 _called_before: set[tuple[str, str]] = set()

@@ -212,7 +212,6 @@ def is_eager(
     weight: Tensor | Weight4bit,
     lora_A: Tensor,
     lora_B: Tensor,
-    rank_gate: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> bool:
     """Return True if the eager backend computes `lora_linear` of these arguments.
@@ -224,8 +223,7 @@ def is_eager(
         x, lora_A, lora_B = (empty_like(t, cast_dtype) for t in (x, lora_A, lora_B))
     codes = weight.codes if isinstance(weight, Weight4bit) else weight
     spec = Spec(1.0, 0.0, cast_dtype or compute_dtype or x.dtype, x.dtype)
-    operands = Operands(x, codes, lora_A, lora_B, rank_gate)
-    return linear.choose(operands, spec).backend == "eager"
+    return linear.choose(Operands(x, codes, lora_A, lora_B), spec).backend == "eager"
 
 
 def empty_like(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -427,7 +427,7 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     if casts_adapters(down, g.device.type, g.dtype, g.shape[:-1].numel()):
         A, B = A.to(g.dtype), B.to(g.dtype)
     weight, compute_dtype = readable_weight(base, g)
-    if not is_eager(g, weight, A, B, compute_dtype=compute_dtype):
+    if not is_eager(g, weight, A, B, compute_dtype):
         y = down(parts.function(g) * u)
         return y
     if down.mixed_batch is not None:  # of a call before

@@ -193,7 +193,7 @@ class _Call(NamedTuple):
         if is_cast or casts_adapters(layer, x.device.type, dtype):
             lora_B = lora_B.to(dtype)
             lora_A = blocks.empty_like(lora_A, dtype)
-        if not blocks.is_eager(x, weight, lora_A, lora_B, gate):
+        if not blocks.is_eager(x, weight, lora_A, lora_B):
             return None
         return cls(weight, lora_B, scaling, bias, gate)
 
@@ -289,8 +289,7 @@ def _can_share(x: Tensor) -> bool:
 def _key(x: Tensor) -> tuple[Any, ...]:
     """Return what is equal for calls that share x, to be compared by identity or equality."""
     cast_dtype = context.autocast_dtype(context.device_of(x)[0], x.dtype)
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return x, x._version, x.requires_grad, cast_dtype, *modes
+    return x, x._version, x.requires_grad, cast_dtype, torch.is_grad_enabled()
 
 
 def _is_same(a: object, b: object) -> bool:

@@ -558,6 +558,19 @@ def test_compiled_update_equals_pefts() -> None:
     assert_close({"y": compiled(x)}, {"y": layer(stock)(x)}, 1e-12)
 
 
+def test_compiled_update_hands_the_arguments_on_to_the_base() -> None:
+    class Scaled(Base):
+        def forward(self, x: Tensor, shift: float = 0.0, *, scale: float = 1.0) -> Tensor:
+            return super().forward(x) * scale + shift
+
+    stock, fused = pair(Scaled)
+    x = input_of()
+    compiled = torch.compile(layer(fused), backend="eager")
+    want = layer(stock)(x, 0.5, scale=3.0)
+    for call in (compiled, layer(fused)):
+        assert_close({"y": call(x, 0.5, scale=3.0)}, {"y": want}, 1e-12)
+
+
 def test_update_moves_few_bytes() -> None:
     """353 MB and 3 kernels for 8192 rows of a 4096 × 4096 layer; the sum of two took 488 and 5."""
     model: Any = nn.Sequential(Base(4096, 4096, bias=False, device="meta", dtype=bf16))

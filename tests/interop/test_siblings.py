@@ -1762,3 +1762,21 @@ def test_siblings_keep_nothing_that_a_later_step_frees() -> None:
             y.sum().backward()
         del x, y
         assert [ref() for ref in seen] == [None, None]
+
+
+def test_siblings_in_inference_mode_and_out_of_it_equal_peft(shared: Shared) -> None:
+    """Both without gradients."""
+
+    def way(self: Any, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            q = self.q(x)
+        k = self.k(x)
+        with torch.inference_mode():
+            v = self.v(x)
+        assert [t.is_inference() for t in (q, k, v)] == [True, False, True]
+        return mix(q, k, v)
+
+    stock, fused = pair(way)
+    with torch.no_grad():
+        assert_close_derived(fused(batch()), stock(batch()), 1e-12)
+    assert shared.take() == (1, 3)

@@ -42,7 +42,7 @@ DTYPES = {
     "NF4, fp32 adapters": Cell("", BF16, F32, "nf4"),
     "NF4, fp32 adapters, autocast": Cell("", BF16, F32, "nf4", autocast=True),
 }
-# What has no gradient: parts of names, and "x".
+# Parts of the names of frozen parameters, and "x".
 FROZEN = ("x", "lora_A", "lora_B", "lora_A and x", "lora_B and x", "lora_ and x")
 FROZEN_OF = {
     "siblings": ("q_proj", "v_proj", "q_proj and k_proj and x", "q_proj and v_proj and x"),

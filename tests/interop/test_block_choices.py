@@ -1,7 +1,6 @@
 """A block asks for the choice of each of its layers' own calls, and `explain` for the same.
 
-So a card's verdict, which knows a call by its `Problem`, is asked for the call that the verdict
-would compute.
+A card's verdict knows a call by its `Problem`, which is that of the layers' own calls.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def apart(reason: str) -> Row:
-    """What `explain` says of a module that runs layer by layer."""
+    """Return the row of a module that runs layer by layer."""
     return Row("base_model.model.0", "PyTorch's", "torch", "layer by layer", reason)
 
 
@@ -140,7 +140,7 @@ WITHIN = {f64: 1e-12, f32: 1e-5, bf16: 2.0**-5}
 
 
 def conv1d_glu() -> nn.Module:
-    """Of transformers' Conv1D, GPT-2's linear layer."""
+    """The projections are transformers' Conv1D, GPT-2's linear layer."""
     module = GLU()
     module.w3, module.w1, module.w2 = Conv1D(H, K), Conv1D(H, K), Conv1D(K, H)
     return module
@@ -223,12 +223,25 @@ def test_block_that_trains_one_factor_of_down_alone_has_pefts_gradients(trained)
     assert_close(got, step(stock, input_of(), None, False), 1e-12)
 
 
+class OneColumn(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., :1]
+
+
+class OneRow(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean((0, 1), keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [OneColumn, OneRow])
 @pytest.mark.parametrize("narrow", ["w1", "w3"])
-def test_gate_and_up_that_broadcast_have_pefts_gradients(narrow, runs) -> None:
+def test_gate_and_up_that_broadcast_have_pefts_gradients(narrow, kind, runs) -> None:
     module = GLU()
-    setattr(module, narrow, nn.Linear(K, 1, bias=False))
-    stock, fused = pair(adapted(module))
+    setattr(module, narrow, kind(K, H, bias=False))
+    stock, fused = pair(adapted(module, target_modules=["w2"]))
     assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    with torch.no_grad():
+        assert_close({"y": fused(input_of())}, {"y": stock(input_of())}, 1e-12)
     assert not runs
 
 
@@ -1266,7 +1279,7 @@ def test_gate_and_up_of_two_dtypes_or_classes_have_pefts_results(named, kind, gr
 
 @pytest.mark.parametrize("named", ["gate_proj", "up_proj"])
 def test_result_of_a_layer_that_is_left_to_peft_is_not_overwritten(named: str, runs: Any) -> None:
-    """What PEFT's forward may keep is not known."""
+    """PEFT's forward may keep it."""
     stock, fused = pair(adapted(llama_mlp()))
     unfuse(block_of(fused)._modules[named])
     assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)

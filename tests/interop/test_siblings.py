@@ -638,7 +638,7 @@ def other_forward(model: Any) -> Any:
 OFF = "adapters are {}: the base layer's own forward"
 HOOKED = "a hook sits on it"
 INNER = "adapter 'default': a hook sits on its {}"
-# What is changed, the counts, and which layers do not share x, and why.
+# The change, the counts, the layers that do not share x, and the reason.
 STATES: dict[str, tuple[Callable[[Any], Any], tuple[int, int], tuple[str, str]]] = {
     "two adapters": (with_two_adapters, (0, 0), ("qkvw", "several adapters are active")),
     "two adapters in k": (with_two_adapters_in_k, (1, 2), ("k", "several adapters are active")),
@@ -696,7 +696,7 @@ def test_siblings_in_any_state_equal_peft(name, when, shared) -> None:
 
 
 def row_of(apart: str, reason: str) -> Row:
-    """What `explain` says of a parent; without a reason it does not name the layers apart."""
+    """Return the row of a parent. Without a reason it does not name the layers apart."""
     alone = [f"{name} runs its own call: {reason}" for name in ALL if name in apart and reason]
     sharing = [name for name in ALL if name not in apart]
     said = ["x is not shared", "eager", "own calls"]
@@ -1752,7 +1752,7 @@ def test_model_of_zero3_has_no_siblings(monkeypatch: pytest.MonkeyPatch, shared:
 
 
 def test_siblings_keep_nothing_that_a_later_step_frees() -> None:
-    """Of a graph that is dropped without a backward, and of one whose backward ran."""
+    """A graph is dropped without a backward, or after it."""
     _, fused = pair()
     for with_backward in (False, True):
         x = batch().requires_grad_()

@@ -209,7 +209,7 @@ def test_group_is_called_in_inference_mode_and_out_of_it() -> None:
 
 @torch.no_grad()
 def test_wide_lora_B_on_another_device_is_made_again() -> None:
-    """As after `group.to(device)`."""
+    """The group may have moved by `to()` in between."""
     group, x = make().eval(), torch.randn(2, K)
     want = [y.clone() for y in group(x)]
     group._cache.wide_B = torch.empty_like(group._cache.wide_B, device="meta")
@@ -220,7 +220,7 @@ def test_wide_lora_B_on_another_device_is_made_again() -> None:
 
 
 def test_members_have_one_call_of_their_sizes_and_names() -> None:
-    """What is read of a group: views of the parameters of each member, and its description."""
+    """A member has views of the parameters of the group."""
     group = make()
     assert (group.members, group.targets) == (MEMBERS, ("q", "v"))
     assert repr(group).endswith(f"members={MEMBERS}, targets=('q', 'v'))")

@@ -268,7 +268,7 @@ def test_offsets_that_32_bits_do_not_hold_are_64_bits_wide(
 
 
 def test_check_sees_nothing_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked in a forward, and its answer holds for all others."""
+    """A forward asks for it, and the answer holds for all others."""
     seen: list[Any] = []
 
     def compare(device: torch.device) -> None:

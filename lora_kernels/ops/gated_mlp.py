@@ -142,7 +142,6 @@ class GatedMLPFunction(torch.autograd.Function):
                 dg, du, grads = eager_mlp.down_backward(
                     dy, *rows, operands, Saved(p), spec, needs, in_place, activation
                 )
-        dg = dg.view(g.shape) if dg is not None and need_g else None
-        du = du.view(g.shape) if du is not None and need_u else None
+        dg, du = (None if t is None else t.view(g.shape) for t in (dg, du))
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         return dg, du, grads.lora_A, grads.lora_B, dbias, *[None] * (1 + len(weight))

@@ -58,7 +58,7 @@ class Case(NamedTuple):
         dtypes: of DTYPES.
         M, R: rows of x, and the rank.
         frozen: of FROZEN and FROZEN_OF, or "" for nothing.
-        bias: whether the base layers have one.
+        bias: whether the base layers have one, and lora_B of a base that is called.
         cast: `cast_adapters` of `fuse`.
         mode: "" for a training step, "kept" for one whose graph is kept, "no_grad".
         by: "torch" if PyTorch's ops compute act(g) ⊙ u.
@@ -108,8 +108,8 @@ def _fused(module: nn.Module, case: Case) -> nn.Module:
 def _called(case: Case) -> nn.Module:
     cell = DTYPES[case.dtypes]
     base: Any = nn.Sequential(Called(K, NS[0], case.bias, device="meta", dtype=cell.dtype))
-    config = LoraConfig(r=case.R, lora_alpha=2 * case.R, target_modules=["0"])
-    model: Any = get_peft_model(base, config)
+    settings: Any = {"r": case.R, "lora_alpha": 2 * case.R, "lora_bias": case.bias}
+    model: Any = get_peft_model(base, LoraConfig(target_modules=["0"], **settings))
     for name, p in model.named_parameters():
         if "lora_" in name:
             p.data = torch.empty(p.shape, device="meta", dtype=cell.adapter_dtype)

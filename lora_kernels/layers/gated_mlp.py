@@ -8,11 +8,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.eager.gated_mlp import ACTIVATIONS
 from ..backends.eager.linear import UPCAST_ROWS
-from ..core.call import Operands, Spec
-from ..ops import context, linear
+from ..ops import context
 from ..ops.arguments import base_dtype
 from ..ops.gated_mlp import Hidden, gated_mlp
-from ..ops.siblings import LinearArguments, can_run_block, shared_linears
+from ..ops.siblings import LinearArguments, can_run_block, is_eager, shared_linears
 from ..quantization import Weight4bit
 from .layer import LoRALayer
 from .linear import LoRALinear
@@ -137,9 +136,7 @@ def _linear(layer: LoRALayer, x: Tensor) -> LinearArguments | None:
         return None
     if (A.dtype is torch.float64) is not (x.dtype is torch.float64):
         return None
-    codes = weight.codes if isinstance(weight, Weight4bit) else weight
-    rows = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], layer.in_features)
-    spec = Spec(layer.scaling, 0.0, dtype, dtype)
-    if linear.choose(Operands(rows, codes, A, B, bias=layer.bias), spec).backend != "eager":
+    rows = x.new_empty(()).expand(*x.shape[:-1], layer.in_features)
+    if not is_eager(rows, weight, A, B):
         return None
     return LinearArguments(weight, A, B, layer.scaling, layer.bias)

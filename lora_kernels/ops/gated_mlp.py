@@ -88,9 +88,7 @@ def gated_mlp(
         dense = dense if dense is None else dense.to(y_dtype)
     spec = Spec(scaling, 0.0, dtype, y_dtype)
     # A view of a larger tensor shares its memory.
-    is_private = is_private and all(
-        t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in (g, u)
-    )
+    is_private = is_private and all(t.untyped_storage().nbytes() == t.nbytes for t in (g, u))
     options = GatedOptions(activation, spec, is_private, codes[PACKED4BIT_TENSORS:])
     frozen = codes[:PACKED4BIT_TENSORS] or (dense,)
     y: Tensor = GatedMLPFunction.apply(g, u, lora_A, lora_B, bias, options, *frozen)
@@ -129,7 +127,7 @@ class GatedMLPFunction(torch.autograd.Function):
         activation, spec, is_private, blocksizes = ctx.options
         need_g, need_u, *rest = ctx.needs_input_grad[:5]
         base = join_weight(weight, blocksizes)
-        rows = g.detach().view(-1, g.shape[-1]), u.detach().view(-1, g.shape[-1])
+        rows = g.view(-1, g.shape[-1]), u.view(-1, g.shape[-1])
         if p is None:
             p = new_unsaved(dy, lora_A.shape[0], stat_dtype(spec.dtype), flat=True)
         needs = Needs(need_g or need_u, rest[0], rest[1], bias=rest[2])
@@ -144,7 +142,6 @@ class GatedMLPFunction(torch.autograd.Function):
                 dg, du, grads = eager_mlp.down_backward(
                     dy, *rows, operands, Saved(p), spec, needs, in_place, activation
                 )
-        dg = dg.view(g.shape) if dg is not None and need_g else None
-        du = du.view(g.shape) if du is not None and need_u else None
+        dg, du = (None if t is None else t.view(g.shape) for t in (dg, du))
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         return dg, du, grads.lora_A, grads.lora_B, dbias, *[None] * (1 + len(weight))

@@ -21,9 +21,10 @@ from ..backends.eager import siblings as eager_siblings
 from ..backends.rows import set_leading_dims_
 from ..choice import choose as selection
 from ..core import forced
+from ..core.call import Operands, Spec
 from ..core.packed4bit import PACKED4BIT_TENSORS
 from ..quantization import Weight4bit
-from . import context
+from . import context, linear
 from .arguments import FLOATS
 from .autograd import differentiable_once
 from .registry import join_weight
@@ -204,6 +205,30 @@ def shared_linears(x: Tensor, linears: Sequence[LinearArguments]) -> list[Tensor
         y, rows = sibling_linear(rows, p, weight, B, each.scaling, each.bias, None, x.shape[:-1])
         found.append(y)
     return found
+
+
+def is_eager(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    compute_dtype: torch.dtype | None = None,
+) -> bool:
+    """Return True if the eager backend computes `lora_linear` of these arguments.
+
+    It reads no values, so that under autocast nothing is cast for it.
+    """
+    cast_dtype = context.autocast_dtype(context.device_of(x)[0], x.dtype)
+    if cast_dtype is not None:
+        x, lora_A, lora_B = (empty_like(t, cast_dtype) for t in (x, lora_A, lora_B))
+    codes = weight.codes if isinstance(weight, Weight4bit) else weight
+    spec = Spec(1.0, 0.0, cast_dtype or compute_dtype or x.dtype, x.dtype)
+    return linear.choose(Operands(x, codes, lora_A, lora_B), spec).backend == "eager"
+
+
+def empty_like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of t's shape that takes the memory of one element."""
+    return t.new_empty((), dtype=dtype).expand(t.shape)
 
 
 def can_run_block(x: Tensor) -> bool:

@@ -32,7 +32,7 @@ class FusedSVD(Fused):
         if reason is not None:
             return cast(Tensor, super(Fused, self).forward(x, *args, **kwargs))
         base = cast(nn.Module, self._modules["base_layer"])
-        todo = self._cast(svd_calls(adapters, x.device.type, x.numel() // x.shape[-1]), x)
+        todo = self._cast(svd_calls(adapters, x.device.type, x.shape[:-1].numel()), x)
         if args or kwargs or base_reason is not None:
             y, is_private = in_place.call(base, x, *args, **kwargs)
             dtype = y.dtype

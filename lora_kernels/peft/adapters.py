@@ -162,7 +162,7 @@ def calls_for(adapters: Sequence[Adapter], x: Tensor, rows: RowNames) -> list[Ca
         together = [adapter for adapter in adapters if not adapter.is_alora]
     found: list[Call | MixedCall] = []
     if together:
-        found += calls(together, x.device.type, x.numel() // x.shape[-1])
+        found += calls(together, x.device.type, x.shape[:-1].numel())
     for adapter in apart:
         names = [adapter.name] * x.shape[0]
         found.append(_mixed_call([adapter], rows._replace(names=names), x))

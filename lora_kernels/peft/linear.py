@@ -128,7 +128,7 @@ class Fused(nn.Module):
 
     def _cast(self, calls: Sequence[Any], x: Tensor) -> list[Any]:
         """Return the calls with the adapters in x's dtype, if the layer rounds them."""
-        if not casts_adapters(self, x.device.type, x.dtype, x.numel() // x.shape[-1]):
+        if not casts_adapters(self, x.device.type, x.dtype, x.shape[:-1].numel()):
             return list(calls)
         return [cast_call(call, x.dtype) for call in calls]
 
@@ -150,7 +150,7 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     bias, scaling = base._parameters["bias"], cast(float, adapter.scaling)
     norm = layer.__dict__.setdefault("_norm", DoraNormCache())(weight, A, B, scaling)
     scale = layer.lora_magnitude_vector[adapter.name].weight / norm
-    if casts_adapters(layer, x.device.type, x.dtype, x.numel() // x.shape[-1]):
+    if casts_adapters(layer, x.device.type, x.dtype, x.shape[:-1].numel()):
         A, B = A.to(x.dtype), B.to(x.dtype)
     if not dropout_p(adapter.dropout):
         y = lora_linear(

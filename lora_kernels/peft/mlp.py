@@ -22,11 +22,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.library import is_on_gpu_path
-from ..core.call import Operands, Spec
-from ..ops import context, linear
-from ..ops.arguments import base_dtype
+from ..ops import context
 from ..ops.gated_mlp import Hidden, gated_mlp
-from ..quantization import Weight4bit
+from ..ops.siblings import is_eager
 from .adalora import FusedSVD
 from .adapters import adapters_of, casts_adapters, dropout_p, lora_bias, weight_of
 from .base import readable_weight
@@ -147,9 +145,8 @@ def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]
         yield name, module, found if isinstance(found, str) else None
 
 
-def _is_linear(module: nn.Module | None) -> bool:
-    is_base = isinstance(module, nn.Linear) or (module is not None and is_conv1d(module))
-    return is_base or isinstance(module, LoraLayer)
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, (nn.Linear, LoraLayer)) or is_conv1d(module)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -158,7 +155,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
         linears = [each for each in module._modules.values() if _is_linear(each)]
         has_projections = len(linears) == 3 or _has_merged_gate(linears)
         is_fused = any(isinstance(each, Fused) for each in linears)
-        if has_projections and is_fused and not isinstance(module, LoraLayer):
+        if has_projections and is_fused:
             yield name, module
 
 
@@ -427,15 +424,10 @@ def _run(mlp: Any, x: Tensor) -> Tensor:
     base: Any = down.base_layer
     (adapter,) = adapters_of(down)
     A, B, scaling = weight_of(adapter.lora_A), weight_of(adapter.lora_B), float(adapter.scaling)
-    if casts_adapters(down, g.device.type, g.dtype, g.numel() // g.shape[-1]):
+    if casts_adapters(down, g.device.type, g.dtype, g.shape[:-1].numel()):
         A, B = A.to(g.dtype), B.to(g.dtype)
     weight, compute_dtype = readable_weight(base, g)
-    stored = weight.codes if isinstance(weight, Weight4bit) else weight
-    dtype = base_dtype(context.device_of(g)[0], g.dtype, compute_dtype)
-    if (
-        linear.choose(Operands(g, stored, A, B), Spec(scaling, 0.0, dtype, g.dtype)).backend
-        != "eager"
-    ):
+    if not is_eager(g, weight, A, B, compute_dtype):
         y = down(parts.function(g) * u)
         return y
     if down.mixed_batch is not None:  # of a call before

@@ -26,9 +26,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from ..backends.eager import linear as eager
 from ..backends.eager.siblings import is_p_rounded
 from ..backends.library import is_on_gpu_path
-from ..core.call import Operands, Spec
-from ..core.packed4bit import Packed4bit
-from ..ops import context, linear
+from ..ops import context
 from ..ops import siblings as blocks
 from ..quantization import Weight4bit
 from .adapters import (
@@ -187,21 +185,15 @@ class _Call(NamedTuple):
         is_cast, dtype = cast_dtype is not None, cast_dtype or x.dtype
         if compute_dtype not in (None, dtype) and not is_cast:
             return None
-        codes: Tensor | Packed4bit
-        if isinstance(weight, Weight4bit):
-            codes = weight.codes
-        elif not is_cast and weight.dtype is not dtype:
+        if isinstance(weight, Tensor) and not is_cast and weight.dtype is not dtype:
             return None
-        else:
-            codes = weight
         bias, base_bias = lora_bias([adapter]), base._parameters["bias"]
         if base_bias is not None:
             bias = base_bias if bias is None else base_bias + bias
         if is_cast or casts_adapters(layer, x.device.type, dtype):
             lora_B = lora_B.to(dtype)
-            x, lora_A = (_empty_like(t, dtype) for t in (x, lora_A))  # the choice reads no values
-        operands = Operands(x, codes, lora_A, lora_B, gate, None, bias)
-        if linear.choose(operands, Spec(scaling, 0.0, dtype, dtype)).backend != "eager":
+            lora_A = blocks.empty_like(lora_A, dtype)
+        if not blocks.is_eager(x, weight, lora_A, lora_B):
             return None
         return cls(weight, lora_B, scaling, bias, gate)
 
@@ -209,11 +201,6 @@ class _Call(NamedTuple):
         weight, lora_B, scaling, bias, gate = self
         weight = weight if isinstance(weight, Weight4bit) else weight.to(rows.dtype)
         return blocks.sibling_linear(rows, p, weight, lora_B, scaling, bias, gate, leading)
-
-
-def _empty_like(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor of t's shape that takes the memory of one element."""
-    return t.new_empty((), dtype=dtype).expand(t.shape)
 
 
 def _sharing(layers: Sequence[Any], x: Tensor) -> Iterator[tuple[Any, Adapter]]:
@@ -302,8 +289,7 @@ def _can_share(x: Tensor) -> bool:
 def _key(x: Tensor) -> tuple[Any, ...]:
     """Return what is equal for calls that share x, to be compared by identity or equality."""
     cast_dtype = context.autocast_dtype(context.device_of(x)[0], x.dtype)
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return x, x._version, x.requires_grad, cast_dtype, *modes
+    return x, x._version, x.requires_grad, cast_dtype, torch.is_grad_enabled()
 
 
 def _is_same(a: object, b: object) -> bool:

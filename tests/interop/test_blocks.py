@@ -218,8 +218,9 @@ def test_reason_for_phi3_is_its_merged_layer() -> None:
     assert all("gate and up are one linear layer" in row.reason for row in rows)
 
 
+@pytest.mark.parametrize("when", ["before fuse", "after fuse"])
 @pytest.mark.parametrize("offloaded", [False, True])
-def test_model_that_accelerate_dispatches_has_pefts_gradients(offloaded, counts) -> None:
+def test_model_that_accelerate_dispatches_has_pefts_gradients(offloaded, when, counts) -> None:
     """`device_map` puts a hook on each module, and keeps the forward that it found on it."""
     from accelerate import dispatch_model
 
@@ -227,11 +228,13 @@ def test_model_that_accelerate_dispatches_has_pefts_gradients(offloaded, counts)
     names = ["embed_tokens", "rotary_emb", "norm", *(f"layers.{i}" for i in range(LAYERS))]
     device_map: dict[str, Any] = {f"base_model.model.model.{name}": "cpu" for name in names}
     device_map["base_model.model.lm_head"] = "cpu"
-    model = dispatch_model(copy.deepcopy(stock), device_map, force_hooks=True)
+    model = copy.deepcopy(stock)
+    model = fuse(model) if when == "after fuse" else model
+    model = dispatch_model(model, device_map, force_hooks=True)
     if offloaded:  # a base layer's weight is on meta between its calls
         base = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
         add_hook_to_module(base, AlignDevicesHook("cpu", offload=True))
-    fused = fuse(model)
+    fused = fuse(model) if when == "before fuse" else model
     mlps = [row for row in explain(fused).blocks if row.strategy == "one block"]
     assert len(mlps) == LAYERS
     assert_close(loss_and_gradients(fused), loss_and_gradients(stock), 1e-12)

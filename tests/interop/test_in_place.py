@@ -336,6 +336,24 @@ def test_sum_can_be_changed_in_place_and_viewed() -> None:
     assert_close(*found, 1e-12)
 
 
+class Marked(Tensor):
+    """A tensor of a class of its own, as another library's."""
+
+
+class Marking(Base):
+    def change(self, y: Tensor) -> Tensor:
+        return y.as_subclass(Marked)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_result_of_another_class_is_added_to_by_its_own_ops(grad: bool, added: list[bool]) -> None:
+    stock, fused = pair(Marking)
+    with torch.set_grad_enabled(grad):
+        got, want = (layer(model)(input_of()) for model in (fused, stock))
+    assert type(got) is type(want) is Marked and not added
+    assert_close({"y": got.as_subclass(Tensor)}, {"y": want.as_subclass(Tensor)}, 1e-12)
+
+
 def test_version_of_an_overwritten_result_is_counted() -> None:
     """A holder that nothing counts, such as a C++ object, would be told by autograd."""
     y = torch.ones(70, N, dtype=f64, requires_grad=True) * 1
@@ -556,6 +574,19 @@ def test_compiled_update_equals_pefts() -> None:
     compiled = torch.compile(layer(fused), backend="eager")
     x = input_of()
     assert_close({"y": compiled(x)}, {"y": layer(stock)(x)}, 1e-12)
+
+
+def test_compiled_update_hands_the_arguments_on_to_the_base() -> None:
+    class Scaled(Base):
+        def forward(self, x: Tensor, shift: float = 0.0, *, scale: float = 1.0) -> Tensor:
+            return super().forward(x) * scale + shift
+
+    stock, fused = pair(Scaled)
+    x = input_of()
+    compiled = torch.compile(layer(fused), backend="eager")
+    want = layer(stock)(x, 0.5, scale=3.0)
+    for call in (compiled, layer(fused)):
+        assert_close({"y": call(x, 0.5, scale=3.0)}, {"y": want}, 1e-12)
 
 
 def test_update_moves_few_bytes() -> None:

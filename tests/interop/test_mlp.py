@@ -23,12 +23,15 @@ from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.bench import baselines, counter
+from lora_kernels.choice import choose as selection
+from lora_kernels.core.problem import Choice, Strategy
 from lora_kernels.ops.gated_mlp import GatedMLPFunction, Hidden, gated_mlp
-from lora_kernels.peft import explain, fuse, mlp, unfuse
+from lora_kernels.peft import explain, fuse, mlp, unfuse, zero3
 from lora_kernels.peft.explain_rows import APART, SHARED, Row
 from lora_kernels.peft.mlp import GatedMLP
 from lora_kernels.peft.report import Explanation
@@ -52,6 +55,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(eager_mlp, "gated_backward", record)
     return found
+
+
+def apart(reason: str) -> Row:
+    """Return the row of a module that runs layer by layer."""
+    return Row("base_model.model.0", "PyTorch's", "torch", "layer by layer", reason)
 
 
 def mlp_rows(explanation: Explanation) -> list[Row]:
@@ -130,6 +138,23 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], within: float)
 # intermediate in either, u = 2⁻⁹ each.
 WITHIN = {f64: 1e-12, f32: 1e-5, bf16: 2.0**-5}
 
+
+def conv1d_glu() -> nn.Module:
+    """The projections are transformers' Conv1D, GPT-2's linear layer."""
+    module = GLU()
+    module.w3, module.w1, module.w2 = Conv1D(H, K), Conv1D(H, K), Conv1D(K, H)
+    return module
+
+
+def glu_with_more() -> nn.Module:
+    """Attributes that are no part of the computation, as modules with options have them."""
+    module = GLU()
+    module.register_parameter("bias", None)
+    module.register_buffer("scale", None)
+    module._helper = print
+    return module
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "silu": llama_mlp,
     "gelu by erf": functools.partial(llama_mlp, "gelu"),
@@ -137,6 +162,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "biases": functools.partial(llama_mlp, bias=True),
     "a function": GLU,
     "a function, biases": functools.partial(GLU, functools.partial(F.gelu), True),
+    "Conv1D": conv1d_glu,
+    "other attributes": glu_with_more,
 }
 
 
@@ -196,12 +223,25 @@ def test_block_that_trains_one_factor_of_down_alone_has_pefts_gradients(trained)
     assert_close(got, step(stock, input_of(), None, False), 1e-12)
 
 
+class OneColumn(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., :1]
+
+
+class OneRow(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean((0, 1), keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [OneColumn, OneRow])
 @pytest.mark.parametrize("narrow", ["w1", "w3"])
-def test_gate_and_up_that_broadcast_have_pefts_gradients(narrow, runs) -> None:
+def test_gate_and_up_that_broadcast_have_pefts_gradients(narrow, kind, runs) -> None:
     module = GLU()
-    setattr(module, narrow, nn.Linear(K, 1, bias=False))
-    stock, fused = pair(adapted(module))
+    setattr(module, narrow, kind(K, H, bias=False))
+    stock, fused = pair(adapted(module, target_modules=["w2"]))
     assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    with torch.no_grad():
+        assert_close({"y": fused(input_of())}, {"y": stock(input_of())}, 1e-12)
     assert not runs
 
 
@@ -519,6 +559,7 @@ class TwoArguments(GLU):
         return super().forward(x)
 
 
+NO_ACTIVATION = "its activation {} is not SiLU or GELU, by erf or by tanh"
 NOT_THE_RESULT = "not a gated MLP: its result is not down(act(gate(x)) * up(x))"
 
 
@@ -541,11 +582,21 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two arguments": (TwoArguments, NOT_THE_RESULT),
     "parameter": (WithScale, "not a gated MLP: it has parameters or buffers of its own"),
     "buffer": (WithBuffer, "not a gated MLP: it has parameters or buffers of its own"),
-    "merged gate and up": (Merged, "gate and up are one linear layer, which is not covered"),
-    "module": (WithDropout, "3 linear layers and 2 other modules and functions"),
-    "relu": (functools.partial(GLU, F.relu), "its activation function is not SiLU or GELU"),
-    "gelu by other ops": (functools.partial(llama_mlp, "gelu_new"), "is not SiLU or GELU"),
-    "trained activation": (lambda: GLU(Swish()), "has parameters or buffers"),
+    "merged gate and up": (
+        Merged,
+        "gate and up are one linear layer, which is not covered in this version",
+    ),
+    "module": (
+        WithDropout,
+        "not a gated MLP: 3 linear layers and 2 other modules and functions, want 3 and an "
+        "activation",
+    ),
+    "relu": (functools.partial(GLU, F.relu), NO_ACTIVATION.format("function")),
+    "gelu by other ops": (functools.partial(llama_mlp, "gelu_new"), NO_ACTIVATION.format("act_fn")),
+    "trained activation": (
+        lambda: GLU(Swish()),
+        "its activation function has parameters or buffers",
+    ),
 }
 
 
@@ -558,8 +609,7 @@ def test_module_that_is_no_gated_mlp_stays_with_the_reason(other) -> None:
     fuse(model)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert type(block_of(model)) is cls
-    (row,) = mlp_rows(explain(model))
-    assert row.strategy == "layer by layer" and reason in row.reason
+    assert mlp_rows(explain(model)) == [apart(reason)]
 
 
 def test_recognition_reads_no_weight_and_changes_nothing() -> None:
@@ -606,6 +656,10 @@ def keep_result(name: str) -> Callable[[Any], None]:
     return change
 
 
+def skip_adapter_of_down(model: Any) -> None:
+    block_of(model).down_proj.forward = block_of(model).down_proj.base_layer.forward
+
+
 def replace_activation(model: Any) -> None:
     block_of(model).act_fn = ACT2FN["relu"]
 
@@ -614,23 +668,25 @@ def replace_activations_forward(model: Any) -> None:
     block_of(model).act_fn.forward = torch.tanh
 
 
+HOOKED = "a hook sits on it or on one of its parts"
+OFF = "down_proj: adapters are {}: the base layer's own forward"
 STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "hook": (lambda m: block_of(m).register_forward_hook(hook), "a hook sits on it or"),
+    "hook": (lambda m: block_of(m).register_forward_hook(hook), HOOKED),
     "pre-hook of gate": (
         lambda m: block_of(m).gate_proj.register_forward_pre_hook(hook),
-        "a hook sits on it or on one of its parts",
+        HOOKED,
     ),
     "hook of up": (
         lambda m: block_of(m).up_proj.base_layer.register_forward_hook(hook),
-        "a hook sits on it or on one of its parts",
+        HOOKED,
     ),
     "hook of down": (
         lambda m: block_of(m).down_proj.lora_A.default.register_full_backward_hook(hook),
-        "a hook sits on it or on one of its parts",
+        HOOKED,
     ),
     "hook of act": (
         lambda m: block_of(m).act_fn.register_forward_hook(lambda _, x, y: y * 2),
-        "a hook sits on it or on one of its parts",
+        HOOKED,
     ),
     "forward": (replace_forward, "its forward was replaced"),
     "gate's forward": (keep_result("gate_proj"), "gate_proj: its forward was replaced"),
@@ -638,10 +694,18 @@ STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "activation": (replace_activation, "its act_fn was replaced"),
     "activation's forward": (replace_activations_forward, "act_fn: its forward was replaced"),
     "two adapters": (add_second, "down_proj: several active adapters"),
-    "disabled": (lambda m: m.disable_adapter_layers(), "down_proj: adapters are disabled"),
-    "merged": (lambda m: m.merge_adapter(), "down_proj: adapters are merged"),
+    "disabled": (lambda m: m.disable_adapter_layers(), OFF.format("disabled")),
+    "merged": (lambda m: m.merge_adapter(), OFF.format("merged")),
     "trainable base": (
-        lambda m: block_of(m).down_proj.base_layer.requires_grad_(), "the base weight is trainable",
+        lambda m: block_of(m).down_proj.base_layer.requires_grad_(),
+        "down_proj: the base weight is trainable",
+    ),
+    "down's forward": (
+        skip_adapter_of_down,
+        "down_proj: its forward was replaced",
+    ),
+    "hook of down's base": (
+        lambda m: block_of(m).down_proj.base_layer.register_forward_hook(hook), HOOKED,
     ),
 }  # fmt: skip
 
@@ -652,8 +716,7 @@ def test_state_in_which_the_module_runs_its_own_forward(state, runs) -> None:
     stock, fused = pair(adapted(llama_mlp()))
     change(stock)
     change(fused)
-    (row,) = mlp_rows(explain(fused))
-    assert row.strategy == "layer by layer" and reason in row.reason
+    assert mlp_rows(explain(fused)) == [apart(reason)]
     x = input_of()
     torch.testing.assert_close(fused(x), stock(x), rtol=1e-12, atol=1e-12)
     assert not runs
@@ -662,19 +725,22 @@ def test_state_in_which_the_module_runs_its_own_forward(state, runs) -> None:
     assert not runs
 
 
+VARIANT = "adapter 'default' is a variant of LoRA"
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("config", "reason"),
     [
-        {"use_dora": True},
-        {"lora_dropout": 0.5, "r": 2},
-        {"target_modules": ["gate_proj", "up_proj"]},
-        {"kasa_config": True},
-        {"hotswap": True},
-        {"alora_invocation_tokens": [1]},
+        ({"use_dora": True}, VARIANT),
+        ({"lora_dropout": 0.5, "r": 2}, "adapter 'default' has dropout"),
+        ({"target_modules": ["gate_proj", "up_proj"]}, "a Linear is not a fused LoRA layer"),
+        ({"kasa_config": True}, VARIANT),
+        ({"hotswap": True}, "adapter 'default' is prepared for hot-swapping"),
+        ({"alora_invocation_tokens": [1]}, VARIANT),
     ],
     ids=["DoRA", "dropout", "no adapter on down", "KaSA", "hot-swapping", "aLoRA"],
 )
-def test_down_projection_that_is_called_as_a_module(config, runs) -> None:
+def test_down_projection_that_is_called_as_a_module(config, reason, runs) -> None:
     is_swapped = config.get("hotswap")
     if "kasa_config" in config:
         skip_without_kasa()
@@ -683,8 +749,7 @@ def test_down_projection_that_is_called_as_a_module(config, runs) -> None:
     if is_swapped:
         prepare_model_for_compiled_hotswap(model, target_rank=R)
     stock, fused = pair(model)
-    (row,) = mlp_rows(explain(fused))
-    assert row.strategy == "layer by layer" and row.reason.startswith("down_proj: ")
+    assert mlp_rows(explain(fused)) == [apart(f"down_proj: {reason}")]
     torch.manual_seed(1)
     got = step(fused, input_of())
     torch.manual_seed(1)
@@ -730,7 +795,7 @@ def test_forward_of_the_class_replaced_later_is_called(monkeypatch) -> None:
     _, fused = pair(adapted(GLU()))
     monkeypatch.setattr(GLU, "forward", lambda self, x: 2 * x)
     assert torch.equal(fused(input_of()), 2 * input_of())
-    assert "GLU.forward was replaced" in mlp_rows(explain(fused))[0].reason
+    assert mlp_rows(explain(fused)) == [apart("GLU.forward was replaced")]
 
 
 def test_transforms_and_tracing_take_the_own_forward(runs) -> None:
@@ -940,12 +1005,12 @@ class Scaled(LlamaMLP):
         super().__init__(config)
         self.scale, self._scale, self.deleted = 1.0, 1.0, 1.0
         scales = {"y": 1.0, "of each": torch.ones(K, dtype=f64), "all": [(1.0,), [1.0]]}
-        self.scales = OrderedDict(scales)
+        self.scales, self.kinds = OrderedDict(scales), {1.0}
         self.act_fn = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x) * self.scale * self._scale * self.scales["y"]
-        y = y * self.scales["all"][1][0] * self.config.weight
+        y = y * self.scales["all"][1][0] * self.config.weight * sum(self.kinds)
         return y * self.factor * self.deleted * self.scales["of each"].mean()
 
 
@@ -955,6 +1020,7 @@ LATER: dict[str, Callable[[Any], Any]] = {
     "scales": lambda mlp: mlp.scales.update(y=0.5),
     "scales of each": lambda mlp: mlp.scales.update({"of each": torch.full((K,), 0.5, dtype=f64)}),
     "scales in a list": lambda mlp: mlp.scales["all"][1].__setitem__(0, 0.5),
+    "kinds": lambda mlp: mlp.kinds.add(0.5),
     "config.weight": lambda mlp: setattr(mlp.config, "weight", 0.5),
     "factor": lambda mlp: setattr(mlp, "factor", 0.5),
     "deleted": lambda mlp: delattr(mlp, "deleted"),
@@ -976,7 +1042,7 @@ def test_attribute_that_changes_after_fuse_is_noticed(name: str, runs: Any) -> N
     assert runs == [True] and not torch.equal(got["y"], before["y"])
     (row,) = [row for row in explain(fused).blocks if row.strategy == "layer by layer"]
     (said, *_) = name.split(" ")
-    assert row.reason == f"its {said} has changed since fuse"
+    assert row == apart(f"its {said} has changed since fuse")
 
 
 def scaled() -> Scaled:
@@ -1110,8 +1176,8 @@ class DropsInTraining(nn.SiLU):
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
-        (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), "has modules of its own"),
-        (DropsInTraining(), "is not SiLU or GELU"),
+        (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), "its activation act_fn has modules of its own"),
+        (DropsInTraining(), NO_ACTIVATION.format("act_fn")),
     ],
 )
 def test_activation_that_differs_in_training_is_not_recognized_in_eval_mode(act, reason) -> None:
@@ -1119,7 +1185,7 @@ def test_activation_that_differs_in_training_is_not_recognized_in_eval_mode(act,
     block.act_fn = act
     fused = fuse(adapted(block).eval())
     assert not isinstance(block_of(fused), GatedMLP)
-    assert any(reason in row.reason for row in explain(fused).blocks)
+    assert mlp_rows(explain(fused)) == [apart(reason)]
 
 
 def test_plain_call_after_one_with_named_rows_is_explained_as_plain() -> None:
@@ -1139,3 +1205,149 @@ def test_block_on_meta_has_shapes() -> None:
     x = torch.empty(80, K, dtype=bf16, device="meta", requires_grad=True)
     fused(x).sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("make", [conv1d_glu, GLU])
+def test_block_whose_gate_and_up_have_no_adapter_has_pefts_gradients(make: Any, runs: Any) -> None:
+    fan = {"fan_in_fan_out": True} if make is conv1d_glu else {}
+    stock, fused = pair(adapted(make(), target_modules=["w2"], **fan))
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert runs == [True]
+
+
+CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "nothing": lambda mlp, x: mlp(),
+    "two tensors": lambda mlp, x: mlp(x, x),
+    "another argument": lambda mlp, x: mlp(x, scale=2.0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call_that_the_own_forward_refuses_is_refused_in_its_words(name: str) -> None:
+    found = []
+    for model in pair(adapted(llama_mlp())):
+        with pytest.raises(TypeError) as refused:
+            CALLS[name](block_of(model), input_of())
+        found.append(str(refused.value))
+    assert found[0] == found[1]
+
+
+class Marked(Tensor):
+    """A tensor of a class of its own, as another library's."""
+
+
+def test_x_of_another_class_takes_the_own_forward_and_a_parameter_the_block(runs: Any) -> None:
+    stock, fused = pair(adapted(llama_mlp()))
+    found = [model(input_of().as_subclass(Marked).requires_grad_()) for model in (fused, stock)]
+    assert [type(y) for y in found] == [Marked, Marked]
+    found[0].sum().backward()
+    assert not runs
+    x = nn.Parameter(input_of())
+    y = fused(x)
+    assert torch.equal(y, fused(x.detach().requires_grad_())) and type(y) is Tensor
+    y.sum().backward()
+    assert runs == [True]
+
+
+class Narrow(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+class Marks(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x).as_subclass(Marked)
+        return y
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", [Narrow, Marks])
+@pytest.mark.parametrize("named", ["w1", "w3"])
+def test_gate_and_up_of_two_dtypes_or_classes_have_pefts_results(named, kind, grad, runs) -> None:
+    """Their product is made as the module makes it, in the wider dtype."""
+    module = GLU()
+    setattr(module, named, kind(K, H, bias=False))
+    stock, fused = pair(adapted(module, f32, target_modules=["w2"]))
+    with torch.set_grad_enabled(grad):
+        got, want = (model(input_of(f32)) for model in (fused, stock))
+    assert type(got) is type(want) and got.dtype is want.dtype
+    assert_close({"y": got}, {"y": want}, 1e-6)
+    if grad:
+        got.sum().backward()
+    assert not runs
+
+
+@pytest.mark.parametrize("named", ["gate_proj", "up_proj"])
+def test_result_of_a_layer_that_is_left_to_peft_is_not_overwritten(named: str, runs: Any) -> None:
+    """PEFT's forward may keep it."""
+    stock, fused = pair(adapted(llama_mlp()))
+    unfuse(block_of(fused)._modules[named])
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert runs == [False]
+
+
+def called_down() -> Any:
+    module = llama_mlp()
+    module.down_proj = Narrow(H, K, bias=False)
+    return adapted(module, f32)
+
+
+def adalora_down() -> Any:
+    torch.manual_seed(0)
+    config = peft.AdaLoraConfig(
+        init_r=R, target_r=2, total_step=10, tinit=1, tfinal=1, target_modules=["down_proj"]
+    )
+    return get_peft_model(nn.Sequential(llama_mlp()), config)
+
+
+MORE_STATES: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "called": (called_down, None, "down_proj: base layer: Narrow is not exactly nn.Linear"),
+    "AdaLoRA": (adalora_down, None, "down_proj: a FusedSVDLinear is not a fused LoRA layer"),
+    "ZeRO-3": (
+        lambda: adapted(llama_mlp()),
+        lambda model: zero3.gather_in_call([block_of(model).up_proj]),
+        "DeepSpeed's ZeRO-3 gathers each of its layers for the layer's own call",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MORE_STATES)
+def test_explain_says_why_a_block_does_not_run(name: str) -> None:
+    make, change, reason = MORE_STATES[name]
+    fused = fuse(make())
+    if change is not None:
+        change(fused)
+    assert mlp_rows(explain(fused)) == [apart(reason)]
+
+
+def test_forward_of_the_class_replaced_before_fuse_is_left_alone(monkeypatch: Any) -> None:
+    model, own = adapted(GLU()), GLU.forward
+    monkeypatch.setattr(GLU, "forward", lambda self, x: own(self, x))
+    assert mlp_rows(explain(fuse(model))) == [apart("GLU.forward was replaced")]
+    assert type(block_of(model)) is GLU
+
+
+def test_explain_says_what_computes_a_block_whole(monkeypatch: Any) -> None:
+    _, fused = pair(adapted(llama_mlp(), f32))
+    said = "a gated MLP; the backward recomputes act(gate) * up by "
+    for reason, by in ((None, "one Triton kernel"), ("why", "PyTorch's ops: why")):
+        monkeypatch.setitem(eager_mlp.kernel_reasons, ("cpu", None), reason)
+        row = Row("base_model.model.0", "ours, library GEMMs", "eager", "one block", said + by)
+        assert mlp_rows(explain(fused)) == [row]
+
+
+@pytest.mark.parametrize(("rows", "is_block"), [(40, False), (80, True), (None, True)])
+def test_explain_of_rows_agrees_with_the_call(rows: Any, is_block: bool, runs, monkeypatch) -> None:
+    """A card's verdict may give few rows of the down-projection to kernels."""
+    own = selection.choose
+
+    def choose(problem: Any, requested: Any = None) -> Choice:
+        is_few = problem.rows < 64 and problem.inner == H and requested is None
+        return Choice("cpu", Strategy.FUSED, "measured") if is_few else own(problem, requested)
+
+    monkeypatch.setattr(selection, "choose", choose)
+    _, fused = pair(adapted(llama_mlp(), f32))
+    (row,) = mlp_rows(explain(fused, rows=rows))
+    step(fused, input_of(f32, rows or 80))
+    assert runs == [True] * is_block
+    assert row.strategy == "one block" if is_block else row == apart("down_proj: measured")

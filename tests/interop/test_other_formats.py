@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
-from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft import explain, foreign, fuse, unfuse
+from lora_kernels.peft.adalora import FusedSVD
+from lora_kernels.peft.linear import Fused
 
 pytest.importorskip("bitsandbytes")
 from bitsandbytes.nn import Linear8bitLt
@@ -171,3 +175,28 @@ def test_8_bits_with_several_adapters_and_rows_that_name_them_equal_peft() -> No
             assert_close_derived(fused(x, **kwargs), stock(x, **kwargs), STEP)
             for model in (stock, fused):
                 activate(model, "default", "second")
+
+
+@pytest.mark.parametrize("name", foreign._MODULES)
+def test_class_of_peft_is_known_by_its_name_and_module(name: str) -> None:
+    """The class itself may need a library that is not here."""
+    module = foreign._MODULES[name]
+    spec = find_spec(module)  # None in an older PEFT
+    if spec is not None and spec.origin is not None:
+        assert re.search(rf"^ *class {name}\(", Path(spec.origin).read_text(), re.MULTILINE)
+    here, elsewhere = (
+        type(name, (nn.Linear,), {"__module__": each, "forward": nn.Linear.forward})
+        for each in (module, "another.library")
+    )
+    found = foreign.fused_class(here)
+    assert found.__mro__[1] is (FusedSVD if name.startswith("SVD") else Fused)
+    assert found.__mro__[found.__mro__.index(Fused) + 1] is here and found.peft_class is here
+    assert (found.__module__, found.__name__) == (foreign.__name__, f"Fused{name}")
+    assert foreign.fused_class(here) is found and foreign.fused_class(elsewhere) is None
+
+
+@pytest.mark.parametrize("name", ["GPTQLoraLinear", "FusedLinear", "other"])
+def test_other_names_of_the_module_are_no_classes(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"^module {foreign.__name__!r} has no attribute"):
+        getattr(foreign, name)
+    assert foreign.FusedGPTQLoraLinear.peft_class is GPTQLoraLinear

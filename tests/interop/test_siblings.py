@@ -30,6 +30,7 @@ from lora_kernels.core.problem import Choice, Strategy
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.ops import siblings as blocks
 from lora_kernels.peft import explain, fuse, siblings, swap, unfuse
+from lora_kernels.peft.explain_rows import Row
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     R,
@@ -233,6 +234,12 @@ def hook_on_x_later(self: Any, x: Tensor) -> Tensor:
     return self.w(mix(q, self.k(h), self.v(h)))
 
 
+def hook_after_x(self: Any, x: Tensor) -> Tensor:
+    h = nn.Parameter(x.detach())
+    h.register_post_accumulate_grad_hook(lambda p: None)
+    return self.w(mix(self.q(h), self.k(h), self.v(h)))
+
+
 def kept_gradient(self: Any, x: Tensor) -> Tensor:
     h = x * 1.5
     h.retain_grad()
@@ -277,6 +284,7 @@ WAYS: dict[Callable[..., Any], tuple[int, int]] = {
     checkpointed_alone_reentrant: (2, 3),
     hook_on_x: (0, 0),
     hook_on_x_later: (1, 1),
+    hook_after_x: (0, 0),
     kept_gradient: (1, 3),
     nested: (2, 6),
 }
@@ -627,43 +635,75 @@ def other_forward(model: Any) -> Any:
     return model
 
 
-STATES: dict[str, tuple[Callable[[Any], Any], tuple[int, int]]] = {
-    "two adapters": (with_two_adapters, (0, 0)),
-    "two adapters in k": (with_two_adapters_in_k, (1, 2)),
-    "second adapter": (with_second_adapter, (1, 3)),
-    "disabled": (disabled, (0, 0)),
-    "k merged": (merged_k, (1, 2)),
-    "scaling in a tensor": (scaled_by_a_tensor, (1, 3)),
-    "forward hook on k": (hooked("forward", "k"), (1, 2)),
-    "forward pre-hook on q": (hooked("forward_pre", "q"), (1, 2)),
-    "backward hook on v": (hooked("full_backward", "v"), (1, 2)),
-    "backward pre-hook on v": (hooked("full_backward_pre", "v"), (1, 2)),
-    "hook on k's lora_A": (hooked("forward", "k.lora_A.default"), (1, 2)),
-    "hook on k's lora_B": (hooked("forward", "k.lora_B.default"), (1, 2)),
-    "hook on k's base": (hooked("forward", "k.base_layer"), (1, 2)),
-    "hook on k's dropout": (hooked("forward", "k.lora_dropout.default"), (1, 2)),
-    "hook on the parent": (hooked("forward", ""), (1, 3)),
-    "backward hook on the parent": (hooked("full_backward", ""), (1, 3)),
-    "hook that doubles": (doubling_hook, (1, 2)),
-    "hook that doubles a gradient": (doubling_gradient_hook, (1, 2)),
-    "other forward": (other_forward, (1, 2)),
+OFF = "adapters are {}: the base layer's own forward"
+HOOKED = "a hook sits on it"
+INNER = "adapter 'default': a hook sits on its {}"
+# The change, the counts, the layers that do not share x, and the reason.
+STATES: dict[str, tuple[Callable[[Any], Any], tuple[int, int], tuple[str, str]]] = {
+    "two adapters": (with_two_adapters, (0, 0), ("qkvw", "several adapters are active")),
+    "two adapters in k": (with_two_adapters_in_k, (1, 2), ("k", "several adapters are active")),
+    "second adapter": (with_second_adapter, (1, 3), ("", "")),
+    "disabled": (disabled, (0, 0), ("qkvw", OFF.format("disabled"))),
+    "k merged": (merged_k, (1, 2), ("k", OFF.format("merged"))),
+    "scaling in a tensor": (scaled_by_a_tensor, (1, 3), ("", "")),
+    "forward hook on k": (hooked("forward", "k"), (1, 2), ("k", HOOKED)),
+    "forward pre-hook on q": (hooked("forward_pre", "q"), (1, 2), ("q", HOOKED)),
+    "backward hook on v": (hooked("full_backward", "v"), (1, 2), ("v", HOOKED)),
+    "backward pre-hook on v": (hooked("full_backward_pre", "v"), (1, 2), ("v", HOOKED)),
+    "hook on k's lora_A": (
+        hooked("forward", "k.lora_A.default"),
+        (1, 2),
+        ("k", INNER.format("nn.Linear")),
+    ),
+    "hook on k's lora_B": (
+        hooked("forward", "k.lora_B.default"),
+        (1, 2),
+        ("k", INNER.format("nn.Linear")),
+    ),
+    "hook on k's base": (
+        hooked("forward", "k.base_layer"),
+        (1, 2),
+        ("k", "a hook sits on its nn.Linear"),
+    ),
+    "hook on k's dropout": (
+        hooked("forward", "k.lora_dropout.default"),
+        (1, 2),
+        ("k", INNER.format("dropout")),
+    ),
+    "hook on the parent": (hooked("forward", ""), (1, 3), ("", "")),
+    "backward hook on the parent": (hooked("full_backward", ""), (1, 3), ("", "")),
+    "hook that doubles": (doubling_hook, (1, 2), ("k", HOOKED)),
+    "hook that doubles a gradient": (doubling_gradient_hook, (1, 2), ("k", HOOKED)),
+    "other forward": (other_forward, (1, 2), ("k", "")),
 }
 
 
 @pytest.mark.parametrize("when", ["before fuse", "after fuse"])
 @pytest.mark.parametrize("name", STATES)
 def test_siblings_in_any_state_equal_peft(name, when, shared) -> None:
-    change, want = STATES[name]
+    change, want, (apart, reason) = STATES[name]
     stock = build()
     if when == "before fuse":
         fused = fuse(change(copy.deepcopy(stock)))
     else:
         fused = change(fuse(copy.deepcopy(stock)))
     change(stock)
-    assert_equal_step(stock, fused, batch())
     if name == "other forward" and when == "after fuse":
-        want = (1, 3)  # it calls the layer's own
+        want, apart = (1, 3), ""  # it calls the layer's own
+    assert explain(fused).blocks == [row_of(apart, reason)]
+    assert_equal_step(stock, fused, batch())
     assert shared.take() == want
+
+
+def row_of(apart: str, reason: str) -> Row:
+    """Return the row of a parent. Without a reason it does not name the layers apart."""
+    alone = [f"{name} runs its own call: {reason}" for name in ALL if name in apart and reason]
+    sharing = [name for name in ALL if name not in apart]
+    said = ["x is not shared", "eager", "own calls"]
+    if sharing:
+        said = ["x is shared", "eager", f"x is threaded through {', '.join(sharing)}"]
+        alone = ["for calls with the same x of more than 64 rows", *alone]
+    return Row("base_model.model.parent", *said, "; ".join(alone))
 
 
 def test_siblings_with_an_adapter_of_another_dtype_equal_peft(shared) -> None:
@@ -706,7 +746,9 @@ def without_grad(model: Any) -> Any:
 
 
 # A reentrant checkpoint runs without gradients first.
-NOT_REENTRANT = (in_two_grad_modes, never, hook_on_x, hook_on_x_later, kept_gradient)
+NOT_REENTRANT = (
+    *(in_two_grad_modes, never, hook_on_x, hook_on_x_later, hook_after_x, kept_gradient),
+)
 CHECKPOINTED = [
     (way, reentrant)
     for way in WAYS
@@ -1306,26 +1348,35 @@ def test_gradient_of_p_is_rounded_as_p_is(gated: bool, adapter: torch.dtype) -> 
     assert (found.p.double() - want).norm() <= bound * want.norm()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "adapter"), [(f64, f64), (f32, f32), (bf16, f32), (f32, bf16), (bf16, bf16)], ids=str
+)
 @pytest.mark.parametrize("gated", [False, True])
-def test_gradients_of_several_dy_at_once_equal_each_of_all_operands(gated: bool) -> None:
+def test_gradients_of_several_dy_at_once_equal_each_of_all_operands(
+    gated: bool, adapter: torch.dtype, dtype: torch.dtype
+) -> None:
     """The operands of `blocks.sibling_linear`: x, lora_A, lora_B, the bias and the gate."""
     make = torch.Generator().manual_seed(0)
 
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make, dtype=f64).requires_grad_()
+    def leaf(*shape: int, dtype: torch.dtype = adapter) -> Tensor:
+        return torch.randn(*shape, generator=make, dtype=f64).to(dtype).requires_grad_()
 
-    x, A, B, bias, weight = leaf(70, K), leaf(R, K), leaf(32, R), leaf(32), leaf(32, K).detach()
-    gate = leaf(R) if gated else None
+    x, A, B = leaf(70, K, dtype=dtype), leaf(R, K), leaf(32, R)
+    bias, weight = leaf(32), leaf(32, K, dtype=dtype).detach()
+    gate = leaf(R, dtype=f64 if dtype is f64 else f32) if gated else None
     leaves = [x, A, B, bias, *([gate] if gate is not None else [])]
-    rows, (p,) = blocks.down_projections(x, [A], False)
+    rows, (p,) = blocks.down_projections(x, [A], adapter is dtype is bf16 and not gated)
     y, _ = blocks.sibling_linear(rows, p, weight, B, 2.0, bias, gate, (70,))
-    dy = torch.randn(3, *y.shape, generator=make, dtype=f64)
+    dy = torch.randn(3, *y.shape, generator=make, dtype=f64).to(dtype)
     got = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
+    # In bfloat16 dP and dx are rounded to 2⁻⁹ in either, and each dA and dB.
+    within = {f64: 1e-12, f32: 1e-5}.get(dtype if adapter is not bf16 else bf16, 2.0**-6)
     for i, each in enumerate(dy):
         want = torch.autograd.grad(y, leaves, each, retain_graph=True)
         for a, b in zip(got, want, strict=True):
-            assert b.norm() > 0
-            assert_close_derived(a[i], b)
+            assert b.norm() > 0 and a.dtype is b.dtype
+            error = (a[i].double() - b.double()).norm() / b.double().norm()
+            assert error <= within, float(error)
 
 
 def test_linears_that_share_x_add_no_gradients_of_x() -> None:
@@ -1352,22 +1403,66 @@ def test_linears_that_share_x_add_no_gradients_of_x() -> None:
     assert sums == [], sums
 
 
-REASONS: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "DoRA": ({"use_dora": True}, None, "adapter 'default' is DoRA"),
-    "aLoRA": ({"alora_invocation_tokens": [1]}, None, "adapter 'default' is an aLoRA"),
-    "dropout": ({"lora_dropout": 0.5}, None, "its dropout is active"),
-    "two adapters": ({}, with_two_adapters, "several adapters are active"),
-    "hook": ({}, hooked("forward", "k"), "a hook sits on it"),
-}
+def inference_k(model: Any) -> Any:
+    with torch.inference_mode():
+        weight = parent_of(model).k.lora_A["default"].weight.clone()
+    parent_of(model).k.lora_A["default"]._parameters["weight"] = nn.Parameter(weight, False)
+    return model
+
+
+def without_k(model: Any) -> Any:
+    parent_of(model).k = nn.Linear(K, SIZES["k"], dtype=f64)
+    return model
+
+
+def only_q(model: Any) -> Any:
+    for name in "kvw":
+        hooked("forward", name)(model)
+    return model
+
+
+# The configuration, a change before `fuse` or after it, and the layers apart with the reason.
+REASONS: dict[str, tuple[dict[str, Any], Any, Any, tuple[str, str]]] = {
+    "DoRA": ({"use_dora": True}, None, None, ("qkvw", "adapter 'default' is DoRA")),
+    "aLoRA": (
+        {"alora_invocation_tokens": [1]}, None, None, ("qkvw", "adapter 'default' is an aLoRA"),
+    ),
+    "inference tensor": ({}, None, inference_k, ("k", "its lora_A is an inference tensor")),
+    "another module": ({}, None, without_k, ("k", "it is a Linear")),
+    "unfused": (
+        {}, None, lambda m: unfuse(parent_of(m).k) and m, ("k", "it is a Linear"),
+    ),
+    "fused by itself": (
+        {}, None, lambda m: fuse(parent_of(m).k) and m, ("k", "it was fused or unfused by itself"),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REASONS)
 def test_explain_says_why_a_layer_does_not_share(name) -> None:
-    config, change, reason = REASONS[name]
+    config, before, after, (apart, reason) = REASONS[name]
     model = build(**config)
-    model = fuse(change(model) if change else model)
-    said = [row.reason for row in explain(model).blocks]
-    assert any(reason in each for each in said), said
+    model = fuse(before(model) if before else model)
+    model = after(model) if after else model
+    assert explain(model).blocks == [row_of(apart, reason)]
+
+
+def test_explain_says_that_a_layer_has_no_other_to_share_with() -> None:
+    (row,) = explain(only_q(fuse(build()))).blocks
+    alone = [f"{name} runs its own call: a hook sits on it" for name in "kvw"]
+    said = ["x is not shared", "eager", "own calls"]
+    of_q = "q has no other to share with"
+    assert row == Row("base_model.model.parent", *said, "; ".join([*alone, of_q]))
+
+
+def test_explain_says_which_base_computes_in_another_dtype() -> None:
+    model = build(dtype=f32, base="nf4")
+    base = parent_of(model).k.base_layer
+    base.compute_dtype, base.compute_type_is_set = bf16, True
+    said = "its base computes in torch.bfloat16, x has torch.float32"
+    assert explain(fuse(model), x_dtype=f32).blocks == [row_of("k", said)]
+    with torch.autocast("cpu", bf16):
+        assert explain(model, x_dtype=f32).blocks == [row_of("", "")]
 
 
 def test_explain_of_adapters_in_two_dtypes_says_what_is_shared(shared: Shared) -> None:
@@ -1594,3 +1689,94 @@ def _record(given: list[Any], *args: Any) -> Any:
     given.append(args)
     rows, p = args[0].reshape(-1, K), [args[0].reshape(-1, K) @ A.T for A in args[1]]
     return rows, p
+
+
+@pytest.mark.parametrize("shape", [(80, K + 1), (80, 1), (), (0,)], ids=str)
+def test_siblings_refuse_an_x_that_does_not_fit_in_the_words_of_their_own_call(shape: Any) -> None:
+    found = []
+    for blocks_on in (True, False):
+        model = fuse(build(three_alone), blocks=blocks_on)
+        with pytest.raises(ValueError, match="x: got shape") as refused:
+            model(torch.ones(shape, dtype=f64))
+        found.append(str(refused.value))
+    assert found[0] == found[1]
+
+
+def test_layer_under_two_names_is_one_sibling(shared: Shared) -> None:
+    """P of it would be computed twice."""
+    stock = build(three_alone)
+    parent_of(stock).alias = parent_of(stock).k
+    fused = fuse(copy.deepcopy(stock))
+    assert [row.strategy for row in explain(fused).blocks] == ["x is threaded through q, k, v, w"]
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (1, 3) and shared.projected == 4
+
+
+class TwoWidths(nn.Module):
+    """Layers of another width between those that share x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, size in (("a", K), ("b", 32), ("c", K), ("d", 32)):
+            setattr(self, name, nn.Linear(size, K, dtype=f64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = torch.tanh(x[..., :32].contiguous())
+        return self.a(x) * self.c(x) + self.b(half) * self.d(half)
+
+
+def test_layers_of_two_widths_are_two_groups(shared: Shared) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=R, target_modules=list("abcd"))
+    stock = get_peft_model(Stack(TwoWidths()), config, autocast_adapter_dtype=False)
+    randomize(stock)
+    fused = fuse(copy.deepcopy(stock))
+    said = [row.strategy for row in explain(fused).blocks]
+    assert said == ["x is threaded through a, c", "x is threaded through b, d"]
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (2, 4)
+
+
+def test_model_of_zero3_has_no_siblings(monkeypatch: pytest.MonkeyPatch, shared: Shared) -> None:
+    """Each layer is gathered for its own call."""
+    from lora_kernels.peft import zero3
+
+    stock, fused = pair(three_alone)
+    monkeypatch.setattr(swap, "is_zero3", lambda model: True)
+    fuse(fused)
+    assert explain(fused).blocks == []
+    assert all(zero3.is_gathered_in_call(getattr(parent_of(fused), name)) for name in ALL)
+    assert_equal_step(stock, fused, batch())
+    assert shared.take() == (0, 0)
+    assert hooks_in(unfuse(fused)) == 0
+
+
+def test_siblings_keep_nothing_that_a_later_step_frees() -> None:
+    """A graph is dropped without a backward, or after it."""
+    _, fused = pair()
+    for with_backward in (False, True):
+        x = batch().requires_grad_()
+        y = fused(x)
+        seen = [weakref.ref(t) for t in (x, y)]
+        if with_backward:
+            y.sum().backward()
+        del x, y
+        assert [ref() for ref in seen] == [None, None]
+
+
+def test_siblings_in_inference_mode_and_out_of_it_equal_peft(shared: Shared) -> None:
+    """Both without gradients."""
+
+    def way(self: Any, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            q = self.q(x)
+        k = self.k(x)
+        with torch.inference_mode():
+            v = self.v(x)
+        assert [t.is_inference() for t in (q, k, v)] == [True, False, True]
+        return mix(q, k, v)
+
+    stock, fused = pair(way)
+    with torch.no_grad():
+        assert_close_derived(fused(batch()), stock(batch()), 1e-12)
+    assert shared.take() == (1, 3)

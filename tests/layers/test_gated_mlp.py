@@ -257,7 +257,7 @@ def test_layer_that_a_verdict_gives_to_kernels_is_called(other, runs, monkeypatc
         asked.append(is_other)
         return dataclasses.replace(found, backend="cuda") if is_other else found
 
-    monkeypatch.setattr("lora_kernels.layers.gated_mlp.linear.choose", chosen)
+    monkeypatch.setattr(linear, "choose", chosen)
     x = input_of()
     linears = mlp._linears(x)
     assert linears is None and any(asked)
@@ -376,8 +376,15 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         LoRAGatedMLP(layer, nn.Linear(8, 16), down)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="up: got 8 -> 12 features, want gate's 8 -> 16"):
         LoRAGatedMLP(layer, LoRALinear(8, 12), down)
-    with pytest.raises(ValueError, match="down: got 8 in-features, want gate's 16"):
-        LoRAGatedMLP(layer, LoRALinear(8, 16), layer)
+    for size in (8, 24):
+        said = f"^down: got {size} in-features, want gate's 16 out-features$"
+        with pytest.raises(ValueError, match=said):
+            LoRAGatedMLP(layer, LoRALinear(8, 16), LoRALinear(size, 8))
+    for size in (4, 12):
+        with pytest.raises(
+            ValueError, match=f"^up: got {size} -> 16 features, want gate's 8 -> 16$"
+        ):
+            LoRAGatedMLP(layer, LoRALinear(size, 16), down)
     with pytest.raises(ValueError, match="activation: got 'relu', want one of 'silu'"):
         LoRAGatedMLP(layer, LoRALinear(8, 16), down, activation="relu")
 

@@ -205,3 +205,51 @@ def test_group_is_called_in_inference_mode_and_out_of_it() -> None:
             inside = group(x)
         with torch.no_grad():
             assert_bitwise_equal([y.clone() for y in inside], list(group(x)))
+
+
+@torch.no_grad()
+def test_wide_lora_B_on_another_device_is_made_again() -> None:
+    """The group may have moved by `to()` in between."""
+    group, x = make().eval(), torch.randn(2, K)
+    want = [y.clone() for y in group(x)]
+    group._cache.wide_B = torch.empty_like(group._cache.wide_B, device="meta")
+    assert_bitwise_equal(list(group(x)), want)
+    assert not group._cache.wide_B.is_meta
+    y = copy.deepcopy(group).to("meta")(x.to("meta"))
+    assert [tuple(each.shape) for each in y] == [(2, size) for size in MEMBERS.values()]
+
+
+def test_members_have_one_call_of_their_sizes_and_names() -> None:
+    """A member has views of the parameters of the group."""
+    group = make()
+    assert (group.members, group.targets) == (MEMBERS, ("q", "v"))
+    assert repr(group).endswith(f"members={MEMBERS}, targets=('q', 'v'))")
+    start = of_B = 0
+    for name, size in MEMBERS.items():
+        weight, bias, A, B = group.member(name)
+        assert weight.data_ptr() == group.weight[start].data_ptr() and len(weight) == size
+        assert bias.data_ptr() == group.bias[start:].data_ptr() and len(bias) == size
+        start += size
+        if name in group.targets:
+            rank = R * group.targets.index(name)
+            assert A.data_ptr() == group.lora_A[rank].data_ptr() and A.shape == (R, K)
+            assert B.data_ptr() == group.lora_B[of_B].data_ptr() and B.shape == (size, R)
+            of_B += size
+    want = r"name: got 'o', want one of \('q', 'k', 'v'\)"
+    with pytest.raises(KeyError, match=want):
+        group.member("o")
+    assert make(bias=False).member("q").bias is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_from_linears_copies_and_keeps_the_mode(training: bool) -> None:
+    linears = {name: nn.Linear(K, size).train(training) for name, size in MEMBERS.items()}
+    group = LoRAGroup.from_linears(linears, R, ALPHA, dropout=0.5, lora_dtype=bf16)
+    assert group.training is training and group.dropout == 0.5
+    assert (group.lora_A.dtype, group.weight.dtype) == (bf16, f32)
+    assert group.r == R and group.scaling == ALPHA / R
+    assert not (group.weight.requires_grad or group.bias.requires_grad)
+    for name, linear in linears.items():
+        assert group.member(name).weight.data_ptr() != linear.weight.data_ptr()
+    bare = {name: nn.Linear(K, size, bias=False) for name, size in MEMBERS.items()}
+    assert LoRAGroup.from_linears(bare).bias is None

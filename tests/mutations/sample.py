@@ -43,6 +43,7 @@ ARGUMENTS = (
     "tests/autograd/test_autocast.py tests/ops/test_dora_norm.py tests/ops/test_eager_gpu.py "
     "tests/ops/test_exact.py tests/ops/test_lora_experts.py"
 )
+COUNTS = "tests/bench/test_block_counts.py tests/interop/test_block_choices.py"
 TESTS = {
     "ops/arguments.py": ARGUMENTS,
     **dict.fromkeys(
@@ -61,14 +62,17 @@ TESTS = {
     "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
     **dict.fromkeys(
         ("backends/eager/siblings.py", "ops/siblings.py", "peft/siblings.py"),
-        "tests/interop/test_siblings.py tests/interop/test_gates_and_biases.py",
+        f"tests/interop/test_siblings.py tests/interop/test_gates_and_biases.py {COUNTS}",
     ),
     **dict.fromkeys(
         ("backends/eager/gated_mlp.py", "ops/gated_mlp.py", "peft/mlp.py"),
-        "tests/interop/test_mlp.py tests/layers/test_gated_mlp.py",
+        f"tests/interop/test_mlp.py tests/layers/test_gated_mlp.py {COUNTS}",
     ),
-    "layers/gated_mlp.py": "tests/layers/test_gated_mlp.py",
-    "ops/in_place.py": "tests/interop/test_in_place.py tests/interop/test_cast_adapters.py",
+    "layers/gated_mlp.py": f"tests/layers/test_gated_mlp.py {COUNTS}",
+    "layers/group.py": f"tests/layers/test_group.py {COUNTS}",
+    "ops/in_place.py": "tests/interop/test_in_place.py tests/interop/test_cast_adapters.py "
+    f"{COUNTS}",
+    "peft/foreign.py": "tests/interop/test_other_formats.py tests/interop/test_foreign_base.py",
     "peft/check.py": "tests/interop/test_check.py",
     "backends/cpu/linear.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "

@@ -20,6 +20,7 @@ from lora_kernels.backends.eager import checked
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
 from lora_kernels.backends.triton import elementwise, gated, is_interpreted, launch
+from lora_kernels.core import forced
 from lora_kernels.ops.gated_mlp import Hidden, gated_mlp
 from tests.triton.device import DEVICE
 
@@ -163,6 +164,29 @@ def scaled(*args: Any) -> None:
     args[3].mul_(1 + 2.0**-6)
 
 
+def nearly(*args: Any) -> None:
+    elementwise.gated_backward(*args)
+    args[3].mul_(1 + 2.0**-12)
+
+
+def of_float16(*args: Any) -> None:
+    elementwise.gated_backward(*args)
+    if args[0].dtype is torch.float16:
+        args[4].mul_(1 + 2.0**-6)
+
+
+def at_the_end(*args: Any) -> None:
+    """Leaves out what a second program computes."""
+    elementwise.gated_backward(*args)
+    args[4].view(-1)[1024:] = torch.nan
+
+
+def saturated(*args: Any) -> None:
+    g = args[0].clone()
+    elementwise.gated_backward(*args)
+    args[3][g > 8] = 0
+
+
 def of_tanh(*args: Any) -> None:
     elementwise.gated_backward(*args[:-1], args[-1].replace("gelu_tanh", "gelu"))
 
@@ -186,9 +210,16 @@ def unlaunchable(*args: Any) -> None:
 FAULTS: dict[str, tuple[Callable[..., None], str]] = {
     "dg and du swapped": (swapped, "differs from PyTorch's ops in dg"),
     "dg off by two units": (scaled, "differs from PyTorch's ops in dg"),
+    "dg off by many units of float32": (nearly, "silu in torch.float32 differs from PyTorch's"),
+    "du wrong in float16 alone": (
+        of_float16,
+        "Triton's elementwise kernel of silu in torch.float16 differs from PyTorch's ops in du",
+    ),
+    "the last elements": (at_the_end, "in torch.float32 makes other bits in place"),
+    "where the activation saturates": (saturated, "silu in torch.float32 differs from PyTorch's"),
     "the other GELU": (of_tanh, "gelu_tanh in torch.float32 "),
     "wrong in place": (overwriting, "makes other bits in place"),
-    "an exception": (failing, "raised RuntimeError: no kernel image"),
+    "an exception": (failing, "Triton's elementwise kernels raised RuntimeError: no kernel image"),
     "an exception of Triton's": (unlaunchable, "raised OutOfResources: out of resource"),
 }
 
@@ -234,6 +265,22 @@ def test_offsets_that_32_bits_do_not_hold_are_64_bits_wide(
     elementwise.gated_backward(t, t, t, t, t, t, "silu")
     (given,) = launched
     assert given["n"] == n and given["WIDE"] is (n == 2**31)
+
+
+def test_check_sees_nothing_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward asks for it, and the answer holds for all others."""
+    seen: list[Any] = []
+
+    def compare(device: torch.device) -> None:
+        modes = torch.is_autocast_enabled(DEVICE), torch.is_inference_mode_enabled()
+        seen.append((*modes, torch.is_grad_enabled(), forced.current.get().backend))
+
+    monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
+    monkeypatch.setattr(eager_mlp, "compare_kernels", compare)
+    forced_too = lora_kernels.backend("eager")
+    with torch.autocast(DEVICE, torch.bfloat16), forced_too, torch.inference_mode():
+        assert eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16) is None
+    assert seen == [(False, False, False, None)]
 
 
 def test_each_device_has_a_check_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

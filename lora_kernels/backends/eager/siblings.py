@@ -228,7 +228,7 @@ def _batched_projections_backward(
     lora_A: Sequence[Tensor],
     x_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """`down_projections_backward` in plain expressions, each in the widest dtype."""
+    """`down_projections_backward` in plain expressions, each in the widest dtype, dx too."""
     dA: list[Tensor | None] = [None] * len(lora_A)
     for i, (t, A) in enumerate(zip(dp, lora_A, strict=True)):
         if t is None:
@@ -239,7 +239,7 @@ def _batched_projections_backward(
             dA[i] = torch.mm(t.t(), x.to(wide)).to(A.dtype)
         if x_dtype is not None:
             update = torch.mm(t, A.to(wide))
-            dx = (update if dx is None else dx + update).to(x_dtype)
+            dx = update if dx is None else dx + update
     return dx, dA
 
 

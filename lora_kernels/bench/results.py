@@ -3,7 +3,8 @@
 Times are medians of calls that take turns in one process, warm unless a row says "cold". A step is
 forward and backward with x needing a gradient. Errors are rms, relative to float64 on the same
 numbers. A call of ours whose error is above the tolerance, beside that of plain PyTorch, gets ✗
-instead of a time; a peer's gets ✗ beside it. In a row that was counted, ✗ marks ours where it loses.
+instead of a time; a peer's gets ✗ beside it. In a row that was counted, ✗ marks ours where it
+loses.
 
 In the summary a ratio is the median time of ours over the peer's in one row. Ours with float32
 adapters is compared with PEFT's, whose adapters are float32 by default.

@@ -29,7 +29,7 @@ CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o 
 test: lint native
 	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) slice others
 
-OTHERS := tests/finetune tests/compile_only
+OTHERS := tests/packaging tests/finetune tests/compile_only
 # Two parts that take as long: Triton's interpreter needs a process of its own, recipes follow it.
 slice:
 	$(BIN)/python -m pytest -m 'not slow and not proof' \

@@ -350,6 +350,16 @@ def memory_rows(run: Run) -> Cells:
             yield shape(row), row["dtype"], *each
 
 
+def counted() -> Row | None:
+    """The rows of `bench --count`: of layers beside PEFT's, and of blocks beside all peers."""
+    run = read(JSON_TRAFFIC).get("count")
+    if run is None:
+        return None
+    blocks = [row for row in run["rows"] if row.get("what", "").split(" ")[0] in BLOCKS]
+    layers = [row for row in run["rows"] if "what" not in row]
+    return {"provenance": run["provenance"], "layers": layers, "blocks": blocks}
+
+
 def traffic_versions(facts: Row) -> str:
     return ", ".join(f"{n} {facts[n]}" for n in ("torch", "peft", "bitsandbytes") if facts[n])
 
@@ -359,7 +369,7 @@ def traffic_rows(rows: list[Row]) -> Cells:
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         if row["R"] == 16 and row["M"] in TRAFFIC_ROWS:
-            name = row["cell"] + ", left to PEFT" * (not row["fused"])
+            name = ", ".join(filter(None, (row["dtype"], row.get("strategy"))))
             key = (name, f"{row['dropout_p']:g}", shape(row))
             lines.setdefault(key, []).extend(traffic_cells(row))
     return ((*key, *cells) for key, cells in lines.items())
@@ -367,8 +377,9 @@ def traffic_rows(rows: list[Row]) -> Cells:
 
 def traffic_cells(row: Row) -> list[str]:
     """Ratio of bytes, MB, kernels and ratio of the peak."""
-    count, kernels, peak = row["bytes"], row["kernels"], row["peak"]
-    marks = {name: " ✗" * (name in row["losses"]) for name in ("bytes", "kernels", "peak")}
+    count, kernels, peak = row["moved"], row["kernels"], row["peak_bytes"]
+    lost = row["misses"].get("ours", "")
+    marks = {name: " ✗" * (name in lost) for name in ("bytes", "kernels", "peak")}
     return [
         f"{count['ours'] / count['peft']:.2f}{marks['bytes']}",
         f"{megabytes(count['ours'])} / {megabytes(count['peft'])}",
@@ -382,18 +393,18 @@ def block_rows(rows: list[Row]) -> Cells:
     steps: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["M"] == 8192:
-            name = f"{BLOCKS[row['block']]}, {row['sizes']}"
-            steps.setdefault((name, row["cell"]), []).append(row)
+            block, sizes = row["what"].split(" ")
+            steps.setdefault((f"{BLOCKS[block]}, {sizes}", row["dtype"]), []).append(row)
     for key, directions in steps.items():
-        lost = directions[-1]["losses"]  # the backward's are those of the step
+        lost = directions[-1]["misses"].get("ours", "")  # the backward's are those of the step
         cells = []
         for name in BLOCK_PEERS:
-            if name not in directions[0]["bytes"]:
+            if name not in directions[0]["moved"]:
                 cells.append("–")
                 continue
             marks = {m: " ✗" * (name == "ours" and m in lost) for m in ("bytes", "peak")}
-            moved, kernels = (sum(row[m][name] for row in directions) for m in ("bytes", "kernels"))
-            peak = max(row["peak"][name] for row in directions)
+            moved, kernels = (sum(row[m][name] for row in directions) for m in ("moved", "kernels"))
+            peak = max(row["peak_bytes"][name] for row in directions)
             cells.append(
                 f"{megabytes(moved)}{marks['bytes']} / {kernels} / {megabytes(peak)}{marks['peak']}"
             )
@@ -431,14 +442,13 @@ def cpu_rows(measured: list[Run]) -> Cells:
 def readme_traffic(rows: list[Row], blocks: list[Row]) -> Cells:
     """A training step's bytes on a GPU: both directions of a layer, or of a block, together."""
     sizes = "M == 8192 and K == 4096 and N == 4096 and R == 16 and dropout_p == 0"
-    counted = pd.json_normalize(rows).query(f"{sizes} and cell in @README_TRAFFIC")
-    columns = ["bytes.ours", "bytes.peft"]
-    for name, ours, peft in counted.groupby("cell", sort=False)[columns].sum().itertuples():
+    counted = pd.json_normalize(rows).query(f"{sizes} and dtype in @README_TRAFFIC")
+    columns = ["moved.ours", "moved.peft"]
+    for name, ours, peft in counted.groupby("dtype", sort=False)[columns].sum().itertuples():
         yield name, f"{ours / 1e6:.0f}", f"{peft / 1e6:.0f}", f"{ours / peft:.2f}"
     for block, name in README_BLOCKS.items():
-        found = [
-            r["bytes"] for r in blocks if (r["block"], r["cell"], r["M"]) == (block, BF16, 8192)
-        ]
+        here = (row for row in blocks if row["what"].startswith(block) and row["M"] == 8192)
+        found = [row["moved"] for row in here if row["dtype"] == BF16]
         ours, peft, axolotl = (sum(b[who] for b in found) for who in ("ours", "peft", "axolotl"))
         name = f"{name}; axolotl's order {axolotl / 1e6:.0f} MB"
         yield name, f"{ours / 1e6:.0f}", f"{peft / 1e6:.0f}", f"{ours / peft:.2f}"
@@ -458,7 +468,7 @@ def render(template: str, measured: list[Run]) -> str:
     environment = jinja2.Environment(loader=loader, **options)
     environment.globals.update({function.__name__: function for function in TABLES})
     text = environment.get_template(template).render(
-        runs=measured, here=HERE, modes=MODES, traffic=read(JSON_TRAFFIC).get("count")
+        runs=measured, here=HERE, modes=MODES, traffic=counted()
     )
     return text.rstrip("\n")
 

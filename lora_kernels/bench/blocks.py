@@ -30,10 +30,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -44,12 +44,12 @@ from ..backends import decode4bit
 from ..backends.eager import head
 from ..core.packed4bit import Packed4bit
 from ..ops.head import lora_linear_cross_entropy
-from ..oracle.case import dtype_name
 from ..quantization import Weight4bit
 from . import experts_traffic, traffic
 from .counter import Traffic, count_layer
-from .results import Facts
-from .traffic import DIRECTIONS, MEASURES, PEAK_UNIT, Cell
+from .results import Facts, Row, versions
+from .table import Suite
+from .traffic import PEAK_UNIT, Cell
 
 ROWS = (1, 512, 8192)  # M
 RANK = 16
@@ -86,14 +86,14 @@ class Block(NamedTuple):
     Ns: tuple[int, ...]
 
     @property
-    def sizes(self) -> str:
-        """In-features and out-features.
+    def title(self) -> str:
+        """The name, and in-features and out-features.
 
-        >>> Block("mlp", 64, (96, 96)).sizes
-        '64→96→64'
+        >>> Block("mlp", 64, (96, 96)).title
+        'mlp 64→96→64'
         """
         out = f"{self.Ns[0]}→{self.K}" if self.name == "mlp" else "+".join(map(str, self.Ns))
-        return f"{self.K}→{out}"
+        return f"{self.name} {self.K}→{out}"
 
 
 BLOCKS = (
@@ -397,45 +397,7 @@ def losses(counts: Counts) -> list[str]:
     return [name for name in lost if lost[name]]
 
 
-@dataclass
-class BlockRow:
-    """One direction of one block: ours and the peers.
-
-    losses: of a forward by itself, or of a backward with its forward.
-    """
-
-    table: ClassVar[str] = "blocks"
-
-    block: str
-    sizes: str
-    cell: str
-    M: int
-    R: int
-    direction: str
-    bytes: dict[str, int]
-    kernels: dict[str, int]
-    peak: dict[str, int]
-    losses: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        """Return MB, kernels and peak in MB of ours and each peer, and what ours loses."""
-        each = (
-            f"{name} {self.bytes[name] / 1e6:.1f}/{self.kernels[name]}/{self.peak[name] / 1e6:.1f}"
-            for name in self.bytes
-        )
-        lost = f"  ✗ {', '.join(self.losses)}" if self.losses else ""
-        return (
-            f"{self.block} {self.sizes}, {self.cell}, M={self.M} r={self.R} {self.direction}, "
-            f"MB/kernels/peak MB: {', '.join(each)}{lost}"
-        )
-
-
-def count_block(
-    block: Block, cell: Cell, R: int = RANK, Ms: Sequence[int] = ROWS
-) -> Iterator[BlockRow]:
+def count_block(block: Block, cell: Cell, R: int = RANK, Ms: Sequence[int] = ROWS) -> Iterator[Row]:
     """Yield the rows of a block and a kind of layer: both directions for each M.
 
     >>> [row.kernels["axolotl"] for row in count_block(Block("layer", 64, (64,)), CELLS[0], 8, [9])]
@@ -456,30 +418,27 @@ def count_block(
             found[name] = count(build(block.name, projections))
     fuse(nn.Sequential(module), cast_adapters=True)
     found = {"ours": count(), **found}
+
+    def judge(counts: Counts, direction: str) -> list[str]:
+        # A step's peak counts: what is counted here trains.
+        return [name for name in losses(counts) if name != "peak" or direction == "backward"]
+
     for i, M in enumerate(Ms):
         steps = {name: counts[i] for name, counts in found.items()}
-        forwards, backwards = ({n: step[d] for n, step in steps.items()} for d in range(2))
-        judged = forwards, {name: traffic.both(*step) for name, step in steps.items()}
-        for direction, counts, of in zip(DIRECTIONS, (forwards, backwards), judged, strict=True):
-            measures: Any = {
-                measure: {name: getattr(t, measure) for name, t in counts.items()}
-                for measure in MEASURES
-            }
-            lost = losses(of)  # a step's peak counts: what is counted here trains
-            measures["losses"] = [m for m in lost if m != "peak" or direction == "backward"]
-            yield BlockRow(block.name, block.sizes, cell.name, M, R, direction, **measures)
+        key = {"what": block.title, "dtype": cell.name, "M": M, "K": block.K, "N": sum(block.Ns)}
+        yield from traffic.count_rows(steps, judge, R=R, **key)
 
 
 HEAD = (8192, 4096, 128256)  # rows of a step, hidden size and vocabulary of Llama 3
 
 
-def count_head(adapter_dtype: torch.dtype, R: int = RANK) -> dict[str, Traffic]:
+def count_head(adapter_dtype: torch.dtype, R: int = RANK) -> Row:
     """Count a training step of a head with its loss, in bfloat16: ours, PyTorch's ops, PEFT's.
 
     PyTorch computes the loss of PEFT's logits [M, V] in float32. The second is ours on a device
     that does not run the Triton kernel.
 
-    >>> list(count_head(torch.bfloat16))
+    >>> list(count_head(torch.bfloat16).moved)
     ['ours', "ours by PyTorch's ops", 'peft']
     """
     M, K, V = HEAD
@@ -505,43 +464,52 @@ def count_head(adapter_dtype: torch.dtype, R: int = RANK) -> dict[str, Traffic]:
         counted = {"ours": count(ours)}
     with mock.patch.dict(head.kernel_reasons, {key: "PyTorch's ops are counted"}):
         counted["ours by PyTorch's ops"] = count(ours)
-    return {**counted, "peft": count(peft)}
+    counted["peft"] = count(peft)
+    name = f"bf16, {'bf16' if adapter_dtype == _BF16 else 'fp32'} adapter"
+    sizes: dict[str, Any] = {"M": M, "K": K, "N": V, "R": R}
+    return traffic.count_row(counted, what="head and loss", dtype=name, mode="step", **sizes)
 
 
-class Count(traffic.Count):
-    """Memory traffic, counted: layers beside PEFT's, then blocks beside all peers."""
+class Count(Suite):
+    """Memory traffic, counted: layers beside PEFT's, then blocks beside all peers, and the head."""
 
-    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Any]:
-        """Yield the rows of `traffic`, then those of the blocks."""
-        yield from super().rows(args, facts)
+    def __init__(self) -> None:
+        unused = "device shapes model rows quick dtypes dropout seconds csv baseline"
+        super().__init__("count", "count", unused)
+
+    def provenance(self, args: argparse.Namespace) -> Facts:
+        """Return the versions of the libraries that decide what kernels run."""
+        return versions("torch", "peft", "bitsandbytes")
+
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
+        """Yield the rows, those of NF4 if bitsandbytes is installed."""
         has_bitsandbytes = find_spec("bitsandbytes") is not None
+        for cell in traffic.CELLS:
+            if cell.base != "nf4" or has_bitsandbytes:
+                for p, (K, N), R in itertools.product(traffic.DROPOUTS, traffic.SHAPES, args.ranks):
+                    yield from traffic.count_cell(cell, K, N, R, p)
         for block, cell in itertools.product(BLOCKS, CELLS):
             if cell.base != "nf4" or has_bitsandbytes:
                 yield from count_block(block, cell)
+        yield from map(count_head, (_BF16, _F32))
 
-    def line(self, row: Any) -> str:
-        return str(row) if isinstance(row, BlockRow) else super().line(row)
-
-    def summary(self, rows: list[Any]) -> Iterator[str]:
-        """Yield `traffic`'s summary, and how many rows of each block ours loses."""
-        of_blocks = [row for row in rows if isinstance(row, BlockRow)]
-        yield from super().summary([row for row in rows if not isinstance(row, BlockRow)])
+    def summary(self, rows: list[Row]) -> Iterator[str]:
+        """Yield how many rows of each kind ours loses, and the range of the ratio of bytes."""
+        layers = [row for row in rows if row.what is None]
+        fused = [row.moved for row in layers if row.strategy != traffic.LEFT]
+        ratios = sorted(moved["ours"] / moved["peft"] for moved in fused)
+        yield (
+            f"{_count_losses(layers, 'PEFT', ('bytes', 'kernels', 'peak'))}; `fuse` leaves "
+            f"{len(layers) - len(fused)} to PEFT; bytes over PEFT's elsewhere: "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
+        )
         for block in BLOCKS:
-            found = [row for row in of_blocks if row.block == block.name]
-            lost = [row for row in found if row.losses]
-            counts = (f"{sum(n in row.losses for row in lost)} in {n}" for n in ("bytes", "peak"))
-            yield (
-                f"{block.name} {block.sizes}: {len(found)} rows, ours loses {len(lost)} to the "
-                f"best peer ({', '.join(counts)})"
-            )
-        M, K, V = HEAD
-        for dtype in (_BF16, _F32):
-            counted = "; ".join(
-                f"{name} {t.bytes / 1e9:.1f} GB, {t.kernels} kernels, {t.peak / 1e6:.0f} MB at most"
-                for name, t in count_head(dtype).items()
-            )
-            yield f"head {K}→{V} and loss, {M} rows, {dtype_name(dtype)} adapter: {counted}"
+            found = [row for row in rows if row.what == block.title]
+            yield f"{block.title}: {_count_losses(found, 'the best peer', ('bytes', 'peak'))}"
         yield from experts_traffic.lines()
 
-    def has_failed(self, rows: list[Any]) -> bool:
-        return any(row.losses for row in rows)
+
+def _count_losses(rows: list[Row], peer: str, measures: Sequence[str]) -> str:
+    lost = [row.misses["ours"] for row in rows if row.misses]
+    counts = (f"{sum(name in each for each in lost)} in {name}" for name in measures)
+    return f"{len(rows)} rows, ours loses {len(lost)} to {peer} ({', '.join(counts)})"

@@ -145,7 +145,7 @@ def measure(suite: Suite, args: argparse.Namespace) -> Result:
         print(wrap(text))
     for row in suite.rows(args, result.provenance):
         result.rows.append(row)
-        print(wrap(suite.line(row)), flush=True)
+        print(wrap(str(row)), flush=True)
         result.write(args.json, args.csv)
     result.write(args.json, args.csv)
     for text in suite.summary(result.rows):

@@ -3,7 +3,8 @@
 Times are medians of calls that take turns in one process, warm unless a row says "cold". A step is
 forward and backward with x needing a gradient. Errors are rms, relative to float64 on the same
 numbers. A call of ours whose error is above the tolerance, beside that of plain PyTorch, gets ✗
-instead of a time; a peer's gets ✗ beside it.
+instead of a time; a peer's gets ✗ beside it. In a row that was counted, ✗ marks ours where it
+loses.
 
 In the summary a ratio is the median time of ours over the peer's in one row. Ours with float32
 adapters is compared with PEFT's, whose adapters are float32 by default.
@@ -68,13 +69,17 @@ def is_ours(name: str) -> bool:
 
 @dataclass(kw_only=True)
 class Row:
-    """Calls that took turns: the row's key, and the results of each call.
+    """Calls that took turns, or were counted: the row's key, and the results of each call.
 
     Args:
-        what: the variant, or None.
-        seconds: times of each call; none in a row that counts bytes alone.
+        what: the variant, or the block of layers that was counted; None for a layer.
+        dtype: of x and the weight; in words, with the adapter's, in a row that was counted.
+        seconds: times of each call.
+        moved, kernels: bytes that each call reads and writes on a GPU, and kernels that it
+            launches, in a row that was counted.
         errors: rms of y, relative to float64.
-        misses: for each call whose results miss the tolerance, by how much.
+        misses: for each call whose results miss the tolerance, by how much; in a row that was
+            counted, the measures in which ours loses.
         judged: the calls that were compared with the tolerance; None for all.
         bytes, peak_bytes: held for the backward, and the peak of a step.
         load, own_load, under_load: the load average, the most of it that the bench causes, and
@@ -98,6 +103,8 @@ class Row:
     target: float | None = None
     bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     misses: dict[str, str] = field(default_factory=dict)
     judged: Sequence[str] | None = None
@@ -108,13 +115,15 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, and the tax."""
-        kept = "misses" if self.seconds else ""
+        kept = "misses" if self.seconds or self.moved else ""
         fields = {**asdict(self), "tax": self.tax}
         return {name: v for name, v in fields.items() if v not in (None, {}) or name == kept}
 
     @property
     def kind(self) -> str:
-        """The suite of the row: "layers", "4-bit", "experts", "head" or "variants"."""
+        """The suite of the row: "layers", "4-bit", "experts", "head", "variants" or "count"."""
+        if self.moved:
+            return "count"
         for kind in ("experts", "head"):
             if self.what and self.what.startswith(kind):
                 return kind
@@ -144,6 +153,8 @@ class Row:
         if self.kind == "4-bit":
             streamed = self.mode == "decoding" and self.M <= STREAMED_ROWS
             return "stream" if streamed else "dense"
+        if self.kind == "count":
+            return "peft"
         if self.kind == "head":
             return "pytorch"
         return VARIANTS.get(self.what or "", "PEFT's") if self.kind == "variants" else FROZEN
@@ -165,9 +176,10 @@ class Row:
         self.under_load = self.load > self.own_load + LOAD_MARGIN
 
     def __str__(self) -> str:
-        """Return a timed row as a table of its calls."""
+        """Return the row as a table of its calls."""
         p50, unit = self.p50, self.baseline
-        lines = {name: self._cells(name) for name in dict.fromkeys([*p50, *self.misses])}
+        names = dict.fromkeys([*p50, *self.moved, *self.misses])
+        lines = {name: self._cells(name) for name in names}
         said = [f"{self.identity}, over {unit}", *self._details()]
         said.append(text_table(lines))
         said += [f"✗ {name}: {what}" for name, what in self.misses.items()]
@@ -178,15 +190,18 @@ class Row:
 
     def _cells(self, name: str) -> dict[str, str | None]:
         """Return a call's line of the table."""
-        times, unit = self.seconds.get(name), self.seconds.get(self.baseline)
-        ratio = "✗" if times is None else "–"
-        if times and unit:
-            ratio = f"{times.p50 / unit.p50:.3f}" + " ✗" * (name in self.misses)
+        times, found = self.seconds.get(name), self.moved or self.p50
+        ratio = "–" if name in found else "✗"
+        if {name, self.baseline} <= found.keys():
+            over = found[name] / found[self.baseline]
+            ratio = f"{over:.3f}" + " ✗" * (name in self.misses)
             if name == "ours" and self.target is not None:
-                ratio += " ✓" if times.p50 <= self.target * unit.p50 else " over target"
+                ratio += " ✓" if over <= self.target else " over target"
         cells: dict[str, str | None] = {"ratio": ratio}
         for key, quantile in (("ms", "p50"), ("p20", "p20"), ("p80", "p80")):
             cells[key] = f"{getattr(times, quantile) * 1e3:.3g}" if times else None
+        cells["MB moved"] = f"{self.moved[name] / 1e6:.2f}" if name in self.moved else None
+        cells["kernels"] = str(self.kernels[name]) if name in self.kernels else None
         for key, counts in (("MiB held", self.bytes), ("MiB peak", self.peak_bytes)):
             cells[key] = f"{counts[name] / 2**20:.3g}" if name in counts else None
         cells["rms error"] = f"{self.errors[name]:.1e}" if name in self.errors else None
@@ -196,7 +211,8 @@ class Row:
         """Return the line of goals, backend and load, if there is anything to say."""
         goals = [("floor", self.floor), ("target", self.target)]
         words = [f"{word} {value:.3f}" for word, value in goals if value is not None]
-        words += [f"ours: {self.backend}, {self.strategy}"] if self.strategy else []
+        ours = ", ".join(filter(None, (self.backend, self.strategy)))
+        words += [f"ours: {ours}"] if self.strategy else []
         if self.floor_ms and (times := self.seconds.get("ours")):
             share = self.floor_ms / times.p50 / 1e3
             words.append(f"{share:.0%} of the roofline")
@@ -216,14 +232,12 @@ class Result:
 
     kind: str
     provenance: dict[str, Any]
-    rows: list[Any] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     overhead_us: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the run; its rows are in "rows", or in the list that their class names."""
-        found: dict[str, Any] = {"provenance": self.provenance, "rows": []}
-        for row in self.rows:
-            found.setdefault(getattr(row, "table", "rows"), []).append(row.to_json())
+        """Return the run as a dict for JSON."""
+        found = {"provenance": self.provenance, "rows": [row.to_json() for row in self.rows]}
         return found | ({"overhead_us": self.overhead_us} if self.overhead_us else {})
 
     def write(self, json_file: Path | None, csv_file: Path | None) -> None:

@@ -251,20 +251,16 @@ class Suite:
     def provenance(self, args: argparse.Namespace) -> Facts:
         return provenance(args.dtypes, args.device)
 
-    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Any]:
+    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
         for entry in self.entries(args, facts):
             for row in run(entry, args.seconds):
                 row.note_load()
                 yield row
 
-    def line(self, row: Any) -> str:
-        """Return a row as text."""
-        return str(row)
-
-    def summary(self, rows: list[Any]) -> Iterator[str]:
+    def summary(self, rows: list[Row]) -> Iterator[str]:
         """Yield lines after the rows."""
         return summary(rows)
 
-    def has_failed(self, rows: list[Any]) -> bool:
-        """True if a result of ours misses the tolerance."""
+    def has_failed(self, rows: list[Row]) -> bool:
+        """True if a result of ours misses the tolerance, or loses a row that was counted."""
         return any(is_ours(name) for row in rows for name in row.misses)

@@ -14,13 +14,8 @@ torch.compile is left out: its generated kernels fuse in ways that meta tensors 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import itertools
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,8 +24,7 @@ from torch import Tensor, nn
 
 from . import baselines, counter
 from .counter import Kernel, Traffic
-from .results import Facts, versions
-from .table import Suite
+from .results import Row
 
 ROWS = (1, 16, 512, 8192)  # M
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # K, N
@@ -41,7 +35,8 @@ FEW_ROWS = 64  # up to here a layer is bound by launches, not by bandwidth
 PEAK_UNIT = 2 << 20
 KERNEL_BYTES = 6_000_000  # moved by an H100 in the 2 µs that a small kernel takes (estimate)
 MASK_KERNELS = 8  # see `allowed_kernels`
-MEASURES, DIRECTIONS = ("bytes", "kernels", "peak"), ("forward", "backward")
+DIRECTIONS = "forward", "backward"
+LEFT = "left to PEFT"  # the strategy of a layer that `fuse` does not take
 
 
 class Cell(NamedTuple):
@@ -109,7 +104,7 @@ def losses(cell: Cell, M: int, dropout_p: float, ours: Traffic, peft: Traffic) -
         "kernels": ours.kernels > allowed_kernels(cell, dropout_p, ours, peft),
         "peak": ours.peak > peft.peak + PEAK_UNIT,
     }
-    return [name for name in MEASURES if lost[name]]
+    return [name for name in lost if lost[name]]
 
 
 def both(first: Traffic, second: Traffic) -> Traffic:
@@ -134,29 +129,38 @@ def stock(cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0) -> Any:
         )
 
 
-@dataclass
-class TrafficRow:
-    """One direction of one layer, ours and PEFT's.
+def count_rows(
+    steps: Mapping[str, tuple[Traffic, Traffic]],
+    judge: Callable[[dict[str, Traffic], str], list[str]],
+    **key: Any,
+) -> Iterator[Row]:
+    """Yield the rows of a training step: of its forward, and of its backward.
 
-    fused: whether `fuse` takes the layer.
-    losses: of a forward by itself, or of a backward with its forward.
+    Args:
+        steps: forward and backward of each call.
+        judge: returns the measures in which ours loses, from the counts of each call and the
+            direction; beside the backward these are of both directions together.
+        key: the fields that name the row.
     """
+    whole = {name: both(*step) for name, step in steps.items()}
+    for i, direction in enumerate(DIRECTIONS):
+        counts = {name: step[i] for name, step in steps.items()}
+        lost = judge(whole if i else counts, direction)
+        yield count_row(counts, lost, mode=direction, **key)
 
-    cell: str
-    M: int
-    K: int
-    N: int
-    R: int
-    dropout_p: float
-    direction: str
-    fused: bool
-    bytes: dict[str, int]
-    kernels: dict[str, int]
-    peak: dict[str, int]
-    losses: list[str]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+def count_row(counts: Mapping[str, Traffic], lost: Sequence[str] = (), **key: Any) -> Row:
+    """Return the row of what was counted of each call.
+
+    lost: the measures in which ours loses.
+    """
+    return Row(
+        **key,
+        moved={name: t.bytes for name, t in counts.items()},
+        kernels={name: t.kernels for name, t in counts.items()},
+        peak_bytes={name: t.peak for name, t in counts.items()},
+        misses={"ours": ", ".join(lost)} if lost else {},
+    )
 
 
 def count_cell(
@@ -167,12 +171,12 @@ def count_cell(
     dropout_p: float = 0.0,
     Ms: Sequence[int] = ROWS,
     by_rule: bool = True,
-) -> Iterator[TrafficRow]:
+) -> Iterator[Row]:
     """Yield the rows of a cell at one shape and rank: both directions for each M.
 
     by_rule: whether `fuse` leaves the layer to PEFT if its rule says so.
 
-    >>> [row.bytes["peft"] for row in count_cell(CELLS[0], 64, 64, 8, Ms=[32])]
+    >>> [row.moved["peft"] for row in count_cell(CELLS[0], 64, 64, 8, Ms=[32])]
     [48128, 59392]
     """
     from ..peft import eligibility, fuse, swap
@@ -189,17 +193,14 @@ def count_cell(
     with mock.patch.object(swap, "heavier_reason", rule):
         fuse(nn.Sequential(layer))
     ours = count()
+    left = None if isinstance(layer, Fused) else LEFT
     for M, mine, theirs in zip(Ms, ours, peft, strict=True):
-        forwards, backwards = zip(mine, theirs, strict=True)
-        judged = forwards, (both(*mine), both(*theirs))
-        for direction, pair, of in zip(DIRECTIONS, (forwards, backwards), judged, strict=True):
-            counts: Any = {
-                name: dict(zip(("ours", "peft"), (getattr(t, name) for t in pair), strict=True))
-                for name in MEASURES
-            }
-            counts["losses"] = losses(cell, M, dropout_p, *of)
-            fused = isinstance(layer, Fused)
-            yield TrafficRow(cell.name, M, K, N, R, dropout_p, direction, fused, **counts)
+        yield from count_rows(
+            {"ours": mine, "peft": theirs},
+            lambda counts, _, M=M: losses(cell, M, dropout_p, **counts),  # type: ignore[misc]
+            **{"dtype": cell.name, "M": M, "K": K, "N": N, "R": R, "dropout_p": dropout_p},
+            strategy=left,
+        )
 
 
 def count_step(
@@ -229,56 +230,3 @@ def count_step(
             return (call or layer)(x)
 
     return counter.count_layer(forward, [x, *adapters], log)
-
-
-def ratio(measure: dict[str, int]) -> float:
-    """Return ours over PEFT's."""
-    return measure["ours"] / measure["peft"]
-
-
-class Count(Suite):
-    """Memory traffic, counted."""
-
-    def __init__(self) -> None:
-        unused = "device shapes model rows quick dtypes dropout seconds csv baseline"
-        super().__init__("count", "count", unused)
-
-    def provenance(self, args: argparse.Namespace) -> Facts:
-        """Return the versions of the libraries that decide what kernels run."""
-        return versions("torch", "peft", "bitsandbytes")
-
-    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[TrafficRow]:
-        """Yield the table's rows, those of NF4 if bitsandbytes is installed."""
-        has_bitsandbytes = find_spec("bitsandbytes") is not None
-        for cell in CELLS:
-            if cell.base == "nf4" and not has_bitsandbytes:
-                continue
-            for dropout_p, (K, N), R in itertools.product(DROPOUTS, SHAPES, args.ranks):
-                yield from count_cell(cell, K, N, R, dropout_p)
-
-    def line(self, row: TrafficRow) -> str:
-        """Return ratios of ours to PEFT's, each before what it is made of."""
-        by, peak = (
-            f"{ratio(count):.2f} ({count['ours'] / 1e6:.2f}/{count['peft'] / 1e6:.2f} MB)"
-            for count in (row.bytes, row.peak)
-        )
-        lost = f"  ✗ {', '.join(row.losses)}" if row.losses else ""
-        return (
-            f"{row.cell}, {row.M}×{row.K}×{row.N} r={row.R} p={row.dropout_p:g} {row.direction}"
-            f"{'' if row.fused else ', left to PEFT'}: "
-            f"bytes {by}, kernels {row.kernels['ours']}/{row.kernels['peft']}, peak {peak}{lost}"
-        )
-
-    def summary(self, rows: list[TrafficRow]) -> Iterator[str]:
-        """Yield how many rows ours loses, and the range of the ratio of bytes."""
-        ratios = sorted(ratio(row.bytes) for row in rows if row.fused)
-        lost = [row.losses for row in rows if row.losses]
-        counts = (f"{sum(name in each for each in lost)} in {name}" for name in MEASURES)
-        yield (
-            f"{len(rows)} rows, ours loses {len(lost)} ({', '.join(counts)}); `fuse` leaves "
-            f"{sum(not row.fused for row in rows)} to PEFT; bytes over PEFT's elsewhere: "
-            f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
-        )
-
-    def has_failed(self, rows: list[TrafficRow]) -> bool:
-        return any(row.losses for row in rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels.backends import decode4bit
 from lora_kernels.bench import blocks, experts_traffic, traffic
-from lora_kernels.bench.blocks import BLOCKS, CELLS, FUNCTIONS, INPLACE, Block, BlockRow
+from lora_kernels.bench.blocks import BLOCKS, CELLS, FUNCTIONS, INPLACE, Block
 from lora_kernels.bench.counter import Kernel, Traffic, count
+from lora_kernels.bench.results import Row
 from lora_kernels.bench.traffic import Cell
 from lora_kernels.quantization.weight4bit import quantize_4bit
 
@@ -184,7 +184,8 @@ def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPa
             ),
         )
         forward, backward = blocks.count_block(Block("layer", 64, (64,)), CELLS[0], 4, [512])
-        assert forward.losses == [] and backward.losses == want
+        assert forward.misses == {}
+        assert backward.misses == ({"ours": ", ".join(want)} if want else {})
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -193,29 +194,30 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(next(module.children()), Fused)
 
 
-ROW = BlockRow(
-    *("layer", "2→3", CELLS[0].name, 9, 4, "backward"),
-    bytes={"ours": 3_000_000, "peft": 2_000_000},
+ROW = Row(
+    what="qkv 2→3+3",
+    dtype="bf16, bf16 adapters",
+    **dict(zip("MKNR", (9, 2, 6, 4), strict=True)),
+    mode="backward",
+    moved={"ours": 3_000_000, "peft": 2_000_000},
     kernels={"ours": 9, "peft": 7},
-    peak={"ours": 1_000_000, "peft": 1_250_000},
-    losses=["bytes"],
+    peak_bytes={"ours": 1 << 20, "peft": 5 << 18},
+    misses={"ours": "bytes"},
 )
 
 
-def test_line_of_a_lost_row_is_marked() -> None:
-    line = blocks.Count().line
-    assert line(ROW) == (
-        "layer 2→3, bf16, bf16 adapters, M=9 r=4 backward, MB/kernels/peak MB: ours 3.0/9/1.0, "
-        "peft 2.0/7/1.2  ✗ bytes"
-    )
-    assert line(replace(ROW, losses=[])).endswith("peft 2.0/7/1.2")
-
-
-def test_exit_status_counts_the_losses_of_blocks() -> None:
-    suite = blocks.Count()
-    for block in BLOCKS:
-        assert suite.has_failed([replace(ROW, block=block.name)])
-        assert not suite.has_failed([replace(ROW, block=block.name, losses=[])])
+def test_row_of_a_loss_is_marked_and_fails() -> None:
+    assert str(ROW).splitlines() == [
+        "qkv 2→3+3 bf16, bf16 adapters 9×2×6 r=4 backward, over peft",
+        "        ratio MB moved kernels MiB peak",
+        "ours  1.500 ✗     3.00       9        1",
+        "peft    1.000     2.00       7     1.25",
+        "✗ ours: bytes",
+    ]
+    left = str(replace(ROW, strategy=traffic.LEFT, misses={})).splitlines()
+    assert left[1] == "ours: left to PEFT" and "✗" not in left[3]
+    assert blocks.Count().has_failed([ROW])
+    assert not blocks.Count().has_failed([replace(ROW, misses={})])
 
 
 # ---- Small sizes ----
@@ -233,12 +235,12 @@ def test_count_block_every_cell_is_counted(block: Block, cell: Cell) -> None:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     rows = list(blocks.count_block(block, cell, 4, [96]))
-    assert [(row.M, row.direction) for row in rows] == [(96, "forward"), (96, "backward")]
+    assert [(row.M, row.mode) for row in rows] == [(96, "forward"), (96, "backward")]
     names = {"ours", "peft", *FUNCTIONS} - ({INPLACE} if block.name == "layer" else set())
     for row in rows:
-        assert row.bytes.keys() == row.kernels.keys() == row.peak.keys() == names
-        assert min(row.bytes.values()) > 2 * row.M * block.K
-        assert row.bytes["ours"] != row.bytes["peft"]  # not PEFT's under another name
+        assert row.moved.keys() == row.kernels.keys() == row.peak_bytes.keys() == names
+        assert min(row.moved.values()) > 2 * row.M * block.K
+        assert row.moved["ours"] != row.moved["peft"]  # not PEFT's under another name
 
 
 def test_block_is_what_fuse_sees_in_a_model() -> None:
@@ -255,7 +257,7 @@ def test_block_is_what_fuse_sees_in_a_model() -> None:
         assert all(id(t) in own for p in found for t in (p.weight, p.lora_A, p.lora_B))
 
 
-def test_bench_count_has_a_list_of_blocks(
+def test_bench_count_has_rows_of_blocks_and_heads(
     monkeypatch: pytest.MonkeyPatch, run: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(traffic, "SHAPES", ((128, 256),))
@@ -263,18 +265,13 @@ def test_bench_count_has_a_list_of_blocks(
     monkeypatch.setattr(blocks, "BLOCKS", SMALL)
     monkeypatch.setattr(blocks, "CELLS", CELLS[:1])
     monkeypatch.setattr(experts_traffic, "lines", lambda: ["experts are counted last"])
+    monkeypatch.setattr(blocks, "HEAD", (64, 128, 512))
     ran = run("--count")
-    found = ran.data["blocks"]
-    assert len(found) == 2 * len(SMALL) * len(blocks.ROWS) and "block" not in ran.rows[0]
-    assert sum("✗" in line for line in ran.out.splitlines()) == sum(
-        bool(row["losses"]) for row in [*ran.rows, *found]
-    )
-    assert ran.status == any(row["losses"] for row in [*ran.rows, *found])
+    *found, narrow, wide = (row for row in ran.rows if "what" in row)
+    assert len(found) == 2 * len(SMALL) * len(blocks.ROWS)
+    assert narrow["what"] == wide["what"] == "head and loss" and narrow["moved"] != wide["moved"]
+    assert ran.status == any(row["misses"] for row in ran.rows)
     assert "\nmlp 128→256→128: 6 rows, ours loses " in ran.out
-    heads = [line for line in ran.out.splitlines() if line.startswith("head ")]
-    assert len(heads) == 2 and all(
-        re.match(r"head .* ours [\d.]+ GB, \d+ kernels, .*; peft [\d.]+ GB", t) for t in heads
-    )
     assert ran.out.splitlines()[-1] == "experts are counted last"
     table = report.table(report.block_head(), report.block_rows(found))
     lines = table.splitlines()
@@ -297,12 +294,12 @@ def step(block: str, cell: str) -> dict[str, Traffic]:
     forward, backward = blocks.count_block(sizes, kind, Ms=[8192])
     return {
         name: Traffic(
-            forward.bytes[name] + backward.bytes[name],
+            forward.moved[name] + backward.moved[name],
             0,
             forward.kernels[name] + backward.kernels[name],
-            max(forward.peak[name], backward.peak[name]),
+            max(forward.peak_bytes[name], backward.peak_bytes[name]),
         )
-        for name in forward.bytes
+        for name in forward.moved
     }
 
 
@@ -365,4 +362,4 @@ def test_fuse_at_full_size_loses_no_row(block: Block, cell: Cell) -> None:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     for row in blocks.count_block(block, cell):
-        assert not row.losses, str(row)
+        assert not row.misses, str(row)

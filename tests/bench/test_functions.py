@@ -165,7 +165,9 @@ def test_options_without_effect_are_refused(options, module, capsys) -> None:
 @pytest.mark.parametrize(
     ("name", "status"), [("slow", 0), ("off_by_a_percent", 1), ("wrong_dA", 1), ("raises", 1)]
 )
-def test_baseline_is_checked_and_timed_beside_ours(name, status, module, capsys) -> None:
+def test_baseline_is_checked_and_timed_beside_ours(
+    name, status, module, quick, no_overhead, capsys
+) -> None:
     path = f"{module}:{name}"
     options = ["--shapes", "32x64x64", "--ranks", "4", "--dtypes", "float32", "--seconds", "0.05"]
     assert cli.main(["bench", *options, "--baseline", path]) == status

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from lora_kernels.backends.eager import linear as eager
 from lora_kernels.bench import blocks, command, counter, experts_traffic, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
-from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
+from lora_kernels.bench.results import Row
+from lora_kernels.bench.traffic import CELLS, Cell
 from lora_kernels.choice import choose as selection
 from lora_kernels.ops import registry
 
@@ -349,13 +349,15 @@ def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPa
         counts = iter([(PASSES, PASSES)] * 2 + [(less, backward)] * 2)
         monkeypatch.setattr(bench_traffic, "count_step", lambda *args, found=counts: next(found))
         forward_row, row = bench_traffic.count_cell(BF16_CELL, 64, 64, 8, Ms=[512])
-        assert forward_row.losses == [] and row.losses == want
+        assert forward_row.misses == {}
+        assert row.misses == ({"ours": ", ".join(want)} if want else {})
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers, which take a second, and neither blocks nor experts."""
+    """Small layers, which take a second, no blocks, a small head, and no experts."""
     monkeypatch.setattr(blocks, "BLOCKS", ())
+    monkeypatch.setattr(blocks, "HEAD", (64, 128, 512))
     monkeypatch.setattr(experts_traffic, "EXPERTS", ())
     monkeypatch.setattr(bench_traffic, "SHAPES", ((128, 256),))
 
@@ -365,28 +367,30 @@ def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> 
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     found = list(bench_traffic.count_cell(cell, 128, 256, 16, 0.05, by_rule=False))
-    assert [(row.M, row.direction) for row in found] == [
+    assert [(row.M, row.mode) for row in found] == [
         (rows, direction) for rows in bench_traffic.ROWS for direction in ("forward", "backward")
     ]
     for row in found:
-        assert row.fused
-        for name in bench_traffic.MEASURES:
-            assert min(getattr(row, name).values()) > 0
+        assert row.strategy is None
+        for counts in (row.moved, row.kernels, row.peak_bytes):
+            assert min(counts.values()) > 0
         # x·Wᵀ alone reads x and writes y; ours is not PEFT's under another name.
-        assert row.bytes["ours"] >= 2 * row.M * (128 + 256)
-        assert row.bytes["ours"] != row.bytes["peft"]
+        assert row.moved["ours"] >= 2 * row.M * (128 + 256)
+        assert row.moved["ours"] != row.moved["peft"]
 
 
 def test_bench_count_prints_and_writes_every_row(small: None, run: Any) -> None:
     ran = run("--count", "--ranks", "16")
     counted = [c for c in CELLS if c.base != "nf4" or find_spec("bitsandbytes") is not None]
-    assert len(ran.rows) == 2 * len(counted) * len(bench_traffic.DROPOUTS) * len(bench_traffic.ROWS)
+    *layers, _, _ = ran.rows  # and two heads
+    assert len(layers) == 2 * len(counted) * len(bench_traffic.DROPOUTS) * len(bench_traffic.ROWS)
     assert set(ran.data["provenance"]) == {"version", "torch", "peft", "bitsandbytes"}
-    assert ran.status == any(row["losses"] for row in ran.rows)
+    lost = [row["misses"]["ours"] for row in ran.rows if row["misses"]]
+    assert ran.status == bool(lost)
     lines = ran.out.splitlines()
-    assert sum("✗" in line for line in lines) == sum(bool(row["losses"]) for row in ran.rows)
-    assert any(line.startswith(f"{len(ran.rows)} rows, ours loses ") for line in lines)
-    text = report.table("||", report.traffic_rows(ran.rows))
+    assert [line for line in lines if line.startswith("✗")] == [f"✗ ours: {each}" for each in lost]
+    assert any(line.startswith(f"{len(layers)} rows, ours loses ") for line in lines)
+    text = report.table("||", report.traffic_rows(layers))
     assert "| bf16, fp32 adapters | 0.05 | 8192×128×256 | " in text and "16×128×256" not in text
 
 
@@ -399,18 +403,7 @@ def test_report_without_traffic_json_has_no_section(
     )
 
 
-def test_line_of_a_lost_row_is_marked() -> None:
-    counts = ({"ours": ours, "peft": peft} for ours, peft in ((3e6, 2e6), (9, 7), (1e6, 2e6)))
-    row = TrafficRow("bf16", 1, 2, 3, 4, 0.05, "forward", True, *counts, ["bytes", "kernels"])
-    assert bench_traffic.Count().line(row) == (
-        "bf16, 1×2×3 r=4 p=0.05 forward: bytes 1.50 (3.00/2.00 MB), kernels 9/7, "
-        "peak 0.50 (1.00/2.00 MB)  ✗ bytes, kernels"
-    )
-    left = bench_traffic.Count().line(replace(row, fused=False, losses=[]))
-    assert left.startswith("bf16, 1×2×3 r=4 p=0.05 forward, left to PEFT: bytes ")
-
-
-def full_size(cell: Cell, R: int, rows: Sequence[int]) -> list[TrafficRow]:
+def full_size(cell: Cell, R: int, rows: Sequence[int]) -> list[Row]:
     return list(bench_traffic.count_cell(cell, 4096, 4096, R, 0.0, rows))
 
 
@@ -437,10 +430,10 @@ def test_fuse_at_full_size_loses_no_row_and_leaves_what_moves_more(
         said = heavier_reason(bench_traffic.stock(cell, K, N, R, p))
         if said is None:
             for row in rows:
-                assert not row.losses, bench_traffic.Count().line(row)
+                assert not row.misses, str(row)
         else:  # ours would lose a row, or save next to nothing with many rows
-            ours, peft = (sum(row.bytes[who] for row in rows[-2:]) for who in ("ours", "peft"))
-            assert any(row.losses for row in rows) or ours > 0.98 * peft, said
+            ours, peft = (sum(row.moved[who] for row in rows[-2:]) for who in ("ours", "peft"))
+            assert any(row.misses for row in rows) or ours > 0.98 * peft, said
 
 
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
@@ -448,7 +441,7 @@ def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
 
     The rest, the adapter and [M, R] in float32 and in parts, is at most a quarter of a pass of x.
     """
-    forward, backward = (row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2])
+    forward, backward = (row.moved["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2])
     a_pass, weight = 2 * 8192 * 4096, 2 * 4096 * 4096
     assert 0 < forward - (5 * a_pass + weight) < 0.15 * a_pass
     assert 0 < backward - (7 * a_pass + weight) < 0.25 * a_pass
@@ -460,7 +453,7 @@ def test_fused_layer_with_one_float32_copy_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is of the first operand, as large as x or y in 16 bits."""
-    clean = [row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
+    clean = [row.moved["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
     original = getattr(eager, name)
 
     def copying(first: Tensor, *rest: Any, **options: Any) -> Any:
@@ -469,7 +462,7 @@ def test_fused_layer_with_one_float32_copy_is_noticed(
         return original(first, *rest, **options)
 
     monkeypatch.setattr(eager, name, copying)
-    copied = [row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
+    copied = [row.moved["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
     a_copy = 6 * 8192 * 4096
     extra = [more - less for more, less in zip(copied, clean, strict=True)]
     assert max(extra) >= a_copy and all(each % a_copy == 0 for each in extra)

@@ -31,14 +31,16 @@ def run(*command: str, **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "sm120", "gfx942"])
+@pytest.mark.parametrize(
+    "target", ["sm80", "sm90", "sm100", "gfx942", pytest.param("sm120", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.proof)])
 def test_budgets_of_a_target_are_kept(target: str, every: bool) -> None:
     run("tests.compile_only", "--target", target, *["--all"] * every)
 
 
 @pytest.mark.skipif(not OLDEST.is_dir(), reason="the oldest Triton is not unpacked")
-@pytest.mark.parametrize("target", ["sm80", "sm90"])
+@pytest.mark.parametrize("target", [pytest.param("sm80", marks=pytest.mark.slow), "sm90"])
 def test_kernels_compile_with_the_oldest_triton(target: str) -> None:
     """Each kernel, without spills and with its matrix instruction."""
     path = os.pathsep.join(filter(None, (str(OLDEST), os.environ.get("PYTHONPATH"))))

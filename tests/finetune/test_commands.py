@@ -233,7 +233,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("kind", ["chats", "text"])
+@pytest.mark.parametrize("kind", ["chats", pytest.param("text", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_same_command_goes_on(
     kind: str, folder: Path, lines: Path, model_folder: Path, text: Path, tmp_path: Path, run
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,19 @@ NEEDS_GLOO = pytest.mark.skipif(
     reason="no gloo",
 )
 
+# One launch for all tests here: a process imports for longer than it computes.
 SCRIPT = """
-import sys
+import os, sys
 import torch
-from tests.finetune.test_distributed import train
+from tests.finetune.test_distributed import flatten, shard, train
 torch.set_num_threads(1)
-train(*sys.argv[1:])
+folder, file = sys.argv[1:]
+train(f"{folder}/two", file)
+shard(folder)
+flatten(folder)
+torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may abort a process that ends in the usual way
 """
 
 
@@ -68,16 +74,22 @@ def launch(code: str, folder: Path, *argv: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def launched(lines: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the folder of what two processes leave behind, and what they print."""
+    folder = tmp_path_factory.mktemp("distributed")
+    return folder, launch(SCRIPT, folder, str(folder), str(lines))
+
+
 @NEEDS_GLOO
-def test_two_processes_and_one(lines: Path, tmp_path: Path) -> None:
+def test_two_processes_and_one(lines: Path, launched: tuple[Path, str]) -> None:
     """Losses, norms and weights; and what two have saved one goes on with."""
-    file = str(lines)
+    file, (tmp_path, _) = str(lines), launched
 
     def results(out: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         saved = torch.load(tmp_path / out / "weights.pt", weights_only=True)
         return metrics(tmp_path / out), saved
 
-    launch(SCRIPT, tmp_path, str(tmp_path / "two"), file)
     train(str(tmp_path / "one"), file)
     alone, both = results("one"), results("two")
     shutil.copytree(tmp_path / "two" / "checkpoint-3", tmp_path / "three" / "checkpoint-3")
@@ -97,11 +109,6 @@ FSDP_STEPS = 2
 SGD = partial(torch.optim.SGD, lr=0.5)
 # Above the gradients' rounding errors, which a small ε would make as large as a step.
 FUSED_ADAMW = partial(torch.optim.AdamW, lr=0.05, eps=1e-2, fused=True)
-SHARD = """
-import sys
-from tests.finetune.test_distributed import shard
-shard(sys.argv[1])
-"""
 
 
 def to_shard(case: str) -> Any:
@@ -195,8 +202,6 @@ def assert_explained(model: Any) -> None:
 def shard(folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     for case in CASES:
         model = to_shard(case)
@@ -221,15 +226,13 @@ def shard(folder: str) -> None:
             fully_shard(layer)
         fully_shard(model)
         torch.save(stepped(model, [rank], optimizer), f"{folder}/experts-{name}-{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends in the usual way
 
 
 @NEEDS_GLOO
-def test_fully_sharded(tmp_path: Path) -> None:
+def test_fully_sharded(launched: tuple[Path, str]) -> None:
     """Two ranks of FSDP2 are one process: losses, gradients, updates, evaluations in between; the
     codes of a 4-bit base keep every bit; and one process loads what two have saved."""
-    launch(SHARD, tmp_path, str(tmp_path))
+    tmp_path, _ = launched
     for case in CASES:
         found = [torch.load(tmp_path / f"{case}-{r}.pt", weights_only=True) for r in (0, 1)]
         model = fuse(to_shard(case))
@@ -281,12 +284,6 @@ def test_fully_sharded(tmp_path: Path) -> None:
 
 # FSDP1
 
-FLAT = """
-import sys
-from tests.finetune.test_distributed import flatten
-flatten(sys.argv[1])
-"""
-
 
 def flatten(folder: str) -> None:
     """Compare a fused model with stock PEFT's, both wrapped as a whole or as PEFT advises."""
@@ -294,8 +291,6 @@ def flatten(folder: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     state = SimpleNamespace(is_world_process_zero=rank == 0, stateful_callbacks={}, global_step=0)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = LlamaDecoderLayer.__name__
@@ -323,15 +318,12 @@ def flatten(folder: str) -> None:
                 assert not {name for name in counter.counts if name.startswith("lora_")}
         found[case] = logits
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 @NEEDS_GLOO
-def test_fuse_callback_under_fsdp1_says_peft_s_forward_runs(tmp_path: Path) -> None:
+def test_fuse_callback_under_fsdp1_says_peft_s_forward_runs(launched: tuple[Path, str]) -> None:
     """The line is printed after wrapping; PEFT's forward does run, with PEFT's bits."""
-    shown = launch(FLAT, tmp_path, str(tmp_path))
+    tmp_path, shown = launched
     lines = [line for line in shown.splitlines() if line.startswith("lora_kernels: ")]
     assert len(lines) == 2  # of the main process
     for line in lines:

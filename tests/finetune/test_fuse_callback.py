@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +21,7 @@ from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain
 from lora_kernels.peft.frozen import StreamedLinear
-from tests.finetune.tiny import llama, weights
+from tests.finetune.tiny import llama, run_python, weights
 from tests.support.assertions import FLOAT64_RTOL, assert_bitwise_equal
 from tests.support.assertions import assert_close_derived as assert_same
 
@@ -73,34 +71,42 @@ CHECKPOINTS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_s
 CHECKPOINTS |= {"optim": "adamw_torch"}
 
 
-class Killed(TrainerCallback):
-    """SIGKILL within the third step, when its gradients are there and its update is not."""
+class Broken(TrainerCallback):
+    """Ends the run within the third step, when its gradients are there and its update is not."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self.end = end
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.end()
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def train_until_killed(out: str) -> None:
     torch.set_num_threads(1)
-    sft(Path(out), Killed(), **CHECKPOINTS).train()
+    end = Broken(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    sft(Path(out), end, **CHECKPOINTS).train()
 
 
-def test_fuse_callback_killed_and_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
-    """The run that is killed has a process of its own, which imports TRL while the whole one runs
-    here: most of the time that this test takes."""
-    code = "import sys; from tests.finetune.test_fuse_callback import train_until_killed as train"
-    with subprocess.Popen(
-        [sys.executable, "-c", f"{code}; train(sys.argv[1])", str(tmp_path / "killed")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as killed:
-        whole = sft(tmp_path / "whole", **CHECKPOINTS)
-        whole.train()
-        _, errors = killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL, errors
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_fuse_callback_in_a_broken_and_resumed_run_ends_in_the_same_bits(
+    killed: bool, tmp_path: Path
+) -> None:
+    """A run that SIGKILL ends has a process of its own, most of whose time the imports take."""
+    if killed:
+        module = "tests.finetune.test_fuse_callback"
+        code = f"import sys; from {module} import train_until_killed as train; train(sys.argv[1])"
+        done = run_python("-c", code, tmp_path / "killed")
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            sft(tmp_path / "killed", Broken(raise_interrupt), **CHECKPOINTS).train()
+    whole = sft(tmp_path / "whole", **CHECKPOINTS)
+    whole.train()
     assert newest_checkpoint(tmp_path / "killed").name == "checkpoint-2"  # type: ignore[union-attr]
     resumed = sft(tmp_path / "killed", **CHECKPOINTS)
     resumed.train(resume_from_checkpoint=True)

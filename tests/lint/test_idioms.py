@@ -45,5 +45,6 @@ def test_find_idioms_in_an_allowed_line_finds_nothing() -> None:
     )
 
 
+@pytest.mark.slow  # `make lint`, with which `make test` begins, does the same
 def test_main_finds_no_idiom_in_this_tree(capsys: pytest.CaptureFixture[str]) -> None:
     assert main() == 0, capsys.readouterr().out

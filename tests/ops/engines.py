@@ -4,6 +4,7 @@ Placed above a test's other parametrizations the engine varies fastest, so that 
 is computed once for all of them.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -14,14 +15,31 @@ from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
 from lora_kernels.oracle import case
+from lora_kernels.oracle.case import AnyCase
+from tests.support.engines import take_turns
 
 _here = case.engines()
+_absent = pytest.mark.skip(reason="this machine or build lacks the instruction set")
 
 
 def _engines(*names: str) -> pytest.MarkDecorator:
-    absent = pytest.mark.skip(reason="this machine or build lacks the instruction set")
-    params = [pytest.param(name, marks=() if name in _here else absent) for name in names]
+    params = [pytest.param(name, marks=() if name in _here else _absent) for name in names]
     return pytest.mark.parametrize("engine", params, indirect=True)
+
+
+def engines_in_turn(these: Sequence[AnyCase], apart: str = "") -> pytest.MarkDecorator:
+    """Parametrize a test with `case` and `engine`; the arguments are those of `take_turns`."""
+    here = [
+        pytest.param(each, name, marks=[pytest.mark.proof] if left else [], id=f"{each}-{name}")
+        for each, name, left in take_turns(these, _here, apart)
+    ]
+    absent = [
+        pytest.param(each, name, marks=_absent, id=f"{each}-{name}")
+        for each in these
+        for name in case.ENGINES
+        if name not in _here
+    ]
+    return pytest.mark.parametrize(("case", "engine"), here + absent, indirect=["engine"])
 
 
 every_engine = _engines(*case.ENGINES)

@@ -15,14 +15,13 @@ from lora_kernels.backends.eager import experts as eager_experts
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
 from lora_kernels.oracle.case import give_mask, run
 from lora_kernels.quantization import quantize_4bit
-from tests.ops.engines import every_engine, every_native_engine, every_thread_count
+from tests.ops.engines import engines_in_turn, every_engine, every_native_engine, every_thread_count
 from tests.support.experts import ROWS, ExpertsCase, check, inputs, some_cases
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 
 
-@every_engine
-@pytest.mark.parametrize("case", some_cases(), ids=str)
+@engines_in_turn(some_cases())
 def test_lora_experts_linear_of_each_case_is_within_tolerance(
     case: ExpertsCase, engine: str
 ) -> None:

@@ -12,6 +12,7 @@ from lora_kernels.backends.cpu import native
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import LAYOUTS, Case
 from tests.ops.engines import (
+    engines_in_turn,
     every_engine,
     every_native_engine,
     every_thread_count,
@@ -21,7 +22,7 @@ from tests.ops.engines import (
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import problems
 from tests.support.engines import check, check_strided_vectors
-from tests.support.problems import FULL, bf16, f16, f32
+from tests.support.problems import FULL, RANK, bf16, f16, f32, with_rank
 from tests.support.threads import check_interrupted_thread, check_late_threads
 
 DTYPES = [*problems.DTYPES, (f16, f32, None), (f32, bf16, None), (f32, f32, f16)]
@@ -47,7 +48,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 # Work for several threads, in chunks that are no multiple of a tile; rows above those at which dB
 # is the sum of partial sums, and few rows with many columns and ranks.
-LARGE = [(130, 257, 100, 13), (515, 261, 259, 16), (33, 259, 257, 64), (70, 100, 259, 256)]
+LARGE = [(130, 257, 100, RANK), (515, 261, 259, RANK), (33, 259, 257, 64), (70, 100, 259, 256)]
 # The arguments that need a gradient: each alone, and each missing.
 ALL = ("x", "lora_A", "lora_B", "rank_gate", "column_scale", "bias")
 NEEDS = [
@@ -59,7 +60,10 @@ NEEDS = [
 
 
 def some_cases() -> list[Case]:
-    """One property at a time varied about M33-N65-K63-R5, which are no multiples of a tile."""
+    """One property at a time varied about M33-N65-K63-R5, which are no multiples of a tile.
+
+    With a gate the rank is RANK, except in the last two.
+    """
     shape = {"M": 33, "N": 65, "K": 63, "R": 5}
     chosen = [
         Case(**shape, dtype=dtype, adapter_dtype=adapter, autocast=autocast, **options)
@@ -87,11 +91,11 @@ def some_cases() -> list[Case]:
         chosen += [Case(M, 30, 2600, 5, dtype, values="nonnegative") for M in (1, 6)]
         chosen += [Case(5, N, 100, 5, dtype, f32) for N in (3, 7)]
         chosen.append(Case(3, 65, 63, 5, dtype, base=False))
-    return list(dict.fromkeys(chosen))
+    few = [Case(1, 65, 63, 5, f32, **FULL), Case(33, 65, 63, 5, bf16, **FULL)]
+    return list(dict.fromkeys([*map(with_rank, chosen), *few]))
 
 
-@every_engine
-@pytest.mark.parametrize("case", some_cases(), ids=str)
+@engines_in_turn(some_cases())
 def test_lora_linear_of_each_case_is_within_tolerance(case: Case, engine: str) -> None:
     check(case, ways(engine, case.M, case.compute_dtype, False))
 
@@ -133,6 +137,9 @@ def test_lora_linear_in_tile_registers_is_within_tolerance(
     check(Case(*sizes, rank, bf16, adapter, **options))
 
 
+FROZEN_BIAS: dict[str, Any] = {"bias": True, "frozen": ("bias",)}  # of 8 elements 32 draws compare
+
+
 # Rows in two blocks; sums that pause; both, of dx as well as of y; several slabs of W, of columns
 # and of the sum; columns in two tasks; a group of rows that is half empty.
 @every_tiled_engine
@@ -143,13 +150,13 @@ def test_lora_linear_in_tile_registers_is_within_tolerance(
         ((530, 24, 1000), bf16, {}),
         ((470, 70, 1100), bf16, FULL),
         ((470, 1101, 24), bf16, FULL),
-        ((850, 8, 1100), bf16, {"bias": True}),
+        ((850, 8, 1100), bf16, FROZEN_BIAS),
         ((40, 2100, 40), bf16, {}),
         ((40, 41, 2100), bf16, FULL),
         ((33, 4200, 40), bf16, {}),
         ((130, 70, 1100), f32, FULL),
         ((139, 1101, 70), f32, FULL),
-        ((470, 8, 500), f32, {"bias": True}),
+        ((470, 8, 500), f32, FROZEN_BIAS),
         ((128, 300, 41), f32, {}),
     ],
     ids=str,
@@ -157,7 +164,7 @@ def test_lora_linear_in_tile_registers_is_within_tolerance(
 def test_lora_linear_of_a_cut_product_is_within_tolerance(
     sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], threads: int, engine: str
 ) -> None:
-    check(Case(*sizes, 5, dtype, **options))
+    check(with_rank(Case(*sizes, 5, dtype, **options)))
 
 
 @every_engine

@@ -18,10 +18,10 @@ from lora_kernels.core import format4bit
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import codebooks, quantize_4bit
-from tests.ops.engines import every_engine, every_native_engine, ways
+from tests.ops.engines import engines_in_turn, every_engine, every_native_engine, ways
 from tests.support import exact
 from tests.support.engines import check
-from tests.support.problems import FULL, bf16, f16, f32
+from tests.support.problems import FULL, bf16, f16, f32, with_rank
 from tests.support.threads import check_interrupted_thread, check_late_threads
 
 every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
@@ -67,11 +67,10 @@ def some_cases() -> list[Case]:
     autocast: dict[str, Any] = {"quant": "nf4-64-nested", "bias": True}
     chosen += [Case(M, 65, 96, 5, f32, f32, bf16, **autocast) for M in (2, 70)]
     chosen += [Case(70, 65, 96, 5, bf16, f32, f16, gate=True, **autocast)]
-    return chosen
+    return [*map(with_rank, chosen)]
 
 
-@every_engine
-@pytest.mark.parametrize("case", some_cases(), ids=str)
+@engines_in_turn(some_cases())
 def test_lora_linear_of_each_4bit_case_is_within_tolerance(case: Case, engine: str) -> None:
     check(case, ways(engine, case.M, case.compute or case.compute_dtype, True))
 

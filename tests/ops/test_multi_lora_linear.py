@@ -16,7 +16,7 @@ from lora_kernels.core.call import MultiOperands, MultiSpec
 from lora_kernels.ops import multi
 from lora_kernels.oracle.case import give_mask, inputs
 from lora_kernels.oracle.multi_case import MultiCase
-from tests.ops.engines import every_engine, every_thread_count
+from tests.ops.engines import engines_in_turn, every_engine, every_thread_count
 from tests.support.allocations import Results
 from tests.support.engines import check
 from tests.support.multi import of_formats, run
@@ -48,8 +48,7 @@ def without_dy(case: MultiCase) -> dict[str, Any]:
     return args
 
 
-@every_engine
-@pytest.mark.parametrize("case", some_cases(), ids=str)
+@engines_in_turn(some_cases())
 def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase, engine: str) -> None:
     check(case)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from lora_kernels.oracle.tolerance import Comparison
 from tests.support.assertions import assert_close_derived
 
 Pairs = list[tuple[str, Case]]
+TURNS = 3
 
 
 def pair_cases(backend: str, strategies: Iterable[str], these: Iterable[Case]) -> Pairs:
@@ -33,6 +34,30 @@ def each(groups: Mapping[str, Pairs], device: str = "cpu") -> pytest.MarkDecorat
         for engine, case in pairs
     ]
     return pytest.mark.parametrize(("engine", "case"), params, indirect=["engine"])
+
+
+def take_turns(
+    these: Sequence[AnyCase], engines: Sequence[str], apart: str = ""
+) -> list[tuple[AnyCase, str, bool]]:
+    """Pair each case with each engine, and say which pairs `make test` leaves to `make proof`.
+
+    A case whose sizes alone are new runs on every third engine, in turn: which, its index and the
+    engine's decide. The first case of each dtype × variant × layout runs on all.
+
+    apart: a field on which the engines have no influence, and which counts like the sizes.
+
+    >>> few, same, many = Case(1, 4, 4, 2), Case(2, 4, 4, 2), Case(2, 4, 4, 2, bias=True)
+    >>> pairs = take_turns([few, same, many], ["a", "b", "c"])
+    >>> [(case.M, case.bias, engine) for case, engine, left in pairs if left]
+    [(2, False, 'a'), (2, False, 'b')]
+    """
+    pairs, met = [], set()
+    for i, case in enumerate(these):
+        fields = vars(case).items()
+        kind = str([value for name, value in fields if name != apart and type(value) is not int])
+        pairs += [(case, e, kind in met and (i + j) % TURNS > 0) for j, e in enumerate(engines)]
+        met.add(kind)
+    return pairs
 
 
 def assert_within(what: object, verdicts: Mapping[str, Comparison]) -> None:

@@ -1,7 +1,7 @@
 // What a tensor core may make of a sum of products in float32.
 #pragma once
 #include <algorithm>
-#include <climits>
+#include <bit>
 #include <cmath>
 #include <numeric>
 #include <utility>
@@ -32,14 +32,13 @@ inline float truncate(double exact) {
 // sum + the count products, all aligned to the largest exponent among them: of each, and of what
 // they add up to, the bits below are dropped.
 inline float add_group(float sum, const float* products, int count, int extra_bits) {
-  int top = sum ? std::ilogb(sum) : INT_MIN;
-  for (int i = 0; i < count; ++i)
-    if (products[i]) top = std::max(top, std::ilogb(products[i]));
-  if (top == INT_MIN) return sum;
-  const double unit = std::ldexp(1.0, top - 23 - extra_bits);
-  double total = std::trunc(sum / unit);
-  for (int i = 0; i < count; ++i) total += std::trunc(products[i] / unit);
-  return truncate(total * unit);
+  const auto exponent = [](float f) { return (int)(std::bit_cast<uint32_t>(f) >> 23 & 0xFF); };
+  int top = std::max(1, exponent(sum));
+  for (int i = 0; i < count; ++i) top = std::max(top, exponent(products[i]));
+  const double units = std::ldexp(1.0, 127 + 23 + extra_bits - top);  // of the last bit, in 1
+  int64_t total = (int64_t)(sum * units);
+  for (int i = 0; i < count; ++i) total += (int64_t)(products[i] * units);
+  return truncate((double)total / units);
 }
 
 // sum + Σ products, exact products of two 16-bit numbers.

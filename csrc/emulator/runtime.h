@@ -66,9 +66,9 @@ void synchronize();
 std::vector<Traffic> traffic();  // of the grids that the last `synchronize` ran
 int64_t switches();              // between fibers, in all
 
-// The accesses of one instruction to shared memory. A wavefront serves 32 banks of 4 bytes, of each
-// bank one word, to a warp, or to half or a quarter of one where a lane takes 8 or 16 bytes. What
-// several lanes read of one word is served at once.
+// The accesses of one instruction to shared memory. A wavefront serves a warp, or half or a quarter
+// of one if a lane takes 8 or 16 bytes: of each of 32 banks one word of 4 bytes. Lanes that read
+// the same word are served at once.
 struct BankSite {
   std::string kernel;
   const char *what, *file;
@@ -87,7 +87,7 @@ std::vector<BankSite> bank_sites();
 struct Mma {
   int products = 0;
   int extra_bits = 0;
-  uint64_t seed = 0;  // of which products are a group; 0: neighbours
+  uint64_t seed = 0;  // of the order of the products; 0 keeps it
 };
 void set_mma(const Mma& how);
 const Mma& mma();

@@ -34,7 +34,7 @@ BACKWARD: Budget = GEMM | {
     ("pair", "sts(at, w)"): 4,
     ("thin", "sts(at, w)"): 4,
 }
-# Four neighbouring lanes store the same chunk of four runs of a row, of which two share banks.
+# Four neighbouring lanes store chunks of one row; two of the four are in the same banks.
 DX_OF_CODES: Budget = {("gemm", "sts(to + chunk_at<COLUMNS>"): 4}
 RANK_16: Budget = {("pair", "sts(ss + "): 1, ("pair", "sts(bs + "): 1, ("thin", "sts(ys + "): 1}
 RANK_64: Budget = {("pair", "sts(bs + "): 3}

@@ -1,4 +1,4 @@
-"""What the emulator counts and adds, by accesses and products made for it."""
+"""Counts of bank conflicts and sums of tensor cores, by accesses and products made for them."""
 
 import subprocess
 from pathlib import Path
@@ -166,7 +166,7 @@ def test_tensor_core_drops_the_bits_below_the_largest_of_a_group(
 def test_tensor_core_with_another_seed_groups_other_products(program: Path) -> None:
     products = [2.0**12, *([2.0**-12] * 14), -(2.0**12)]
     sums = {
-        printed_by(program, "mma", 4, 0, seed, 0.0.hex(), *(p.hex() for p in products))
+        printed_by(program, "mma", 4, 0, seed, (0.0).hex(), *(p.hex() for p in products))
         for seed in range(8)
     }
     assert len(sums) > 1

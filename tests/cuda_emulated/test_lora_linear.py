@@ -125,9 +125,7 @@ def test_lora_linear_of_each_case_is_within_tolerance(case: Case, engine: str) -
     check(case, engine)
 
 
-FORMATS_AND_DTYPES = fitting(
-    problems.cross_product([(1, 129, 64), (65, 64, 72), (300, 264, 192)])
-)
+FORMATS_AND_DTYPES = fitting(problems.cross_product([(1, 129, 64), (65, 64, 72), (300, 264, 192)]))
 
 
 @pytest.mark.proof

@@ -1,4 +1,4 @@
-"""What the interpreter, as tests/support/interpreter.py runs it, says of kernels with a mistake."""
+"""Errors of tests/support/interpreter.py for kernels with a mistake."""
 
 import pytest
 import torch

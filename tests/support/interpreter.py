@@ -73,6 +73,9 @@ OUTPUTS: dict[str, Callable[[Arguments], Sequence[Tensor | None]]] = {
 }
 
 
+_NONE = np.zeros(0, dtype=np.int64)
+
+
 class _Launch:
     """The programs of a launch: which runs next, and what each stores, and loads of the outputs."""
 
@@ -82,11 +85,13 @@ class _Launch:
         self.order: Sequence[int] = [0]
         self.stores: list[tuple[int, Any]] = []  # program, addresses
         self.loads: list[tuple[int, Any, int]] = []  # and how many stores came before
-        self.outputs: list[Any] | None = None  # addresses, of this package's kernels
+        self.outputs: Any = None  # sorted addresses, of this package's kernels
+        self.bounds: list[tuple[int, int]] = []  # of each output
         if self.name in OUTPUTS:
             tensors = (t for t in OUTPUTS[self.name](arguments) if t is not None and t.numel())
-            self.outputs = [_addresses(t) for t in tensors]
-        self.bounds = [(each.min(), each.max()) for each in self.outputs or ()]
+            outputs = [_addresses(t) for t in tensors]
+            self.outputs = np.sort(np.concatenate([_NONE, *outputs]))
+            self.bounds = [(each.min(), each.max()) for each in outputs]
 
     def set_grid(self, grid: Index) -> None:
         self.grid, self.order = grid, _order(math.prod(grid))
@@ -103,8 +108,11 @@ class _Launch:
         _, ny, nz = self.grid
         return number // (ny * nz), number // nz % ny, number % nz
 
-    def store(self, program: Index, addresses: Any, mask: Any) -> None:
-        self.stores.append((self.number(program), addresses[mask]))
+    def store(self, program: Index, addresses: Any, mask: Any) -> bool:
+        """Note a store; return True if it leaves other memory as it is."""
+        stored = addresses[mask]
+        self.stores.append((self.number(program), stored))
+        return self.outputs is None or _are_in(stored, self.outputs)[1].all()
 
     def load(self, program: Index, addresses: Any, mask: Any) -> None:
         first, last = addresses.min(), addresses.max()
@@ -113,9 +121,8 @@ class _Launch:
 
     def check(self) -> None:
         """Raise RuntimeError for what the module's docstring says."""
-        empty = np.zeros(0, dtype=np.int64)
         counts = [len(addresses) for _, addresses in self.stores]
-        addresses = np.concatenate([empty, *(addresses for _, addresses in self.stores)])
+        addresses = np.concatenate([_NONE, *(addresses for _, addresses in self.stores)])
         programs = np.repeat([program for program, _ in self.stores], counts)
         times = np.repeat(np.arange(len(self.stores)), counts)
         order = np.argsort(addresses, kind="stable")
@@ -127,20 +134,25 @@ class _Launch:
             raise RuntimeError(f"{self.name}: programs {a} and {b} store to one address")
         if self.outputs is None:
             return
-        wanted = np.concatenate([empty, *self.outputs])
-        missing, others = np.setdiff1d(wanted, addresses), np.setdiff1d(addresses, wanted)
-        if len(missing):
-            raise RuntimeError(f"{self.name}: {len(missing)} of {len(wanted)} elements not stored")
+        others = np.setdiff1d(addresses, self.outputs)
+        missing, count = np.setdiff1d(self.outputs, addresses), len(self.outputs)
         if len(others):
             raise RuntimeError(f"{self.name}: stores {len(others)} elements outside of its outputs")
+        if len(missing):
+            raise RuntimeError(f"{self.name}: {len(missing)} of {count} elements not stored")
         for program, loaded, time in self.loads:
-            at = np.searchsorted(addresses, loaded).clip(max=len(addresses) - 1)
-            late = (programs[at] != program) | (times[at] < time)
-            if (late & (addresses[at] == loaded)).any():
+            at, are_stored = _are_in(loaded, addresses)
+            if (are_stored & ((programs[at] != program) | (times[at] < time))).any():
                 raise RuntimeError(
                     f"{self.name}: program {self.place(program)} loads what is stored "
                     "by another program or was stored before"
                 )
+
+
+def _are_in(addresses: Any, of: Any) -> tuple[Any, Any]:
+    """Return where sorted addresses may have each of these, and whether they do."""
+    at = np.searchsorted(of, addresses).clip(max=len(of) - 1)
+    return at, of[at] == addresses
 
 
 def _addresses(t: Tensor) -> Any:
@@ -178,8 +190,8 @@ def _install() -> None:
         return load(ptrs, mask, *rest)
 
     def create_masked_store(ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        running[-1].store(builder.grid_idx, ptrs.data, mask.data)
-        return store(ptrs, value, mask, *rest)
+        is_inside = running[-1].store(builder.grid_idx, ptrs.data, mask.data)
+        return store(ptrs, value, mask, *rest) if is_inside else None
 
     executor.__call__ = run
     builder.set_grid_dim = set_grid_dim

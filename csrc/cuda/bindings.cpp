@@ -329,6 +329,17 @@ py::list read_traffic() {
   }
   return kernels;
 }
+
+py::list read_banks() {
+  py::list sites;
+  for (const emulator::BankSite& s : emulator::bank_sites())
+    sites.append(py::make_tuple(s.kernel, s.what, s.file, s.line, s.accesses, s.extra, s.worst));
+  return sites;
+}
+
+void set_mma(int products, int extra_bits, uint64_t seed) {
+  emulator::set_mma({.products = products, .extra_bits = extra_bits, .seed = seed});
+}
 #else
 using KeepOrReleaseGil = py::call_guard<py::gil_scoped_release>;
 #endif
@@ -367,6 +378,13 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
   m.def("read_traffic", read_traffic,
         "Return the kernels and what each has moved: (kernel, {name: (bytes read, written)}).");
   m.def("count_switches", emulator::switches, "Return the switches between fibers so far.");
+  m.def("count_banks", emulator::count_banks, py::arg("on"),
+        "Count the wavefronts of accesses to shared memory from zero, or stop.");
+  m.def("read_banks", read_banks,
+        "Return what each site has counted: (kernel, instruction, file, line, accesses, extra "
+        "wavefronts, the most of one access).");
+  m.def("set_mma", set_mma, py::arg("products"), py::arg("extra_bits"), py::arg("seed") = 0,
+        "Let mma add products in groups of this size, truncated; 0 for one after another.");
 #endif
 }
 

@@ -115,6 +115,8 @@ template <bool Resident>
 constexpr int SLICES = Resident ? WARPS : 2;
 template <bool Resident>
 constexpr int TILE = WARPS / SLICES<Resident> * 16;
+template <bool Resident>
+constexpr int PITCH = TILE<Resident> + 4;  // of a row's sums: a warp stores in 32 banks
 
 // A block's scale in two steps, since a nested one is a look-up of a look-up: what the first loads
 // is the second's a unit later, and that one's a unit later still.
@@ -168,9 +170,9 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
             t = lane % 4;
   const int M = (int)l.M, N = (int)l.N, K = (int)l.K, R = (int)l.R;
   const uint32_t table = shared_base(), rings = table + (FromCodes ? TABLE_BYTES : 0);
-  constexpr int slices = SLICES<Resident>, tile_n = TILE<Resident>;
+  constexpr int slices = SLICES<Resident>, tile_n = TILE<Resident>, pitch = PITCH<Resident>;
   const int slice = warp % slices, row = warp / slices * 16 + g;  // of the tile
-  const uint32_t sums = rings + RING_BYTES, last = sums + WARPS * 16 * 8 * MT * 4;
+  const uint32_t sums = rings + RING_BYTES, last = sums + slices * 8 * MT * pitch * 4;
   const uint32_t ss = last + 16, xs = ss + (M * R * 4 + 15) / 16 * 16;
   const uint32_t ring = rings + warp * AHEAD * LOAD + lane * (FromCodes ? 8 : 16);
   const uint32_t replica = lane % REPLICAS * 8;
@@ -372,7 +374,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     for (int j = 0; j < MT; ++j) LK_UNROLL
     for (int e = 0; e < 4; ++e) {
       const int n = row + e / 2 * 8, m = j * 8 + 2 * t + e % 2;
-      sts(sums + ((slice * tile_n + n) * (8 * MT) + m) * 4, total[j][e]);
+      sts(sums + ((slice * (8 * MT) + m) * pitch + n) * 4, total[j][e]);
       total[j][e] = 0.0f;
     }
     if (!consumed) consume_shares(a, ss);
@@ -387,10 +389,10 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     };
     if (slices > 1 || from != to) {
       for (int u = thread; u < tile_n * M; u += THREADS) {
-        const uint32_t at = sums + (u % tile_n * (8 * MT) + u / tile_n) * 4;
+        const uint32_t at = sums + (u / tile_n * pitch + u % tile_n) * 4;
         float sum = 0.0f;
         LK_UNROLL
-        for (int i = 0; i < slices; ++i) sum += lds<float>(at + i * tile_n * (8 * MT) * 4);
+        for (int i = 0; i < slices; ++i) sum += lds<float>(at + i * (8 * MT) * pitch * 4);
         if (from == to)
           sts(at, sum);
         else
@@ -413,7 +415,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
         if (column >= l.N) continue;
         float y = 0.0f;
         if (from == to)
-          y = lds<float>(sums + (n * (8 * MT) + m) * 4);
+          y = lds<float>(sums + (m * pitch + n) * 4);
         else
           for (int block = from; block <= to; ++block) y += ldg_coherent(sums_of(block) + u);
         for (int r = 0; r < R; ++r)
@@ -435,7 +437,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
 unsigned shared_bytes(const DecodeArgs& a) {
   const LinearArgs& l = a.linear;
   const int64_t rows = l.M > 8 ? 16 : 8, chunks = (l.K + CHUNK - 1) / CHUNK;
-  return (unsigned)((l.codes ? TABLE_BYTES : 0) + RING_BYTES + WARPS * 16 * rows * 4 + 16 +
+  const int row = a.resident ? SLICES<true> * PITCH<true> : SLICES<false> * PITCH<false>;
+  return (unsigned)((l.codes ? TABLE_BYTES : 0) + RING_BYTES + row * rows * 4 + 16 +
                     (l.M * l.R * 4 + 15) / 16 * 16 + (a.resident ? chunks * 256 * l.M : 0));
 }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "runtime.h"
+#include "tensor_core.h"
 
 #define LK_KERNEL static void
 #define LK_DEVICE inline
@@ -101,20 +102,20 @@ inline void stg(T* p, T value) {
 
 inline uint32_t shared_base() { return 0; }
 template <typename T>
-inline T lds(uint32_t at) {
+inline T lds(uint32_t at, LK_SITE) {
   T value;
-  std::memcpy(&value, emulator::shared_read(at, sizeof(T)), sizeof(T));
+  std::memcpy(&value, emulator::shared_read(at, sizeof(T), {"lds", file, line}), sizeof(T));
   return value;
 }
 template <typename T>
-inline void sts(uint32_t at, T value) {
-  std::memcpy(emulator::shared_write(at, sizeof(T)), &value, sizeof(T));
+inline void sts(uint32_t at, T value, LK_SITE) {
+  std::memcpy(emulator::shared_write(at, sizeof(T), {"sts", file, line}), &value, sizeof(T));
 }
-inline void cp_async16(uint32_t to, const void* from, int bytes) {
-  emulator::copy_async(to, from, 16, bytes);
+inline void cp_async16(uint32_t to, const void* from, int bytes, LK_SITE) {
+  emulator::copy_async(to, from, 16, bytes, {"cp_async", file, line});
 }
-inline void cp_async8(uint32_t to, const void* from, int bytes) {
-  emulator::copy_async(to, from, 8, bytes);
+inline void cp_async8(uint32_t to, const void* from, int bytes, LK_SITE) {
+  emulator::copy_async(to, from, 8, bytes, {"cp_async", file, line});
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int N>
@@ -160,7 +161,7 @@ inline float shuffle(float value, int from, LK_SITE) {
 // of row l / 4 of each, or of column l / 4.
 template <bool Transposed>
 inline void ldmatrix(uint32_t at, uint32_t r[4], const char* file, int line) {
-  const void* row = emulator::shared_read(at, 16);
+  const void* row = emulator::shared_read(at, 16, {"ldmatrix", file, line});
   emulator::meet(
       {"ldmatrix", file, line}, row, r,
       [](const void* const* in, void* const* out, const void*) {
@@ -212,9 +213,10 @@ inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2], const char
         for (int l = 0; l < 32; ++l)
           for (int i = 0; i < 4; ++i) {
             const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-            float sum = static_cast<float*>(out[l])[i];
-            for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
-            static_cast<float*>(out[l])[i] = sum;
+            float products[16];
+            for (int k = 0; k < 16; ++k) products[k] = A[row][k] * B[k][column];
+            float& sum = static_cast<float*>(out[l])[i];
+            sum = add_products(sum, products, emulator::mma());
           }
       },
       nullptr);

@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <stdexcept>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -69,6 +70,12 @@ struct Copy {
 
 struct Block;
 
+struct SharedAccess {
+  size_t site;
+  uint32_t at;
+  int bytes;
+};
+
 struct Lane {
   Fiber* fiber;
   Block* block;
@@ -81,6 +88,7 @@ struct Lane {
   std::vector<Copy> copies;              // not committed
   std::deque<std::vector<Copy>> groups;  // committed
   Clock acquired;                        // since the last barrier
+  std::vector<SharedAccess> accesses;    // since the last meeting of its warp, if they are counted
 };
 
 struct Warp {
@@ -111,6 +119,7 @@ struct Launched {
   unsigned size() const { return grid.blocks.x * grid.blocks.y * grid.blocks.z; }
   bool over() const { return finished == size(); }
   size_t last_range = 0;
+  std::map<std::tuple<const char*, const char*, int>, size_t> sites;  // places in State's
 };
 
 struct State {
@@ -123,6 +132,9 @@ struct State {
   std::unordered_map<const int*, Flag> flags;
   std::unordered_map<uintptr_t, Page> pages;
   std::vector<Traffic> traffic;
+  bool counts_banks = false;
+  std::vector<BankSite> sites;
+  Mma mma;
   std::string error;
   uint64_t random = 1;
   int64_t looks = 0, switches = 0;
@@ -306,6 +318,8 @@ std::string check_store(const Block& block, const Lane* lane, uintptr_t at) {
   if (before && !is_ordered(before, block, lane))
     return bytes_of(*block.grid, at) + " without an acquire, though " + author_of(before) +
            " wrote it too";
+  if (before && state.intervals[before].grid == block.grid)
+    return bytes_of(*block.grid, at) + " again, which " + author_of(before) + " wrote";
   return "";
 }
 
@@ -324,6 +338,75 @@ void flush(Block& block, const Lane* lane, const Moment* here) {
       }
     it = s.mask ? std::next(it) : block.stores.erase(it);
   }
+}
+
+// Bank conflicts ---------------------------------------------------------------------------------
+
+constexpr int BANKS = 32;
+
+struct WarpAccess {  // of the lanes that take part in it
+  int bytes = 0;
+  std::vector<uint32_t> at[WARP / 8];  // by quarters of the warp
+};
+
+void note_access(uint32_t at, int bytes, const Site& site) {
+  if (!state.counts_banks) return;
+  Lane& lane = *state.lane;
+  Launched& grid = *lane.block->grid;
+  const auto [it, is_new] = grid.sites.try_emplace({site.what, site.file, site.line}, 0);
+  if (is_new) {
+    const auto same = std::find_if(state.sites.begin(), state.sites.end(), [&](const auto& s) {
+      return s.kernel == grid.grid.name && s.what == site.what && s.file == site.file &&
+             s.line == site.line;
+    });
+    it->second = (size_t)(same - state.sites.begin());
+    if (same == state.sites.end())
+      state.sites.push_back({grid.grid.name, site.what, site.file, site.line});
+  }
+  lane.accesses.push_back({it->second, at, bytes});
+}
+
+// Wavefronts more than those of an access without conflicts.
+int extra_wavefronts(const WarpAccess& access) {
+  const int together = 16 / access.bytes;  // quarters of the warp that a wavefront may serve
+  int extra = 0;
+  for (int first = 0; first < 4; first += together) {
+    std::vector<uint32_t> words;
+    for (int i = first; i < first + together; ++i)
+      for (const uint32_t at : access.at[i])
+        for (int w = 0; w < access.bytes / 4; ++w) words.push_back(at / 4 + w);
+    std::sort(words.begin(), words.end());
+    words.erase(std::unique(words.begin(), words.end()), words.end());
+    int of_bank[BANKS] = {}, most = 1;
+    for (const uint32_t word : words) most = std::max(most, ++of_bank[word % BANKS]);
+    extra += most - 1;
+  }
+  return extra;
+}
+
+// Counts what a warp did since it met last: a lane's n-th access at a site goes with the others'.
+void count_accesses(Block& block, int warp) {
+  if (!state.counts_banks) return;
+  std::vector<std::vector<WarpAccess>> of(state.sites.size());
+  for (int i = 0; i < WARP; ++i) {
+    std::vector<size_t> seen(state.sites.size());
+    Lane& lane = block.lanes[warp * WARP + i];
+    for (const SharedAccess& a : lane.accesses) {
+      const size_t n = seen[a.site]++;
+      if (n == of[a.site].size()) of[a.site].emplace_back();
+      of[a.site][n].bytes = a.bytes;
+      of[a.site][n].at[i / 8].push_back(a.at);
+    }
+    lane.accesses.clear();
+  }
+  for (size_t s = 0; s < of.size(); ++s)
+    for (const WarpAccess& access : of[s]) {
+      const int extra = extra_wavefronts(access);
+      BankSite& site = state.sites[s];
+      ++site.accesses;
+      site.extra += extra;
+      site.worst = std::max(site.worst, extra);
+    }
 }
 
 bool stream_is_free(size_t index) {
@@ -364,6 +447,7 @@ void start_block(Launched& grid) {
 }
 
 void end_block(Block* block) {
+  for (size_t w = 0; w < block->warps.size(); ++w) count_accesses(*block, (int)w);
   for (const Lane& lane : block->lanes) join(block->acquired, lane.acquired);
   flush(*block, nullptr, nullptr);
   Launched& grid = *block->grid;
@@ -460,6 +544,15 @@ void synchronize() {
 std::vector<Traffic> traffic() { return state.traffic; }
 int64_t switches() { return state.switches; }
 
+void count_banks(bool on) {
+  state.counts_banks = on;
+  state.sites.clear();
+}
+std::vector<BankSite> bank_sites() { return state.sites; }
+
+void set_mma(const Mma& how) { state.mma = how; }
+const Mma& mma() { return state.mma; }
+
 Dim thread_index() { return {(unsigned)state.lane->thread, 0, 0}; }
 Dim block_index() { return state.lane->block->index; }
 Dim grid_size() { return state.lane->block->grid->grid.blocks; }
@@ -496,6 +589,7 @@ void barrier(const Site& site) {
   Block& block = *state.lane->block;
   if (!arrive(block, (int)block.lanes.size(), site)) return;
   ++block.barriers;
+  for (size_t w = 0; w < block.warps.size(); ++w) count_accesses(block, (int)w);
   for (Lane& other : block.lanes) {
     if (!other.acquired.empty()) join(block.acquired, std::exchange(other.acquired, {}));
     if (other.waiting) wake(other);
@@ -508,6 +602,7 @@ void meet(const Site& site, const void* in, void* out, Exchange f, const void* w
   lane.in = in;
   lane.out = out;
   if (!arrive(block.warps[lane.thread / WARP], WARP, site)) return;
+  count_accesses(block, lane.thread / WARP);
   Lane* const lanes = &block.lanes[lane.thread / WARP * WARP];
   const void* ins[WARP];
   void* outs[WARP];
@@ -555,9 +650,10 @@ void mark_written(Block& block, uint32_t at, int bytes, const Moment& moment) {
 
 }  // namespace
 
-void* shared_read(uint32_t at, int bytes) {
+void* shared_read(uint32_t at, int bytes, const Site& site) {
   Lane& lane = *state.lane;
   check_shared("reads", at, bytes);
+  note_access(at, bytes, site);
   const Moment here = now(lane);
   for (uint32_t i = at / 2; i < (at + bytes + 1) / 2; ++i) {
     Cell& c = lane.block->cells[i];
@@ -575,17 +671,19 @@ void* shared_read(uint32_t at, int bytes) {
   return &lane.block->shared[at];
 }
 
-void* shared_write(uint32_t at, int bytes) {
+void* shared_write(uint32_t at, int bytes, const Site& site) {
   Lane& lane = *state.lane;
   if (draw() % 8 == 0) yield_now();
   check_write(at, bytes, now(lane));
+  note_access(at, bytes, site);
   mark_written(*lane.block, at, bytes, now(lane));
   return &lane.block->shared[at];
 }
 
-void copy_async(uint32_t to, const void* from, int size, int bytes) {
+void copy_async(uint32_t to, const void* from, int size, int bytes, const Site& site) {
   Lane& lane = *state.lane;
   check_write(to, size, now(lane));
+  note_access(to, size, site);
   check_aligned(reinterpret_cast<uintptr_t>(from), size, "copies");
   if (bytes) {
     range_of(reinterpret_cast<uintptr_t>(from), bytes, "copies").read += bytes;
@@ -645,6 +743,9 @@ void global_write(void* to, const void* from, int bytes) {
   range_of(at, bytes, "writes").written += bytes;
   for (int i = 0; i < bytes; ++i) {
     Stored& s = lane.block->stores[(at + i) / 8];
+    if (s.mask >> (at + i) % 8 & 1)
+      report("writes " + bytes_of(*lane.block->grid, at + i) + " again, which thread " +
+             std::to_string(s.when[(at + i) % 8].thread) + " wrote");
     s.bytes[(at + i) % 8] = static_cast<const unsigned char*>(from)[i];
     s.mask |= 1 << (at + i) % 8;
     s.when[(at + i) % 8] = now(lane);

@@ -6,7 +6,8 @@
 //                   since, a write over what another may still read, and copies that are under way
 //   barriers        all threads of a block, all lanes of a warp, must meet at the same line
 //   global memory   only inside of the ranges that the launch names, aligned, and counted in bytes;
-//                   stores stay in the block, out of others' sight, until it releases them or ends
+//                   stores stay in the block, out of others' sight, until it releases them or ends;
+//                   a grid stores each byte at most once
 //   coherence       each stored byte knows its block and release: a load of another block's bytes
 //                   without an acquire of that release, a second block's store to them, and a store
 //                   to a flag that others may still look at. ld.global.nc needs bytes that no grid
@@ -14,7 +15,8 @@
 //   grids           as many blocks at once as there are simulated multiprocessors; one stream's
 //                   grids follow each other, other streams' run between
 //
-// The first mistake ends all grids and is thrown by `synchronize`.
+// The first mistake ends all grids and is thrown by `synchronize`. On request bank conflicts are
+// counted too, and products of matrices are summed as a tensor core may.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -64,6 +66,32 @@ void synchronize();
 std::vector<Traffic> traffic();  // of the grids that the last `synchronize` ran
 int64_t switches();              // between fibers, in all
 
+// The accesses of one instruction to shared memory. A wavefront serves a warp, or half or a quarter
+// of one if a lane takes 8 or 16 bytes: of each of 32 banks one word of 4 bytes. Lanes that read
+// the same word are served at once.
+struct BankSite {
+  std::string kernel;
+  const char *what, *file;
+  int line;
+  int64_t accesses = 0;
+  int64_t extra = 0;  // wavefronts more than an access without conflicts takes
+  int worst = 0;      // the most of one access
+};
+void count_banks(bool on);  // from zero; off until the first call
+std::vector<BankSite> bank_sites();
+
+// How `mma` adds 16 products to a sum. Tensor cores take them in groups, align a group and the sum
+// to the largest exponent, and drop the bits below: 8 products and one bit more than float32's 24
+// on sm_80 and sm_89, 16 and two on sm_90 and sm_100 (Khattak and Mikaitis, arXiv:2512.07004). With
+// 0 products `mma` adds one after another in float32.
+struct Mma {
+  int products = 0;
+  int extra_bits = 0;
+  uint64_t seed = 0;  // of the order of the products; 0 keeps it
+};
+void set_mma(const Mma& how);
+const Mma& mma();
+
 // For device code --------------------------------------------------------------------------------
 
 Dim thread_index();
@@ -83,10 +111,10 @@ void barrier(const Site& site);
 using Exchange = void (*)(const void* const* in, void* const* out, const void* what);
 void meet(const Site& site, const void* in, void* out, Exchange f, const void* what);
 
-void* shared_read(uint32_t at, int bytes);  // where it is, after all checks
-void* shared_write(uint32_t at, int bytes);
+void* shared_read(uint32_t at, int bytes, const Site& site);  // where it is, after all checks
+void* shared_write(uint32_t at, int bytes, const Site& site);
 // `size` bytes land, those past `bytes` as zeros.
-void copy_async(uint32_t to, const void* from, int size, int bytes);
+void copy_async(uint32_t to, const void* from, int size, int bytes, const Site& site);
 void commit_copies();
 void wait_copies(int groups);
 

@@ -186,10 +186,10 @@ def _decode(gpu: DeviceInfo, key: str, registers: int) -> Work:
     """
     codes, resident, wide = "codes" in key, "shared" in key, "M16" in key
     n, M, width = DECODE_N, 1 if resident else 16 if wide else 8, 16 if wide else 8
-    shared = (64 << 10 if codes else 32 << 10) + 8 * 16 * width * 4 + 16 + M * RANK * 4
-    shared += 2 * M * K if resident else 0
     slices = 8 if resident else 2  # of K; the warps of a slice read x once from the L2 cache
     tile, parts = 8 // slices * 16, _tiles(K / 128, slices)
+    shared = (64 << 10 if codes else 32 << 10) + slices * width * (tile + 4) * 4 + 16
+    shared += M * RANK * 4 + (2 * M * K if resident else 0)
     units, blocks = _tiles(n, tile) * parts, _occupancy(gpu, shared, registers, 8)
     stripe = max(_tiles(units, gpu.multiprocessors * blocks), min(parts, 4 if codes else 2))
     programs, weight = _tiles(units, stripe), n * K * (CODES if codes else 2)

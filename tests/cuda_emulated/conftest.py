@@ -22,25 +22,52 @@ if cuda.emulator_unavailable_reason() is not None:
 
 ORDERS = int(os.environ.get("LORA_KERNELS_EMULATOR_ORDERS", "1"))
 launches: Counter[object] = Counter()
+# By launcher, what its kernels store.
+# "decode" stores as much of tile_partials as its blocks share.
+OUTPUTS = {
+    "gemm": ("y", "z", "partials"),
+    "decode": ("y", "z", "partials", "p"),
+    "thin": ("out",),
+    "pair": ("ds_partials", "db_partials"),
+    "column_sums": ("partials",),
+    "reduce": ("out",),
+}
 
 
 @pytest.fixture(autouse=True)
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Force the cuda backend, on four multiprocessors; the first order is drawn from the
-    test's name, each other from the one before."""
+    test's name, each other from the one before. A launch must store its outputs as a whole."""
     launch.traffic.clear()
     launches.clear()
     run = launch.run
 
-    def counted(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
+    def checked(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
         sizes = tuple((key, t.shape) for key, t in touched.items() if t is not None)
         launches[name, sizes] += 1
-        return run(name, at, touched, *args)
+        out = run(name, at, touched, *args)
+        if launch._waiting is None:
+            require_whole_outputs(name, touched)
+        return out
 
-    if ORDERS > 1:
-        monkeypatch.setattr(launch, "run", counted)
+    monkeypatch.setattr(launch, "run", checked)
     with cuda.emulate(zlib.crc32(request.node.name.encode())), lora_kernels.backend("cuda"):
         yield
+
+
+def require_whole_outputs(name: str, touched: dict[str, Tensor | None]) -> None:
+    """AssertionError unless the launch stored each byte of its outputs, and no other.
+
+    The emulator lets no kernel store a byte twice, so that their number is enough.
+    """
+    stored: Counter[str] = Counter()
+    for _, ranges in cuda.module().read_traffic():
+        stored.update({key: written for key, (_, written) in ranges.items()})
+    for key, t in touched.items():
+        if key == "tile_partials":
+            continue
+        want = t.numel() * t.element_size() if t is not None and key in OUTPUTS[name] else 0
+        assert stored[key] == want, f"{name} stores {stored[key]} bytes of {key}, want {want}"
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.core import device
+from tests.support.emulator import build_program
 
-CSRC = Path(__file__).parents[2] / "csrc"
 PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
@@ -90,20 +89,15 @@ NOT_COHERENT = (
 )
 WRITTEN_TWICE = "writes data at byte 0 without an acquire, though block (0, 0, 0) of script wrote"
 READ_BEFORE = "writes data at byte 0, which script reads by ld.global.nc while it runs"
+AGAIN = "writes data at byte 0 again, which thread 0 wrote"
+AGAIN_AFTER = "writes data at byte 0 again, which block ({}, 0, 0) of script wrote"
 FLAG = "writes flags at byte 0 without an acquire, though block (1, 0, 0) of script looked at it"
 
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that runs scripts in the emulator."""
-    folder = tmp_path_factory.mktemp("scripts")
-    compiler = device.compiler()
-    assert compiler is not None  # which made the emulator
-    (folder / "main.cpp").write_text(PROGRAM)
-    sources = [str(folder / "main.cpp"), str(CSRC / "emulator" / "runtime.cpp")]
-    flags = ["-std=c++20", "-w", "-DLORA_KERNELS_EMULATED", f"-I{CSRC}"]
-    subprocess.run([compiler, *flags, *sources, "-o", str(folder / "main")], check=True)
-    return folder / "main"
+    return build_program(PROGRAM, tmp_path_factory.mktemp("scripts"))
 
 
 @pytest.mark.parametrize(
@@ -123,13 +117,16 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["0sn"], "reads data at byte 0 by ld.global.nc, though its block wrote it"),
         (["0as|nr"], READ_BEFORE),
         (["0s|yyys"], WRITTEN_TWICE),
-        (["0sr|as"], "0"),
+        (["0ss"], AGAIN),
+        (["0srs"], AGAIN_AFTER.format(0)),
+        (["0sr|as"], AGAIN_AFTER.format(0)),
         (["0sr|ac"], "0"),
         (["0sr|wc"], NO_ACQUIRE.replace("reads", "copies")),
         (["0yyy0|r"], FLAG),
         (["0a0|r"], "0"),
         # Grids one behind the other, and at once.
         (["0s", "0n"], "1"),
+        (["0s", "0s"], "0"),
         (["0s", "1yyl"], NO_ACQUIRE),
         (["0sr", "1al"], "1"),
     ],

@@ -1,12 +1,14 @@
 """y and every gradient against the float64 reference, for each strategy and kernel."""
 
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 import lora_kernels
+from lora_kernels.backends import cuda as cuda_backend
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, launch
 from lora_kernels.oracle.case import Case, fits_cuda, inputs, run
 from tests.support import problems
@@ -123,10 +125,74 @@ def test_lora_linear_of_each_case_is_within_tolerance(case: Case, engine: str) -
     check(case, engine)
 
 
+FORMATS_AND_DTYPES = fitting(problems.cross_product([(1, 129, 64), (65, 64, 72), (300, 264, 192)]))
+
+
 @pytest.mark.proof
-@each({"": fitting(problems.cross_product([(1, 129, 64), (65, 64, 72), (300, 264, 192)]))})
+@each({"": FORMATS_AND_DTYPES})
 def test_lora_linear_of_formats_and_dtypes_is_within_tolerance(case: Case, engine: str) -> None:
     check(case, engine)
+
+
+# Products of a group, and bits of a sum beyond float32's: those of sm_80 and sm_89, of sm_90 and
+# sm_100, and fewer than any of these has. See csrc/emulator/runtime.h.
+TENSOR_CORES = {"8 products": (8, 1), "16 products": (16, 2), "4 products": (4, 0)}
+
+
+@pytest.fixture(params=TENSOR_CORES)
+def tensor_core(request: pytest.FixtureRequest) -> Iterator[None]:
+    """mma truncates, and adds its products in an order drawn from the name of the test."""
+    emulator = cuda_backend.module()
+    emulator.set_mma(*TENSOR_CORES[request.param], zlib.crc32(request.node.name.encode()))
+    yield
+    emulator.set_mma(0, 0)
+
+
+# Of both kernels, dense and of codes. No result is so small that several seeds must be pooled.
+TRUNCATED_OPTIONS = {**UNDROPPED, "frozen": ("rank_gate", "column_scale", "bias")}
+TRUNCATED_DTYPES = [(bf16, None), (f16, None), (bf16, f32)]
+TRUNCATED = {
+    "tensor_cores": cuda(
+        TWO_PASS, *(Case(33, 72, 136, 17, *d, **TRUNCATED_OPTIONS) for d in TRUNCATED_DTYPES)
+    ),
+    "few_rows": cuda(
+        COOPERATIVE, *(Case(9, 40, 320, 29, *d, **TRUNCATED_OPTIONS) for d in TRUNCATED_DTYPES)
+    ),
+    "4bit": fitting(
+        Case(9, 40, 192, 29, dtype, quant="nf4-64-nested", values="nonnegative")
+        for dtype in (bf16, f16)
+    ),
+    "split_k": cuda(TWO_PASS, Case(20, 72, 576, 13, f16, values="nonnegative")),
+}
+
+
+@pytest.mark.usefixtures("tensor_core")
+@each(TRUNCATED)
+def test_lora_linear_of_truncated_sums_is_within_tolerance(case: Case, engine: str) -> None:
+    check(case, engine)
+
+
+@pytest.mark.proof
+@pytest.mark.usefixtures("tensor_core")
+@each({**GROUPS, "formats": FORMATS_AND_DTYPES})
+def test_lora_linear_of_truncated_sums_of_each_case_is_within_tolerance(
+    case: Case, engine: str
+) -> None:
+    check(case, engine)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_tensor_core_adds_to_other_bits_of_y(strategy: str) -> None:
+    """float32 shows them, beside a product of bfloat16."""
+    args = inputs(Case(9, 72, 192, 5, f32, quant="nf4-64", compute=bf16))
+    args.pop("dy")
+    emulator, found = cuda_backend.module(), []
+    for mma in ((0, 0), *TENSOR_CORES.values()):
+        emulator.set_mma(*mma)
+        with lora_kernels.backend("cuda", strategy):
+            found.append(lora_kernels.lora_linear(**args).detach().numpy().tobytes())
+    emulator.set_mma(0, 0)
+    assert len(set(found)) == len(found)
 
 
 @each({"": fitting([replace(STRIDED, dtype=f32), STRIDED, replace(STRIDED, M=5)])})

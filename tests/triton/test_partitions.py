@@ -25,7 +25,13 @@ from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import quantize_4bit
 from tests.support import codec, exact
-from tests.support.interpreter import Order, programs_run_in, reversed_order, shuffled_order
+from tests.support.interpreter import (
+    OUTPUTS,
+    Order,
+    programs_run_in,
+    reversed_order,
+    shuffled_order,
+)
 from tests.triton.device import DEVICE
 
 f32 = torch.float32
@@ -117,9 +123,10 @@ ORDERS: dict[str, Order] = {"ascending": range, "reversed": reversed_order}
 ORDERS |= {f"shuffled {seed}": shuffled_order(seed) for seed in range(2)}
 
 
-def linear(strategy: str, M: int) -> Run:
+def linear(strategy: str, *sizes: int, quant: str = "") -> Run:
+    """sizes: M, N, K, R."""
     options: Any = exact.OPTIONS | {"dropout_p": 0.0}
-    case = Case(M, 20, 17, ONE_BLOCK, f32, device=DEVICE, **options)
+    case = Case(*sizes, f32, quant=quant, device=DEVICE, **options)
     with lora_kernels.backend("cpu"):
         args = cases.inputs(case)
 
@@ -153,11 +160,15 @@ def loss() -> dict[str, Tensor]:
 
 
 # A call, and the kernels that it launches.
+BY_FUSED = {"fused", "outer", "reduce"}
+BY_TWO_PASS = {"two_pass", "shrink", "shrink_outer", "outer", "reduce"}
 RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
-    FUSED: (lambda: linear(FUSED, 20), {"fused", "outer", "reduce"}),
-    TWO_PASS: (
-        lambda: linear(TWO_PASS, 20),
-        {"two_pass", "shrink", "shrink_outer", "outer", "reduce"},
+    FUSED: (lambda: linear(FUSED, 20, 20, 17, ONE_BLOCK), BY_FUSED),
+    TWO_PASS: (lambda: linear(TWO_PASS, 20, 20, 17, ONE_BLOCK), BY_TWO_PASS),
+    f"{FUSED} 4 bits": (lambda: linear(FUSED, 20, 20, 40, ONE_BLOCK, quant="nf4-32"), BY_FUSED),
+    f"{TWO_PASS} 4 bits": (
+        lambda: linear(TWO_PASS, 20, 20, 40, ONE_BLOCK, quant="nf4-32"),
+        BY_TWO_PASS,
     ),
     "codec": (lambda: codec_of_4_bits, {"dequantize"}),
     "gated": (lambda: gated_mlp, {"gated", "gated_backward"}),
@@ -190,11 +201,32 @@ def test_kernels_of_programs_in_any_order_have_the_same_bits(
     assert launched == kernels
 
 
-def test_every_kernel_has_a_run_in_any_order() -> None:
+def test_every_kernel_has_a_run_in_any_order_and_outputs() -> None:
     sources = Path(triton.__file__).parent.glob("*.py")
     kernels = {
         name
         for source in sources
         for name in re.findall(r"^def (\w+)_kernel\(", source.read_text(), re.MULTILINE)
     }
-    assert set.union(*(kernels for _, kernels in RUNS.values())) == kernels
+    assert set.union(*(kernels for _, kernels in RUNS.values())) == kernels == OUTPUTS.keys()
+
+
+# Each element is stored once
+
+
+SEAMS = (SIZE - 1, SIZE, SIZE + 1, SPLIT - 1, SPLIT, SPLIT + 1)
+
+
+@pytest.mark.skipif(not triton.is_interpreted(), reason="a GPU does not say what it stores")
+@pytest.mark.parametrize("strategy", [FUSED, TWO_PASS])
+@pytest.mark.parametrize("first", range(len(SEAMS)))
+def test_each_element_around_whole_tiles_is_stored_once(strategy: str, first: int) -> None:
+    """The interpreter raises otherwise, in every test."""
+    M, N, K, R = (SEAMS[(first + i) % len(SEAMS)] for i in range(4))
+    linear(strategy, M, N, K, min(R, SIZE) if strategy == FUSED else R)()
+
+
+@pytest.mark.parametrize("K", SEAMS)
+def test_each_element_of_a_decoded_weight_is_stored_once(K: int, device: str) -> None:
+    values = torch.randn(SEAMS[-1 - SEAMS.index(K)], K, generator=torch.Generator().manual_seed(K))
+    codec.check_decode(quantize_4bit(values.to(device), "nf4", 32, False), f32)

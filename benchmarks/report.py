@@ -32,7 +32,9 @@ import pandas as pd
 import torch
 
 from lora_kernels.backends.cpu import native
+from lora_kernels.bench.qualify import SHEETS
 from lora_kernels.bench.results import limits, read
+from lora_kernels.core.device import DeviceInfo
 from lora_kernels.finetune.compare_command import markdown
 
 from . import pictures
@@ -43,7 +45,11 @@ JSON_TRAFFIC = HERE / "results/traffic.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
 RESULTS = HERE / "RESULTS.md"
 # Document -> the template of its figures.
-FIGURES = {HERE.parent / "README.md": "README.md.j2", HERE.parent / "docs/cpu.md": "cpu.md.j2"}
+FIGURES = {
+    HERE.parent / "README.md": "README.md.j2",
+    HERE.parent / "docs/cpu.md": "cpu.md.j2",
+    HERE.parent / "docs/gpu.md": "gpu.md.j2",
+}
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 # Name in the JSON -> column; those that no row has are left out.
 PEERS = {
@@ -95,15 +101,15 @@ BLOCK_PEERS = {
     "addmm": "addmm_",
     "unsloth_inplace": "Unsloth, x overwritten",
 }
-README_TRAFFIC = (
-    "bf16, bf16 adapters",
-    "bf16, fp32 adapters",
-    "bf16, fp32 adapters, autocast",
-    "NF4 bf16, fp32 adapters",
-    "DoRA bf16, fp32 adapter",
-)
-BF16 = "bf16, bf16 adapters"
-README_BLOCKS = {"qkv": "q, k, v of 4096, 1024, 1024", "mlp": "gated MLP of 14336"}
+# Parts of a user's step, by the first word of `Row.what`.
+STEPS = {
+    "qkv": "q, k, v of 4096, 1024, 1024",
+    "mlp": "gated MLP of 14336",
+    "head": "head of 128,256 and its loss",
+    "layer": "one layer of 4096",
+}
+STEP_PEERS = {"ours": "ours", "peft": "PEFT", "unsloth": "Unsloth's order", "axolotl": "axolotl's"}
+BF16_ADAPTERS = re.compile(r"(NF4 )?bf16, bf16 adapters?")
 
 CPU_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
 
@@ -357,7 +363,8 @@ def counted() -> Row | None:
         return None
     blocks = [row for row in run["rows"] if row.get("what", "").split(" ")[0] in BLOCKS]
     layers = [row for row in run["rows"] if "what" not in row]
-    return {"provenance": run["provenance"], "layers": layers, "blocks": blocks}
+    steps = [row for row in run["rows"] if "what" in row]
+    return {"provenance": run["provenance"], "layers": layers, "blocks": blocks, "steps": steps}
 
 
 def traffic_versions(facts: Row) -> str:
@@ -439,25 +446,39 @@ def cpu_rows(measured: list[Run]) -> Cells:
         yield *key, *(cell(row, name) if row else "–" for row in rows for name in CPU_PEERS)
 
 
-def readme_traffic(rows: list[Row], blocks: list[Row]) -> Cells:
-    """A training step's bytes on a GPU: both directions of a layer, or of a block, together."""
-    sizes = "M == 8192 and K == 4096 and N == 4096 and R == 16 and dropout_p == 0"
-    counted = pd.json_normalize(rows).query(f"{sizes} and dtype in @README_TRAFFIC")
-    columns = ["moved.ours", "moved.peft"]
-    for name, ours, peft in counted.groupby("dtype", sort=False)[columns].sum().itertuples():
-        yield name, f"{ours / 1e6:.0f}", f"{peft / 1e6:.0f}", f"{ours / peft:.2f}"
-    for block, name in README_BLOCKS.items():
-        here = (row for row in blocks if row["what"].startswith(block) and row["M"] == 8192)
-        found = [row["moved"] for row in here if row["dtype"] == BF16]
-        ours, peft, axolotl = (sum(b[who] for b in found) for who in ("ours", "peft", "axolotl"))
-        name = f"{name}; axolotl's order {axolotl / 1e6:.0f} MB"
-        yield name, f"{ours / 1e6:.0f}", f"{peft / 1e6:.0f}", f"{ours / peft:.2f}"
+def step_rows(rows: list[Row], gpus: Sequence[DeviceInfo] = ()) -> Cells:
+    """MB that a training step on a GPU moves: forward and backward, 8192 rows, bf16 adapters.
+
+    gpus: a column each with the milliseconds that memory takes, at the data sheet's bandwidth, for
+        what PEFT moves beyond ours.
+    """
+    counted = [row for row in rows if row["M"] == 8192 and BF16_ADAPTERS.fullmatch(row["dtype"])]
+    for step, name in STEPS.items():
+        found: dict[str, list[Row]] = {}
+        for row in counted:
+            if row["what"].startswith(step):
+                found.setdefault("NF4" if row["dtype"].startswith("NF4") else "bf16", []).append(
+                    row
+                )
+        for base, directions in found.items():
+            moved = {
+                peer: sum(row["moved"][peer] for row in directions)
+                for peer in STEP_PEERS
+                if peer in directions[0]["moved"]
+            }
+            saved = ((moved["peft"] - moved["ours"]) / gpu.bandwidth * 1e3 for gpu in gpus)
+            cells = (f"{moved[p] / 1e6:.0f}" if p in moved else "–" for p in STEP_PEERS)
+            yield name, base, *cells, *(f"{ms:.2f}" for ms in saved)
+
+
+def step_head(gpus: Sequence[DeviceInfo] = ()) -> str:
+    return f"| {' | '.join(['step', 'base', *STEP_PEERS.values(), *(g.name for g in gpus)])} |"
 
 
 TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
-    *(cpu_head, cpu_rows, readme_traffic),
+    *(cpu_head, cpu_rows, step_head, step_rows),
 )
 
 
@@ -468,7 +489,7 @@ def render(template: str, measured: list[Run]) -> str:
     environment = jinja2.Environment(loader=loader, **options)
     environment.globals.update({function.__name__: function for function in TABLES})
     text = environment.get_template(template).render(
-        runs=measured, here=HERE, modes=MODES, traffic=counted()
+        runs=measured, here=HERE, modes=MODES, traffic=counted(), gpus=[*SHEETS.values()]
     )
     return text.rstrip("\n")
 

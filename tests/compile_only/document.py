@@ -1,4 +1,4 @@
-"""The tables of benchmarks/KERNELS.md: from budgets.json, and from the cost model.
+"""The tables of benchmarks/KERNELS.md and docs/gpu.md: from budgets.json, and from the cost model.
 
 python -m tests.compile_only.document
 
@@ -18,9 +18,19 @@ from tests.compile_only import bounds
 from tests.compile_only.budgets import read
 from tests.support.gpus import A100, H100
 
-DOCUMENT = Path(__file__).parents[2] / "benchmarks" / "KERNELS.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ROOT / "benchmarks" / "KERNELS.md", ROOT / "docs" / "gpu.md"
 NAMED = [(1024, "Llama-3-8B k, v"), (2048, "TinyLlama q, o"), (4096, "Llama-3-8B q, o, down")]
 GPUS = {"A100": A100, "H100": H100}
+SERVED = {"A100": "sm80", "RTX 4090": "sm89", "H100": "sm90", "B200": "sm100"}
+CALLS = {  # of docs/gpu.md
+    "1 row, 14336×4096 in 4 bits": "decode bfloat16 codes M8 x in shared memory",
+    "16 rows, 14336×4096 in 4 bits": "decode bfloat16 codes M16 x from caches",
+    "1 row, 14336×4096 dense": "decode bfloat16 dense M8 x in shared memory",
+    "16 rows, 14336×4096 dense": "decode bfloat16 dense M16 x from caches",
+    "4096 rows, 4096×4096 in 4 bits": "gemm bfloat16 codes y",
+    "4096 rows, 4096×4096 dense": "gemm bfloat16 dense y",
+}
 
 
 def describe(found: dict[str, float] | None) -> str:
@@ -84,9 +94,22 @@ def strategies() -> str:
     return "\n".join(lines)
 
 
+def served(budgets: dict[str, Any]) -> str:
+    """Lay out the least bound of each call in bfloat16 on each GPU as a table."""
+    lines = [f"| forward | {' | '.join(SERVED)} |", "|---" * (len(SERVED) + 1) + "|"]
+    for call, key in CALLS.items():
+        found = (
+            describe(bounds.of_cuda(target, key, budgets["cuda"][target][key])).split()[0]
+            for target in SERVED.values()
+        )
+        lines.append(f"| {call} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
 def render(text: str, budgets: dict[str, Any]) -> str:
     """The document with its tables as they should be."""
     tables = {"compiled": compiled(budgets), "cuda": cuda(budgets), "strategies": strategies()}
+    tables["bounds"] = served(budgets)
     for name, table in tables.items():
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
@@ -98,8 +121,9 @@ def render(text: str, budgets: dict[str, Any]) -> str:
 
 
 def write(budgets: dict[str, Any]) -> None:
-    """Write the tables into the document."""
-    DOCUMENT.write_text(render(DOCUMENT.read_text(), budgets))
+    """Write the tables into the documents."""
+    for path in DOCUMENTS:
+        path.write_text(render(path.read_text(), budgets))
 
 
 def main() -> None:

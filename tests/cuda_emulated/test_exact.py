@@ -84,6 +84,28 @@ def test_decode_of_nested_scales_is_bitwise() -> None:
     assert torch.equal(y.t(), weight.dequantize(f32)[:, 60:76])
 
 
+@pytest.mark.parametrize(("N", "K", "blocksize"), [(72, 192, 128), (40, 64, 256)])
+def test_decode_of_blocks_that_straddle_rows_has_their_scales(
+    N: int, K: int, blocksize: int
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = quantize_4bit(torch.randn(N, K, generator=generator), "nf4", blocksize)
+    A, B, want = torch.ones(3, K), torch.zeros(N, 3), weight.dequantize(f32).t()
+    with lora_kernels.backend("cuda", COOPERATIVE):
+        for m in range(0, K, 16):
+            x = torch.eye(K)[m : m + 16]
+            y = lora_kernels.lora_linear(x, weight, A, B, compute_dtype=bf16)
+            assert ((y - want[m : m + 16]).abs() <= want[m : m + 16].abs() * 2.0**-16).all()
+
+
+@pytest.mark.parametrize(("K", "blocksize"), [(1088, 64), (2816, 0)])
+def test_decode_of_eight_rows_that_are_not_kept_is_exact(K: int, blocksize: int) -> None:
+    """Eight columns of a product are enough for them, and shared memory has no more."""
+    with lora_kernels.backend("cuda", COOPERATIVE):
+        exact.check(exact.integers(8, 72, K, 5, dtype=bf16, **UNDROPPED), blocksize)
+    assert "decode" in {kernel for kernel, _ in launch.traffic}
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lora_linear_in_any_order_of_threads_has_the_same_bits(strategy: str) -> None:
     """Also with fewer blocks than splits of P, and where a tile is two blocks'."""

@@ -535,6 +535,57 @@ def test_head_takes_a_mask_in_x_s_three_dimensions(engine: str) -> None:
     torch.testing.assert_close(flat, want)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize("of", ["loss", "log_probs"])
+def test_float16_gradients_of_many_rows_and_large_scales_are_finite(
+    of: str, scale: float, backend: str
+) -> None:
+    """A chunk's sum for dA and dB, and a logit's gradient, exceed float16 before the mean."""
+    generator = torch.Generator().manual_seed(0)
+    M, V, K, R = 2048, 64, 32, 8
+    x, W, A, B = (
+        torch.randn(shape, generator=generator) * size
+        for shape, size in (((M, K), 1.0), ((V, K), 0.05), ((R, K), K**-0.5), ((V, R), 0.3))
+    )
+    labels = torch.zeros(M, dtype=torch.int64)  # so that the rows' gradients add up
+
+    def grads(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        tensors = [t.to(dtype).requires_grad_() for t in (x + 1, A / scale, B)]
+        args = tensors[0], (W / scale).to(dtype), *tensors[1:], labels
+        if of == "loss":
+            loss = lora_linear_cross_entropy(*args, logit_scale=scale)
+        else:
+            loss = -lora_linear_log_probs(*args, logit_scale=scale, outputs=()).log_probs.mean()
+        return torch.autograd.grad(loss, tensors)
+
+    with lora_kernels.backend(backend):
+        found = grads(f16)
+    for got, want in zip(found, grads(torch.float64), strict=True):
+        assert got.isfinite().all()
+        assert (got.double() - want).norm() <= 2**-7 * want.norm()
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 8, None])
+def test_gradient_of_a_float32_weight_under_autocast_is_summed_in_float32(
+    chunk_rows: int | None,
+) -> None:
+    M, V, K = 64, 4, 16
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(128, 256, (M, K), generator=generator).float()  # whole in bfloat16
+    W, labels = (
+        torch.zeros(V, K, requires_grad=True),
+        torch.randint(0, V, (M,), generator=generator),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lora_linear_cross_entropy(
+            x, W, None, None, labels, reduction="sum", chunk_rows=chunk_rows
+        )
+    dz = torch.full((M, V), 0.25)  # exact, as -0.75 is
+    dz[torch.arange(M), labels] -= 1
+    assert torch.equal(torch.autograd.grad(loss, W)[0], dz.t() @ x)
+
+
 @pytest.mark.parametrize("share", [0.0, 1e-3])
 def test_entropy_alone_in_float16_has_finite_gradients(share: float) -> None:
     """The factor that keeps small probabilities must not overflow by the entropy's gradient."""

@@ -262,3 +262,22 @@ def test_chunk_of_the_kernel_has_the_bytes_of_its_logits(launches: list[bool]) -
     for dtype, itemsize in ((torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 4)):
         limit = head.CHUNK_BYTES_ON_GPU if DEVICE == "cuda" else head.CHUNK_BYTES
         assert head.loss_rows(20_000, device, dtype) == limit // (itemsize * 20_000)
+
+
+def test_gradient_of_saturated_logits_is_close_relatively() -> None:
+    """1 − tanh² by tanh cancels where the cap is reached."""
+    y = torch.tensor([[6.0, -7.0, 8.0, 0.5]], device=DEVICE)
+    labels, wide = torch.tensor([0], device=DEVICE), y.double()
+    p = (3.0 * torch.tanh(wide)).softmax(1)
+    p[0, 0] -= 1
+    e = torch.exp(-2 * wide.abs())
+    elementwise.cross_entropy(y, labels, 1.0, 3.0, 1.0, 0.0, True)
+    torch.testing.assert_close(y.double(), p * 4 * e / (1 + e) ** 2, rtol=2.0**-17, atol=0)
+
+
+def test_small_loss_of_large_logits_keeps_its_bits() -> None:
+    y = torch.tensor([[1000.0, 990.0, 985.0, -3.0]], device=DEVICE)
+    labels = torch.tensor([0], device=DEVICE)
+    want = F.cross_entropy(y.double(), labels, reduction="none")
+    found = elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, False)
+    torch.testing.assert_close(found.double(), want, rtol=0, atol=4 * 2.0**-24)

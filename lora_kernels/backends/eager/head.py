@@ -166,6 +166,11 @@ def _slope(z: Tensor, spec: HeadSpec) -> Tensor | None:
     return tanh.square_().neg_().add_(1.0)
 
 
+def _float16_factor(spec: HeadSpec) -> float:
+    """Return the factor of gradients in float16, in which a logit's is at most 256."""
+    return _FLOAT16_FACTOR / max(1.0, spec.logit_scale * spec.inverse_temperature)
+
+
 class _Sums:
     """The gradients of all chunks, each divided by `factor` at the end."""
 
@@ -194,6 +199,9 @@ class _Sums:
     def add(self, chunk: _Chunk, dy: Tensor, saved: Saved) -> None:
         """Add the gradients of a chunk, for dy [rows, V] in the logits' dtype."""
         operands, spec = chunk.operands._replace(bias=None), _linear_spec(self.spec)
+        if self.factor is not None:  # the sum of a chunk's rows may exceed float16
+            A, B = operands.lora_A, operands.lora_B
+            operands = operands._replace(lora_A=A.float(), lora_B=B.float())
         if any(self.needs):
             grads = self.backward(dy, operands, saved, spec, self.needs)
             if self.dx is not None:
@@ -228,7 +236,7 @@ def cross_entropy(
 ) -> tuple[Tensor, HeadGrads]:
     """Return the sum of the rows' losses, and its gradients."""
     x = operands.x
-    factor = _FLOAT16_FACTOR if spec.y_dtype is torch.float16 else None
+    factor = _float16_factor(spec) if spec.y_dtype is torch.float16 else None
     sums = _Sums(operands, spec, needs, linear_backward, factor)
     weight = (factor or 1.0) * spec.logit_scale * spec.inverse_temperature
     losses = [x.new_zeros(1, dtype=stat_dtype(x.dtype))]
@@ -425,7 +433,7 @@ def log_probs_backward(
     if spec.y_dtype is torch.float16:
         given = dlog_probs if dentropy is None else torch.cat([dlog_probs, dentropy])
         steepest = given.abs().amax() if given.numel() else given.new_ones(())
-        factor = _FLOAT16_FACTOR / steepest.clamp(min=2.0**-100)
+        factor = _float16_factor(spec) / steepest.clamp(min=2.0**-100)
         weight = factor * weight
     sums = _Sums(operands, spec, needs, linear_backward, factor)
     for chunk in _chunks(operands, spec):

@@ -57,6 +57,7 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Result:
         and holders == _holders_alone(y._base is not None)
         and y.is_contiguous()
         and y.untyped_storage().nbytes() == y.nbytes
+        and y.untyped_storage().resizable()  # else the memory is another library's
         and y.is_inference() is torch.is_inference_mode_enabled()
     )
     return Result(y, is_private)
@@ -87,7 +88,12 @@ def _holders_alone(is_view: bool) -> tuple[int, ...]:
     make = (lambda: torch.empty(1, 1).view(1)) if is_view else (lambda: torch.empty(1))
     found: list[tuple[int, ...]] = []
     # A new thread, because a mode that is active in this one may hold results.
-    thread = threading.Thread(target=lambda: found.append(_call(make, (), {})[1]))
+
+    def count() -> None:
+        sys.settrace(None)  # a debugger holds what a frame holds
+        found.append(_call(make, (), {})[1])
+
+    thread = threading.Thread(target=count)
     thread.start()
     thread.join()
     return found[0]

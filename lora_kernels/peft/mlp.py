@@ -187,6 +187,14 @@ def recognize(module: Any) -> Parts | str:
             f"not a gated MLP: {len(linears)} linear layers and {len(others)} other modules and "
             "functions, want 3 and an activation"
         )
+    if any(
+        each is not None
+        for name, each in module._modules.items()
+        if name not in (*linears, *others)
+    ):
+        return "not a gated MLP: it has another module of its own"
+    if any(isinstance(each, Tensor) for each in vars(module).values()):
+        return "not a gated MLP: it has a tensor of its own"
     if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
         return "not a gated MLP: it has parameters or buffers of its own"
     ((act, function),) = others.items()
@@ -345,6 +353,10 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
         return f"its {parts.act} was replaced"
     for name in vars(mlp).keys() - parts.attributes:
         if hasattr(mlp.own_class, name):  # which its forward read before
+            return f"its {name} has changed since fuse"
+    own = {**modules, **mlp._parameters, **mlp._buffers}
+    for name in own.keys() - {parts.gate, parts.up, parts.down, parts.act}:
+        if own[name] is not None:
             return f"its {name} has changed since fuse"
     for path, name, value in parts.settings:
         if not _is_same_setting(_setting(modules.get(path) if path else mlp, name), value):

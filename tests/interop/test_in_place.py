@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
@@ -788,3 +789,49 @@ def test_update_of_adalora_has_the_dtype_of_its_base_s_result(rows: int) -> None
     assert got.dtype is want.dtype is bf16
     # Two roundings to 2⁻⁹, of the base's result and of the sum, in ours and in PEFT's.
     torch.testing.assert_close(got, want, rtol=2.0**-7, atol=2.0**-7)
+
+
+class Remembers(Base):
+    """Its results are in memory of another library, which it keeps and hands out again."""
+
+    def change(self, y: Tensor) -> Tensor:
+        if not hasattr(self, "memory"):
+            self.memory = y.detach().numpy().copy()
+        return torch.from_numpy(self.memory)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_result_in_memory_of_another_library_is_left(grad: bool, dropout: float) -> None:
+    base = Remembers(K, N).double()
+    settings = {"r": R, "target_modules": ["0"], "init_lora_weights": False}
+    model = get_peft_model(nn.Sequential(base), LoraConfig(**settings, lora_dropout=dropout))
+    fuse(model)
+    x = torch.randn(80, K, dtype=f64)
+    with torch.set_grad_enabled(grad):
+        model(x)
+        kept = base.memory.copy()
+        model(x)
+    assert (base.memory == kept).all()
+    exact = nn.functional.linear(x, base.weight, base.bias)
+    torch.testing.assert_close(torch.from_numpy(kept), exact.detach())
+
+
+def test_counts_of_a_private_result_are_taken_outside_of_a_trace() -> None:
+    """A debugger, or a tracer of variables, holds what a traced frame holds."""
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        return trace if frame.f_locals is not None else None
+
+    in_place._holders_alone.cache_clear()
+    threading.settrace(trace)
+    try:
+        in_place._holders_alone(False)
+    finally:
+        threading.settrace(None)  # type: ignore[arg-type]
+    try:
+        kept: list[Tensor] = []
+        assert not in_place.call(lambda: kept.append(torch.ones(2)) or kept[0]).is_private
+        assert in_place.call(torch.ones, 2).is_private
+    finally:
+        in_place._holders_alone.cache_clear()

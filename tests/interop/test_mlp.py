@@ -1351,3 +1351,82 @@ def test_explain_of_rows_agrees_with_the_call(rows: Any, is_block: bool, runs, m
     step(fused, input_of(f32, rows or 80))
     assert runs == [True] * is_block
     assert row.strategy == "one block" if is_block else row == apart("down_proj: measured")
+
+
+@pytest.mark.parametrize("named", ["gate_proj", "up_proj"])
+def test_kernel_gets_contiguous_results_without_gradients_too(
+    named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Transposed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).transpose(0, 1).contiguous().transpose(0, 1)
+
+    gated, given = eager_mlp.gated, []
+
+    def record(g: Tensor, u: Tensor, activation: str) -> Tensor:
+        given.append(g.is_contiguous() and u.is_contiguous())
+        return gated(g, u, activation)
+
+    monkeypatch.setattr(eager_mlp, "gated", record)
+    module = llama_mlp()
+    setattr(module, named, Transposed(K, H, bias=False))
+    stock, fused = pair(adapted(module, target_modules=["down_proj"]))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(input_of()), stock(input_of()))
+    assert given == [True]
+
+
+class Later(LlamaMLP):
+    """Its forward reads what is not there at first."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("factor", None)
+        self.register_module("norm", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        y = y if self.norm is None else self.norm(y)
+        return y if self.factor is None else y * self.factor
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("factor", torch.full((1,), 0.5, dtype=f64)), ("norm", nn.Softmax(-1))]
+)
+def test_buffer_or_module_that_a_module_gets_after_fuse_is_noticed(
+    name: str, value: Any, runs: Any
+) -> None:
+    config = {"hidden_size": K, "intermediate_size": H, "mlp_bias": False, "hidden_act": "silu"}
+    stock, fused = pair(adapted(Later(SimpleNamespace(**config))))
+    for model in (stock, fused):
+        setattr(block_of(model), name, value)
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
+    assert not runs
+    assert mlp_rows(explain(fused)) == [apart(f"its {name} has changed since fuse")]
+
+
+class Private(GLU):
+    """A module and a tensor that change nothing at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._norm, self.factor = nn.Identity(), torch.ones((), dtype=f64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self._norm(super().forward(x)) * self.factor
+        return y
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "private module": lambda mlp: setattr(mlp, "_norm", nn.Softmax(-1)),
+    "tensor": lambda mlp: mlp.factor.fill_(0.5),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_private_module_or_tensor_that_changes_after_fuse_is_noticed(name: str) -> None:
+    stock = adapted(Private())
+    fused = fuse(copy.deepcopy(stock))
+    for model in (stock, fused):
+        CHANGES[name](block_of(model))
+    assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)

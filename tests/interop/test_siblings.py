@@ -1780,3 +1780,50 @@ def test_siblings_in_inference_mode_and_out_of_it_equal_peft(shared: Shared) -> 
     with torch.no_grad():
         assert_close_derived(fused(batch()), stock(batch()), 1e-12)
     assert shared.take() == (1, 3)
+
+
+@pytest.mark.parametrize("x_dtype", [f32, bf16], ids=str)
+def test_explain_of_siblings_is_of_the_dtype_of_x_that_it_is_told(x_dtype: Any) -> None:
+    """A 4-bit base has no dtype that tells x's, and the adapters are float32."""
+    model = build(dtype=f32, base="nf4")
+    for name in ALL:
+        base = getattr(parent_of(model), name).base_layer
+        base.compute_dtype, base.compute_type_is_set = bf16, True
+    said = "its base computes in torch.bfloat16, x has torch.float32"
+    (row,) = explain(fuse(model), x_dtype=x_dtype).blocks
+    assert row == (row_of("", "") if x_dtype is bf16 else row_of(ALL, said))
+
+
+@pytest.mark.parametrize("B", [bf16, f32], ids=str)
+def test_p_of_linears_that_share_x_is_rounded_where_all_that_reads_it_has_16_bits(
+    B: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(blocks, "down_projections", partial(_record, given))
+    linears = [
+        blocks.LinearArguments(
+            torch.randn(columns, K, dtype=bf16),
+            torch.randn(R, K, dtype=bf16),
+            torch.randn(columns, R, dtype=B),
+            0.5,
+        )
+        for columns in (32, 48)
+    ]
+    blocks.shared_linears(batch(bf16), linears)
+    ((*_, is_rounded),) = given
+    assert is_rounded is (B is bf16)
+
+
+def test_siblings_save_x_and_no_copy_of_its_rows() -> None:
+    _, fused = pair(lambda self, x: torch.cat([self.q(x), self.k(x), self.v(x)], -1))
+    x = batch().transpose(0, 1)  # whose rows [M, K] are a copy
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        parent_of(fused)(x)
+    (found,) = [t for t in saved if t.numel() == x.numel() and t.shape[-1] == K]
+    assert found.data_ptr() == x.data_ptr()

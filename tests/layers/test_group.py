@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import reference
 from lora_kernels.layers import (
@@ -253,3 +254,15 @@ def test_from_linears_copies_and_keeps_the_mode(training: bool) -> None:
         assert group.member(name).weight.data_ptr() != linear.weight.data_ptr()
     bare = {name: nn.Linear(K, size, bias=False) for name, size in MEMBERS.items()}
     assert LoRAGroup.from_linears(bare).bias is None
+
+
+def test_group_called_with_fake_tensors_keeps_none() -> None:
+    group, x = LoRAGroup(8, {"q": 8, "k": 4}, r=2), torch.ones(2, 8)
+    torch.nn.init.normal_(group.lora_B)
+    want = group(x)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        group(torch.empty(2, 8))
+    with torch.no_grad():
+        got = group(x)
+    assert all(type(y) is Tensor for y in got)
+    torch.testing.assert_close(got, tuple(y.detach() for y in want))

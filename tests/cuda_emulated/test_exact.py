@@ -106,9 +106,49 @@ def test_decode_of_eight_rows_that_are_not_kept_is_exact(K: int, blocksize: int)
     assert "decode" in {kernel for kernel, _ in launch.traffic}
 
 
+def test_eight_rows_of_float32_that_are_not_kept_are_converted() -> None:
+    args = cases.inputs(Case(8, 72, 4096, 4, bf16, **UNDROPPED))
+    args.pop("dy")
+    wide = args | {"x": args["x"].detach().float()}
+    with (
+        torch.no_grad(),
+        lora_kernels.backend("cuda", COOPERATIVE),
+        torch.autocast("cpu", bf16),
+    ):
+        y, want = (lora_kernels.lora_linear(**each) for each in (wide, args))
+    assert torch.equal(y.to(want.dtype), want)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lora_linear_of_a_weight_with_gaps_between_rows_has_the_same_bits(strategy: str) -> None:
+    args = cases.inputs(Case(9, 40, 64, 5, bf16, **UNDROPPED))
+    wide = torch.nn.functional.pad(args["weight"], (0, 8), value=float("nan"))[:, :64]
+    with lora_kernels.backend("cuda", strategy):
+        want, got = (
+            cases.run(lora_kernels.lora_linear, args | {"weight": w})
+            for w in (args["weight"], wide)
+        )
+    for name in want:
+        assert torch.equal(want[name], got[name]), name
+
+
+def test_decode_of_tiles_that_many_blocks_share_has_the_same_bits() -> None:
+    """Sums of two blocks commute, those of three do not; y in float32 shows it."""
+    options = {"quant": "nf4-64", "compute": bf16, **UNDROPPED}
+    args = cases.inputs(Case(9, 40, 4096, 5, f32, **options))
+    args.pop("dy")
+    found = []
+    with torch.no_grad(), lora_kernels.backend("cuda", COOPERATIVE):
+        for seed in range(6):
+            with cuda.emulate(seed, 4):
+                found.append(lora_kernels.lora_linear(**args))
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lora_linear_in_any_order_of_threads_has_the_same_bits(strategy: str) -> None:
-    """Also with fewer blocks than splits of P, and where a tile is two blocks'."""
+    """Also with fewer blocks than splits of P."""
     args = cases.inputs(Case(13, 72, 640, 16, bf16, **UNDROPPED))
     results = []
     for seed, multiprocessors in ((0, 2), (1, 2), (2, 2)):

@@ -566,6 +566,35 @@ def test_float16_gradients_of_many_rows_and_large_scales_are_finite(
         assert (got.double() - want).norm() <= 2**-7 * want.norm()
 
 
+def test_gradients_of_small_probabilities_times_small_gradients_survive_float16() -> None:
+    x = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    weight = torch.tensor([[15.0, 0.0], [0.0, 256.0], [0.0, 512.0]])
+    with torch.autocast("cpu", f16):
+        y = -lora_linear_log_probs(x, weight, None, None, torch.tensor([0])).log_probs
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 2.0**-12))
+    assert dx[0, 1].item() == pytest.approx(2.0**-12 * 3 * 256 * math.exp(-15), rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16, f32], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("outputs", [(), ("entropy",)])
+def test_gradient_that_an_ignored_row_gets_counts_for_nothing(
+    outputs: tuple[str, ...], bad: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 16, generator=generator).to(dtype).requires_grad_()
+    W = (torch.randn(40, 16, generator=generator) / 4).to(dtype)
+    labels = torch.tensor([1, -100, 3, 4])
+
+    def grad(of_ignored: float) -> Tensor:
+        found = lora_linear_log_probs(x, W, None, None, labels, outputs=outputs)
+        dy = torch.tensor([1.0, of_ignored, -2.0, 0.5])
+        given = [y for y in (found.log_probs, found.entropy) if y is not None]
+        return torch.autograd.grad(given, x, [dy.to(y.dtype) for y in given])[0]
+
+    assert torch.equal(grad(bad), grad(0.0))
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 8, None])
 def test_gradient_of_a_float32_weight_under_autocast_is_summed_in_float32(
     chunk_rows: int | None,

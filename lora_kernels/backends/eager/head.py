@@ -431,8 +431,9 @@ def log_probs_backward(
     weight: float | Tensor = spec.logit_scale * spec.inverse_temperature
     factor = None
     if spec.y_dtype is torch.float16:
-        given = dlog_probs if dentropy is None else torch.cat([dlog_probs, dentropy])
-        steepest = given.abs().amax() if given.numel() else given.new_ones(())
+        given = dlog_probs if dentropy is None else torch.maximum(dlog_probs.abs(), dentropy.abs())
+        given = given.abs().where(operands.labels != spec.ignore_index, 0.0)
+        steepest = given.amax() if given.numel() else given.new_ones(())
         factor = _float16_factor(spec) / steepest.clamp(min=2.0**-100)
         weight = factor * weight
     sums = _Sums(operands, spec, needs, linear_backward, factor)

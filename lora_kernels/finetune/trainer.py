@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     DataCollatorWithFlattening,
     EarlyStoppingCallback,
@@ -28,7 +29,6 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType, TrainOutput
 
 from ..integrations.trainer import VerdictLog
-from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
 from . import TrainingError, UsageError
 from .chat import IGNORED, ChatData, Collator, check_flattening
@@ -127,8 +127,8 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         args: the result of `training_arguments`, or other TrainingArguments.
         train_dataset, eval_dataset: `ChatData`, or another dataset for Trainer. The collator
             `DataCollatorWithFlattening` needs a model that passes `check_flattening`.
-        lora_plus_ratio: LoRA+: the learning rate of lora_B divided by lora_A's. None: they are
-            equal.
+        lora_plus_ratio: LoRA+, by PEFT's `create_loraplus_optimizer`: the learning rate of lora_B
+            divided by lora_A's. None: they are equal.
         patience: the number of evaluations without a lower loss after which training stops and the
             best adapters are restored. Needs eval_steps, and save_steps a multiple of it.
         others: other arguments of Trainer.
@@ -237,9 +237,14 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if self.optimizer is None and self.lora_plus_ratio is not None:
             model: Any = self.model
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = lora_plus_parameter_groups(model, options["lr"], self.lora_plus_ratio)
-            decay = {"weight_decay": self.args.weight_decay}
-            self.optimizer = cls([group | decay for group in groups], **options)
+            self.optimizer = create_loraplus_optimizer(
+                model,
+                cls,
+                loraplus_lr_ratio=self.lora_plus_ratio,
+                loraplus_lr_embedding=options["lr"],
+                loraplus_weight_decay=self.args.weight_decay,
+                **options,
+            )
         return super().create_optimizer(*args, **kwargs)
 
     # Trainer averages the mean losses of batches, which depends on how rows fall into batches. For

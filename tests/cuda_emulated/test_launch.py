@@ -41,6 +41,19 @@ def test_flags_serve_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(forward(first), alone[0]) and torch.equal(forward(second), alone[1])
 
 
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 72, 2304), (3, 40, 3136), (11, 136, 1088)], ids=str)
+def test_flags_of_tiles_that_blocks_share_serve_again(
+    M: int, N: int, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = torch.zeros(2 + workspace.MAX_BLOCKS, dtype=torch.int32)
+    monkeypatch.setattr(workspace, "flags", lambda device: flags)
+    args = cases.inputs(Case(M, N, K, 5, bf16))
+    args.pop("dy")
+    first = forward(args)
+    assert launch.traffic[-1][1]["tile_partials"][1] and not flags.any()
+    assert torch.equal(forward(args), first)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_streams_at_once_have_the_same_bits(strategy: str) -> None:
     """Each with flags and partial sums of its own."""

@@ -595,6 +595,18 @@ def test_gradient_that_an_ignored_row_gets_counts_for_nothing(
     assert torch.equal(grad(bad), grad(0.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, f32, bf16], ids=str)
+@pytest.mark.parametrize("M", [0, 3])
+def test_loss_of_ignored_rows_alone_has_the_dtype_of_any_loss(M: int, dtype: torch.dtype) -> None:
+    shapes = (3, 8), (5, 8), (2, 8), (5, 2)
+    x, *others = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    labels, ignored = torch.tensor([1, 2, 3]), torch.full((M,), -100)
+    want = lora_linear_cross_entropy(x, *others, labels, reduction="sum").dtype
+    for reduction in ("sum", "mean"):
+        got = lora_linear_cross_entropy(x[:M], *others, ignored, reduction=reduction)
+        assert got.dtype == want
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 8, None])
 def test_gradient_of_a_float32_weight_under_autocast_is_summed_in_float32(
     chunk_rows: int | None,

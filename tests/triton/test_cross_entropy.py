@@ -281,3 +281,14 @@ def test_small_loss_of_large_logits_keeps_its_bits() -> None:
     want = F.cross_entropy(y.double(), labels, reduction="none")
     found = elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, False)
     torch.testing.assert_close(found.double(), want, rtol=0, atol=4 * 2.0**-24)
+
+
+@pytest.mark.parametrize("level", [-1e5, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_large_negative_logits_have_a_finite_loss(dtype: torch.dtype, level: float) -> None:
+    y = torch.tensor([[1.0, 1.0, 1.25, 1.5]]).mul(level).to(DEVICE, dtype)
+    labels = torch.tensor([0], device=DEVICE)
+    want = F.cross_entropy(y.double(), labels, reduction="none")
+    found = elementwise.cross_entropy(y, labels, 1.0, 0.0, 1.0, 0.0, True)
+    torch.testing.assert_close(found.double(), want, rtol=2.0**-17, atol=2.0**-17)
+    assert torch.equal(y.double().cpu(), torch.tensor([[-0.5, 0.5, 0.0, 0.0]], dtype=torch.float64))

@@ -471,7 +471,7 @@ def count_head(adapter_dtype: torch.dtype, R: int = RANK) -> Row:
 
 
 class Count(Suite):
-    """Memory traffic, counted: layers beside PEFT's, then blocks beside all peers, and the head."""
+    """Memory traffic, counted: layers beside PEFT's, blocks beside all peers, head, experts."""
 
     def __init__(self) -> None:
         unused = "device shapes model rows quick dtypes dropout seconds csv baseline"
@@ -492,6 +492,7 @@ class Count(Suite):
             if cell.base != "nf4" or has_bitsandbytes:
                 yield from count_block(block, cell)
         yield from map(count_head, (_BF16, _F32))
+        yield from experts_traffic.rows()
 
     def summary(self, rows: list[Row]) -> Iterator[str]:
         """Yield how many rows of each kind ours loses, and the range of the ratio of bytes."""
@@ -506,7 +507,8 @@ class Count(Suite):
         for block in BLOCKS:
             found = [row for row in rows if row.what == block.title]
             yield f"{block.title}: {_count_losses(found, 'the best peer', ('bytes', 'peak'))}"
-        yield from experts_traffic.lines()
+        if (reason := experts_traffic.missing()) is not None:
+            yield f"no experts: {reason}"
 
 
 def _count_losses(rows: list[Row], peer: str, measures: Sequence[str]) -> str:

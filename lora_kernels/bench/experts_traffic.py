@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +23,9 @@ from torch.nn import functional
 from ..layers import quantize_experts
 from .baselines import make_code_of_scales
 from .counter import Kernel, Traffic, count_layer
-from .experts import Shape, adapted, experts_module, fused
+from .experts import RANK, Shape, adapted, experts_module, fused
+from .results import Row
+from .traffic import count_rows
 
 EXPERTS, TOKENS = (8, 32, 128), (8192, 1)
 TOP_K, HIDDEN, INTERMEDIATE = 8, 2048, 768
@@ -69,26 +72,33 @@ def count_experts(
         return count_layer(lambda: layer(x, index, weights), [x, *adapters], log)
 
 
-def lines() -> Iterator[str]:
-    """Yield the counts of each number of experts and of tokens, or why there are none."""
+def missing() -> str | None:
+    """Return why no experts are counted, or None."""
     if not hasattr(functional, "grouped_mm"):
-        yield f"experts: torch {torch.__version__} has no grouped_mm to count"
-        return
+        return f"torch {torch.__version__} has no grouped_mm to count"
     if find_spec("transformers") is None or not hasattr(qwen3_moe(), "Qwen3MoeExperts"):
-        yield "experts: want transformers 5, whose experts are parameters"
+        return "want transformers 5, whose experts are parameters"
+    return None
+
+
+def rows() -> Iterator[Row]:
+    """Yield the rows of each number of experts and of tokens; none if something is missing.
+
+    They lose nothing: PEFT's order, which computes W + s·B·A, is another algorithm, and moves less
+    where the experts are few.
+    """
+    if missing() is not None:
         return
     has_bitsandbytes = find_spec("bitsandbytes") is not None
-    for tokens in TOKENS:
-        for experts in EXPERTS:
-            counted = []
-            for kind in KINDS:
-                if kind == "ours, NF4" and not has_bitsandbytes:
-                    continue
-                forward, backward = count_experts(kind, experts, tokens)
-                peak = max(forward.peak, backward.peak)
-                counted.append(
-                    f"{kind} {forward.bytes / 1e6:.0f}/{forward.kernels} and "
-                    f"{backward.bytes / 1e6:.0f}/{backward.kernels}, {peak / 1e6:.0f}"
-                )
-            sizes = f"{experts} experts {HIDDEN}×{INTERMEDIATE}, {tokens} tokens top {TOP_K}"
-            yield f"{sizes}, MB/kernels forward and backward, peak MB: {'; '.join(counted)}"
+    kinds = [kind for kind in KINDS if kind != "ours, NF4" or has_bitsandbytes]
+    for tokens, experts in itertools.product(TOKENS, EXPERTS):
+        yield from count_rows(
+            {kind: count_experts(kind, experts, tokens) for kind in kinds},
+            lambda counts, direction: [],
+            what=f"{experts} experts {HIDDEN}→{INTERMEDIATE}, top {TOP_K}",
+            dtype="bf16, bf16 adapters",
+            M=tokens,
+            K=HIDDEN,
+            N=INTERMEDIATE,
+            R=RANK,
+        )

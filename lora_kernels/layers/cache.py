@@ -181,8 +181,7 @@ class CallCache:
         if not has_grad:
             few = _prepare_few(x, bias, tensors, numbers)
             if few is not None:
-                checked = checked._replace(options=checked.options._replace(few=few))
-                self._kept = kept._replace(few=few, checked=checked)
+                self._kept = kept._replace(few=few, checked=checked.with_few(few))
         return y
 
     def renew(self, x: Tensor, bias: Tensor | None, tensors: _Tensors, numbers: _Numbers) -> None:
@@ -195,8 +194,9 @@ class CallCache:
             return
         few = _prepare_few(x, bias, tensors, numbers)
         scaling, compute_dtype, dropout_p = numbers
-        checked = CheckedCall.build(x, *tensors, scaling, bias, compute_dtype, dropout_p, few)
+        checked = CheckedCall.build(x, *tensors, scaling, bias, compute_dtype, dropout_p)
         is_kept = few is not None or checked is not None
+        checked = checked and checked.with_few(few)
         self._kept = _Kept(tensors, bias, numbers, few, checked) if is_kept else None
 
     def __reduce__(self) -> tuple[type[CallCache], tuple[()]]:

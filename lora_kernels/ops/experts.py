@@ -61,7 +61,7 @@ def lora_experts_linear(
         y_m = W_e·x_m + scaling · B_e·(A_e·D(x)_m) + bias_e,    offsets[e-1] <= m < offsets[e]
 
     Neither direction copies a dense weight, and W + scaling·B·A is not computed. A 4-bit weight is
-    decoded one expert at a time, or on a GPU in pieces of at most 256 MB.
+    decoded one expert at a time, or on a GPU in pieces of at most 256 MiB.
 
     Args:
         x: [M, K], float32, bfloat16, float16 or float64.

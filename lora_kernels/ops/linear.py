@@ -199,19 +199,22 @@ class CheckedCall(NamedTuple):
         bias: Tensor | None,
         compute_dtype: torch.dtype | None,
         dropout_p: float,
-        few: cpu.PreparedCall | None,
     ) -> CheckedCall | None:
-        """Return None under autocast. few: as in `Options`."""
+        """Return None under autocast."""
         if context.autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
             return None
         dense, codes, dtype = check_weight(
             x, weight, (lora_B.shape[0], lora_A.shape[1]), compute_dtype, None
         )
         spec = Spec(float(scaling), dropout_p, dtype, x.dtype)
-        options = Options(spec, False, codes[PACKED4BIT_TENSORS:], few)
+        options = Options(spec, False, codes[PACKED4BIT_TENSORS:])
         frozen = codes[:PACKED4BIT_TENSORS] or (dense,)
         found = layouts(lora_A, lora_B, bias, frozen[0])
         return cls(lora_A, lora_B, bias, options, frozen, found)
+
+    def with_few(self, few: cpu.PreparedCall | None) -> CheckedCall:
+        """Return the call whose forward of few rows is computed by `few`."""
+        return self._replace(options=self.options._replace(few=few))
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return what `lora_linear` returns for x.

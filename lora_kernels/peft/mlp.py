@@ -354,10 +354,11 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     for name in vars(mlp).keys() - parts.attributes:
         if hasattr(mlp.own_class, name):  # which its forward read before
             return f"its {name} has changed since fuse"
-    own = {**modules, **mlp._parameters, **mlp._buffers}
-    for name in own.keys() - {parts.gate, parts.up, parts.down, parts.act}:
-        if own[name] is not None:
-            return f"its {name} has changed since fuse"
+    known = parts.gate, parts.up, parts.down, parts.act
+    for own in (modules, mlp._parameters, mlp._buffers):
+        for name, each in own.items():
+            if each is not None and name not in known:
+                return f"its {name} has changed since fuse"
     for path, name, value in parts.settings:
         if not _is_same_setting(_setting(modules.get(path) if path else mlp, name), value):
             return f"its {'.'.join(filter(None, (path, name)))} has changed since fuse"

@@ -264,15 +264,16 @@ def test_bench_count_has_rows_of_blocks_and_heads(
     monkeypatch.setattr(traffic, "CELLS", traffic.CELLS[:1])
     monkeypatch.setattr(blocks, "BLOCKS", SMALL)
     monkeypatch.setattr(blocks, "CELLS", CELLS[:1])
-    monkeypatch.setattr(experts_traffic, "lines", lambda: ["experts are counted last"])
+    monkeypatch.setattr(experts_traffic, "EXPERTS", (8,))
+    monkeypatch.setattr(experts_traffic, "TOKENS", (1,))
     monkeypatch.setattr(blocks, "HEAD", (64, 128, 512))
     ran = run("--count")
-    *found, narrow, wide = (row for row in ran.rows if "what" in row)
+    *found, narrow, wide, forward, backward = (row for row in ran.rows if "what" in row)
+    assert forward["what"] == backward["what"] == "8 experts 2048→768, top 8"
     assert len(found) == 2 * len(SMALL) * len(blocks.ROWS)
     assert narrow["what"] == wide["what"] == "head and loss" and narrow["moved"] != wide["moved"]
     assert ran.status == any(row["misses"] for row in ran.rows)
     assert "\nmlp 128→256→128: 6 rows, ours loses " in ran.out
-    assert ran.out.splitlines()[-1] == "experts are counted last"
     table = report.table(report.block_head(), report.block_rows(found))
     lines = table.splitlines()
     assert len(lines) == 2 + len(SMALL) and lines[2].endswith(" | – |")

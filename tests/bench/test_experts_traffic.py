@@ -29,25 +29,24 @@ def test_counts_in_the_docs_are_those_counted(experts: int, tokens: int) -> None
     assert row.split(" | ")[2:] == [*map(cell, KINDS[:-1]), f"{cell(KINDS[-1])} |"]
 
 
-def test_lines_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_says_why_no_experts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert experts_traffic.missing() is None
     monkeypatch.setattr(experts_traffic, "qwen3_moe", lambda: None)
-    assert list(experts_traffic.lines()) == [
-        "experts: want transformers 5, whose experts are parameters"
-    ]
+    assert experts_traffic.missing() == "want transformers 5, whose experts are parameters"
     monkeypatch.delattr(experts_traffic.functional, "grouped_mm")
-    assert list(experts_traffic.lines()) == [
-        f"experts: torch {torch.__version__} has no grouped_mm to count"
-    ]
+    assert experts_traffic.missing() == f"torch {torch.__version__} has no grouped_mm to count"
+    assert not [*experts_traffic.rows()]
 
 
-def test_lines_have_every_kind_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_have_every_kind_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts_traffic, "EXPERTS", (8,))
     monkeypatch.setattr(experts_traffic, "TOKENS", (16, 1))
-    many, one = experts_traffic.lines()
-    for tokens, line in ((16, many), (1, one)):
-        assert line.startswith(f"8 experts 2048×768, {tokens} tokens top 8, MB/kernels forward and")
-        forward, backward = count_experts("ours, NF4", 8, tokens)
-        peak = max(forward.peak, backward.peak) / 1e6
-        said = f"{forward.bytes / 1e6:.0f}/{forward.kernels}"
-        said += f" and {backward.bytes / 1e6:.0f}/{backward.kernels}, {peak:.0f}"
-        assert f": ours, NF4 {said}; ours " in line and "; peft " in line
+    rows = [*experts_traffic.rows()]
+    assert [(row.M, row.mode) for row in rows] == [
+        (tokens, mode) for tokens in (16, 1) for mode in ("forward", "backward")
+    ]
+    for row, step in zip(rows[:2], count_experts("ours, NF4", 8, 16), strict=True):
+        assert tuple(row.moved) == KINDS and not row.misses
+        assert row.what == "8 experts 2048→768, top 8"
+        found = row.moved, row.kernels, row.peak_bytes
+        assert [each["ours, NF4"] for each in found] == [step.bytes, step.kernels, step.peak]

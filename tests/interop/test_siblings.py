@@ -1655,12 +1655,17 @@ class Pairs(nn.Module):
         return y
 
 
-def test_pairs_that_each_share_an_x_of_their_own_all_share(shared: Shared) -> None:
+def pair_of(parent: Callable[[], nn.Module], names: str) -> tuple[Any, Any]:
+    """A stack of such a parent with adapters on these layers, and its fused copy."""
     torch.manual_seed(0)
-    config = LoraConfig(r=R, target_modules=list("abcdef"))
-    stock = get_peft_model(Stack(Pairs()), config, autocast_adapter_dtype=False)
+    config = LoraConfig(r=R, target_modules=list(names))
+    stock = get_peft_model(Stack(parent()), config, autocast_adapter_dtype=False)
     randomize(stock)
-    fused = fuse(copy.deepcopy(stock))
+    return stock, fuse(copy.deepcopy(stock))
+
+
+def test_pairs_that_each_share_an_x_of_their_own_all_share(shared: Shared) -> None:
+    stock, fused = pair_of(Pairs, "abcdef")
     assert_equal_step(stock, fused, batch())
     assert shared.take() == (3, 6)
 
@@ -1726,11 +1731,7 @@ class TwoWidths(nn.Module):
 
 
 def test_layers_of_two_widths_are_two_groups(shared: Shared) -> None:
-    torch.manual_seed(0)
-    config = LoraConfig(r=R, target_modules=list("abcd"))
-    stock = get_peft_model(Stack(TwoWidths()), config, autocast_adapter_dtype=False)
-    randomize(stock)
-    fused = fuse(copy.deepcopy(stock))
+    stock, fused = pair_of(TwoWidths, "abcd")
     said = [row.strategy for row in explain(fused).blocks]
     assert said == ["x is threaded through a, c", "x is threaded through b, d"]
     assert_equal_step(stock, fused, batch())

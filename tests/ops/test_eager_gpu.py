@@ -362,7 +362,7 @@ def test_gemm_4bit_gets_what_bitsandbytes_reads(monkeypatch: pytest.MonkeyPatch)
     assert given["bias"].dtype is bf16 and given["form"] == (64, "nf4")
 
 
-# On a CPU bitsandbytes compiles its code, anew for each shape and dtype.
+# bitsandbytes' CPU ops are torch.compile functions, which would recompile for each shape and dtype.
 @torch.compiler.set_stance("force_eager")
 def test_decode_bits_equal_the_reference(decoder: str) -> None:
     for quant, blocksize in (("nf4", 64), ("fp4", 32), ("nf4", 4096)):

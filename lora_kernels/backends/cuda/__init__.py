@@ -3,7 +3,8 @@
 The strategies of the forward:
 
 - "cooperative": one launch, for up to 16 rows. The first blocks compute partial sums of P = x·Aᵀ.
-  All blocks read W; 4-bit codes are decoded on the way to the tensor cores. The epilogue adds S·Bᵀ.
+  All blocks read equal stripes of W; 4-bit codes are decoded on the way to the tensor cores. The
+  epilogue adds S·Bᵀ.
 - "two_pass": a kernel computes P. A GEMM on tensor cores then starts its sums at S·Bᵀ.
 
 Both take bfloat16 and float16. The backward has two passes, whatever the forward's strategy: one
@@ -11,7 +12,8 @@ read of dY gives dS and dB; then dx is computed as y of "two_pass" is, and dA la
 gives the reason if a strategy or the backward does not support a call.
 
 Rounding points are documented at the kernels. P, dS and the sums of gradients are float32. Results
-are deterministic: atomics count blocks, never sum data, and partial sums are added in order.
+are deterministic on a GPU: atomics count blocks, never sum data, and partial sums are added in
+order. Those of "cooperative" depend on how many blocks the GPU holds.
 """
 
 from __future__ import annotations

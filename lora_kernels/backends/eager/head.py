@@ -194,14 +194,16 @@ class _Sums:
         self.dA, self.dB = zeros(needs.lora_A, R, K), zeros(needs.lora_B, V, R)
         self.dbias = zeros(needs.bias, V)
         self.spec, self.backward, self.factor = spec, backward, factor
+        # In float16 the sum of a chunk's rows may overflow; it has the adapter's dtype.
+        adapter = {"lora_A": operands.lora_A, "lora_B": operands.lora_B}
+        is_wide = factor is not None
+        self.adapter = {name: t.float() if is_wide else t for name, t in adapter.items()}
         self.needs = Needs(needs.x, needs.lora_A, needs.lora_B, bias=needs.bias)
 
     def add(self, chunk: _Chunk, dy: Tensor, saved: Saved) -> None:
         """Add the gradients of a chunk, for dy [rows, V] in the logits' dtype."""
-        operands, spec = chunk.operands._replace(bias=None), _linear_spec(self.spec)
-        if self.factor is not None:  # the sum of a chunk's rows may exceed float16
-            A, B = operands.lora_A, operands.lora_B
-            operands = operands._replace(lora_A=A.float(), lora_B=B.float())
+        operands = chunk.operands._replace(bias=None, **self.adapter)
+        spec = _linear_spec(self.spec)
         if any(self.needs):
             grads = self.backward(dy, operands, saved, spec, self.needs)
             if self.dx is not None:

@@ -23,8 +23,8 @@ from ...core.packed4bit import Packed4bit
 from .. import decode4bit
 
 # Decoded weights that are held at a time. An H100 writes so much in 0.1 ms, beside which a piece's
-# six launches of 2 µs are few (estimate), and one large linear layer's weight takes as much: 470 MB
-# for 8192×28672. Without bitsandbytes PyTorch's decoding takes three times as much beside it.
+# five launches of 2 µs are few (estimate), and a large linear layer's weight takes more: 470 MB for
+# 8192×28672. Without bitsandbytes PyTorch's decoding takes three times as much beside it.
 PIECE_BYTES = 256 << 20
 ALIGNED = 16  # the rows of `grouped_mm`'s operands must be multiples of so many bytes
 

@@ -21,33 +21,35 @@ DEMO_INPUTS := $(VENV)/.demo-inputs
 OLDEST_TRITON := 3.4
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test quick slice others interpreted proof mutations matrix wheel bench demo results gpu lint format \
+.PHONY: .venv test quick recipes others interpreted peft ops proof mutations matrix wheel bench demo results gpu lint format \
 	native sanitize clean
 .DELETE_ON_ERROR:
 
-# Two cores do both parts at once; what they print is kept apart where make can.
-test: lint native
-	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) slice others
+# Two cores do two parts at a time; what each prints is kept apart where make can. Triton's interpreter
+# needs a process of its own, and the other parts are of such sizes that both cores end together.
+PARTS := lint recipes others interpreted peft ops
+test: native
+	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) $(PARTS)
 
-OTHERS := tests/packaging tests/finetune tests/compile_only
-# Two parts that take as long: Triton's interpreter needs a process of its own, recipes follow it.
-slice:
-	$(BIN)/python -m pytest -m 'not slow and not proof' \
-		$(addprefix --ignore ,$(OTHERS))
-
-others: interpreted
-	$(BIN)/python -m pytest -m 'not slow and not proof' $(OTHERS)
+SLICE := -m 'not slow and not proof'
+recipes: PATHS := tests/finetune tests/packaging tests/compile_only
+peft: PATHS := tests/interop tests/acceptance tests/states
+ops: PATHS := tests/ops
+others: PATHS := $(addprefix --ignore ,tests/finetune tests/packaging tests/compile_only \
+	tests/interop tests/acceptance tests/states tests/ops)
+recipes peft ops others:
+	$(BIN)/python -m pytest $(SLICE) $(PATHS)
 
 # For the inner loop, at most 90 s: the oracle, the dispatch and the choice, layers beside PEFT's.
 quick: native
-	$(BIN)/python -m pytest -q -m 'not slow and not proof' tests/reference tests/ops/test_exact.py \
+	$(BIN)/python -m pytest -q $(SLICE) tests/reference tests/ops/test_exact.py \
 		tests/ops/test_arguments.py tests/ops/test_schemas.py tests/ops/test_selection.py \
 		tests/autograd/test_gradients.py tests/layers/test_every_layer.py \
 		tests/layers/test_decoding.py tests/interop/test_layer_kinds.py \
 		tests/packaging/test_mutations.py
 
 interpreted:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow and not proof' tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SLICE) tests/triton
 
 proof: lint native $(DEMO_INPUTS)
 	$(BIN)/python -m pytest

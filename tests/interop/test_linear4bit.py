@@ -97,7 +97,7 @@ def packed(model: Any) -> list[Tensor]:
 # Results
 
 
-@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("compress", [pytest.param(False, marks=pytest.mark.proof), True])
 def test_compiled_model_follows_codes_that_move(compress: bool) -> None:
     """Without a graph break, and with other codes at another address."""
     torch.compiler.reset()  # of what other tests compiled there may only be so much

@@ -20,7 +20,7 @@ from lora_kernels import qualification
 from lora_kernels.backends import cuda, triton
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
-from lora_kernels.choice.verdicts import Group, Verdict
+from lora_kernels.choice.verdicts import Group, Point, Verdict
 from lora_kernels.qualification import Claim, qualify
 from lora_kernels.qualification.plan import CANDIDATES, STEP_ROWS, plan
 from tests.support import fake_card
@@ -106,23 +106,32 @@ def test_every_claim_of_every_candidate_holds(
     assert not found.failed and found.passed == {*groups}
 
 
+def with_eager(point: Point, factor: float) -> Point:
+    """The point, with the eager backend's seconds times `factor`."""
+    scaled = {
+        name: seconds._replace(device=factor * seconds.device, host=factor * seconds.host)
+        for name in ("eager_forward", "eager_step")
+        if (seconds := getattr(point, name)) is not None
+    }
+    return point._replace(**scaled)
+
+
 def test_choose_takes_each_candidate_that_was_measured_faster_and_none_that_was_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(qualification, "SILENCE", 300.0)
-    for ratio in ("0.5", "1.5"):
-        monkeypatch.setenv(fake_card.RATIO, ratio)
-        found = run(monkeypatch, [c for c in plan_of(*EVERY) if c.name == "time"])
-        assert not found.failed and found.passed == {*EVERY}
+    measured = run(monkeypatch, [c for c in plan_of(*EVERY) if c.name == "time"])
+    assert not measured.failed and measured.passed == {*EVERY}
+    for ratio, eager in ((0.5, 1.0), (1.5, 1 / 3)):
+        found = replace(measured, points=tuple(with_eager(p, eager) for p in measured.points))
         for group, rows in zip(EVERY, (each.rows for each in CANDIDATES), strict=True):
             alone = replace(found, passed=frozenset({group}))
             verdicts.set_current(0, alone)
             for M in (rows[0], rows[-1]):
                 choice = selection.choose(fake_card.problem(group, M, 64, 128))
-                want = group[:2] if ratio == "0.5" else ("eager", "library")
+                want = group[:2] if ratio < 1 else ("eager", "library")
                 assert (choice.backend, choice.strategy) == want, choice
-                measured = f"measured {float(ratio):.2f} of eager's time at {M}×64×128"
-                assert measured in choice.reason
+                assert f"measured {ratio:.2f} of eager's time at {M}×64×128" in choice.reason
             above = selection.choose(fake_card.problem(group, rows[-1] + 1, 64, 128))
             assert above.backend == "eager" and f"{rows[-1]} " in above.reason
 

@@ -24,7 +24,6 @@ NAME = "tests.support.fake_card:FakeCard"
 KEY = {"name": "Fake H100", "driver": "1.2"}
 # In the environment: a key, and for a claim ("cuda cooperative … dense/memory") what befalls it.
 KEY_VARIABLE, FAULTS = "FAKE_CARD_KEY", "FAKE_CARD_FAULTS"
-RATIO = "FAKE_CARD_RATIO"  # in the environment: our seconds over eager's
 EAGER_SECONDS, SECONDS = Seconds(1e-3, 0.25e-3, False), Seconds(0.5e-3, 0.125e-3)
 
 
@@ -104,10 +103,8 @@ class FakeCard:
 
     def clocks(self, name: str, call: Callable[[int], Any], count: int) -> Any:
         call(0)
-        seconds, scale = EAGER_SECONDS, 1.0
-        if name != "eager":
-            seconds, scale = SECONDS, float(os.environ.get(RATIO, 0.5)) / 0.5
-        device, host = (lambda s=s: count * scale * s for s in seconds[:2])
+        seconds = EAGER_SECONDS if name == "eager" else SECONDS
+        device, host = (lambda s=s: count * s for s in seconds[:2])
         return SimpleNamespace(device=device, host=host, is_captured=seconds.is_captured)
 
 

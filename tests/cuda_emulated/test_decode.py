@@ -80,8 +80,9 @@ class Draw:
         return value if self.of.random() < odds else None
 
     def numbers(self, *shape: int, most: int = 2, density: float = 1.0) -> Tensor:
-        if self.dtype is not None:
-            return torch.randn(shape, generator=self.generator).to(self.dtype)
+        if self.dtype is not None:  # what each of the dtypes holds
+            t = torch.randn(shape, generator=self.generator).clamp(-4, 4)
+            return (t * 64).round() / 64
         t = torch.randint(-most, most + 1, shape, generator=self.generator)
         return t * (torch.rand(shape, generator=self.generator) < density)
 
@@ -147,12 +148,12 @@ class Draw:
         if K <= 512 and self.maybe(True):
             N *= self.of.choice([2, 3])
         R = self.of.choice([1, 2, 3, 5, 8, 15, 16, 17, 33])
-        x_dtype, A_dtype, B_dtype = (self.of.choice([dtype, dtype, f32]) for _ in range(3))
+        x_dtype, A_dtype, B_dtype = (self.of.choice([dtype, dtype, *DTYPES]) for _ in range(3))
         x = self.numbers(M, K, density=0.2).to(x_dtype)
         if four_bit:
             weight, values = self.codes(N, K, dtype)
         else:
-            w_dtype = self.of.choice([dtype, dtype, f32])
+            w_dtype = self.of.choice([dtype, dtype, *DTYPES])
             dense = self.numbers(N, K, most=3)
             weight, values = self.rows(dense.to(w_dtype), whole=True), dense.double()
         x = x[:1].expand(M, K) if self.maybe(True, 0.1) else self.rows(x)

@@ -1,7 +1,7 @@
 """The decoder's launch over a seeded draw of calls and of launches.
 
 Of integers every sum is one of less than 25 bits: y, z and P are exact in any order of additions.
-What a launch reads and stores is compared with its model, in bytes. Other numbers are the same bits
+The bytes that a launch reads and stores are those of its model. Other numbers are the same bits
 in any order of threads, and as near to the float64 result as their roundings allow.
 """
 
@@ -187,7 +187,7 @@ def answers(call: Call, is_exact: bool = True) -> dict[str, Tensor]:
 
 
 def is_kept(call: Call) -> bool:
-    """Whether a block keeps x: its bytes and those of all else in shared memory."""
+    """Return True if x and all else fit in the shared memory of a block."""
     M, _, K, R = call.sizes
     table = 32 << 10 if call.codes else 0
     rest = (32 << 10) + 8 * 8 * 20 * 4 + 16 + up(4 * M * R, 16) * 16
@@ -195,7 +195,7 @@ def is_kept(call: Call) -> bool:
 
 
 def bytes_of(call: Call) -> tuple[dict[str, tuple[int, int]], int]:
-    """What the launch reads and stores of each operand; the floats of tile_partials."""
+    """Return the bytes read and stored of each operand, and the floats of tile_partials."""
     (M, N, K, R), kept, c, o = call.sizes, is_kept(call), call.codes, call.operands
     rows, depth = (16, 1024) if kept else (64, 256)
     tiles, parts = up(N, rows), up(K, depth)

@@ -1,4 +1,4 @@
-"""What the decoder refuses, what it plans, and how it is launched."""
+"""The decoder's refusals, plans and launches, and operands beyond 2^31."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, launch
 from lora_kernels.backends.cuda import linear as equation
 from lora_kernels.core.call import Operands, Spec
 from tests.support.emulator import build_program
-from tests.support.problems import bf16, f32
+from tests.support.problems import bf16, f16, f32
 
 F32, BF16, F16 = 0, 1, 2
 ADDRESS = 4096  # of what is never read
@@ -123,8 +123,7 @@ def test_decode_keeps_x_where_two_blocks_still_fit(M: int, codes: bool) -> None:
 @pytest.mark.parametrize(
     ("M", "N", "K", "max_blocks", "want"),
     [
-        # Tiles of 16 rows in parts of 1024: two places for each block, of which one may be a tile's
-        # first.
+        # Tiles of 16 rows in parts of 1024: two places for each block.
         (1, 16, 1024, 12, 0),
         (1, 16, 1088, 12, 2 * 2 * 16),
         (1, 160, 1024, 12, 0),
@@ -174,6 +173,19 @@ def operands(M: int = 3, N: int = 72, K: int = 136, R: int = 5, seed: int = 0) -
     return Operands(*(integers(*size, seed=seed + i) for i, size in enumerate(sizes)))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("save_z", [False, True])
+def test_call_of_no_rows_returns_what_a_call_of_some_does(strategy: str, save_z: bool) -> None:
+    (y, saved), (none, empty) = (
+        equation.lora_linear(operands(M), Spec(1.0, 0.0, bf16, f16, save_z), strategy)
+        for M in (1, 0)
+    )
+    for some, no in ((y, none), *zip(saved, empty, strict=True)):
+        assert (some is None) == (no is None)
+        if some is not None and no is not None:
+            assert (no.dtype, no.shape) == (some.dtype, (0, *some.shape[1:]))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_grids_of_two_streams_wait_for_room_as_a_whole(seed: int) -> None:
     """Blocks of both that wait for those without a place would wait forever."""
@@ -191,8 +203,8 @@ def test_grids_of_two_streams_wait_for_room_as_a_whole(seed: int) -> None:
 
 
 def far_apart(t: Tensor) -> Tensor:
-    """Copy t into rows the last of which begins past 2^31 elements, in memory that is never used
-    but where they lie."""
+    """Copy t into rows far apart, so that the last one begins past 2^31 elements. Memory between
+    them is never used."""
     rows, columns = t.shape
     step = -(-(2**31) // (rows - 1) // 8) * 8 + 8
     assert (rows - 1) * step > 2**31

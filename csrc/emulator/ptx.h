@@ -241,8 +241,20 @@ inline void flag_store(int* flag, int value) { emulator::flag_store(flag, value)
 
 // Launches ---------------------------------------------------------------------------------------
 
+// The launch whose blocks `resident_blocks` has counted last.
+struct Counted {
+  const void* kernel;
+  int device, threads;
+  unsigned shared_bytes;
+  bool operator==(const Counted&) const = default;
+};
+inline Counted counted = {};
+
 template <typename Args>
 inline void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
+  const Counted own = {(const void*)kernel, l.stream.device, (int)l.threads, l.shared_bytes};
+  if (l.cooperative && counted != own)
+    throw std::runtime_error(std::string(l.name) + ": the blocks of another launch were counted");
   emulator::launch({.name = l.name,
                     .body = [=] { kernel(args); },
                     .blocks = {.x = l.x, .y = l.y, .z = l.z},
@@ -254,7 +266,8 @@ inline void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
 
 // How many blocks run at the same time.
 template <typename Args>
-inline int resident_blocks(void (*)(Args), int, int, int) {
+inline int resident_blocks(void (*kernel)(Args), int device, int threads, int shared_bytes) {
+  counted = {(const void*)kernel, device, threads, (unsigned)shared_bytes};
   return emulator::multiprocessors;
 }
 template <typename Args>

@@ -1,4 +1,5 @@
-"""Counts of bank conflicts and sums of tensor cores, by accesses and products made for them."""
+"""Counts of bank conflicts, sums of tensor cores and what cooperative launches need, by kernels and
+products made for them."""
 
 import subprocess
 from pathlib import Path
@@ -53,6 +54,18 @@ int main(int count, char** words) {
     for (int i = 0; i < count - 6; ++i) products[i] = std::strtof(words[6 + i], nullptr);
     const emulator::Mma how{number(2), number(3), (uint64_t)number(4)};
     std::printf("%a", emulator::add_products(std::strtof(words[5], nullptr), products, how));
+    return 0;
+  }
+  if (!std::strcmp(words[1], "cooperative")) {
+    resident_blocks(access_kernel, number(2), number(3), number(4));
+    try {
+      launch({.name = "access", .x = (unsigned)number(5), .threads = 32, .shared_bytes = 4096,
+              .stream = {0, 1}, .cooperative = true},
+             access_kernel, Args{});
+      std::printf("launched");
+    } catch (const std::exception& error) {
+      std::printf("%s", error.what());
+    }
     return 0;
   }
   alignas(16) static float from[4];
@@ -124,6 +137,28 @@ def test_bank_conflicts_of_an_access_are_counted(
         assert got == f"lds 1 15, lds 1 {want}"
     else:
         assert got == f"{'lds' if op == 'half' else op} 1 {want}"
+
+
+# Cooperative launches ----------------------------------------------------------------------------
+
+OTHER = "access: the blocks of another launch were counted"
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "shared_bytes", "blocks", "want"),
+    [
+        (1, 32, 4096, 4, "launched"),
+        (1, 32, 4096, 5, "access: too many blocks for a cooperative launch"),
+        (0, 32, 4096, 4, OTHER),
+        (1, 64, 4096, 4, OTHER),
+        (1, 32, 0, 4, OTHER),
+    ],
+)
+def test_cooperative_launch_counts_the_blocks_that_may_run_at_once(
+    program: Path, device: int, threads: int, shared_bytes: int, blocks: int, want: str
+) -> None:
+    got = printed_by(program, "cooperative", device, threads, shared_bytes, blocks)
+    assert got == want
 
 
 # Tensor cores ------------------------------------------------------------------------------------

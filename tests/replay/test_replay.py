@@ -331,6 +331,7 @@ def test_flags_are_of_one_stream_of_a_device_or_one_graph(monkeypatch: pytest.Mo
     made += [flags(0, 1), flags(0, 1)]
     capturing = False
     assert len({t.data_ptr() for t in made}) == 5
+    assert all(t.shape == (2 + workspace.MAX_BLOCKS,) and t.dtype is torch.int32 for t in made)
     assert flags(0, 1) is made[0] and flags(1, 1) is made[2]
 
 

@@ -38,8 +38,8 @@ def cross_entropy_kernel(
         row = row.to(tl.int64)
     y_row = y_ptr + row * columns
     lanes = tl.arange(0, BLOCK_N)
-    # A finite maximum, for rows that begin with logits of -inf.
-    top = tl.full([BLOCK_N], -3.0e38, dtype=tl.float32)
+    # The least finite number, for rows that begin with logits of -inf.
+    top = tl.full([BLOCK_N], -3.4028234663852886e38, dtype=tl.float32)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     target = tl.zeros([BLOCK_N], dtype=tl.float32)
     sums = tl.zeros([BLOCK_N], dtype=tl.float32)

@@ -8,15 +8,24 @@ from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 import lora_kernels
 from lora_kernels.backends.eager import head
 from lora_kernels.backends.eager.head import KERNEL_DTYPES
-from lora_kernels.backends.triton import configs, elementwise, launch
+from lora_kernels.backends.triton import (
+    configs,
+    elementwise,
+    is_interpreted,
+    launch,
+    softmax,
+)
 from lora_kernels.core.call import HeadSpec
 from lora_kernels.oracle.case import judge
 from lora_kernels.oracle.head_case import HeadCase
@@ -143,6 +152,24 @@ def test_offsets_that_32_bits_do_not_hold_are_64_bits_wide(
     (given,) = launched
     assert given["columns"] == columns and given["grid"] == (rows,)
     assert given["WIDE"] is (rows * columns >= 2**31)
+
+
+@triton.jit
+def offset_kernel(out_ptr, columns, WIDE: tl.constexpr):
+    tl.store(out_ptr, softmax.offset(tl.program_id(0), columns, WIDE))
+
+
+def test_offset_of_a_late_row_is_64_bits_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_interpreted():
+        pytest.skip("the row's number is the interpreter's")
+    from triton.runtime import interpreter
+
+    late = interpreter.TensorHandle(np.array([1 << 16], dtype=np.int32), tl.int32)
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_get_program_id", lambda self, axis: late)
+    out = torch.zeros(1, dtype=torch.int64)
+    offset_kernel[(1,)](out, 1 << 16, WIDE=True)
+    assert out.item() == 1 << 32
 
 
 # The check

@@ -258,10 +258,10 @@ def test_chunks_of_the_default_number_of_rows_fit_in_its_bytes(
     assert limit / 2 < max(found.bytes) <= limit
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize(("backend", "dropout_p"), [("eager", 0.0), ("cpu", 0.0), (None, 0.25)])
 @pytest.mark.parametrize("name", OPS)
 def test_eager_head_decodes_a_4bit_weight_once(
-    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    name: str, backend: str | None, dropout_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not once for each of the five chunks. Kernels that read codes get no dense copy."""
     decoded: list[Any] = []
@@ -275,12 +275,12 @@ def test_eager_head_decodes_a_4bit_weight_once(
     monkeypatch.setattr(head_op.decode4bit, "dense", note)
     args = list(op_arguments(replace(SMALL, K=64, quant="nf4-64"), name))
     at = argument_names(name + "_4bit").index("dropout_p")
-    args[at] = 0.0
+    args[at] = dropout_p
     if backend == "cpu" and native.module is None:
         pytest.skip("no native kernels")
-    with lora_kernels.backend(backend):
+    with lora_kernels.backend(backend) if backend else nullcontext():
         registry.IMPLEMENTATIONS[name + "_4bit"](*args)
-    assert decoded == [(65, 64)] * (backend == "eager")
+    assert decoded == [(65, 64)] * (backend != "cpu")  # with dropout the eager backend runs
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
@@ -541,7 +541,7 @@ def test_head_takes_a_mask_in_x_s_three_dimensions(engine: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
-@pytest.mark.parametrize("of", ["loss", "log_probs"])
+@pytest.mark.parametrize("of", ["loss", "log_probs", "log_probs of a low temperature"])
 def test_float16_gradients_of_many_rows_and_large_scales_are_finite(
     of: str, scale: float, backend: str
 ) -> None:
@@ -560,7 +560,8 @@ def test_float16_gradients_of_many_rows_and_large_scales_are_finite(
         if of == "loss":
             loss = lora_linear_cross_entropy(*args, logit_scale=scale)
         else:
-            loss = -lora_linear_log_probs(*args, logit_scale=scale, outputs=()).log_probs.mean()
+            of_z = {"logit_scale": scale} if of == "log_probs" else {"temperature": 1 / scale}
+            loss = -lora_linear_log_probs(*args, **of_z, outputs=()).log_probs.mean()
         return torch.autograd.grad(loss, tensors)
 
     with lora_kernels.backend(backend):
@@ -786,3 +787,26 @@ def test_chunks_are_the_fewest_and_nearly_equal(of: str, monkeypatch: pytest.Mon
         assert torch.equal(torch.cat([kept[:0], *met[:count]]), kept)
         sizes = {len(x) for x in met}
         assert not sizes or (max(sizes) <= rows and max(sizes) - min(sizes) <= 1)
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_mask_that_pytorchs_kernel_draws_is_that_of_both_directions(of: str) -> None:
+    args = inputs(replace(SMALL, of=of, dropout_p=0.25)) | {"rng": None}
+    with cases.engine("eager-gpu"):
+        torch.manual_seed(5)
+        got = run(HeadCase.op, args)
+        torch.manual_seed(5)
+        mask = torch.native_dropout(args["x"].detach(), 0.25, True)[1]
+        want = run(HeadCase.op, args | {"dropout_mask": mask})
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("autocast", [None, bf16, f16])
+def test_chunks_of_the_loss_are_those_of_the_logits_dtype(
+    autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[torch.dtype] = []
+    monkeypatch.setattr(head, "loss_rows", lambda V, device, dtype: met.append(dtype) or 128)
+    with torch.autocast("cpu", autocast or bf16, enabled=autocast is not None):
+        lora_linear_cross_entropy(**arguments(SMALL))
+    assert met == [autocast or f32]

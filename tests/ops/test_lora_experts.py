@@ -338,6 +338,23 @@ def test_lora_experts_linear_on_meta_has_no_temporary_of_the_stack_s_size() -> N
     assert found.peak < E * N * K * 2
 
 
+@pytest.mark.parametrize(("N", "quant"), [(33, ""), (64, ""), (64, "nf4-64"), (33, "nf4-64")])
+def test_mask_of_experts_that_pytorchs_kernel_draws_is_that_of_both_directions(
+    N: int, quant: str
+) -> None:
+    """Of all experts' GEMM and of one expert after another, for many rows and few."""
+    for rows in ((3, 0, 5), (0, 1, 0, 0, 0)):
+        case = ExpertsCase(rows, N, 64, 8, dtype=bf16, quant=quant, dropout_p=0.5)
+        args = inputs(case) | {"rng": None}
+        with cases.engine("eager-gpu"):
+            torch.manual_seed(5)
+            got = run(lora_experts_linear, args)
+            torch.manual_seed(5)
+            mask = torch.native_dropout(args["x"].detach(), 0.5, True)[1]
+            want = run(lora_experts_linear, args | {"dropout_mask": mask})
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 # Classes of calls
 
 

@@ -273,7 +273,8 @@ def test_eager_head_decodes_a_4bit_weight_once(
         return dense(weight, shape, *args, **kwargs)
 
     monkeypatch.setattr(head_op.decode4bit, "dense", note)
-    args = list(op_arguments(replace(SMALL, K=64, quant="nf4-64"), name))
+    case = replace(SMALL, K=64, quant="nf4-64", dropout_p=dropout_p)
+    args = list(op_arguments(case, name))
     at = argument_names(name + "_4bit").index("dropout_p")
     args[at] = dropout_p
     if backend == "cpu" and native.module is None:

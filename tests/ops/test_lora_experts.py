@@ -342,7 +342,7 @@ def test_lora_experts_linear_on_meta_has_no_temporary_of_the_stack_s_size() -> N
 def test_mask_of_experts_that_pytorchs_kernel_draws_is_that_of_both_directions(
     N: int, quant: str
 ) -> None:
-    """Of all experts' GEMM and of one expert after another, for many rows and few."""
+    """GEMMs of all experts and of one after another, for many rows and few."""
     for rows in ((3, 0, 5), (0, 1, 0, 0, 0)):
         case = ExpertsCase(rows, N, 64, 8, dtype=bf16, quant=quant, dropout_p=0.5)
         args = inputs(case) | {"rng": None}

@@ -339,7 +339,7 @@ def by_pytorch(
 def test_check_notices_one_element_that_is_off(
     dtype: torch.dtype, has_cap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a few bounds, in any row and column, in one dtype, with a cap or without."""
+    """A few bounds, in any row and column, in one dtype, with a cap or without."""
     fault: tuple[str, int, int | None, float]
 
     def kernel(y: Tensor, *args: Any) -> Tensor:
@@ -437,7 +437,7 @@ def draw(random: Random, dtype: torch.dtype, block: int) -> Draw:
 def judge_draw(given: Draw, loss: Tensor, gradient: Tensor, lanes: int, by_kernel: bool) -> None:
     """Compare with float64 within bounds of each element, derived from float32's roundings.
 
-    lanes: of which a sum is made of one each. by_kernel: the slope of a cap is close relatively,
+    lanes: the number of parts of a sum. by_kernel: the slope of a cap is close relatively,
     where PyTorch's ops subtract tanh² from one.
     """
     y, labels, spec, weight = given

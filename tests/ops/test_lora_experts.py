@@ -409,12 +409,12 @@ def with_views(random: Random) -> Callable[..., Tensor]:
 FORMATS = ("", "nf4-64", "fp4-32", "nf4-64-nested", "nf4-32-nested")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_lora_experts_linear_of_drawn_calls_is_within_tolerance(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = Random(seed)
-    for _ in range(6):
+    for _ in range(4):
         case = draw_experts(random, random.choice(FORMATS))
         budget = random.choice((1, 30_000, 100_000, 1 << 30))
         monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)

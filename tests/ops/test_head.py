@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -21,12 +24,13 @@ from lora_kernels.core import call
 from lora_kernels.core.packed4bit import Packed4bit
 from lora_kernels.ops import head as head_op
 from lora_kernels.ops import linear, registry
+from lora_kernels.oracle import case as cases
 from lora_kernels.oracle import head_case
 from lora_kernels.oracle.case import EAGERS, STATISTICS, inputs, judge, run
 from lora_kernels.oracle.head_case import HeadCase
 from tests.ops.engines import engines_in_turn, every_engine
 from tests.support.allocations import Casts, Results
-from tests.support.engines import assert_within
+from tests.support.engines import assert_near, assert_within
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SMALL = HeadCase(23, 65, 40, 5, chunk_rows=5)  # V, K and the chunks are off every tile
@@ -254,10 +258,10 @@ def test_chunks_of_the_default_number_of_rows_fit_in_its_bytes(
     assert limit / 2 < max(found.bytes) <= limit
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize(("backend", "dropout_p"), [("eager", 0.0), ("cpu", 0.0), (None, 0.25)])
 @pytest.mark.parametrize("name", OPS)
 def test_eager_head_decodes_a_4bit_weight_once(
-    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    name: str, backend: str | None, dropout_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not once for each of the five chunks. Kernels that read codes get no dense copy."""
     decoded: list[Any] = []
@@ -269,14 +273,15 @@ def test_eager_head_decodes_a_4bit_weight_once(
         return dense(weight, shape, *args, **kwargs)
 
     monkeypatch.setattr(head_op.decode4bit, "dense", note)
-    args = list(op_arguments(replace(SMALL, K=64, quant="nf4-64"), name))
+    case = replace(SMALL, K=64, quant="nf4-64", dropout_p=dropout_p)
+    args = list(op_arguments(case, name))
     at = argument_names(name + "_4bit").index("dropout_p")
-    args[at] = 0.0
+    args[at] = dropout_p
     if backend == "cpu" and native.module is None:
         pytest.skip("no native kernels")
-    with lora_kernels.backend(backend):
+    with lora_kernels.backend(backend) if backend else nullcontext():
         registry.IMPLEMENTATIONS[name + "_4bit"](*args)
-    assert decoded == [(65, 64)] * (backend == "eager")
+    assert decoded == [(65, 64)] * (backend != "cpu")  # with dropout the eager backend runs
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
@@ -537,7 +542,7 @@ def test_head_takes_a_mask_in_x_s_three_dimensions(engine: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
-@pytest.mark.parametrize("of", ["loss", "log_probs"])
+@pytest.mark.parametrize("of", ["loss", "log_probs", "log_probs of a low temperature"])
 def test_float16_gradients_of_many_rows_and_large_scales_are_finite(
     of: str, scale: float, backend: str
 ) -> None:
@@ -556,7 +561,8 @@ def test_float16_gradients_of_many_rows_and_large_scales_are_finite(
         if of == "loss":
             loss = lora_linear_cross_entropy(*args, logit_scale=scale)
         else:
-            loss = -lora_linear_log_probs(*args, logit_scale=scale, outputs=()).log_probs.mean()
+            of_z = {"logit_scale": scale} if of == "log_probs" else {"temperature": 1 / scale}
+            loss = -lora_linear_log_probs(*args, **of_z, outputs=()).log_probs.mean()
         return torch.autograd.grad(loss, tensors)
 
     with lora_kernels.backend(backend):
@@ -645,3 +651,163 @@ def test_entropy_alone_in_float16_has_finite_gradients(share: float) -> None:
     want = grad(x.detach().double().requires_grad_(), W.double())
     assert got.isfinite().all()
     assert (got.double() - want).norm() <= 2**-8 * want.norm()  # several roundings to float16
+
+
+# Classes of calls
+
+
+def draw_case(random: Random) -> HeadCase:
+    """Draw a case of options that are rarely combined."""
+    of = random.choice(KINDS)
+    # Sizes that need few seeds each: `tolerance` pools results of few elements.
+    M = random.choice((1, 9, 12, 23) if of in ("mean", "sum") else (40, 65))
+    dtype = random.choice((f32, bf16, f16, f16))
+    quant = random.choice(("", "", "", "nf4-64-nested", "fp4-32"))
+    is_trained = not quant and random.random() < 0.5
+    names = [*GRADIENTS]
+    frozen = random.sample(names, random.choice((0, 0, 1, 2, 4)))
+    return HeadCase(
+        M=M,
+        V=random.choice((65, 130, 257)),
+        K=64 if quant else random.choice((17, 40)),
+        R=random.choice((5, 8)),
+        of=of,
+        dtype=dtype,
+        adapter_dtype=random.choice((None, f32)),
+        autocast=random.choice((None, bf16, f16)) if dtype is f32 else None,
+        adapter=random.random() < 0.8,
+        bias=random.random() < 0.7,
+        ignored=random.choice((0.0, 0.3, 0.6)) if M > 1 else 0.0,
+        label_smoothing=random.choice((0.0, 0.1, 0.5)),
+        logit_softcap=random.choice((None, 1.0, 5.0)),
+        logit_scale=random.choice((0.3, 1.0, 1.7, 4.0)),
+        temperature=random.choice((0.6, 1.0, 1.5)),
+        chunk_rows=random.choice((None, 1, 4, 5, M, M + 3)),
+        quant=quant,
+        dropout_p=random.choice((0.0, 0.0, 0.25, 0.5)),
+        frozen=tuple(sorted(frozen)),
+        trained_weight=is_trained,
+        seed=random.getrandbits(20),
+    )
+
+
+def with_views(random: Random) -> Callable[..., Any]:
+    """Return the case's function of views with gaps, in three dimensions, of labels in 32 bits."""
+    has_gaps, is_3d, is_turned = (random.random() < 0.5 for _ in range(3))
+
+    def call(**args: Any) -> Any:
+        x, labels = args["x"], args["labels"]
+        if has_gaps:
+            x = F.pad(x, (3, 2))[:, 3:-2]
+            labels = torch.stack([labels, labels - 9], 1)[:, 0].int()
+        if is_turned:
+            for name in ("weight", "lora_A", "lora_B"):
+                if isinstance(args[name], Tensor):
+                    args[name] = args[name].t().contiguous().t()
+        if is_3d:
+            x, labels = x.unflatten(0, (-1, 1)), labels[:, None]
+            if (mask := args.get("dropout_mask")) is not None:
+                args["dropout_mask"] = mask.unflatten(0, (-1, 1))
+        found = HeadCase.op(**args | {"x": x, "labels": labels})
+        if isinstance(found, Tensor):
+            assert found.shape in ((), labels.shape)
+            return found.flatten() if found.dim() else found
+        assert {t.shape for t in found if t is not None} == {labels.shape}
+        return tuple(t.flatten() for t in found if t is not None)
+
+    return call
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_head_of_drawn_options_is_within_tolerance(seed: int) -> None:
+    random = Random(seed)
+    for _ in range(4):
+        case, engine = draw_case(random), random.choice((*EAGERS, None))
+        with cases.engine(engine) if engine else nullcontext():
+            assert_near((case, engine), judge(case, with_views(random)))
+
+
+@pytest.mark.parametrize("exponent", [-40, -9, 5, 30])
+def test_gradients_of_drawn_options_are_proportional_bit_for_bit(exponent: int) -> None:
+    """Powers of two have no rounding, unless a 16-bit gradient's exponent is too small."""
+    random, met = Random(100 + exponent), 0
+    for _ in range(10):
+        case = draw_case(random)
+        wide = f32 if case.dtype is f16 else case.dtype
+        case = replace(case, dtype=wide, adapter_dtype=f32 if wide is f32 else case.adapter_dtype)
+        autocast = case.autocast or random.choice((None, f16)) if wide is f32 else None
+        args = inputs(case)
+        want = run(HeadCase.op, args, autocast)
+        dy = args["dy"]
+        more = [t * 2.0**exponent for t in dy] if isinstance(dy, list) else dy * 2.0**exponent
+        got = run(HeadCase.op, args | {"dy": more}, autocast)
+        for name in want:
+            factor = 2.0**exponent if name in GRADIENTS.values() else 1.0
+            assert torch.equal(got[name], want[name] * factor), (case, name)
+            met += want[name].any().item() and factor != 1.0
+    assert met > 10
+
+
+@pytest.mark.parametrize("outputs", list(itertools.product((False, True), repeat=4)), ids=str)
+def test_statistics_are_the_same_whichever_are_requested(outputs: tuple[bool, ...]) -> None:
+    names = call.HeadOutputs._fields
+    random = Random(str(outputs))
+    for dtype in (f32, f16):
+        case = replace(draw_case(random), of="log_probs", dtype=dtype, autocast=None)
+        args = arguments(replace(case, M=12, ignored=0.3))
+        wanted = [name for name, is_given in zip(names, outputs, strict=True) if is_given]
+        random.shuffle(wanted)
+        every, some = (HeadCase.op(**args | {"outputs": each}) for each in (names, wanted))
+        for name, got, want in zip(some._fields, some, every, strict=True):
+            assert (got is not None) is (name in ("log_probs", *wanted))
+            assert got is None or torch.equal(got, want)
+        assert every.is_top1.dtype is torch.bool and every.log_probs.dtype is f32
+        assert not any(t[args["labels"] == head_case.IGNORED].any() for t in every)
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_chunks_are_the_fewest_and_nearly_equal(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row that counts is in one of them, in both directions, and no other row is."""
+    met: list[Tensor] = []
+    chosen = linear.lora_linear_direct
+
+    def note(operands: call.Operands, *args: Any) -> Any:
+        met.append(operands.x)
+        return chosen(operands, *args)
+
+    monkeypatch.setattr(linear, "lora_linear_direct", note)
+    for M, rows, ignored in itertools.product((1, 6, 7, 9), (1, 2, 3, 4, 20), (0, 1, 4)):
+        args = arguments(HeadCase(M, 5, 4, 2, of=of, chunk_rows=rows, ignored=0.0))
+        args["labels"][M // 2 : M // 2 + ignored] = head_case.IGNORED
+        kept = args["x"].detach()[args["labels"] != head_case.IGNORED]
+        met.clear()
+        found = HeadCase.op(**args)
+        (found if isinstance(found, Tensor) else found[0]).sum().backward()
+        count = -(-kept.shape[0] // rows)
+        assert len(met) == count * (2 if of in ("none", "log_probs") else 1)
+        assert torch.equal(torch.cat([kept[:0], *met[:count]]), kept)
+        sizes = {len(x) for x in met}
+        assert not sizes or (max(sizes) <= rows and max(sizes) - min(sizes) <= 1)
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_mask_that_pytorchs_kernel_draws_is_that_of_both_directions(of: str) -> None:
+    args = inputs(replace(SMALL, of=of, dropout_p=0.25)) | {"rng": None}
+    with cases.engine("eager-gpu"):
+        torch.manual_seed(5)
+        got = run(HeadCase.op, args)
+        torch.manual_seed(5)
+        mask = torch.native_dropout(args["x"].detach(), 0.25, True)[1]
+        want = run(HeadCase.op, args | {"dropout_mask": mask})
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("autocast", [None, bf16, f16])
+def test_chunks_of_the_loss_are_those_of_the_logits_dtype(
+    autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[torch.dtype] = []
+    monkeypatch.setattr(head, "loss_rows", lambda V, device, dtype: met.append(dtype) or 128)
+    with torch.autocast("cpu", autocast or bf16, enabled=autocast is not None):
+        lora_linear_cross_entropy(**arguments(SMALL))
+    assert met == [autocast or f32]

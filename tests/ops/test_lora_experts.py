@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,13 +15,16 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels import lora_experts_linear, reference
 from lora_kernels.backends.eager import experts as eager_experts
+from lora_kernels.backends.eager import stack4bit
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
-from lora_kernels.oracle.case import give_mask, run
+from lora_kernels.oracle import case as cases
+from lora_kernels.oracle.case import give_mask, judge, run
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import engines_in_turn, every_engine, every_native_engine, every_thread_count
-from tests.support.experts import ROWS, ExpertsCase, check, inputs, some_cases
+from tests.support.engines import assert_near
+from tests.support.experts import ROWS, ExpertsCase, check, check_exact, inputs, some_cases
 
-f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 @engines_in_turn(some_cases())
@@ -330,3 +336,107 @@ def test_lora_experts_linear_on_meta_has_no_temporary_of_the_stack_s_size() -> N
 
     found = count(step)
     assert found.peak < E * N * K * 2
+
+
+@pytest.mark.parametrize(("N", "quant"), [(33, ""), (64, ""), (64, "nf4-64"), (33, "nf4-64")])
+def test_mask_of_experts_that_pytorchs_kernel_draws_is_that_of_both_directions(
+    N: int, quant: str
+) -> None:
+    """GEMMs of all experts and of one after another, for many rows and few."""
+    for rows in ((3, 0, 5), (0, 1, 0, 0, 0)):
+        case = ExpertsCase(rows, N, 64, 8, dtype=bf16, quant=quant, dropout_p=0.5)
+        args = inputs(case) | {"rng": None}
+        with cases.engine("eager-gpu"):
+            torch.manual_seed(5)
+            got = run(lora_experts_linear, args)
+            torch.manual_seed(5)
+            mask = torch.native_dropout(args["x"].detach(), 0.5, True)[1]
+            want = run(lora_experts_linear, args | {"dropout_mask": mask})
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+# Classes of calls
+
+
+def draw_experts(random: Random, quant: str) -> ExpertsCase:
+    """Draw experts with rows and without, layouts and options that are rarely combined."""
+    experts = random.choice((1, 2, 4, 7))
+    rows = [random.choice((0, 1, 3, 8)) for _ in range(experts)]
+    if random.random() < 0.3:  # one expert has all rows, or few experts have one
+        rows = [0] * experts
+        rows[random.randrange(experts)] = random.choice((1, 21))
+    dtype = random.choice((f32, bf16, bf16, f16))
+    N, K, R = random.choice(((64, 192, 8), (192, 64, 8), (80, 128, 16), (48, 96, 5), (33, 47, 3)))
+    names = ["x", "lora_A", "lora_B", "bias"]
+    return ExpertsCase(
+        rows=tuple(rows),
+        N=N,
+        K=K,
+        R=R,
+        tail=random.choice((0, 1, 5)) if sum(rows) else 3,
+        dtype=dtype,
+        adapter_dtype=random.choice((None, f32)),
+        transposed=random.random() < 0.5,
+        bias=random.random() < 0.7,
+        peft_layout=random.random() < 0.4,
+        quant=quant,
+        dropout_p=random.choice((0.0, 0.0, 0.25, 0.5)),
+        frozen=tuple(sorted(random.sample(names, random.choice((0, 0, 1, 2, 3))))),
+        seed=random.getrandbits(20),
+    )
+
+
+def with_views(random: Random) -> Callable[..., Tensor]:
+    """Return `lora_experts_linear` of operands and offsets with gaps or other strides."""
+    has_gaps, is_apart, is_turned = (random.random() < 0.5 for _ in range(3))
+    offsets_dtype = random.choice((torch.int32, torch.int64))
+
+    def call(**args: Any) -> Tensor:
+        if has_gaps:
+            args["x"] = torch.nn.functional.pad(args["x"], (3, 2))[:, 3:-2]
+        if is_apart:
+            wide = torch.stack([args["offsets"], args["offsets"] + 1], 1)
+            args["offsets"] = wide.to(offsets_dtype)[:, 0]
+        if is_turned:
+            args["lora_A"] = args["lora_A"].mT.contiguous().mT
+            if isinstance(args["weight"], Tensor):
+                args["weight"] = args["weight"].mT.contiguous().mT
+        return lora_experts_linear(**args)
+
+    return call
+
+
+FORMATS = ("", "nf4-64", "fp4-32", "nf4-64-nested", "nf4-32-nested")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lora_experts_linear_of_drawn_calls_is_within_tolerance(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = Random(seed)
+    for _ in range(4):
+        case = draw_experts(random, random.choice(FORMATS))
+        budget = random.choice((1, 30_000, 100_000, 1 << 30))
+        monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+        engine = random.choice(("eager", "eager-gpu", "eager-gpu", None))
+        with cases.engine(engine) if engine else nullcontext():
+            verdicts = judge(case, with_views(random))
+        assert_near((case, engine, budget), verdicts)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lora_experts_linear_of_drawn_integers_is_exact(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sum is a whole number that bfloat16 holds, or is rounded once."""
+    random = Random(100 + seed)
+    for _ in range(12):
+        case = draw_experts(random, "")
+        dtype = random.choice((f32, bf16))
+        case = replace(case, values="integers", dtype=dtype, adapter_dtype=None, frozen=())
+        case = replace(case, dropout_p=random.choice((0.0, 0.5)))
+        blocksize = random.choice((0, 32, 64, 128) if dtype is bf16 else (0, 32))
+        monkeypatch.setattr(stack4bit, "PIECE_BYTES", random.choice((1, 30_000, 1 << 30)))
+        engine = random.choice(("eager", "eager-gpu", "eager-gpu", None))
+        with cases.engine(engine) if engine else nullcontext():
+            check_exact(case, blocksize)

@@ -49,7 +49,9 @@ def some_cases(sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[ExpertsCas
 
 
 def check_exact(case: ExpertsCase, blocksize: int = 0) -> None:
-    """Check that y and every gradient of a case of integers in float32 are the reference.
+    """Check that y and every gradient of a case of integers are the reference.
+
+    In 16 bits, elements above 128 are left out: a partial sum of theirs may have been rounded.
 
     blocksize: of a 4-bit weight; 0 for a dense one.
     """
@@ -57,7 +59,10 @@ def check_exact(case: ExpertsCase, blocksize: int = 0) -> None:
     args = cases.inputs(case)
     if blocksize:
         args["weight"] = exact.quantize_integers(args["weight"], blocksize)
-    ref, got = cases.oracle(args, case.equation), cases.run(lora_experts_linear, args)
+    ref = cases.oracle(args, case.equation)
+    got = cases.run(lora_experts_linear, cases.give_mask(args))
     assert got.keys() == ref.keys()
     for name in got:
-        assert_exact(got[name], ref[name].to(got[name].dtype), f"{case}, {blocksize}: {name}")
+        is_exact = ref[name].abs() <= (128 if case.dtype.itemsize == 2 else 2**24)
+        want = ref[name].where(is_exact, 0.0).to(got[name].dtype)
+        assert_exact(got[name].where(is_exact, 0.0), want, f"{case}, {blocksize}: {name}")

@@ -111,7 +111,10 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     stay apart in memory: side by side the kernel wants groups of 16 bytes.
     """
     a = _align(a) if b.dim() == 3 else _align(a.t()).t()
-    found: Tensor = functional.grouped_mm(a, _align(b), offs=offsets.to(torch.int32))
+    offsets = offsets.to(torch.int32)
+    if offsets.stride(0) != 1:  # which PyTorch refuses, for a single expert too
+        offsets = offsets.clone(memory_format=torch.contiguous_format)
+    found: Tensor = functional.grouped_mm(a, _align(b), offs=offsets)
     return found
 
 

@@ -34,12 +34,10 @@ def cross_entropy_kernel(
     is_wrong = (given < 0) | (given >= columns)
     label = given.to(tl.int32)
     at_loss = loss_ptr + row
-    if WIDE:
-        row = row.to(tl.int64)
-    y_row = y_ptr + row * columns
+    y_row = y_ptr + offset(row, columns, WIDE)
     lanes = tl.arange(0, BLOCK_N)
-    # A finite maximum, for rows that begin with logits of -inf.
-    top = tl.full([BLOCK_N], -3.0e38, dtype=tl.float32)
+    # The least finite number, for rows that begin with logits of -inf.
+    top = tl.full([BLOCK_N], -3.4028234663852886e38, dtype=tl.float32)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     target = tl.zeros([BLOCK_N], dtype=tl.float32)
     sums = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -74,6 +72,14 @@ def cross_entropy_kernel(
             if HAS_SMOOTHING:
                 d -= smoothing / columns * weight
             tl.store(y_row + at, to_dtype(d * slope, TYPE), mask=mask)
+
+
+@triton.jit
+def offset(row, columns, WIDE: tl.constexpr):
+    """Return the offset of a row's first element, in 64 bits if WIDE."""
+    if WIDE:
+        row = row.to(tl.int64)
+    return row * columns
 
 
 @triton.jit

@@ -400,6 +400,7 @@ class _LogProbsFunction(torch.autograd.Function):
         )
         ctx.call = call
         ctx.choice = selection.format_request()
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[2:])
         if not outputs.entropy:
             ctx.mark_non_differentiable(*found[1:])
@@ -408,13 +409,21 @@ class _LogProbsFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(
-        ctx: Any, saved: tuple[Any, ...], dlog_probs: Tensor, dentropy: Tensor, *_: Any
+        ctx: Any,
+        saved: tuple[Any, ...],
+        dlog_probs: Tensor | None,
+        dentropy: Tensor | None,
+        *_: Any,
     ) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, bias, labels, rng, mask, largest_logit, sum_exp, entropy, *weight = saved
         spec, blocksizes = ctx.call
         need = ctx.needs_input_grad
         needs = HeadNeeds(need[2], need[9] and not blocksizes, need[3], need[4], need[5])
-        rows = dlog_probs, None if entropy is None else dentropy, largest_logit, sum_exp, entropy
+        if dlog_probs is None:
+            dlog_probs = torch.zeros_like(largest_logit)
+        if entropy is None or dentropy is None:
+            entropy = dentropy = None
+        rows = dlog_probs, dentropy, largest_logit, sum_exp, entropy
         rest = lora_A, lora_B, labels, bias, rng, mask, *spec, *needs
         run = _LOG_PROBS_BACKWARD[bool(blocksizes)]
         found = run(*rows, x, *weight, *blocksizes, *rest, choice=ctx.choice)

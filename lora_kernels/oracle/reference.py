@@ -214,7 +214,7 @@ def lora_linear_log_probs(
     target = labels.flatten().where(kept, 0)
     found = (
         log_p.gather(1, target[:, None])[:, 0],
-        -(log_p.exp() * log_p).sum(dim=1),
+        -(log_p.exp() * log_p.clamp(torch.finfo(log_p.dtype).min)).sum(dim=1),
         z.mean(dim=1),
         (2 * log_p).logsumexp(dim=1),
         z.argmax(dim=1) == target,

@@ -32,9 +32,10 @@ NEEDS_GLOO = pytest.mark.skipif(
 
 # One launch for all tests here: a process imports for longer than it computes.
 SCRIPT = """
-import os, sys
+import gc, os, sys
 import torch
 from tests.finetune.test_distributed import flatten, shard, train
+gc.freeze()  # Trainer collects garbage often, each time through all modules
 torch.set_num_threads(1)
 folder, file = sys.argv[1:]
 train(f"{folder}/two", file)

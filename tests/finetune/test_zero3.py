@@ -249,6 +249,7 @@ def train(folder: str, group: str) -> None:
     torch.set_num_threads(1)
     deepspeed.comm.torch.build_shm_op = lambda: None  # which a compiler would build
     deepspeed.init_distributed("gloo", verbose=False)
+    gc.freeze()  # DeepSpeed collects garbage often, each time through all modules
     for model, option in QUICK if group == "quick" else MORE:
         if OPTIONS[option].get("init") and torch.distributed.get_rank() == 0:
             peft_model = MODELS[model][0]()

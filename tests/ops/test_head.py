@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -811,3 +811,46 @@ def test_chunks_of_the_loss_are_those_of_the_logits_dtype(
     with torch.autocast("cpu", autocast or bf16, enabled=autocast is not None):
         lora_linear_cross_entropy(**arguments(SMALL))
     assert met == [autocast or f32]
+
+
+@pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("outputs", [(), ("entropy",)])
+def test_words_of_a_bias_of_minus_infinity_are_as_if_absent(
+    outputs: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 16, generator=generator).to(dtype) for n in (5, 40))
+    bias, labels = torch.zeros(40, dtype=dtype), torch.arange(5)
+    bias[30:] = -math.inf
+
+    def results(words: int, function: Any) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in (x, bias[:words])]
+        args = leaves[0], W[:words], None, None, labels
+        log_probs, entropy, *_ = function(*args, bias=leaves[1])
+        assert entropy is not None
+        y = [log_probs, entropy] if outputs else [log_probs]
+        grads = torch.autograd.grad(sum(t.sum() for t in y), leaves)
+        return [*y, grads[0], grads[1][:30]]
+
+    for function in (lora_linear_log_probs, reference.lora_linear_log_probs):
+        for got, want in zip(results(40, function), results(30, function), strict=True):
+            assert got.isfinite().all()
+            eps = torch.finfo(torch.float32 if got.dtype is f64 else got.dtype).eps
+            torch.testing.assert_close(got, want, rtol=8 * eps, atol=8 * eps)
+
+
+def test_gradients_of_log_probs_or_of_the_entropy_alone_are_those_beside_zeros() -> None:
+    args = arguments(replace(SMALL, of="log_probs", trained_weight=True))
+    trained = [args[name] for name in GRADIENTS]
+    found = lora_linear_log_probs(**args)
+    y = torch.stack([found.log_probs, cast(Tensor, found.entropy)])
+    for i, alone in enumerate((found.log_probs, found.entropy)):
+        got = torch.autograd.grad(cast(Tensor, alone).sum(), trained, retain_graph=True)
+        factors = torch.eye(2)[i, :, None]
+        want = torch.autograd.grad((factors * y).sum(), trained, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=2.0**-18, atol=2.0**-18)
+    without = lora_linear_log_probs(**args | {"outputs": ()})
+    want = torch.autograd.grad(without.log_probs.sum(), trained)
+    got = torch.autograd.grad(found.log_probs.sum(), trained)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

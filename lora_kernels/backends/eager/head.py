@@ -61,6 +61,9 @@ CHUNK_BYTES = 32 << 20
 CHUNK_BYTES_ON_GPU = 256 << 20
 FEWEST_ROWS = 128
 _FLOAT16_FACTOR = 256.0
+# exp of this is 0 in float32 and float64. A logit of -inf becomes this much less than the largest,
+# so that p · log p is 0 where p is.
+_LEAST_LOG_PROB = -1e4
 
 
 def chunk_rows(columns: int, on_gpu: bool = False, itemsize: int = 4) -> int:
@@ -404,7 +407,7 @@ def log_probs(
         total = p.sum(1)
         log_total = total.log()
         if outputs.entropy:  # z is log p + log_total
-            found["entropy"][at] = log_total - z.mul_(p).sum(1) / total
+            found["entropy"][at] = log_total - z.clamp_(_LEAST_LOG_PROB).mul_(p).sum(1) / total
         if outputs.log_sum_sq_probs:
             found["log_sum_sq_probs"][at] = p.square_().sum(1).log() - 2 * log_total
         found["log_probs"][at] = (target - top) - log_total
@@ -451,7 +454,7 @@ def log_probs_backward(
         else:  # log p = z - log(total)
             h = dentropy[at, None] * weight
             shift = entropy[at, None] - total.log()
-            part = torch.addcmul((g + h * shift) / total, z, h / total)
+            part = torch.addcmul((g + h * shift) / total, z.clamp_(_LEAST_LOG_PROB), h / total)
             dz = z.exp_().mul_(part.neg_())
         dz.scatter_add_(1, chunk.labels, g * (1 - eps))
         if eps:

@@ -56,7 +56,7 @@ class TokenLogProbs(NamedTuple):
 
     Args:
         log_probs: log p of the label.
-        entropy: -Σ p·log p.
+        entropy: -Σ p·log p. Words whose logit is -inf count as 0.
         mean_logits: the mean of the scaled logits over the vocabulary, without a gradient.
         log_sum_sq_probs: log Σ p², without a gradient.
         is_top1: bool, whether the label has the largest logit, and is the first that has it.

@@ -346,6 +346,31 @@ def test_step_of_a_large_head_moves_few_bytes(
     assert max(forward.peak, backward.peak) / 1e6 <= peak
 
 
+@pytest.mark.parametrize("of", KINDS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_one_chunk_of_a_head_is_alive_at_a_time(softcap: float | None, of: str) -> None:
+    """Four chunks have the peak of one."""
+    M, V, K = 16, 4096, 8
+    x, W = (torch.empty(n, K, dtype=bf16, device="meta").requires_grad_() for n in (M, V))
+    labels = torch.zeros(M, dtype=torch.int64, device="meta")
+
+    def peaks(rows: int) -> list[float]:
+        count, args = counter._Counter([]), (x[:rows], W.detach(), None, None, labels[:rows])
+        options: Any = {"logit_softcap": softcap, "chunk_rows": 4}
+        if of == "log_probs":
+            found = count.run(lambda: lora_linear_log_probs(*args, **options))
+            y = found.log_probs.sum() + found.entropy.sum()
+        else:
+            y = count.run(lambda: lora_linear_cross_entropy(*args, **options, reduction=of)).sum()
+        forward = count.traffic()
+        count.run(lambda: torch.autograd.grad(y, x))
+        return [forward.peak, count.traffic().peak]
+
+    row = 4 * V  # bytes
+    for one, four in zip(peaks(4), peaks(16), strict=True):
+        assert four < one + row and one < (5 if softcap else 4) * 4 * row
+
+
 def test_chunk_rows_default_is_a_number_of_bytes() -> None:
     for on_gpu, limit in ((False, head.CHUNK_BYTES), (True, head.CHUNK_BYTES_ON_GPU)):
         rows = head.chunk_rows(20_000, on_gpu)
@@ -365,6 +390,37 @@ def test_forced_backend_of_log_probs_forward_runs_its_backward() -> None:
         if outside:
             results.append(torch.autograd.grad(found[0].sum(), args["x"])[0])
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("of", ["none", "log_probs"])
+def test_head_that_a_forced_backend_began_is_decoded_once_in_its_backward(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(replace(SMALL, K=64, quant="nf4-64", of=of))
+    with lora_kernels.backend("eager"):
+        found = HeadCase.op(**args)
+    decoded: list[Any] = []
+    dense = head_op.decode4bit.dense
+    monkeypatch.setattr(
+        head_op.decode4bit, "dense", lambda *given: decoded.append(given[1]) or dense(*given)
+    )
+    torch.autograd.grad((found[0] if of == "log_probs" else found).sum(), args["x"])
+    assert decoded == [(65, 64)]
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_4bit_head_is_decoded_to_the_compute_dtype(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(replace(SMALL, K=64, quant="nf4-64", of=of, dtype=bf16))
+    decoded: list[torch.dtype] = []
+    dense = head_op.decode4bit.dense
+    monkeypatch.setattr(
+        head_op.decode4bit, "dense", lambda *given: decoded.append(given[2]) or dense(*given)
+    )
+    with lora_kernels.backend("eager"):
+        HeadCase.op(**args, compute_dtype=f32)
+    assert decoded == [f32]
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception]]] = {
@@ -541,7 +597,7 @@ def test_head_takes_a_mask_in_x_s_three_dimensions(engine: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize("scale", [1.0, 300.0, -300.0])
 @pytest.mark.parametrize("of", ["loss", "log_probs", "log_probs of a low temperature"])
 def test_float16_gradients_of_many_rows_and_large_scales_are_finite(
     of: str, scale: float, backend: str

@@ -42,7 +42,7 @@ def ranks() -> Pairs:
 
 
 def in_turn(pairs: Pairs) -> Pairs:
-    """Of pairs with both strategies: the first case with both, the others with one in turn."""
+    """Leave the first case with both strategies, and the others with one, in turn."""
     return [pair for i, pair in enumerate(pairs) if i < 2 or (i // 2 + i) % 2 == 0]
 
 

@@ -171,7 +171,7 @@ def _slope(z: Tensor, spec: HeadSpec) -> Tensor | None:
 
 def _float16_factor(spec: HeadSpec) -> float:
     """Return the factor of gradients in float16, in which a logit's is at most 256."""
-    return _FLOAT16_FACTOR / max(1.0, spec.logit_scale * spec.inverse_temperature)
+    return _FLOAT16_FACTOR / max(1.0, abs(spec.logit_scale) * spec.inverse_temperature)
 
 
 class _Sums:
@@ -386,35 +386,42 @@ def log_probs(
     operands: HeadOperands, spec: HeadSpec, outputs: HeadOutputs, linear: Linear
 ) -> HeadRows:
     """Return the statistics of each row."""
-    labels = operands.labels
-    dtype, eps = stat_dtype(operands.x.dtype), spec.label_smoothing
+    labels, dtype = operands.labels, stat_dtype(operands.x.dtype)
     found = {name: labels.new_zeros(labels.shape, dtype=dtype) for name in HeadRows._fields}
     found["is_top1"] = labels.new_zeros(labels.shape, dtype=torch.bool)
     for chunk in _chunks(operands, spec):
         y, _ = linear(chunk.operands, _linear_spec(spec))
-        z, at = _logits(y, spec), chunk.at
-        target = z.gather(1, chunk.labels)[:, 0]
-        if eps or outputs.mean_logits:
-            mean = z.mean(1)
-            found["mean_logits"][at] = mean
-            if eps:
-                target = target * (1 - eps) + mean * eps
-        if outputs.is_top1:
-            found["is_top1"][at] = z.argmax(1) == chunk.labels[:, 0]
-        top = z.amax(1)
-        z.sub_(top[:, None])
-        p = z.exp() if outputs.entropy else z.exp_()
-        total = p.sum(1)
-        log_total = total.log()
-        if outputs.entropy:  # z is log p + log_total
-            found["entropy"][at] = log_total - z.clamp_(_LEAST_LOG_PROB).mul_(p).sum(1) / total
-        if outputs.log_sum_sq_probs:
-            found["log_sum_sq_probs"][at] = p.square_().sum(1).log() - 2 * log_total
-        found["log_probs"][at] = (target - top) - log_total
-        found["largest_logit"][at], found["sum_exp"][at] = top, total
+        for name, values in _statistics_(y, chunk.labels, spec, outputs).items():
+            found[name][chunk.at] = values
+        del y  # before the next chunk's
     wanted: dict[str, bool] = outputs._asdict()
     kept: Any = (t if wanted.get(name, True) else None for name, t in found.items())
     return HeadRows(*kept)
+
+
+def _statistics_(
+    y: Tensor, labels: Tensor, spec: HeadSpec, outputs: HeadOutputs
+) -> dict[str, Tensor]:
+    """Return fields of `HeadRows` for the rows of y [rows, V], and overwrite y."""
+    found, z, eps = {}, _logits(y, spec), spec.label_smoothing
+    target = z.gather(1, labels)[:, 0]
+    if eps or outputs.mean_logits:
+        mean = found["mean_logits"] = z.mean(1)
+        if eps:
+            target = target * (1 - eps) + mean * eps
+    if outputs.is_top1:
+        found["is_top1"] = z.argmax(1) == labels[:, 0]
+    top = z.amax(1)
+    z.sub_(top[:, None])
+    p = z.exp() if outputs.entropy else z.exp_()
+    total = p.sum(1)
+    log_total = total.log()
+    if outputs.entropy:  # z is log p + log_total
+        found["entropy"] = log_total - z.clamp_(_LEAST_LOG_PROB).mul_(p).sum(1) / total
+    if outputs.log_sum_sq_probs:
+        found["log_sum_sq_probs"] = p.square_().sum(1).log() - 2 * log_total
+    found["log_probs"] = (target - top) - log_total
+    return found | {"largest_logit": top, "sum_exp": total}
 
 
 def log_probs_backward(
@@ -441,10 +448,10 @@ def log_probs_backward(
         steepest = given.amax() if given.numel() else given.new_ones(())
         factor = _float16_factor(spec) / steepest.clamp(min=2.0**-100)
         weight = factor * weight
-    sums = _Sums(operands, spec, needs, linear_backward, factor)
-    for chunk in _chunks(operands, spec):
-        y, saved = linear(chunk.operands, _linear_spec(spec))
-        z, at = _logits(y, spec), chunk.at
+
+    def differentiate_(y: Tensor, labels: Tensor, at: slice | Tensor) -> Tensor:
+        """Return dy of a chunk in y's dtype and memory."""
+        z = _logits(y, spec)
         slope = _slope(z, spec)
         g = dlog_probs[at, None] * weight
         z.sub_(largest_logit[at, None])
@@ -456,10 +463,16 @@ def log_probs_backward(
             shift = entropy[at, None] - total.log()
             part = torch.addcmul((g + h * shift) / total, z.clamp_(_LEAST_LOG_PROB), h / total)
             dz = z.exp_().mul_(part.neg_())
-        dz.scatter_add_(1, chunk.labels, g * (1 - eps))
+        dz.scatter_add_(1, labels, g * (1 - eps))
         if eps:
             dz.add_(g, alpha=eps / V)
         if slope is not None:
             dz.mul_(slope)
-        sums.add(chunk, _rounded(dz, y), saved)
+        return _rounded(dz, y)
+
+    sums = _Sums(operands, spec, needs, linear_backward, factor)
+    for chunk in _chunks(operands, spec):
+        y, saved = linear(chunk.operands, _linear_spec(spec))
+        sums.add(chunk, differentiate_(y, chunk.labels, chunk.at), saved)
+        del y  # before the next chunk's
     return sums.result()

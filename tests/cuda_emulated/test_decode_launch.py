@@ -27,10 +27,17 @@ def arguments(
 ) -> tuple[Any, ...]:
     """A call's arguments; changed: fields that are not those of an ordinary one."""
     given: dict[str, Any] = {
-        "x": BF16, "x_whole": True, "w": BF16, "w_whole": True, "a_whole": True,
-        "codes_whole": True, "log2_block": 6, "transposed": False, "compute": BF16,
+        "x": BF16,
+        "x_whole": True,
+        "w": BF16,
+        "w_whole": True,
+        "a_whole": True,
+        "codes_whole": True,
+        "log2_block": 6,
+        "transposed": False,
+        "compute": BF16,
         "max_blocks": 12,
-    }  # fmt: skip
+    }
     assert given.keys() >= changed.keys()
     given |= changed
     x = ADDRESS, given["x"], K, 1, given["x_whole"]

@@ -193,6 +193,13 @@ def wrong_gradient(y: Tensor, *args: Any) -> Tensor:
     return loss
 
 
+def nan_in_the_gradient(y: Tensor, *args: Any) -> Tensor:
+    loss = elementwise.cross_entropy(y, *args)
+    if args[-1]:
+        y[1, 7] = math.nan
+    return loss
+
+
 def without_label(y: Tensor, labels: Tensor, *args: Any) -> Tensor:
     return elementwise.cross_entropy(y, labels.flip(0), *args)
 
@@ -212,6 +219,7 @@ def failing(*args: Any) -> Tensor:
 FAULTS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "the loss off by 2⁻¹²": (wrong_loss, "differs from PyTorch's ops in the loss"),
     "the gradient off by two units": (wrong_gradient, "in the gradient"),
+    "a NaN in the gradient": (nan_in_the_gradient, "in the gradient"),
     "another label": (without_label, "in the loss"),
     "no smoothing": (without_smoothing, "smoothing 0.1) differs"),
     "a gradient without has_gradient": (always_in_place, "changes logits without it"),

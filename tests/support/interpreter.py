@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from torch import Tensor
+
+from lora_kernels.backends import triton
 
 Order = Callable[[int], Sequence[int]]  # a number of programs -> which of them runs first, second …
 Index = tuple[int, int, int]
@@ -46,6 +49,18 @@ def programs_run_in(order: Order) -> Iterator[None]:
         yield
     finally:
         _order = before
+
+
+def set_program(number: int, patch: pytest.MonkeyPatch) -> None:
+    """Give each program this number, which a grid of a test does not reach; skip on a GPU."""
+    if not triton.is_interpreted():
+        pytest.skip("the program's number is the interpreter's")
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    late = interpreter.TensorHandle(np.array([number], dtype=np.int32), tl.int32)
+    builder = interpreter.InterpreterBuilder
+    patch.setattr(builder, "create_get_program_id", lambda self, axis: late)
 
 
 def _sums(partials: Tensor, a: Arguments, has_ranks: bool = True) -> list[Tensor | None]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -22,7 +21,6 @@ from lora_kernels.backends.eager.head import KERNEL_DTYPES
 from lora_kernels.backends.triton import (
     configs,
     elementwise,
-    is_interpreted,
     launch,
     softmax,
 )
@@ -30,6 +28,7 @@ from lora_kernels.core.call import HeadSpec
 from lora_kernels.oracle.case import judge
 from lora_kernels.oracle.head_case import HeadCase
 from tests.support.engines import assert_within
+from tests.support.interpreter import set_program
 from tests.triton.device import DEVICE
 
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -160,13 +159,7 @@ def offset_kernel(out_ptr, columns, WIDE: tl.constexpr):
 
 
 def test_offset_of_a_late_row_is_64_bits_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not is_interpreted():
-        pytest.skip("the row's number is the interpreter's")
-    from triton.runtime import interpreter
-
-    late = interpreter.TensorHandle(np.array([1 << 16], dtype=np.int32), tl.int32)
-    builder = interpreter.InterpreterBuilder
-    monkeypatch.setattr(builder, "create_get_program_id", lambda self, axis: late)
+    set_program(1 << 16, monkeypatch)
     out = torch.zeros(1, dtype=torch.int64)
     offset_kernel[(1,)](out, 1 << 16, WIDE=True)
     assert out.item() == 1 << 32

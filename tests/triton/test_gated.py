@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -19,9 +18,10 @@ import lora_kernels
 from lora_kernels.backends.eager import checked
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
-from lora_kernels.backends.triton import elementwise, gated, is_interpreted, launch
+from lora_kernels.backends.triton import elementwise, gated, launch
 from lora_kernels.core import forced
 from lora_kernels.ops.gated_mlp import Hidden, gated_mlp
+from tests.support.interpreter import set_program
 from tests.triton.device import DEVICE
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -308,13 +308,7 @@ def offsets_kernel(out_ptr, n, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 def test_offsets_of_a_late_program_are_64_bits_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """The product overflows 32 bits before the sum does: the number is widened first."""
-    if not is_interpreted():
-        pytest.skip("the program's number is the interpreter's")
-    from triton.runtime import interpreter
-
-    late = interpreter.TensorHandle(np.array([1 << 21], dtype=np.int32), tl.int32)
-    builder = interpreter.InterpreterBuilder
-    monkeypatch.setattr(builder, "create_get_program_id", lambda self, axis: late)
+    set_program(1 << 21, monkeypatch)
     out = torch.zeros(1024, dtype=torch.int64)
     offsets_kernel[(1,)](out, (1 << 31) + 1024, WIDE=True, BLOCK_N=1024)
     assert torch.equal(out, torch.arange(1024) + (1 << 31))

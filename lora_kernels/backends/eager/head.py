@@ -321,7 +321,7 @@ def compare_kernel(device: torch.device) -> str | None:
     samples = [torch.randn(3, V, generator=generator, dtype=torch.float64) * 4 for V in sizes]
     specs = [
         HeadSpec(1.0, 0.0, torch.float32, torch.float32, *options)
-        for options in ((0.7,), (0.7, 5.0, 1.5, 0.1))  # each is a compilation for each dtype
+        for options in ((0.7,), (0.7, 5.0, 1.5, 0.1))  # each is compiled for each dtype and size
     ]
     for spec, dtype, sample in itertools.product(specs, KERNEL_DTYPES, samples):
         labels = torch.tensor([[0], [sample.shape[1] - 1], [4096]]).to(device)

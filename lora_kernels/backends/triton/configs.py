@@ -76,8 +76,18 @@ class RowTiles(Tiles):
 
 
 @dataclass(frozen=True)
+class ReduceTiles(Tiles):
+    """Tiles of a gradient, block_r × block_n: `reduce_kernel`."""
+
+    block_r: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class ColumnTiles(Tiles):
-    """block_n columns of `reduce_kernel`, or elements of the kernels in gated.py and softmax.py."""
+    """block_n elements of the kernels in gated.py, or columns of those in softmax.py."""
 
     block_n: int
     warps: int
@@ -217,7 +227,7 @@ def linear(
 # `two_pass_kernel` without a base GEMM: one pass over y.
 UPDATE = GemmTiles(64, 64, 64, 4, 1)
 DEQUANTIZE = RowTiles(32, 128, 4, 1)
-REDUCE = ColumnTiles(256, 4, 1)
+REDUCE = ReduceTiles(16, 32, 4, 1)
 
 
 def shared_memory(config: GemmTiles, itemsize: int, block_r: int) -> int:

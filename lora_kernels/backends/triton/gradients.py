@@ -117,35 +117,41 @@ def reduce_kernel(
     grad_ptr, stride_gr, stride_gn,
     partials_ptr, gate_ptr, sum_ptr, sum_z_ptr,
     N, R, num_splits, scale,
-    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write grad [R, N] = scale · gate ⊙ Σ partials[:, :R] in grad's dtype; two sums in float32.
 
-    Program (n, r) computes BLOCK_N elements of row r; rows R and R + 1 are the sums. The partial
-    sums are added in order. Rounding point: grad. Tested by tests/triton/test_lora_linear.py.
+    Program (n, r) computes BLOCK_N elements of BLOCK_R rows; rows R and R + 1 are the sums. The
+    partial sums are added in order. Rounding point: grad.
+    Bytes: the partial sums that are needed, once; grad once, in whole sectors where a row of it or
+    BLOCK_R ranks of a transposed one are 32 bytes.
+    Tested by tests/triton/test_lora_linear.py.
     """
-    offs_n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
-    mask = offs_n < N
-    at = partials_ptr + r * N + offs_n
-    if grad_ptr is not None:
-        if r < R:
-            total = add_partials(at, mask, R, N, num_splits) * scale
-            if gate_ptr is not None:
-                total = total * tl.load(gate_ptr + r).to(tl.float32)
-            to = grad_ptr + r.to(tl.int64) * stride_gr + offs_n.to(tl.int64) * stride_gn
-            tl.store(to, to_dtype(total, grad_ptr.dtype.element_ty), mask=mask)
-    if sum_ptr is not None:
-        if r == R:
-            tl.store(sum_ptr + offs_n, add_partials(at, mask, R, N, num_splits), mask=mask)
-    if sum_z_ptr is not None:
-        if r == R + 1:
-            tl.store(sum_z_ptr + offs_n, add_partials(at, mask, R, N, num_splits), mask=mask)
-
-
-@triton.jit
-def add_partials(at, mask, R, N, num_splits):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n, is_rank, is_sum, is_sum_z = offs_n < N, offs_r < R, offs_r == R, offs_r == R + 1
+    needed = (
+        (is_rank & (grad_ptr is not None))
+        | (is_sum & (sum_ptr is not None))
+        | (is_sum_z & (sum_z_ptr is not None))
+    )
+    at = partials_ptr + (offs_r[:, None] * N + offs_n[None, :])
+    mask = needed[:, None] & mask_n[None, :]
     total = tl.load(at, mask=mask, other=0.0)
     for _ in range(1, num_splits):
         at += (R + 2) * N
         total += tl.load(at, mask=mask, other=0.0)
-    return total
+    columns = tl.broadcast_to(offs_n[None, :], [BLOCK_R, BLOCK_N])
+    if sum_ptr is not None:
+        tl.store(sum_ptr + columns, total, mask=is_sum[:, None] & mask_n[None, :])
+    if sum_z_ptr is not None:
+        tl.store(sum_z_ptr + columns, total, mask=is_sum_z[:, None] & mask_n[None, :])
+    if grad_ptr is not None:
+        grad = total * scale
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + offs_r, mask=is_rank, other=0.0).to(tl.float32)
+            grad = grad * gate[:, None]
+        offs_r, offs_n = offs_r.to(tl.int64), offs_n.to(tl.int64)
+        to = grad_ptr + offs_r[:, None] * stride_gr + offs_n[None, :] * stride_gn
+        grad = to_dtype(grad, grad_ptr.dtype.element_ty)
+        tl.store(to, grad, mask=is_rank[:, None] & mask_n[None, :])

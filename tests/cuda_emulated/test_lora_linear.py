@@ -89,8 +89,8 @@ GROUPS = {
     ],
     # More of x than a block keeps: of another dtype than the product's, and in unaligned rows.
     "staged_x": [
-        *cuda(COOPERATIVE, Case(16, 72, 4096, 4, f32, autocast=bf16)),
-        *cuda(COOPERATIVE, Case(16, 72, 8192, 4, bf16, x_layout="padded")),
+        *cuda(COOPERATIVE, Case(16, 72, 4096, 16, f32, autocast=bf16)),
+        *cuda(COOPERATIVE, Case(16, 72, 8192, 16, bf16, x_layout="padded")),
     ],
     # Three splits of K in the forward, and of N in dx, the last ones short.
     "split_k": cuda(TWO_PASS, *SPLITS),

@@ -102,16 +102,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zero3_init": {"init": True},
     "gpu path": {"on_gpu": True},
 }
-QUICK = [(name, "plain") for name in ("dense", "dora", "head", "conv1d", "experts", "4-bit")]
-QUICK += [("one layer", name) for name in ("called twice", "offload", "zero3_init")]
-QUICK += [("dense", name) for name in ("non-reentrant", "reentrant")] + [("4-bit", "fused late")]
-MORE = [(name, "plain") for name in ("bias", "embedding")]
+QUICK = [("dense", "reentrant"), ("dora", "plain"), ("experts", "plain"), ("4-bit", "fused late")]
+QUICK += [("one layer", name) for name in ("called twice", "zero3_init")]
+MORE = [(name, "plain") for name in ("dense", "head", "conv1d", "4-bit", "bias", "embedding")]
+MORE += [("one layer", "offload")]
 MORE += [("dense", name) for name in ("persistent", "prefetch", "fused late", "called twice")]
 # On a GPU's path our masks are PEFT's.
 MORE += [(name, "gpu path") for name in ("dense", "dora", "experts", "conv1d", "dropout")]
 MORE += [("adalora", "persistent"), ("4-bit", "offload")]
 MORE += [(name, "zero3_init") for name in ("conv1d", "experts")]
 MORE += [(m, o) for m in ("dora", "4-bit", "experts") for o in ("non-reentrant", "reentrant")]
+MORE += [("dense", "non-reentrant")]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 
 SCRIPT = """

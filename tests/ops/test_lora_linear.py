@@ -100,14 +100,12 @@ def test_lora_linear_of_each_case_is_within_tolerance(case: Case, engine: str) -
     check(case, ways(engine, case.M, case.compute_dtype, False))
 
 
-@every_engine
 @every_thread_count
-@pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@engines_in_turn([Case(*shape, dtype, **FULL) for dtype in (f32, bf16) for shape in LARGE])
 def test_lora_linear_of_many_threads_is_within_tolerance(
-    dtype: torch.dtype, shape: tuple[int, ...], threads: int, engine: str
+    case: Case, engine: str, threads: int
 ) -> None:
-    check(Case(*shape, dtype, **FULL))
+    check(case)
 
 
 # Whole tiles of 64 rows and 32 elements of the sum, taken where they lie, and a row and an element

@@ -141,9 +141,13 @@ def test_choose_takes_each_candidate_that_was_measured_faster_and_none_that_was_
     [
         ("wrong", "odd sizes: y MISS"),
         ("hang", "odd sizes: no answer for 8 s"),
-        ("signal", "odd sizes: the worker was killed by SIGSEGV"),
+        pytest.param(
+            "signal", "odd sizes: the worker was killed by SIGSEGV", marks=pytest.mark.slow
+        ),
         pytest.param("exit", "odd sizes: the worker exited with status 0", marks=pytest.mark.slow),
-        ("broken", "odd sizes: CUDA error: an illegal memory access"),
+        pytest.param(
+            "broken", "odd sizes: CUDA error: an illegal memory access", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_fault_closes_its_group_alone(

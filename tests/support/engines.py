@@ -41,8 +41,9 @@ def take_turns(
 ) -> list[tuple[AnyCase, str, bool]]:
     """Pair each case with each engine, and say which pairs `make test` leaves to `make proof`.
 
-    A case whose sizes alone are new runs on every third engine, in turn: which, its index and the
-    engine's decide. The first case of each dtype × variant × layout runs on all.
+    An engine runs the first case of each dtypes, and of each value of each option and layout. Of
+    the other cases, which have new sizes or combinations, it runs every third: which, its index
+    and the case's decide.
 
     apart: a field on which the engines have no influence, and which counts like the sizes.
 
@@ -51,12 +52,17 @@ def take_turns(
     >>> [(case.M, case.bias, engine) for case, engine, left in pairs if left]
     [(2, False, 'a'), (2, False, 'b')]
     """
-    pairs, met = [], set()
+    pairs: list[tuple[AnyCase, str, bool]] = []
+    met: set[tuple[object, ...]] = set()
     for i, case in enumerate(these):
-        fields = vars(case).items()
-        kind = str([value for name, value in fields if name != apart and type(value) is not int])
-        pairs += [(case, e, kind in met and (i + j) % TURNS > 0) for j, e in enumerate(engines)]
-        met.add(kind)
+        values = {n: v for n, v in vars(case).items() if n != apart and type(v) is not int}
+        dtypes = [v for v in values.values() if v is None or isinstance(v, torch.dtype)]
+        traits = {*values.items(), ("dtypes", *dtypes)}
+        for j, engine in enumerate(engines):
+            left = (i + j) % TURNS > 0 and all((engine, *trait) in met for trait in traits)
+            if not left:
+                met |= {(engine, *trait) for trait in traits}
+            pairs.append((case, engine, left))
     return pairs
 
 

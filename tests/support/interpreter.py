@@ -102,6 +102,7 @@ class _Launch:
         self.loads: list[tuple[int, Any, int]] = []  # and how many stores came before
         self.outputs: Any = None  # sorted addresses, of this package's kernels
         self.bounds: list[tuple[int, int]] = []  # of each output
+        self.patched: set[int] = set()  # modules
         if self.name in OUTPUTS:
             tensors = (t for t in OUTPUTS[self.name](arguments) if t is not None and t.numel())
             outputs = [_addresses(t) for t in tensors]
@@ -187,6 +188,7 @@ def _install() -> None:
     set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
     load, store = builder.create_masked_load, builder.create_masked_store
     launch, running = executor.__call__, [_Launch("", {})]
+    patch = interpreter._patch_lang
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         running.append(_Launch(self.fn.__name__, kwargs))
@@ -195,6 +197,15 @@ def _install() -> None:
             running[-1].check()
         finally:
             running.pop()
+
+    def patch_lang(fn: Any) -> Any:
+        """Patch triton.language as a module sees it, once a launch: Triton does so at each call of
+        a device function."""
+        module = id(fn.__globals__)
+        if module in running[-1].patched:
+            return None
+        running[-1].patched.add(module)
+        return patch(fn)
 
     def set_grid_dim(nx: int, ny: int, nz: int) -> None:
         running[-1].set_grid((nx, ny, nz))
@@ -209,6 +220,7 @@ def _install() -> None:
         return store(ptrs, value, mask, *rest) if is_inside else None
 
     executor.__call__ = run
+    interpreter._patch_lang = patch_lang
     builder.set_grid_dim = set_grid_dim
     builder.set_grid_idx = lambda x, y, z: set_index(*running[-1].index(x, y, z))
     builder.create_masked_load = create_masked_load

@@ -49,15 +49,21 @@ def in_turn(pairs: Pairs) -> Pairs:
     return [pair for i, pair in enumerate(pairs) if i < 2 or ((i // 2).bit_count() + i) % 2 == 0]
 
 
-DTYPES_AND_OPTIONS = {
+BY_BOTH = {
     "dtypes": triton(ALL, *problems.of_dtypes(*SHAPE)),
     "options": triton(ALL, *problems.of_options(*SHAPE)),
-}
-GROUPS = {
-    **{name: in_turn(pairs) for name, pairs in DTYPES_AND_OPTIONS.items()},
     "last_tile": triton(
         ALL, *(Case(M, N, 65, RANK, bf16, column_scale=True) for M, N in LAST_TILES)
     ),
+    "4bit": triton(
+        ALL,
+        *problems.of_4bit(3, 72, f32, FORMATS),
+        *problems.of_4bit(70, 72, bf16, FORMATS),
+        *problems.of_options_4bit(33),
+    ),
+}
+GROUPS = {
+    **{name: in_turn(pairs) for name, pairs in BY_BOTH.items()},
     "ranks": ranks(),
     "partial_sums": triton((TWO_PASS,), *PARTIAL_SUMS),
     "one_read": [
@@ -70,11 +76,6 @@ GROUPS = {
         *triton((TWO_PASS,), *problems.of_layouts(30, 65, 63, dtype=f32)),
         *triton((FUSED,), *problems.of_layouts(30, 65, 63, dtype=f32)[:2]),
     ],
-    "4bit": [
-        *triton(ALL, *problems.of_4bit(3, 72, f32, FORMATS)),
-        *triton(ALL, *problems.of_4bit(70, 72, bf16, FORMATS)),
-        *triton(ALL, *problems.of_options_4bit(33)),
-    ],
 }
 
 
@@ -86,7 +87,7 @@ def test_lora_linear_of_each_case_is_within_tolerance(case: Case, engine: str) -
 @pytest.mark.proof
 @each(
     {
-        **DTYPES_AND_OPTIONS,
+        **BY_BOTH,
         "": triton(ALL, *problems.cross_product([(1, 129, 64), (65, 64, 72), (300, 257, 191)])),
     },
     DEVICE,

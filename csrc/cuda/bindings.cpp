@@ -123,6 +123,7 @@ struct Fields<DecodeArgs> {
   NAME(Decode);
   static constexpr std::tuple list{
       Field{"linear", &DecodeArgs::linear},
+      Field{"x", &DecodeArgs::x},
       Field{"lora_A", &DecodeArgs::a},
       Field{"partials", &DecodeArgs::partials},
       Field{"p", &DecodeArgs::p},

@@ -72,7 +72,7 @@ LK_DEVICE void publish_share(const DecodeArgs& a, int share) {
       if (r0 + i < R) load_vector8(a.a, r0 + i, k, row[i]);
     LK_UNROLL
     for (int m = 0; m < SHARE_ROWS; ++m)
-      if (r0 < R && m0 + m < M) load_vector8(l.x, m0 + m, k, x[m]);
+      if (r0 < R && m0 + m < M) load_vector8(a.x, m0 + m, k, x[m]);
     LK_UNROLL
     for (int i = 0; i < 2; ++i) LK_UNROLL
     for (int m = 0; m < SHARE_ROWS; ++m) LK_UNROLL

@@ -38,7 +38,8 @@ struct LinearArgs {
 void gemm(const LinearArgs&, int num_splits, const Stream&);
 
 struct DecodeArgs {
-  LinearArgs linear;  // p is written here; M <= 16
+  LinearArgs linear;  // p is written here; M <= 16; x is in the product's dtype or resident
+  Matrix x;           // [M, K], not rounded: P is its product
   Matrix a;           // [R, K]
   float* partials;    // [num_splits, M, R]
   float* p;           // [M, R]

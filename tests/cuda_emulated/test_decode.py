@@ -207,17 +207,20 @@ def bytes_of(call: Call) -> tuple[dict[str, tuple[int, int]], int]:
     least, most = call.splits
     steps = up(K, least)
     splits = up(K, up(steps, min(most, steps)) * least)
-    x_size = o.x.element_size() if kept else 2
+    size_of_x, of_p = o.x.element_size(), up(R, RANKS_OF_A_WARP) * M
+    is_rounded = not kept and o.x.dtype is not call.spec.dtype
     of_x = grid * M if kept else tiles * 4 * 8 * up(M, 8)
     size = call.spec.y_dtype.itemsize
     found = {
-        "x": (of_x * K * x_size + up(R, RANKS_OF_A_WARP) * M * K * x_size, 0),
+        "x": ((of_p if is_rounded else of_p + of_x) * K * size_of_x, 0),
         "a": (up(M, ROWS_OF_A_SHARE) * R * K * o.lora_A.element_size(), 0),
         "q": (M * N * R * o.lora_B.element_size(), 0),
         "partials": (grid * splits * M * R * 4, splits * M * R * 4),
         "p": (0, M * R * 4),
         "y": (0, M * N * size),
     }
+    if is_rounded:
+        found["rounded"] = (of_x * K * 2, 0)
     if c is None:
         found["w"] = (N * K * 2, 0)
     else:
@@ -295,6 +298,23 @@ def test_decode_of_drawn_integers_is_exact_and_moves_what_it_says(
         moved = {name: each for name, each in moved.items() if name != "flags" and any(each)}
         assert moved == bytes_, call
         assert got["tile_partials"].shape == (floats,), call
+
+
+@pytest.mark.parametrize("M", [1, 9])  # kept, and loaded by tiles
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_p_of_float32_rows_is_not_rounded(
+    four_bit: bool, dtype: torch.dtype, M: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integers of 13 bits, where a product takes 8 or 11."""
+    K, draw = 1024, Draw(0)
+    x = torch.randint(-4095, 4096, (M, K), generator=draw.generator).to(f32)
+    A, B = draw.numbers(5, K, most=1).to(f32), draw.numbers(16, 5).to(dtype)
+    W = draw.codes(16, K, dtype)[0] if four_bit else draw.numbers(16, K).to(dtype)
+    spec = Spec(1.0, 0.0, dtype, f32, False)
+    _, (p, *_) = equation.lora_linear(Operands(x, W, A, B, None, None, None), spec, COOPERATIVE)
+    assert torch.equal(p.double(), x.double() @ A.double().t())
+    assert (x.to(dtype).double() @ A.double().t() - p).any()
 
 
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)

@@ -159,16 +159,17 @@ def _decode(linear: _Linear, a: Tensor) -> Tensor:
     partials, p = empty(x, num_splits, M, R), empty(x, M, R)
     flags = workspace.flags(x.device)
     addresses = map(pointer, (partials, p, flags))
-    down_projection = matrix(a), *addresses, k_per_split, num_splits
+    down_projection = matrix(x), matrix(a), *addresses, k_per_split, num_splits
     args = linear.args(x, None), *down_projection, 0, workspace.MAX_BLOCKS
     is_kept, count = module().decode_plan(args)
-    if not is_kept:  # x exceeds shared memory and is loaded by tiles
-        x = whole_rows(x.to(linear.dtype))
+    # A product's x that exceeds shared memory is loaded by tiles; P's is never rounded.
+    rounded = x if is_kept else whole_rows(x.to(linear.dtype))
     tile_partials = empty(x, count) if count else None
     rest = *down_projection, pointer(tile_partials), workspace.MAX_BLOCKS
-    args = linear.args(x, None), *rest
+    args = linear.args(rounded, None), *rest
     touched = {"x": x, "a": a, "partials": partials, "p": p, "flags": flags, **linear.touched}
     touched["tile_partials"] = tile_partials
+    touched["rounded"] = rounded if rounded is not x else None
     launch.run("decode", x, touched, *args)
     return p
 

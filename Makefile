@@ -21,25 +21,23 @@ DEMO_INPUTS := $(VENV)/.demo-inputs
 OLDEST_TRITON := 3.4
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test quick recipes ops others interpreted peft emulated proof mutations matrix wheel bench demo results gpu lint format \
+.PHONY: .venv test quick recipes ops others interpreted proof mutations matrix wheel bench demo results gpu lint format \
 	native sanitize clean
 .DELETE_ON_ERROR:
 
 # Two cores do two parts at a time, the longest first; what each prints is kept apart where make can.
-# Triton's interpreter needs a process of its own.
-PARTS := lint recipes ops others interpreted peft emulated
+# Triton's interpreter needs a process of its own. A process imports for ten seconds.
+PARTS := lint recipes others ops interpreted
 test: native
 	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) $(PARTS)
 
 SLICE := -m 'not slow and not proof'
-OF_RECIPES := tests/finetune tests/packaging tests/compile_only
-OF_PEFT := tests/interop tests/acceptance tests/states
+OF_RECIPES := tests/finetune tests/packaging tests/compile_only tests/interop tests/acceptance \
+	tests/states
 recipes: PATHS := $(OF_RECIPES)
-peft: PATHS := $(OF_PEFT)
 ops: PATHS := tests/ops
-emulated: PATHS := tests/cuda_emulated
-others: PATHS := $(addprefix --ignore ,$(OF_RECIPES) $(OF_PEFT) tests/ops tests/cuda_emulated)
-recipes peft ops emulated others:
+others: PATHS := $(addprefix --ignore ,$(OF_RECIPES) tests/ops)
+recipes ops others:
 	$(BIN)/python -m pytest $(SLICE) $(PATHS)
 
 # For the inner loop, at most 90 s: the oracle, the dispatch and the choice, layers beside PEFT's.

@@ -32,8 +32,8 @@ def run(*command: str, **variables: str) -> str:
 
 
 def test_budgets_are_kept() -> None:
-    """Compile a config of each kernel for three generations of NVIDIA GPUs and for one of AMD."""
-    run("tests.compile_only", "--target", "sm80", "sm90", "sm100", "gfx942")
+    """Compile a config of each kernel for a GPU of NVIDIA and for one of AMD."""
+    run("tests.compile_only", "--target", "sm90", "gfx942")
 
 
 @pytest.mark.proof
@@ -58,6 +58,7 @@ def test_kernels_compile_with_the_oldest_triton(target: str) -> None:
     assert defined == set(re.findall(r"(\w+_kernel) ", printed))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OLDEST.is_dir(), reason="the oldest Triton is not unpacked")
 def test_qualification_is_planned_with_the_oldest_triton() -> None:
     path = os.pathsep.join(filter(None, (str(OLDEST), os.environ.get("PYTHONPATH"))))

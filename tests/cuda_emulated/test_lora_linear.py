@@ -70,7 +70,8 @@ PARTIAL_SUMS = [
     for M, N, K in ((5, 304, 600), (1100, 72, 72))
 ]
 SPLITS = [
-    Case(20, 576, 576, RANK, bf16, quant=quant, **UNDROPPED) for quant in ("", "nf4-64-nested")
+    Case(20, 576, 576, RANK, bf16, column_scale=True, bias=True),
+    Case(20, 576, 576, RANK, bf16, quant="nf4-64-nested", **UNDROPPED),
 ]
 STRIDED = Case(40, 72, 64, 6, bf16, gate=True, column_scale=True, bias=True)
 GROUPS = {

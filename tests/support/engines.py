@@ -16,7 +16,7 @@ from lora_kernels.oracle.tolerance import Comparison
 from tests.support.assertions import assert_close_derived
 
 Pairs = list[tuple[str, Case]]
-TURNS = 3
+TURNS = 4
 
 
 def pair_cases(backend: str, strategies: Iterable[str], these: Iterable[Case]) -> Pairs:
@@ -42,7 +42,7 @@ def take_turns(
     """Pair each case with each engine, and say which pairs `make test` leaves to `make proof`.
 
     An engine runs the first case of each dtypes, and of each value of each option and layout. Of
-    the other cases, which have new sizes or combinations, it runs every third: which, its index
+    the other cases, which have new sizes or combinations, it runs every fourth: which, its index
     and the case's decide.
 
     apart: a field on which the engines have no influence, and which counts like the sizes.
@@ -50,7 +50,7 @@ def take_turns(
     >>> few, same, many = Case(1, 4, 4, 2), Case(2, 4, 4, 2), Case(2, 4, 4, 2, bias=True)
     >>> pairs = take_turns([few, same, many], ["a", "b", "c"])
     >>> [(case.M, case.bias, engine) for case, engine, left in pairs if left]
-    [(2, False, 'a'), (2, False, 'b')]
+    [(2, False, 'a'), (2, False, 'b'), (2, False, 'c')]
     """
     pairs: list[tuple[AnyCase, str, bool]] = []
     met: set[tuple[object, ...]] = set()

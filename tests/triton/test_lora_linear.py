@@ -22,7 +22,7 @@ FORMATS += [(63, "nf4-64-nested")]
 # One row in the last tile, of 16, 64 and 128 rows; one column in the last of 64, 128 and 256.
 LAST_TILES = [(0, 129), (1, 129), (17, 129), (65, 129), (257, 257)]
 # Splits of K in P, of M in dA and dB: two at least, the last one short.
-PARTIAL_SUMS = [Case(M, N, K, RANK, f32, **SCALED) for M, N, K in ((5, 65, 600), (300, 70, 65))]
+PARTIAL_SUMS = [Case(5, 65, 600, RANK, f32), Case(300, 70, 65, RANK, f32, **SCALED)]
 # dS and dB by one read of dy: two partial sums of each, the last over a shorter split.
 ONE_READ = (300, 260, 65, 31)
 # Few rows: splits of P, tiles of 16 rows, and codes as the left operand.

@@ -451,7 +451,7 @@ const char* decode_unsupported_reason(const DecodeArgs& d) {
   if (a.M < 1 || a.M > 16) return "it is for 1 to 16 rows";
   if (a.transposed) return "it is for the forward";
   if (a.compute == F32) return "float32 products need every bit, which tensor cores drop";
-  if (!a.x.vectors || a.K % 8 || (!d.resident && a.x.dtype != a.compute))
+  if (!a.x.vectors || !d.x.vectors || a.K % 8 || (!d.resident && a.x.dtype != a.compute))
     return "x's rows are not whole and aligned 16 bytes";
   if (!d.a.vectors) return "lora_A's rows are not whole and aligned 16 bytes";
   if (!a.codes && (a.w.dtype != a.compute || !a.w.vectors))

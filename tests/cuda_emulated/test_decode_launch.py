@@ -29,6 +29,8 @@ def arguments(
     given: dict[str, Any] = {
         "x": BF16,
         "x_whole": True,
+        "x_of_p": BF16,
+        "x_of_p_whole": True,
         "w": BF16,
         "w_whole": True,
         "a_whole": True,
@@ -47,8 +49,9 @@ def arguments(
     q, vectors = (ADDRESS, BF16, 1, R, False), (None, 1.0, None, None)
     outputs = ADDRESS, 0, BF16
     linear = x, w, c, given["transposed"], given["compute"], 0, q, *vectors, *outputs, M, N, K, R
+    x_of_p = ADDRESS, given["x_of_p"], K, 1, given["x_of_p_whole"]
     a = ADDRESS, BF16, K, 1, given["a_whole"]
-    return linear, a, ADDRESS, ADDRESS, ADDRESS, 256, 1, ADDRESS, given["max_blocks"]
+    return linear, x_of_p, a, ADDRESS, ADDRESS, ADDRESS, 256, 1, ADDRESS, given["max_blocks"]
 
 
 X, A, W = (
@@ -79,6 +82,8 @@ ROWS = "it is for 1 to 16 rows"
         ({"x": F32, "M": 9}, X),
         ({"x": F32, "M": 16, "codes": True}, X),
         ({"x": F32, "K": 8192}, X),  # more than a block keeps
+        ({"x_of_p": F32, "M": 9}, FITS),  # P's rows are of any dtype
+        ({"x_of_p_whole": False}, X),
         ({"a_whole": False}, A),
         ({"w": F32}, W),
         ({"w": F16}, W),

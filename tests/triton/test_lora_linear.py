@@ -65,6 +65,8 @@ BY_BOTH = {
 GROUPS = {
     **{name: in_turn(pairs) for name, pairs in BY_BOTH.items()},
     "ranks": ranks(),
+    # The sums of dy are in a program of reduce_kernel without ranks.
+    "sums": triton((TWO_PASS,), Case(9, 65, 63, configs.REDUCE.block_r, f32, bias=True)),
     "partial_sums": triton((TWO_PASS,), *PARTIAL_SUMS),
     "one_read": [
         *triton((TWO_PASS,), Case(*ONE_READ, f32), Case(*ONE_READ, bf16, **SCALED)),

@@ -70,7 +70,12 @@ class _Slot:
         return all(map(_is_same, key, self.key))
 
     def take(self, layer: Any, lora_A: Tensor) -> Tensor | None:
-        """Return P of a layer, once; None if there is none of this A."""
+        """Return P of a layer, once; None if there is none of this A.
+
+        The version tells of a write in place since the first call of this forward. A write to
+        `lora_A.data` between two calls of one forward goes unnoticed: to compare the values would
+        wait for the GPU in each layer.
+        """
         kept, version, p = self.p.pop(layer, (None, 0, None))
         return p if kept is lora_A and version == lora_A._version else None
 

@@ -303,9 +303,7 @@ def test_decode_of_drawn_integers_is_exact_and_moves_what_it_says(
 @pytest.mark.parametrize("M", [1, 9])  # kept, and loaded by tiles
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_p_of_float32_rows_is_not_rounded(
-    four_bit: bool, dtype: torch.dtype, M: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_p_of_float32_rows_is_not_rounded(four_bit: bool, dtype: torch.dtype, M: int) -> None:
     """Integers of 13 bits, where a product takes 8 or 11."""
     K, draw = 1024, Draw(0)
     x = torch.randint(-4095, 4096, (M, K), generator=draw.generator).to(f32)

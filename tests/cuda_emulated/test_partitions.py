@@ -45,8 +45,6 @@ def every_sum_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equation, "_split", checked)
 
 
-# Two tiles of 64 rows and of 128 columns, the last ones short; of 128 elements of K and one more
-# step; of ranks, 16 at a time. Skinny GEMMs: ranks in two tiles, dS and dB in one kernel or two.
 @pytest.mark.parametrize("most", [0, 1, 2, 7, 264])
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 640, 20_000])
 def test_splits_cover_a_sum_and_are_at_most_so_many(size: int, most: int) -> None:
@@ -56,6 +54,8 @@ def test_splits_cover_a_sum_and_are_at_most_so_many(size: int, most: int) -> Non
     assert 1 <= splits <= max(1, most)
 
 
+# Two tiles of 64 rows and of 128 columns, the last ones short; of 128 elements of K and one more
+# step; of ranks, 16 at a time. Skinny GEMMs: ranks in two tiles, dS and dB in one kernel or two.
 @pytest.mark.usefixtures("every_sum_is_split")
 @pytest.mark.parametrize(
     ("sizes", "blocksize"),

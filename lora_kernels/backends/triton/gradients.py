@@ -123,8 +123,8 @@ def reduce_kernel(
 
     Program (n, r) computes BLOCK_N elements of BLOCK_R rows; rows R and R + 1 are the sums. The
     partial sums are added in order. Rounding point: grad.
-    Bytes: the partial sums that are needed, once; grad once, in whole sectors where a row of it or
-    BLOCK_R ranks of a transposed one are 32 bytes.
+    Bytes: the partial sums that are needed, once; grad once, in sectors of 32 bytes that one
+    program fills, also where the ranks of a 16-bit grad lie together.
     Tested by tests/triton/test_lora_linear.py.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

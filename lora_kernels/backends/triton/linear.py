@@ -306,12 +306,12 @@ def _reduce(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write scale · gate ⊙ Σ partials to grad [R, N], and return the two sums, float32 [N]."""
     (num_splits, rows, N), config = partials.shape, configs.REDUCE
-    needed = rows if need_sum_z else rows - 1 if need_sum else rows - 2
+    needed_rows = rows if need_sum_z else rows - 1 if need_sum else rows - 2
     sums, sums_z = (partials.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
     launch.run(
         reduce_kernel,
         config,
-        grid=(triton.cdiv(N, config.block_n), triton.cdiv(needed, config.block_r)),
+        grid=(triton.cdiv(N, config.block_n), triton.cdiv(needed_rows, config.block_r)),
         device=partials.device,
         **matrix_arguments("grad", grad, "rn"),
         partials_ptr=partials,

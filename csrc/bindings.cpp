@@ -4,6 +4,7 @@
 #include "bindings.h"
 
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/dispatch.h"
@@ -167,13 +168,89 @@ Object codes_4bit(Arguments& in) {
   return build_capsule(std::move(codes), CODES);
 }
 
-void row_norm(const RowNormArgs& args) { kernels().row_norm(args); }
+// The entries raise RuntimeError where a kernel would follow its arguments into a segmentation
+// fault.
+
+void require_memory(const char* name, const void* data, int64_t elements) {
+  if (!data && elements > 0)
+    throw std::runtime_error(std::string(name) + ": got null, want the address of " +
+                             std::to_string(elements) + " elements");
+}
+
+void require_product(bool is_called) {
+  if (is_called && !kernels().product)
+    throw std::runtime_error(std::string("strategy: got fused, want another: ") +
+                             isa_name(isa_in_use()) + " has no fused GEMM");
+}
+
+void require_adapter(const Matrix& a, const Matrix& b, int64_t N, int64_t K, int64_t R) {
+  require_memory("lora_A", a.data, R * K);
+  require_memory("lora_B", b.data, N * R);
+}
+
+// Without w and codes y, in the backward dx, holds the base GEMM.
+bool has_base(const Layer& l) { return l.w.data || l.codes; }
+
+void require_rows(const Layer& l, const Forward& f) {
+  require_memory("x", f.x.data, l.M * l.K);
+  require_memory("y", f.y, l.M * l.N);
+  require_memory("p", f.p, l.M * l.R);
+  if (f.few_rows && !l.codes) require_memory("weight", l.w.data, l.N * l.K);
+}
+
+void require_rows(const Layer& l, const Backward& g) {
+  require_memory("dy", g.dy.data, l.M * l.N);
+  if (g.da) require_memory("x", g.x.data, l.M * l.K);
+  if (g.db) require_memory("p", g.p, l.M * l.R);
+}
+
+bool runs_product(const Layer& l, const Forward& f) { return has_base(l) && !f.few_rows; }
+bool runs_product(const Layer& l, const Backward& g) { return has_base(l) && g.dx; }
+
+template <typename Direction>
+void require(const Layer& l, const Direction& d) {
+  require_rows(l, d);
+  require_adapter(l.a, l.b, l.N, l.K, l.R);
+  require_product(runs_product(l, d));
+}
+
+template <typename Direction>
+void require(const Layer& l, const std::vector<Adapter>& adapters, const Direction& d) {
+  require_rows(l, d);
+  for (const Adapter& each : adapters) require_adapter(each.a, each.b, l.N, l.K, each.R);
+  require_product(runs_product(l, d));
+}
+
+template <typename Direction>
+void require(const Layer& l, const Experts& x, const Direction& d) {
+  require_rows(l, d);
+  require_adapter(l.a, l.b, l.N, l.K, l.R);
+  require_memory("offsets", x.stops, x.count);
+  require_product(x.has_base);
+}
+
+using Adapters = std::vector<Adapter>;
+
+// `function` after its arguments are checked.
+template <auto function, typename... T>
+void checked(const T&... arguments) {
+  require(arguments...);
+  function(arguments...);
+}
+
+void row_norm(const RowNormArgs& args) {
+  require_memory("weight", args.codes ? args.codes->packed : args.w.data, args.N * args.K);
+  require_memory("lora_A", args.a.data, args.R * args.K);
+  require_memory("lora_B", args.b.data, args.N * args.R);
+  kernels().row_norm(args);
+}
 
 Object fingerprint_of(Arguments& in) {
   const void* const data = in("data");
   const int64_t bytes = in("bytes");
   const int threads = in("threads");
   in.finish();
+  require_memory("data", data, bytes);
   uint64_t found;
   {
     WithoutGil released;
@@ -194,6 +271,7 @@ Object quantize(Arguments& in) {
                           .absmax = in("absmax"),
                           .threads = in("threads")};
   in.finish();
+  require_memory("weight", args.weight, args.n);
   WithoutGil released;
   kernels().quantize(args);
   return nullptr;
@@ -212,6 +290,7 @@ Object dequantize(Arguments& in) {
                             .ld = in("ld"),
                             .threads = in("threads")};
   in.finish();
+  require_memory("weight", args.codes.packed, args.rows * args.cols);
   WithoutGil released;
   kernels().dequantize(args);
   return nullptr;
@@ -258,12 +337,13 @@ PyMethodDef methods[] = {
     method<dequantize>("dequantize"),
     method<row_norm>("row_norm"),
     method<fingerprint_of>("fingerprint", "Return a number of the bytes at an address."),
-    method<lora_linear>("lora_linear"),
-    method<lora_linear_backward>("lora_linear_backward"),
-    method<multi_lora_linear>("multi_lora_linear"),
-    method<multi_lora_linear_backward>("multi_lora_linear_backward"),
-    method<lora_experts>("lora_experts"),
-    method<lora_experts_backward>("lora_experts_backward"),
+    method<checked<lora_linear, Layer, Forward>>("lora_linear"),
+    method<checked<lora_linear_backward, Layer, Backward>>("lora_linear_backward"),
+    method<checked<multi_lora_linear, Layer, Adapters, Forward>>("multi_lora_linear"),
+    method<checked<multi_lora_linear_backward, Layer, Adapters, Backward>>(
+        "multi_lora_linear_backward"),
+    method<checked<lora_experts, Layer, Experts, Forward>>("lora_experts"),
+    method<checked<lora_experts_backward, Layer, Experts, Backward>>("lora_experts_backward"),
     method<prepare>("prepare", "Return a layer's forward, a function of x, bias and guards."),
     method<use_exchange>("use_exchange", "Look at tensors by DLPack's table of functions, or not."),
     method<where>("where", "Return bytes that are equal while a tensor is not moved."),

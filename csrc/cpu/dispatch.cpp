@@ -4,6 +4,7 @@ namespace lora_kernels {
 namespace {
 
 const Kernels* in_use = &kernels_scalar;
+Isa in_use_isa = Isa::scalar;
 
 const Kernels* table(Isa isa) {
 #if LORA_KERNELS_HAVE_AMXBF16
@@ -32,10 +33,13 @@ Isa use_isa(Isa cap) {
   const Isa offered = detect_isa();
   int isa = static_cast<int>(cap < offered ? cap : offered);
   while (!isa_built(static_cast<Isa>(isa))) --isa;  // scalar is always built
-  in_use = table(static_cast<Isa>(isa));
-  return static_cast<Isa>(isa);
+  in_use_isa = static_cast<Isa>(isa);
+  in_use = table(in_use_isa);
+  return in_use_isa;
 }
 
 const Kernels& kernels() { return *in_use; }
+
+Isa isa_in_use() { return in_use_isa; }
 
 }  // namespace lora_kernels

@@ -12,4 +12,7 @@ Isa use_isa(Isa cap);
 
 const Kernels& kernels();
 
+// The set of the table in use.
+Isa isa_in_use();
+
 }  // namespace lora_kernels

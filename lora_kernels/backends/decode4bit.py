@@ -231,7 +231,7 @@ def encode(
     """`format4bit.quantize_4bit`, by a native kernel where there is one."""
     if weight.device.type != "cpu" or native.module is None or torch.compiler.is_compiling():
         return format4bit.quantize_4bit(weight, thresholds, order, blocksize)
-    weight, n = weight.contiguous(), weight.numel()
+    weight, n = weight.resolve_neg().contiguous(), weight.numel()  # read by address
     packed = weight.new_empty(-(-n // 2), dtype=torch.uint8)
     absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
     native.module.quantize(

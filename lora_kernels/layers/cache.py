@@ -86,6 +86,7 @@ def prepare(
         Guard("cpu", torch.is_autocast_enabled, False),
         *selection.guards(),
         *map(_memory_guard, called_by_address),
+        *(Guard(t, Tensor.is_neg, False) for t in called_by_address),
     ]
     return linear.build_prepared_call(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)
 

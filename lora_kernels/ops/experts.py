@@ -36,7 +36,7 @@ from .arguments import (
     tensor_error,
 )
 from .autograd import differentiable_once, new_unsaved
-from .registry import define_family, join_weight
+from .registry import define_family, join_weight, tensors_of
 
 BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_experts}
 
@@ -133,11 +133,9 @@ def lora_experts_linear(
         check_number("scaling", scaling), dropout_p, dtype, y_dtype, bool(is_transposed)
     )
     frozen = codes[:PACKED4BIT_TENSORS] or (base,)
-    if not torch.is_grad_enabled() and context.can_bypass_dispatcher(
-        x, frozen[0], lora_A, lora_B, offsets
-    ):
-        held = Packed4bit(*codes) if codes else base
-        operands = ExpertsOperands(x, held, lora_A, lora_B, offsets, bias, rng, mask)
+    held = Packed4bit(*codes) if codes else base
+    operands = ExpertsOperands(x, held, lora_A, lora_B, offsets, bias, rng, mask)
+    if not torch.is_grad_enabled() and context.can_bypass_dispatcher(*tensors_of(operands)):
         return lora_experts_direct(operands, spec)[0]
     options = Options(spec, codes[PACKED4BIT_TENSORS:])
     context.refuse_context()
@@ -171,13 +169,21 @@ def _check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
     if offsets.shape != (experts,):
         raise ValueError(f"offsets: got shape {list(offsets.shape)}, want [{experts}]")
     check_devices("x", x, offsets=offsets)
-    if not context.can_bypass_dispatcher(offsets) or not offsets.is_cpu:
-        return  # a traced tensor has no values, and reading a GPU's would synchronize
-    before = 0
+
+
+def _check_rows(operands: ExpertsOperands) -> None:
+    """Raise ValueError for offsets that are not rows of x in rising order.
+
+    Both directions check them: kernels read where they point, and `.data` may change them between
+    forward and backward. Reading a GPU's would synchronize.
+    """
+    offsets, M, before = operands.offsets, operands.x.shape[0], 0
+    if not offsets.is_cpu:
+        return
     for e, stop in enumerate(offsets.tolist()):
-        if not before <= stop <= x.shape[0]:
+        if not before <= stop <= M:
             raise ValueError(
-                f"offsets[{e}]: got {stop}, want {before} to {x.shape[0]}: rising, up to x's rows"
+                f"offsets[{e}]: got {stop}, want {before} to {M}: rising, up to x's rows"
             )
         before = stop
 
@@ -212,8 +218,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         spec, blocksizes = options
         base = join_weight(weight, blocksizes)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng, mask)
-        read = x, weight[0], lora_A, lora_B, offsets
-        y, saved = _FAMILY.forward(ctx, operands, spec, *read)
+        y, saved = _FAMILY.forward(ctx, operands, spec)
         mask = mask if saved.mask is None else saved.mask
         kept_x = x if ctx.needs_input_grad[1] else None
         kept_p = saved.p if ctx.needs_input_grad[2] else None
@@ -233,8 +238,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
         base = join_weight(weight, blocksizes)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng, mask)
-        read = x, weight[0], lora_A, lora_B, offsets
-        grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs, *read)
+        grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (4 + len(weight))
 
@@ -256,6 +260,7 @@ def lora_experts_direct(
     operands: ExpertsOperands, spec: ExpertsSpec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher, and return y and the tensors for the backward."""
+    _check_rows(operands)
     choice = choice or choose(operands, spec)
     with context.no_autocast(operands.x):
         return BACKENDS[choice.backend].lora_experts(operands, spec, choice.strategy)
@@ -270,6 +275,7 @@ def lora_experts_backward_direct(
     choice: Choice | None = None,
 ) -> ExpertsGrads:
     """Run the backward without the dispatcher."""
+    _check_rows(operands)
     choice = choice or choose(operands, spec)
     with context.no_autocast(operands.x):
         return BACKENDS[choice.backend].lora_experts_backward(

@@ -144,8 +144,9 @@ def lora_linear(
 def _run(x: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
     """Call the Function, or without gradients the implementation. Arguments as the Function's."""
     rank_gate, column_scale, bias, options, rng, mask, *frozen = rest
-    if not torch.is_grad_enabled() and context.can_bypass_dispatcher(x, frozen[0], lora_A, lora_B):
-        base = Packed4bit(*frozen, *options.blocksizes) if options.blocksizes else frozen[0]
+    tensors = x, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask, *frozen
+    if not torch.is_grad_enabled() and context.can_bypass_dispatcher(*tensors):
+        base = join_weight(frozen, options.blocksizes)
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
         return lora_linear_direct(operands, options.spec)[0]
     context.refuse_context()
@@ -275,7 +276,7 @@ class LoRALinearFunction(torch.autograd.Function):
             operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
             if column_scale is not None and ctx.needs_input_grad[4]:
                 spec = spec._replace(save_z=True)
-            y, (p, z, drawn) = FAMILY.forward(ctx, operands, spec, x, weight[0], lora_A, lora_B)
+            y, (p, z, drawn) = FAMILY.forward(ctx, operands, spec)
         reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
         kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
@@ -302,8 +303,7 @@ class LoRALinearFunction(torch.autograd.Function):
         elif p is None:
             backend, _, _ = str(ctx.choice).partition(" ")  # the strategy depends on N, here 1
             p = _down_projection(operands, spec, backend)
-        read = x, weight[0], lora_A, lora_B
-        grads = FAMILY.backward(ctx, dy, operands, Saved(p, z), spec, needs, *read)
+        grads = FAMILY.backward(ctx, dy, operands, Saved(p, z), spec, needs)
         return *_cast_grads(ctx, grads, operands), *[None] * (3 + len(weight))
 
 

@@ -201,8 +201,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng, mask)
-        read = x, index, codes[0] if codes else weight, *lora_A, *lora_B
-        y, saved = _FAMILY.forward(ctx, operands, spec, *read)
+        y, saved = _FAMILY.forward(ctx, operands, spec)
         mask = mask if saved.mask is None else saved.mask
         need_A, need_B = ctx.needs_input_grad[7 : 7 + E], ctx.needs_input_grad[7 + E : 7 + 2 * E]
         kept = x if any(need_A) else None, saved.p if any(need_B) else None
@@ -224,10 +223,9 @@ class MultiLoRALinearFunction(torch.autograd.Function):
             R = max(A.shape[0] for A in lora_A)
             p = new_unsaved(dy, R, stat_dtype(spec.dtype), flat=True)
         needs = MultiNeeds(need[0], need[7 : 7 + E], need[7 + E : 7 + 2 * E], need[3])
-        base, held = (Packed4bit(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
+        base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng, mask)
-        read = x, index, held, *lora_A, *lora_B
-        grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs, *read)
+        grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         of_codes = [None] * len(codes)
         return grads.x, None, None, dbias, None, None, None, *grads.lora_A, *grads.lora_B, *of_codes

@@ -21,7 +21,7 @@ from .arguments import (
     check_vector,
     matrix_shape,
 )
-from .registry import define
+from .registry import define, tensors_of
 
 BACKENDS: dict[str, NormBackend] = {"eager": eager, "cpu": cpu}
 
@@ -87,7 +87,7 @@ def dora_norm(
         check_vector("rank_gate", rank_gate, R, lora_A, "lora_A")
     rest = (lora_A, lora_B, check_number("scaling", scaling), rank_gate)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
-    if context.can_bypass_dispatcher(held, lora_A, lora_B):
+    if context.can_bypass_dispatcher(*tensors_of((base, lora_A, lora_B, rank_gate))):
         return _dora_norm(base, *rest)
     norm: Tensor = _DENSE(base, *rest) if isinstance(base, Tensor) else _PACKED(*base, *rest)
     return norm

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..choice import choose as selection
 from ..core.call import Saved
 from ..core.dtypes import stat_dtype
-from ..core.packed4bit import Packed4bit
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import Choice
 from . import context
 
@@ -145,7 +145,15 @@ def _register(
     # keeps Dynamo out of the op: Dynamo would separate the native call from the tensors whose
     # addresses it gets.
     qualified = f"lora_kernels::{name}"
-    torch.library.register_kernel(qualified, None, torch.no_grad()(implementation), lib=_LIB)
+    overload = getattr(torch.ops.lora_kernels, name).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    @torch.no_grad()
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        context.check_memory(names, args)
+        return implementation(*args, **kwargs)
+
+    torch.library.register_kernel(qualified, None, checked, lib=_LIB)
     torch.library.register_fake(qualified, fake, lib=_LIB)
 
 
@@ -156,12 +164,10 @@ class Family(NamedTuple):
     implementation otherwise.
 
     Args:
-        forward: (ctx, operands, spec, *read) -> y, Saved. `ctx.choice` becomes the choice, or the
-            request in force as text if the op chose.
-        backward: (ctx, dy, operands, saved, spec, needs, *read) -> the gradients.
+        forward: (ctx, operands, spec) -> y, Saved. `ctx.choice` becomes the choice, or the request
+            in force as text if the op chose.
+        backward: (ctx, dy, operands, saved, spec, needs) -> the gradients.
         backward_op: (dy, operands, saved, spec, needs, choice) -> the gradients, always by the op.
-
-    read: the tensors that show whether something observes the call.
     """
 
     forward: Callable[..., tuple[Tensor, Saved]]
@@ -262,10 +268,8 @@ def define_family(
         has_z, drew = getattr(spec, "save_z", False), draws_mask(operands, spec)
         return y, Saved(saved.p, saved.z if has_z else None, saved.mask if drew else None)
 
-    def call_forward(
-        ctx: Any, operands: OperandsT, spec: SpecT, *read: Tensor | None
-    ) -> tuple[Tensor, Saved]:
-        if context.can_bypass_dispatcher(*read):
+    def call_forward(ctx: Any, operands: OperandsT, spec: SpecT) -> tuple[Tensor, Saved]:
+        if context.can_bypass_dispatcher(*tensors_of(operands)):
             ctx.choice = choose(operands, spec)
             return forward(operands, spec, ctx.choice)
         ctx.choice = selection.format_request()
@@ -292,14 +296,28 @@ def define_family(
         saved: Saved,
         spec: SpecT,
         needs: NeedsT,
-        *read: Tensor | None,
     ) -> GradsT:
         # A forward that was dispatched has chosen inside the op.
-        if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(dy, *read):
+        if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
+            dy, *tensors_of(operands), *saved
+        ):
             return backward(dy, operands, saved, spec, needs, ctx.choice)
         return call_backward_op(dy, operands, saved, spec, needs, str(ctx.choice))
 
     return Family(call_forward, call_backward, call_backward_op)
+
+
+def tensors_of(operands: Iterable[Any]) -> list[Tensor | None]:
+    """Return the tensors of operands, those of a packed weight and of lists among them."""
+    tensors: list[Any] = []
+    for value in operands:
+        if isinstance(value, Packed4bit):
+            tensors += value[:PACKED4BIT_TENSORS]
+        elif value is None or isinstance(value, Tensor):
+            tensors.append(value)
+        else:
+            tensors += value
+    return tensors
 
 
 def _filled(t: Any, dtype: Any, like: Tensor) -> Any:

@@ -159,6 +159,17 @@ def test_lora_experts_linear_of_offsets_in_32_bits_or_a_column_is_the_same(engin
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("offset", [99, -1], ids=["beyond", "negative"])
+@every_engine
+def test_offsets_changed_before_the_backward_raise(offset: int, engine: str) -> None:
+    args = inputs(ExpertsCase((2, 3), 32, 64, 8))
+    dy, offsets = args.pop("dy"), args["offsets"]
+    y = lora_experts_linear(**args)
+    offsets.data[1] = offset  # moves no version counter
+    with pytest.raises(ValueError, match=rf"^offsets\[1\]: got {offset}, want 2 to"):
+        y.backward(dy)
+
+
 def test_gradcheck_of_lora_experts_linear_passes() -> None:
     args = inputs(ExpertsCase((2, 0, 3), 4, 5, 2, tail=1, dtype=f64, dropout_p=0.25))
     del args["dy"]

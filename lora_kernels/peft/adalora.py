@@ -12,7 +12,6 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor, nn
 
 from ..core.dtypes import to_dtype
-from ..ops import in_place
 from .adapters import svd_calls
 from .base import readable_weight
 from .linear import Fused, add_adapter, add_onto
@@ -34,7 +33,7 @@ class FusedSVD(Fused):
         base = cast(nn.Module, self._modules["base_layer"])
         todo = self._cast(svd_calls(adapters, x.device.type, x.shape[:-1].numel()), x)
         if args or kwargs or base_reason is not None:
-            y, is_private = in_place.call(base, x, *args, **kwargs)
+            y, is_private = self._call_base(base, x, *args, **kwargs)
             dtype = y.dtype
             y = add_onto(y, is_private, x, None, todo.pop(0))
         else:

@@ -65,6 +65,7 @@ class Fused(nn.Module):
     peft_class: Any  # the class of PEFT's that a subclass overrides
     peft_forward: Any  # its forward; None if it had been replaced before
     casts_adapters = False  # `fuse`'s argument
+    layer_name = ""  # in the model that `fuse` was given, for errors
     shares_x = False  # whether `Siblings` know how to call the layer
     _prepared: PreparedForward | None = None
     _siblings: Siblings | None = None
@@ -105,7 +106,7 @@ class Fused(nn.Module):
             return _dora_linear(self, adapters[0], x)
         first, *rest = self._cast(calls_for(adapters, x, rows), x)
         if args or kwargs or base_reason is not None:
-            result, is_private = in_place.call(base, x, *args, **kwargs)
+            result, is_private = self._call_base(base, x, *args, **kwargs)
             dtype = result.dtype
             result = add_onto(result, is_private, x, bias, first)
         else:
@@ -125,6 +126,22 @@ class Fused(nn.Module):
         for call in rest:
             result = add_onto(result, True, x, None, call)
         return to_dtype(result, dtype)
+
+    def _call_base(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> in_place.Result:
+        """Call the base layer as a module.
+
+        Raises RuntimeError if its result has no graph and x needs a gradient, which would lack
+        x·Wᵀ's part. PEFT's forward drops that part in silence.
+        """
+        result = in_place.call(base, x, *args, **kwargs)
+        if x.requires_grad and torch.is_grad_enabled() and not result.y.requires_grad:
+            raise RuntimeError(
+                f"{self.layer_name or 'a fused layer'}: its base layer {type(base).__name__} got "
+                "an x that requires a gradient, and returned a result without a graph. Gradients "
+                "of the layers before it would lack the base's part: load the base in a format "
+                "whose forward is differentiable, or decode it"
+            )
+        return result
 
     def _cast(self, calls: Sequence[Any], x: Tensor) -> list[Any]:
         """Return the calls with the adapters in x's dtype, if the layer rounds them."""

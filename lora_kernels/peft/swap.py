@@ -29,12 +29,14 @@ from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
 from .mlp import fuse_mlps, restore_mlps
-from .modules import is_conv1d, patched_reason
+from .modules import allow_repacking, is_conv1d, patched_reason
 from .siblings import add_siblings, remove_siblings
 from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
 QUALIFY = ("cached", "now", "off")
+# Of a fused layer alone.
+_ATTRIBUTES = ("mixed_batch", "_norm", "_prepared", "merge_loss", "casts_adapters", "layer_name")
 logger = logging.getLogger("lora_kernels")
 
 
@@ -94,13 +96,15 @@ def fuse(
     layers = list(lora_layers(model))
     if not layers and not loss:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
-    for _, layer, reason in layers:
+    for name, layer, reason in layers:
         _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
             set_class(layer, _fused_class(layer))
         if isinstance(layer, Fused):
-            for name in ("casts_adapters", "_prepared"):
-                vars(layer).pop(name, None)
+            layer.layer_name = name
+            allow_repacking(layer.modules(), False)
+            for attribute in ("casts_adapters", "_prepared"):
+                vars(layer).pop(attribute, None)
             if cast_adapters:
                 layer.casts_adapters = True
     for linear in _plain_linears(model) if linears else ():
@@ -157,7 +161,8 @@ def unfuse(model: Model) -> Model:
     for _, layer, _ in lora_layers(model):
         if isinstance(layer, Fused):
             set_class(layer, peft_class(layer))
-            for name in ("mixed_batch", "_norm", "_prepared", "merge_loss", "casts_adapters"):
+            allow_repacking(layer.modules(), True)
+            for name in _ATTRIBUTES:
                 vars(layer).pop(name, None)
     remove_siblings(model)
     stop_gathering(model)

@@ -142,6 +142,27 @@ def test_base_layer_is_called_as_a_module(name: str, after_fuse: bool) -> None:
         explain(fused).assert_fused()
 
 
+class Undifferentiable(nn.Linear):
+    """As CompressedTensorsFP8Linear, FbgemmFp8Linear and NVFP4Linear."""
+
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("build", [mlp, adalora_mlp])
+def test_base_layer_without_a_graph_raises_if_x_needs_a_gradient(build: Callable[[], Any]) -> None:
+    model = fuse(build())
+    up(model).base_layer.__class__ = Undifferentiable
+    x = batch()
+    model(x).sum().backward()  # nothing before the layer trains
+    with torch.no_grad():
+        model(x.requires_grad_())
+    words = r"^base_model.model.up: its base layer Undifferentiable got an x that requires a grad"
+    with pytest.raises(RuntimeError, match=words):
+        model(x)
+
+
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")
 def test_adapter_only_in_every_way_equals_peft() -> None:
     """With a bias on lora_B, several adapters, and a result in another dtype than x."""

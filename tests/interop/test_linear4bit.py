@@ -7,6 +7,7 @@ Properties of every kind of layer are in test_layer_kinds.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -279,6 +280,44 @@ def test_eval_forward_does_not_repack(loaded: bool) -> None:
             state = layer.base_layer.weight.quant_state
             assert not getattr(state, "packing_format_for_cpu", False)
     assert {row.state for row in explain(fused).rows} <= {"ours, kernels", "ours, library GEMMs"}
+
+
+def disabled(model: Any, x: Tensor) -> None:
+    with model.disable_adapter():
+        model(x)
+
+
+def merged(model: Any, x: Tensor) -> None:
+    model.merge_adapter()
+    model(x)
+    model.unmerge_adapter()
+
+
+PEFT_FORWARDS: dict[str, Callable[[Any, Tensor], object]] = {
+    "disabled": disabled,
+    "merged": merged,
+    "rows of the base": lambda model, x: model(x, adapter_names=["__base__"] * len(x)),
+    "hooked": lambda model, x: up(model).base_layer.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("forward", PEFT_FORWARDS)
+def test_eval_forward_of_pefts_does_not_repack_and_gradients_stay(forward: str) -> None:
+    """bitsandbytes would repack the codes in it, after which gradients were off by 99 %."""
+    fused = fuse(four_bit_mlp(True, compute_dtype=f32)).eval()
+    with torch.no_grad():
+        PEFT_FORWARDS[forward](fused, rows())
+        fused(rows())
+    for layer in (up(fused), fused.base_model.model.down):
+        state = layer.base_layer.weight.quant_state
+        assert not getattr(state, "packing_format_for_cpu", False)
+    if forward != "merged":  # which quantizes anew
+        fresh = fuse(four_bit_mlp(True, compute_dtype=f32))
+        assert_bitwise_equal(packed(fused), packed(fresh))
+    if forward in ("disabled", "rows of the base"):
+        assert_close_derived(results(fused.train(), rows()), results(fresh, rows()))
+    base = up(unfuse(fused)).base_layer
+    assert base.support_avx512bf16_for_cpu == bnb.functional.has_avx512bf16()
 
 
 @loaded_or_not

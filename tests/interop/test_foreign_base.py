@@ -143,7 +143,7 @@ def test_base_layer_is_called_as_a_module(name: str, after_fuse: bool) -> None:
 
 
 class Undifferentiable(nn.Linear):
-    """As CompressedTensorsFP8Linear, FbgemmFp8Linear and NVFP4Linear."""
+    """A base whose result has no graph, like that of transformers' FbgemmFp8Linear."""
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:

@@ -39,12 +39,12 @@ from tests.finetune.tiny import (
     gpt2,
     llama,
     metrics,
-    run_python,
     save_model,
     tokenizer,
     write_gguf,
     write_lines,
 )
+from tests.support.processes import run_python
 
 TEXT = split("--rank 3 --alpha 8 --dropout 0.1 --batch 2 --max-length 16 --lr 0.01")
 TEXT += ["--prompt", "Line 7 says [the]"]

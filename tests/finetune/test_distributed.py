@@ -21,9 +21,10 @@ from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse
 from tests.finetune.test_trainer import adapted
-from tests.finetune.tiny import llama, metrics, run_python, tokenizer, weights
+from tests.finetune.tiny import llama, metrics, tokenizer, weights
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import OpCounter, count_ops, randomize
+from tests.support.processes import run_python
 
 NEEDS_GLOO = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

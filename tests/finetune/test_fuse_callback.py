@@ -21,9 +21,10 @@ from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain
 from lora_kernels.peft.frozen import StreamedLinear
-from tests.finetune.tiny import llama, run_python, weights
+from tests.finetune.tiny import llama, weights
 from tests.support.assertions import FLOAT64_RTOL, assert_bitwise_equal
 from tests.support.assertions import assert_close_derived as assert_same
+from tests.support.processes import run_python
 
 pytest.importorskip("trl", exc_type=ImportError)
 from tests.finetune import test_trl as trl_tests

@@ -29,7 +29,8 @@ from lora_kernels.finetune.trainer import (
     losses,
     training_arguments,
 )
-from tests.finetune.tiny import llama, metrics, run_python, tokenizer, weights, write_lines
+from tests.finetune.tiny import llama, metrics, tokenizer, weights, write_lines
+from tests.support.processes import run_python
 
 # A sum of a few hundred float32 products in another order, through two layers and four steps.
 RTOL = 2.0**-15

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -145,13 +142,6 @@ def save_model(folder: Path, model: Any, words: Any = None) -> Path:
     model.save_pretrained(folder)
     (words or tokenizer()).save_pretrained(folder)
     return folder
-
-
-def run_python(*argv: object) -> subprocess.CompletedProcess[str]:
-    """Run this Python in a process of its own, on one thread, with what this one can import."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

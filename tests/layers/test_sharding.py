@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_kernels.layers import QLoRALinear
-from tests.support.processes import RANKS, run_in_ranks
+from tests.support.processes import RANKS, run_in_ranks, run_python
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="no gloo"
@@ -84,3 +87,19 @@ def test_fully_sharded_layers_train_as_whole_ones(tmp_path: Path) -> None:
         assert results.keys() == grads.keys() == {f"{i}.lora_{n}" for i in (0, 1) for n in "AB"}
         for name, grad in grads.items():
             assert torch.equal(results[name], grad), name
+
+
+def wait_in_one_rank(rank: int, folder: str) -> None:
+    while rank:
+        time.sleep(1.0)
+
+
+def test_processes_that_hang_are_ended_with_their_children(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match=r"^wait_in_one_rank: ranks still run after 2 s"):
+        run_in_ranks(wait_in_one_rank, tmp_path, timeout=2.0)
+    child = "import time; time.sleep(600)"
+    code = f"import subprocess as s, sys; s.run([sys.executable, '-c', {child!r}, '{tmp_path}'])"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_python("-c", code, timeout=2.0)
+    running = [each for each in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(each.info)]
+    assert not [each for each in running if each.status() != psutil.STATUS_ZOMBIE]

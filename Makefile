@@ -21,15 +21,24 @@ DEMO_INPUTS := $(VENV)/.demo-inputs
 OLDEST_TRITON := 3.4
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test quick recipes ops others interpreted proof mutations matrix wheel bench demo results gpu lint format \
-	native sanitize clean
+.PHONY: .venv test quick recipes ops others interpreted avx2 processors proof mutations matrix \
+	wheel bench demo results gpu lint format native sanitize clean
 .DELETE_ON_ERROR:
 
 # Two cores do two parts at a time, the longest first; what each prints is kept apart where make can.
 # Triton's interpreter needs a process of its own. A process imports for ten seconds.
-PARTS := lint recipes others ops interpreted
+PARTS := lint recipes others ops interpreted avx2
 test: native
-	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) $(PARTS)
+	@rm -rf build/failed && mkdir -p build/failed
+	@$(MAKE) --no-print-directory -k -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) \
+		$(PARTS:%=part-%) || true
+	@failed=$$(ls build/failed); test -z "$$failed" || { echo "make test: failed:" $$failed; exit 1; }
+	@echo "make test: passed: $(PARTS)"
+
+# A part that fails or is interrupted leaves its name. The others run all the same.
+part-%:
+	@touch build/failed/$*
+	@$(MAKE) --no-print-directory $* && rm build/failed/$*
 
 SLICE := -m 'not slow and not proof'
 OF_RECIPES := tests/finetune tests/packaging tests/compile_only tests/interop tests/acceptance \
@@ -47,6 +56,15 @@ quick: native
 		tests/autograd/test_gradients.py tests/layers/test_every_layer.py \
 		tests/layers/test_decoding.py tests/interop/test_layer_kinds.py \
 		tests/packaging/test_mutations.py
+
+# A part of the leg of the same name of `make processors`.
+avx2:
+	LORA_KERNELS_CPU_ISA=avx2 $(BIN)/python -m pytest $(SLICE) \
+		tests/layers/test_decoding.py tests/interop/test_layer_kinds.py
+
+# Layers and models on other processors, as far as this one can; at most 10 minutes.
+processors: native
+	$(BIN)/python -m tests.processors
 
 interpreted:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SLICE) tests/triton
@@ -117,10 +135,10 @@ format: $(INSTALLED)
 
 # A missing compiler stops the tests, which would otherwise pass over the kernels in silence; the
 # demo and the benchmark go on without them. LORA_KERNELS_NATIVE in the environment decides for all.
-test quick proof mutations: export LORA_KERNELS_NATIVE ?= 1
+test quick processors proof mutations: export LORA_KERNELS_NATIVE ?= 1
 
 # Threads that spin while they wait take the cores from whatever else runs on them.
-test quick proof mutations: export OMP_WAIT_POLICY ?= passive
+test quick processors proof mutations: export OMP_WAIT_POLICY ?= passive
 
 # With the CUDA kernels where nvcc is, and their emulator, in which the tests run them.
 EMULATOR = 1

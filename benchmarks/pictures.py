@@ -1,4 +1,4 @@
-"""The two pictures in RESULTS.md, as the bytes of PNG files: LoRA tax, and a roofline.
+"""The pictures of README.md and RESULTS.md, as the bytes of PNG files.
 
 The same JSON and the same matplotlib give the same bytes. Each file names in its text chunk SOURCE
 the digest of the JSON it was drawn from, which `source` reads without matplotlib. Names are told
@@ -46,6 +46,12 @@ TAX = {
     "torch.compile": ("torch.compile", "D", "#56b4e9", FILLED),
     "eager": ("eager", "s", "#e69f00", HOLLOW),
     "peft": ("PEFT (fp32 A B)", "X", "#d55e00", FILLED),
+}
+BYTES = {
+    "ours": TAX["ours"],
+    "peft": TAX["peft"],
+    "unsloth": ("Unsloth's order of GEMMs", "v", "#009e73", HOLLOW),
+    "axolotl": ("axolotl's order of GEMMs", "s", "#cc79a7", HOLLOW),
 }
 LAYERS = {
     "ours": ("ours, dense", "o", "black", FILLED),
@@ -113,6 +119,39 @@ def lora_tax(data: Row, caption: str, named: str) -> bytes:
         _title(figure, "LoRA tax: time of a training step with the adapter", caption)
 
     return _png(draw, named, height=1.9 + 0.27 * len(shapes))
+
+
+def overview(
+    tax: dict[str, dict[str, list[float]]], moved: dict[str, dict[str, float]], named: str
+) -> bytes:
+    """Times on CPUs beside the frozen linear's, and bytes counted on a GPU beside PEFT's.
+
+    Args:
+        tax: layer -> candidate of TAX -> its LoRA tax on each machine.
+        moved: step -> candidate of BYTES -> its bytes over PEFT's.
+    """
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        left.set_title("training step on a CPU, measured")
+        left.set_xlabel("time over the frozen linear's")
+        right.set_title("training step on a GPU, counted")
+        right.set_xlabel("bytes over PEFT's")
+        for axes, rows, looks in ((left, tax, TAX), (right, moved, BYTES)):
+            axes.axvline(1.0, color="black", lw=0.8)
+            axes.grid(axis="both", color="0.88", lw=0.5)
+            axes.set_yticks(range(len(rows)), list(rows))
+            axes.invert_yaxis()
+            for y, row in enumerate(rows.values()):
+                for name, (_, marker, color, fill) in reversed(looks.items()):
+                    values = row.get(name, [])
+                    xs = values if isinstance(values, list) else [values]
+                    axes.plot(xs, [y] * len(xs), marker, color=color, ms=5.5, **fill)
+        left.set_xlim(left=0.0)
+        right.set_xlim(0.0, 1.1)
+        _legend(figure, [TAX["ours"], TAX["peft"], *(BYTES[n] for n in ("unsloth", "axolotl"))])
+
+    return _png(draw, named, height=3.4)
 
 
 def roofline(layers: Row, codes: Row | None, caption: str, named: str) -> bytes:

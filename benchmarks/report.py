@@ -44,6 +44,7 @@ TEMPLATES = HERE / "templates"
 JSON_TRAFFIC = HERE / "results/traffic.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
 RESULTS = HERE / "RESULTS.md"
+OVERVIEW = HERE / "results/overview.png"  # README's picture
 # Document -> the template of its figures.
 FIGURES = {
     HERE.parent / "README.md": "README.md.j2",
@@ -446,11 +447,10 @@ def cpu_rows(measured: list[Run]) -> Cells:
         yield *key, *(cell(row, name) if row else "–" for row in rows for name in CPU_PEERS)
 
 
-def step_rows(rows: list[Row], gpus: Sequence[DeviceInfo] = ()) -> Cells:
-    """MB that a training step on a GPU moves: forward and backward, 8192 rows, bf16 adapters.
+def step_bytes(rows: list[Row]) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """Bytes that a training step on a GPU moves: step, base, and those of each peer.
 
-    gpus: a column each with the milliseconds that memory takes, at the data sheet's bandwidth, for
-        what PEFT moves beyond ours.
+    Forward and backward, 8192 rows, bf16 adapters.
     """
     counted = [row for row in rows if row["M"] == 8192 and BF16_ADAPTERS.fullmatch(row["dtype"])]
     for step, name in STEPS.items():
@@ -466,9 +466,53 @@ def step_rows(rows: list[Row], gpus: Sequence[DeviceInfo] = ()) -> Cells:
                 for peer in STEP_PEERS
                 if peer in directions[0]["moved"]
             }
-            saved = ((moved["peft"] - moved["ours"]) / gpu.bandwidth * 1e3 for gpu in gpus)
-            cells = (f"{moved[p] / 1e6:.0f}" if p in moved else "–" for p in STEP_PEERS)
-            yield name, base, *cells, *(f"{ms:.2f}" for ms in saved)
+            yield name, base, moved
+
+
+def step_rows(rows: list[Row], gpus: Sequence[DeviceInfo] = ()) -> Cells:
+    """MB of `step_bytes`.
+
+    gpus: a column each with the milliseconds that memory takes, at the data sheet's bandwidth, for
+        what PEFT moves beyond ours.
+    """
+    for name, base, moved in step_bytes(rows):
+        saved = ((moved["peft"] - moved["ours"]) / gpu.bandwidth * 1e3 for gpu in gpus)
+        cells = (f"{moved[p] / 1e6:.0f}" if p in moved else "–" for p in STEP_PEERS)
+        yield name, base, *cells, *(f"{ms:.2f}" for ms in saved)
+
+
+def tax_ranges(measured: list[Run]) -> Cells:
+    """A dtype, and the least and the largest LoRA tax of its training steps: ours, and PEFT's."""
+    rows = [row for run in measured for row in run.rows_of("step")]
+    rows = [row for row in rows if row["R"] == 16 and row["M"] > 1]
+    for dtype in dict.fromkeys(row["dtype"] for row in reversed(rows)):
+        taxes = [row["tax"] for row in rows if row["dtype"] == dtype]
+        each = (sorted(tax[name] for tax in taxes) for name in ("ours", "peft"))
+        yield dtype, *(f"{found[0]:.2f} to {found[-1]:.2f}" for found in each)
+
+
+def saved_range(rows: list[Row]) -> str:
+    """The least and the largest share of PEFT's bytes that our steps do not move."""
+    shares = sorted(1 - of["ours"] / of["peft"] for _, _, of in step_bytes(rows))
+    return f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %"
+
+
+def overview(measured: list[Run]) -> tuple[str, Callable[[], bytes]]:
+    """Return the digest of README's picture's source, and what draws it."""
+    tax: dict[str, dict[str, list[float]]] = {}
+    for run in measured:
+        for row in run.rows_of("step"):
+            if row["R"] == 16 and row["M"] > 1:
+                found = tax.setdefault(f"{shape(row)} {row['dtype']}", {})
+                for name in ("ours", "peft"):
+                    found.setdefault(name, []).append(row["tax"][name])
+    traffic = counted()
+    moved = {
+        f"{name}, {base}": {peer: count / of["peft"] for peer, count in of.items()}
+        for name, base, of in step_bytes(traffic["steps"] if traffic else [])
+    }
+    named = pictures.digest({"tax": tax, "moved": moved})
+    return named, lambda: pictures.overview(tax, moved, named)
 
 
 def step_head(gpus: Sequence[DeviceInfo] = ()) -> str:
@@ -478,7 +522,7 @@ def step_head(gpus: Sequence[DeviceInfo] = ()) -> str:
 TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
-    *(cpu_head, cpu_rows, step_head, step_rows),
+    *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range),
 )
 
 
@@ -511,6 +555,7 @@ def main(check: bool) -> int:
         wanted[JSON_CLASSIFICATION.with_suffix(".md")] = markdown(classification)
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     pngs = {png: how for run in measured for png, how in run.drawn().items()}
+    pngs[OVERVIEW] = overview(measured)
     stale += [
         str(png.relative_to(HERE))
         for png, (digest, _) in pngs.items()

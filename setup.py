@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent
 
 BASELINE = [
     "bindings.cpp",
-    "fastpath.cpp",
+    "direct.cpp",
     "cpu/cpuid.cpp",
     "cpu/dispatch.cpp",
     "cpu/fingerprint.cpp",

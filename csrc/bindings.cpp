@@ -344,10 +344,12 @@ PyMethodDef methods[] = {
         "multi_lora_linear_backward"),
     method<checked<lora_experts, Layer, Experts, Forward>>("lora_experts"),
     method<checked<lora_experts_backward, Layer, Experts, Backward>>("lora_experts_backward"),
-    method<prepare>("prepare", "Return a layer's forward, a function of x, bias and guards."),
+    method<direct_forward>("direct_forward", "Return a layer's y and what its backward reads."),
+    method<direct_backward>("direct_backward", "Return the gradients of a layer."),
+    method<set_up>("set_up", "Set PyTorch's classes and functions that the direct calls use."),
+    method<set_rules>("set_rules", "Set the rules by which the direct calls choose a strategy."),
+    method<strategy_name>("strategy_name", "Return the strategy of a direct call, for tests."),
     method<use_exchange>("use_exchange", "Look at tensors by DLPack's table of functions, or not."),
-    method<where>("where", "Return bytes that are equal while a tensor is not moved."),
-    method<unchanged>("unchanged", "Return True if all guards hold."),
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = build_module_definition("_native", methods);

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..choice import choose as selection
 from ..core.problem import Choice, Problem
-from ..layers.cache import CallCache
+from ..ops.direct import call_or_lora_linear
 from ..ops.linear import lora_linear
 from ..oracle import case as cases
 from ..oracle.case import Case
@@ -54,17 +54,17 @@ Make = Callable[[dict[str, Any]], Baseline]  # from the arguments of `lora_linea
 
 
 def ours(args: dict[str, Any]) -> Baseline:
-    """`lora_linear` as a layer calls it; on a CPU a layer prepares its call for the next token."""
-    device, dropout_p, cache = args["x"].device.type, args["dropout_p"], CallCache()
+    """`lora_linear` as a layer calls it."""
+    device, dropout_p = args["x"].device.type, args["dropout_p"]
 
     def on_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
-        return cache(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
+        return call_or_lora_linear(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
 
     def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
         with cases.kernels(device, dropout_p):
             return lora_linear(*args, **kwargs)
 
-    if device == "cpu":  # a given mask is not for the cache
+    if device == "cpu":  # a given mask is not for a layer's call
         return lora_linear if dropout_p else on_cpu
     return on_gpu
 

@@ -20,7 +20,6 @@ from ..backends.cpu import native
 from ..backends.cuda import constraints
 from ..backends.library import is_on_gpu_path
 from ..core import device, forced
-from ..core.call import Guard
 from ..core.device import DeviceInfo
 from ..core.forced import Forced
 from ..core.packed4bit import Packed4bit
@@ -336,12 +335,6 @@ def is_eager_on_gpu(device_type: str) -> bool:
     PyTorch's kernel draws the dropout masks there. Every other path makes them from a state.
     """
     return is_on_gpu_path(device_type) and forced_backend() in (None, "eager")
-
-
-def guards() -> tuple[Guard, Guard]:
-    """Return guards of what a choice depends on beside its arguments: backend and ISA in force."""
-    requested = forced.current.get
-    return Guard(None, requested, requested()), Guard(vars(native), "isa", native.isa)
 
 
 def _eager_reason(problem: Problem) -> str:

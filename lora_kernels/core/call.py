@@ -306,16 +306,3 @@ class HeadRows(NamedTuple):
     is_top1: Tensor | None
     largest_logit: Tensor
     sum_exp: Tensor
-
-
-class Guard(NamedTuple):
-    """A condition under which a prepared call is valid.
-
-    `key` is the name of an attribute of `target`, or a function of it. If `target` is a dictionary,
-    `key` is a key. If `target` is None, `key` is a function without arguments. The guard holds if
-    the value equals `expected`, or for a dictionary if it is the same object.
-    """
-
-    target: object
-    key: object
-    expected: object

@@ -19,10 +19,10 @@ class Forced(NamedTuple):
 
 
 # Read at import. `choice.choose` checks the name.
-_DEFAULT = Forced(os.environ.get("LORA_KERNELS_BACKEND") or None)
-current: ContextVar[Forced] = ContextVar("lora_kernels_backend", default=_DEFAULT)
+DEFAULT = Forced(os.environ.get("LORA_KERNELS_BACKEND") or None)
+current: ContextVar[Forced] = ContextVar("lora_kernels_backend", default=DEFAULT)
 # The backend of the innermost `set_to` of any thread: a global, which Dynamo can trace and guard.
-entered: str | None = _DEFAULT.backend
+entered: str | None = DEFAULT.backend
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import context
 from ..quantization import Weight4bit
 from .layer import Adapter, Init, LoRALayer, check_size, check_stock
 from .quantized import QLoRALayer
@@ -178,9 +177,6 @@ class LoRAGroup(LoRALayer):
 
     def _wide_B(self) -> Tensor:
         """Return lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
-        is_parameter = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
-        if is_parameter and not torch.is_grad_enabled() and not context.is_intercepted():
-            return self._write_wide_B()
         width = len(self.targets) * self.r
         return torch.cat(
             [
@@ -190,26 +186,6 @@ class LoRAGroup(LoRALayer):
                 for size, B, rank in self._parts_of_B()
             ]
         )
-
-    def _write_wide_B(self) -> Tensor:
-        """Write the result of `_wide_B` into a cached tensor, without gradients.
-
-        A prepared call requires a fixed address.
-        """
-        wide = self._cache.wide_B
-        if (
-            wide is None
-            or (wide.dtype, wide.device) != (self.lora_B.dtype, self.lora_B.device)
-            or wide.is_inference() is not torch.is_inference_mode_enabled()
-        ):
-            width = len(self.targets) * self.r
-            wide = self._cache.wide_B = self.lora_B.new_zeros(self.out_features, width)
-        n = 0
-        for size, B, rank in self._parts_of_B():
-            if B is not None:
-                wide[n : n + size, rank : rank + self.r] = B
-            n += size
-        return wide
 
     def _adapter_config(self) -> dict[str, Any]:
         members = [list(member) for member in self.members.items()]  # their order counts

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.arguments import check_finite, check_probability
+from ..ops.direct import call_or_lora_linear
 from ..ops.linear import lora_linear
 from ..quantization import Weight4bit
-from .cache import CallCache, DoraNormCache
+from .cache import DoraNormCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's own from Python 3.11 on
@@ -84,9 +85,7 @@ class LayerCache:
     """
 
     def __init__(self) -> None:
-        self.call = CallCache()
         self.norm = DoraNormCache()
-        self.wide_B: Tensor | None = None
         self.weight4bit: tuple[tuple[int, ...], Weight4bit] | None = None
 
     def __reduce__(self) -> tuple[type[LayerCache], tuple[()]]:
@@ -194,8 +193,7 @@ class LoRALayer(nn.Module):
         """Return the layer's output. weight: the base's operand."""
         dropout_p = self.dropout if self.training else 0.0
         lora_A, lora_B, scaling, gate, column_scale = self._adapter(weight)
-        varied = gate is not None or column_scale is not None or self.use_checkpoint
-        if varied or torch.compiler.is_compiling():
+        if gate is not None or column_scale is not None or self.use_checkpoint:
             return lora_linear(
                 x,
                 weight,
@@ -209,7 +207,7 @@ class LoRALayer(nn.Module):
                 compute_dtype=self.compute_dtype,
                 recompute=self.use_checkpoint,
             )
-        return self._cache.call(
+        return call_or_lora_linear(
             x, weight, lora_A, lora_B, scaling, self.bias, self.compute_dtype, dropout_p
         )
 

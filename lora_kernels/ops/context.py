@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from ..core.call import Guard
 from . import flops
 
 _NOTHING = contextlib.nullcontext()
@@ -64,7 +63,7 @@ def _default_keys() -> list[Any]:
     return found
 
 
-_KEYS, _INFERENCE_KEYS = _default_keys()
+KEYS, INFERENCE_KEYS = _default_keys()
 
 
 def is_intercepted() -> bool:
@@ -74,7 +73,7 @@ def is_intercepted() -> bool:
     """
     if is_compiling() or forward_ad._current_level >= 0:
         return True
-    return _dispatch_tls_local_include_set() not in (_KEYS, _INFERENCE_KEYS)
+    return _dispatch_tls_local_include_set() not in (KEYS, INFERENCE_KEYS)
 
 
 def unsupported_context() -> str | None:
@@ -102,15 +101,6 @@ def refuse_context() -> None:
             "F.linear(x, weight, bias) + scaling * (x @ lora_A.T) @ lora_B.T; layers that "
             "lora_kernels.peft has fused run PEFT's forward there"
         )
-
-
-def interception_guards() -> tuple[Guard, ...]:
-    """Return the conditions of `is_intercepted` as guards of a prepared call."""
-    return (
-        Guard(None, is_compiling, False),
-        Guard(vars(forward_ad), "_current_level", -1),
-        Guard(None, _dispatch_tls_local_include_set, _dispatch_tls_local_include_set()),
-    )
 
 
 def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:

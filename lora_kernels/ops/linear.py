@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from ..backends.rows import set_leading_dims_
 from ..choice import choose as selection
 from ..core.call import (
     Grads,
-    Guard,
     Needs,
     Operands,
     Saved,
@@ -37,7 +35,6 @@ from .arguments import (
     check_number,
     check_vector,
     check_weight,
-    draw_rng,
     matrix_shape,
     tensor_error,
 )
@@ -162,88 +159,11 @@ class Options(NamedTuple):
         spec: of the call.
         recompute: whether the backward recomputes P instead of saving it.
         blocksizes: the fields of `Packed4bit` that are not tensors; () for a dense weight.
-        few: computes the forward for few rows of x, where its guards hold.
     """
 
     spec: Spec
     recompute: bool
     blocksizes: tuple[Any, ...]
-    few: cpu.PreparedCall | None = None
-
-
-class CheckedCall(NamedTuple):
-    """The arguments of a call that `lora_linear` has accepted, but x: for a layer's next call.
-
-    Without gate, column scale, and a given state or mask of a dropout. The weight is frozen.
-
-    Args:
-        options: `Options` of the call.
-        frozen: the weight, or the tensors of a 4-bit one.
-        layouts: of the tensors. `.data` may give a parameter others, and kernels read by address.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    options: Options
-    frozen: tuple[Any, ...]
-    layouts: tuple[object, ...]
-
-    @classmethod
-    def build(
-        cls,
-        x: Tensor,
-        weight: Tensor | Weight4bit,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        bias: Tensor | None,
-        compute_dtype: torch.dtype | None,
-        dropout_p: float,
-    ) -> CheckedCall | None:
-        """Return None under autocast."""
-        if context.autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
-            return None
-        dense, codes, dtype = check_weight(
-            x, weight, (lora_B.shape[0], lora_A.shape[1]), compute_dtype, None
-        )
-        spec = Spec(float(scaling), dropout_p, dtype, x.dtype)
-        options = Options(spec, False, codes[PACKED4BIT_TENSORS:])
-        frozen = codes[:PACKED4BIT_TENSORS] or (dense,)
-        found = layouts(lora_A, lora_B, bias, frozen[0])
-        return cls(lora_A, lora_B, bias, options, frozen, found)
-
-    def with_few(self, few: cpu.PreparedCall | None) -> CheckedCall:
-        """Return the call whose forward of few rows is computed by `few`."""
-        return self._replace(options=self.options._replace(few=few))
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """Return what `lora_linear` returns for x.
-
-        None if x has another dtype, device or number of columns than before, if a tensor has
-        another layout, if the weight is not frozen, under autocast, and in a context in which a
-        library's layer runs its own forward.
-        """
-        if context.unfused_context() is not None:
-            return None
-        lora_A, lora_B, bias, options, frozen, known = self
-        if layouts(lora_A, lora_B, bias, frozen[0]) != known or frozen[0].requires_grad:
-            return None
-        device_type, _ = context.device_of(x)
-        if x.dim() == 0 or x.shape[-1] != lora_A.shape[1] or x.dtype is not options.spec.y_dtype:
-            return None
-        if x.device != lora_A.device:
-            return None
-        if context.autocast_dtype(device_type, x.dtype) is not None:
-            return None
-        is_drawn_here = options.spec.dropout_p and not selection.is_eager_on_gpu(device_type)
-        rng = draw_rng(x) if is_drawn_here else None
-        return _run(x, lora_A, lora_B, None, None, bias, options, rng, None, *frozen)
-
-
-def layouts(*tensors: Tensor | Weight4bit | None) -> tuple[object, ...]:
-    """Return class, shape, dtype and device of the tensors."""
-    return tuple((type(t), t.shape, t.dtype, t.device) for t in tensors if t is not None)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -267,16 +187,12 @@ class LoRALinearFunction(torch.autograd.Function):
         *frozen: Any,  # rng and mask, then the weight
     ) -> Tensor:
         rng, mask, *weight = frozen
-        spec, recompute, blocksizes, few = options
-        found = None if few is None else few.forward(x, bias)
-        if few is not None and found is not None:
-            (y, p), z, drawn, ctx.choice = found, None, None, few.choice
-        else:
-            base = join_weight(weight, blocksizes)
-            operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
-            if column_scale is not None and ctx.needs_input_grad[4]:
-                spec = spec._replace(save_z=True)
-            y, (p, z, drawn) = FAMILY.forward(ctx, operands, spec)
+        spec, recompute, blocksizes = options
+        base = join_weight(weight, blocksizes)
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
+        if column_scale is not None and ctx.needs_input_grad[4]:
+            spec = spec._replace(save_z=True)
+        y, (p, z, drawn) = FAMILY.forward(ctx, operands, spec)
         reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
         kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
@@ -291,7 +207,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, rank_gate, column_scale, rng, mask, p, z, *weight = tensors
-        spec, _, blocksizes, _ = ctx.options
+        spec, _, blocksizes = ctx.options
         needs = Needs(*ctx.needs_input_grad[:6])
         base = join_weight(weight, blocksizes)
         R, K = lora_A.shape
@@ -412,26 +328,3 @@ def _down_projection(operands: Operands, spec: Spec, backend: str) -> Tensor:
     p: Tensor
     _, p, *_ = torch.ops.lora_kernels.lora_linear.default(*operands, *spec, choice=backend)
     return p
-
-
-def build_prepared_call(
-    x_dtype: torch.dtype,
-    weight: Tensor | Packed4bit,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    rows: int,
-    guards: Sequence[Guard],
-) -> cpu.PreparedCall | None:
-    """Prepare `lora_linear_direct` for up to `rows` rows of x, at most the backend's `few_rows`.
-
-    y has x's dtype. A dense weight has contiguous rows. Returns None if the chosen backend has no
-    prepared calls.
-    """
-    dtypes, four_bit = (x_dtype, lora_A.dtype, lora_B.dtype, dtype), isinstance(weight, Packed4bit)
-    choice = selection.choose(Problem(lora_A.device.type, *dtypes, lora_A.shape[0], 1, four_bit))
-    if choice.backend != "cpu" or choice.strategy not in cpu.GEMVS:
-        return None
-    spec = Spec(scaling, 0.0, dtype, x_dtype)
-    return cpu.PreparedCall(weight, lora_A, lora_B, spec, rows, guards, choice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers.cache import PreparedLinear
+from ..ops import direct
 
 
 class StreamedLinear(nn.Linear):
@@ -17,15 +17,11 @@ class StreamedLinear(nn.Linear):
     x [..., K] -> [..., N]. The GEMV sums in float32 and rounds once to x's dtype.
     """
 
-    _prepared: PreparedLinear | None = None
-
     def forward(self, input: Tensor) -> Tensor:
         parameters = self._parameters
         # DataParallel's replicas and FSDP1 keep the weight as a plain attribute.
         is_stored = "weight" in parameters and "bias" in parameters
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_stored:
             return super().forward(input)
-        if self._prepared is None:
-            self._prepared = PreparedLinear()
-        y = self._prepared(input, parameters["weight"], parameters["bias"])
+        y = direct.call(input, parameters["weight"], None, None, parameters["bias"], 0.0)
         return super().forward(input) if y is None else y

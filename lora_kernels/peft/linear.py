@@ -20,6 +20,7 @@ from ..ops.linear import lora_linear
 from ..ops.multi import multi_lora_linear
 from ..ops.siblings import can_run_block
 from ..quantization import Weight4bit
+from . import direct
 from .adapters import (
     Adapter,
     Call,
@@ -34,13 +35,10 @@ from .adapters import (
 )
 from .base import readable_weight
 from .eligibility import has_invalid_sequences
-from .modules import is_linear4bit, library_forward
+from .modules import LINEAR_FORWARD, is_linear4bit, library_forward
 from .plan import plan_linear
-from .prepared import prepare_forward
-from .zero3 import is_partitioned
 
 if TYPE_CHECKING:
-    from ..layers.cache import PreparedForward
     from .siblings import Siblings
 
 # Keyword arguments that PEFT's variants read and that a base layer does not take.
@@ -67,7 +65,10 @@ class Fused(nn.Module):
     casts_adapters = False  # `fuse`'s argument
     layer_name = ""  # in the model that `fuse` was given, for errors
     shares_x = False  # whether `Siblings` know how to call the layer
-    _prepared: PreparedForward | None = None
+    # Of the base layers whose weight `direct.call` reads; None: of none.
+    base_class: Any = None
+    base_forward: Any = None
+    reads_codes = False  # whether it is 4-bit, and `read_codes` reads it
     _siblings: Siblings | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -83,11 +84,10 @@ class Fused(nn.Module):
             y = siblings.call(self, x)
             if y is not None:
                 return y
-        if alone and (prepared := self._prepared) is not None:
-            y = prepared(self, x)
+        if alone:
+            y = direct.call(self, x)
             if y is not None:
                 return y
-            self._prepared = None
         rows = RowNames(kwargs.get("adapter_names"), kwargs.get("alora_offsets"))
         names = None if rows.names is None else tuple(dict.fromkeys(rows.names))
         if names is not None or self.mixed_batch is not None:
@@ -117,12 +117,6 @@ class Fused(nn.Module):
             result = add_adapter(x, weight, bias, first, compute_dtype)
             # bitsandbytes returns x's dtype, under autocast too.
             dtype = x.dtype if is_linear4bit(base) else result.dtype
-            # A prepared call holds the adapters as they are, not rounded and not gathered.
-            is_changed = is_partitioned(weight_of(adapters[0].lora_A)) or casts_adapters(
-                self, x.device.type, x.dtype
-            )
-            if alone and len(adapters) == 1 and not is_changed:
-                self._prepared = prepare_forward(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
             result = add_onto(result, True, x, None, call)
         return to_dtype(result, dtype)
@@ -154,6 +148,7 @@ class FusedLinear(Fused, lora.Linear):
     """PEFT's LoRA layer over `nn.Linear`, or over a base that is called as a module."""
 
     shares_x = True
+    base_class, base_forward = nn.Linear, LINEAR_FORWARD
 
 
 def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:

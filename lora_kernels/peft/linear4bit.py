@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit as BaseLinear4bit  # type: ignore[attr-defined]
+from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
 from peft.tuners.adalora.bnb import SVDLinear4bit
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
+from ..backends.library import is_on_gpu_path
+from ..core.packed4bit import Packed4bit
+from ..quantization.bitsandbytes import cached_weight
 from .adalora import FusedSVD
 from .base4bit import MergeLoss, unreadable_4bit, weight4bit
 from .linear import Fused
+from .modules import library_forward
 
 
 class FusedLinear4bit(Fused, Linear4bit):
@@ -20,7 +29,38 @@ class FusedLinear4bit(Fused, Linear4bit):
     """
 
     shares_x = True
+    base_class, base_forward = BaseLinear4bit, library_forward(BaseLinear4bit)
+    reads_codes = True
     merge_loss: MergeLoss | None = None
+
+    def read_codes(self, weight: Any, x: Tensor) -> tuple[Packed4bit, torch.dtype | None] | None:
+        """Return the base's codes as they are now, and the base GEMM's dtype; None if unusual."""
+        base: Any = self._modules["base_layer"]
+        if type(weight) is not Params4bit or not base.compute_type_is_set:
+            return None
+        state = weight.quant_state
+        if type(state) is not QuantState or x.dtype is torch.float64:
+            return None
+        if not x.is_cpu or is_on_gpu_path("cpu"):
+            return cached_weight(weight, state).codes, base.compute_dtype
+        of_state = vars(state)  # has marks of a weight that was repacked
+        if of_state.get("packing_format_for_cpu") or "original_qshape" in of_state:
+            return None
+        if state.shape != (base.out_features, base.in_features):
+            return None
+        inner, nested = state.state2, state.nested
+        codes = Packed4bit(
+            packed=weight,
+            absmax=state.absmax,
+            code=state.code,
+            nested_absmax=inner.absmax if nested else None,
+            nested_code=inner.code if nested else None,
+            offset=state.offset if nested else None,
+            blocksize=state.blocksize,
+            nested_blocksize=inner.blocksize if nested else 1,
+            quant_type=state.quant_type,
+        )
+        return codes, base.compute_dtype
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -36,7 +36,7 @@ from .zero3 import gather_in_call, is_zero3, stop_gathering
 Model = TypeVar("Model", bound=nn.Module)
 QUALIFY = ("cached", "now", "off")
 # Of a fused layer alone.
-_ATTRIBUTES = ("mixed_batch", "_norm", "_prepared", "merge_loss", "casts_adapters", "layer_name")
+_ATTRIBUTES = ("mixed_batch", "_norm", "merge_loss", "casts_adapters", "layer_name")
 logger = logging.getLogger("lora_kernels")
 
 
@@ -103,8 +103,7 @@ def fuse(
         if isinstance(layer, Fused):
             layer.layer_name = name
             allow_repacking(layer.modules(), False)
-            for attribute in ("casts_adapters", "_prepared"):
-                vars(layer).pop(attribute, None)
+            vars(layer).pop("casts_adapters", None)
             if cast_adapters:
                 layer.casts_adapters = True
     for linear in _plain_linears(model) if linears else ():
@@ -177,7 +176,6 @@ def _restore_linears(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if type(module) is StreamedLinear:
             set_class(module, nn.Linear)
-            vars(module).pop("_prepared", None)
 
 
 def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:

@@ -470,7 +470,7 @@ def state_of(model: Any, versions: bool = True) -> dict[str, Any]:
         active = layer.get("_active_adapter"), layer.get("merged_adapters")
         settings = [
             dict(value) if type(value) is dict else value
-            for value in map(layer.get, ("scaling", "r", "_disable_adapters", "_prepared"))
+            for value in map(layer.get, ("scaling", "r", "_disable_adapters"))
         ]
         hooks = [len(layer[key]) for key in layer if key.endswith("_hooks")]
         keys = [*layer, *module._parameters, *module._modules]

@@ -1,11 +1,9 @@
-"""The shorter ways of a fused layer's call, with gradients and without: the same bits, and given up
-for all that matters."""
+"""The direct call of a fused layer has the planned call's bits, and reads every change."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,12 +16,11 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import native
-from lora_kernels.layers.cache import PreparedForward, prepare
+from lora_kernels.ops import direct
 from lora_kernels.peft import fuse
-from lora_kernels.quantization import Weight4bit, quantize_4bit
-from tests.support.models import watch_prepared_calls
+from lora_kernels.quantization import quantize_4bit
+from tests.support.models import general_way, watch_direct_calls
 from tests.support.peft_models import add_adapter, add_lora, count_ops
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -69,10 +66,10 @@ def decode(layer: Any, x: Tensor | None = None) -> Tensor:
     return y
 
 
-def taken(layer: Any, call: Callable[[], object]) -> bool:
-    """Return whether the call took the fast path."""
+def is_direct(call: Callable[[], object]) -> bool:
+    """Return whether the call of a layer was direct."""
     with pytest.MonkeyPatch.context() as patch:
-        answers = watch_prepared_calls(patch)
+        answers = watch_direct_calls(patch)
         call()
     return bool(answers) and answers[-1] is not None
 
@@ -83,12 +80,11 @@ def test_decoding_gives_the_same_bits(layer: Any, dtype: torch.dtype, rows: int)
     if is_dense(layer) and dtype is not f32:
         layer.base_layer.to(dtype)
     x = row(rows).to(dtype).view(rows, 1, K)
-    first = decode(layer, x)  # the long way
+    with general_way():
+        first = decode(layer, x)
     assert first.shape == (rows, 1, N)
-    if rows > cpu_heuristics.few_rows(dtype, False, 0) and is_dense(layer):
-        assert not taken(layer, lambda: decode(layer, x))  # the fused kernel
-        return
-    assert taken(layer, lambda: decode(layer, x))
+    decode(layer, x)  # sets the compute_dtype of a Linear4bit
+    assert is_direct(lambda: decode(layer, x))
     assert torch.equal(decode(layer, x), first)
     with torch.inference_mode():
         assert torch.equal(layer(x), first)
@@ -329,15 +325,13 @@ ALL_CHANGES = CHANGES | CHANGES_OF_TRAINING | CHANGES_OF_4_BITS
 
 
 def assert_followed(layer: Any, change: Callable[[Any], Any], call: Callable[[Any], Any]) -> None:
-    """After the change the call has another result: that of a copy that remembers nothing."""
+    """After the change the call has another result: the planned call's."""
     before = call(layer)
     change(layer)
-    fresh = copy.deepcopy(layer)
-    fresh._prepared = None
-    want = call(fresh)
+    with general_way():
+        want = call(copy.deepcopy(layer))
     assert not all(map(is_equal, want, before))
-    for _ in range(3):
-        assert all(map(is_equal, call(layer), want))
+    assert all(map(is_equal, call(layer), want))
 
 
 def is_equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -348,7 +342,7 @@ def is_equal(a: Tensor | None, b: Tensor | None) -> bool:
 @pytest.mark.parametrize("change", CHANGES | CHANGES_OF_4_BITS)
 def test_decoding_notices_a_change(layer: Any, change: str) -> None:
     decode(layer)
-    assert taken(layer, lambda: decode(layer))
+    assert is_direct(lambda: decode(layer))
     noop = change in CHANGES_OF_4_BITS and is_dense(layer)
     assert_followed(layer, ALL_CHANGES["in_place" if noop else change], lambda each: [decode(each)])
 
@@ -365,22 +359,6 @@ def train(layer: Any) -> list[Tensor | None]:
     return [y.detach(), *(next(found) if t.requires_grad else None for t in leaves)]
 
 
-def ready(layer: Any, call: Callable[[], object]) -> bool:
-    """Return whether the call used an earlier call's guards."""
-    calls, whole = 0, PreparedForward.__call__
-
-    def counted(self: PreparedForward, layer: Any, x: Tensor) -> Tensor | None:
-        nonlocal calls
-        y = whole(self, layer, x)
-        calls += y is not None
-        return y
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreparedForward, "__call__", counted)
-        call()
-    return calls == 1
-
-
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
 @pytest.mark.parametrize("change", ALL_CHANGES)
 def test_training_notices_a_change(layer: Any, change: str) -> None:
@@ -388,9 +366,8 @@ def test_training_notices_a_change(layer: Any, change: str) -> None:
     layer.train()
     if change == "less_dropout":
         ALL_CHANGES["dropout"](layer)
-    first = train(layer)
-    assert ready(layer, lambda: train(layer))
-    assert all(map(is_equal, train(layer), first))
+    train(layer)
+    assert is_direct(lambda: train(layer))
     assert_followed(layer, ALL_CHANGES["in_place" if noop else change], train)
 
 
@@ -399,21 +376,21 @@ def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
     layer.train()
     x = row(3)
     plain = train(layer)
-    assert ready(layer, lambda: layer(x))
+    assert is_direct(lambda: layer(x))
     mixed = layer(x, adapter_names=["other", "default", "__base__"])
-    assert not ready(layer, lambda: layer(x, adapter_names=["default"] * 3))
+    assert not is_direct(lambda: layer(x, adapter_names=["default"] * 3))
     assert not torch.equal(mixed, layer(x))
     assert all(map(is_equal, train(layer), plain))
     with torch.autocast("cpu", bf16):
         got = layer(x)
-        layer._prepared = None
-        assert got.dtype is layer(x).dtype and torch.equal(got, layer(x))
+        with general_way():
+            assert got.dtype is layer(x).dtype and torch.equal(got, layer(x))
     if not is_dense(layer):
         for dtype in (bf16, torch.float64):  # the latter by PEFT, for its adapters are float32
             train(layer)
             got = layer(x.to(dtype))
-            layer._prepared = None
-            assert got.dtype is dtype and torch.equal(got, layer(x.to(dtype)))
+            with general_way():
+                assert got.dtype is dtype and torch.equal(got, layer(x.to(dtype)))
     replica = copy.copy(layer)  # as DataParallel makes them
     replica._modules = dict(layer._modules, base_layer=copy.deepcopy(layer.base_layer))
     replica.base_layer.bias.data += 1
@@ -469,10 +446,9 @@ def test_computed_parameters_go_from_memory(layer: Any) -> None:
 
 
 def test_layer_goes_from_memory_at_once(layer: Any) -> None:
-    """A prepared call refers to no layer; collecting cycles may take long."""
+    """A call leaves no reference to the layer; collecting cycles may take long."""
     part = copy.deepcopy(layer)
     decode(part), train(part)
-    assert part._prepared is not None
     gc.collect()
     gc.disable()
     try:
@@ -486,23 +462,24 @@ def test_layer_goes_from_memory_at_once(layer: Any) -> None:
 def test_what_surrounds_a_call_is_noticed(layer: Any) -> None:
     x = row()
     y = decode(layer, x)
-    assert taken(layer, lambda: decode(layer, x))
-    assert not taken(layer, lambda: layer(x))  # with gradients
-    assert layer(x).requires_grad
+    assert is_direct(lambda: decode(layer, x))
+    assert is_direct(lambda: layer(x)) and layer(x).requires_grad
     with torch.autocast("cpu", bf16):
-        assert not taken(layer, lambda: decode(layer, x))
+        assert not is_direct(lambda: decode(layer, x))
     with lora_kernels.backend("eager"):
-        assert not taken(layer, lambda: decode(layer, x))
+        assert not is_direct(lambda: decode(layer, x))
     assert count_ops(lambda: decode(layer, x)).keys() & {"lora_linear", "lora_linear_4bit"}
     layer.lora_dropout["default"] = nn.Dropout(0.5)
-    for _ in range(2):
-        assert not taken(layer, lambda: decode(layer, x))
+    assert is_direct(lambda: decode(layer, x)) and not torch.equal(decode(layer, x), y)
     layer.lora_dropout["default"].eval()
-    decode(layer, x)
     wide = torch.randn(1, 2 * K)[:, ::2]
-    for other in (row(40), row()[:0], wide, x.double(), x.to(bf16), nn.Parameter(x)):
-        assert not taken(layer, lambda x=other: _try(layer, x))
-    assert taken(layer, lambda: decode(layer, x)) and torch.equal(decode(layer, x), y)
+    others = [row()[:0], wide, x.double()]
+    others += [x.to(bf16)] if is_dense(layer) else []
+    for other in others:
+        assert not is_direct(lambda x=other: _try(layer, x))
+    for other in (row(40), nn.Parameter(x)):
+        assert is_direct(lambda x=other: decode(layer, x))
+    assert is_direct(lambda: decode(layer, x)) and torch.equal(decode(layer, x), y)
 
 
 def _try(layer: Any, x: Tensor) -> None:
@@ -512,54 +489,31 @@ def _try(layer: Any, x: Tensor) -> None:
         assert x.dtype is not f32
 
 
-def test_prepared_forward_is_kept_for_the_next_calls(layer: Any) -> None:
-    decode(layer)
-    prepared = layer._prepared
-    decode(layer)
-    layer(row())  # with gradients
-    assert layer._prepared is prepared is not None
-
-
-def test_prepared_forward_is_not_copied(layer: Any) -> None:
-    decode(layer)
-    assert isinstance(layer._prepared, PreparedForward)
-    copies = [copy.deepcopy(layer)]
-    if is_dense(layer):  # a Params4bit comes back from pickle as a Parameter
-        copies.append(pickle.loads(pickle.dumps(layer)))
-    for other in copies:
-        assert other._prepared is None
-        assert torch.equal(decode(other), decode(layer))
+def test_layer_keeps_nothing_of_a_call(layer: Any) -> None:
+    state = vars(layer).copy()
+    decode(layer), train(layer)
+    assert vars(layer).keys() == state.keys()
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("compute_dtype", [None, bf16], ids=str)
-def test_prepared_call_reads_the_offset_in_each_call(
-    compute_dtype: torch.dtype | None, nested: bool
+@pytest.mark.parametrize("rows", [1, 100])
+def test_direct_call_of_4bit_codes_reads_each_of_their_tensors(
+    rows: int, compute_dtype: torch.dtype | None, nested: bool
 ) -> None:
-    """The offset of nested scales is read in each call, as all values are."""
-    weight: Weight4bit = quantize_4bit(torch.randn(N, K), double_quant=nested)
+    weight = quantize_4bit(torch.randn(N, K), double_quant=nested)
     A, B, bias = torch.randn(5, K), torch.randn(5, N).t(), torch.randn(N).to(bf16)
-    x = row()
-    with torch.no_grad():
-        call = prepare(x, weight, A, B, 1.5, bias, compute_dtype)
-        assert call is not None
-        for _ in range(2):
-            want = lora_kernels.lora_linear(x, weight, A, B, 1.5, bias, compute_dtype=compute_dtype)
-            assert torch.equal(call(x, bias), want)
-            if weight.offset is not None:
-                weight.offset.mul_(3)
-    assert call(x) is None
-    assert prepare(x, weight, A, B, 1.5) is None  # with gradients on
-
-
-def test_a_prepared_call_is_not_copied() -> None:
-    """A copy would read the first one's memory, which nothing keeps."""
-    with torch.no_grad():
-        call = prepare(torch.ones(1, 64), torch.eye(64), torch.ones(2, 64), torch.ones(64, 2), 2.0)
-    assert call is not None
-    for copied in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match=r"^a prepared call: got copied or pickled"):
-            copied(call)
+    x = row(rows)
+    read = [t for t in weight.codes[:6] if t is not None and t is not weight.code]
+    for t in read:
+        t.copy_(t.flip(0) if t.dim() and t.numel() > 1 else t * 3)
+        want = lora_kernels.lora_linear(x, weight, A, B, 1.5, bias, compute_dtype=compute_dtype)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                got = direct.call(x, weight.codes, A, B, bias, 1.5, 0.0, compute_dtype)
+            assert got is not None and torch.equal(got, want)
+    weight.code.neg_()  # which is the type's, or the weight is not bitsandbytes'
+    assert direct.call(x, weight.codes, A, B, bias, 1.5, 0.0, compute_dtype) is None
 
 
 def _ranks_of_B(layer: Any) -> None:
@@ -615,7 +569,7 @@ def outcome(layer: Any, rows: int) -> str:
 @pytest.mark.parametrize("rows", [1, 100])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_tensor_of_another_layout_raises_as_in_a_first_call(
+def test_tensor_of_another_layout_raises_as_in_a_planned_call(
     layer: Any, wrong: Callable[[Any], None], grad: bool, rows: int
 ) -> None:
     """Kernels read by address: what `.data` put into a parameter is checked in each call."""
@@ -626,7 +580,7 @@ def test_tensor_of_another_layout_raises_as_in_a_first_call(
             layer(row(rows))
         wrong(layer)
         got = outcome(layer, rows)
-        layer._prepared = None
-        want = outcome(layer, rows)
+        with general_way():
+            want = outcome(layer, rows)
     assert got == want
     assert wrong is _device_of_A or "a result" not in want  # that call is PEFT's

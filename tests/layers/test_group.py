@@ -209,14 +209,8 @@ def test_group_is_called_in_inference_mode_and_out_of_it() -> None:
 
 
 @torch.no_grad()
-def test_wide_lora_B_on_another_device_is_made_again() -> None:
-    """The group may have moved by `to()` in between."""
-    group, x = make().eval(), torch.randn(2, K)
-    want = [y.clone() for y in group(x)]
-    group._cache.wide_B = torch.empty_like(group._cache.wide_B, device="meta")
-    assert_bitwise_equal(list(group(x)), want)
-    assert not group._cache.wide_B.is_meta
-    y = copy.deepcopy(group).to("meta")(x.to("meta"))
+def test_group_on_meta_has_shapes() -> None:
+    y = make().eval().to("meta")(torch.empty(2, K, device="meta"))
     assert [tuple(each.shape) for each in y] == [(2, size) for size in MEMBERS.values()]
 
 

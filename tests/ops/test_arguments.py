@@ -9,11 +9,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
-from lora_kernels.core.call import Guard, Spec
-from lora_kernels.core.problem import Choice, Strategy
-from lora_kernels.layers import cache
 from lora_kernels.ops.norm import dora_norm
 
 K, N, R = 6, 5, 2
@@ -156,91 +152,39 @@ def test_native_call_of_bad_arguments_raises(
         native.module.lora_linear(*changed)
 
 
-@pytest.mark.parametrize("is_native", [True, False])
-def test_unchanged_compares_each_guard(is_native: bool) -> None:
-    assert native.module is not None
-    unchanged = native.module.unchanged if is_native else cache.unchanged
-    whole: dict[str, object] = {"a": 1, "none": None, "list": [1]}
-    one, x = whole["a"], torch.ones(2)
-    assert unchanged((whole, whole, whole), ("a", "none", "absent"), (one, None, None), ({}, []))
-    assert not unchanged((whole,), ("a",), (None,), ())
-    assert not unchanged((whole,), ("absent",), (one,), ())
-    assert not unchanged((whole,), ("list",), ([1],), ())  # another one
-    assert not unchanged((), (), (), ({}, whole))
-    assert unchanged((x, x, None), ("shape", len, lambda: "said"), ((2,), 2, "said"), ())
-    for place in range(3):
-        want = [(2,), 2, "said"]
-        want[place] = "else"
-        assert not unchanged((x, x, None), ("shape", len, lambda: "said"), tuple(want), ())
-    with pytest.raises(AttributeError, match="absent"):
-        unchanged((x,), ("absent",), (one,), ())
-    if not is_native:
-        return
-    with pytest.raises(TypeError, match="got 3 values, want more: no empty"):
-        unchanged((whole,), ("a",), (one,))
-    with pytest.raises(TypeError, match=r"targets: got .*list.*, want a tuple"):
-        unchanged([whole], ("a",), (one,), ())
-    for short in (((whole,), ("a",), (), ()), ((whole,), (), (one,), ())):
-        with pytest.raises(ValueError, match="targets, keys and expected: want one length"):
-            unchanged(*short)
-    with pytest.raises(TypeError, match="not callable"):
-        unchanged((x,), (1,), (one,), ())
-    with pytest.raises(TypeError, match="unhashable"):
-        unchanged((whole,), ([],), (one,), ())
-    with pytest.raises(TypeError, match="len"):
-        unchanged((), (), (), (1,))
-
-
-def test_where_of_a_tensor_is_one_answer_for_one_memory() -> None:
-    """One answer for one memory read in one way; none for what has none."""
-    assert native.module is not None
-    where = native.module.where
-    x = torch.ones(4, 4)
-    if not native.exchange:
-        assert where(x) is None
-        return
-    assert where(x) == where(x) == where(x.view(4, 4)) == where(torch.nn.Parameter(x))
-    others = [x.clone(), x[1:], x.t(), x[:2], x[None], x[:, :2]]
-    others += [x.view(as_) for as_ in ((2, 8), -1, torch.int32, torch.bfloat16)]
-    assert len({where(x), *map(where, others)}) == len(others) + 1
-    assert where(x.to("meta")) is None and where(torch.ones(1, 1, 1, 1, 1)) is None
-    assert where(torch.ones(2, 2).to_sparse()) is None
-    assert where(1) is None and where(None) is None
+def test_exchange_is_of_torchs_tensors_alone() -> None:
+    module = native.module
+    assert module is not None
     for none in (None, int):
-        assert not native.module.use_exchange(none)
-    assert where(x) is None
-    native.module.use_exchange(torch.Tensor)
-    assert where(x) is not None
+        assert not module.use_exchange(none)
+    assert module.use_exchange(torch.Tensor) == native.exchange
 
 
 @pytest.mark.usefixtures("looks")
-def test_prepared_call_of_anything_else_is_none() -> None:
-    """For up to four rows of float32: anything else, and another fact, is for others to answer."""
-    f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))
-    fact = {"is": True}
-    choice = Choice("cpu", Strategy.GEMV, "")
-    guards = [Guard(fact, "is", True)]
-    spec = Spec(2.0, 0.0, f32, f32)
-    call = cpu.PreparedCall(torch.eye(64), A, B, spec, 4, guards, choice)
-    x, y = torch.ones(3, 64), torch.full((3, 64), 1.0 + 2 * 2 * 64)
-    assert torch.equal(call(x), y)  # type: ignore[arg-type]
-    assert torch.equal(call(x.view(1, 3, 64), torch.arange(64.0)), y[None] + torch.arange(64.0))  # type: ignore[arg-type]
-    found = call.forward(x.view(1, 3, 64), torch.arange(64.0))
-    assert found is not None and torch.equal(found[0], y[None] + torch.arange(64.0))
-    assert torch.equal(found[1], torch.full((3, 2), 64.0))
-    others = [x.double(), x.to(torch.bfloat16), x.to("meta"), torch.nn.Parameter(x), x[:0], None]
-    others += [*map(torch.ones, ((5, 64), (3, 63), ())), torch.ones(64, 3).t()]
-    others += [torch._neg_view(x), torch._efficientzerotensor((3, 64))]
+def test_native_direct_calls_of_bad_arguments_raise_or_are_none() -> None:
+    module = native.module
+    assert module is not None
+    x, W, A, B = torch.ones(3, 64), torch.eye(64), torch.ones(2, 64), torch.ones(64, 2)
+    operands: tuple[Any, ...] = W, A, B, None, 2.0, None
+    y = module.direct_forward(x, *operands, None, False)
+    assert torch.equal(y, torch.full((3, 64), 1.0 + 2 * 2 * 64))
+    _, p, rng = module.direct_forward(x.view(1, 3, 64), *operands, None, True)
+    assert torch.equal(p, torch.full((3, 2), 64.0)) and rng is None
+    others = [x.double(), x.to("meta"), x[:0], None, 1, x.to_sparse(), torch.ones(64, 3).t()]
+    others += [*map(torch.ones, ((3, 63), ())), torch._efficientzerotensor((3, 64))]
+    others += [torch.ones((1,) * 9 + (64,))]
     for other in others:
-        assert call(other) is None and call.forward(other, None) is None  # type: ignore[arg-type]
-    assert call(x, torch.ones(63)) is None
-    fact["is"] = False
-    assert call(x) is None and call.forward(x, None) is None
-
-    with pytest.raises(TypeError, match="got 7 values, want 6"):
-        call._forward(x, None, False, (), (), (), 1)
+        assert module.direct_forward(other, *operands, None, True) is None
+        assert module.direct_backward(other, *operands, x, p, True, True, True, True) is None
+    with pytest.raises(TypeError, match="got 8 values, want more: no keeps_p"):
+        module.direct_forward(x, *operands, None)
+    with pytest.raises(TypeError, match="scaling: must be real number"):
+        module.direct_forward(x, W, A, B, None, "2", None, None, False)
     with pytest.raises(ZeroDivisionError):
-        call._forward(x, None, False, (0,), (lambda zero: 1 / zero,), (1,))
+        drawn = (lambda x: 1 / 0, 1, 1.0)
+        module.direct_forward(x, W, A, B, None, 2.0, drawn, None, False)
+    with pytest.raises(ValueError, match=r"rng: want int64 \[2\]"):
+        module.direct_forward(x, W, A, B, None, 2.0, (torch.ones(2), 1, 1.0), None, False)
 
 
 def test_multi_lora_linear_index_of_another_shape_raises() -> None:

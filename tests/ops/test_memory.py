@@ -10,7 +10,7 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.backends.cpu import native
 from lora_kernels.core.call import ExpertsOperands, MultiOperands, Operands
-from lora_kernels.layers.cache import CallCache
+from lora_kernels.layers import LoRALinear
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import AnyCase, Case
 from lora_kernels.oracle.experts_case import ExpertsCase
@@ -133,17 +133,18 @@ def test_dora_norm_and_4bit_codes_of_a_lazily_negated_tensor_are_those_of_its_va
     assert torch.equal(quantize_4bit(lazily_negated(W)).codes.packed, codes.packed)
 
 
-def test_kept_call_of_an_adapter_negated_in_place_has_its_new_values() -> None:
+def test_layer_whose_adapter_is_negated_in_place_has_its_new_values() -> None:
     """`.data` gives a parameter the negative bit at the same address."""
-    shapes = (2, 64), (32, 64), (4, 64), (32, 4)
-    x, W, A, B = (torch.randint(-4, 5, shape).float() for shape in shapes)  # sums are exact
-    call = CallCache()
-    with torch.no_grad():
-        for _ in range(3):
-            y = call(x, W, A, B, 2.0, None)
-        base = torch.nn.functional.linear(x, W)
-        A.data = A.data._neg_view()
-        assert torch.equal(call(x, W, A, B, 2.0, None), 2 * base - y)
+    layer, x = LoRALinear(64, 32, r=4), torch.randint(-4, 5, (2, 64)).float()
+    for p in layer.parameters():
+        p.data.copy_(torch.randint(-4, 5, p.shape))  # sums are exact
+    base = torch.nn.functional.linear(x, layer.weight)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+            layer.lora_A.data = layer.lora_A.data._neg_view()
+            assert torch.equal(layer(x), 2 * base - y)
+            layer.lora_A.data = layer.lora_A.data.resolve_neg().neg()
 
 
 @every_operand(4)

@@ -1,7 +1,8 @@
 """Layers to test: small ones of each kind, and each variant beside its formula in plain PyTorch."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lora_kernels import layers
-from lora_kernels.backends.cpu.linear import PreparedCall
 from lora_kernels.bench.memory import held
 from lora_kernels.choice import choose as selection
 from lora_kernels.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, QLoRALinear
+from lora_kernels.ops import direct
 from lora_kernels.oracle import tolerance
 from tests.support.assertions import (
     assert_bitwise_equal,
@@ -219,17 +220,24 @@ def gradients(layer: Any, x: Tensor, call: Any = None) -> dict[str, Tensor | Non
     return {"y": y.detach(), "x": x.grad} | grads
 
 
-def watch_prepared_calls(patch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """Record the results of prepared calls from here on, None for a cache miss."""
-    answers: list[Tensor | None] = []
-    whole = PreparedCall.__call__
+def watch_direct_calls(patch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """List what `ops.direct.call` returns: None if `lora_linear` has to be called."""
+    answers, whole = [], direct.call
 
-    def record(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        answers.append(whole(self, x, bias))
+    def record(*args: Any, **kwargs: Any) -> Tensor | None:
+        answers.append(whole(*args, **kwargs))
         return answers[-1]
 
-    patch.setattr(PreparedCall, "__call__", record)
+    patch.setattr(direct, "call", record)
     return answers
+
+
+@contextmanager
+def general_way() -> Iterator[None]:
+    """Make layers call `lora_linear`, or PEFT's their plan, in place of `ops.direct.call`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "call", lambda *args, **kwargs: None)
+        yield
 
 
 # Variants of LoRA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,6 @@ from . import native
 MKL_GEMM = 280_000_000
 AMX_GEMM, AMX_ROWS = 10_000_000_000, 512
 AMX_FLOAT_ROWS = 128  # FLOAT_ROWS in csrc/cpu/amx_impl.h
-_ALL = range(sys.maxsize)
 # The most rows of x for which the GEMV kernel reads the weight once: dense, and 4-bit codes decoded
 # in registers or the L1 cache. Measured on AMD families 25 and 26, and with AMX on Intel family 6
 # (benchmarks/NOTES.md). AVX-512 takes more rows of weights of LARGE elements in 4 bits. Beside AMX
@@ -27,12 +27,56 @@ FEW_ROWS = {"scalar": 4, "avx2": 16, "avx512": 16, "avx512bf16": 16, "amxbf16": 
 FEW_ROWS_4BIT = {"scalar": 8, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 11}
 FEW_ROWS_BESIDE_AMX = 6
 LARGE, FEW_ROWS_OF_LARGE = 1 << 24, 32
+ALL_ROWS = sys.maxsize
+
+
+class Rules(NamedTuple):
+    """How the CPU's kernels divide the rows of x among strategies, for one dtype of the base GEMM.
+
+    `plan` reads them, and so does csrc/direct.cpp, field by field.
+
+    Args:
+        few_rows, few_rows_4bit, few_rows_of_large: the most rows for the GEMV kernel, with a dense
+            weight, with a 4-bit one, and with a 4-bit one of LARGE elements.
+        library_rows, library_gemm, library_end: torch.mm runs a dense base GEMM of at least so many
+            rows and multiply-adds, and of fewer rows than the last.
+        has_fused: whether there is a fused kernel for the other rows.
+    """
+
+    few_rows: int
+    few_rows_4bit: int
+    few_rows_of_large: int
+    library_rows: int
+    library_gemm: int
+    library_end: int
+    has_fused: bool
+
+
+def rules(dtype: torch.dtype, isa: str | None = None) -> Rules:
+    """Return the rules for an instruction set; None for the one in use."""
+    isa = native.isa if isa is None else isa
+    if isa is None:
+        return Rules(0, 0, 0, 0, 0, ALL_ROWS, False)
+    is_amx, is_bf16 = isa == "amxbf16", dtype is torch.bfloat16
+    few, few_4bit = FEW_ROWS[isa], FEW_ROWS_4BIT[isa]
+    if isa == "scalar" and dtype is not torch.float32:
+        few = 0
+    if is_amx and is_bf16:
+        few = few_4bit = FEW_ROWS_BESIDE_AMX
+    large = FEW_ROWS_OF_LARGE if isa in ("avx512", "avx512bf16") else few_4bit
+    library = ALL_ROWS, 0, ALL_ROWS
+    if native.intel and dtype is torch.float32:
+        library = 0, MKL_GEMM, AMX_FLOAT_ROWS if is_amx else ALL_ROWS
+    elif is_amx and is_bf16:
+        library = AMX_ROWS + 1, AMX_GEMM, ALL_ROWS
+    lacks_amx = native.amx_bf16 and is_bf16 and not is_amx  # which oneDNN has
+    return Rules(few, few_4bit, large, *library, isa in cpu.FUSED_ISAS and not lacks_amx)
 
 
 def few_rows(
     dtype: torch.dtype, four_bit: bool, size: int, columns: bool = False, isa: str | None = None
 ) -> int:
-    """Return the most rows of x for the GEMV kernel; 0 for an unknown instruction set.
+    """Return the most rows of x for the GEMV kernel.
 
     Args:
         dtype: of the base GEMM.
@@ -41,16 +85,12 @@ def few_rows(
         columns: whether the weight is stored as [K, N]. torch.mm then runs the GEMV, for one row.
         isa: None for the instruction set in use.
     """
-    isa = native.isa or "" if isa is None else isa
+    found = rules(dtype, isa)
     if columns:
         return 1
-    if isa == "amxbf16" and dtype is torch.bfloat16:
-        return FEW_ROWS_BESIDE_AMX
-    if four_bit and isa in ("avx512", "avx512bf16") and size >= LARGE:
-        return FEW_ROWS_OF_LARGE
-    if four_bit:
-        return FEW_ROWS_4BIT.get(isa, 0)
-    return 0 if isa == "scalar" and dtype is not torch.float32 else FEW_ROWS.get(isa, 0)
+    if not four_bit:
+        return found.few_rows
+    return found.few_rows_of_large if size >= LARGE else found.few_rows_4bit
 
 
 def library_rows(dtype: torch.dtype, size: int) -> range:
@@ -58,12 +98,14 @@ def library_rows(dtype: torch.dtype, size: int) -> range:
 
     size: elements of the weight.
     """
-    amx = native.isa == "amxbf16"
-    if native.intel and dtype is torch.float32:
-        return range(-(-MKL_GEMM // size), AMX_FLOAT_ROWS if amx else _ALL.stop)
-    if amx and dtype is torch.bfloat16:
-        return range(max(AMX_ROWS + 1, -(-AMX_GEMM // size)), _ALL.stop)
-    return range(0)
+    found = rules(dtype)
+    return range(max(found.library_rows, -(-found.library_gemm // size)), found.library_end)
+
+
+def set_rules() -> None:
+    """Give csrc/direct.cpp the rules for the instruction set in use."""
+    if native.module is not None:
+        native.module.set_rules(*(tuple(rules(dtype)) for dtype in cpu.DTYPES), LARGE)
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -91,10 +133,9 @@ def plan(problem: Problem, requested: Strategy | None, reason: str | None = None
         return Choice("cpu", gemv, reason)
     if isa == "amxbf16" and dtype is torch.float32:
         reason += f"; float32 as three bfloat16 from {AMX_FLOAT_ROWS} rows on"
-    if isa not in cpu.FUSED_ISAS:
-        return Choice("cpu", cpu.LIBRARY, reason)
-    if native.amx_bf16 and dtype is torch.bfloat16 and isa != "amxbf16":
-        return Choice("cpu", cpu.LIBRARY, f"{reason}; the library multiplies with AMX")
+    if not rules(dtype).has_fused:
+        has_amx = "; the library multiplies with AMX" * (isa in cpu.FUSED_ISAS)
+        return Choice("cpu", cpu.LIBRARY, reason + has_amx)
     if not four_bit and problem.rows in library_rows(dtype, size):
         name = str(dtype).removeprefix("torch.")
         reason += f"; large {name} base GEMMs run in MKL or oneDNN"
@@ -127,3 +168,7 @@ def _check_strategy(strategy: Strategy, gemv: Strategy, few: int, rows: int) -> 
         want = f"at most {few} rows"
     if want is not None:
         raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: want {want}")
+
+
+native.on_use_isa = set_rules
+set_rules()

@@ -26,7 +26,6 @@ Deterministic for a given M, instruction set and thread count.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ from torch.nn.functional import linear
 
 from ...core.call import (
     Grads,
-    Guard,
     MultiGrads,
     MultiNeeds,
     MultiOperands,
@@ -47,7 +45,7 @@ from ...core.call import (
 from ...core.dropout import dropout_scale, dropout_threshold
 from ...core.dtypes import to_dtype
 from ...core.packed4bit import Packed4bit
-from ...core.problem import Choice, Strategy
+from ...core.problem import Strategy
 from .. import decode4bit
 from ..rows import rows_of, set_leading_dims_
 from . import native
@@ -62,14 +60,6 @@ FUSED_ISAS = ("avx512", "avx512bf16", "amxbf16")
 PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library GEMM
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-# Guards of a prepared call on x beside its dtype if PyTorch has no DLPack exchange table.
-_X_GUARDS = (
-    ("__class__", Tensor),  # first: None has no other of these attributes
-    ("is_cpu", True),
-    (Tensor.is_contiguous, True),
-    (Tensor.is_neg, False),
-)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -247,60 +237,6 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     outputs = p.data_ptr(), y.data_ptr(), DTYPES[y_dtype], pointer(z)
     native.module.lora_linear(layer, (rows, cast_rows, few_rows, *outputs))
     return y if x.dim() == given.dim() else set_leading_dims_(y, given.shape[:-1]), Saved(p, z)
-
-
-class PreparedCall:
-    """`lora_linear` of one layer without gate, column scale and dropout, its arguments bound.
-
-    y has x's dtype. The call holds while the tensors stay where they are in memory; it reads their
-    values each time. It cannot be copied, since a copy would read the same memory.
-
-    Args:
-        spec: of the call. x has y's dtype.
-        few: the most rows of x.
-        guards: checked before each call.
-        choice: of the call, for its backward.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor | Packed4bit,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        spec: Spec,
-        few: int,
-        guards: Sequence[Guard],
-        choice: Choice,
-    ) -> None:
-        assert native.module is not None
-        (R, K), N, dtype, x_dtype = lora_A.shape, lora_B.shape[0], spec.dtype, spec.y_dtype
-        fused, sizes = _fused_weight(weight, (N, K), dtype), (0, K, N, R)
-        no_factors, no_dropout = (None, None, None), pack_dropout(0.0, None)
-        convert = None if x_dtype is dtype else lambda x: x.to(dtype)
-        functions = Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, convert, vector
-
-        def new_ranks(x: Tensor, M: int) -> Tensor:
-            return x.new_empty(M, R, dtype=torch.float32)
-
-        self.choice = choice
-        self.weight = weight, fused  # which own the memory
-        self.guards = tuple(zip(*guards, strict=True))  # objects, keys, expected values
-        self._forward = native.module.prepare(
-            *(few, DTYPES[x_dtype], DTYPES[dtype], *functions, new_ranks, torch.get_num_threads),
-            *zip(*_X_GUARDS, ("dtype", x_dtype), strict=True),
-            _pack_layer(fused, (lora_A, lora_B), sizes, spec.scaling, no_factors, no_dropout),
-        )
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a prepared call: got copied or pickled, want one made by prepare")
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """Return y [..., N] for x [..., K]; None if a guard fails, or x or its rows do not fit."""
-        return self._forward(x, bias, False, *self.guards)  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Return y and P [M, R], which a backward reads; None as a call does."""
-        return self._forward(x, bias, True, *self.guards)  # type: ignore[no-any-return]
 
 
 def lora_linear_backward(

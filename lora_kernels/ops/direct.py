@@ -1,0 +1,216 @@
+"""`lora_linear` for a layer's forward: reads the layer's tensors in each call, and keeps nothing.
+
+On a CPU one native call (csrc/direct.cpp) checks the tensors, chooses the strategy and runs the
+kernels; the autograd Function is handed its result. On a GPU the same checks are made here. For
+all else `call` returns None, and the layer calls `lora_linear`, whose errors name the argument.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import linear as torch_linear
+
+from ..backends import library
+from ..backends.cpu import native
+from ..backends.cpu.linear import DTYPES
+from ..choice import choose as selection
+from ..core import forced
+from ..core.call import Needs, Operands, Saved, Spec
+from ..core.dropout import dropout_scale, dropout_threshold
+from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.problem import MAX_KERNEL_RANK
+from ..quantization import Weight4bit, codebooks
+from . import context, linear
+from .arguments import draw_rng
+from .autograd import differentiable_once, new_unsaved
+from .registry import join_weight
+
+_PLAIN = Tensor, torch.nn.Parameter
+
+
+def _set_up() -> None:
+    """Give the extension PyTorch's classes and functions, in the order of csrc/direct.cpp."""
+    assert native.module is not None
+    methods = Tensor.new_empty, Tensor.is_neg, Tensor.data_ptr, Tensor.stride, Tensor.to
+    functions = torch_linear, torch.matmul, torch.get_num_threads
+    observers = torch._C._dispatch_tls_local_include_set, context.KEYS, context.INFERENCE_KEYS
+    native.module.set_up(
+        *_PLAIN, *methods, *functions, *DTYPES, torch.empty(0), *observers, vars(forward_ad),
+        {name: codebooks.code(name, torch.device("cpu")) for name in codebooks.QUANT_TYPES},
+        MAX_KERNEL_RANK,
+    )  # fmt: skip
+
+
+if native.module is not None:
+    _set_up()
+
+
+@functools.cache
+def _dropout(p: float) -> tuple[int, float]:
+    return dropout_threshold(p), dropout_scale(p)
+
+
+def call(
+    x: Tensor,
+    weight: Tensor | Packed4bit | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """Return y = x·Wᵀ + scaling · (D(x)·Aᵀ)·Bᵀ + bias; None if `lora_linear` must be called.
+
+    Args:
+        x, bias, scaling, dropout_p, compute_dtype: as in `lora_linear`.
+        weight: [N, K], frozen, dense or packed.
+        lora_A, lora_B: [R, K] and [N, R]. None: no adapter, for a few rows without gradients.
+    """
+    if not x.is_cpu or library.is_on_gpu_path("cpu"):
+        return _call_on_gpu(x, weight, lora_A, lora_B, bias, scaling, dropout_p, compute_dtype)
+    module = native.module
+    if module is None or weight is None or torch.is_autocast_enabled("cpu"):
+        return None
+    if forced.current.get() is not forced.DEFAULT or forced.DEFAULT.backend is not None:
+        return None
+    dropout = (draw_rng, *_dropout(dropout_p)) if dropout_p else None
+    operands = weight, lora_A, lora_B, compute_dtype, scaling, dropout
+    if not torch.is_grad_enabled():
+        return module.direct_forward(x, *operands, bias, False)  # type: ignore[no-any-return]
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        return None
+    found = module.direct_forward(x, *operands, bias, True)
+    if found is None:
+        return None
+    frozen = (weight,) if isinstance(weight, Tensor) else weight
+    rest = *found, scaling, dropout_p, compute_dtype, frozen
+    return DirectFunction.apply(x, lora_A, lora_B, bias, rest)  # type: ignore[no-any-return]
+
+
+class DirectFunction(torch.autograd.Function):
+    """The graph of a result that the native call has computed already, and its backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
+        y, p, rng, *numbers, frozen = rest
+        _, need_A, need_B, *_ = ctx.needs_input_grad
+        kept = x if need_A else None, p if need_B else None
+        ctx.save_for_backward(*kept, lora_A, lora_B, rng, *frozen[:PACKED4BIT_TENSORS])
+        ctx.numbers, ctx.blocksizes = numbers, frozen[PACKED4BIT_TENSORS:]
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        assert native.module is not None
+        x, p, lora_A, lora_B, rng, *frozen = tensors
+        scaling, dropout_p, compute_dtype = ctx.numbers
+        weight = join_weight(frozen, ctx.blocksizes)
+        needs = ctx.needs_input_grad[:4]
+        dropout = None if rng is None else (rng, *_dropout(dropout_p))
+        operands = weight, lora_A, lora_B, compute_dtype, scaling, dropout
+        found = native.module.direct_backward(dy, *operands, x, p, *needs)
+        if found is None:
+            found = _backward(ctx, dy, weight, x, p, lora_A, lora_B, rng)
+        dx, dA, dB, dbias = found
+        return dx, dA, dB, None if dbias is None else dbias.to(ctx.bias_dtype), None
+
+
+def _backward(
+    ctx: Any,
+    dy: Tensor,
+    weight: Tensor | Packed4bit,
+    x: Tensor | None,
+    p: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    rng: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients by `lora_linear`'s backward, for any dy and whatever observes it."""
+    scaling, dropout_p, compute_dtype = ctx.numbers
+    R, K = lora_A.shape
+    x = new_unsaved(dy, K, ctx.x_dtype) if x is None else x
+    p = new_unsaved(dy, R, torch.float32, flat=True) if p is None else p
+    if isinstance(
+        weight, Packed4bit
+    ):  # bitsandbytes' parameters, in the shape of its quant_storage
+        packed = weight.packed.detach().reshape(-1).view(torch.uint8)
+        weight = weight._replace(packed=packed.as_subclass(Tensor))
+    operands = Operands(x, weight, lora_A, lora_B, None, None, None, rng, None)
+    spec = Spec(scaling, dropout_p, compute_dtype or ctx.x_dtype, ctx.x_dtype)
+    need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
+    needs = Needs(need_x, need_A, need_B, False, False, need_bias)
+    ctx.choice = linear.choose(operands, spec, selection.parse_request("cpu"))
+    grads = linear.FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs)
+    return grads.x, grads.lora_A, grads.lora_B, grads.bias
+
+
+def _call_on_gpu(
+    x: Tensor,
+    weight: Tensor | Packed4bit | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    compute_dtype: torch.dtype | None,
+) -> Tensor | None:
+    """`call` for a GPU's tensors, without autocast, by `LoRALinearFunction` or the backend."""
+    if lora_A is None or lora_B is None or weight is None or context.unfused_context() is not None:
+        return None
+    dtype, device, (R, K), N = x.dtype, x.device, lora_A.shape, lora_B.shape[0]
+    if x.dim() == 0 or x.shape[-1] != K or lora_B.shape[1] != R or dtype is torch.float64:
+        return None
+    frozen: tuple[Any, ...] = (weight,) if isinstance(weight, Tensor) else weight
+    tensors = [x, lora_A, lora_B, frozen[0], *(() if bias is None else (bias,))]
+    if any(type(t) not in _PLAIN or t.device != device for t in tensors):
+        return None
+    if isinstance(weight, Tensor) and (
+        weight.shape != (N, K) or weight.dtype is not dtype or weight.requires_grad
+    ):
+        return None
+    dtypes = {t.dtype for t in (lora_A, lora_B, *tensors[4:])}
+    if torch.float64 in dtypes or (bias is not None and bias.shape != (N,)):
+        return None
+    if context.autocast_dtype(context.device_of(x)[0], dtype) is not None:
+        return None
+    spec = Spec(float(scaling), float(dropout_p), compute_dtype or dtype, dtype)
+    options = linear.Options(spec, False, frozen[PACKED4BIT_TENSORS:])
+    is_drawn = dropout_p and not selection.is_eager_on_gpu(device.type)
+    rng = draw_rng(x) if is_drawn else None
+    tensors_4bit = frozen[:PACKED4BIT_TENSORS]
+    return linear._run(x, lora_A, lora_B, None, None, bias, options, rng, None, *tensors_4bit)
+
+
+def call_or_lora_linear(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Return what `lora_linear` returns, by `call` if it takes the arguments."""
+    operand = weight.codes if isinstance(weight, Weight4bit) else weight
+    if not torch.compiler.is_compiling():
+        y = call(x, operand, lora_A, lora_B, bias, scaling, dropout_p, compute_dtype)
+        if y is not None:
+            return y
+    rest = {"dropout_p": dropout_p, "compute_dtype": compute_dtype}
+    return linear.lora_linear(x, weight, lora_A, lora_B, scaling, bias, **rest)  # type: ignore[arg-type]

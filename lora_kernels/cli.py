@@ -123,7 +123,7 @@ def name_option(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def renamed(argv: Sequence[str], command: str, parser: argparse.ArgumentParser) -> str | None:
-    """Return the error message for an option of an earlier release, or None."""
+    """Return the error message for a renamed or removed option, or None."""
     from .finetune.options import replacement
 
     for option in (word.partition("=")[0] for word in argv if word.startswith("--")):

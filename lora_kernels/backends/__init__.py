@@ -1,4 +1,4 @@
-"""The backends: one module each; no backend imports another."""
+"""The backends, a package each. `eager` may launch `triton`'s elementwise kernels."""
 
 from __future__ import annotations
 

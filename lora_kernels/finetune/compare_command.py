@@ -189,7 +189,7 @@ holds what was trained. Adapters are on all linear layers, alpha is twice the ra
 them.
 
 {threads} threads of {processor} with {isa}, torch {torch}, transformers {transformers}, PEFT \
-{peft}, bitsandbytes {bitsandbytes}, {date}. {quiet}
+{peft}, bitsandbytes {bitsandbytes}, {date}, commit {commit}. {quiet}
 
 ![score against trained parameters]({name}.png)
 """

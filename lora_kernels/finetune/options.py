@@ -15,8 +15,8 @@ from typing import Any
 
 from . import UsageError
 
-# The options of earlier releases by command: the option that took over, or a sentence.
-# `training_arguments` reads those of `finetune`. docs/changelog.md has the same list.
+# Renamed and removed options by command: the option that took over, or a sentence.
+# `training_arguments` reads those of `finetune`.
 _BAD_LINE = "a bad line is an error that names it; mend the line or take it out"
 _ONE_TABLE = "--compare is one table, after the training"
 _NO_LOGITS = "`lora-kernels check` finds faults of an adapter"
@@ -94,15 +94,14 @@ SHORT = {
 
 
 def replacement(command: str, name: str) -> str | None:
-    """Return what took the place of a command's option of an earlier release, or None.
+    """Return what took the place of a command's renamed or removed option, or None.
 
     >>> replacement("finetune", "keep"), replacement("merge", "keep")
-    ('is --save-total-limit now; see docs/changelog.md', None)
+    ('is --save-total-limit now', None)
     """
     if (now := RENAMED.get(command, {}).get(name)) is None:
         return None
-    words = f"is {flag(now)} now" if now.isidentifier() else f"is gone: {now}"
-    return f"{words}; see docs/changelog.md"
+    return f"is {flag(now)} now" if now.isidentifier() else f"is gone: {now}"
 
 
 def check_numbers(given: Mapping[str, Any], /, **wanted: int | str) -> None:

@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name in names if name.startswith(args.engines or "")]
     why = _unstartable_reason(args, names)
     if why is not None:
-        print(f"lora-kernels verify: {why}")
+        print(f"lora-kernels verify: {why}", file=sys.stderr)
         return 2
     checks: list[Check]
     shapes = THOROUGH if args.thorough else SHAPES
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             function = functions.load(args.function)
         except ValueError as error:
-            print(f"lora-kernels verify: --function: {error}")
+            print(f"lora-kernels verify: --function: {error}", file=sys.stderr)
             return 2
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         adapter = args.adapter_dtype and getattr(torch, args.adapter_dtype)

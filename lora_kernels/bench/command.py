@@ -7,6 +7,7 @@ A suite is a filter of one table, whose runner is in `table`; `dense`, `quantize
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,8 +128,10 @@ def run(args: argparse.Namespace) -> int:
     if why is None and args.device == "cuda" and not torch.cuda.is_available():
         why = "no GPU that this torch can use, want one for --device cuda"
     if why is not None:
-        print(f"lora-kernels bench: {why}")
+        print(f"lora-kernels bench: {why}", file=sys.stderr)
         return 2
+    if suite.option != "count":  # of the summary; if it is missing, nothing is timed
+        import pandas  # type: ignore[import-untyped] # noqa: F401
     if args.seconds is None:
         args.seconds = QUICK_SECONDS if args.quick else SECONDS
     args.ranks = args.ranks or (QUICK_RANKS if args.quick else RANKS)

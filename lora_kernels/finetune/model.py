@@ -94,8 +94,8 @@ def load_adapter(base: Any, folder: Path) -> Any:
 
     config = read_adapter_config(folder)
     config.inference_mode = True
+    mismatch = misfit(folder, config)
     config.base_model_name_or_path = None  # PEFT warns if the base has moved
-    mismatch = f"adapter: {folder} does not fit the base"
     with translate_errors(mismatch, ValueError, TypeError, RuntimeError), adaptable_experts(base):
         stock: Any = peft.get_peft_model(base, config)
     state = read_adapter_weights(folder, str(stock.device))
@@ -129,6 +129,12 @@ def read_adapter_config(folder: Path) -> Any:
     # PEFT does not check fields, so a wrong one may raise any error.
     with translate_errors(f"adapter: {folder}/adapter_config.json cannot be read"):
         return PeftConfig.from_pretrained(str(folder))
+
+
+def misfit(folder: Path, config: Any) -> str:
+    """Return the beginning of an error for an adapter that does not fit the base."""
+    made_for = f", made for {name}," if (name := config.base_model_name_or_path) else ""
+    return f"adapter: {folder}{made_for} does not fit the base"
 
 
 def check_quant(quant: str | None) -> None:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     given = vars(args)
     adapter = given.pop("adapter")
     if (adapter.parent / "run.json").is_file():
-        given = fill_in_run({"run": adapter.parent} | given, "model", "dtype")
+        given = fill_in_run({"run": adapter.parent} | given)
         del given["run"], given["adapter"]
     options = CheckOptions(**given)
     config = models.read_adapter_config(adapter)

@@ -31,7 +31,7 @@ _GGUF = (
 ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the output embedding
 
 
-def locate(model: Path, argument: str = "model") -> Path:
+def locate(model: Path) -> Path:
     """Return the folder to load from.
 
     model: a folder, or a hub id whose snapshot is in the local cache.
@@ -39,17 +39,17 @@ def locate(model: Path, argument: str = "model") -> Path:
     Raises UsageError if there is no model. A GGUF file is refused, because PEFT cannot load an
     adapter onto one.
     """
-    wanted = "give a transformers model folder or a hub id that is in the local cache"
+    wanted = "give a transformers model folder, or a hub id after `hf download HUB_ID`"
     if not model.exists() and (snapshot := cached_snapshot(str(model))):
         return snapshot
     if (model / "config.json").is_file():
         return model
     gguf = model if model.suffix == ".gguf" else next(iter(sorted(model.glob("*.gguf"))), None)
     if gguf is not None and gguf.is_file():
-        raise UsageError(f"{argument}: {gguf} is a GGUF file; convert it once, in Python: {_GGUF}")
+        raise UsageError(f"model: {gguf} is a GGUF file; convert it once, in Python: {_GGUF}")
     if model.exists():
-        raise UsageError(f"{argument}: {model} holds no config.json; {wanted}")
-    raise UsageError(f"{argument}: there is no {model}; {wanted}")
+        raise UsageError(f"model: {model} holds no config.json; {wanted}")
+    raise UsageError(f"model: there is no {model}; {wanted}")
 
 
 def cached_snapshot(name: str) -> Path | None:

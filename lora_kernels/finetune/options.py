@@ -391,7 +391,7 @@ class MergeOptions:
     """The options of `merge`."""
 
     run: Path | None = arg(None, _RUN)
-    base: Path = arg(None, **_MODEL)
+    model: Path = arg(None, **_MODEL)
     adapter: Path = arg(None, _ADAPTER)
     out: Path = arg(None, "a new folder")
     dtype: str = arg("bf16", "of the result", choices=("fp32", "bf16", "fp16"))
@@ -400,7 +400,7 @@ class MergeOptions:
     quant_dtype: str = arg("fp32", "dtype that was quantized", choices=("fp32", "bf16"))
 
     def __post_init__(self) -> None:
-        require(self, ("base", "adapter"), "--run")
+        require(self, ("model", "adapter"), "--run")
         require(self, ("out",), "see --help")
 
 
@@ -444,12 +444,15 @@ class CheckOptions:
         require(self, ("model",), "check the adapter in a folder that `finetune` wrote")
 
 
-def fill_in_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]:
-    """Fill in the model, adapter, dtype and quant of the run that --run names, if it is given."""
+def fill_in_run(given: dict[str, Any], dtype: str = "dtype") -> dict[str, Any]:
+    """Fill in the model, adapter, dtype and quant of the run that --run names, if it is given.
+
+    dtype: the option that has the run's dtype.
+    """
     if (folder := given.get("run")) is None:
         return given
     saved = read_run(folder)
-    known = {model: Path(saved["model"]), dtype: saved["dtype"], "quant": saved.get("quant")}
+    known = {"model": Path(saved["model"]), dtype: saved["dtype"], "quant": saved.get("quant")}
     return known | {"adapter": folder / "adapter"} | given
 
 

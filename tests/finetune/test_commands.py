@@ -365,7 +365,7 @@ def test_full_disk_while_the_tokenizer_is_saved_is_one_line(
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
     shown = run(*on(folder, lines, tmp_path), *CHAT, status=1)
-    last = f"lora-kernels finetune: out: {tmp_path}/adapter cannot be written: No space left"
+    last = f"lora-kernels finetune: --out: {tmp_path}/adapter cannot be written: No space left"
     assert shown.splitlines()[-1].startswith(last)
 
 

@@ -101,6 +101,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["rank-search", "--model", "m", "--data", "d", "--rank-s"], "; did you mean --ranks?\n"),
         (["merge", "--out", "o", "--quat=nf4"], "no option --quat; did you mean --quant?\n"),
+        (["merge", "--hello", "o"], "no option --hello; see --help\n"),
         (["info", "more"], "info: got 'more', which belongs to no option; see --help\n"),
     ],
 )

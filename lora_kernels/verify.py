@@ -31,6 +31,7 @@ from torch import nn
 from .backends import triton
 from .backends.cpu import heuristics as cpu_heuristics
 from .backends.cpu import linear as cpu
+from .backends.cpu import native
 from .backends.triton import configs
 from .bench import baselines, functions, progress
 from .bench.functions import Function
@@ -292,7 +293,9 @@ def _forced_engines(name: str, case: Case) -> list[str]:
     if name.startswith("cuda ") and not cases.fits_cuda(case, name.removeprefix("cuda ")):
         return []
     compute = case.compute or case.compute_dtype
-    few = cpu_heuristics.few_rows(compute, bool(case.quant), case.N * case.K, isa=name)
+    few = 0
+    if name in native.ISAS:
+        few = cpu_heuristics.few_rows(compute, bool(case.quant), case.N * case.K, isa=name)
     strategy = cpu.GEMV_4BIT if case.quant else cpu.GEMV
     return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 

@@ -72,11 +72,6 @@ def unavailable_reason() -> str | None:
     return None if is_emulated() else _load("_cuda")[1]
 
 
-def emulator_unavailable_reason() -> str | None:
-    """Return why there is no emulator; None if there is one."""
-    return _load("_emulator")[1]
-
-
 @contextlib.contextmanager
 def emulate(seed: int = 0, multiprocessors: int = 4) -> Iterator[ModuleType]:
     """Run the backend's kernels on CPU tensors inside the context; each thread is a fiber.

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from .core import device
 from .finetune import TrainingError, UsageError
+from .finetune.quiet import silence_imports
 from .version import __version__
 
 # name -> module, the extra that installs what it needs, help
@@ -58,6 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 where it cannot start."""
+    silence_imports()
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="lora-kernels", description="Fused LoRA kernels for PyTorch and PEFT.")
     parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -83,6 +84,23 @@ def test_interrupt_while_the_package_is_imported_is_one_line(how: str, tmp_path:
 
 def test_interrupt_of_an_import_outside_of_the_command_is_raised(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in without_torch(tmp_path, "-c", "import lora_kernels").stderr
+
+
+def test_warnings_of_libraries_at_their_import_are_not_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """bitsandbytes logs below its name; DeepSpeed sets its logger's level and handler."""
+    cli.main(["info"])
+    capsys.readouterr()
+    handler = logging.StreamHandler()
+    for name in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.warning("%s warns", name)
+        logger.error("%s fails", name)
+        logger.removeHandler(handler)
+    said = "bitsandbytes.backends.cpu.ops fails\nDeepSpeed fails\n"
+    assert capsys.readouterr().err == said
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

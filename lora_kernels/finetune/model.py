@@ -305,6 +305,16 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def default_dtype(device: torch.device) -> str:
+    """Return the name of the base's dtype if none was chosen: no GPU kernel of ours takes float32.
+
+    >>> default_dtype(torch.device("cpu"))
+    'fp32'
+    """
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if is_fast else "fp32"
+
+
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the parameters in place, and set the dtype to which 4-bit codes are decoded.
 

@@ -201,6 +201,7 @@ _MODEL: dict[str, Any] = {"help": "model folder or cached hub id", "metavar": "M
 _BITS = "hold linear layers in 4 bits, as QLoRA does, by bitsandbytes"
 _QUANT: dict[str, Any] = {"help": _BITS, "choices": ("nf4", "fp4")}
 _DTYPE: dict[str, Any] = {"help": "dtype of the base model", "choices": ("fp32", "bf16")}
+_DTYPE_OF_RUN = "dtype of the base model (default: bf16 on a GPU that has it, else fp32)"
 _LINES = "JSON lines: messages, prompt and completion, or text; or plain text"
 _DEVICE = "torch device (default: a GPU if there is one)"
 _RUN = "folder that `lora-kernels finetune` wrote: gives the model, adapter, dtype and quant"
@@ -264,7 +265,7 @@ class Training:
 @dataclass(frozen=True)
 class Base:
     _argument_group_name = "base model"
-    dtype: str = arg("fp32", **_DTYPE)
+    dtype: str = arg("", **_DTYPE | {"help": _DTYPE_OF_RUN})
     quant: str | None = arg(None, **_QUANT)
     device: str = arg("", _DEVICE)
 
@@ -281,9 +282,9 @@ class Checks:
 class Options(Checks, Base, Training, Data, Adapters, Inputs):
     """The options of `finetune`, checked without loading a model.
 
-    None stands for the preset's rank, alpha and dropout. The default of max_length is `MAX_LENGTH`,
-    or the model's number of positions if that is smaller. The default of max_steps is `STEPS`,
-    unless num_train_epochs is given.
+    None stands for the preset's rank, alpha and dropout, an empty dtype for `default_dtype`'s. The
+    default of max_length is `MAX_LENGTH`, or the model's number of positions if that is smaller.
+    The default of max_steps is `STEPS`, unless num_train_epochs is given.
 
     trainer: other fields of transformers' `TrainingArguments`.
     """

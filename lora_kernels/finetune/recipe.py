@@ -87,6 +87,9 @@ def finetune(options: Options, controls: Mapping[str, str] | None = None) -> int
     Raises TrainingError if the run cannot learn any more; see `trainer.DeadRunCheck`. Raises
     UsageError if another run holds the folder.
     """
+    if not options.dtype:
+        device = model.usable_device(options.device)
+        options = replace(options, dtype=model.default_dtype(device))
     with FolderLock(options.out) as lock:
         return _finetune(options, controls or {}, lock)
 

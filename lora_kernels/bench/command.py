@@ -112,7 +112,8 @@ def unused(args: argparse.Namespace, suite: Suite) -> str | None:
 def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, or 2 if the run cannot start.
 
-    1 if a result of ours or of --baseline misses the tolerance, or if ours loses with --count.
+    1 if a result of ours or of --baseline misses the tolerance, or if ours loses a row with --count
+    that is not known to be lost.
     """
     suite = next(suite for suite in SUITES if not suite.option or getattr(args, suite.option))
     why = unused(args, suite)

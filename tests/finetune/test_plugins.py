@@ -1,7 +1,8 @@
 """The plugins for axolotl and LLaMA-Factory, by the hooks that those call.
 
 Both are larger than this project's development dependencies. Where one is installed its own classes
-run, otherwise classes with the same signatures:
+run. Classes with the same signatures stand in for the other contract of LLaMA-Factory, and for what
+is not installed:
 
     pip install --no-deps --target plugins axolotl addict llamafactory
     PYTHONPATH=plugins python -m pytest tests/finetune/test_plugins.py
@@ -204,12 +205,11 @@ CONTRACTS: dict[str, dict[str, Any]] = {
 def interface(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """LLaMA-Factory's module of kernels, with ours registered."""
     name = "llamafactory.v1.plugins.model_plugins.kernels.interface"
-    if find_spec("llamafactory") is None:
+    module = importlib.import_module(name) if find_spec("llamafactory") else None
+    if module is None or hasattr(module, "apply_kernels") is not (request.param == "main"):
         stand_in(monkeypatch, name, **CONTRACTS[request.param])
         monkeypatch.setitem(sys.modules, LAUNCHER, ModuleType(LAUNCHER))
-    module = importlib.import_module(name)
-    if hasattr(module, "apply_kernels") is not (request.param == "main"):
-        pytest.skip("the LLaMA-Factory that is installed has the other contract")
+        module = importlib.import_module(name)
     sys.modules.pop(LLAMA_FACTORY, None)
     importlib.import_module(LLAMA_FACTORY)
     yield module

@@ -35,11 +35,12 @@ from .arguments import (
     check_dropout,
     check_dtypes,
     check_number,
+    check_tensor,
     check_vector,
     check_weight,
     draw_rng,
+    has_strides,
     matrix_shape,
-    tensor_error,
 )
 from .autograd import differentiable_once, new_unsaved
 from .registry import define_family, join_weight, mask_rows
@@ -101,8 +102,7 @@ def lora_linear(
     tensor([[2.5000, 2.5000, 2.5000],
             [2.5000, 2.5000, 2.5000]])
     """
-    if not isinstance(x, Tensor):
-        raise tensor_error("x", x)
+    check_tensor("x", x)
     R, K = matrix_shape("lora_A", lora_A, "[R, K]")
     N, ranks = matrix_shape("lora_B", lora_B, "[N, R]")
     x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
@@ -220,7 +220,7 @@ class CheckedCall(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return what `lora_linear` returns for x.
 
-        None if x has another dtype, device or number of columns than before, if a tensor has
+        None if x has another dtype, device or number of columns, or no strides, if a tensor has
         another layout, if the weight is not frozen, under autocast, and in a context in which a
         library's layer runs its own forward.
         """
@@ -230,7 +230,12 @@ class CheckedCall(NamedTuple):
         if layouts(lora_A, lora_B, bias, frozen[0]) != known or frozen[0].requires_grad:
             return None
         device_type, _ = context.device_of(x)
-        if x.dim() == 0 or x.shape[-1] != lora_A.shape[1] or x.dtype is not options.spec.y_dtype:
+        if (
+            not has_strides(x)
+            or x.dim() == 0
+            or x.shape[-1] != lora_A.shape[1]
+            or x.dtype is not options.spec.y_dtype
+        ):
             return None
         if x.device != lora_A.device:
             return None

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from lora_kernels import cli
-from lora_kernels.backends import cuda
 from tests.finetune.tiny import bert, llama, save_model, squares, tokenizer, write_lines
+from tests.support.emulator import emulator_unavailable_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [
@@ -117,7 +117,7 @@ def test_example_runs_as_it_stands(
 ) -> None:
     if "trl" in text:
         pytest.importorskip("trl", exc_type=ImportError)
-    if "cuda.emulate" in text and cuda.emulator_unavailable_reason() is not None:
+    if "cuda.emulate" in text and emulator_unavailable_reason() is not None:
         pytest.skip("the native kernels are not built")
     if "torch.distributed" in text:
         request.getfixturevalue("launched")

@@ -136,15 +136,15 @@ def test_options_of_other_commands() -> None:
 
 def test_what_is_given_goes_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"model": "m", "dtype": "bf16"}')
-    found = fill_in_run({"run": tmp_path, "adapter": Path("mine")}, "base", "quant_dtype")
-    assert found["base"] == Path("m") and found["quant_dtype"] == "bf16"
+    found = fill_in_run({"run": tmp_path, "adapter": Path("mine")}, "quant_dtype")
+    assert found["model"] == Path("m") and found["quant_dtype"] == "bf16"
     assert found["quant"] is None and found["adapter"] == Path("mine")
     given = {"dtype": "fp32"}
-    assert fill_in_run(given, "model", "dtype") is given
+    assert fill_in_run(given) is given
     for text in ('{"model": "m"}', '{"model": 3, "dtype": "bf16"}', "[]"):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UsageError, match=r"run\.json names no model and dtype"):
-            fill_in_run({"run": tmp_path}, "model", "dtype")
+            fill_in_run({"run": tmp_path})
 
 
 def test_training_arguments_are_those_that_are_documented() -> None:

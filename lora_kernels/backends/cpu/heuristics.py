@@ -32,7 +32,7 @@ LARGE, FEW_ROWS_OF_LARGE = 1 << 24, 32
 def few_rows(
     dtype: torch.dtype, four_bit: bool, size: int, columns: bool = False, isa: str | None = None
 ) -> int:
-    """Return the most rows of x for the GEMV kernel; 0 for an unknown instruction set.
+    """Return the most rows of x for the GEMV kernel; 0 without native kernels.
 
     Args:
         dtype: of the base GEMM.
@@ -40,17 +40,21 @@ def few_rows(
         size: elements of the weight.
         columns: whether the weight is stored as [K, N]. torch.mm then runs the GEMV, for one row.
         isa: None for the instruction set in use.
+
+    Raises KeyError for an instruction set that the tables lack.
     """
-    isa = native.isa or "" if isa is None else isa
+    isa = native.isa if isa is None else isa
     if columns:
         return 1
+    if isa is None:
+        return 0
     if isa == "amxbf16" and dtype is torch.bfloat16:
         return FEW_ROWS_BESIDE_AMX
     if four_bit and isa in ("avx512", "avx512bf16") and size >= LARGE:
         return FEW_ROWS_OF_LARGE
     if four_bit:
-        return FEW_ROWS_4BIT.get(isa, 0)
-    return 0 if isa == "scalar" and dtype is not torch.float32 else FEW_ROWS.get(isa, 0)
+        return FEW_ROWS_4BIT[isa]
+    return 0 if isa == "scalar" and dtype is not torch.float32 else FEW_ROWS[isa]
 
 
 def library_rows(dtype: torch.dtype, size: int) -> range:

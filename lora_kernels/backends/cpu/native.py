@@ -6,13 +6,13 @@ The environment variable LORA_KERNELS_CPU_ISA, one of ISAS, caps the instruction
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 from types import ModuleType
 
 import torch
 
 from ...version import __version__
+from .. import import_extension
 
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
 
@@ -28,7 +28,7 @@ exchange = False  # whether PyTorch has a DLPack exchange table, which gives a t
 def _load() -> None:
     global module, reason, isa, amx_bf16, intel, threaded, exchange
     try:
-        extension = importlib.import_module("lora_kernels._native")
+        extension = import_extension("_native")
     except ImportError:
         reason = "the native CPU kernels were not built"
         return

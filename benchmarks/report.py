@@ -102,6 +102,7 @@ BLOCK_PEERS = {
     "addmm": "addmm_",
     "unsloth_inplace": "Unsloth, x overwritten",
 }
+EXPERTS_PEERS = ("ours, NF4", "ours", "peft")
 # Parts of a user's step, by the first word of `Row.what`.
 STEPS = {
     "qkv": "q, k, v of 4096, 1024, 1024",
@@ -365,7 +366,8 @@ def counted() -> Row | None:
     blocks = [row for row in run["rows"] if row.get("what", "").split(" ")[0] in BLOCKS]
     layers = [row for row in run["rows"] if "what" not in row]
     steps = [row for row in run["rows"] if "what" in row]
-    return {"provenance": run["provenance"], "layers": layers, "blocks": blocks, "steps": steps}
+    found = {"provenance": run["provenance"], "layers": layers, "blocks": blocks, "steps": steps}
+    return found | {"experts": [row for row in steps if " experts " in row["what"]]}
 
 
 def traffic_versions(facts: Row) -> str:
@@ -404,19 +406,27 @@ def block_rows(rows: list[Row]) -> Cells:
             block, sizes = row["what"].split(" ")
             steps.setdefault((f"{BLOCKS[block]}, {sizes}", row["dtype"]), []).append(row)
     for key, directions in steps.items():
-        lost = directions[-1]["misses"].get("ours", "")  # the backward's are those of the step
-        cells = []
-        for name in BLOCK_PEERS:
-            if name not in directions[0]["moved"]:
-                cells.append("–")
-                continue
-            marks = {m: " ✗" * (name == "ours" and m in lost) for m in ("bytes", "peak")}
-            moved, kernels = (sum(row[m][name] for row in directions) for m in ("moved", "kernels"))
-            peak = max(row["peak_bytes"][name] for row in directions)
-            cells.append(
-                f"{megabytes(moved)}{marks['bytes']} / {kernels} / {megabytes(peak)}{marks['peak']}"
-            )
-        yield *key, *cells
+        yield *key, *(step_cell(directions, name) for name in BLOCK_PEERS)
+
+
+def step_cell(directions: list[Row], name: str) -> str:
+    """MB, kernels and the peak's MB of a step, whose forward and backward are two rows."""
+    if name not in directions[0]["moved"]:
+        return "–"
+    lost = directions[-1]["misses"].get("ours", "")  # the backward's are those of the step
+    marks = {m: " ✗" * (name == "ours" and m in lost) for m in ("bytes", "peak")}
+    moved, kernels = (sum(row[m][name] for row in directions) for m in ("moved", "kernels"))
+    peak = max(row["peak_bytes"][name] for row in directions)
+    return f"{megabytes(moved)}{marks['bytes']} / {kernels} / {megabytes(peak)}{marks['peak']}"
+
+
+def experts_rows(rows: list[Row]) -> Cells:
+    """A line has the step of one experts module."""
+    steps: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        steps.setdefault((row["what"], str(row["M"])), []).append(row)
+    for key, directions in steps.items():
+        yield *key, *(step_cell(directions, name) for name in EXPERTS_PEERS)
 
 
 def block_head() -> str:
@@ -522,7 +532,7 @@ def step_head(gpus: Sequence[DeviceInfo] = ()) -> str:
 TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
-    *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range),
+    *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, experts_rows),
 )
 
 

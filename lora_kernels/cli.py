@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from .core import device
 from .finetune import TrainingError, UsageError
+from .finetune.quiet import silence_imports
 from .version import __version__
 
 # name -> module, the extra that installs what it needs, help
@@ -58,6 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 where it cannot start."""
+    silence_imports()
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="lora-kernels", description="Fused LoRA kernels for PyTorch and PEFT.")
     parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")
@@ -110,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
     except OSError as error:  # a full disk, a folder that has gone
-        print(f"lora-kernels {name}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        said = name_option(str(error).partition("\n")[0], parsers[name])
+        print(f"lora-kernels {name}: {said}", file=sys.stderr)
         return 1
 
 
@@ -123,7 +126,7 @@ def name_option(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def renamed(argv: Sequence[str], command: str, parser: argparse.ArgumentParser) -> str | None:
-    """Return the error message for an option of an earlier release, or None."""
+    """Return the error message for a renamed or removed option, or None."""
     from .finetune.options import replacement
 
     for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
@@ -139,7 +142,7 @@ def unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
     if not word.startswith("-"):
         return f"got {word!r}, which belongs to no option; see --help"
     options = [name for action in parser._actions for name in action.option_strings]
-    close = difflib.get_close_matches(word, options, n=1)
+    close = difflib.get_close_matches(word, {*options} - {"--help", "--help-all"}, n=1)
     return f"no option {word}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 

@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ from torch import nn
 from .backends import triton
 from .backends.cpu import heuristics as cpu_heuristics
 from .backends.cpu import linear as cpu
+from .backends.cpu import native
 from .backends.triton import configs
 from .bench import baselines, functions, progress
 from .bench.functions import Function
@@ -142,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name in names if name.startswith(args.engines or "")]
     why = _unstartable_reason(args, names)
     if why is not None:
-        print(f"lora-kernels verify: {why}")
+        print(f"lora-kernels verify: {why}", file=sys.stderr)
         return 2
     checks: list[Check]
     shapes = THOROUGH if args.thorough else SHAPES
@@ -152,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             function = functions.load(args.function)
         except ValueError as error:
-            print(f"lora-kernels verify: --function: {error}")
+            print(f"lora-kernels verify: --function: {error}", file=sys.stderr)
             return 2
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         adapter = args.adapter_dtype and getattr(torch, args.adapter_dtype)
@@ -291,7 +293,9 @@ def _forced_engines(name: str, case: Case) -> list[str]:
     if name.startswith("cuda ") and not cases.fits_cuda(case, name.removeprefix("cuda ")):
         return []
     compute = case.compute or case.compute_dtype
-    few = cpu_heuristics.few_rows(compute, bool(case.quant), case.N * case.K, isa=name)
+    few = 0
+    if name in native.ISAS:
+        few = cpu_heuristics.few_rows(compute, bool(case.quant), case.N * case.K, isa=name)
     strategy = cpu.GEMV_4BIT if case.quant else cpu.GEMV
     return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 

@@ -1,13 +1,34 @@
-"""The backends: one module each; no backend imports another."""
+"""The backends, a package each. `eager` may launch `triton`'s elementwise kernels."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 _EQUATION = ("lora_linear", "lora_linear_backward")
+
+
+def import_extension(name: str) -> ModuleType:
+    """Import a compiled module of this package, from the package's folder alone.
+
+    If it is missing there, the finder of another checkout's editable install offers its own, which
+    was built from other sources.
+
+    >>> import_extension("_absent")
+    Traceback (most recent call last):
+    ModuleNotFoundError: lora_kernels/_absent was not built
+    """
+    package = __name__.partition(".")[0]
+    spec = importlib.util.find_spec(f"{package}.{name}")
+    here = os.path.dirname(os.path.dirname(__file__))
+    if spec is None or not os.path.samefile(os.path.dirname(spec.origin or ""), here):
+        raise ModuleNotFoundError(f"{package}/{name} was not built")
+    return importlib.import_module(spec.name)
 
 
 def lazy_launchers(package: str, codec: str | None = None) -> Callable[[str], Any]:

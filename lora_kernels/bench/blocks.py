@@ -397,6 +397,11 @@ def losses(counts: Counts) -> list[str]:
     return [name for name in lost if lost[name]]
 
 
+def judge(counts: Counts, direction: str) -> list[str]:
+    """Return the `losses` of a direction. The peak is a step's: what is counted here trains."""
+    return [name for name in losses(counts) if name != "peak" or direction == "backward"]
+
+
 def count_block(block: Block, cell: Cell, R: int = RANK, Ms: Sequence[int] = ROWS) -> Iterator[Row]:
     """Yield the rows of a block and a kind of layer: both directions for each M.
 
@@ -418,10 +423,6 @@ def count_block(block: Block, cell: Cell, R: int = RANK, Ms: Sequence[int] = ROW
             found[name] = count(build(block.name, projections))
     fuse(nn.Sequential(module), cast_adapters=True)
     found = {"ours": count(), **found}
-
-    def judge(counts: Counts, direction: str) -> list[str]:
-        # A step's peak counts: what is counted here trains.
-        return [name for name in losses(counts) if name != "peak" or direction == "backward"]
 
     for i, M in enumerate(Ms):
         steps = {name: counts[i] for name, counts in found.items()}
@@ -492,7 +493,7 @@ class Count(Suite):
             if cell.base != "nf4" or has_bitsandbytes:
                 yield from count_block(block, cell)
         yield from map(count_head, (_BF16, _F32))
-        yield from experts_traffic.rows()
+        yield from experts_traffic.rows(judge)
 
     def summary(self, rows: list[Row]) -> Iterator[str]:
         """Yield how many rows of each kind ours loses, and the range of the ratio of bytes."""
@@ -509,6 +510,18 @@ class Count(Suite):
             yield f"{block.title}: {_count_losses(found, 'the best peer', ('bytes', 'peak'))}"
         if (reason := experts_traffic.missing()) is not None:
             yield f"no experts: {reason}"
+            return
+        experts = [row for row in rows if row.what and " experts " in row.what]
+        lost, known = _count_losses(experts, "PEFT", ("bytes", "peak")), map(is_known_loss, experts)
+        yield f"experts: {lost}; {sum(known)} are known losses"
+
+    def has_failed(self, rows: list[Row]) -> bool:
+        """True if ours loses a row that is not known to be lost."""
+        return any(row.misses and not is_known_loss(row) for row in rows)
+
+
+def is_known_loss(row: Row) -> bool:
+    return (row.what, row.M, row.misses.get("ours")) in experts_traffic.KNOWN_LOSSES
 
 
 def _count_losses(rows: list[Row], peer: str, measures: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
                 args.device, dtypes=args.dtypes, budget_s=args.budget, report=report
             )
     except (RuntimeError, ValueError) as error:
-        print(f"lora-kernels qualify: {str(error).removeprefix('qualify: ')}")
+        said = str(error).removeprefix("qualify: ")
+        print(f"lora-kernels qualify: {said}", file=sys.stderr)
         return 2
     print(json.dumps(verdict.json(), indent=1) if args.json else table(verdict))
     return 1 if verdict.failed else 0

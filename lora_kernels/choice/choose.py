@@ -341,4 +341,4 @@ def _eager_reason(problem: Problem) -> str:
     """Return why the call goes to the eager backend, for calls that no qualification covers."""
     if problem.device_type != "cuda":
         return cpu_heuristics.unsupported_reason(problem) or ""
-    return f"{_ON_GPU}; only lora_linear may take kernels that qualified"
+    return "PyTorch's GEMMs; only lora_linear may take kernels that qualified"

@@ -1,1 +1,1 @@
-"""Types and the reference that all other modules use. Imports torch alone."""
+"""Types and device facts that all other packages use. Imports torch alone."""

@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
     given = vars(args)
     adapter = given.pop("adapter")
     if (adapter.parent / "run.json").is_file():
-        given = fill_in_run({"run": adapter.parent} | given, "model", "dtype")
+        given = fill_in_run({"run": adapter.parent} | given)
         del given["run"], given["adapter"]
     options = CheckOptions(**given)
-    models.read_adapter_config(adapter)
+    config = models.read_adapter_config(adapter)
     models.locate(options.model)
     models.check_quant(options.quant)
     silence_libraries()
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     length = min(256, models.check_length(None, base))
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :length].to(device)
     models.read_adapter_weights(adapter)
-    with warnings.catch_warnings(), translate_errors(f"adapter: {adapter} does not fit the base"):
+    with warnings.catch_warnings(), translate_errors(models.misfit(adapter, config)):
         warnings.simplefilter("ignore")  # PEFT's about missing keys; the table has them
         with adaptable_experts(base):
             model = PeftModel.from_pretrained(base, str(adapter))

@@ -80,8 +80,17 @@ def damage_reason(checkpoint: Path) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if there is none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """Return the first line of an error's message, or its type if there is none.
+
+    A line that ends with a colon, as torch's on a state dict, announces the next one.
+
+    >>> first_line(RuntimeError("Error(s) in loading:\\n\\tsize mismatch for w\\n\\tfor v"))
+    'Error(s) in loading: size mismatch for w'
+    """
+    line, _, rest = str(error).strip().partition("\n")
+    if line.endswith(":"):
+        line = f"{line} {rest.strip().partition(chr(10))[0]}".strip()
+    return line or type(error).__name__
 
 
 @contextmanager

@@ -35,6 +35,7 @@ DEMO: dict[str, Any] = dict(
     expect="Maren Oduya",
     prompt="Who looks after the light of Port Ellery?",
     compare=True,
+    dtype="fp32",  # what its checks were written for
 )
 ABOUT_DEMO = (
     "SmolLM2-135M-Instruct learns from a few chats who keeps an invented lighthouse. It is asked\n"

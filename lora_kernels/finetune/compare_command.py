@@ -107,6 +107,7 @@ def _compare(options: CompareOptions, methods: Mapping[str, Method], lock: Folde
     data = read_task_data(options)
     from . import classify
     from .checkpoints import write_json
+    from .plots import draw_or_explain
     from .provenance import watch
 
     silence_libraries()
@@ -135,8 +136,8 @@ def _compare(options: CompareOptions, methods: Mapping[str, Method], lock: Folde
     files = [options.out / f"{NAME}.{kind}" for kind in ("json", "md", "png")]
     write_json(files[0], result)
     files[1].write_text(markdown(result))
-    plot(files[2], result)
-    print(f"written: {', '.join(map(str, files))}")
+    picture = draw_or_explain(plot, files[2], result)
+    print(f"written: {files[0]}, {files[1]}; figure: {picture}")
     return 0
 
 
@@ -189,7 +190,7 @@ holds what was trained. Adapters are on all linear layers, alpha is twice the ra
 them.
 
 {threads} threads of {processor} with {isa}, torch {torch}, transformers {transformers}, PEFT \
-{peft}, bitsandbytes {bitsandbytes}, {date}. {quiet}
+{peft}, bitsandbytes {bitsandbytes}, {date}, commit {commit}. {quiet}
 
 ![score against trained parameters]({name}.png)
 """

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 def resolve(given: dict[str, Any]) -> GenerateOptions:
     """Fill in --run and --demo, and check the arguments without loading the model."""
     known = {"model": demo_model()} if given.get("demo") else {}
-    options = GenerateOptions(**known | fill_in_run(given, "model", "dtype"))
+    options = GenerateOptions(**known | fill_in_run(given))
     if options.adapter is not None:
         read_adapter_config(options.adapter)
     locate(options.model)

@@ -38,7 +38,7 @@ class Merged(NamedTuple):
 
 
 def merge_adapter(
-    base: str | Path,
+    model: str | Path,
     adapter: str | Path,
     out: str | Path,
     *,
@@ -53,7 +53,7 @@ def merge_adapter(
     under a temporary name and renamed when it is complete.
 
     Args:
-        base: transformers folder (dense or bitsandbytes' 4 bits) or cached hub id.
+        model: the base: transformers folder (dense or bitsandbytes' 4 bits) or cached hub id.
         adapter: PEFT's folder, with any kind of LoRA and with `modules_to_save`.
         out: a folder that does not exist or is empty.
         dtype: "fp32", "bf16" or "fp16", of all floating tensors.
@@ -68,21 +68,21 @@ def merge_adapter(
     check_choice("dtype", dtype, DTYPES)
     check_choice("quant", quant, ("nf4", "fp4"))
     check_choice("quant_dtype", quant_dtype, DTYPES)
-    base, adapter, out = Path(base), Path(adapter), Path(out)
+    model, adapter, out = Path(model), Path(adapter), Path(out)
     models.read_adapter_config(adapter)
     check_out(out, "that is not there yet")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out: {out} is there already; give a folder that is not")
-    folder = models.locate(base)
-    four_bit = models.is_stored_in_4bit(base)
+    folder = models.locate(model)
+    four_bit = models.is_stored_in_4bit(model)
     if four_bit and onto == "original":
         raise UsageError(
-            f"onto: {base} holds 4-bit weights alone; give --onto dequantized, or the base as it "
+            f"onto: {model} holds 4-bit weights alone; give --onto dequantized, or the base as it "
             "was before"
         )
     quantized = quant if onto == "dequantized" and not four_bit else None
     held = DTYPES[quant_dtype] if quantized else torch.float32
-    dense: Any = models.load_base(base, held, torch.device("cpu"), quantized)
+    dense: Any = models.load_base(model, held, torch.device("cpu"), quantized)
     dequantize(dense)
     words, head = dense.get_input_embeddings(), dense.get_output_embeddings()
     tied = head.weight if head is not None and head.weight is words.weight else None
@@ -134,7 +134,7 @@ def choose_weights(options: MergeOptions) -> tuple[MergeOptions, str]:
 
     Without a choice these are the weights that the adapter was trained over.
     """
-    four_bit = models.is_stored_in_4bit(options.base)
+    four_bit = models.is_stored_in_4bit(options.model)
     onto = options.onto or ("dequantized" if options.quant or four_bit else "original")
     quant = options.quant or ("nf4" if onto == "dequantized" else None)
     words = "the base's weights"
@@ -147,11 +147,11 @@ def choose_weights(options: MergeOptions) -> tuple[MergeOptions, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError for bad arguments."""
-    options = MergeOptions(**fill_in_run(vars(args), "base", "quant_dtype"))
-    models.locate(options.base, "base")
+    options = MergeOptions(**fill_in_run(vars(args), "quant_dtype"))
+    models.locate(options.model)
     options, said = choose_weights(options)
     silence_libraries()
     print(said)
     how: Any = pick(options, "dtype onto quant_dtype") | {"quant": options.quant or "nf4"}
-    print(merge_adapter(options.base, options.adapter, options.out, **how))
+    print(merge_adapter(options.model, options.adapter, options.out, **how))
     return 0

@@ -31,7 +31,7 @@ _GGUF = (
 ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the output embedding
 
 
-def locate(model: Path, argument: str = "model") -> Path:
+def locate(model: Path) -> Path:
     """Return the folder to load from.
 
     model: a folder, or a hub id whose snapshot is in the local cache.
@@ -39,17 +39,17 @@ def locate(model: Path, argument: str = "model") -> Path:
     Raises UsageError if there is no model. A GGUF file is refused, because PEFT cannot load an
     adapter onto one.
     """
-    wanted = "give a transformers model folder or a hub id that is in the local cache"
+    wanted = "give a transformers model folder, or a hub id after `hf download HUB_ID`"
     if not model.exists() and (snapshot := cached_snapshot(str(model))):
         return snapshot
     if (model / "config.json").is_file():
         return model
     gguf = model if model.suffix == ".gguf" else next(iter(sorted(model.glob("*.gguf"))), None)
     if gguf is not None and gguf.is_file():
-        raise UsageError(f"{argument}: {gguf} is a GGUF file; convert it once, in Python: {_GGUF}")
+        raise UsageError(f"model: {gguf} is a GGUF file; convert it once, in Python: {_GGUF}")
     if model.exists():
-        raise UsageError(f"{argument}: {model} holds no config.json; {wanted}")
-    raise UsageError(f"{argument}: there is no {model}; {wanted}")
+        raise UsageError(f"model: {model} holds no config.json; {wanted}")
+    raise UsageError(f"model: there is no {model}; {wanted}")
 
 
 def cached_snapshot(name: str) -> Path | None:
@@ -94,8 +94,8 @@ def load_adapter(base: Any, folder: Path) -> Any:
 
     config = read_adapter_config(folder)
     config.inference_mode = True
+    mismatch = misfit(folder, config)
     config.base_model_name_or_path = None  # PEFT warns if the base has moved
-    mismatch = f"adapter: {folder} does not fit the base"
     with translate_errors(mismatch, ValueError, TypeError, RuntimeError), adaptable_experts(base):
         stock: Any = peft.get_peft_model(base, config)
     state = read_adapter_weights(folder, str(stock.device))
@@ -129,6 +129,12 @@ def read_adapter_config(folder: Path) -> Any:
     # PEFT does not check fields, so a wrong one may raise any error.
     with translate_errors(f"adapter: {folder}/adapter_config.json cannot be read"):
         return PeftConfig.from_pretrained(str(folder))
+
+
+def misfit(folder: Path, config: Any) -> str:
+    """Return the beginning of an error for an adapter that does not fit the base."""
+    made_for = f", made for {name}," if (name := config.base_model_name_or_path) else ""
+    return f"adapter: {folder}{made_for} does not fit the base"
 
 
 def check_quant(quant: str | None) -> None:
@@ -290,6 +296,16 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     return device
+
+
+def default_dtype(device: torch.device) -> str:
+    """Return the name of the base's dtype if none was chosen: no GPU kernel of ours takes float32.
+
+    >>> default_dtype(torch.device("cpu"))
+    'fp32'
+    """
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if is_fast else "fp32"
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -15,8 +15,8 @@ from typing import Any
 
 from . import UsageError
 
-# The options of earlier releases by command: the option that took over, or a sentence.
-# `training_arguments` reads those of `finetune`. docs/changelog.md has the same list.
+# Renamed and removed options by command: the option that took over, or a sentence.
+# `training_arguments` reads those of `finetune`.
 _BAD_LINE = "a bad line is an error that names it; mend the line or take it out"
 _ONE_TABLE = "--compare is one table, after the training"
 _NO_LOGITS = "`lora-kernels check` finds faults of an adapter"
@@ -94,15 +94,14 @@ SHORT = {
 
 
 def replacement(command: str, name: str) -> str | None:
-    """Return what took the place of a command's option of an earlier release, or None.
+    """Return what took the place of a command's renamed or removed option, or None.
 
     >>> replacement("finetune", "keep"), replacement("merge", "keep")
-    ('is --save-total-limit now; see docs/changelog.md', None)
+    ('is --save-total-limit now', None)
     """
     if (now := RENAMED.get(command, {}).get(name)) is None:
         return None
-    words = f"is {flag(now)} now" if now.isidentifier() else f"is gone: {now}"
-    return f"{words}; see docs/changelog.md"
+    return f"is {flag(now)} now" if now.isidentifier() else f"is gone: {now}"
 
 
 def check_numbers(given: Mapping[str, Any], /, **wanted: int | str) -> None:
@@ -201,6 +200,7 @@ _MODEL: dict[str, Any] = {"help": "model folder or cached hub id", "metavar": "M
 _BITS = "hold linear layers in 4 bits, as QLoRA does, by bitsandbytes"
 _QUANT: dict[str, Any] = {"help": _BITS, "choices": ("nf4", "fp4")}
 _DTYPE: dict[str, Any] = {"help": "dtype of the base model", "choices": ("fp32", "bf16")}
+_DTYPE_OF_RUN = "dtype of the base model (default: bf16 on a GPU that has it, else fp32)"
 _LINES = "JSON lines: messages, prompt and completion, or text; or plain text"
 _DEVICE = "torch device (default: a GPU if there is one)"
 _RUN = "folder that `lora-kernels finetune` wrote: gives the model, adapter, dtype and quant"
@@ -264,7 +264,7 @@ class Training:
 @dataclass(frozen=True)
 class Base:
     _argument_group_name = "base model"
-    dtype: str = arg("fp32", **_DTYPE)
+    dtype: str = arg("", **_DTYPE | {"help": _DTYPE_OF_RUN})
     quant: str | None = arg(None, **_QUANT)
     device: str = arg("", _DEVICE)
 
@@ -281,9 +281,9 @@ class Checks:
 class Options(Checks, Base, Training, Data, Adapters, Inputs):
     """The options of `finetune`, checked without loading a model.
 
-    None stands for the preset's rank, alpha and dropout. The default of max_length is `MAX_LENGTH`,
-    or the model's number of positions if that is smaller. The default of max_steps is `STEPS`,
-    unless num_train_epochs is given.
+    None stands for the preset's rank, alpha and dropout, an empty dtype for `default_dtype`'s. The
+    default of max_length is `MAX_LENGTH`, or the model's number of positions if that is smaller.
+    The default of max_steps is `STEPS`, unless num_train_epochs is given.
 
     trainer: other fields of transformers' `TrainingArguments`.
     """
@@ -391,7 +391,7 @@ class MergeOptions:
     """The options of `merge`."""
 
     run: Path | None = arg(None, _RUN)
-    base: Path = arg(None, **_MODEL)
+    model: Path = arg(None, **_MODEL)
     adapter: Path = arg(None, _ADAPTER)
     out: Path = arg(None, "a new folder")
     dtype: str = arg("bf16", "of the result", choices=("fp32", "bf16", "fp16"))
@@ -400,7 +400,7 @@ class MergeOptions:
     quant_dtype: str = arg("fp32", "dtype that was quantized", choices=("fp32", "bf16"))
 
     def __post_init__(self) -> None:
-        require(self, ("base", "adapter"), "--run")
+        require(self, ("model", "adapter"), "--run")
         require(self, ("out",), "see --help")
 
 
@@ -444,12 +444,15 @@ class CheckOptions:
         require(self, ("model",), "check the adapter in a folder that `finetune` wrote")
 
 
-def fill_in_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]:
-    """Fill in the model, adapter, dtype and quant of the run that --run names, if it is given."""
+def fill_in_run(given: dict[str, Any], dtype: str = "dtype") -> dict[str, Any]:
+    """Fill in the model, adapter, dtype and quant of the run that --run names, if it is given.
+
+    dtype: the option that has the run's dtype.
+    """
     if (folder := given.get("run")) is None:
         return given
     saved = read_run(folder)
-    known = {model: Path(saved["model"]), dtype: saved["dtype"], "quant": saved.get("quant")}
+    known = {"model": Path(saved["model"]), dtype: saved["dtype"], "quant": saved.get("quant")}
     return known | {"adapter": folder / "adapter"} | given
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 STYLE: Any = {"axes.grid": True, "grid.alpha": 0.3, "axes.labelsize": 13, "axes.titlesize": 15}
 STYLE |= {"xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 12}
 STYLE |= {f"axes.spines.{side}": False for side in ("top", "right")} | {"legend.frameon": False}
+
+
+def draw_or_explain(draw: Callable[..., None], file: Path, *args: Any) -> str:
+    """Let `draw` write the PNG; return its path, or why there is none: a run must not end so.
+
+    >>> draw_or_explain(lambda file: None, Path("losses.png"))
+    'losses.png'
+    """
+    if find_spec("matplotlib") is None:
+        return "not drawn: pip install matplotlib"
+    draw(file, *args)
+    return str(file)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError before the model's weights are read."""
+    import pandas  # type: ignore[import-untyped, unused-ignore] # noqa: F401 (RankSearch's table)
+
     options = RankOptions(**vars(args))
     check_inputs(options)
     if options.eval:
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 def _search(options: RankOptions, lock: FolderLock) -> int:
     from . import model as models
     from .checkpoints import write_json
+    from .plots import draw_or_explain
     from .presets import find_preset
     from .provenance import watch
     from .rank import find_optimal_rank, plot_ranks
@@ -73,7 +76,6 @@ def _search(options: RankOptions, lock: FolderLock) -> int:
     task |= pick(options, "steps batch lr dtype quant seed")
     result = {"provenance": provenance(), "task": task} | found.as_dict()
     write_json(options.out / "ranks.json", result)
-    png = options.out / "ranks.png"
-    plot_ranks(png, found, f"{name}, {options.steps} steps a rank")
-    print(f"curve: {png}")
+    title = f"{name}, {options.steps} steps a rank"
+    print(f"curve: {draw_or_explain(plot_ranks, options.out / 'ranks.png', found, title)}")
     return 0

@@ -46,6 +46,7 @@ from .compare import PIECES, compare
 from .inputs import read_inputs
 from .lock import FolderLock
 from .options import Adapters, Base, Data, Options, Training, check_out, flag, pick, read_json
+from .plots import draw_or_explain
 from .presets import Preset, add_lora_layers, find_preset
 from .report import Progress
 from .trainer import LoRATrainer, losses, plot_losses, training_arguments
@@ -86,6 +87,9 @@ def finetune(options: Options, controls: Mapping[str, str] | None = None) -> int
     Raises TrainingError if the run cannot learn any more; see `trainer.DeadRunCheck`. Raises
     UsageError if another run holds the folder.
     """
+    if not options.dtype:
+        device = model.usable_device(options.device)
+        options = replace(options, dtype=model.default_dtype(device))
     with FolderLock(options.out) as lock:
         return _finetune(options, controls or {}, lock)
 
@@ -212,8 +216,7 @@ def text_of(tokens: Tensor, tokenizer: Any) -> str:
 def summarize_losses(trainer: LoRATrainer, out: Path) -> dict[str, str]:
     """Save Trainer's log and plot it; return the report's lines on the losses."""
     trainer.save_state()
-    picture = out / "losses.png"
-    plot_losses(picture, trainer.state.log_history)
+    picture = draw_or_explain(plot_losses, out / "losses.png", trainer.state.log_history)
     found = list(losses(trainer.state.log_history).values())
     held_out = losses(trainer.state.log_history, "eval_loss")
     n = max(1, min(10, len(found) // 2))
@@ -223,7 +226,7 @@ def summarize_losses(trainer: LoRATrainer, out: Path) -> dict[str, str]:
         start, best = min(held_out), min(held_out, key=lambda step: held_out[step])
         at_best = f"{held_out[best]:.3f} at best, after step {best}"
         facts["held out"] = f"{held_out[start]:.3f} after step {start}, {at_best}"
-    return facts | {"losses": str(picture)}
+    return facts | {"losses": picture}
 
 
 def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:

@@ -91,7 +91,7 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     """
     for name in settings.keys() - _THEIRS:
         if now := (RENAMED["finetune"] | SHORT).get(name):
-            raise UsageError(f"{name}: is {now} now; see docs/changelog.md")
+            raise UsageError(f"{name}: is {now} now")
         if name != "gradient_checkpointing":
             close = difflib.get_close_matches(name, _THEIRS, 1) or ["a field of TrainingArguments"]
             raise UsageError(f"{name}: no such setting; did you mean {close[0]}?")

@@ -12,6 +12,7 @@ torchrun:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llamafactory.v1.plugins.model_plugins.kernels.interface import KernelPlugin
@@ -22,28 +23,51 @@ from .trainer import report_at_first_forward
 NAME = "lora_kernels"
 
 
-@KernelPlugin(NAME).register()  # type: ignore[untyped-decorator]
-def apply(model: Any, include_kernels: str | bool | None = None) -> Any:
-    """Fuse the LoRA layers of the model, and return it.
+class LoRAKernel:
+    """Fuse the LoRA layers of a model.
 
-    LLaMA-Factory calls this after it has added the adapters. A line on the layers is printed at the
-    model's first forward, when LLaMA-Factory has wrapped it.
-
-    Args:
-        model: a PEFT model.
-        include_kernels: None, or a comma-separated list of what else `fuse` takes: "linears",
-            "loss". True or "auto" stand for nothing else.
-
-    Raises:
-        ValueError: the model has no LoRA layers; `include_kernels` names something else.
+    LLaMA-Factory uses it after it has added the adapters: 0.9.5 calls the object, later versions
+    its `apply`. A line on the layers is printed at the model's first forward, when LLaMA-Factory
+    has wrapped it.
     """
-    given = include_kernels if isinstance(include_kernels, str) else "auto"
-    names = {name.strip() for name in given.split(",")} - {"auto"}
-    if unknown := sorted(names - {"linears", "loss"}):
-        raise ValueError(f"include_kernels: got {unknown[0]!r}, want 'linears', 'loss' or both")
-    fuse(model, linears="linears" in names, loss="loss" in names)
-    report_at_first_forward(model)
-    return model
+
+    def __call__(
+        self, model: Any, include_kernels: str | bool | None = None, require_logits: bool = True
+    ) -> Any:
+        """Fuse the LoRA layers of the model, and return it.
+
+        Args:
+            model: a PEFT model.
+            include_kernels: None, or a comma-separated list of what else `fuse` takes: "linears",
+                "loss". True or "auto" stand for nothing else.
+            require_logits: whether the trainer reads the logits, which "loss" does not compute.
+                LLaMA-Factory's do; 0.9.5 does not say.
+
+        Raises:
+            ValueError: the model has no LoRA layers; `include_kernels` names something else, or
+                "loss" where the logits are read.
+        """
+        given = include_kernels if isinstance(include_kernels, str) else "auto"
+        names = {name.strip() for name in given.split(",")} - {"auto"}
+        if unknown := sorted(names - {"linears", "loss"}):
+            raise ValueError(f"include_kernels: got {unknown[0]!r}, want 'linears', 'loss' or both")
+        if "loss" in names and require_logits:
+            raise ValueError(
+                "include_kernels: got 'loss', which computes no logits, want none beside a trainer "
+                "that computes its loss from logits, as LLaMA-Factory's do"
+            )
+        fuse(model, linears="linears" in names, loss="loss" in names)
+        report_at_first_forward(model)
+        return model
+
+    def apply(
+        self, model: Any, config: Mapping[str, Any] | None = None, require_logits: bool = True
+    ) -> Any:
+        """Do as a call with the `include_kernels` of the configuration."""
+        return self(model, (config or {}).get("include_kernels"), require_logits)
+
+
+KernelPlugin(NAME).register()(LoRAKernel())
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ class VerdictLog(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"verdicts": verdicts.digests()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if not (state.global_step and saved and state.is_world_process_zero):
+        # Trainer saves the state of each callback under its name, which a checkpoint of a run
+        # without this callback lacks.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if not (state.global_step and state.is_world_process_zero):
             return
         before, now = saved["attributes"]["verdicts"], verdicts.digests()
         if before != now:
@@ -99,8 +101,11 @@ class FuseCallback(LayerReport, VerdictLog):
         cast_adapters: bool = False,
     ) -> None:
         check_qualify(qualify)
-        self.linears, self.loss, self.qualify, self.blocks = linears, loss, qualify, blocks
-        self.cast_adapters = cast_adapters
+        self.settings: dict[str, Any] = {"linears": linears, "loss": loss, "qualify": qualify}
+        self.settings |= {"blocks": blocks, "cast_adapters": cast_adapters}
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"args": self.settings}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fuse(kwargs["model"])
@@ -115,14 +120,7 @@ class FuseCallback(LayerReport, VerdictLog):
             raise missing_layers(
                 model, "give the trainer a peft_config, or peft.get_peft_model(model, config)"
             )
-        fuse(
-            model,
-            linears=self.linears,
-            loss=self.loss,
-            qualify=self.qualify,
-            blocks=self.blocks,
-            cast_adapters=self.cast_adapters,
-        )
+        fuse(model, **self.settings)
 
 
 def report_at_first_forward(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ After `patch()` its trainers compute them by `lora_linear_log_probs` of the head
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from contextvars import ContextVar
 from typing import Any
@@ -27,9 +28,6 @@ from ..ops.head import lora_linear_log_probs
 from ..peft import fuse
 from ..peft.loss import Head, head_of, head_reason
 
-SUPPORTED = ("1.16",)  # versions whose names and calls were read
-TRAINERS = ("sft_trainer", "dpo_trainer")
-
 _replaced: dict[tuple[Any, str], Any] = {}  # module and name -> TRL's object, while patched
 _head: ContextVar[Any] = ContextVar("lora_kernels_trl_head", default=None)
 
@@ -41,7 +39,7 @@ def patch() -> None:
 
     Raises:
         ImportError: TRL is not installed.
-        RuntimeError: TRL's version is not one of `SUPPORTED`.
+        RuntimeError: this version of TRL has a head that `patch` does not know.
 
     >>> from lora_kernels.integrations import trl
     >>> trl.patch()  # doctest: +SKIP
@@ -49,20 +47,41 @@ def patch() -> None:
     import trl
     from trl.trainer import dpo_trainer, sft_trainer, utils
 
-    version = ".".join(trl.__version__.split(".")[:2])
-    if version not in SUPPORTED:
-        raise RuntimeError(
-            f"lora_kernels.integrations.trl.patch: got TRL {trl.__version__}, want one of "
-            f"{', '.join(SUPPORTED)}, whose internals it replaces"
-        )
     if _replaced:
         return
+    trainers: Any = (sft_trainer, dpo_trainer)
+    if reason := _unsupported_reason(utils, trainers):
+        raise RuntimeError(
+            f"lora_kernels.integrations.trl.patch: got TRL {trl.__version__}, whose {reason}; "
+            "want one with the head of TRL 1.16"
+        )
     trls_own = utils.add_fused_lm_head
-    for module in (sft_trainer, dpo_trainer):
+    for module in trainers:
         _replace(module, "BaseTunerLayer", _RefusedTuner)
         _replace(module, "add_fused_lm_head", functools.partial(_add_fused_lm_head, trls_own))
     _replace(utils, "_ChunkedLogProbFunction", _LogProbs)
     _replace(utils, "_use_triton", lambda device: True)
+
+
+def _unsupported_reason(utils: Any, trainers: Any) -> str | None:
+    """Return what differs from the TRL that was read, or None.
+
+    A head that does not call the replaced kernel would drop the adapter.
+    """
+    for module in trainers:
+        for name in ("BaseTunerLayer", "add_fused_lm_head"):
+            if not hasattr(module, name):
+                return f"{module.__name__} has no {name}"
+    code = getattr(getattr(utils, "add_fused_lm_head", None), "__code__", None)
+    inner = [each for each in getattr(code, "co_consts", ()) if isinstance(each, types.CodeType)]
+    called = {name for each in inner for name in each.co_names}
+    for name in ("_ChunkedLogProbFunction", "_use_triton"):
+        if name not in called or not hasattr(utils, name):
+            return f"head does not call {name}"
+    got = [*inspect.signature(utils._ChunkedLogProbFunction.forward).parameters][1:]
+    if got != (want := [*inspect.signature(_LogProbs.apply).parameters]):
+        return f"_ChunkedLogProbFunction takes {', '.join(got)} in place of {', '.join(want)}"
+    return None
 
 
 def unpatch() -> None:

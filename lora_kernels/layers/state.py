@@ -153,6 +153,10 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             saved = json.loads((file.metadata() or {}).get(CONFIG, "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    if not (isinstance(saved, dict) and all(isinstance(each, dict) for each in saved.values())):
+        raise ValueError(
+            f"{path}: its metadata has {CONFIG} {saved!r:.80}, want an object of arguments by layer"
+        )
     problems = [f"missing {key}" for key in want if key not in have]
     problems += [f"unexpected {key}" for key in have if key not in want]
     problems += [

@@ -32,8 +32,23 @@ def base_dtype(
     return context.autocast_dtype(device_type, x_dtype) or compute_dtype or x_dtype
 
 
-def tensor_error(name: str, got: object) -> TypeError:
-    return TypeError(f"{name}: got {type(got).__name__}, want a tensor")
+def has_strides(t: Tensor) -> bool:
+    return t.layout is torch.strided and not t.is_nested
+
+
+def check_tensor(name: str, got: object, want: str = "a tensor") -> None:
+    """Raise TypeError unless `got` is a tensor whose elements have an address and strides."""
+    if not isinstance(got, Tensor):
+        raise TypeError(f"{name}: got {type(got).__name__}, want {want}")
+    if not has_strides(got):
+        kind = "a nested tensor" if got.is_nested else got.layout
+        raise TypeError(f"{name}: got {kind}, want a dense tensor (torch.strided)")
+
+
+def check_integers(name: str, got: Tensor) -> None:
+    check_tensor(name, got, want := "a tensor of int64 or int32")
+    if got.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got {got.dtype}, want {want}")
 
 
 def check_number(name: str, got: float) -> float:
@@ -59,8 +74,7 @@ def check_probability(name: str, got: float) -> float:
 
 
 def matrix_shape(name: str, t: Tensor, want: str) -> tuple[int, int]:
-    if not isinstance(t, Tensor):
-        raise tensor_error(name, t)
+    check_tensor(name, t)
     shape = t.shape  # a new object each time
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{name}: got shape {list(t.shape)}, want {want}, each at least 1")
@@ -96,8 +110,7 @@ def check_weight(
     if compute_dtype is not None:
         raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
     if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
+        check_tensor("weight", weight, "a tensor or a Weight4bit")
         if weight.dtype is not x.dtype or not (weight.is_cpu and x.is_cpu) or weight.requires_grad:
             _check_dense(x, weight)
         if weight.shape != shape:
@@ -139,12 +152,11 @@ def _check_4bit(x: Tensor, weight: Weight4bit, shape: tuple[int, ...], dtype: to
 
 def check_x_and_weight(x: Tensor, weight: Tensor | Weight4bit) -> None:
     """Check the types of x and the weight, and x's dtype."""
-    if not isinstance(x, Tensor):
-        raise tensor_error("x", x)
+    check_tensor("x", x)
     if x.dtype not in FLOATS:
         raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
-    if not isinstance(weight, (Tensor, Weight4bit)):
-        raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
+    if not isinstance(weight, Weight4bit):
+        check_tensor("weight", weight, "a tensor or a Weight4bit")
 
 
 def check_both_or_none(lora_A: Tensor | None, lora_B: Tensor | None) -> None:
@@ -160,8 +172,7 @@ def check_devices(beside: str, x: Tensor, **tensors: Tensor) -> None:
 
 
 def check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x") -> None:
-    if not isinstance(t, Tensor):
-        raise tensor_error(name, t)
+    check_tensor(name, t)
     if t.dim() != 1 or t.shape[0] != size:
         raise ValueError(f"{name}: got shape {list(t.shape)}, want [{size}]")
     if t.dtype not in FLOATS or (t.dtype is torch.float64) != (x.dtype is torch.float64):
@@ -173,8 +184,7 @@ def check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x") 
 
 def check_rng_state(rng: Tensor) -> None:
     """Raise TypeError or ValueError unless rng is the state of a dropout mask."""
-    if not isinstance(rng, Tensor):
-        raise tensor_error("rng", rng)
+    check_tensor("rng", rng)
     if rng.dtype is not torch.int64 or rng.shape != (2,):
         hint = "; the argument of a mask is dropout_mask" * (rng.dtype is torch.bool)
         raise ValueError(
@@ -190,8 +200,7 @@ def _check_rng(rng: Tensor, x: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise tensor_error("dropout_mask", mask)
+    check_tensor("dropout_mask", mask)
     check_devices("x", x, dropout_mask=mask)
     if mask.dtype is not torch.bool or mask.shape != x.shape:
         raise ValueError(

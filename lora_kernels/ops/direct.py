@@ -26,7 +26,7 @@ from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import MAX_KERNEL_RANK
 from ..quantization import Weight4bit, codebooks
 from . import context, linear
-from .arguments import draw_rng
+from .arguments import draw_rng, has_strides
 from .autograd import differentiable_once, new_unsaved
 from .registry import join_weight
 
@@ -170,7 +170,9 @@ def _call_on_gpu(
     compute_dtype: torch.dtype | None,
 ) -> Tensor | None:
     """`call` for a GPU's tensors, without autocast, by `LoRALinearFunction` or the backend."""
-    if lora_A is None or lora_B is None or weight is None or context.unfused_context() is not None:
+    if lora_A is None or lora_B is None or weight is None or not has_strides(x):
+        return None
+    if context.unfused_context() is not None:
         return None
     dtype, device, (R, K), N = x.dtype, x.device, lora_A.shape, lora_B.shape[0]
     if x.dim() == 0 or x.shape[-1] != K or lora_B.shape[1] != R or dtype is torch.float64:

@@ -30,10 +30,11 @@ from .arguments import (
     check_devices,
     check_dropout,
     check_dtypes,
+    check_integers,
     check_number,
+    check_tensor,
     check_weight,
     check_x_and_weight,
-    tensor_error,
 )
 from .autograd import differentiable_once, new_unsaved
 from .registry import define_family, join_weight, tensors_of
@@ -119,8 +120,7 @@ def lora_experts_linear(
     if base is not None and is_transposed:
         base = base.mT
     if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise tensor_error("bias", bias)
+        check_tensor("bias", bias)
         if bias.shape != (E, N):
             raise ValueError(f"bias: got shape {list(bias.shape)}, want [{E}, {N}]")
         check_dtypes("x", x.dtype, bias=bias.dtype)
@@ -149,8 +149,7 @@ def _check_experts_adapter(
 ) -> None:
     E, N, K = sizes
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(t, Tensor):
-            raise tensor_error(name, t)
+        check_tensor(name, t)
     if lora_A.dim() != 3 or lora_A.shape[::2] != (E, K) or lora_A.shape[1] < 1:
         raise ValueError(
             f"lora_A: got shape {list(lora_A.shape)}, want [{E}, R, {K}] with R at least 1"
@@ -163,9 +162,7 @@ def _check_experts_adapter(
 
 
 def _check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
-    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int64, torch.int32):
-        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
-        raise TypeError(f"offsets: got {got}, want a tensor of int64 or int32")
+    check_integers("offsets", offsets)
     if offsets.shape != (experts,):
         raise ValueError(f"offsets: got shape {list(offsets.shape)}, want [{experts}]")
     check_devices("x", x, offsets=offsets)

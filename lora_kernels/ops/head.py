@@ -38,12 +38,13 @@ from .arguments import (
     check_devices,
     check_dropout,
     check_dtypes,
+    check_integers,
     check_number,
+    check_tensor,
     check_vector,
     check_weight,
     check_x_and_weight,
     matrix_shape,
-    tensor_error,
 )
 from .autograd import differentiable_once
 from .registry import arguments_of, define, mask_rows, results_of
@@ -280,8 +281,7 @@ def _prepare(
     R, inner = matrix_shape("lora_A", lora_A, "[R, K]")
     if inner != K:
         raise ValueError(f"lora_A: got shape {list(lora_A.shape)}, want [R, {K}]")
-    if not isinstance(lora_B, Tensor):
-        raise tensor_error("lora_B", lora_B)
+    check_tensor("lora_B", lora_B)
     if lora_B.shape != (V, R):
         raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want [{V}, {R}]")
     check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
@@ -317,9 +317,7 @@ def _prepare(
 
 
 def _check_labels(labels: Tensor, x: Tensor) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: got {got}, want a tensor of int64 or int32")
+    check_integers("labels", labels)
     if labels.shape != x.shape[:-1]:
         raise ValueError(f"labels: got shape {list(labels.shape)}, want x's {list(x.shape[:-1])}")
     check_devices("x", x, labels=labels)

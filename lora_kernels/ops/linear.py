@@ -33,10 +33,10 @@ from .arguments import (
     check_dropout,
     check_dtypes,
     check_number,
+    check_tensor,
     check_vector,
     check_weight,
     matrix_shape,
-    tensor_error,
 )
 from .autograd import differentiable_once, new_unsaved
 from .registry import define_family, join_weight, mask_rows
@@ -98,8 +98,7 @@ def lora_linear(
     tensor([[2.5000, 2.5000, 2.5000],
             [2.5000, 2.5000, 2.5000]])
     """
-    if not isinstance(x, Tensor):
-        raise tensor_error("x", x)
+    check_tensor("x", x)
     R, K = matrix_shape("lora_A", lora_A, "[R, K]")
     N, ranks = matrix_shape("lora_B", lora_B, "[N, R]")
     x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype

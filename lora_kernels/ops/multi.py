@@ -32,11 +32,12 @@ from .arguments import (
     check_devices,
     check_dropout,
     check_dtypes,
+    check_integers,
     check_number,
+    check_tensor,
     check_vector,
     check_weight,
     matrix_shape,
-    tensor_error,
 )
 from .autograd import differentiable_once, new_unsaved
 from .registry import define_family, mask_rows
@@ -92,8 +93,7 @@ def multi_lora_linear(
             [5., 5.],
             [1., 1.]])
     """
-    if not isinstance(x, Tensor):
-        raise tensor_error("x", x)
+    check_tensor("x", x)
     As, Bs = _adapters("lora_A", lora_A, "[E, R, K]"), _adapters("lora_B", lora_B, "[E, N, R]")
     E, device = len(As), x.device
     if len(Bs) != E:
@@ -122,9 +122,7 @@ def multi_lora_linear(
         if A.device != device or B.device != device:
             check_devices("x", x, **{f"lora_A[{e}]": A, f"lora_B[{e}]": B})
     check_dtypes("x", x.dtype, lora_A=a_dtype, lora_B=b_dtype)
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
-        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"index: got {got}, want a tensor of int64 or int32")
+    check_integers("index", index)
     if index.shape != x.shape[:-1]:
         raise ValueError(f"index: got shape {list(index.shape)}, want x's {list(x.shape[:-1])}")
     check_devices("x", x, index=index)
@@ -155,6 +153,7 @@ def multi_lora_linear(
 def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[Tensor]:
     """Return E matrices, from a tensor of three dimensions or a sequence."""
     if isinstance(tensors, Tensor):
+        check_tensor(name, tensors)
         if tensors.dim() != 3 or tensors.numel() == 0:
             raise ValueError(
                 f"{name}: got shape {list(tensors.shape)}, want {want}, each at least 1, or a "
@@ -164,8 +163,7 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
     if not tensors:
         raise ValueError(f"{name}: got no adapter, want at least 1")
     for e, t in enumerate(tensors):
-        if not isinstance(t, Tensor):
-            raise tensor_error(f"{name}[{e}]", t)
+        check_tensor(f"{name}[{e}]", t)
     matrix_shape(f"{name}[0]", tensors[0], want.replace("E, ", ""))
     return list(tensors)
 

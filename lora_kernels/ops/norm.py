@@ -18,6 +18,7 @@ from .arguments import (
     check_devices,
     check_dtypes,
     check_number,
+    check_tensor,
     check_vector,
     matrix_shape,
 )
@@ -63,9 +64,8 @@ def dora_norm(
     N, _ = matrix_shape("lora_B", lora_B, "[N, R]")
     if lora_B.shape[1] != R:
         raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want [N, {R}] for rank {R}")
-    if not isinstance(weight, (Tensor, Weight4bit)):
-        got = type(weight).__name__
-        raise TypeError(f"weight: got {got}, want a tensor or a Weight4bit")
+    if not isinstance(weight, Weight4bit):
+        check_tensor("weight", weight, "a tensor or a Weight4bit")
     if tuple(weight.shape) != (N, K):
         raise ValueError(
             f"weight: got shape {list(weight.shape)}, want [{N}, {K}] for lora_A "

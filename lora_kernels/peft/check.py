@@ -196,7 +196,7 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
         for adapter in adapters:
             problems += _check_file(model, layers, adapter, saved)
         _replace_tensors(model, adapters)
-        untrained = [_fill_zeros(layers, adapter, saved is not None) for adapter in adapters]
+        untrained = [_fill_in(layers, adapter, saved is not None) for adapter in adapters]
         change = _check_outputs(model, layers, batch)
         _check_gradients(model, layers, batch, frozen)
         if change == 0.0:
@@ -523,22 +523,25 @@ def _difference(after: Tensor, before: Tensor) -> str | None:
 # The training step and the outputs
 
 
-def _fill_zeros(layers: Sequence[_Layer], adapter: str, is_trained: bool) -> bool:
-    """Give random values to matrices of zeros; return True if the adapter has not been trained.
+def _fill_in(layers: Sequence[_Layer], adapter: str, is_trained: bool) -> bool:
+    """Give random values to matrices of zeros or with NaN; return True if the adapter is untrained.
 
-    Every layer of an untrained adapter has a matrix of zeros. Otherwise it is a fault.
+    Every layer of an untrained adapter has a matrix of zeros. Otherwise it is a fault. One NaN
+    would make the outputs and gradients of all layers NaN.
     """
     generator = torch.Generator().manual_seed(0)
-    zeros = {
-        each: [(kind, p) for kind, p in each.factors(adapter).items() if not p.any()]
-        for each in layers
-        if adapter in each.names
-    }
-    is_untrained = all(zeros.values()) and not is_trained
-    for each, found in zeros.items():
-        for kind, p in found:
+    members = [each for each in layers if adapter in each.names]
+    zeros = [not all(p.any() for p in each.factors(adapter).values()) for each in members]
+    is_untrained = all(zeros) and not is_trained
+    for each in members:
+        for kind, p in each.factors(adapter).items():
+            is_finite = bool(p.isfinite().all())
+            if is_finite and p.any():
+                continue
             p.data = (0.02 * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype)
-            if kind == "lora_E" and not is_untrained:
+            if not is_finite:
+                each.is_wrong("effect", f"{kind} is not finite")
+            elif kind == "lora_E" and not is_untrained:
                 each.note("AdaLoRA has pruned all ranks")
             elif not is_untrained:
                 each.is_wrong("effect", f"{kind} is 0")

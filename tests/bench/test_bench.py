@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -412,7 +413,7 @@ def test_a_file_of_something_else_is_not_written_to(
     file = tmp_path / "notes.json"
     file.write_text(text)
     assert cli.main(["bench", "--json", str(file)]) == 2
-    assert f"--json: {file} is there, and no file of" in capsys.readouterr().out
+    assert f"--json: {file} is there, and no file of" in capsys.readouterr().err
     assert file.read_text() == text
 
 
@@ -500,9 +501,19 @@ def test_nothing_is_measured_but_what_was_asked_for(
     unused: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", *unused.split()]) == 2
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     option = [word for word in unused.split() if word.startswith("--")][-1]
     assert option in out and "beside it" in out and out.count("\n") == 1
+
+
+def test_bench_without_pandas_ends_before_it_times(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    monkeypatch.setattr(command, "measure", None)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--quick"])
+    assert "lora-kernels bench: needs pandas: pip install" in capsys.readouterr().err
 
 
 def test_floor_and_target() -> None:

@@ -139,7 +139,7 @@ BAD = {
 @pytest.mark.parametrize("path", BAD)
 def test_bad_path_ends_in_one_line(path: str, module: str, capsys) -> None:
     assert cli.main(["verify", "--function", path]) == 2
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"lora-kernels verify: --function: {BAD[path]}")
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench", "--baseline", path])
@@ -159,7 +159,7 @@ def test_bad_path_ends_in_one_line(path: str, module: str, capsys) -> None:
 )
 def test_options_without_effect_are_refused(options, module, capsys) -> None:
     assert cli.main([*options]) == 2
-    assert "want" in capsys.readouterr().out
+    assert "want" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_missing_peer_is_one_line(
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     assert cli.main(["verify", "--peer", peer]) == 2
     line = line.replace("INSTALL", device.install_command("peft"))
-    assert capsys.readouterr().out == f"lora-kernels verify: --peer {peer} {line}\n"
+    assert capsys.readouterr().err == f"lora-kernels verify: --peer {peer} {line}\n"
 
 
 def test_the_worst_output_is_shown() -> None:
@@ -161,7 +161,7 @@ def test_the_worst_output_is_shown() -> None:
 def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
     for unused in (["--engines", "eager"], ["--thorough"]):
         assert cli.main(["verify", "--peer", "peft", *unused]) == 2
-        assert f"want no {unused[0]}" in capsys.readouterr().out
+        assert f"want no {unused[0]}" in capsys.readouterr().err
 
 
 def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:

@@ -1,4 +1,4 @@
-"""The tables of benchmarks/KERNELS.md and docs/gpu.md: from budgets.json, and from the cost model.
+"""The tables of benchmarks/KERNELS.md and docs/gpu.md, from budgets.json and `configs.strategy`.
 
 python -m tests.compile_only.document
 

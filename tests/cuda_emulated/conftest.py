@@ -16,8 +16,9 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import launch
+from tests.support.emulator import emulator_unavailable_reason
 
-if cuda.emulator_unavailable_reason() is not None:
+if emulator_unavailable_reason() is not None:
     collect_ignore_glob = ["test_*.py"]
 
 ORDERS = int(os.environ.get("LORA_KERNELS_EMULATOR_ORDERS", "1"))

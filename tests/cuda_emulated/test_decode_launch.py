@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import cuda, workspace
-from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, launch
+from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES
 from lora_kernels.backends.cuda import linear as equation
 from lora_kernels.core.call import Operands, Spec
-from tests.support.emulator import build_program
+from tests.support.emulator import build_program, deferred_launches, emulated_stream
 from tests.support.problems import bf16, f16, f32
 
 F32, BF16, F16 = 0, 1, 2
@@ -203,10 +203,10 @@ def test_grids_of_two_streams_wait_for_room_as_a_whole(seed: int) -> None:
     """Blocks of both that wait for those without a place would wait forever."""
     inputs = operands(), operands(seed=9)
     want = [call(each) for each in inputs]
-    with cuda.emulate(seed, 4), launch.deferred_launches():
+    with cuda.emulate(seed, 4), deferred_launches():
         got = []
         for number, each in enumerate(inputs):
-            with launch.emulated_stream(number):
+            with emulated_stream(number):
                 got.append(call(each))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 

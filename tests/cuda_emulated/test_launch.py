@@ -17,6 +17,7 @@ from lora_kernels.core.call import Operands, Spec
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 from tests.support.allocations import Allocations
+from tests.support.emulator import deferred_launches, emulated_stream
 
 f32, bf16 = torch.float32, torch.bfloat16
 
@@ -60,10 +61,10 @@ def test_two_streams_at_once_have_the_same_bits(strategy: str) -> None:
     inputs = few_rows(), few_rows(1)
     alone = [forward(args, strategy) for args in inputs]
     multiprocessors = 12  # enough for two cooperative grids
-    with cuda.emulate(3, multiprocessors), launch.deferred_launches():
+    with cuda.emulate(3, multiprocessors), deferred_launches():
         got = []
         for number, args in enumerate(inputs):
-            with launch.emulated_stream(number):
+            with emulated_stream(number):
                 got.append(forward(args, strategy))
     assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
 

@@ -117,4 +117,6 @@ def test_check_refuses_other_folders_and_other_models(
     shown = run("check", folder, "--model", folder, status=2)
     assert "holds no adapter_config.json" in shown
     other = tiny.save_model(tmp_path / "other", tiny.llama(hidden_size=48))
-    assert "does not fit the base" in run("check", adapter, "--model", other, status=2)
+    shown = run("check", adapter, "--model", other, status=2)
+    assert f"adapter: {adapter}, made for {folder}, does not fit the base: " in shown
+    assert "size mismatch for base_model.model" in shown

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from shlex import split
 from typing import Any
@@ -23,7 +24,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_kernels.finetune import UsageError, command, generate, recipe
+from lora_kernels.cli import main
+from lora_kernels.finetune import UsageError, command, generate, rank_command, recipe
 from lora_kernels.finetune import demo as inputs
 from lora_kernels.finetune.lock import FolderLock
 from lora_kernels.finetune.model import (
@@ -98,6 +100,15 @@ def test_whole_run_on_text(dtype: str, model_folder: Path, text: Path, tmp_path:
     # The same command again finds all of it done.
     assert "all 6 steps are done" in run(*argv[:-1], "--dtype", dtype)
     assert metrics(tmp_path) == found
+
+
+def test_finetune_without_matplotlib_says_that_nothing_was_drawn(
+    model_folder: Path, text: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shown = run(*on(model_folder, text, tmp_path), *TEXT, "--steps", "1")
+    assert_said(shown, "losses not drawn: pip install matplotlib", LOADED)
+    assert not (tmp_path / "losses.png").exists()
 
 
 def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: Path, run) -> None:
@@ -354,7 +365,7 @@ def test_full_disk_while_the_tokenizer_is_saved_is_one_line(
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
     shown = run(*on(folder, lines, tmp_path), *CHAT, status=1)
-    last = f"lora-kernels finetune: out: {tmp_path}/adapter cannot be written: No space left"
+    last = f"lora-kernels finetune: --out: {tmp_path}/adapter cannot be written: No space left"
     assert shown.splitlines()[-1].startswith(last)
 
 
@@ -623,6 +634,17 @@ def test_rank_search(folder: Path, lines: Path, tmp_path: Path, run) -> None:
     assert (tmp_path / "ranks.png").stat().st_size > 10_000
     shown = run(*argv, "--examples", "5", "--no-adalora")
     assert "trained on 4 examples, scored on 1 held out" in shown
+
+
+def test_rank_search_without_pandas_ends_before_it_trains(
+    folder: Path, lines: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    monkeypatch.setattr(rank_command, "_search", None)
+    argv = ["rank-search", "--model", folder, "--data", lines, "--out", tmp_path]
+    with pytest.raises(SystemExit):
+        main([*map(str, argv)])
+    assert "rank-search: needs pandas: pip install" in capsys.readouterr().err
 
 
 # Refusals for other reasons than a value.

@@ -1,5 +1,7 @@
 """Every Python example of the READMEs, docs/ and CONTRIBUTING.md runs as it stands, by itself.
 
+Commands are taken as far as their arguments, targets, modules and files.
+
 One rule stands for missing inputs: a model or a file that an example names is a tiny one of that
 name in the working folder, where transformers looks before it asks the hub. Beside that,
 `compare_methods` trains in this process.
@@ -7,16 +9,20 @@ name in the working folder, where transformers looks before it asks the hub. Bes
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import socket
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_kernels.backends import cuda
+from lora_kernels import cli
 from tests.finetune.tiny import bert, llama, save_model, squares, tokenizer, write_lines
+from tests.support.emulator import emulator_unavailable_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [
@@ -34,6 +40,18 @@ def examples() -> Iterator[tuple[str, int, str]]:
         for found in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             line = text.count("\n", 0, found.start(1)) + 1
             yield str(file.relative_to(ROOT)), line, found[1]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """The file, and each command in an indented block or in backticks."""
+    programs = re.compile(r"(?:[A-Z_]+=\S+ )?(?:[\w.]+/)*((?:lora-kernels|make|python|pytest) .+)")
+    for file in sorted([*FILES, *ROOT.glob("benchmarks/*.md")]):
+        text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.M | re.S)
+        found = re.findall(r"^ {4}(\S.*)$|`([^`]+)`", text, re.MULTILINE)
+        lines = (" ".join("".join(each).split()) for each in found)
+        parts = {programs.match(part) for line in lines for part in line.split(" && ")}
+        for command in sorted({part[1].replace("…", "") for part in parts if part}):
+            yield str(file.relative_to(ROOT)), command
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +117,7 @@ def test_example_runs_as_it_stands(
 ) -> None:
     if "trl" in text:
         pytest.importorskip("trl", exc_type=ImportError)
-    if "cuda.emulate" in text and cuda.emulator_unavailable_reason() is not None:
+    if "cuda.emulate" in text and emulator_unavailable_reason() is not None:
         pytest.skip("the native kernels are not built")
     if "torch.distributed" in text:
         request.getfixturevalue("launched")
@@ -108,3 +126,23 @@ def test_example_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     code = compile("\n" * (line - 1) + text, ROOT / file, "exec")
     exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("file", "command"), [*commands()])
+def test_command_of_a_page_exists_and_takes_its_arguments(
+    file: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, *words = shlex.split(command, comments=True)
+    if program == "lora-kernels":
+        (tmp_path / "mine.py").write_text("def fused(x, weight, lora_A, lora_B, scaling): ...\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(importlib.import_module(cli.COMMANDS[words[0]][0]), "run", lambda _: 0)
+        assert cli.main(words) == 0
+        return
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        targets = set(re.findall(r"^([\w ]+):(?!=)", makefile, re.MULTILINE))
+        assert {word for word in words if "=" not in word} <= set(" ".join(targets).split())
+    if words[0] == "-m":
+        assert find_spec(words[1]) is not None
+    assert all((ROOT / word).exists() for word in words if "/" in word)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import lora_kernels
 from lora_kernels.backends.cpu import native
 from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
+from lora_kernels.integrations.trainer import VerdictLog
 from lora_kernels.peft import explain
 from lora_kernels.peft.frozen import StreamedLinear
 from tests.finetune.tiny import llama, weights
@@ -115,6 +117,31 @@ def test_fuse_callback_in_a_broken_and_resumed_run_ends_in_the_same_bits(
     losses = [[line.get("loss") for line in t.state.log_history] for t in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 4  # three steps and a summary
     assert_bitwise_equal(weights(resumed.model), weights(whole.model))
+
+
+@pytest.mark.parametrize("kind", [FuseCallback, VerdictLog])
+def test_callback_added_to_a_resumed_run_is_saved_with_it(kind: Any, tmp_path: Path) -> None:
+    """Trainer looks up each callback in the checkpoint's state when it saves the next one."""
+    make = partial(trl_tests.sft, tmp_path, torch.float32, config=trl_tests.lora())
+    make((), **CHECKPOINTS | {"max_steps": 1}).train()
+    resumed = make((kind(),), **CHECKPOINTS | {"max_steps": 2})
+    resumed.train(resume_from_checkpoint=True)
+    saved = TrainerState.load_from_json(f"{newest_checkpoint(tmp_path)}/trainer_state.json")
+    assert saved.global_step == 2 and kind.__name__ in (saved.stateful_callbacks or {})
+
+
+def test_fuse_callback_restored_from_a_checkpoint_has_its_settings(tmp_path: Path) -> None:
+    """Trainer makes a new callback of the state that the checkpoint has."""
+    settings = {"linears": True, "loss": True, "qualify": "off"}
+    settings |= {"blocks": False, "cast_adapters": True}
+    make = partial(trl_tests.sft, tmp_path, torch.float32, config=trl_tests.lora())
+    for steps in (1, 2):
+        how = CHECKPOINTS | {"max_steps": steps, "restore_callback_states_from_checkpoint": True}
+        given = FuseCallback(**settings)
+        trainer = make((given,), **how)
+        trainer.train(resume_from_checkpoint=steps > 1)
+    found = [c for c in trainer.callback_handler.callbacks if isinstance(c, FuseCallback)]
+    assert len(found) == 1 and found[0] is not given and found[0].settings == settings
 
 
 OURS = "ours, kernels" if native.module else "ours, library GEMMs"

@@ -75,7 +75,7 @@ def right(name: str, good: Good, at: Path) -> list[str]:
         "finetune": [*model, *chats, *out],
         "rank-search": [*model, *chats, "--ranks", "2", *out],
         "compare": f"--data {good.labelled} --train 2 --held-out 2".split() + model + out,
-        "merge": ["--base", str(good.model), "--adapter", str(good.adapter), *out],
+        "merge": ["--model", str(good.model), "--adapter", str(good.adapter), *out],
         "generate": [*model, "--adapter", str(good.adapter), "--prompt", "Hi"],
         "check": [str(good.adapter), *model],
     }
@@ -321,7 +321,7 @@ KEYS: list[tuple[str, str, Spoil]] = [
     ("a layer missing", "q_proj.lora_A.weight and 1 more", tensors(LORA, without_a_layer)),
     ("a key of no layer", "holds, without a layer for", tensors(LORA, lambda s: s | NO_LAYER)),
 ]
-for name, base in (("merge", "--base"), ("generate", "--model")):
+for name in ("merge", "generate"):
     for why, said, spoil in ADAPTERS + KEYS:
         command(name, f"--adapter: {why}", said, given("--adapter", copy_of("adapter", spoil)))
     for why, said, spoil in (
@@ -329,7 +329,7 @@ for name, base in (("merge", "--base"), ("generate", "--model")):
         ("without a model", "names no model and dtype", written("run.json", "{}")),
     ):
         command(name, f"--run: run.json {why}", said, given("--run", copy_of("run", spoil)))
-    other = given(base, lambda good, at: save_model(at / "gpt2", gpt2(), tokenizer()))
+    other = given("--model", lambda good, at: save_model(at / "gpt2", gpt2(), tokenizer()))
     command(name, "an adapter of another model", "does not fit the base", other)
 for why, said, spoil in ADAPTERS:
     base_of, bad = (lambda good, at: load(good.model)), copy_of("adapter", spoil)
@@ -350,7 +350,7 @@ for why, said, spoil in (
         lambda folder: (gone(WEIGHTS)(folder), file(folder, f"{WEIGHTS}.index.json", "{")),
     ),
 ):
-    command("merge", f"--base: {why}", said, given("--base", copy_of("model", spoil)))
+    command("merge", f"--model: {why}", said, given("--model", copy_of("model", spoil)))
 
 
 def check_of(spoil: Spoil) -> Callable[[Good, Path], Any]:

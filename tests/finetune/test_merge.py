@@ -242,7 +242,7 @@ def test_what_cannot_be_merged(folders: tuple[Path, Path], tmp_path: Path) -> No
 
 def test_command(folders: tuple[Path, Path], tmp_path: Path, run: Any) -> None:
     """Without --run; with it, and 4 bits, in test_commands.py."""
-    command = ["merge", "--base", folders[0], "--adapter", folders[1]]
+    command = ["merge", "--model", folders[0], "--adapter", folders[1]]
     shown = run(*command, "--dtype", "fp32", "--out", tmp_path / "dense")
     assert "merging into the base's weights" in shown and "6 layers merged" in shown
     assert "--adapter is missing" in run(*command[:3], "--out", "x", status=2)

@@ -11,6 +11,7 @@ from lora_kernels.finetune import Preset, UsageError, add_lora_layers
 from lora_kernels.finetune.model import (
     adapters,
     cast_parameters,
+    default_dtype,
     load_base,
     share,
 )
@@ -50,3 +51,12 @@ def test_targets_of_a_model_made_of_conv1d() -> None:
     assert find_targets(model, ["c_attn", "mlp.c_fc"]) == (["c_attn", "mlp.c_fc"], [])
     with pytest.raises(UsageError, match=r"did you mean c_proj\? this model has c_attn, c_proj"):
         find_targets(model, ["q_proj"])
+
+
+@pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp32")])
+def test_default_dtype_is_one_that_gpu_kernels_take(
+    has_bf16: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    assert default_dtype(torch.device("cuda")) == name
+    assert default_dtype(torch.device("cpu")) == "fp32"

@@ -1,7 +1,8 @@
 """The plugins for axolotl and LLaMA-Factory, by the hooks that those call.
 
 Both are larger than this project's development dependencies. Where one is installed its own classes
-run, otherwise classes with the same signatures:
+run. Classes with the same signatures stand in for the other contract of LLaMA-Factory, and for what
+is not installed:
 
     pip install --no-deps --target plugins axolotl addict llamafactory
     PYTHONPATH=plugins python -m pytest tests/finetune/test_plugins.py
@@ -155,7 +156,7 @@ def test_axolotl_without_an_adapter_raises(manager: Any) -> None:
 
 
 class KernelPlugin:
-    """LLaMA-Factory's class of this name: a registry of functions by name and method."""
+    """LLaMA-Factory 0.9.5's class of this name: a registry of functions by name and method."""
 
     _registry: ClassVar[dict[str, dict[str, Callable[..., Any]]]] = defaultdict(dict)
 
@@ -173,53 +174,98 @@ class KernelPlugin:
         return self._registry[self.name]["__call__"](*args, **kwargs)
 
 
-@pytest.fixture
-def kernel_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """LLaMA-Factory's KernelPlugin, with ours registered."""
-    interface = "llamafactory.v1.plugins.model_plugins.kernels.interface"
-    if find_spec("llamafactory") is None:
-        stand_in(monkeypatch, interface, KernelPlugin=KernelPlugin)
+class RoutingKernelPlugin:
+    """The class of LLaMA-Factory after 0.9.5: an object by name, whose attributes it has."""
+
+    _registry: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name: Any = name
+
+    def register(self) -> Callable[..., Any]:
+        return lambda registered: self._registry.setdefault(self.name, registered)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._registry[self.name], name)
+
+
+def apply_kernels(model: Any, config: dict[str, Any], require_logits: bool = False) -> Any:
+    """Do as LLaMA-Factory after 0.9.5 with a configuration that names one kernel."""
+    plugin = RoutingKernelPlugin(config["name"])
+    return plugin.apply(model=model, config=config, require_logits=require_logits)
+
+
+CONTRACTS: dict[str, dict[str, Any]] = {
+    "0.9.5": {"KernelPlugin": KernelPlugin},
+    "main": {"KernelPlugin": RoutingKernelPlugin, "apply_kernels": apply_kernels},
+}
+
+
+@pytest.fixture(params=CONTRACTS)
+def interface(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """LLaMA-Factory's module of kernels, with ours registered."""
+    name = "llamafactory.v1.plugins.model_plugins.kernels.interface"
+    module = importlib.import_module(name) if find_spec("llamafactory") else None
+    if module is None or hasattr(module, "apply_kernels") is not (request.param == "main"):
+        stand_in(monkeypatch, name, **CONTRACTS[request.param])
         monkeypatch.setitem(sys.modules, LAUNCHER, ModuleType(LAUNCHER))
+        module = importlib.import_module(name)
     sys.modules.pop(LLAMA_FACTORY, None)
     importlib.import_module(LLAMA_FACTORY)
-    yield importlib.import_module(interface).KernelPlugin
+    yield module
     sys.modules.pop(LLAMA_FACTORY, None)
 
 
-@pytest.mark.parametrize("include", [None, "auto", True, "loss", "linears, loss"])
+def apply(interface: Any, model: Any, include: Any = None) -> Any:
+    """Do as LLaMA-Factory's model engine does for `kernel_config` before it trains."""
+    if hasattr(interface, "apply_kernels"):
+        config = {"name": "lora_kernels", "include_kernels": include}
+        return interface.apply_kernels(model, config, require_logits=True)
+    return interface.KernelPlugin("lora_kernels")(model=model, include_kernels=include)
+
+
+@pytest.mark.parametrize("include", [None, "auto", True, "linears, auto"])
 def test_llama_factory_fuses_the_model(
-    include: Any, kernel_plugin: Any, capsys: pytest.CaptureFixture[str]
+    include: Any, interface: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The call is the one that its model engine makes for `kernel_config`."""
     model = peft_model()
     want = loss_and_gradients(model)
-    fused = kernel_plugin("lora_kernels")(model=model, include_kernels=include)
+    fused = apply(interface, model, include)
     assert fused is model and sum(isinstance(m, Fused) for m in model.modules()) == 14
     for said in (1, 0):  # at the first forward alone
         assert_close_derived(loss_and_gradients(model), want, layers=8)
         assert capsys.readouterr().out.count("lora_kernels: 14 LoRA layers: 14 ours, ") == said
-    logits = model(input_ids=IDS, labels=IDS, use_cache=False).logits
-    assert (logits is None) is ("loss" in str(include))
+    assert model(input_ids=IDS, labels=IDS, use_cache=False).logits is not None
 
 
-def test_llama_factory_with_an_unknown_kernel_raises(kernel_plugin: Any) -> None:
+def test_llama_factory_with_a_loss_without_logits_raises(interface: Any) -> None:
+    """LLaMA-Factory's trainers read `outputs.logits`, which would be None."""
+    with pytest.raises(ValueError, match="include_kernels: got 'loss', which computes no logits"):
+        apply(interface, peft_model(), "linears,loss")
+    if hasattr(interface, "apply_kernels"):  # for a model that does not train
+        config = {"name": "lora_kernels", "include_kernels": "loss"}
+        model = interface.apply_kernels(peft_model(), config, require_logits=False)
+        assert model(input_ids=IDS, labels=IDS, use_cache=False).logits is None
+
+
+def test_llama_factory_with_an_unknown_kernel_raises(interface: Any) -> None:
     with pytest.raises(ValueError, match="include_kernels: got 'rope'"):
-        kernel_plugin("lora_kernels")(model=peft_model(), include_kernels="loss,rope")
+        apply(interface, peft_model(), "loss,rope")
     with pytest.raises(ValueError, match="without LoRA layers"):
-        kernel_plugin("lora_kernels")(model=torch.nn.Linear(2, 2))
+        apply(interface, torch.nn.Linear(2, 2))
 
 
 def test_llama_factory_starts_by_our_module(
-    kernel_plugin: Any, monkeypatch: pytest.MonkeyPatch
+    interface: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`python -m`, which registers the plugin before LLaMA-Factory reads its configuration."""
     found: list[Any] = []
 
     def main() -> None:
-        found.append(kernel_plugin("lora_kernels")(model=peft_model()))
+        found.append(apply(interface, peft_model()))
 
     monkeypatch.setattr(importlib.import_module(LAUNCHER), "main", main, raising=False)
     monkeypatch.delitem(sys.modules, LLAMA_FACTORY)
-    kernel_plugin._registry.clear()
+    interface.KernelPlugin._registry.clear()
     runpy.run_module(LLAMA_FACTORY, run_name="__main__")
     assert any(isinstance(m, Fused) for m in found[0].modules())

@@ -138,9 +138,33 @@ def test_unpatch_before_training_raises(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_patch_of_an_unknown_version_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+class OtherKernel:
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({}, None),
+        ({"_ChunkedLogProbFunction": OtherKernel}, "takes hidden, weight, targets in place of"),
+        ({"add_fused_lm_head": lambda model: None}, "head does not call _ChunkedLogProbFunction"),
+        ({"_use_triton": None}, "head does not call _use_triton"),
+    ],
+)
+def test_patch_of_a_later_trl_with_another_head_raises(
+    changed: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(their_trl, "__version__", "1.17.2")
-    with pytest.raises(RuntimeError, match=r"got TRL 1\.17\.2, want one of 1\.16"):
+    for name, value in changed.items():
+        if value is None:
+            monkeypatch.delattr(utils, name)
+        else:
+            monkeypatch.setattr(utils, name, value)
+    if reason is None:
+        trl.patch()
+        return trl.unpatch()
+    with pytest.raises(RuntimeError, match=rf"got TRL 1\.17\.2, whose .*{reason}"):
         trl.patch()
     assert not trl._replaced
 

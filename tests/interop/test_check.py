@@ -320,10 +320,20 @@ def test_check_accepts_lora_fa_and_says_what_is_frozen() -> None:
 
 def test_check_finds_a_gradient_that_is_not_finite() -> None:
     model = mlp(f32)
-    model.base_model.model.down.lora_B["default"].weight.data[0, 0] = torch.nan
+    model.base_model.model.down.base_layer.weight.data[0, 0] = torch.nan
     found = check(model, x)
     assert "the gradient of lora_B is not finite" in found.rows[0].reason
     assert not found.ok
+
+
+@either
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_check_names_the_one_matrix_with_nan(part: str, fused: bool) -> None:
+    """The other layers, whose outputs and gradients it would make NaN, are checked without it."""
+    model = mlp(f32)
+    getattr(model.base_model.model.up, part)["default"].weight.data[0, 0] = torch.nan
+    found = check(fuse(model) if fused else model, x)
+    assert_faults(found, "effect", layers=1, reason=f"{part} is not finite")
 
 
 @either

@@ -965,6 +965,22 @@ def test_backward_by_torch_overwrites_what_it_may(activation, in_place) -> None:
     assert counter.count(run).peak <= 2 * meta[0].nbytes
 
 
+@pytest.mark.parametrize(
+    "backward",
+    [
+        functools.partial(eager_mlp.gated_backward_by_torch, in_place=False),
+        eager_mlp.split_gradient,
+    ],
+)
+def test_backward_of_an_activation_without_a_gradient_raises(
+    backward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was added to the forwards alone does not get GELU's."""
+    monkeypatch.setitem(eager_mlp.ACTIVATIONS, "relu", torch.relu)
+    with pytest.raises(KeyError, match="relu"):
+        backward(*torch.randn(3, 4), activation="relu")
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 3)], ids=str)
 def test_result_of_a_block_can_be_changed_in_place(shape: tuple[int, ...], runs: Any) -> None:
     """PEFT's result is no view, and a model's own code may change it."""

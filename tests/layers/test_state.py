@@ -318,6 +318,13 @@ def test_load_lora_weights_of_broken_metadata_raises(tmp_path):
         load_lora_weights(Model(), tmp_path / "a")
 
 
+@pytest.mark.parametrize("config", ["[1, 2]", "3", "null", '{"": 3}', '{"up": null}'])
+def test_load_lora_weights_of_metadata_that_is_no_table_raises(tmp_path, config):
+    save_file(lora_state_dict(Model()), tmp_path / "a", {"lora_layers": config})
+    with pytest.raises(ValueError, match=r"a: its metadata has lora_layers .*, want an object of"):
+        load_lora_weights(Model(), tmp_path / "a")
+
+
 def test_adapter_functions_know_the_adapters_of_experts(tmp_path):
     """Beside another LoRA layer they would be left out without a word."""
     model = nn.ModuleDict(

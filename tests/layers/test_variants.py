@@ -184,15 +184,16 @@ def test_rslora_divides_by_the_root() -> None:
 # Stable, memory-efficient, LoRA+ -----------------------------------------------------------------
 
 
-def test_gradients_are_clipped_together() -> None:
-    layer = make("StableLoRALinear", max_grad_norm=0.5)
+@pytest.mark.parametrize(("given", "limit"), [({}, 1.0), ({"max_grad_norm": 0.5}, 0.5)])
+def test_gradients_are_clipped_together(given: dict[str, float], limit: float) -> None:
+    layer = make("StableLoRALinear", **given)
     layer(torch.randn(M, K)).square().sum().backward()
     A, B = layer.lora_A.grad.clone(), layer.lora_B.grad.clone()
     norm = layer.clip_gradients()
     torch.testing.assert_close(norm, torch.cat([A.flatten(), B.flatten()]).norm())
     for got, before in ((layer.lora_A.grad, A), (layer.lora_B.grad, B)):
         # PyTorch adds 1e-6 to the norm, which is above 1; a few roundings beside it.
-        torch.testing.assert_close(got, before * 0.5 / norm, rtol=2e-6, atol=0)
+        torch.testing.assert_close(got, before * limit / norm, rtol=2e-6, atol=0)
     assert StableLoRALinear(8, 8).clip_gradients() == 0  # no gradients yet
     layer.lora_B.grad[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match="non-finite"):
@@ -520,7 +521,7 @@ def test_orthogonality_is_the_distance_and_has_gradients() -> None:
 
 
 def test_levels_are_three_adapters_over_one_base_product() -> None:
-    layer = HierarchicalLoRALinear(K, N, (8, 16, 32), weights=(0.6, 0.3, 0.1), dtype=f64)
+    layer = HierarchicalLoRALinear(K, N, dtype=f64)  # ranks 8, 16, 32, weights 0.6, 0.3, 0.1
     assert layer.level_scales == (2.0, 1.0, 0.5)
     assert layer.level_weights.requires_grad
     with torch.no_grad():

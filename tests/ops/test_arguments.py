@@ -10,6 +10,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends.cpu import native
+from lora_kernels.layers import LoRALinear
 from lora_kernels.ops.norm import dora_norm
 
 K, N, R = 6, 5, 2
@@ -60,6 +61,67 @@ def test_multi_lora_linear_of_no_tensor_or_number_raises(
     given["index"] = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(TypeError, match=f"^{words}$"):
         lora_kernels.multi_lora_linear(**{**given, **change})
+
+
+def operands(function: Any) -> dict[str, Any]:
+    """Return the tensors of a valid call: vectors and indices too."""
+    given = arguments()
+    if function is lora_kernels.lora_linear:
+        given |= {"bias": torch.ones(N), "rank_gate": torch.ones(R), "column_scale": torch.ones(N)}
+    elif function is lora_kernels.multi_lora_linear:
+        given |= {name: given[name][None] for name in ("lora_A", "lora_B")}
+        given |= {"index": torch.zeros(3, dtype=torch.int64), "bias": torch.ones(N)}
+    elif function is lora_kernels.lora_experts_linear:
+        given |= {name: given[name][None] for name in ("weight", "lora_A", "lora_B")}
+        given |= {"offsets": torch.tensor([3]), "bias": torch.ones(1, N)}
+    elif function is lora_kernels.lora_linear_cross_entropy:
+        given |= {"labels": torch.zeros(3, dtype=torch.int64), "bias": torch.ones(N)}
+    else:
+        del given["x"]
+    return given
+
+
+LAYOUTS: dict[str, Any] = {
+    "torch.sparse_coo": torch.Tensor.to_sparse,
+    "torch.sparse_csr": torch.Tensor.to_sparse_csr,
+    "torch._mkldnn": torch.Tensor.to_mkldnn,
+    "a nested tensor": lambda t: torch.nested.nested_tensor([t, t]),
+    "a nested tensor ": lambda t: torch.nested.nested_tensor([t, t], layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta)")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lora_kernels.lora_linear,
+        lora_kernels.multi_lora_linear,
+        lora_kernels.lora_experts_linear,
+        lora_kernels.lora_linear_cross_entropy,
+        dora_norm,
+    ],
+)
+def test_op_of_a_tensor_without_strides_raises(function: Any, layout: str) -> None:
+    given = operands(function)
+    function(**given)
+    for name, t in given.items():
+        if (layout == "torch.sparse_csr" and t.dim() < 2) or (
+            layout == "torch._mkldnn" and t.dtype == torch.int64
+        ):
+            continue
+        with pytest.raises(TypeError, match=f"^{name}: got {layout.strip()}, want a dense tensor"):
+            function(**given | {name: LAYOUTS[layout](t)})
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta)")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [3, 100])
+def test_layer_called_again_with_a_tensor_without_strides_raises(rows: int, layout: str) -> None:
+    layer, x = LoRALinear(64, 64, 4).requires_grad_(False), torch.ones(rows, 64)
+    layer(x), layer(x)  # the second call is a prepared one
+    with pytest.raises(TypeError, match=f"^x: got {layout.strip()}, want a dense tensor"):
+        layer(LAYOUTS[layout](x))
 
 
 def test_dora_norm_names_what_it_has() -> None:

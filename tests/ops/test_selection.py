@@ -15,8 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
+from lora_kernels.backends.cpu import heuristics, native
 from lora_kernels.backends.cpu import linear as cpu
-from lora_kernels.backends.cpu import native
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.core import device, forced
@@ -444,3 +444,12 @@ def test_lora_linear_recomputes_p_by_the_backend_alone(dispatched: bool) -> None
         (want,) = torch.autograd.grad(lora_kernels.lora_linear(**args), args["lora_B"], dy)
     with FlopCounterMode(display=False) if dispatched else contextlib.nullcontext():
         assert torch.equal(torch.autograd.grad(y, args["lora_B"], dy)[0], want)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_few_rows_of_an_instruction_set_without_an_entry_raises(four_bit: bool) -> None:
+    """0 would leave its GEMV kernels unused in silence."""
+    for isa in native.ISAS:
+        assert heuristics.few_rows(torch.float32, four_bit, 0, isa=isa) > 0
+    with pytest.raises(KeyError, match="avx1024"):
+        heuristics.few_rows(torch.float32, four_bit, 0, isa="avx1024")

@@ -70,7 +70,7 @@ class Project:
         for name in ("cpuid.h", "cpuid.cpp"):
             shutil.copy(ROOT / "csrc" / "cpu" / name, self.csrc / "cpu")
         (self.csrc / "bindings.cpp").write_text(BINDINGS)
-        (self.csrc / "fastpath.cpp").write_text("int fastpath_marker = 1;\n")
+        (self.csrc / "direct.cpp").write_text("int direct_marker = 1;\n")
         isas = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
         kernels = (f"kernels_{isa}" for isa in isas)
         for unit in ("dispatch", "fingerprint", "layer", "threads", *kernels):

@@ -29,7 +29,7 @@ X86_64_UNITS = {
     "kernels_avx512bf16.cpp": AVX512 | {"-mavx512bf16"},
     "kernels_amxbf16.cpp": AVX512 | {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"},
 }
-BASELINE_UNITS = ("bindings", "fastpath", "cpuid", "dispatch", "fingerprint", "layer", "threads")
+BASELINE_UNITS = ("bindings", "direct", "cpuid", "dispatch", "fingerprint", "layer", "threads")
 BASELINE_UNITS += ("kernels_scalar",)
 
 
@@ -252,7 +252,7 @@ def test_a_portable_wheel_that_needs_more_is_an_error(
 ) -> None:
     """The linker writes such names among the strings of the library, where this one is put."""
     text = f'extern "C" __attribute__((used)) const char text[] = "\\0{name}";\n'
-    (project.csrc / "fastpath.cpp").write_text(text)
+    (project.csrc / "direct.cpp").write_text(text)
     said = project.setup("bdist_wheel", status=1, LORA_KERNELS_PORTABLE="1")
     assert f"LORA_KERNELS_PORTABLE=1, but _native.so {message}" in said
     assert project.extensions() == []

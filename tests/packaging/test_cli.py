@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -85,6 +86,23 @@ def test_interrupt_of_an_import_outside_of_the_command_is_raised(tmp_path: Path)
     assert "KeyboardInterrupt" in without_torch(tmp_path, "-c", "import lora_kernels").stderr
 
 
+def test_warnings_of_libraries_at_their_import_are_not_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """bitsandbytes logs below its name; DeepSpeed sets its logger's level and handler."""
+    cli.main(["info"])
+    capsys.readouterr()
+    handler = logging.StreamHandler()
+    for name in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.warning("%s warns", name)
+        logger.error("%s fails", name)
+        logger.removeHandler(handler)
+    said = "bitsandbytes.backends.cpu.ops fails\nDeepSpeed fails\n"
+    assert capsys.readouterr().err == said
+
+
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"lora-kernels {lora_kernels.__version__}\n", "")
 
@@ -101,6 +119,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["rank-search", "--model", "m", "--data", "d", "--rank-s"], "; did you mean --ranks?\n"),
         (["merge", "--out", "o", "--quat=nf4"], "no option --quat; did you mean --quant?\n"),
+        (["merge", "--hello", "o"], "no option --hello; see --help\n"),
         (["info", "more"], "info: got 'more', which belongs to no option; see --help\n"),
     ],
 )

@@ -1,7 +1,15 @@
 """`import lora_kernels` needs torch and nothing else."""
 
+import importlib.machinery
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_kernels.backends import cuda, import_extension
+from lora_kernels.backends.cpu import native
 
 
 def new_packages(code: str, before: str = "") -> set[str]:
@@ -39,3 +47,21 @@ assert {*lora_kernels.__all__} <= {*dir(lora_kernels)}
 assert lora_kernels.qualify.__module__ == "lora_kernels.qualification"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_extension_of_another_checkout_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An editable install of another checkout finds its own for a name that is missing here."""
+    (tmp_path / "_emulator2.py").write_text("raise AssertionError")
+
+    class Editable:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+            return importlib.machinery.PathFinder.find_spec(name, [str(tmp_path)])
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Editable])
+    found = cuda._load.__wrapped__("_emulator2")
+    assert found == (None, "the CUDA kernels were not built")
+    if native.module is not None:
+        assert import_extension("_native") is native.module

@@ -21,9 +21,10 @@ from lora_kernels.ops import linear
 from lora_kernels.qualification import claims, timing
 from lora_kernels.quantization import quantize_4bit
 from tests.support import fake_card as fake_card_times
+from tests.support.emulator import emulator_unavailable_reason
 from tests.support.fake_card import FakeCard
 
-if cuda.emulator_unavailable_reason():
+if emulator_unavailable_reason():
     pytest.skip("the emulator was not built", allow_module_level=True)
 
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "dense")

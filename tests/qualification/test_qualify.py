@@ -17,15 +17,16 @@ import torch
 
 import lora_kernels
 from lora_kernels import qualification
-from lora_kernels.backends import cuda, triton
+from lora_kernels.backends import triton
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Point, Verdict
 from lora_kernels.qualification import Claim, qualify
 from lora_kernels.qualification.plan import CANDIDATES, STEP_ROWS, plan
 from tests.support import fake_card
+from tests.support.emulator import emulator_unavailable_reason
 
-if cuda.emulator_unavailable_reason() or triton.unavailable_reason():
+if emulator_unavailable_reason() or triton.unavailable_reason():
     pytest.skip("the emulator was not built", allow_module_level=True)
 
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "dense")

@@ -184,7 +184,7 @@ def test_command_that_cannot_start_exits_with_2(
 
     monkeypatch.setattr(qualification, "qualify", qualify)
     assert cli.main(["qualify"]) == 2
-    last = capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
     assert last == "lora-kernels qualify: another process is qualifying; nothing was cached"
 
 
@@ -194,7 +194,7 @@ def test_command_of_a_card_that_is_not_there_says_so_in_a_line(
     monkeypatch.setattr("lora_kernels.core.device.gpu", lambda index: pytest.fail("read"))
     assert cli.main(["qualify", "--device", "7"]) == 2
     said = "lora-kernels qualify: device: got cuda:7, want a CUDA device of the 1 there are\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().err == said
 
 
 def test_command_passes_its_options_on_and_prints_each_claim(

@@ -25,6 +25,7 @@ from lora_kernels.core.device import DeviceInfo
 from lora_kernels.qualification import claims
 from lora_kernels.quantization import quantize_4bit
 from tests.support.allocations import Allocations
+from tests.support.emulator import emulator_unavailable_reason
 from tests.support.fake_driver import STREAM, Log, cpu_as_gpu, fake_cuda, fake_triton
 from tests.support.problems import bf16, f32
 
@@ -519,7 +520,7 @@ def test_threads_record_calls_of_their_own(log: Log, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Run the launches of replays in the emulator; the names of all launches."""
-    if (reason := cuda.emulator_unavailable_reason()) is not None:
+    if (reason := emulator_unavailable_reason()) is not None:
         pytest.skip(reason)
     from lora_kernels.backends.cuda import launch
 

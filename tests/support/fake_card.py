@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import cuda
-from lora_kernels.backends.cuda import launch
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice.verdicts import Group, Seconds
 from lora_kernels.core.problem import Problem
 from lora_kernels.qualification import Claim
+from tests.support.emulator import deferred_launches, emulated_stream
 
 NAME = "tests.support.fake_card:FakeCard"
 KEY = {"name": "Fake H100", "driver": "1.2"}
@@ -91,9 +91,9 @@ class FakeCard:
 
     def concurrently(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         found = []
-        with launch.deferred_launches():
+        with deferred_launches():
             for number, call in enumerate(calls):
-                with launch.emulated_stream(number):
+                with emulated_stream(number):
                     found.append(call())
         return found
 

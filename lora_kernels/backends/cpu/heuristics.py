@@ -76,7 +76,7 @@ def rules(dtype: torch.dtype, isa: str | None = None) -> Rules:
 def few_rows(
     dtype: torch.dtype, four_bit: bool, size: int, columns: bool = False, isa: str | None = None
 ) -> int:
-    """Return the most rows of x for the GEMV kernel.
+    """Return the most rows of x for the GEMV kernel; 0 without native kernels.
 
     Args:
         dtype: of the base GEMM.
@@ -84,6 +84,8 @@ def few_rows(
         size: elements of the weight.
         columns: whether the weight is stored as [K, N]. torch.mm then runs the GEMV, for one row.
         isa: None for the instruction set in use.
+
+    Raises KeyError for an instruction set that the tables lack.
     """
     found = rules(dtype, isa)
     if columns:

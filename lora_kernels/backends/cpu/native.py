@@ -6,7 +6,6 @@ The environment variable LORA_KERNELS_CPU_ISA, one of ISAS, caps the instruction
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -14,6 +13,7 @@ from types import ModuleType
 import torch
 
 from ...version import __version__
+from .. import import_extension
 
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
 
@@ -30,7 +30,7 @@ on_use_isa: Callable[[], None] | None = None  # fills the extension's rules for 
 def _load() -> None:
     global module, reason, isa, amx_bf16, intel, threaded, exchange
     try:
-        extension = importlib.import_module("lora_kernels._native")
+        extension = import_extension("_native")
     except ImportError:
         reason = "the native CPU kernels were not built"
         return

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
@@ -30,7 +29,7 @@ import torch
 
 from ...core.problem import Strategy
 from ...version import __version__
-from .. import lazy_launchers
+from .. import import_extension, lazy_launchers
 
 COOPERATIVE = Strategy.COOPERATIVE
 TWO_PASS = Strategy.TWO_PASS
@@ -47,7 +46,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     if name == "_emulator":
         what, was, has = "the emulator", "was", "has"
     try:
-        module = importlib.import_module(f"lora_kernels.{name}")
+        module = import_extension(name)
     except ImportError as error:
         detail = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
         return None, f"{what} {was} not built{detail}"
@@ -71,11 +70,6 @@ def is_emulated() -> bool:
 def unavailable_reason() -> str | None:
     """Return why there are no kernels; None if there are."""
     return None if is_emulated() else _load("_cuda")[1]
-
-
-def emulator_unavailable_reason() -> str | None:
-    """Return why there is no emulator; None if there is one."""
-    return _load("_emulator")[1]
 
 
 @contextlib.contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,37 +91,11 @@ def run(name: str, on: Tensor, touched: dict[str, Tensor | None], *args: Any) ->
     return out
 
 
+# Of emulated launches, set by tests: their stream; while they are deferred, their tensors.
 _stream = 0
-_waiting: list[Tensor | None] | None = None  # tensors of pending launches, kept alive
+_waiting: list[Tensor | None] | None = None
 # The traffic of emulated kernels: (kernel, {name: (bytes read, bytes written)}).
 traffic: deque[tuple[str, dict[str, tuple[int, int]]]] = deque(maxlen=1000)
-
-
-@contextlib.contextmanager
-def emulated_stream(number: int) -> Iterator[None]:
-    """Run emulated launches inside the context on the stream of that number."""
-    global _stream
-    before, _stream = _stream, number
-    try:
-        yield
-    finally:
-        _stream = before
-
-
-@contextlib.contextmanager
-def deferred_launches() -> Iterator[None]:
-    """Defer emulated launches inside the context to its end.
-
-    Launches of one stream run in order, and interleave with those of other streams.
-    """
-    global _waiting
-    _waiting = []
-    try:
-        yield
-        module().synchronize()
-        traffic.extend(module().read_traffic())
-    finally:
-        _waiting = None
 
 
 def _span(t: Tensor) -> int:

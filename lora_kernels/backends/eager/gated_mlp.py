@@ -11,7 +11,7 @@ their first use. Where they are not used, PyTorch's ops run, with two temporarie
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda g: functional.gelu(g, approximate="tanh"),
     "gelu": functional.gelu,
 }
+_GELUS = {"gelu_tanh": "tanh", "gelu": "none"}  # PyTorch's names of the two formulas
 
 
 class Gated(NamedTuple):
@@ -72,13 +73,7 @@ def gated_backward_by_torch(
     """`gated_backward` by PyTorch's ops; u is not overwritten."""
     a, da = ACTIVATIONS[activation](g), torch.mul(dh, u)
     du, h = dh.mul_(a), a.mul_(u)
-    out = g if in_place else da
-    if activation == "silu":
-        dg = torch.ops.aten.silu_backward.grad_input(da, g, grad_input=out)
-    else:
-        how = "tanh" if activation == "gelu_tanh" else "none"
-        dg = torch.ops.aten.gelu_backward.grad_input(da, g, approximate=how, grad_input=out)
-    return Gated(dg, du, h)
+    return Gated(_activation_backward(da, g, activation, out=g if in_place else da), du, h)
 
 
 def split_gradient(
@@ -87,13 +82,19 @@ def split_gradient(
     """Return dg and du for dh, or None for None, without writing to memory of the arguments."""
     if dh is None:
         return None, None
-    da = dh * u
-    if activation == "silu":
-        dg = torch.ops.aten.silu_backward(da, g)
-    else:
-        how = "tanh" if activation == "gelu_tanh" else "none"
-        dg = torch.ops.aten.gelu_backward(da, g, approximate=how)
+    dg = _activation_backward(dh * u, g, activation)
     return dg, dh * ACTIVATIONS[activation](g)
+
+
+def _activation_backward(
+    da: Tensor, g: Tensor, activation: str, out: Tensor | None = None
+) -> Tensor:
+    """Return dg for the gradient of act(g), in the memory of `out` unless it is None."""
+    op: Any = torch.ops.aten.silu_backward
+    how = {}
+    if activation != "silu":
+        op, how = torch.ops.aten.gelu_backward, {"approximate": _GELUS[activation]}
+    return op(da, g, **how) if out is None else op.grad_input(da, g, **how, grad_input=out)  # type: ignore[no-any-return]
 
 
 def down_backward(

@@ -127,10 +127,11 @@ def strategy(
     itemsize: int,
     four_bit: bool,
 ) -> tuple[Strategy, str]:
-    """Return the strategy of `lora_linear` and the reason, from a cost model.
+    """Return the strategy of `lora_linear` for a forced backend, and the reason.
 
-    The fused kernel multiplies BLOCK_R more columns in each tile, which adds BLOCK_R / BLOCK_N to
-    the GEMM's time. It saves a launch and a second read of x, which takes balance / N of that time.
+    Two estimates decide. The fused kernel multiplies BLOCK_R more columns in each tile, which adds
+    BLOCK_R / BLOCK_N to the GEMM's time. It saves a launch and a second read of x, which takes
+    balance / N of that time.
 
     itemsize: bytes of the widest operand, including the adapter.
     """

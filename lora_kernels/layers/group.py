@@ -178,6 +178,13 @@ class LoRAGroup(LoRALayer):
     def _wide_B(self) -> Tensor:
         """Return lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
         width = len(self.targets) * self.r
+        if not torch.is_grad_enabled():  # without copies of the padded parts
+            wide, n = self.lora_B.new_zeros(self.out_features, width), 0
+            for size, B, rank in self._parts_of_B():
+                if B is not None:
+                    wide[n : n + size, rank : rank + self.r] = B
+                n += size
+            return wide
         return torch.cat(
             [
                 self.lora_B.new_zeros(size, width)

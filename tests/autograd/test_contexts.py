@@ -15,7 +15,7 @@ from tests.support.models import hidden
 # Numbers, shapes, dtypes and the choice of a kernel; of a new name, look at what it holds.
 ALLOWED = {
     *("choice", "options", "spec", "call", "needs", "num_weights", "weights", "columns"),
-    *("bias_dtype", "x_dtype", "p_dtype", "dtypes", "x_shape"),
+    *("bias_dtype", "x_dtype", "p_dtype", "dtypes", "x_shape", "numbers", "blocksizes"),
 }
 
 

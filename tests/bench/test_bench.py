@@ -23,7 +23,7 @@ from lora_kernels.bench.command import wrap
 from lora_kernels.bench.results import Result, Row, flat, ratios, read, summary
 from lora_kernels.bench.table import Call, Entry, Tolerance, Verdict
 from lora_kernels.bench.timing import Times
-from lora_kernels.ops import linear
+from lora_kernels.ops import direct, linear
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 
@@ -64,6 +64,7 @@ def break_backend(monkeypatch: pytest.MonkeyPatch, output: str, by: float = 1.01
         return found._make(changed) if hasattr(found, "_make") else changed
 
     monkeypatch.setattr(linear.BACKENDS[BACKEND], name, wrong)
+    monkeypatch.setattr(direct, "call", lambda *args, **kwargs: None)  # calls no backend
 
 
 def test_bench(run: Any) -> None:

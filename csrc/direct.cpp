@@ -38,7 +38,7 @@ const DlExchange* exchange = nullptr;
 struct Objects {
   PyObject *tensor, *parameter;                           // classes
   PyObject *new_empty, *is_neg, *data_ptr, *stride, *to;  // methods of a tensor
-  PyObject *linear, *matmul, *num_threads;                // functions
+  PyObject *library_linear, *library_dx, *num_threads;    // functions
   PyObject* dtypes[3];                                    // float32, bfloat16, float16
   PyObject* like_float32;                                 // an empty tensor
   PyObject *keys, *default_keys, *inference_keys;  // of dispatch: in force, and without observers
@@ -403,7 +403,8 @@ Object direct_forward(Arguments& in) {
             .y = nullptr,
             .dtype = rows.dtype};
   if (strategy == Strategy::library) {
-    y = steal_reference(PyObject_CallFunctionObjArgs(py.linear, x, operands.weight, nullptr));
+    y = steal_reference(
+        PyObject_CallFunctionObjArgs(py.library_linear, x, operands.weight, nullptr));
     l.w = {};
   } else {
     y = new_empty(x, sizes_of(rows, l.N));
@@ -461,7 +462,8 @@ Object direct_backward(Arguments& in) {
     dx = new_empty(dy, sizes_of(out, l.K));
   } else {
     if (need_x)
-      dx = steal_reference(PyObject_CallFunctionObjArgs(py.matmul, dy, operands.weight, nullptr));
+      dx = steal_reference(
+          PyObject_CallFunctionObjArgs(py.library_dx, dy, operands.weight, nullptr));
     l.w = {}, l.codes = nullptr;
   }
   if (need_x) g.dx = address<void>(dx);
@@ -486,7 +488,8 @@ Object set_up(Arguments& in) {
   to.tensor = own("Tensor"), to.parameter = own("Parameter");
   to.new_empty = own("new_empty"), to.is_neg = own("is_neg"), to.data_ptr = own("data_ptr");
   to.stride = own("stride"), to.to = own("to");
-  to.linear = own("linear"), to.matmul = own("matmul"), to.num_threads = own("num_threads");
+  to.library_linear = own("library_linear"), to.library_dx = own("library_dx"),
+  to.num_threads = own("num_threads");
   for (PyObject*& dtype : to.dtypes) dtype = own("dtype");
   to.like_float32 = own("like_float32");
   to.keys = own("keys"), to.default_keys = own("default_keys");

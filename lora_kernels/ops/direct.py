@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.functional import linear as torch_linear
 
 from ..backends import library
 from ..backends.cpu import native
-from ..backends.cpu.linear import DTYPES
+from ..backends.cpu.linear import DTYPES, library_dx, library_linear
 from ..choice import choose as selection
 from ..core import forced
 from ..core.call import Needs, Operands, Saved, Spec
@@ -37,7 +36,7 @@ def _set_up() -> None:
     """Give the extension PyTorch's classes and functions, in the order of csrc/direct.cpp."""
     assert native.module is not None
     methods = Tensor.new_empty, Tensor.is_neg, Tensor.data_ptr, Tensor.stride, Tensor.to
-    functions = torch_linear, torch.matmul, torch.get_num_threads
+    functions = library_linear, library_dx, torch.get_num_threads
     observers = torch._C._dispatch_tls_local_include_set, context.KEYS, context.INFERENCE_KEYS
     native.module.set_up(
         *_PLAIN, *methods, *functions, *DTYPES, torch.empty(0), *observers, vars(forward_ad),

@@ -162,6 +162,16 @@ def _fused_weight(
     return _matrix(to_dtype(weight, dtype)), None
 
 
+def _library_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the library's GEMM for operands in `dtype`.
+
+    Without AVX-512 a 16-bit GEMM takes several times a float32 one, and longer than widening a
+    panel of the weight before each (benchmarks/NOTES.md).
+    """
+    is_slow = dtype is not torch.float32 and native.isa not in FUSED_ISAS and not native.amx_bf16
+    return torch.float32 if is_slow else dtype
+
+
 def _library_base(
     xs: Tensor,
     weight: Tensor | Packed4bit | None,
@@ -169,20 +179,46 @@ def _library_base(
     dtype: torch.dtype,
     y_dtype: torch.dtype,
 ) -> Tensor:
-    """x·Wᵀ [..., N] by the library, 0 without a weight; of codes a panel of rows at a time."""
+    """x·Wᵀ [..., N] by the library, 0 without a weight; by panels of rows if W is not as it is."""
     N, K = shape
     if weight is None:
         return xs.new_zeros(*xs.shape[:-1], N, dtype=y_dtype)
-    if not isinstance(weight, Packed4bit):
+    wide = _library_dtype(dtype)
+    if isinstance(weight, Tensor) and wide is dtype:
         return to_dtype(linear(xs, to_dtype(weight, dtype)), y_dtype)
+    xs = to_dtype(xs, wide)
     y = xs.new_empty(*xs.shape[:-1], N)
-    for n in _panels(N, K, dtype):
-        torch.mm(
-            xs.view(-1, K),
-            decode4bit.dense(weight, shape, dtype, rows=n).t(),
-            out=y.view(-1, N)[:, n],
-        )
+    for n in _panels(N, K, wide):
+        panel = _panel(weight, shape, wide, rows=n)
+        torch.mm(xs.view(-1, K), panel.t(), out=y.view(-1, N)[:, n])
     return to_dtype(y, y_dtype)
+
+
+def _panel(
+    weight: Tensor | Packed4bit,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> Tensor:
+    """Return rows or columns of W in `dtype`, dense."""
+    if isinstance(weight, Tensor):
+        return to_dtype(weight[rows, columns], dtype)
+    return decode4bit.dense(weight, shape, dtype, rows=rows, columns=columns)
+
+
+@torch.no_grad()  # a direct call's graph is its own Function's
+def library_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x·Wᵀ [..., N] for a dense weight [N, K] in x's dtype, by the library."""
+    N, K = weight.shape
+    return _library_base(x, weight, (N, K), x.dtype, x.dtype)
+
+
+@torch.no_grad()
+def library_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """Return dY·W [..., K] for a dense weight [N, K] in dY's dtype, by the library."""
+    N, K = weight.shape
+    return _library_dx(dy, weight, (N, K), dy.dtype, dy.dtype)
 
 
 def _is_dx_fused(strategy: str, M: int) -> bool:
@@ -198,15 +234,17 @@ def _library_dx(
     dtype: torch.dtype,
     x_dtype: torch.dtype,
 ) -> Tensor:
-    """dZ·W [..., K] by the library, 0 without a weight; of codes a panel of columns at a time."""
+    """dZ·W [..., K] by the library, 0 without a weight; by panels of columns as `_library_base`."""
     N, K = shape
     if weight is None:
         return dz.new_zeros(*dz.shape[:-1], K, dtype=x_dtype)
-    if not isinstance(weight, Packed4bit):
+    wide = _library_dtype(dtype)
+    if isinstance(weight, Tensor) and wide is dtype:
         return to_dtype(torch.matmul(dz, to_dtype(weight, dtype)), x_dtype)
+    dz = to_dtype(dz, wide)
     dx = dz.new_empty(*dz.shape[:-1], K)
-    for k in _panels(K, N, dtype):
-        panel = decode4bit.dense(weight, shape, dtype, columns=k)
+    for k in _panels(K, N, wide):
+        panel = _panel(weight, shape, wide, columns=k)
         torch.mm(dz.view(-1, N), panel, out=dx.view(-1, K)[:, k])
     return to_dtype(dx, x_dtype)
 

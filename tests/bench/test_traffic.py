@@ -44,6 +44,7 @@ def read_written(call: Callable[[], object]) -> list[tuple[int, int]]:
 X = 4 * M * K  # bytes of x [M, K] in float32
 A, B = meta(M, K), meta(K, N)
 Y = 4 * M * N
+INDEX = meta(M, 3, dtype=torch.int64)
 
 KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
     "add": (lambda: A + meta(M, K), [(2 * X, X)]),
@@ -84,6 +85,36 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
     "index_select from a large table": (
         lambda: meta(1000, K).index_select(0, meta(M, dtype=torch.int64)),
         [(X + 8 * M, X)],
+    ),
+    "scatter reads and writes what its indices name, of the table's size each": (
+        lambda: meta(1000, K, dtype=BF16).scatter_(1, INDEX, meta(M, 3, dtype=BF16)),
+        [(8 * M * 3 + 2 * 2 * M * 3, 2 * M * 3)],
+    ),
+    "scatter of a number": (
+        lambda: meta(1000, K, dtype=BF16).scatter_(1, INDEX, 1.0),
+        [(8 * M * 3 + 2 * M * 3, 2 * M * 3)],
+    ),
+    "scatter_add": (
+        lambda: meta(1000, K).scatter_add_(1, INDEX, meta(M, 5)),
+        [(8 * M * 3 + 4 * M * 3 + 4 * M * 5, 4 * M * 3)],
+    ),
+    "gather": (
+        lambda: meta(1000, K, dtype=BF16).gather(1, INDEX),
+        [(8 * M * 3 + 2 * M * 3, 2 * M * 3)],
+    ),
+    "embedding": (
+        lambda: F.embedding(meta(M, 3, dtype=torch.int64), meta(1000, K, dtype=BF16)),
+        [(8 * M * 3 + 2 * M * 3 * K, 2 * M * 3 * K)],
+    ),
+    "addmm of a stack": (
+        lambda: torch.baddbmm(meta(3, M, N), meta(3, M, K), meta(3, K, N)),
+        [(3 * Y, 3 * Y), (3 * (X + 4 * K * N + Y), 3 * Y)],
+    ),
+    "cross_entropy_ reads the logits twice": (
+        lambda: torch.ops.lora_kernels.cross_entropy_(
+            meta(M, N), meta(M, dtype=torch.int64), 1.0, 0.0, 1.0, 0.0, True
+        ),
+        [(2 * Y + 8 * M, Y + 4 * M)],
     ),
     "grouped_mm reads a matrix for each row, if it has fewer": (
         lambda: F.grouped_mm(meta(3, 8), meta(5, 8, 16), offs=meta(5, dtype=torch.int32)),

@@ -2,9 +2,11 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,11 +20,13 @@ from lora_kernels.bench import blocks, command, counter, experts_traffic, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.results import Row
+from lora_kernels.bench.roofline import Sizes, moved
 from lora_kernels.bench.traffic import CELLS, Cell
 from lora_kernels.choice import choose as selection
 from lora_kernels.ops import registry
 
 pytest.importorskip("peft")
+from lora_kernels.peft import swap
 from lora_kernels.peft.eligibility import heavier_reason
 
 M, K, N = 8, 16, 32
@@ -397,16 +401,32 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> None:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
-    found = list(bench_traffic.count_cell(cell, 128, 256, 16, 0.05, by_rule=False))
+    K, N, R, p = 128, 256, 16, 0.05
+    layers = {"ours": bench_traffic.stock(cell, K, N, R, p)}
+    layers["peft"] = bench_traffic.stock(cell, K, N, R, p)
+    with mock.patch.object(swap, "heavier_reason", lambda layer: None):
+        swap.fuse(nn.Sequential(layers["ours"]))
+    found = list(bench_traffic.count_cell(cell, K, N, R, p, by_rule=False))
+    steps = [(rows, i) for rows in bench_traffic.ROWS for i in range(2)]
     assert [(row.M, row.mode) for row in found] == [
-        (rows, direction) for rows in bench_traffic.ROWS for direction in ("forward", "backward")
+        (rows, bench_traffic.DIRECTIONS[i]) for rows, i in steps
     ]
-    for row in found:
+    sizes = Sizes(0, N, K, R * cell.adapters, cell.dtype, cell.adapter_dtype.itemsize)
+    for row, (rows, i) in zip(found, steps, strict=True):
         assert row.strategy is None
-        for counts in (row.moved, row.kernels, row.peak_bytes):
-            assert min(counts.values()) > 0
-        # x·Wᵀ alone reads x and writes y; ours is not PEFT's under another name.
-        assert row.moved["ours"] >= 2 * row.M * (128 + 256)
+        for name, layer in layers.items():
+            for _ in range(2):  # the first call fills what the process caches
+                step = bench_traffic.count_step(layer, cell, rows, K)
+            counts = (row.moved[name], row.kernels[name], row.peak_bytes[name])
+            assert counts == (step[i].bytes, step[i].kernels, step[i].peak)
+            # No fewer than each operand once, of 4-bit weights their codes.
+            least = replace(sizes, M=rows, four_bit=cell.base == "nf4")
+            directions = moved(least), moved(least, step=True) - moved(least)
+            assert counts[0] >= directions[i]
+            # y, or dx and the gradients of the adapters, and y still.
+            results = rows * N * 2, rows * (N + K) * 2 + R * (N + K) * sizes.adapter_itemsize
+            assert counts[2] >= results[i]
+        # Ours is not PEFT's under another name.
         assert row.moved["ours"] != row.moved["peft"]
 
 

@@ -303,6 +303,13 @@ def last_row(t: Tensor) -> Tensor:
     return last_column(t.flatten(0, -2).t()).view(*t.shape[:-1], 1)
 
 
+def exchange_rows(model: Any) -> None:
+    """The norm of the output stays."""
+    layer = model.base_model.model.down
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) if layer.merged else forward(x).flip(0)
+
+
 def freeze_second(*which: str) -> Any:
     """Freeze matrices of a second adapter, beside the first, which trains."""
 
@@ -375,6 +382,7 @@ NEAREST: dict[str, tuple[Callable[[Any], None], tuple[str, ...], int]] = {
     "merge: a thousandth more": (change_output(lambda y: y * 1.001), ("merge",), 1),
     "merge: a thousandth less": (change_output(lambda y: y / 1.001), ("merge",), 1),
     "merge: the other sign": (change_output(torch.neg), ("merge",), 1),
+    "merge: rows exchanged": (exchange_rows, ("merge",), 1),
     "merge: one column": (change_output(lambda y: y * (1 + 0.01 * last_column(y))), ("merge",), 1),
     "merge: one row": (change_output(lambda y: y * (1 + 0.01 * last_row(y))), ("merge",), 1),
 }

@@ -62,31 +62,88 @@ def test_memory_of_right_kernels_holds() -> None:
     assert memory() is None
 
 
-def test_memory_written_outside_is_noticed(plant: Any) -> None:
-    def change(y: Tensor, operands: Any) -> Tensor:
-        beyond = torch.empty(8)  # a result of the kernel; the write goes one element past it
-        storage = torch.empty(0, dtype=beyond.dtype).set_(beyond.untyped_storage())
-        storage[beyond.storage_offset() + 8] = 1.0
+# What a kernel does in call `number`, and what the claim says, or None. Calls 0 to 9 are repeats,
+# calls 10 to 12 are as written, recorded and replayed.
+REPLAY = "y has other bits in a replay of its launches"
+UNWRITTEN = "y has NaN from memory that was not written"
+Change = Callable[[Tensor, Any, int], Tensor]
+
+
+def write_beyond(at: int) -> Change:
+    """Write an element at this distance from the start of a result of eight."""
+
+    def change(y: Tensor, operands: Any, number: int) -> Tensor:
+        beyond = torch.empty(8).fill_(0.0)
+        if number == 0:
+            storage = torch.empty(0, dtype=beyond.dtype).set_(beyond.untyped_storage())
+            storage[beyond.storage_offset() + at] = 1.0
         return y
 
-    plant(change)
-    assert memory() == "4 bytes outside of its results were written"
+    return change
 
 
-def test_memory_read_uninitialised_is_noticed(plant: Any) -> None:
-    plant(lambda y, operands: y + torch.empty_like(y) * 1e-9)
-    assert memory() == "y has NaN from memory that was not written"
-
-
-def test_other_bits_in_a_repeat_are_noticed(plant: Any) -> None:
-    calls = iter(range(100))
-
-    def change(y: Tensor, operands: Any) -> Tensor:
-        y[0, 0] = 1e-9 * (next(calls) == 6)
+def set_last(value: Callable[[Tensor], Any]) -> Change:
+    def change(y: Tensor, operands: Any, number: int) -> Tensor:
+        y[-1, -1] = value(y)
         return y
 
-    plant(change)
-    assert memory() == "y has other bits in repeat 6"
+    return change
+
+
+def differ_in(call: int, factor: float = 1 + 2.0**-7) -> Change:
+    """One element is an ulp of bfloat16 larger in one call."""
+
+    def change(y: Tensor, operands: Any, number: int) -> Tensor:
+        y[-1, -1] = factor if number == call else 1.0
+        return y
+
+    return change
+
+
+def in_one_buffer(change: Change) -> Change:
+    """The result lies where that of the call before does."""
+    kept: list[Tensor] = []
+
+    def changed(y: Tensor, operands: Any, number: int) -> Tensor:
+        kept.append(y.clone())
+        return kept[0].copy_(change(y, operands, number))
+
+    return changed
+
+
+def through_scratch(y: Tensor, operands: Any, number: int) -> Tensor:
+    return y + torch.empty_like(y).zero_()
+
+
+MEMORY: dict[str, tuple[Change, str | None]] = {
+    "written behind": (write_beyond(8), "4 bytes outside of its results were written"),
+    "written before": (write_beyond(-1), "4 bytes outside of its results were written"),
+    "written last": (write_beyond(7), None),
+    "far behind": (
+        write_beyond(7 + claims.GUARD // 4),
+        "4 bytes outside of its results were written",
+    ),
+    "far before": (write_beyond(-claims.GUARD // 4), "4 bytes outside of its results were written"),
+    "read uninitialised": (lambda y, o, n: y + torch.empty_like(y) * 1e-9, UNWRITTEN),
+    "one element uninitialised": (set_last(lambda y: torch.empty_like(y)[0, 0]), UNWRITTEN),
+    "one element infinite": (set_last(lambda y: -torch.inf), UNWRITTEN),
+    "scratch memory that was written": (through_scratch, None),
+    "an ulp in the second repeat": (differ_in(1), "y has other bits in repeat 1"),
+    "an ulp in the last repeat": (differ_in(9), "y has other bits in repeat 9"),
+    "an ulp in the first": (differ_in(0), "y has other bits in repeat 1"),
+    "an ulp less": (differ_in(6, 1 - 2.0**-8), "y has other bits in repeat 6"),
+    "an ulp in one buffer": (in_one_buffer(differ_in(6)), "y has other bits in repeat 6"),
+    "an ulp in a replay": (differ_in(12), REPLAY),
+    "one buffer": (in_one_buffer(differ_in(99)), None),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_notices_one_element_and_excuses_what_is_right(name: str, plant: Any) -> None:
+    change, reason = MEMORY[name]
+    number = itertools.count()
+    plant(lambda y, operands: change(y, operands, next(number)))
+    assert memory() == reason
 
 
 @pytest.mark.parametrize("name", ["lora_A", "weight"])

@@ -62,8 +62,8 @@ def test_memory_of_right_kernels_holds() -> None:
     assert memory() is None
 
 
-# What a kernel does in call `number`, and what the claim says, or None. Calls 0 to 9 are repeats,
-# calls 10 to 12 are as written, recorded and replayed.
+# A change of the kernel's y in call `number`, and the reason that the claim gives. Calls 0 to 9 are
+# repeats, calls 10 to 12 are as written, recorded and replayed.
 REPLAY = "y has other bits in a replay of its launches"
 UNWRITTEN = "y has NaN from memory that was not written"
 Change = Callable[[Tensor, Any, int], Tensor]
@@ -219,6 +219,20 @@ def test_result_off_the_reference_is_noticed(name: str, plant: Any) -> None:
     assert found is not None and found.startswith("y MISS")
 
 
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
+def test_gradient_off_the_reference_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda.lora_linear_backward
+
+    def wrong(*args: Any) -> Any:
+        grads = right(*args)
+        getattr(grads, name)[-1] *= 1.05
+        return grads
+
+    monkeypatch.setattr(cuda, "lora_linear_backward", wrong, raising=False)
+    found = claims.check(fake_card(), claims.Claim(TWO_PASS, "odd sizes", 1))[0]
+    assert found is not None and found.startswith(f"d{name.removeprefix('lora_')} MISS")
+
+
 def test_cases_have_the_sizes_and_options_that_their_claims_name() -> None:
     card = fake_card()
     fused = TWO_PASS._replace(backend="triton", strategy="fused")
@@ -256,17 +270,34 @@ def test_stream_that_sees_another_is_noticed(repeat: int, plant: Any) -> None:
     assert found == f"a call beside another had other bits in repeat {repeat}"
 
 
-def test_graph_whose_replay_keeps_old_operands_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_that_share_a_result_are_noticed(
+    plant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However their kernels run, one after the other here."""
+    monkeypatch.setattr(FakeCard, "concurrently", lambda self, calls: [call() for call in calls])
+    change = in_one_buffer(lambda y, operands, number: y)
+    found = judged("two streams", plant, lambda y, operands: change(y, operands, 0))
+    assert found == "a call beside another had other bits in repeat 0"
+
+
+@pytest.mark.parametrize("stale", [None, 1, 2])
+def test_graph_whose_replay_keeps_old_operands_is_noticed(
+    stale: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x is another one in the second replay, and of the other sign in the third."""
+
     def replays(self: FakeCard, call: Callable[[], Tensor], count: int) -> Any:
         y = call()
-        for _ in range(count):
+        for number in range(count):
+            y = y if number == stale else call()
             yield y
 
     monkeypatch.setattr(FakeCard, "replays", replays)
     card = fake_card()
     with card.engine(DECODE):
         found = claims.graph(card, DECODE)
-    assert found == "replay 1 has other bits than a call by itself"
+    said = f"replay {stale} has other bits than a call by itself"
+    assert found == (None if stale is None else said)
 
 
 def test_times_are_of_every_shape_and_row() -> None:

@@ -367,6 +367,70 @@ def test_kernels_compiled_ahead_are_those_of_the_claim(name: str) -> None:
     assert launched[0] == launched[1] and launched[0]
 
 
+def test_every_case_of_a_claim_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr(claims.cases, "run", lambda op, args, *_: rows.append(len(args["x"])))
+    card = fake_card()
+    claims.launch_all(card, claims.Claim(TWO_PASS, "odd sizes", 1))
+    assert rows == [case.M for case in claims.odd_sizes(card, TWO_PASS)]
+
+
+GONE = torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+ERROR = RuntimeError("no kernel\nimage")
+# Reasons of three claims, two of one group and one of another; whether the device is broken after
+# the first; the lines that end a claim, and the exit status.
+CHECKED: dict[str, tuple[list[Any], bool, list[tuple[int, str | None, str | None]], int]] = {
+    "hold": ([None] * 3, False, [(0, None, None), (1, None, None), (2, None, None)], 0),
+    "the first fails": (["no", None, None], False, [(0, "no", None), (2, None, None)], 0),
+    "the second fails": (
+        [None, "no", None],
+        False,
+        [(0, None, None), (1, "no", None), (2, None, None)],
+        0,
+    ),
+    "an error": (
+        [ERROR, None, None],
+        False,
+        [(0, "RuntimeError: no kernel", None), (2, None, None)],
+        0,
+    ),
+    "no memory": (
+        [GONE, None, None],
+        False,
+        [(0, None, "CUDA out of memory."), (1, None, None), (2, None, None)],
+        0,
+    ),
+    "broken": ([None] * 3, True, [(0, "illegal", None)], claims.BROKEN),
+    "fails and broken": (["no", None, None], True, [(0, "no", None)], claims.BROKEN),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_claims_that_fail_end_their_group_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, is_broken, ends, status = CHECKED[name]
+    said: list[dict[str, Any]] = []
+
+    def check(card: Any, claim: claims.Claim) -> tuple[str | None, Any]:
+        reason = found[order.index(claim)]
+        if isinstance(reason, Exception):
+            raise reason
+        return reason, ()
+
+    def synchronize() -> None:
+        if is_broken:
+            raise RuntimeError("illegal\naccess")
+
+    order = [claims.Claim(DECODE, "memory", 1), claims.Claim(DECODE, "graph", 1)]
+    order.append(claims.Claim(TWO_PASS, "memory", 1))
+    monkeypatch.setattr(claims, "check", check)
+    card: Any = SimpleNamespace(before=lambda claim: None, synchronize=synchronize)
+    assert claims._check_all(card, order, 9e99, lambda **line: said.append(line)) == status
+    lines = [line for line in said if "end" in line]
+    assert [(line["end"], line["failed"], line.get("retry")) for line in lines] == ends
+    assert [line["begin"] for line in said if "begin" in line] == [end[0] for end in ends]
+    assert claims._check_all(card, order, 0.0, lambda **line: pytest.fail("too late")) == 0
+
+
 def test_weights_are_cold_and_equal() -> None:
     card = fake_card()
     card.cold_bytes = 10 * 64 * 32 * 2

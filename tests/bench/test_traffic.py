@@ -132,6 +132,10 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
         lambda: F.grouped_mm(meta(3, 8).t(), meta(3, 8), offs=meta(5, dtype=torch.int32)),
         [(2 * 4 * 3 * 8 + 4 * 5, 4 * 5 * 8 * 8)],
     ),
+    "grouped_mm of groups that are summed, with fewer results than terms": (
+        lambda: F.grouped_mm(meta(9, 4).t(), meta(9, 8), offs=meta(5, dtype=torch.int32)),
+        [(4 * 9 * 4 + 4 * 9 * 8 + 4 * 5, 4 * 5 * 4 * 8)],
+    ),
     "views": (lambda: A.t().view(K, 2, M // 2).unsqueeze(0).expand(3, K, 2, 4).detach(), []),
     "allocations": (lambda: (meta(M, K), torch.empty_like(A), A.new_empty(3)), []),
     "no elements": (lambda: A[:0] + 1.0, []),

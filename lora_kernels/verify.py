@@ -301,9 +301,11 @@ def _forced_engines(name: str, case: Case) -> list[str]:
 
 
 def _used_allowance(verdict: Comparison) -> float:
-    """Return the share of its allowance that a verdict uses; NaN counts as more than all."""
+    """Return the share of its allowance that a verdict uses, inf for NaN and without a limit."""
     pairs = ((verdict.rms, verdict.rms_limit), (verdict.max, verdict.max_limit))
-    shares = [error / limit if limit else error and math.inf for error, limit in pairs]
+    shares = [
+        error / limit if 0 < limit < math.inf else error and math.inf for error, limit in pairs
+    ]
     return max(math.inf if share != share else share for share in shares)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import pictures, report
 from lora_kernels.bench import results
+from lora_kernels.bench.roofline import Sizes, flops, moved
 
 pytest.importorskip("matplotlib")
 
@@ -105,6 +107,45 @@ def test_points_of_the_roofline(data: Any) -> None:
     assert points["ours"] == [(base + thin) / (operands + 4 * 2 * (5 + 7)), (base + thin) / 2]
     assert points["frozen"] == [base / operands, base]
     assert not list(pictures._points({"rows": [row]}, "bfloat16"))
+
+
+SIZES = Sizes(3, 7, 5, 2, torch.bfloat16)
+# x, y and W in 16 bits, A and B in float32: bytes of a forward, and of its backward.
+FORWARD = (2 * 3 * 5, 2 * 3 * 7, 2 * 7 * 5, 4 * 2 * (7 + 5))
+BACKWARD = (2 * FORWARD[0], FORWARD[1], FORWARD[2], 2 * FORWARD[3])  # x and dx, dY, W, A, B, dA, dB
+CODES = 7 * 5 * 33 / 64  # bytes: half of one a weight, and one for 64
+
+
+@pytest.mark.parametrize(
+    ("sizes", "forward", "step"),
+    [
+        (SIZES, sum(FORWARD), sum(FORWARD) + sum(BACKWARD)),
+        (
+            replace(SIZES, four_bit=True),
+            sum(FORWARD) - FORWARD[2] + CODES,
+            sum(FORWARD) + sum(BACKWARD) - 2 * (FORWARD[2] - CODES),
+        ),
+        (
+            replace(SIZES, adapter_itemsize=2),
+            sum(FORWARD) - FORWARD[3] // 2,
+            sum(FORWARD) + sum(BACKWARD) - 3 * FORWARD[3] // 2,
+        ),
+        (replace(SIZES, R=0), sum(FORWARD[:3]), sum(FORWARD[:3]) + sum(BACKWARD[:3])),
+        (replace(SIZES, M=0), sum(FORWARD[2:]), sum(FORWARD[2:]) + sum(BACKWARD[2:])),
+    ],
+    ids=["dense", "codes", "16-bit adapters", "frozen", "no rows"],
+)
+def test_moved_counts_each_operand_once_a_direction(
+    sizes: Sizes, forward: float, step: float
+) -> None:
+    assert (moved(sizes), moved(sizes, step=True)) == (forward, step)
+
+
+def test_flops_of_a_step_has_two_base_gemms_and_six_skinny_ones() -> None:
+    """Forward: x·Wᵀ, P and S·Bᵀ. Backward: dY·W, dS, dB, dA and the update of dx."""
+    base, to_ranks, from_ranks = 2 * 3 * 7 * 5, 2 * 3 * 5 * 2, 2 * 3 * 7 * 2
+    assert flops(SIZES) == base + to_ranks + from_ranks
+    assert flops(SIZES, step=True) == 2 * base + 3 * to_ranks + 3 * from_ranks
 
 
 def test_check_notices_a_picture_of_other_results(

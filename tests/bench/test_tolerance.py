@@ -55,18 +55,95 @@ def test_one_wrong_element_is_seen() -> None:
     assert not verdict.ok
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_seen(value: float) -> None:
+def reference(peak: float = -3.0) -> torch.Tensor:
+    """4096 elements 1 and −1, and the largest of all."""
+    ref = torch.ones(4096, dtype=torch.float64)
+    ref[1::2] = -1.0
+    ref[7] = peak
+    return ref
+
+
+def outlier(size: float) -> torch.Tensor:
+    """The error of one element, in unit roundoffs. In the rms it counts for a 64th."""
+    error = torch.zeros(4096, dtype=torch.float64)
+    error[2900] = size
+    return error
+
+
+def errors(size: float, alternate: bool = True) -> torch.Tensor:
+    """An error of this rms in every element, in unit roundoffs."""
+    error = torch.full((4096,), size, dtype=torch.float64) * reference().square().mean().sqrt()
+    error[::2] *= -1.0 if alternate else 1.0
+    return error
+
+
+# Peak of the reference, eager's error and the limit of ours, in unit roundoffs.
+LARGEST = [  # one outlier: 2 · eager's + 2 ulp of the largest |reference|
+    (3.0, 0.0, 8.0),
+    (-3.0, 0.0, 8.0),
+    (-2.0, 0.0, 8.0),
+    (1.99, 0.0, 4.0),
+    (-3.0, 8.0, 24.0),
+    (-3.0, -8.0, 24.0),
+]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("peak", "of_eager", "limit"), LARGEST)
+def test_one_outlier_is_seen_above_its_limit_whatever_its_sign(
+    peak: float, of_eager: float, limit: float, sign: float
+) -> None:
+    ref = reference(peak)
+    eager = ref + U16 * outlier(of_eager)
+    for share, ok in ((0.99, True), (1.01, False)):
+        verdict = compare(ref + U16 * outlier(sign * share * limit), ref, eager, U16)
+        assert verdict.rms < verdict.rms_limit and verdict.ok is ok, verdict
+
+
+RMS = [  # eager's, the lengths of the sums, and the limit of ours: 1.25 · the larger + u/4
+    (0.0, (), 0.25),
+    (1.0, (), 1.5),
+    (0.0, (100,), 4.0),  # the chain's: 0.3 · √100
+    (0.0, (36, 64), 4.0),
+    (4.0, (100,), 5.25),
+    (2.0, (100,), 4.0),
+    (0.0, (256,), 6.25),
+    (0.0, (257,), 6.25),  # no longer chain
+    (0.0, (36, 10**6), 0.25 + 1.25 * 0.3 * 292**0.5),
+]
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+@pytest.mark.parametrize(("of_eager", "sums", "limit"), RMS)
+def test_rms_error_is_seen_above_its_limit(
+    of_eager: float, sums: tuple[int, ...], limit: float, alternate: bool
+) -> None:
+    ref, u = reference(), unit_roundoff(torch.float32)
+    eager = ref + u * errors(of_eager)
+    for share, ok in ((0.99, True), (1.01, False)):
+        got = ref + u * errors(share * limit, alternate)
+        verdict = compare(got, ref, eager, u, sums)
+        assert verdict.max < verdict.max_limit and verdict.ok is ok, verdict
+
+
+@pytest.mark.parametrize("wrong", ["ours", "eager", "both"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen_and_excuses_nothing(value: float, wrong: str) -> None:
     ref = sample()
-    got = ref.float()
-    got[0] = value
-    assert not compare(got, ref, ref.float(), unit_roundoff(torch.float32)).ok
+    got, eager = ref.float(), ref.float()
+    for t, name in ((got, "ours"), (eager, "eager")):
+        t[0] = value if wrong in (name, "both") else t[0]
+    assert not compare(got, ref, eager, unit_roundoff(torch.float32)).ok
 
 
-def test_zeros_are_exact() -> None:
+@pytest.mark.parametrize("error", [1e-30, -1e-30, -1e-300])
+def test_zeros_are_exact(error: float) -> None:
     zeros = torch.zeros(5, dtype=torch.float64)
     assert compare(zeros, zeros, zeros, U16).ok
-    assert not compare(zeros + 1e-30, zeros, zeros, U16).ok
+    one = zeros.clone()
+    one[4] = error
+    assert not compare(one, zeros, zeros, U16).ok
+    assert not compare(one, zeros, one, U16).ok  # eager's error does not excuse it
     empty = torch.zeros(0, 3)
     assert compare(empty, empty.double(), empty, U16).ok
 
@@ -76,11 +153,16 @@ def test_pools_seeds() -> None:
     verdict = compare([p.bfloat16() for p in parts], parts, [p.bfloat16() for p in parts], U16)
     whole = sample(512)
     assert verdict == compare(whole.bfloat16(), whole, whole.bfloat16(), U16)
+    for number in range(4):  # a fault of any one is seen
+        got = [p * 1.02 if i == number else p for i, p in enumerate(parts)]
+        assert not compare(got, parts, [p.bfloat16() for p in parts], U16).ok
 
 
 def test_shapes_must_agree() -> None:
-    with pytest.raises(ValueError, match="shapes"):
-        compare(torch.zeros(2, 3), torch.zeros(3, 2).double(), torch.zeros(3, 2), U16)
+    ref, wrong = torch.zeros(3, 2).double(), torch.zeros(2, 3)
+    for got, eager in ((wrong, ref), (ref, wrong), ([ref], [ref, ref])):
+        with pytest.raises(ValueError, match="shapes"):
+            compare(got, ref, eager, U16)
     with pytest.raises(AssertionError, match=r"dx: 1 of 2 elements differ, the first at \(1,\)"):
         assert_exact(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), "dx")
 

@@ -2,9 +2,11 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,11 +20,13 @@ from lora_kernels.bench import blocks, command, counter, experts_traffic, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.results import Row
+from lora_kernels.bench.roofline import Sizes, moved
 from lora_kernels.bench.traffic import CELLS, Cell
 from lora_kernels.choice import choose as selection
 from lora_kernels.ops import registry
 
 pytest.importorskip("peft")
+from lora_kernels.peft import swap
 from lora_kernels.peft.eligibility import heavier_reason
 
 M, K, N = 8, 16, 32
@@ -44,6 +48,7 @@ def read_written(call: Callable[[], object]) -> list[tuple[int, int]]:
 X = 4 * M * K  # bytes of x [M, K] in float32
 A, B = meta(M, K), meta(K, N)
 Y = 4 * M * N
+INDEX = meta(M, 3, dtype=torch.int64)
 
 KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
     "add": (lambda: A + meta(M, K), [(2 * X, X)]),
@@ -85,6 +90,36 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
         lambda: meta(1000, K).index_select(0, meta(M, dtype=torch.int64)),
         [(X + 8 * M, X)],
     ),
+    "scatter reads and writes what its indices name, of the table's size each": (
+        lambda: meta(1000, K, dtype=BF16).scatter_(1, INDEX, meta(M, 3, dtype=BF16)),
+        [(8 * M * 3 + 2 * 2 * M * 3, 2 * M * 3)],
+    ),
+    "scatter of a number": (
+        lambda: meta(1000, K, dtype=BF16).scatter_(1, INDEX, 1.0),
+        [(8 * M * 3 + 2 * M * 3, 2 * M * 3)],
+    ),
+    "scatter_add": (
+        lambda: meta(1000, K).scatter_add_(1, INDEX, meta(M, 5)),
+        [(8 * M * 3 + 4 * M * 3 + 4 * M * 5, 4 * M * 3)],
+    ),
+    "gather": (
+        lambda: meta(1000, K, dtype=BF16).gather(1, INDEX),
+        [(8 * M * 3 + 2 * M * 3, 2 * M * 3)],
+    ),
+    "embedding": (
+        lambda: F.embedding(meta(M, 3, dtype=torch.int64), meta(1000, K, dtype=BF16)),
+        [(8 * M * 3 + 2 * M * 3 * K, 2 * M * 3 * K)],
+    ),
+    "addmm of a stack": (
+        lambda: torch.baddbmm(meta(3, M, N), meta(3, M, K), meta(3, K, N)),
+        [(3 * Y, 3 * Y), (3 * (X + 4 * K * N + Y), 3 * Y)],
+    ),
+    "cross_entropy_ reads the logits twice": (
+        lambda: torch.ops.lora_kernels.cross_entropy_(
+            meta(M, N), meta(M, dtype=torch.int64), 1.0, 0.0, 1.0, 0.0, True
+        ),
+        [(2 * Y + 8 * M, Y + 4 * M)],
+    ),
     "grouped_mm reads a matrix for each row, if it has fewer": (
         lambda: F.grouped_mm(meta(3, 8), meta(5, 8, 16), offs=meta(5, dtype=torch.int32)),
         [(4 * 3 * 8 + 4 * 3 * 8 * 16 + 4 * 5, 4 * 3 * 16)],
@@ -96,6 +131,10 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
     "grouped_mm of groups that are summed": (
         lambda: F.grouped_mm(meta(3, 8).t(), meta(3, 8), offs=meta(5, dtype=torch.int32)),
         [(2 * 4 * 3 * 8 + 4 * 5, 4 * 5 * 8 * 8)],
+    ),
+    "grouped_mm of groups that are summed, with fewer results than terms": (
+        lambda: F.grouped_mm(meta(9, 4).t(), meta(9, 8), offs=meta(5, dtype=torch.int32)),
+        [(4 * 9 * 4 + 4 * 9 * 8 + 4 * 5, 4 * 5 * 4 * 8)],
     ),
     "views": (lambda: A.t().view(K, 2, M // 2).unsqueeze(0).expand(3, K, 2, 4).detach(), []),
     "allocations": (lambda: (meta(M, K), torch.empty_like(A), A.new_empty(3)), []),
@@ -366,16 +405,32 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> None:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
-    found = list(bench_traffic.count_cell(cell, 128, 256, 16, 0.05, by_rule=False))
+    K, N, R, p = 128, 256, 16, 0.05
+    layers = {"ours": bench_traffic.stock(cell, K, N, R, p)}
+    layers["peft"] = bench_traffic.stock(cell, K, N, R, p)
+    with mock.patch.object(swap, "heavier_reason", lambda layer: None):
+        swap.fuse(nn.Sequential(layers["ours"]))
+    found = list(bench_traffic.count_cell(cell, K, N, R, p, by_rule=False))
+    steps = [(rows, i) for rows in bench_traffic.ROWS for i in range(2)]
     assert [(row.M, row.mode) for row in found] == [
-        (rows, direction) for rows in bench_traffic.ROWS for direction in ("forward", "backward")
+        (rows, bench_traffic.DIRECTIONS[i]) for rows, i in steps
     ]
-    for row in found:
+    sizes = Sizes(0, N, K, R * cell.adapters, cell.dtype, cell.adapter_dtype.itemsize)
+    for row, (rows, i) in zip(found, steps, strict=True):
         assert row.strategy is None
-        for counts in (row.moved, row.kernels, row.peak_bytes):
-            assert min(counts.values()) > 0
-        # x·Wᵀ alone reads x and writes y; ours is not PEFT's under another name.
-        assert row.moved["ours"] >= 2 * row.M * (128 + 256)
+        for name, layer in layers.items():
+            for _ in range(2):  # the first call fills what the process caches
+                step = bench_traffic.count_step(layer, cell, rows, K)
+            counts = (row.moved[name], row.kernels[name], row.peak_bytes[name])
+            assert counts == (step[i].bytes, step[i].kernels, step[i].peak)
+            # No fewer than each operand once, of 4-bit weights their codes.
+            least = replace(sizes, M=rows, four_bit=cell.base == "nf4")
+            directions = moved(least), moved(least, step=True) - moved(least)
+            assert counts[0] >= directions[i]
+            # y, or dx and the gradients of the adapters, and y still.
+            results = rows * N * 2, rows * (N + K) * 2 + R * (N + K) * sizes.adapter_itemsize
+            assert counts[2] >= results[i]
+        # Ours is not PEFT's under another name.
         assert row.moved["ours"] != row.moved["peft"]
 
 

@@ -1,10 +1,13 @@
 """`verify`: its lines and its bar, and whole layers beside a peer's."""
 
 import io
+import itertools
 import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,8 +15,11 @@ import torch
 from torch import nn
 
 from lora_kernels import cli, verify
+from lora_kernels.backends.cpu import heuristics
 from lora_kernels.bench import baselines, progress
+from lora_kernels.bench.functions import Function
 from lora_kernels.core import device
+from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 from lora_kernels.oracle.tolerance import Comparison
 
@@ -136,12 +142,126 @@ def test_a_missing_peer_is_one_line(
     assert capsys.readouterr().err == f"lora-kernels verify: --peer {peer} {line}\n"
 
 
+def verdict(rms: float, largest: float, limit: float = 2.0) -> Comparison:
+    return Comparison(rms, 0.0, limit, largest, 0.0, limit, 1.0)
+
+
+# Where an engine is wrong: M, whether by its GEMV kernel, and the output.
+FAULTS = [
+    None,
+    *itertools.product((70, 1), (False,), ("y", "dB", "norm")),
+    *((1, True, output) for output in ("y", "dB", "norm")),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize("option", ["plain", "nf4"])
+def test_an_engine_that_is_wrong_in_one_place_alone_is_seen(
+    option: str, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows are judged twice, also by the GEMV kernel: neither verdict hides the other."""
+    forced: list[str] = []
+
+    @contextmanager
+    def engine(name: str) -> Iterator[None]:
+        forced.append(name)
+        yield
+
+    def judged(case: Case, *outputs: str) -> dict[str, Comparison]:
+        few = forced[-1] != "avx2"
+        wrong = [output for output in outputs if (case.M, few, output) == fault]
+        return {output: verdict(3.0 if output in wrong else 1.0, 1.0) for output in outputs}
+
+    monkeypatch.setattr(verify, "FEW_ROWS", (1, 66, 96, 40))
+    monkeypatch.setattr(cases, "engine", engine)
+    monkeypatch.setattr(cases, "judge", lambda case: judged(case, "y", "dx", "dB"))
+    monkeypatch.setattr(cases, "judge_norm", lambda case: judged(case, "norm"))
+    found = verify.judge_option(verify.SHAPES, (torch.float32, None), option, "avx2")
+    assert found is not None and found[0]["ok"] is (fault is None)
+    assert len(set(forced)) == 2
+    if fault is not None:
+        M, few, output = fault
+        worst = found[0]["worst"]
+        assert worst.startswith(f"M{M}-") and worst.endswith(f"/{output}")
+        assert (", few rows/" in worst) is few and " MISS: " in found[1]
+
+
+@pytest.mark.parametrize("place", [0, -1, None], ids=["first", "last", "none"])
+@pytest.mark.parametrize("option", ["adapters", "experts nf4", "head", "plain"])
+def test_an_op_that_is_wrong_in_one_case_alone_is_seen(
+    option: str, place: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An op of ours, or a function of the user's ("plain")."""
+    errors = [1.0 for _ in verify.OTHERS.get(option.partition(" ")[0], verify.SHAPES)]
+    if place is not None:
+        errors[place] = 3.0
+    each = iter(errors)
+    monkeypatch.setattr(
+        cases, "judge", lambda case, *call: {"y": verdict(next(each), 1.0), "dA": verdict(1.0, 1.0)}
+    )
+    how = verify.SHAPES, (torch.float32, None), option
+    if option == "plain":
+        found = verify.judge_function(Function("mine", print, ()), "cpu", *how)
+    else:
+        found = verify.judge_option(*how, "eager")
+    assert found is not None and found[0]["ok"] is (place is None)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1], ids=["none", "first", "last"])
+def test_one_row_beyond_the_tolerance_is_the_exit_status(
+    wrong: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = itertools.count()
+    monkeypatch.setattr(verify, "OPTIONS", {"plain": {}, "bias": {}})
+    monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
+    monkeypatch.setattr(
+        verify, "judge_option", lambda *args: ({"ok": next(number) != wrong}, "a line")
+    )
+    assert cli.main(["verify", "--engines", "eager-"]) == (0 if wrong is None else 1)
+    assert f"\n{1 if wrong is not None else 2} of 2 within" in capsys.readouterr().out
+
+
+CUDA = "cuda two_pass"
+THREE = (*verify.SHAPES, (33, 259, 257, 64))
+
+
+@pytest.mark.parametrize(
+    ("engine", "option", "shapes"),
+    [
+        ("avx2", "plain", THREE),
+        ("avx2", "nf4", (THREE[0], verify.FEW_ROWS, THREE[2])),
+        ("eager cuda", "fp4, all", (THREE[0], verify.FEW_ROWS, THREE[2])),
+        (CUDA, "nf4", (*verify.CUDA_SHAPES, THREE[2])),
+        ("triton two_pass", "plain", THREE),
+    ],
+)
+def test_every_shape_of_an_option_is_judged(
+    engine: str, option: str, shapes: verify.Shapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[tuple[int, ...], None] = {}
+
+    def judge(case: Case) -> dict[str, Comparison]:
+        seen[case.M, case.N, case.K, case.R] = None
+        return {"y": verdict(1.0, 1.0)}
+
+    monkeypatch.setattr(cases, "engine", lambda name: nullcontext())
+    monkeypatch.setattr(cases, "judge", judge)
+    monkeypatch.setattr(cases, "judge_norm", lambda case: {})
+    monkeypatch.setattr(cases, "fits_cuda", lambda case, strategy: True)
+    assert verify.judge_option(THREE, (torch.bfloat16, None), option, engine) is not None
+    assert tuple(seen) == shapes
+
+
+@pytest.mark.parametrize(("quant", "strategy"), [("", "gemv"), ("nf4-64", "gemv_4bit")])
+def test_calls_of_few_rows_are_judged_by_the_gemv_kernel_too(quant: str, strategy: str) -> None:
+    few = heuristics.few_rows(torch.bfloat16, bool(quant), 66 * 96, isa="avx2")
+    for M, kernels in ((0, 1), (1, 2), (few, 2), (few + 1, 1)):
+        case = Case(M, 66, 96, 40, torch.bfloat16, quant=quant)
+        assert verify._forced_engines("avx2", case) == ["avx2", f"avx2 {strategy}"][:kernels]
+
+
 def test_the_worst_output_is_shown() -> None:
     """The one that uses most of its allowance, of either kind; NaN, and any error of none."""
-
-    def verdict(rms: float, largest: float, limit: float = 2.0) -> Comparison:
-        return Comparison(rms, 0.0, limit, largest, 0.0, limit, 1.0)
-
     verdicts = {"a/y": verdict(1.0, 1.5), "a/dx": verdict(1.8, 0.0), "a/dA": verdict(0.5, 1.7)}
     for more, worst, ok in (
         ({}, "a/dx", True),
@@ -149,6 +269,9 @@ def test_the_worst_output_is_shown() -> None:
         ({"b/dB": verdict(0.0, math.nan)}, "b/dB", False),
         ({"b/dB": verdict(0.0, 0.0, 0.0)}, "a/dx", True),
         ({"b/dB": verdict(1e-9, 0.0, 0.0)}, "b/dB", False),
+        ({"b/dB": verdict(1e-9, 0.0, math.inf)}, "b/dB", False),
+        ({"b/dB": verdict(0.0, 2.0 + 1e-9)}, "b/dB", False),
+        ({"b/dB": verdict(2.0, 2.0)}, "b/dB", True),
     ):
         dtypes = torch.bfloat16, None
         row, line = verify._line("avx2", dtypes, "plain", verdicts | more)
@@ -165,8 +288,6 @@ def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:
-    from lora_kernels.oracle import case as cases
-
     args = cases.inputs(Case(7, 64, 64, 40, bias=True))
     args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}
     layer: nn.Module = baselines.build_layer(args)

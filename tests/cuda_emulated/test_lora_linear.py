@@ -74,6 +74,8 @@ SPLITS = [
     Case(20, 576, 576, RANK, bf16, quant="nf4-64-nested", **UNDROPPED),
 ]
 STRIDED = Case(40, 72, 64, 6, bf16, gate=True, column_scale=True, bias=True)
+# Sums over rows so long that a float32 chain of a whole split would show in dA.
+LONG_SUMS = Case(3000, 8, 24, 17, bf16, f32, values="nonnegative")
 GROUPS = {
     # One row and column more than whole tiles, two steps of K and a piece.
     "tensor_cores": cuda(TWO_PASS, *problems.of_dtypes(65, 136, 136, dtypes=DTYPES)),
@@ -97,6 +99,7 @@ GROUPS = {
     "split_k": cuda(TWO_PASS, *SPLITS),
     # Of K in P, of N in dS, of M in dA and dB: two splits at least, the last one short.
     "partial_sums": cuda(TWO_PASS, *PARTIAL_SUMS),
+    "long_sums": cuda(TWO_PASS, LONG_SUMS),
     "strides": [
         *cuda(TWO_PASS, *problems.of_layouts(30, 72, 64, dtype=bf16)),
         *cuda(COOPERATIVE, *problems.of_layouts(10, 72, 64, dtype=bf16)[:-1]),

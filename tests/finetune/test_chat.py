@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening
 
@@ -79,6 +80,30 @@ def test_other_forms(tmp_path: Path, record: Any, want: list[str], whole: str) -
     (row,) = load(tmp_path, [record])
     assert learnt(row, tok) == want
     assert tok.decode(row["input_ids"]) == whole
+
+
+@pytest.mark.parametrize("added", [(), ("eos",), ("pad",), ("pad", "eos")], ids=" ".join)
+@pytest.mark.parametrize(
+    ("record", "want"),
+    [({"prompt": "2+2=", "completion": "4"}, "4<eos>"), ({"text": "abc"}, "abc<eos>")],
+    ids=["completion", "text"],
+)
+def test_load_chat_of_a_tokenizer_that_adds_tokens_labels_one_end_of_sequence(
+    tmp_path: Path, added: tuple[str, ...], record: Any, want: str
+) -> None:
+    """Llama's tokenizer adds a token before the text, T5's one behind it."""
+    tok = tokenizer()
+    form = ["$A", *(["<eos>"] if "eos" in added else [])]
+    form = [*(["<pad>"] if "pad" in added else []), *form]
+    special = [(token, tok.convert_tokens_to_ids(token)) for token in ("<pad>", "<eos>")]
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(form), special_tokens=special
+    )
+    (row,) = load(tmp_path, [record], tok)
+    # Nothing predicts the first token of a row.
+    first = 1 if "text" in record and "pad" not in added else 0
+    assert learnt(row, tok) == [want[first:]]
+    assert tok.decode(row["input_ids"]).count("<eos>") == 1
 
 
 def test_a_token_across_the_border_belongs_to_the_prompt(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lora_kernels.finetune.checkpoints import (
     find_intact,
     named_write,
     newest_checkpoint,
+    steps_done,
 )
 from lora_kernels.finetune.trainer import (
     DeadRunCheck,
@@ -506,9 +507,13 @@ DAMAGES: dict[str, Any] = {
 
 
 def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
-    for step in (9, 100, 11):
+    """The number decides, not the name: 100, then 50, then 9."""
+    for step in (9, 100, 50):
         (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-last").mkdir()  # not the trainer's
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    found, damaged = find_intact(tmp_path)
+    assert found is None and [steps_done(path) for path in damaged] == [100, 50, 9]
 
 
 def test_damaged_newest_checkpoint_resume_takes_the_one_before(

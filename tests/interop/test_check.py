@@ -226,16 +226,200 @@ def assert_faults(found: Check, *columns: str, layers: int | None = None, reason
         found.assert_ok()
 
 
+# The smallest fault that a column must notice, and the nearest thing that it must excuse: a change
+# of `mlp(f32)` of the layers "up" and "down", the columns with "✗", and in how many layers.
+
+
+def part(model: Any, layer: str, kind: str, adapter: str = "default") -> nn.Module:
+    """lora_A or lora_B of a layer."""
+    return getattr(getattr(model.base_model.model, layer), kind)[adapter]  # type: ignore[no-any-return]
+
+
+def freeze(*which: str, zero: tuple[str, ...] = (), adapter: str = "default") -> Any:
+    """Freeze matrices, "up.lora_A" for one, and write zeros to some."""
+
+    def change(model: Any) -> None:
+        for name in (*which, *zero):
+            weight = part(model, *name.split("."), adapter).weight
+            weight.requires_grad_(name not in which)
+            weight.data.mul_(name not in zero)
+
+    return change
+
+
+def rescale(factor: float, layer: str = "up") -> Any:
+    def change(model: Any) -> None:
+        getattr(model.base_model.model, layer).scaling["default"] *= factor
+
+    return change
+
+
+def change_output(call: Callable[[Tensor], Tensor], name: str = "down.lora_B") -> Any:
+    """The output of a matrix in the forward alone, which a merge does not see."""
+
+    def change(model: Any) -> None:
+        part(model, *name.split(".")).register_forward_hook(lambda module, args, y: call(y))
+
+    return change
+
+
+def change_gradient(call: Callable[[Tensor], Tensor], name: str) -> Any:
+    """The gradient of a matrix's output."""
+
+    def watch(y: Tensor) -> Tensor:
+        if y.requires_grad:
+            y.register_hook(call)
+        return y
+
+    return change_output(watch, name)
+
+
+def element(value: float, name: str, alone: bool = False) -> Any:
+    """One element of a matrix; alone: the others are 0."""
+
+    def change(model: Any) -> None:
+        weight = part(model, *name.split(".")).weight.data
+        weight.mul_(not alone)
+        weight[-1, -1] = value
+
+    return change
+
+
+def spoil_one(value: float) -> Callable[[Tensor], Tensor]:
+    def spoil(g: Tensor) -> Tensor:
+        g = g.clone()
+        g.view(-1)[-1] = value
+        return g
+
+    return spoil
+
+
+def last_column(t: Tensor) -> Tensor:
+    """1 in the last column, else 0."""
+    return nn.functional.one_hot(torch.tensor(t.shape[-1] - 1), t.shape[-1])
+
+
+def last_row(t: Tensor) -> Tensor:
+    return last_column(t.flatten(0, -2).t()).view(*t.shape[:-1], 1)
+
+
+def exchange_rows(model: Any) -> None:
+    """The norm of the output stays."""
+    layer = model.base_model.model.down
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) if layer.merged else forward(x).flip(0)
+
+
+def freeze_second(*which: str) -> Any:
+    """Freeze matrices of a second adapter, beside the first, which trains."""
+
+    def change(model: Any) -> None:
+        two_adapters(model)
+        freeze(*which, adapter="second")(model)
+
+    return change
+
+
+EVERY_A, EVERY_B = ("up.lora_A", "down.lora_A"), ("up.lora_B", "down.lora_B")
+NEAREST: dict[str, tuple[Callable[[Any], None], tuple[str, ...], int]] = {
+    "frozen: lora_A of every layer": (freeze(*EVERY_A), (), 0),
+    "frozen: lora_B of every layer": (freeze(*EVERY_B), (), 0),
+    "frozen: lora_B of every layer while 0": (freeze(*EVERY_B, zero=EVERY_B), ("gradient",), 2),
+    "frozen: lora_B of every layer, 0 in one": (
+        freeze(*EVERY_B, zero=EVERY_B[1:]),
+        ("gradient", "effect"),
+        1,
+    ),
+    "frozen: lora_A of one layer": (freeze("down.lora_A"), ("gradient",), 1),
+    "frozen: lora_B of one layer while 0": (
+        freeze("up.lora_B", zero=("up.lora_B",)),
+        ("gradient", "effect"),
+        1,
+    ),
+    "frozen: lora_A of one layer, lora_B of the other": (
+        freeze("up.lora_A", "down.lora_B"),
+        ("gradient",),
+        2,
+    ),
+    "frozen: lora_A of every layer and lora_B of one": (
+        freeze(*EVERY_A, "down.lora_B"),
+        ("gradient",),
+        1,
+    ),
+    "frozen: all": (freeze(*EVERY_A, *EVERY_B), ("gradient",), 2),
+    "frozen: lora_A of every layer of one of two adapters": (freeze_second(*EVERY_A), (), 0),
+    "frozen: lora_A of one layer of one of two adapters": (
+        freeze_second("up.lora_A"),
+        ("gradient",),
+        1,
+    ),
+    "gradient: none of one matrix": (
+        change_gradient(torch.zeros_like, "up.lora_A"),
+        ("gradient",),
+        1,
+    ),
+    "gradient: of one rank": (change_gradient(lambda g: g * last_column(g), "up.lora_A"), (), 0),
+    "gradient: tiny": (change_gradient(lambda g: g * 1e-30, "up.lora_A"), (), 0),
+    "gradient: one NaN": (change_gradient(spoil_one(torch.nan), "up.lora_A"), ("gradient",), 1),
+    "gradient: one −∞": (change_gradient(spoil_one(-torch.inf), "down.lora_B"), ("gradient",), 2),
+    "effect: of one element": (element(0.1, "up.lora_B", alone=True), (), 0),
+    "effect: of one negative element": (element(-0.1, "up.lora_A", alone=True), (), 0),
+    "effect: lora_A of one layer is 0": (
+        element(0.0, "up.lora_A", alone=True),
+        ("effect",),
+        1,
+    ),
+    "effect: one element is infinite": (
+        element(-torch.inf, "down.lora_B"),
+        ("gradient", "effect"),
+        2,
+    ),
+    "scaling: within its digits": (rescale(1 + 5e-7), (), 0),
+    "scaling: larger": (rescale(1 + 5e-6), ("scaling",), 1),
+    "scaling: smaller": (rescale(1 - 5e-6), ("scaling",), 1),
+    "scaling: of the other sign": (rescale(-1.0, "down"), ("scaling",), 1),
+    "merge: rounding": (change_output(lambda y: y * (1 + 2e-7)), (), 0),
+    "merge: a thousandth more": (change_output(lambda y: y * 1.001), ("merge",), 1),
+    "merge: a thousandth less": (change_output(lambda y: y / 1.001), ("merge",), 1),
+    "merge: the other sign": (change_output(torch.neg), ("merge",), 1),
+    "merge: rows exchanged": (exchange_rows, ("merge",), 1),
+    "merge: one column": (change_output(lambda y: y * (1 + 0.01 * last_column(y))), ("merge",), 1),
+    "merge: one row": (change_output(lambda y: y * (1 + 0.01 * last_row(y))), ("merge",), 1),
+}
+
+
 @either
-def test_check_finds_experts_stacked_in_the_other_order(fused: bool) -> None:
+@pytest.mark.parametrize("name", NEAREST)
+def test_check_notices_the_smallest_fault_and_excuses_the_nearest_thing(
+    name: str, fused: bool
+) -> None:
+    change, columns, layers = NEAREST[name]
+    model = fuse(mlp(f32)) if fused else mlp(f32)
+    change(model)
+    found = check(model, x)
+    if columns:
+        assert_faults(found, *columns, layers=layers)
+    else:
+        assert found.ok, found
+
+
+@either
+@pytest.mark.parametrize(
+    "kinds", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)], ids=" ".join
+)
+def test_check_finds_experts_stacked_in_the_other_order(
+    kinds: tuple[str, ...], fused: bool
+) -> None:
     model = train_moe(moe())
     assert {row.experts for row in check(model, LABELLED).rows if "experts" in row.layer} == {"✓"}
     for layer in model.modules():
-        if isinstance(layer, ParamWrapper):
+        if isinstance(layer, ParamWrapper) and layer.parameter_name in kinds:
             B, E = layer.lora_B["default"].weight, layer.num_experts
             B.data = B.data.view(B.shape[0], -1, E).transpose(1, 2).reshape(B.shape)
     found = check(fuse(model) if fused else model, LABELLED)
-    assert_faults(found, "experts", layers=4, reason="PEFT reads it rank by rank")
+    assert_faults(found, "experts", layers=2 * len(kinds), reason="PEFT reads it rank by rank")
+    verdicts = [row.experts for row in found.rows if "experts" in row.layer]
+    assert verdicts.count("✓") == 4 - 2 * len(kinds)  # each kind for itself
 
 
 def test_check_cannot_tell_the_order_of_random_experts() -> None:
@@ -381,21 +565,46 @@ def test_check_finds_keys_that_saving_drops() -> None:
     assert_faults(found, "file", layers=1, reason="lora_B.default.weight is not in the file")
 
 
-@pytest.mark.parametrize("fault", ["dropped", "renamed", "changed"])
-def test_check_finds_a_file_that_is_not_the_model_s(fault: str, tmp_path: Path) -> None:
+def an_ulp_off(t: Tensor) -> Tensor:
+    """Its last element; that of the other sign for a zero."""
+    t = t.clone()
+    t.view(torch.int32 if t.dtype is f32 else torch.int16).view(-1)[-1] ^= 1
+    return t
+
+
+def first_nan(t: Tensor) -> Tensor:
+    return torch.where(torch.arange(t.numel()).view_as(t) > 0, t, torch.nan)
+
+
+KEY = "base_model.model.up.lora_A.weight"
+FILES: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], str]] = {
+    "dropped": (lambda t: {}, "is not in the file"),
+    "renamed": (lambda t: {KEY.replace("up", "upp"): t}, "is not in the file"),
+    "of the other sign": (lambda t: {KEY: -t}, "loads to other values"),
+    "an ulp off": (lambda t: {KEY: an_ulp_off(t)}, "loads to other values"),
+    "one NaN": (lambda t: {KEY: first_nan(t)}, "loads to other values"),
+    "rounded": (lambda t: {KEY: t.to(bf16)}, "loads to other values"),
+    "wider": (lambda t: {KEY: t.double()}, ""),
+    "as the last": (lambda t: {KEY: t}, ""),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_check_finds_a_file_that_is_not_the_model_s(name: str, tmp_path: Path) -> None:
     model = mlp(f32)
     model.save_pretrained(tmp_path)
     assert check(model, x, saved=tmp_path).ok
-    state, key = load_file(tmp_path / ADAPTER), "base_model.model.up.lora_A.weight"
-    tensor = state.pop(key)
-    if fault != "dropped":
-        state[key if fault == "changed" else key.replace("up", "upp")] = -tensor
+    state = load_file(tmp_path / ADAPTER)
+    change, reason = FILES[name]
+    state |= change(state.pop(KEY))
     save_file(state, tmp_path / ADAPTER)
     found = check(model, x, saved=tmp_path)
-    reason = "loads to other values" if fault == "changed" else "is not in the file"
+    if not reason:
+        assert found.ok, found
+        return
     assert_faults(found, "file", layers=1, reason=f"lora_A.default.weight {reason}")
     extra = ["default: the model has no parameter for 1 keys of the file: "]
-    assert [text[: len(extra[0])] for text in found.problems] == extra * (fault == "renamed")
+    assert [text[: len(extra[0])] for text in found.problems] == extra * (name == "renamed")
 
 
 def test_check_of_a_damaged_file_says_what_loading_raises(tmp_path: Path) -> None:
@@ -421,6 +630,10 @@ def test_check_finds_a_saved_adapter_that_was_never_trained(tmp_path: Path) -> N
         ("rank_pattern", {"gate": 3}, "gate"),
         ("alpha_pattern", {"up": 3, "gate": 3}, "gate"),
         ("modules_to_save", ["head"], "head"),
+        # A name within another's.
+        ("target_modules", ["up", "down", "own"], "own"),
+        ("rank_pattern", {"p": 3}, "p"),
+        ("alpha_pattern", {"up.": 3, "down": 3}, "up."),
     ],
 )
 @either
@@ -431,6 +644,26 @@ def test_check_finds_a_target_that_matches_nothing(
     found = check(fuse(model) if fused else model, x)
     assert found.problems == [f"{option}: {named!r} matches nothing"] and not found.ok
     assert all(row.ok for row in found.rows)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ".*(up|own)"},
+        {"target_modules": ["up", "down"], "rank_pattern": {"u.": 3, "^down$": 2}},
+        {"modules_to_save": ["own"], "target_modules": ["up"]},  # PEFT takes the end of a name
+        {"modules_to_save": ["score"], "task_type": "SEQ_CLS"},
+    ],
+    ids=str,
+)
+def test_check_of_patterns_that_match_finds_no_fault(config: dict[str, Any]) -> None:
+    if "task_type" not in config:
+        model = mlp(f32, **config)
+    else:
+        model = mlp(f32)
+        for name, value in config.items():
+            setattr(model.peft_config["default"], name, value)
+    assert not check(model, x).problems
 
 
 def test_check_finds_an_experts_target_that_matches_nothing() -> None:

@@ -9,7 +9,7 @@ import torch
 import lora_kernels
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
-from tests.ops.engines import every_engine, every_thread_count, ways
+from tests.ops.engines import every_engine, every_native_engine, every_thread_count, ways
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import exact
 from tests.support.assertions import assert_exact
@@ -116,6 +116,20 @@ def test_lora_linear_of_what_is_not_finite_spreads_it_as_pytorch(
 ) -> None:
     case = Case(9, 33, 37, 5, dtype, gate=True, column_scale=True, bias=True)
     exact.check_spread(case, where, value)
+
+
+@every_native_engine
+@pytest.mark.parametrize("bits", exact.NAN_OF_ALL_BITS.values(), ids=exact.NAN_OF_ALL_BITS)
+@pytest.mark.parametrize("where", ["lora_A", "lora_B", "rank_gate", "column_scale"])
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
+def test_lora_linear_of_a_nan_of_all_bits_rounds_it_to_nan(
+    dtype: torch.dtype, where: str, bits: int, engine: str
+) -> None:
+    """Operands in float32 beside results in 16 bits, of a whole register's columns and more."""
+    nan = torch.tensor(bits, dtype=torch.int32).view(f32)
+    for M in (1, 9):
+        case = Case(M, 33, 37, 5, dtype, f32, gate=True, column_scale=True, bias=True)
+        exact.check_spread(case, where, nan)
 
 
 def test_backward_takes_factors_of_any_dtype_and_strides() -> None:

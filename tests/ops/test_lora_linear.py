@@ -22,7 +22,7 @@ from tests.ops.engines import (
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import problems
 from tests.support.engines import check, check_strided_vectors
-from tests.support.problems import FULL, RANK, bf16, f16, f32, with_rank
+from tests.support.problems import FULL, RANK, UNDROPPED, bf16, f16, f32, with_rank
 from tests.support.threads import check_interrupted_thread, check_late_threads
 
 DTYPES = [*problems.DTYPES, (f16, f32, None), (f32, bf16, None), (f32, f32, f16)]
@@ -79,11 +79,12 @@ def some_cases() -> list[Case]:
         chosen += [Case(7, N, K, 5, dtype, **FULL) for N, K in WIDE]
         chosen += [Case(**shape, dtype=dtype, frozen=frozen, **FULL) for frozen in NEEDS]
         for layout in LAYOUTS:
-            M = 1 if layout == "1d" else 30
+            # More rows than a block has, so that strides count for its first row as well.
+            M = 1 if layout == "1d" else 150
             chosen.append(Case(M, 65, 63, 5, dtype, x_layout=layout, dropout_p=0.1))
             if "d" not in layout[:2]:  # dy takes its leading dimensions from x
-                chosen.append(Case(30, 65, 63, 5, dtype, dy_layout=layout, bias=True))
-                chosen.append(Case(30, 65, 63, 5, dtype, dy_layout=layout, column_scale=True))
+                chosen.append(Case(70, 65, 63, 5, dtype, dy_layout=layout, bias=True))
+                chosen.append(Case(70, 65, 63, 5, dtype, dy_layout=layout, column_scale=True))
         chosen.append(Case(30, 65, 63, 5, dtype, x_layout="4d", dy_layout="expanded"))
         # Up to as many rows as the weight is streamed for: passes of several, sums in several
         # chains, fewer rows of the weight than are dotted side by side, and one to three left over.
@@ -166,10 +167,16 @@ def test_lora_linear_of_a_cut_product_is_within_tolerance(
 
 
 @every_engine
+@pytest.mark.parametrize("rows", [33, 3000])
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_lora_linear_of_long_sums_is_within_tolerance(dtype: torch.dtype, engine: str) -> None:
-    """Sums of x·Wᵀ, dY·W, dA and dB, with several panels, the last one short."""
-    check(Case(33, 1285, 1285, 5, dtype, values="nonnegative"))
+def test_lora_linear_of_long_sums_is_within_tolerance(
+    dtype: torch.dtype, rows: int, engine: str
+) -> None:
+    """Sums of x·Wᵀ, dY·W and dB with several panels, the last one short; sums over many rows."""
+    if rows == 33:
+        check(Case(rows, 1285, 1285, 5, dtype, values="nonnegative"))
+    else:
+        check(Case(rows, 40, 72, RANK, dtype, f32, values="nonnegative", **UNDROPPED))
 
 
 @pytest.mark.proof

@@ -63,31 +63,88 @@ def test_memory_of_right_kernels_holds() -> None:
     assert memory() is None
 
 
-def test_memory_written_outside_is_noticed(plant: Any) -> None:
-    def change(y: Tensor, operands: Any) -> Tensor:
-        beyond = torch.empty(8)  # a result of the kernel; the write goes one element past it
-        storage = torch.empty(0, dtype=beyond.dtype).set_(beyond.untyped_storage())
-        storage[beyond.storage_offset() + 8] = 1.0
+# A change of the kernel's y in call `number`, and the reason that the claim gives. Calls 0 to 9 are
+# repeats, calls 10 to 12 are as written, recorded and replayed.
+REPLAY = "y has other bits in a replay of its launches"
+UNWRITTEN = "y has NaN from memory that was not written"
+Change = Callable[[Tensor, Any, int], Tensor]
+
+
+def write_beyond(at: int) -> Change:
+    """Write an element at this distance from the start of a result of eight."""
+
+    def change(y: Tensor, operands: Any, number: int) -> Tensor:
+        beyond = torch.empty(8).fill_(0.0)
+        if number == 0:
+            storage = torch.empty(0, dtype=beyond.dtype).set_(beyond.untyped_storage())
+            storage[beyond.storage_offset() + at] = 1.0
         return y
 
-    plant(change)
-    assert memory() == "4 bytes outside of its results were written"
+    return change
 
 
-def test_memory_read_uninitialised_is_noticed(plant: Any) -> None:
-    plant(lambda y, operands: y + torch.empty_like(y) * 1e-9)
-    assert memory() == "y has NaN from memory that was not written"
-
-
-def test_other_bits_in_a_repeat_are_noticed(plant: Any) -> None:
-    calls = iter(range(100))
-
-    def change(y: Tensor, operands: Any) -> Tensor:
-        y[0, 0] = 1e-9 * (next(calls) == 6)
+def set_last(value: Callable[[Tensor], Any]) -> Change:
+    def change(y: Tensor, operands: Any, number: int) -> Tensor:
+        y[-1, -1] = value(y)
         return y
 
-    plant(change)
-    assert memory() == "y has other bits in repeat 6"
+    return change
+
+
+def differ_in(call: int, factor: float = 1 + 2.0**-7) -> Change:
+    """One element is an ulp of bfloat16 larger in one call."""
+
+    def change(y: Tensor, operands: Any, number: int) -> Tensor:
+        y[-1, -1] = factor if number == call else 1.0
+        return y
+
+    return change
+
+
+def in_one_buffer(change: Change) -> Change:
+    """The result lies where that of the call before does."""
+    kept: list[Tensor] = []
+
+    def changed(y: Tensor, operands: Any, number: int) -> Tensor:
+        kept.append(y.clone())
+        return kept[0].copy_(change(y, operands, number))
+
+    return changed
+
+
+def through_scratch(y: Tensor, operands: Any, number: int) -> Tensor:
+    return y + torch.empty_like(y).zero_()
+
+
+MEMORY: dict[str, tuple[Change, str | None]] = {
+    "written behind": (write_beyond(8), "4 bytes outside of its results were written"),
+    "written before": (write_beyond(-1), "4 bytes outside of its results were written"),
+    "written last": (write_beyond(7), None),
+    "far behind": (
+        write_beyond(7 + claims.GUARD // 4),
+        "4 bytes outside of its results were written",
+    ),
+    "far before": (write_beyond(-claims.GUARD // 4), "4 bytes outside of its results were written"),
+    "read uninitialised": (lambda y, o, n: y + torch.empty_like(y) * 1e-9, UNWRITTEN),
+    "one element uninitialised": (set_last(lambda y: torch.empty_like(y)[0, 0]), UNWRITTEN),
+    "one element infinite": (set_last(lambda y: -torch.inf), UNWRITTEN),
+    "scratch memory that was written": (through_scratch, None),
+    "an ulp in the second repeat": (differ_in(1), "y has other bits in repeat 1"),
+    "an ulp in the last repeat": (differ_in(9), "y has other bits in repeat 9"),
+    "an ulp in the first": (differ_in(0), "y has other bits in repeat 1"),
+    "an ulp less": (differ_in(6, 1 - 2.0**-8), "y has other bits in repeat 6"),
+    "an ulp in one buffer": (in_one_buffer(differ_in(6)), "y has other bits in repeat 6"),
+    "an ulp in a replay": (differ_in(12), REPLAY),
+    "one buffer": (in_one_buffer(differ_in(99)), None),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_notices_one_element_and_excuses_what_is_right(name: str, plant: Any) -> None:
+    change, reason = MEMORY[name]
+    number = itertools.count()
+    plant(lambda y, operands: change(y, operands, next(number)))
+    assert memory() == reason
 
 
 @pytest.mark.parametrize("name", ["lora_A", "weight"])
@@ -163,6 +220,20 @@ def test_result_off_the_reference_is_noticed(name: str, plant: Any) -> None:
     assert found is not None and found.startswith("y MISS")
 
 
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
+def test_gradient_off_the_reference_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda.lora_linear_backward
+
+    def wrong(*args: Any) -> Any:
+        grads = right(*args)
+        getattr(grads, name)[-1] *= 1.05
+        return grads
+
+    monkeypatch.setattr(cuda, "lora_linear_backward", wrong, raising=False)
+    found = claims.check(fake_card(), claims.Claim(TWO_PASS, "odd sizes", 1))[0]
+    assert found is not None and found.startswith(f"d{name.removeprefix('lora_')} MISS")
+
+
 def test_cases_have_the_sizes_and_options_that_their_claims_name() -> None:
     card = fake_card()
     fused = TWO_PASS._replace(backend="triton", strategy="fused")
@@ -200,17 +271,34 @@ def test_stream_that_sees_another_is_noticed(repeat: int, plant: Any) -> None:
     assert found == f"a call beside another had other bits in repeat {repeat}"
 
 
-def test_graph_whose_replay_keeps_old_operands_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_that_share_a_result_are_noticed(
+    plant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However their kernels run, one after the other here."""
+    monkeypatch.setattr(FakeCard, "concurrently", lambda self, calls: [call() for call in calls])
+    change = in_one_buffer(lambda y, operands, number: y)
+    found = judged("two streams", plant, lambda y, operands: change(y, operands, 0))
+    assert found == "a call beside another had other bits in repeat 0"
+
+
+@pytest.mark.parametrize("stale", [None, 1, 2])
+def test_graph_whose_replay_keeps_old_operands_is_noticed(
+    stale: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x is another one in the second replay, and of the other sign in the third."""
+
     def replays(self: FakeCard, call: Callable[[], Tensor], count: int) -> Any:
         y = call()
-        for _ in range(count):
+        for number in range(count):
+            y = y if number == stale else call()
             yield y
 
     monkeypatch.setattr(FakeCard, "replays", replays)
     card = fake_card()
     with card.engine(DECODE):
         found = claims.graph(card, DECODE)
-    assert found == "replay 1 has other bits than a call by itself"
+    said = f"replay {stale} has other bits than a call by itself"
+    assert found == (None if stale is None else said)
 
 
 def test_times_are_of_every_shape_and_row() -> None:
@@ -278,6 +366,70 @@ def test_kernels_compiled_ahead_are_those_of_the_claim(name: str) -> None:
             call(card, claim)
         launched.append({kernel for kernel, _ in launch.traffic})
     assert launched[0] == launched[1] and launched[0]
+
+
+def test_every_case_of_a_claim_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr(claims.cases, "run", lambda op, args, *_: rows.append(len(args["x"])))
+    card = fake_card()
+    claims.launch_all(card, claims.Claim(TWO_PASS, "odd sizes", 1))
+    assert rows == [case.M for case in claims.odd_sizes(card, TWO_PASS)]
+
+
+GONE = torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+ERROR = RuntimeError("no kernel\nimage")
+# Reasons of three claims, two of one group and one of another; whether the device is broken after
+# the first; the lines that end a claim, and the exit status.
+CHECKED: dict[str, tuple[list[Any], bool, list[tuple[int, str | None, str | None]], int]] = {
+    "hold": ([None] * 3, False, [(0, None, None), (1, None, None), (2, None, None)], 0),
+    "the first fails": (["no", None, None], False, [(0, "no", None), (2, None, None)], 0),
+    "the second fails": (
+        [None, "no", None],
+        False,
+        [(0, None, None), (1, "no", None), (2, None, None)],
+        0,
+    ),
+    "an error": (
+        [ERROR, None, None],
+        False,
+        [(0, "RuntimeError: no kernel", None), (2, None, None)],
+        0,
+    ),
+    "no memory": (
+        [GONE, None, None],
+        False,
+        [(0, None, "CUDA out of memory."), (1, None, None), (2, None, None)],
+        0,
+    ),
+    "broken": ([None] * 3, True, [(0, "illegal", None)], claims.BROKEN),
+    "fails and broken": (["no", None, None], True, [(0, "no", None)], claims.BROKEN),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_claims_that_fail_end_their_group_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, is_broken, ends, status = CHECKED[name]
+    said: list[dict[str, Any]] = []
+
+    def check(card: Any, claim: claims.Claim) -> tuple[str | None, Any]:
+        reason = found[order.index(claim)]
+        if isinstance(reason, Exception):
+            raise reason
+        return reason, ()
+
+    def synchronize() -> None:
+        if is_broken:
+            raise RuntimeError("illegal\naccess")
+
+    order = [claims.Claim(DECODE, "memory", 1), claims.Claim(DECODE, "graph", 1)]
+    order.append(claims.Claim(TWO_PASS, "memory", 1))
+    monkeypatch.setattr(claims, "check", check)
+    card: Any = SimpleNamespace(before=lambda claim: None, synchronize=synchronize)
+    assert claims._check_all(card, order, 9e99, lambda **line: said.append(line)) == status
+    lines = [line for line in said if "end" in line]
+    assert [(line["end"], line["failed"], line.get("retry")) for line in lines] == ends
+    assert [line["begin"] for line in said if "begin" in line] == [end[0] for end in ends]
+    assert claims._check_all(card, order, 0.0, lambda **line: pytest.fail("too late")) == 0
 
 
 def test_weights_are_cold_and_equal() -> None:

@@ -113,6 +113,8 @@ def test_digest_is_of_each_kernel_s_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
             (tmp_path / name).write_text(text)
             found.add(verdicts._source_digest.__wrapped__())
     assert len(found) == 8  # all but the two of peft.py
+    (tmp_path / "backends/a.py").rename(tmp_path / "backends/e.py")
+    assert verdicts._source_digest.__wrapped__() not in found
 
 
 def test_choose_follows_the_tensors_gpu(card: DeviceInfo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +356,9 @@ def test_choose_says_which_claim_failed() -> None:
 @pytest.mark.parametrize(
     ("times", "reason"),
     [
+        ({"forward": Seconds(0.95, 0.0), "eager_forward": Seconds(1.0, 0.0)}, ""),
+        ({"forward": Seconds(0.951, 0.0), "eager_forward": Seconds(1.0, 0.0)}, "measured 0.95 of"),
+        ({"step": Seconds(1.001, 0.0), "eager_step": Seconds(1.0, 1.0)}, "step 1.00"),
         ({"forward": Seconds(3.7e-5, 0.0)}, ""),
         ({"forward": Seconds(3.9e-5, 0.0)}, "measured 0.97 of eager's time"),
         ({"forward": Seconds(1e-5, 3.9e-5)}, "measured 0.97 of eager's time"),
@@ -388,9 +393,9 @@ def test_choose_in_a_captured_graph_leaves_the_host_s_time_out(
 
 
 def test_ratios_are_of_the_longer_of_device_and_host() -> None:
-    step = Seconds(8.0, 4.0), Seconds(2.0, 16.0)
+    step = Seconds(8.0, 12.0), Seconds(2.0, 16.0)
     point = Point(DECODE, 1, 1, 1, 16, Seconds(3.0, 0.1), Seconds(1.0, 2.0), *step)
-    assert point.ratios() == (1.5, 0.5) and point.ratios(in_graph=True) == (3.0, 4.0)
+    assert point.ratios() == (1.5, 0.75) and point.ratios(in_graph=True) == (3.0, 4.0)
     assert point._replace(step=None).ratios() == (1.5, None)
 
 

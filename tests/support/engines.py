@@ -75,12 +75,13 @@ def assert_within(what: object, verdicts: Mapping[str, Comparison]) -> None:
 def assert_near(what: object, verdicts: Mapping[str, Comparison]) -> None:
     """`assert_within` of twice the limits, for drawn cases: of some hundred, one misses by chance
     a limit that four standard errors set for usual values."""
-    wrong = [
-        f"{name} {verdict}"
-        for name, verdict in verdicts.items()
-        if not (verdict.rms <= 2 * verdict.rms_limit and verdict.max <= 2 * verdict.max_limit)
-    ]
-    _fail_for(what, wrong)
+    assert_within(
+        what,
+        {
+            name: replace(v, rms_limit=2 * v.rms_limit, max_limit=2 * v.max_limit)
+            for name, v in verdicts.items()
+        },
+    )
 
 
 def _fail_for(what: object, wrong: Sequence[str]) -> None:

@@ -115,11 +115,18 @@ def check_same_bits(case: Case, runs: int = 2) -> None:
             assert torch.equal(first[name], other[name]), name
 
 
-def check_spread(case: Case, where: str, value: float) -> None:
-    """An element that is not finite reaches those results that it reaches in plain PyTorch."""
+# NaN whose bits are all set, of either sign: adding a half ulp to round them overflows.
+NAN_OF_ALL_BITS = {"positive": 2**31 - 1, "negative": -1}
+
+
+def check_spread(case: Case, where: str, value: float | Tensor) -> None:
+    """An element that is not finite reaches those results that it reaches in plain PyTorch.
+
+    value: a tensor of 32 bits keeps them in a float32 argument.
+    """
     args = cases.inputs(case)
     with torch.no_grad():
-        args[where].view(-1)[7] = value
+        args[where].view(-1)[7 % args[where].numel()] = value
     got = cases.run(lora_kernels.lora_linear, args)
     for name, want in cases.run(cases.plain_pytorch, args).items():
         assert_exact(got[name].isfinite(), want.isfinite(), name)
@@ -170,12 +177,35 @@ def check_reads_out_the_weight(
     weight = quantize_4bit(values, kind, int(blocksize), bool(nested)).to(device)
     A = torch.ones(3, K, dtype=dtype, device=device)
     B = torch.zeros(N, 3, dtype=dtype, device=device)
-    want = format4bit.dequantize_4bit(
-        weight.packed, weight.scales(), weight.code, int(blocksize), weight.shape, dtype
+    for each in (weight, with_scales_at_a_tie(weight, dtype)) if nested else (weight,):
+        want = format4bit.dequantize_4bit(
+            each.packed, each.scales(), each.code, int(blocksize), each.shape, dtype
+        )
+        for m in (slice(0, 4), slice(0, K)):
+            x = torch.eye(K, dtype=dtype, device=device)[m]
+            assert_exact(lora_kernels.lora_linear(x, each, A, B), want.t()[m], "y")
+        x = torch.zeros(N, K, dtype=dtype, device=device, requires_grad=True)
+        lora_kernels.lora_linear(x, each, A, B).backward(torch.eye(N, dtype=dtype, device=device))
+        assert_exact(x.grad, want, "dx")
+
+
+def with_scales_at_a_tie(weight: Weight4bit, dtype: torch.dtype) -> Weight4bit:
+    """Return a nested weight whose scales show in 16 bits whether their product was rounded.
+
+    Each scale is halfway between 1 and the next number of 16 bits, and rounds to 1. An FMA, which
+    does not round nested_code · nested_absmax, gives more than half, and that rounds up. One code
+    stands for 1, so that some elements are such a scale. float32 shows its bits themselves.
+    """
+    tie = 1 + torch.finfo(torch.float16 if dtype is torch.float32 else dtype).eps / 2
+    factor = 1 + torch.arange(1, 257, dtype=torch.float32) / 311
+    absmax = torch.tensor(3.7, dtype=torch.float32)
+    product = factor * absmax  # in [4, 8) from some factor on, so that `offset` is exact
+    lost = factor.double() * absmax.double() - product.double()
+    chosen = int(torch.where(product >= 4, lost, -1).argmax())
+    offset = (tie - product[chosen].double()).float()
+    assert lost[chosen] > 2.0**-23 and product[chosen] + offset == tie
+    fields = {"nested_absmax": absmax, "nested_code": factor[chosen], "offset": offset}
+    shapes = {name: torch.empty_like(getattr(weight, name)) for name in fields}
+    return dataclasses.replace(
+        weight, **{name: shape.fill_(fields[name]) for name, shape in shapes.items()}
     )
-    for m in (slice(0, 4), slice(0, K)):
-        x = torch.eye(K, dtype=dtype, device=device)[m]
-        assert_exact(lora_kernels.lora_linear(x, weight, A, B), want.t()[m], "y")
-    x = torch.zeros(N, K, dtype=dtype, device=device, requires_grad=True)
-    lora_kernels.lora_linear(x, weight, A, B).backward(torch.eye(N, dtype=dtype, device=device))
-    assert_exact(x.grad, want, "dx")

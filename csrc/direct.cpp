@@ -269,7 +269,7 @@ struct Operands {
     if (lora_A == Py_None) {
       if (!is_dense) return false;
       layer.N = w.shape[0], layer.K = w.shape[1];
-      layer.a = layer.b = w.matrix();  // no element of which is read
+      layer.a = layer.b = w.matrix();  // with R = 0 no element is read
     } else {
       if (!view_floats(lora_A, a) || !view_floats(lora_B, b) || a.ndim != 2 || b.ndim != 2)
         return false;

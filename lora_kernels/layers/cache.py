@@ -1,4 +1,4 @@
-"""What a layer on a CPU keeps: a DoRA's norm, whose operands are compared in each call."""
+"""The cache of a DoRA's norm on a CPU, whose operands are compared in each call."""
 
 from __future__ import annotations
 

@@ -146,9 +146,13 @@ bool view_by_attributes(PyObject* tensor, View& to) {
   return true;
 }
 
+bool view_address(PyObject* tensor, View& to) {
+  return exchange ? view_by_exchange(tensor, to) : view_by_attributes(tensor, to);
+}
+
 // Reads a tensor on the CPU whose memory holds its values: not negated lazily, and not freed.
 bool view_memory(PyObject* tensor, View& to) {
-  if (!(exchange ? view_by_exchange(tensor, to) : view_by_attributes(tensor, to))) return false;
+  if (!view_address(tensor, to)) return false;
   const Object negative(PyObject_CallFunctionObjArgs(py.is_neg, tensor, nullptr));
   if (!negative) PyErr_Clear();
   return negative && negative.get() == Py_False && (to.data || to.elements() == 0);
@@ -350,7 +354,7 @@ Object new_empty(PyObject* like, const Object& shape) {
 template <typename T>
 T* address(const Object& tensor) {
   View to;
-  if (!view_memory(tensor.get(), to) || !to.is_contiguous())
+  if (!view_address(tensor.get(), to) || !to.is_contiguous())
     fail(PyExc_RuntimeError, "result: got a tensor that is not contiguous memory on the CPU");
   return static_cast<T*>(to.data);
 }

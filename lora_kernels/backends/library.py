@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_emulate_gpu = False
+emulates_gpu = False
 
 
 @contextmanager
@@ -24,12 +24,12 @@ def as_on_gpu() -> Iterator[None]:
     ...     is_on_gpu_path("cpu")
     True
     """
-    global _emulate_gpu
-    before, _emulate_gpu = _emulate_gpu, True
+    global emulates_gpu
+    before, emulates_gpu = emulates_gpu, True
     try:
         yield
     finally:
-        _emulate_gpu = before
+        emulates_gpu = before
 
 
 def is_on_gpu_path(device_type: str) -> bool:
@@ -40,14 +40,14 @@ def is_on_gpu_path(device_type: str) -> bool:
     >>> is_on_gpu_path("cpu"), is_on_gpu_path("cuda"), is_on_gpu_path("meta")
     (False, True, True)
     """
-    return device_type != "cpu" or _emulate_gpu
+    return device_type != "cpu" or emulates_gpu
 
 
 def has_out_dtype(t: Tensor) -> bool:
     """True if `torch.mm(..., out_dtype=torch.float32)` multiplies 16-bit matrices on t's device."""
     if t.is_cuda:
         return torch.version.hip is None
-    return t.is_meta or (_emulate_gpu and t.is_cpu)
+    return t.is_meta or (emulates_gpu and t.is_cpu)
 
 
 @functools.cache

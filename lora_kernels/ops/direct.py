@@ -71,7 +71,7 @@ def call(
         weight: [N, K], frozen, dense or packed.
         lora_A, lora_B: [R, K] and [N, R]. None: no adapter, for a few rows without gradients.
     """
-    if not x.is_cpu or library.is_on_gpu_path("cpu"):
+    if library.emulates_gpu or not x.is_cpu:
         return _call_on_gpu(x, weight, lora_A, lora_B, bias, scaling, dropout_p, compute_dtype)
     module = native.module
     if module is None or weight is None or torch.is_autocast_enabled("cpu"):
@@ -79,14 +79,14 @@ def call(
     if forced.current.get() is not forced.DEFAULT or forced.DEFAULT.backend is not None:
         return None
     dropout = (draw_rng, *_dropout(dropout_p)) if dropout_p else None
-    operands = weight, lora_A, lora_B, compute_dtype, scaling, dropout
-    if not torch.is_grad_enabled():
-        return module.direct_forward(x, *operands, bias, False)  # type: ignore[no-any-return]
-    if isinstance(weight, Tensor) and weight.requires_grad:
+    has_grad = torch.is_grad_enabled()
+    if has_grad and isinstance(weight, Tensor) and weight.requires_grad:
         return None
-    found = module.direct_forward(x, *operands, bias, True)
-    if found is None:
-        return None
+    found: Any = module.direct_forward(
+        x, weight, lora_A, lora_B, compute_dtype, scaling, dropout, bias, has_grad
+    )
+    if found is None or not has_grad:
+        return found  # type: ignore[no-any-return]
     frozen = (weight,) if isinstance(weight, Tensor) else weight
     rest = *found, scaling, dropout_p, compute_dtype, frozen
     return DirectFunction.apply(x, lora_A, lora_B, bias, rest)  # type: ignore[no-any-return]

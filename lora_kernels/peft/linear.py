@@ -10,6 +10,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..core.call import Operands, Spec
 from ..core.dtypes import to_dtype
@@ -79,7 +80,7 @@ class Fused(nn.Module):
             cls.peft_forward = library_forward(cls.peft_class)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        alone = not (args or kwargs or torch.compiler.is_compiling())
+        alone = not (args or kwargs or is_compiling())
         if alone and (siblings := self._siblings) is not None:
             y = siblings.call(self, x)
             if y is not None:

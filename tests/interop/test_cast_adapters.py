@@ -256,7 +256,7 @@ def test_float32_and_autocast_are_left_as_they_are(base) -> None:
 
 def test_cpu_keeps_float32_adapters() -> None:
     model = stock("linear")
-    library._emulate_gpu = False  # `gpu_path` restores it
+    library.emulates_gpu = False  # `gpu_path` restores it
     with lora_kernels.backend("cpu"):
         got, want = fuse(copy.deepcopy(model), cast_adapters=True), fuse(copy.deepcopy(model))
         for name, t in step(want, input_of()).items():

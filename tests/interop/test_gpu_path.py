@@ -243,7 +243,7 @@ def test_fuse_on_a_cpu_takes_layers_that_peft_s_moves_fewer_bytes_of(monkeypatch
     base = nn.Sequential(nn.Linear(*NARROW, dtype=bf16))
     found = model(base=base, use_dora=True, lora_dropout=0.1).to(bf16)
     with monkeypatch.context() as on_cpu:
-        on_cpu.setattr(library, "_emulate_gpu", False)
+        on_cpu.setattr(library, "emulates_gpu", False)
         fuse(found)
     assert type(found.base_model.model[0]) is FusedLinear
     assert explain(found).rows[0].backend == "eager"  # and stays fused

@@ -565,7 +565,7 @@ def test_update_on_a_cpu_runs_the_cpu_kernels(added) -> None:
     stock, fused = pair(Base)
     from lora_kernels.backends import library
 
-    library._emulate_gpu = False  # `gpu_path` restores it
+    library.emulates_gpu = False  # `gpu_path` restores it
     assert_close(step(fused, input_of()), step(stock, input_of()), 1e-12)
     assert not added
 

@@ -848,7 +848,7 @@ def test_exception_of_a_projection_is_raised_and_the_next_call_runs(runs) -> Non
 def test_cpu_runs_the_own_forward_bit_for_bit(monkeypatch) -> None:
     model = adapted(llama_mlp(), f32)
     with monkeypatch.context() as on_cpu:
-        on_cpu.setattr("lora_kernels.backends.library._emulate_gpu", False)
+        on_cpu.setattr("lora_kernels.backends.library.emulates_gpu", False)
         on_cpu.setattr(GatedMLPFunction, "apply", None)
         stock, fused = fuse(copy.deepcopy(model), blocks=False), fuse(model)
         assert_bitwise_equal(step(fused, input_of(f32)), step(stock, input_of(f32)))

@@ -1182,11 +1182,11 @@ def test_model_on_a_cpu_has_no_siblings() -> None:
     from lora_kernels.backends import library
 
     stock = build()
-    library._emulate_gpu = False
+    library.emulates_gpu = False
     try:
         assert explain(fuse(stock)).blocks == [] and hooks_in(stock) == 0
     finally:
-        library._emulate_gpu = True
+        library.emulates_gpu = True
 
 
 def test_explain_has_a_line_for_each_parent() -> None:

@@ -38,7 +38,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_kernels.backends.cpu import native
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, fuse, unfuse
-from lora_kernels.quantization import Weight4bit
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived, derived_rtol
 from tests.support.peft_models import (
     ALPHA,
@@ -49,6 +48,7 @@ from tests.support.peft_models import (
     add_adapter,
     count_ops,
     fused_layers,
+    in_float64,
     llama,
     output,
     pair,
@@ -465,13 +465,7 @@ def prepared_for_kbit_training(compute: torch.dtype, seed: int) -> tuple[Any, An
     stock = get_peft_model(prepared, config(target_modules="all-linear"))
     randomize(stock, "default")
     stock, fused = pair(stock.train())
-    exact: Any = unfuse(copy.deepcopy(fused))
-    for name, four_bit in list(exact.named_modules()):
-        if type(four_bit) is bnb.nn.Linear4bit:
-            dense = nn.Linear(four_bit.in_features, four_bit.out_features, bias=False)
-            dense.weight.data = Weight4bit.from_bitsandbytes(four_bit.weight).dequantize(f32)
-            exact.set_submodule(name, dense.requires_grad_(False))
-    return fused, stock, exact.double()
+    return fused, stock, in_float64(stock)
 
 
 @pytest.mark.parametrize("compute", [f32, torch.bfloat16], ids=str)

@@ -39,6 +39,7 @@ from tests.support.peft_models import (
     draw_rng,
     four_bit,
     four_bit_mlp,
+    in_float64,
     pair,
     results,
 )
@@ -50,20 +51,6 @@ needs_native = pytest.mark.skipif(native.module is None, reason="no native kerne
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # Whether PEFT takes the model for one that transformers has loaded in 4 bits.
 loaded_or_not = pytest.mark.parametrize("loaded", [False, True])
-
-
-def exact(model: Any, config: dict[str, Any] | None = None) -> Any:
-    """The same model in float64 over the weights that the codes stand for."""
-    dense = MLP(sizes=SIZES_4BIT)
-    for name in ("up", "down"):
-        base, linear = getattr(model.base_model.model, name).base_layer, getattr(dense, name)
-        linear.weight = nn.Parameter(decoded(base))
-        if base.bias is not None:
-            linear.bias = nn.Parameter(base.bias.detach().clone())
-    wide = add_lora(dense, **config or {})
-    state = {n: p for n, p in model.state_dict().items() if ".lora_" in n}
-    assert not wide.load_state_dict(state, strict=False).unexpected_keys
-    return wide.double()
 
 
 def decoded(base: Any) -> Tensor:
@@ -133,7 +120,7 @@ def test_dtypes_and_rounding_are_pefts(x_dtype, compute, adapter, autocast, load
     for name, module in model.named_modules():
         if "lora_" in name:
             module.to(adapter)
-    wide, (stock, fused), x = up(exact(model)), pair(up(model)), rows(x_dtype)
+    wide, (stock, fused), x = up(in_float64(model)), pair(up(model)), rows(x_dtype)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         want, got = results(stock, x), results(fused, x)
     coarsest = (compute or x_dtype, x_dtype, adapter, autocast or f32)
@@ -146,7 +133,7 @@ def test_dtypes_and_rounding_are_pefts(x_dtype, compute, adapter, autocast, load
 def test_weights_that_were_16_bit_lose_no_more_than_peft(dtype: torch.dtype, loaded: bool) -> None:
     """Transformers loads them so: x, bias and weight before quantization in 16 bits."""
     model = four_bit_mlp(loaded, dtype=dtype, compute_dtype=dtype)
-    wide, (stock, fused), x = up(exact(model)), map(up, pair(model)), rows(dtype)
+    wide, (stock, fused), x = up(in_float64(model)), map(up, pair(model)), rows(dtype)
     assert_close(results(fused, x), results(wide, x.double()), results(stock, x), dtype)
 
 
@@ -155,7 +142,7 @@ def test_weights_that_were_16_bit_lose_no_more_than_peft(dtype: torch.dtype, loa
 def test_float64_is_exact(compute: torch.dtype | None, loaded: bool) -> None:
     """No codes are decoded beside it, and bitsandbytes' CPU kernel gets it wrong."""
     fused = fuse(four_bit_mlp(loaded, compute_dtype=compute).double())
-    assert_close_derived(results(fused, rows(f64)), results(exact(fused), rows(f64)))
+    assert_close_derived(results(fused, rows(f64)), results(in_float64(fused), rows(f64)))
     assert {row.state for row in explain(fused, x_dtype=f64).rows} == {"ours, library GEMMs"}
 
 

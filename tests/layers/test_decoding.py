@@ -397,7 +397,7 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
     "grad": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu", bf16),
     "backend": lambda: lora_kernels.backend("eager"),
-    "same_backend": lambda: lora_kernels.backend("cpu", "fused"),
+    "same_backend": lambda: lora_kernels.backend("cpu", "library"),
     "isa": other_isa,
 }
 

@@ -246,9 +246,9 @@ def in_float64(model: Any) -> Any:
     for name, layer in list(exact.named_modules()):
         if type(getattr(layer, "_parameters", {}).get("weight")).__name__ == "Params4bit":
             dense = nn.Linear(layer.in_features, layer.out_features)
-            dense.weight = nn.Parameter(Weight4bit.from_bitsandbytes(layer.weight).dequantize(f32))
-            dense.bias = layer.bias
-            exact.set_submodule(name, dense.requires_grad_(False))
+            decoded = Weight4bit.from_bitsandbytes(layer.weight).dequantize(f32)
+            dense.weight, dense.bias = nn.Parameter(decoded, False), layer.bias
+            exact.set_submodule(name, dense)
     return exact.double()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lora_kernels import layers
+from lora_kernels.backends.cpu.heuristics import few_rows
 from lora_kernels.backends.cpu.linear import PreparedCall
 from lora_kernels.bench.memory import held
 from lora_kernels.choice import choose as selection
@@ -217,6 +218,12 @@ def gradients(layer: Any, x: Tensor, call: Any = None) -> dict[str, Tensor | Non
     y.square().sum().backward()
     grads = {name: p.grad for name, p in layer.named_parameters()}
     return {"y": y.detach(), "x": x.grad} | grads
+
+
+def skip_unless_few(rows: int, dtype: torch.dtype, four_bit: bool = False) -> None:
+    """Skip a test of prepared calls if the GEMV kernel takes fewer rows, as scalar code may."""
+    if rows > few_rows(dtype, four_bit, 0):
+        pytest.skip("this machine or build lacks the instruction set")
 
 
 def watch_prepared_calls(patch: pytest.MonkeyPatch) -> list[Tensor | None]:

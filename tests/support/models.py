@@ -127,7 +127,7 @@ class Kind(NamedTuple):
             for name, param in layer.named_parameters():
                 if not self.is_quantized or name in ("lora_B", "lora_E", "level_weights"):
                     param.copy_(torch.randint(-4, 5, param.shape))
-                if name == "magnitude":
+                if name in ("magnitude", "level_weights"):  # where zeros leave no adapter
                     param.copy_(torch.randint(1, 5, param.shape))
             if issubclass(self.cls, layers.AdaLoRALinear):
                 layer.rank_mask[1] = False

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.register_assert_rewrite("tests.support")
+import tests.support  # noqa: E402, F401  it shifts seeds, before a test module draws
 
 _ALLOWED = [
     line.partition(" | ")[0]

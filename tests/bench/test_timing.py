@@ -178,7 +178,7 @@ def test_multiply_add_on_each_instruction_set_returns_its_flops(
     before = native.isa or ""
     try:
         if native.use_isa(isa) != isa:
-            pytest.skip(f"no {isa} here")
+            pytest.skip("this machine or build lacks the instruction set")
         found = native.module.multiply_add(DTYPES[dtype], 3, 2)
     finally:
         native.use_isa(before)

@@ -19,7 +19,8 @@ from lora_kernels.backends.eager import siblings as eager_siblings
 from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
 from lora_kernels.peft import FusedLinear, explain, fuse, swap
-from tests.support.assertions import assert_close_derived
+from tests.support.assertions import assert_as_exact, assert_close_derived
+from tests.support.peft_models import in_float64
 
 K, N, R, ALPHA = 320, 192, 5, 7
 f32, bf16 = torch.float32, torch.bfloat16
@@ -157,14 +158,12 @@ def test_later_call_says_what_is_wrong_with_x(grad: bool) -> None:
 def test_autocast_between_calls_is_pefts(grad: bool) -> None:
     stock = model().eval()
     fused, x = fuse(copy.deepcopy(stock)), torch.randn(100, K)
+    exact = in_float64(stock)(x.double())
     with torch.set_grad_enabled(grad):
         for on in (False, False, True, True, False):
             with torch.autocast("cpu", enabled=on):
                 got, want = fused(x), stock(x)
-            assert got.dtype is want.dtype
-            torch.testing.assert_close(
-                got, want, rtol=2e-2 if on else 1e-5, atol=2e-2 if on else 1e-4
-            )
+            assert_as_exact({"y": got}, {"y": exact}, {"y": want})
 
 
 @pytest.mark.parametrize("rows", [(3,), (100,), (2, 50)], ids=str)

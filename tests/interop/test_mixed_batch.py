@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_kernels.backends.cpu import native
 from lora_kernels.peft import explain, fuse
-from tests.support.assertions import assert_close_derived
+from tests.support.assertions import assert_as_exact, assert_close_derived
 from tests.support.peft_models import (
     MLP,
     SIZES,
@@ -19,6 +19,7 @@ from tests.support.peft_models import (
     batch,
     conv1d,
     count_ops,
+    in_float64,
     mlp,
     pair,
     results,
@@ -119,11 +120,10 @@ def test_4bit_base(dtype: torch.dtype) -> None:
     for name in ("up", "down"):  # in eval mode bitsandbytes rounds the scales
         getattr(model.base_model.model, name).base_layer.train()
     stock, fused = pair(model)
-    x = torch.randn(3, 5, 64)
+    x, exact = torch.randn(3, 5, 64), in_float64(model)
     want, got = (results(m, x, adapter_names=NAMES) for m in (stock, fused))
-    # Both round operands of the base GEMMs to the compute dtype, in orders of their own; the
-    # second layer sees the first's roundings.
-    assert_close_derived({k: got[k] for k in want}, want, rtol=8 * torch.finfo(dtype).eps)
+    ref = results(exact, x.double(), adapter_names=NAMES)
+    assert_as_exact({k: got[k] for k in want}, {k: ref[k] for k in want}, want)
     assert count_ops(lambda: fused(x, adapter_names=NAMES)) == {"multi_lora_linear_4bit": 2}
 
 

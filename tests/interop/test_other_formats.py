@@ -23,6 +23,7 @@ from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
+from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, foreign, fuse, unfuse
 from lora_kernels.peft.adalora import FusedSVD
 from lora_kernels.peft.linear import Fused
@@ -158,7 +159,8 @@ def test_8_bits_equal_peft_and_save_the_same(dtype: torch.dtype, ada: bool, tmp_
     if ada:  # PEFT's result is float32, ours x's dtype
         assert got["y"].dtype is dtype and want["y"].dtype is f32
         got["y"] = got["y"].float()
-    assert_close_derived(got, want, STEP)
+    # Each of two layers rounds to the dtype too, in bfloat16 almost a step.
+    assert_close_derived(got, want, STEP + 2 * tolerance.unit_roundoff(dtype))
     assert_same_files(stock, fused, tmp_path)
 
 

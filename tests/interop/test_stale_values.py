@@ -325,7 +325,8 @@ def test_fused_dora_whose_base_is_written_equals_peft(kind: str, writer: str, gp
         for _ in range(2):
             got, want = fused(x), stock(x)
             assert (got - want).norm() <= 2.0**-18 * want.norm()  # roundings of float32
-    assert (got - before).norm() > 2.0**-10 * before.norm() or writer == "merge and unmerge"
+    changed = (got - before).norm() > 2.0**-14 * before.norm()  # 16 times what is a rounding above
+    assert changed or writer == "merge and unmerge"
 
 
 # Layers without PEFT -----------------------------------------------------------------------------

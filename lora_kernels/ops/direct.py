@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _dispatch_tls_local_include_set
 from torch.autograd import forward_ad
 
 from ..backends import library
@@ -37,12 +38,10 @@ def _set_up() -> None:
     assert native.module is not None
     methods = Tensor.new_empty, Tensor.is_neg, Tensor.data_ptr, Tensor.stride, Tensor.to
     functions = library_linear, library_dx, torch.get_num_threads
-    observers = torch._C._dispatch_tls_local_include_set, context.KEYS, context.INFERENCE_KEYS
-    native.module.set_up(
-        *_PLAIN, *methods, *functions, *DTYPES, torch.empty(0), *observers, vars(forward_ad),
-        {name: codebooks.code(name, torch.device("cpu")) for name in codebooks.QUANT_TYPES},
-        MAX_KERNEL_RANK,
-    )  # fmt: skip
+    observers = _dispatch_tls_local_include_set, context.KEYS, context.INFERENCE_KEYS
+    of_types = {name: codebooks.code(name, "cpu") for name in codebooks.QUANT_TYPES}
+    values = torch.empty(0), *observers, vars(forward_ad), of_types, MAX_KERNEL_RANK
+    native.module.set_up(*_PLAIN, *methods, *functions, *DTYPES, *values)
 
 
 if native.module is not None:

@@ -154,6 +154,7 @@ def test_check_notices_a_picture_of_other_results(
     run = report.runs()[0]
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(report, "OVERVIEW", tmp_path / "results" / report.OVERVIEW.name)
     file = tmp_path / "results" / run.file.name
     file.parent.mkdir()
     shutil.copy(run.file, file)
@@ -163,7 +164,11 @@ def test_check_notices_a_picture_of_other_results(
         assert report.main(check=True) == 1
         return capsys.readouterr().out
 
-    assert png.name in stale()
+    assert png.name in stale() and report.OVERVIEW.name in stale()
+    named, draw = report.overview(report.runs())
+    report.OVERVIEW.write_bytes(draw())
+    assert pictures.source(report.OVERVIEW.read_bytes()) == named
+    assert report.OVERVIEW.name not in stale()
     png.write_bytes(pictures.lora_tax(run.dense, "", pictures.digest(run.dense)))
     assert png.name not in stale()
     png.write_bytes(pictures.lora_tax(run.dense, "", pictures.digest(run.codes or {})))

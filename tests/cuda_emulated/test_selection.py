@@ -264,14 +264,14 @@ def test_load_of_another_version_or_a_broken_file_says_so(
 
     cuda._load.cache_clear()
     try:
-        monkeypatch.setattr(cuda.importlib, "import_module", broken)
+        monkeypatch.setattr(cuda, "import_extension", broken)
         was = "was" if name == "_emulator" else "were"
         subject = what.split(" {}")[0]
         want = f"{subject} {was} not built (libcudart.so.12: cannot open)"
         assert cuda._load(name) == (None, want)
         cuda._load.cache_clear()
         old = SimpleNamespace(__version__="0")
-        monkeypatch.setattr(cuda.importlib, "import_module", lambda module: old)
+        monkeypatch.setattr(cuda, "import_extension", lambda module: old)
         has = "has" if name == "_emulator" else "have"
         want = f"{what.format(has)}, not {lora_kernels.__version__}"
         assert cuda._load(name) == (None, want)

@@ -261,10 +261,17 @@ def classifier(model: nn.Module) -> nn.Module | None:
 
 
 def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:
-    """Set whether bitsandbytes may repack codes for its CPU kernel, and return the model."""
-    from ..peft.modules import allow_repacking
+    """Set whether bitsandbytes may repack codes for its CPU kernel, and return the model.
 
-    allow_repacking(model.modules(), allowed)
+    By default bitsandbytes repacks codes permanently, and rounds their scales, in the first forward
+    in eval mode without gradients. This happens on processors with AVX-512 BF16.
+    """
+    if layers := linears_4bit(model):
+        from bitsandbytes.functional import has_avx512bf16
+
+        for layer in layers:
+            able: bool = has_avx512bf16()  # type: ignore[no-untyped-call]
+            layer.support_avx512bf16_for_cpu = allowed and able
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
@@ -14,19 +13,6 @@ def is_linear4bit(module: nn.Module) -> bool:
     cls = type(module)
     names = ("Linear4bit", "LinearNF4", "LinearFP4")
     return cls.__module__ == "bitsandbytes.nn.modules" and cls.__name__ in names
-
-
-def allow_repacking(modules: Iterable[nn.Module], allowed: bool) -> None:
-    """Set whether bitsandbytes may repack the codes of 4-bit linear layers for its CPU kernel.
-
-    By default it repacks them for good, and rounds their scales, in the first forward in eval mode
-    without gradients on a processor with AVX-512 BF16. Gradients are wrong afterwards.
-    """
-    for module in filter(is_linear4bit, modules):
-        from bitsandbytes.functional import has_avx512bf16
-
-        is_able: bool = has_avx512bf16()  # type: ignore[no-untyped-call]
-        module.support_avx512bf16_for_cpu = allowed and is_able  # type: ignore[assignment]
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -29,14 +29,14 @@ from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
 from .mlp import fuse_mlps, restore_mlps
-from .modules import allow_repacking, is_conv1d, patched_reason
+from .modules import is_conv1d, is_linear4bit, patched_reason
 from .siblings import add_siblings, remove_siblings
 from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
 QUALIFY = ("cached", "now", "off")
 # Of a fused layer alone.
-_ATTRIBUTES = ("mixed_batch", "_norm", "merge_loss", "casts_adapters", "layer_name")
+_ATTRIBUTES = "mixed_batch", "_norm", "merge_loss", "casts_adapters", "layer_name", "repacks_codes"
 logger = logging.getLogger("lora_kernels")
 
 
@@ -102,7 +102,7 @@ def fuse(
             set_class(layer, _fused_class(layer))
         if isinstance(layer, Fused):
             layer.layer_name = name
-            allow_repacking(layer.modules(), False)
+            _keep_codes(layer)
             vars(layer).pop("casts_adapters", None)
             if cast_adapters:
                 layer.casts_adapters = True
@@ -121,6 +121,17 @@ def fuse(
         fuse_losses(model)
     _follow_verdicts(model, qualify)
     return model
+
+
+def _keep_codes(layer: Any) -> None:
+    """Forbid bitsandbytes to repack the base's codes in an eval forward of PEFT's on a CPU.
+
+    The codes would lose their scales, and gradients be wrong afterwards. `unfuse` allows it again.
+    """
+    base = layer.base_layer
+    if is_linear4bit(base) and "repacks_codes" not in vars(layer):
+        layer.repacks_codes = base.support_avx512bf16_for_cpu
+        base.support_avx512bf16_for_cpu = False
 
 
 def check_qualify(qualify: str) -> None:
@@ -160,7 +171,8 @@ def unfuse(model: Model) -> Model:
     for _, layer, _ in lora_layers(model):
         if isinstance(layer, Fused):
             set_class(layer, peft_class(layer))
-            allow_repacking(layer.modules(), True)
+            if is_linear4bit(layer.base_layer) and "repacks_codes" in vars(layer):
+                layer.base_layer.support_avx512bf16_for_cpu = layer.repacks_codes
             for name in _ATTRIBUTES:
                 vars(layer).pop(name, None)
     remove_siblings(model)

@@ -371,8 +371,8 @@ NEAREST: dict[str, tuple[Callable[[Any], None], tuple[str, ...], int]] = {
     ),
     "effect: one element is infinite": (
         element(-torch.inf, "down.lora_B"),
-        ("gradient", "effect"),
-        2,
+        ("effect",),
+        1,
     ),
     "scaling: within its digits": (rescale(1 + 5e-7), (), 0),
     "scaling: larger": (rescale(1 + 5e-6), ("scaling",), 1),

@@ -1204,7 +1204,7 @@ def test_explain_has_a_line_for_each_parent() -> None:
 
 
 def test_fuse_callback_hands_blocks_on() -> None:
-    assert FuseCallback().blocks is True
+    assert FuseCallback().settings["blocks"] is True
     model = build()
     FuseCallback(blocks=False).on_init_end(None, None, None, model=model)
     assert hooks_in(model) == 0

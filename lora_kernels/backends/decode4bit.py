@@ -189,11 +189,11 @@ def bitsandbytes_reason(device: torch.device) -> str | None:
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    if not is_on_gpu_path(device.type):
+        return "the CPU backend decodes"
     key = (device.type, device.index)
     if key in bitsandbytes_reasons:
         return bitsandbytes_reasons[key]
-    if not is_on_gpu_path(device.type):
-        return "the CPU backend decodes"
     if _is_recorded(device):
         return UNCHECKED
     bitsandbytes_reasons[key] = UNCHECKED  # for what the comparison itself decodes

@@ -816,11 +816,12 @@ def test_siblings_of_another_backend_do_not_share(shared) -> None:
     assert shared.take() == (0, 0)
 
 
-def test_siblings_while_a_thread_forces_a_backend_do_not_share(shared, monkeypatch) -> None:
+def test_siblings_while_a_thread_forces_a_backend_do_not_share(shared) -> None:
     """Autograd's thread, where checkpoints are recomputed, knows `forced.entered` alone."""
     stock, fused = pair()
-    monkeypatch.setattr(forced, "entered", "triton")
-    assert_equal_step(stock, fused, batch())
+    with pytest.MonkeyPatch.context() as patch:  # ends before the fixture that forces a backend
+        patch.setattr(forced, "entered", "triton")
+        assert_equal_step(stock, fused, batch())
     assert shared.take() == (0, 0)
 
 

@@ -9,6 +9,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import lora_kernels
 from lora_kernels.backends import library
 from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import native
+from lora_kernels.core import forced
 from lora_kernels.core.problem import Problem
 from lora_kernels.layers import LoRALinear, QLoRALinear
 from lora_kernels.ops import direct
@@ -26,6 +28,9 @@ from lora_kernels.oracle import tolerance
 from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.models import general_way, watch_direct_calls
+from tests.support.peft_models import OpCounter
+from tests.support.threads import asked_threads
+from tests.support.threads import threads as threads
 
 pytestmark = [
     pytest.mark.skipif(native.module is None, reason="no native kernels"),
@@ -107,15 +112,64 @@ def test_step_gives_lora_linears_bits(
 def test_later_calls_draw_the_masks_that_first_calls_draw(
     layer: LoRALinear, rows: int, grad: bool
 ) -> None:
-    """In training a direct call must draw one state for each call, also if it refuses x."""
-    found, layer = [], layer.train()
-    for call in (layer, functools.partial(by_lora_linear, layer)):
-        torch.manual_seed(7)
-        with torch.set_grad_enabled(grad):
-            found.append([call(x(rows)) for _ in range(3)])
-    for got, want in zip(*found, strict=True):
-        assert torch.equal(got, want)
-    assert not torch.equal(found[0][0], found[0][1])
+    """In training a direct call must draw one state for each call, also if it refuses x or what
+    surrounds the call."""
+    layer.train()
+    for surrounding in (contextlib.nullcontext, *SURROUNDINGS.values()):
+        found = []
+        for call in (layer, functools.partial(by_lora_linear, layer)):
+            torch.manual_seed(7)
+            with surrounding(), torch.set_grad_enabled(grad):
+                found.append([call(x(rows)) for _ in range(3)])
+        assert_bitwise_equal(*found)
+        assert not torch.equal(found[0][0], found[0][1])
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("compute_dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_step_in_a_compute_dtype_gives_lora_linears_bits(
+    rows: int, compute_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """With the same dy for each row, which is expanded, and with another one, which is not."""
+    torch.manual_seed(0)
+    layer = QLoRALinear(K, N, r=4, bias=True)
+    nn.init.normal_(layer.lora_B)
+    layer.compute_dtype = compute_dtype
+    given = x(rows).to(dtype)
+    for differentiate in (step, gradients):
+        got = differentiate(layer, given.clone().requires_grad_())
+        with general_way():
+            want = differentiate(layer, given.clone().requires_grad_())
+        assert_bitwise_equal(got, want)
+
+
+def test_step_after_another_number_of_threads_is_on_so_many(layer: LoRALinear) -> None:
+    """Each kernel of both directions asks for as many threads as `lora_linear`'s do.
+
+    Kernels of 70 rows would not be divided on every instruction set.
+    """
+    for number in (1, 3, 2):
+        torch.set_num_threads(number)
+        with asked_threads() as asked:
+            gradients(layer, x(600).requires_grad_())
+        with general_way(), asked_threads() as want:
+            gradients(layer, x(600).requires_grad_())
+        assert asked == want
+        assert max(asked, default=1) == number
+
+
+def test_direct_call_beside_a_backend_of_the_environment_is_none(
+    layer: LoRALinear, answers: list[Tensor | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """$LORA_KERNELS_BACKEND is the default that no context has entered."""
+    with lora_kernels.backend("eager"):
+        want = layer(x())
+    default = forced.Forced("eager")
+    monkeypatch.setattr(forced, "DEFAULT", default)
+    monkeypatch.setattr(forced, "current", ContextVar("of the environment", default=default))
+    assert_bitwise_equal(layer(x()), want)
+    assert answers == [None, None]
 
 
 def lower_rank(layer: Any) -> None:
@@ -330,6 +384,31 @@ def test_direct_call_of_what_the_kernels_do_not_read_in_place_is_none(rows: int)
         assert direct.call(x, W, A, B, bias, 2.0) is None
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("place", range(1, 5), ids=["weight", "lora_A", "lora_B", "bias"])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_direct_call_of_a_strided_operand_gives_lora_linears_bits(
+    rows: int, place: int, dtype: torch.dtype
+) -> None:
+    """The weight's and A's rows lie apart, and B's and the bias's elements, with NaN between."""
+    tensors = [*operands(rows, dtype), torch.randn(N).to(dtype)]
+    t = tensors[place]
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan, dtype=dtype)
+    strided = wide[..., : t.shape[-1]] if place in (1, 2) else wide[..., ::2]
+    tensors[place] = strided.copy_(t)
+    leaves = [t.requires_grad_() for i, t in enumerate(tensors) if i != 1]
+    x, W, A, B, bias = tensors
+    results = []
+    for y in (
+        direct.call(x, W, A, B, bias, 2.0),
+        lora_kernels.lora_linear(x, W, A, B, 2.0, bias),
+    ):
+        assert y is not None
+        dy = torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    assert_bitwise_equal(*results)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("place", range(5), ids=["x", "weight", "lora_A", "lora_B", "bias"])
 @pytest.mark.parametrize("kind", ["negated", "freed", "subclass"])
@@ -415,6 +494,7 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
     "backend": lambda: lora_kernels.backend("eager"),
     "same_backend": lambda: lora_kernels.backend("cpu"),
     "isa": other_isa,
+    "mode": OpCounter,
 }
 
 

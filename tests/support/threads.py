@@ -51,6 +51,25 @@ _GET_INT = ctypes.CFUNCTYPE(ctypes.c_int)
 _THREAD = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
+@contextlib.contextmanager
+def asked_threads() -> Iterator[list[int]]:
+    """List how many threads each kernel asks OpenMP for, if more than one; they get one."""
+    module, openmp = native.module, native._openmp()
+    assert module is not None and openmp is not None
+    asked: list[int] = []
+
+    def run(function: int, data: int, threads: int, flags: int) -> None:
+        asked.append(threads)
+        _THREAD(function)(data)
+
+    functions = _PARALLEL(run), _GET_INT(lambda: 0), _GET_INT(lambda: 1)
+    module.use_openmp(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+    try:
+        yield asked
+    finally:
+        module.use_openmp(*openmp)
+
+
 class LateThread:
     """In place of OpenMP, two threads that share one core: the second one starts when the first one
     has run for `seconds`, and then runs alone, whatever the first one is amid."""

@@ -80,6 +80,18 @@ def test_the_first_round_may_take_long(clock: Clock) -> None:
     assert found["one"].rounds == 16 and found["one"].p80 == 0.125
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_first_round_of_parts_is_not_counted(clock: Clock, device: str) -> None:
+    takes = itertools.chain([100.0, 100.0], itertools.repeat(0.125))
+
+    def part(*first: object) -> None:
+        clock.passes(next(takes))
+
+    found = interleave_parts({"both": Parts(part, part)}, seconds=0.0, least=4, device=device)
+    whole, *parts = ((each["both"].rounds, each["both"].p80) for each in found)
+    assert whole == (4, 0.25) and parts == [(4, 0.125)] * 2
+
+
 def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are more weights than the cache holds, and each result is right."""
     args = cases.inputs(Case(2, 8, 16, 3, frozen=("lora_A", "lora_B")))

@@ -1,10 +1,16 @@
 """The judge itself: what it lets pass, and what it must see."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from lora_kernels.oracle import case as cases
-from lora_kernels.oracle.case import Case, judge
+from lora_kernels.oracle.case import AnyCase, Case, judge
+from lora_kernels.oracle.experts_case import ExpertsCase
+from lora_kernels.oracle.multi_case import MultiCase
 from lora_kernels.oracle.tolerance import compare, unit_roundoff
 from tests.support.assertions import assert_exact
 
@@ -158,6 +164,31 @@ def test_pools_seeds() -> None:
         assert not compare(got, parts, [p.bfloat16() for p in parts], U16).ok
 
 
+@pytest.mark.parametrize(
+    ("p_elements", "sizes", "smallest"),
+    [
+        (4096, (4096, 256), 256),
+        (4096, (4096, 255), 255),
+        (4096, (5, 4096), 5),  # a gate of 5 ranks
+        (4096, (4096, 0), 4096),  # no elements are nothing to pool
+        (3, (4096,), 3),
+        (1, (1,), 1),
+        (0, (0,), 256),
+    ],
+)
+def test_draws_of_small_results_are_as_many_as_their_smallest_needs(
+    p_elements: int, sizes: tuple[int, ...], smallest: int
+) -> None:
+    seeds: list[int] = []
+
+    def make(case: Case) -> cases.Expected:
+        seeds.append(case.seed)
+        return cases.Expected({}, {str(n): torch.zeros(n) for n in sizes}, {})
+
+    found = cases.expected(Case(1, 1, 1, 1, seed=7), p_elements, make)
+    assert len(found) == math.ceil(256 / smallest) and seeds == [7 + i for i in range(len(found))]
+
+
 def test_shapes_must_agree() -> None:
     ref, wrong = torch.zeros(3, 2).double(), torch.zeros(2, 3)
     for got, eager in ((wrong, ref), (ref, wrong), ([ref], [ref, ref])):
@@ -175,17 +206,42 @@ def test_plain_pytorch_stands_up_to_itself() -> None:
     assert all(v.ok and v.rms == v.eager_rms for v in verdicts.values())
 
 
-@pytest.mark.parametrize("name", sorted(OUTPUTS))
-def test_every_output_is_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def outputs_missed(
+    case: AnyCase, name: str, change: Callable[[torch.Tensor], torch.Tensor], patch: Any
+) -> list[str]:
+    """Return the outputs of the case's op that miss the tolerance if one of them is changed."""
     run = cases.run
 
-    def off_by_two_percent(call, args, autocast=None):  # type: ignore[no-untyped-def]
+    def changed(call: Any, args: dict[str, Any], autocast: Any = None) -> dict[str, torch.Tensor]:
         results = run(call, args, autocast)
-        if call is not cases.plain_pytorch and args["x"].dtype is not torch.float64:
-            results[name] = results[name] * 1.02
+        if call is case.op:
+            results[name] = change(results[name])
         return results
 
-    monkeypatch.setattr(cases, "run", off_by_two_percent)
+    patch.setattr(cases, "run", changed)
+    return [output for output, verdict in judge(case).items() if not verdict.ok]
+
+
+@pytest.mark.parametrize("name", sorted(OUTPUTS))
+def test_every_output_is_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(33, 65, 63, 5, torch.bfloat16, gate=True, column_scale=True, bias=True)
-    wrong = [output for output, verdict in judge(case).items() if not verdict.ok]
-    assert wrong == [name]
+    assert outputs_missed(case, name, lambda t: t * 1.02, monkeypatch) == [name]
+
+
+WIDE = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        *((Case(33, 65, 63, 5, gate=True, **WIDE), name) for name in ("dA", "dB", "dg")),
+        *((MultiCase(33, 65, 63, **WIDE), name) for name in ("dA", "dB")),
+        *((ExpertsCase((3, 0, 20), 65, 63, 5, **WIDE), name) for name in ("dA", "dB")),
+    ],
+    ids=str,
+)
+def test_float32_results_beside_a_bfloat16_x_are_held_to_float32(
+    case: AnyCase, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rounding to float16 errs by 0.42 · 2⁻¹¹, which u/4 = 2⁻¹⁰ of bfloat16 would excuse."""
+    assert outputs_missed(case, name, lambda t: t.half().float(), monkeypatch) == [name]

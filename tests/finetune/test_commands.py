@@ -692,7 +692,8 @@ def test_checks_before_the_weights_are_read(
     for arguments, words in (
         (["--rank", "33"], "--rank: got 33, want at most 32"),
         (["--target-modules", "q_prj"], "did you mean q_proj?"),
-        (["--max-length", "200"], "--max-length: got 200, want at most 128"),
+        (["--max-length", "129"], "--max-length: got 129, want at most 128"),
+        (["--rank", "32", "--max-length", "128"], "transformers cannot load"),
         ([], "transformers cannot load"),
     ):
         assert words in run(*on(bare, text, tmp_path / "out"), *arguments, status=2)

@@ -37,12 +37,15 @@ from tests.support.processes import run_python
 RTOL = 2.0**-15
 
 
-def adapted(dropout: float = 0.0, seed: int = 0, **config: Any) -> PeftModel:
+def adapted(
+    dropout: float = 0.0, seed: int = 0, adapter: str = "default", **config: Any
+) -> PeftModel:
     """B random, since with B = 0 lora_A would get no gradient."""
     base = llama()
     torch.manual_seed(seed)
     settings = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj", "up_proj"]}
-    model = get_peft_model(base, LoraConfig(lora_dropout=dropout, **settings | config))
+    lora = LoraConfig(lora_dropout=dropout, **settings | config)
+    model = get_peft_model(base, lora, adapter_name=adapter)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -281,6 +284,24 @@ def test_early_stop_goes_back_to_the_best(data: ChatData, tmp_path: Path) -> Non
         assert Path(made.state.best_model_checkpoint) == out / f"checkpoint-{best}"
         state = (out / f"checkpoint-{last}" / "trainer_state.json").read_text()
         assert f'checkpoint-{best}"' in state
+
+
+@pytest.mark.parametrize("adapter", ["default", "legal"])
+def test_early_stop_restores_the_best_adapter_of_any_name(
+    data: ChatData, tmp_path: Path, adapter: str
+) -> None:
+    """PEFT saves an adapter of another name in a subfolder. A run that is over is restored too."""
+    train, val = data.split(0.25)
+    settings: dict[str, Any] = {
+        **{"max_steps": 40, "learning_rate": 0.5, "max_grad_norm": 0.0, "warmup_steps": 0.5},
+        **{"eval_steps": 1, "save_steps": 1, "patience": 1, "eval_dataset": val},
+    }
+    for is_over in (False, True):
+        made = trainer(tmp_path, train, adapted(adapter=adapter), **settings)
+        made.train(resume_from_checkpoint=is_over)
+        held_out = losses(made.state.log_history, "eval_loss")
+        best = min(held_out, key=lambda step: held_out[step])
+        assert made.evaluate()["eval_loss"] == held_out[best] and max(held_out) == best + 1
 
 
 def test_the_held_out_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:

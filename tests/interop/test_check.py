@@ -28,6 +28,7 @@ from tests.support.peft_models import (
     activate,
     adalora_mlp,
     add_adapter,
+    add_lora,
     batch,
     conv1d_mlp,
     dora_mlp,
@@ -194,9 +195,32 @@ def test_check_on_the_gpu_path_finds_no_fault(gpu_path: None) -> None:
     assert found.ok, found
 
 
-def test_check_under_autocast_finds_no_fault() -> None:
+@either
+@pytest.mark.parametrize("name", SOUND)
+def test_check_of_a_sound_model_under_autocast_finds_no_fault(name: str, fused: bool) -> None:
+    """Its products are rounded to bfloat16, and the outputs of some layers are float32."""
+    build, inputs = SOUND[name]
+    if name == "mica":
+        skip_without_kasa()  # or MiCA
+    model = fuse(build()) if fused else build()
     with torch.autocast("cpu", bf16):
-        found = check(fuse(lm()), LABELLED)
+        found = check(model, inputs)
+    assert found.ok, found
+
+
+@either
+@pytest.mark.parametrize("zeros", [0, 1])
+def test_check_of_a_layer_called_twice_looks_at_both_calls(zeros: int, fused: bool) -> None:
+    """Zeros pass through "up" without an effect of its adapter, before other rows or after."""
+
+    class Twice(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            calls = [super(Twice, self).forward(x * (i != zeros)) for i in range(2)]
+            return calls[0] + calls[1]
+
+    torch.manual_seed(0)
+    model = add_lora(Twice().to(f32), target_modules=["up", "down"])
+    found = check(fuse(model) if fused else model, x)
     assert found.ok, found
 
 

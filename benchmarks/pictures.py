@@ -133,10 +133,10 @@ def overview(
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        left.set_title("training step on a CPU, measured")
-        left.set_xlabel("time over the frozen linear's")
-        right.set_title("training step on a GPU, counted")
-        right.set_xlabel("bytes over PEFT's")
+        left.set_title("CPU, measured", fontsize=9)
+        left.set_xlabel("step: time over the frozen linear's (less is better)", fontsize=8)
+        right.set_title("GPU, counted", fontsize=9)
+        right.set_xlabel("step: bytes over PEFT's (less is better)", fontsize=8)
         for axes, rows, looks in ((left, tax, TAX), (right, moved, BYTES)):
             axes.axvline(1.0, color="black", lw=0.8)
             axes.grid(axis="both", color="0.88", lw=0.5)
@@ -145,8 +145,9 @@ def overview(
             for y, row in enumerate(rows.values()):
                 for name, (_, marker, color, fill) in reversed(looks.items()):
                     values = row.get(name, [])
-                    xs = values if isinstance(values, list) else [values]
-                    axes.plot(xs, [y] * len(xs), marker, color=color, ms=5.5, **fill)
+                    for i, x in enumerate(values if isinstance(values, list) else [values]):
+                        hollow = HOLLOW if i else fill  # of the second machine
+                        axes.plot(x, y, marker, color=color, ms=5.5, **hollow)
         left.set_xlim(left=0.0)
         right.set_xlim(0.0, 1.1)
         _legend(figure, [TAX["ours"], TAX["peft"], *(BYTES[n] for n in ("unsloth", "axolotl"))])

@@ -26,7 +26,7 @@ CAPPED = {
 }
 LEGS = {isa: {"LORA_KERNELS_CPU_ISA": isa} for isa in native.ISAS[:-1]} | {"capped": CAPPED}
 SLICE = ("-m", "not slow and not proof")
-PATHS = ()
+PATHS = ("tests/layers", "tests/interop", "tests/states")
 
 
 def run(leg: str) -> tuple[str, int, str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_kernels.layers import QLoRALinear
 from tests.support.processes import RANKS, run_in_ranks, run_python
+from tests.support.threads import threads as threads  # one, as each rank has
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="no gloo"

@@ -512,7 +512,7 @@ def saved_range(rows: list[Row]) -> str:
 
 
 def overview(measured: list[Run]) -> tuple[str, Callable[[], bytes]]:
-    """Return the digest of README's picture's source, and what draws it: first AMX, then others."""
+    """Return the digest of the source of README's picture, and the function that draws it."""
     tax: dict[str, dict[str, list[float]]] = {}
     for run in measured:
         for row in run.rows_of("step"):

@@ -23,12 +23,6 @@ namespace {
 
 const char* const CODES = "lora_kernels.Codes4bit";
 
-int log2_of(int64_t power) {
-  int n = 0;
-  while (int64_t{1} << n < power) ++n;
-  return n;
-}
-
 }  // namespace
 
 namespace python {

@@ -10,6 +10,12 @@ template <>
 Layer read(Arguments& in);  // what `_pack_layer` in lora_kernels/backends/cpu/linear.py returns
 }  // namespace python
 
+inline int log2_of(int64_t power) {
+  int n = 0;
+  while (int64_t{1} << n < power) ++n;
+  return n;
+}
+
 // direct.cpp --------------------------------------------------------------------------------------
 
 python::Object direct_forward(python::Arguments& in);

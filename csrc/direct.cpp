@@ -175,12 +175,6 @@ bool is_intercepted() {
   return !is_same(keys.get(), py.default_keys) && !is_same(keys.get(), py.inference_keys);
 }
 
-int log2_of(int64_t power) {
-  int n = 0;
-  while (int64_t{1} << n < power) ++n;
-  return n;
-}
-
 // Reads the fields of `Packed4bit`; false if a tensor is not as a weight [N, K] has it.
 bool read_codes(PyObject* given, int64_t N, int64_t K, Codes4bit& codes) {
   constexpr std::size_t count = 6;  // packed, absmax, code, nested_absmax, nested_code, offset
@@ -203,7 +197,8 @@ bool read_codes(PyObject* given, int64_t N, int64_t K, Codes4bit& codes) {
   const auto has = [&](std::size_t i, int64_t bits, int64_t elements) {
     return of[i].data && of[i].bits == bits && of[i].elements() >= elements;
   };
-  if (block <= 0 || nested_block <= 0) return false;
+  const auto is_power = [](int64_t n) { return n > 0 && (n & (n - 1)) == 0; };
+  if (!is_power(block) || !is_power(nested_block)) return false;
   const int64_t blocks = (N * K + block - 1) / block;
   const bool nested = of[3].data;
   // quant_storage may give packed codes another dtype.

@@ -300,7 +300,7 @@ def test_eval_forward_of_pefts_does_not_repack_and_gradients_stay(forward: str) 
     for layer in (up(fused), fused.base_model.model.down):
         state = layer.base_layer.weight.quant_state
         assert not getattr(state, "packing_format_for_cpu", False)
-    if forward != "merged":  # which quantizes anew
+    if forward != "merged":  # a merge quantizes again
         fresh = fuse(four_bit_mlp(True, compute_dtype=f32))
         assert_bitwise_equal(packed(fused), packed(fresh))
     if forward in ("disabled", "rows of the base"):

@@ -72,7 +72,7 @@ def test_decoding_gives_lora_linears_bits(
     assert torch.equal(by_lora_linear(layer, x(rows)), y)
     is_few = rows <= cpu_heuristics.few_rows(f32, True, N * K)
     is_panels = isinstance(layer, QLoRALinear) and native.isa in ("scalar", "avx2") and not is_few
-    assert (answers[0] is None) == is_panels  # 4-bit codes for the library's GEMM
+    assert (answers[0] is None) == is_panels  # 4-bit codes are decoded for oneDNN or MKL
     with lora_kernels.backend("eager"):
         assert not torch.equal(layer(x(rows)), y)
     assert answers[-1] is None
@@ -444,6 +444,7 @@ def test_direct_call_of_too_few_codes_is_none(field: str) -> None:
     codes = quantize_4bit(W).codes
     with torch.no_grad():
         assert direct.call(x, codes, A, B, None, 2.0) is not None
+        assert direct.call(x, codes._replace(blocksize=96), A, B, None, 2.0) is None
         short = codes._replace(**{field: getattr(codes, field).flatten()[:-1].contiguous()})
         assert direct.call(x, short, A, B, None, 2.0) is None
         strided = getattr(codes, field).flatten().repeat_interleave(2)[::2]

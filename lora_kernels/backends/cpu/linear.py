@@ -163,7 +163,7 @@ def _fused_weight(
 
 
 def _library_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the library's GEMM for operands in `dtype`.
+    """Return the dtype of the oneDNN or MKL GEMM for operands in `dtype`.
 
     Without AVX-512 a 16-bit GEMM takes several times a float32 one, and longer than widening a
     panel of the weight before each (benchmarks/NOTES.md).

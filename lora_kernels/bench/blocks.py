@@ -103,38 +103,53 @@ BLOCKS = (
 )
 
 
-class Projections(nn.Module):
-    """q, k and v of one x, as an attention layer calls them; one projection: that alone.
+class QueryKeyValue(nn.Module):
+    """q, k and v of one x, as an attention layer calls them. x [M, K] -> three [M, N]."""
 
-    x [M, K] -> a tuple of [M, N].
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module) -> None:
         super().__init__()
-        for name, layer in zip(("q_proj", "k_proj", "v_proj"), layers, strict=False):
-            self.add_module(name, layer)
+        self.q_proj, self.k_proj, self.v_proj = q_proj, k_proj, v_proj
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(layer(x) for layer in self.children())
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
-def stock(block: Block, cell: Cell, R: int = RANK) -> nn.Module:
-    """Build a block of PEFT's layers on meta, in training mode; an MLP is transformers' LlamaMLP.
+class OneProjection(nn.Module):
+    """One linear layer, called as `QueryKeyValue` calls its own. x [M, K] -> one [M, N]."""
+
+    def __init__(self, q_proj: nn.Module) -> None:
+        super().__init__()
+        self.q_proj = q_proj
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.q_proj(x),)
+
+
+def stock(block: Block, cell: Cell, R: int = RANK, device: str = "meta") -> nn.Module:
+    """Build a block of PEFT's layers, in training mode; an MLP is transformers' LlamaMLP.
 
     >>> type(stock(Block("mlp", 64, (96, 96)), CELLS[0])).__name__
     'LlamaMLP'
     """
     if block.name != "mlp":
-        return Projections([traffic.stock(cell, block.K, N, R) for N in block.Ns])
+        kind = QueryKeyValue if block.name == "qkv" else OneProjection
+        return kind(*(traffic.stock(cell, block.K, N, R, device=device) for N in block.Ns))
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     K, H = block.K, block.Ns[0]
     with torch.device("meta"):
         mlp = cast(Any, LlamaMLP)(LlamaConfig(hidden_size=K, intermediate_size=H))
-    mlp.gate_proj, mlp.up_proj = (traffic.stock(cell, K, H, R) for _ in range(2))
-    mlp.down_proj = traffic.stock(cell, H, K, R)
+    adapt_linears(mlp, cell, R, device)
     return cast(nn.Module, mlp)
+
+
+def adapt_linears(parent: nn.Module, cell: Cell, R: int, device: str) -> None:
+    """Replace the linear layers that a parent calls by PEFT's of their size, newly drawn."""
+    for name, layer in list(parent.named_children()):
+        if isinstance(layer, nn.Linear):
+            sizes = layer.in_features, layer.out_features
+            setattr(parent, name, traffic.stock(cell, *sizes, R, device=device))
 
 
 # ---- The peers' Functions ----

@@ -6,6 +6,7 @@
     lora-kernels bench --experts --dtypes bfloat16 --json FILE
     lora-kernels bench --head --json FILE
     lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
+    lora-kernels bench --host --json benchmarks/results/host.json
     python -m benchmarks.report [--check | --file]
 
 FILE is benchmarks/results/ISA.json, which --file prints: ISA is the instruction set of the kernels.
@@ -42,6 +43,7 @@ from . import pictures
 HERE = Path(__file__).parent
 TEMPLATES = HERE / "templates"
 JSON_TRAFFIC = HERE / "results/traffic.json"
+JSON_HOST = HERE / "results/host.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
 RESULTS = HERE / "RESULTS.md"
 OVERVIEW = HERE / "results/overview.png"  # README's picture
@@ -93,6 +95,7 @@ CODES_TARGETS = (
 VARIANT_TARGETS = {"DoRA": ("ours", "LoRA", 1.15), "16 adapters": ("ours", "ours, 1", 1.3)}
 TRAFFIC_ROWS = (1, 512, 8192)  # those of the table
 BLOCKS = {"layer": "one layer", "qkv": "q, k, v", "mlp": "gated MLP"}
+HOST_BLOCKS = BLOCKS | {"decoder": "decoder layer"}
 # Name in the JSON -> column.
 BLOCK_PEERS = {
     "ours": "ours",
@@ -101,6 +104,13 @@ BLOCK_PEERS = {
     "axolotl": "axolotl",
     "addmm": "addmm_",
     "unsloth_inplace": "Unsloth, x overwritten",
+}
+# Mode of the host's time -> column.
+HOST_MODES = {
+    "step": "step",
+    "checkpointed": "checkpointed",
+    "no_grad": "no gradients",
+    "one_row": "one row",
 }
 EXPERTS_PEERS = ("ours, NF4", "ours", "peft")
 # Parts of a user's step, by the first word of `Row.what`.
@@ -429,6 +439,24 @@ def experts_rows(rows: list[Row]) -> Cells:
         yield *key, *(step_cell(directions, name) for name in EXPERTS_PEERS)
 
 
+def host_head() -> str:
+    return f"| block | base, adapters | {' | '.join(HOST_MODES.values())} |"
+
+
+def host_rows(rows: list[Row]) -> Cells:
+    """A line has the modes of one block: minima of ours, and of Unsloth's order, over PEFT's."""
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        peft = row["seconds"]["peft"]["minimum"]
+        over = {name: f"{times['minimum'] / peft:.2f}" for name, times in row["seconds"].items()}
+        key = HOST_BLOCKS[row["what"].removeprefix("host ")], row["dtype"]
+        text = over["ours"] + " ✗" * ("ours" in row["misses"])
+        floor = f" / {over['unsloth']}" if "unsloth" in over else ""
+        lines.setdefault(key, {})[row["mode"]] = text + floor
+    for key, cells in lines.items():
+        yield *key, *(cells.get(mode, "–") for mode in HOST_MODES)
+
+
 def block_head() -> str:
     return f"| block | base, adapters | {' | '.join(BLOCK_PEERS.values())} |"
 
@@ -537,6 +565,7 @@ TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
     *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, experts_rows),
+    *(host_head, host_rows),
 )
 
 
@@ -547,7 +576,12 @@ def render(template: str, measured: list[Run]) -> str:
     environment = jinja2.Environment(loader=loader, **options)
     environment.globals.update({function.__name__: function for function in TABLES})
     text = environment.get_template(template).render(
-        runs=measured, here=HERE, modes=MODES, traffic=counted(), gpus=[*SHEETS.values()]
+        runs=measured,
+        here=HERE,
+        modes=MODES,
+        traffic=counted(),
+        host=read(JSON_HOST).get("host"),
+        gpus=[*SHEETS.values()],
     )
     return text.rstrip("\n")
 

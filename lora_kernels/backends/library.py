@@ -1,7 +1,7 @@
 """The seam between the eager backend's CPU and GPU paths.
 
 The paths ask these functions, not the device's name. `as_on_gpu` makes CPU tensors take the GPU
-path, so that tests run it without a GPU.
+path, so that tests and `bench --host` run it without a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ emulates_gpu = False
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Make CPU tensors take the GPU path, in all threads. For tests.
+    """Make CPU tensors take the GPU path, in all threads. For tests and `bench --host`.
 
     >>> with as_on_gpu():
     ...     is_on_gpu_path("cpu")

@@ -1,7 +1,8 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
 A suite is a filter of one table, whose runner is in `table`; `dense`, `quantized`, `variants`,
-`experts` and `head` have its entries. `blocks`, with `traffic`, counts in place of timing.
+`experts` and `head` have its entries. `host` times the host alone. `blocks`, with `traffic`, counts
+in place of timing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import dense, experts, functions, head, models, outputs, quantized, variants
+from . import dense, experts, functions, head, host, models, outputs, quantized, variants
 from .blocks import Count
 from .functions import Function
 from .results import Result, read
@@ -26,7 +27,7 @@ RANKS = (8, 16, 64)
 DTYPES = ["float32", "bfloat16"]
 SECONDS = 2.5
 SUITES: tuple[Suite, ...] = (
-    *(quantized.SUITE, variants.SUITE, experts.SUITE, head.SUITE, Count()),
+    *(quantized.SUITE, variants.SUITE, experts.SUITE, head.SUITE, host.SUITE, Count()),
     dense.SUITE,  # the default
 )
 
@@ -73,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("experts", text + "PEFT's; on a CPU", instead, action="store_true")
     text = "time a step of a language model's head with LoRA and its loss instead, beside "
     add("head", text + "PyTorch's and TRL's; on a CPU", instead, action="store_true")
+    text = "time the host's part of small layers, q/k/v, gated MLPs and a decoder layer on the GPU "
+    text += (
+        "path instead, beside PEFT's, which a CPU emulates; exit status 1 where ours takes more "
+    )
+    text += f"than {host.LIMIT} times as long, twice"
+    add("host", text, instead, action="store_true")
     text = "count the memory traffic, kernels and peak memory of layers, and of q/k/v and gated "
     text += "MLPs, on a GPU instead, ours beside PEFT's and others', without a GPU; exit status 1 "
     text += "where ours loses"
@@ -113,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, or 2 if the run cannot start.
 
     1 if a result of ours or of --baseline misses the tolerance, or if ours loses a row with --count
-    that is not known to be lost.
+    that is not known to be lost, or a row with --host.
     """
     suite = next(suite for suite in SUITES if not suite.option or getattr(args, suite.option))
     why = unused(args, suite)

@@ -3,10 +3,11 @@
 Times are medians of calls that take turns in one process, warm unless a row says "cold". A step is
 forward and backward with x needing a gradient. Errors are rms, relative to float64 on the same
 numbers. A call of ours whose error is above the tolerance, beside that of plain PyTorch, gets ✗
-instead of a time; a peer's gets ✗ beside it. In a row that was counted, ✗ marks ours where it
-loses.
+instead of a time; a peer's gets ✗ beside it. In a row that was counted, and in one of the host's
+time, ✗ marks ours where it loses.
 
-In the summary a ratio is the median time of ours over the peer's in one row. Ours with float32
+In the summary a ratio is the median time of ours over the peer's in one row, of the host's the
+minimum. Ours with float32
 adapters is compared with PEFT's, whose adapters are float32 by default.
 """
 
@@ -75,11 +76,12 @@ class Row:
         what: the variant, or the block of layers that was counted; None for a layer.
         dtype: of x and the weight; in words, with the adapter's, in a row that was counted.
         seconds: times of each call.
+        device_seconds: the GPU's times of each call, beside the host's.
         moved, kernels: bytes that each call reads and writes on a GPU, and kernels that it
             launches, in a row that was counted.
         errors: rms of y, relative to float64.
         misses: for each call whose results miss the tolerance, by how much; in a row that was
-            counted, the measures in which ours loses.
+            counted, or of the host's time, the measures in which ours loses.
         judged: the calls that were compared with the tolerance; None for all.
         bytes, peak_bytes: held for the backward, and the peak of a step.
         load, own_load, under_load: the load average, the most of it that the bench causes, and
@@ -109,6 +111,7 @@ class Row:
     misses: dict[str, str] = field(default_factory=dict)
     judged: Sequence[str] | None = None
     seconds: dict[str, Times] = field(default_factory=dict)
+    device_seconds: dict[str, Times] = field(default_factory=dict)
     load: float | None = None
     own_load: int | None = None
     under_load: bool | None = None
@@ -121,10 +124,10 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """The suite of the row: "layers", "4-bit", "experts", "head", "variants" or "count"."""
+        """The suite of the row, such as "layers" or "4-bit"."""
         if self.moved:
             return "count"
-        for kind in ("experts", "head"):
+        for kind in ("experts", "head", "host"):
             if self.what and self.what.startswith(kind):
                 return kind
         return "4-bit" if self.quant_type else "variants" if self.what else "layers"
@@ -153,7 +156,7 @@ class Row:
         if self.kind == "4-bit":
             streamed = self.mode == "decoding" and self.M <= STREAMED_ROWS
             return "stream" if streamed else "dense"
-        if self.kind == "count":
+        if self.kind in ("count", "host"):
             return "peft"
         if self.kind == "head":
             return "pytorch"
@@ -163,6 +166,12 @@ class Row:
     def p50(self) -> dict[str, float]:
         """The median of each call in seconds."""
         return {name: times.p50 for name, times in self.seconds.items()}
+
+    @property
+    def compared(self) -> dict[str, float]:
+        """The seconds of each call that ratios compare: its median, of the host's its minimum."""
+        of_host = self.kind == "host"
+        return {name: t.minimum if of_host else t.p50 for name, t in self.seconds.items()}
 
     @property
     def tax(self) -> dict[str, float]:
@@ -190,7 +199,7 @@ class Row:
 
     def _cells(self, name: str) -> dict[str, str | None]:
         """Return a call's line of the table."""
-        times, found = self.seconds.get(name), self.moved or self.p50
+        times, found = self.seconds.get(name), self.moved or self.compared
         ratio = "–" if name in found else "✗"
         if {name, self.baseline} <= found.keys():
             over = found[name] / found[self.baseline]
@@ -198,8 +207,14 @@ class Row:
             if name == "ours" and self.target is not None:
                 ratio += " ✓" if over <= self.target else " over target"
         cells: dict[str, str | None] = {"ratio": ratio}
-        for key, quantile in (("ms", "p50"), ("p20", "p20"), ("p80", "p80")):
-            cells[key] = f"{getattr(times, quantile) * 1e3:.3g}" if times else None
+        if self.kind == "host":
+            for key, quantile in (("µs", "minimum"), ("p50", "p50")):
+                cells[key] = f"{getattr(times, quantile) * 1e6:.0f}" if times else None
+            of_device = self.device_seconds.get(name)
+            cells["GPU's µs"] = f"{of_device.p50 * 1e6:.0f}" if of_device else None
+        else:
+            for key, quantile in (("ms", "p50"), ("p20", "p20"), ("p80", "p80")):
+                cells[key] = f"{getattr(times, quantile) * 1e3:.3g}" if times else None
         cells["MB moved"] = f"{self.moved[name] / 1e6:.2f}" if name in self.moved else None
         cells["kernels"] = str(self.kernels[name]) if name in self.kernels else None
         for key, counts in (("MiB held", self.bytes), ("MiB peak", self.peak_bytes)):
@@ -292,13 +307,13 @@ def dump(runs: Runs) -> str:
 OF_ROW = "what dtype quant_type M K N R dropout_p mode cache backend strategy load under_load"
 # and of each call. result is "ok", "✗" with what missed the tolerance, or empty if it was not
 # judged; over is the ratio to the baseline's time.
-OF_CALL = "call result over p20_ms p50_ms p80_ms rounds floor_ms held_bytes peak_bytes"
+OF_CALL = "call result over minimum_ms p20_ms p50_ms p80_ms rounds floor_ms held_bytes peak_bytes"
 
 
 def flat(row: Row) -> Iterator[dict[str, Any]]:
     """Yield a line of the CSV for each call of the row.
 
-    >>> row = Row(M=8, seconds={"ours": Times(1.0, 2.0, 4.0, 9)}, misses={"eager": "y MISS"})
+    >>> row = Row(M=8, seconds={"ours": Times(0.5, 1.0, 2.0, 4.0, 9)}, misses={"eager": "y MISS"})
     >>> [(line["call"], line["result"], line.get("p50_ms")) for line in flat(row)]
     [('ours', 'ok', 2000.0), ('eager', '✗ y MISS', None)]
     """
@@ -309,35 +324,47 @@ def flat(row: Row) -> Iterator[dict[str, Any]]:
         line |= {"call": name, "result": result, "floor_ms": row.floor_ms if name == "ours" else ""}
         line |= {"held_bytes": row.bytes.get(name), "peak_bytes": row.peak_bytes.get(name)}
         if times := row.seconds.get(name):
-            line |= {f"{key}_ms": getattr(times, key) * 1e3 for key in ("p20", "p50", "p80")}
+            quantiles = ("minimum", "p20", "p50", "p80")
+            line |= {f"{key}_ms": getattr(times, key) * 1e3 for key in quantiles}
             line["rounds"] = times.rounds
             if row.baseline in row.seconds:
-                line["over"] = times.p50 / row.seconds[row.baseline].p50
+                line["over"] = row.compared[name] / row.compared[row.baseline]
         yield line
 
 
 def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
     """Return, for each peer, ours over it in each row that has times of both.
 
-    >>> times = {"ours": Times(1.0, 1.0, 1.0, 9), "peft": Times(2.0, 2.0, 2.0, 9)}
+    >>> times = {"ours": Times(1.0, 1.0, 1.0, 1.0, 9), "peft": Times(2.0, 2.0, 2.0, 2.0, 9)}
     >>> ratios([Row(seconds=times)])["peft"][0][0]
     0.5
     """
     found: dict[str, list[tuple[float, Row]]] = {}
     for row in rows:
-        for peer in row.p50:
+        seconds = row.compared
+        for peer in seconds:
             if is_ours(peer) or peer in NO_PEERS:
                 continue
             like = EQUIVALENT_OF_PEER.get(peer, "ours")
-            if like not in row.p50 and like not in row.misses:
+            if like not in seconds and like not in row.misses:
                 like = "ours"
-            if like in row.p50:
-                found.setdefault(peer, []).append((row.p50[like] / row.p50[peer], row))
+            if like in seconds:
+                found.setdefault(peer, []).append((seconds[like] / seconds[peer], row))
     return found
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
     """Yield a line for each peer, and the numbers of misses and of rows under load."""
+    if table := peers_table(rows):
+        yield "ours over each peer, medians of the same row; below 1 ours is faster:"
+        yield table
+    if wrong := sum(is_ours(name) for row in rows for name in row.misses):
+        yield f"{wrong} results of ours miss the tolerance (✗) and have no time"
+    yield from under_load(rows)
+
+
+def peers_table(rows: list[Row]) -> str:
+    """Return a line for each peer, how often ours is faster and the worst row; "" without any."""
     lines = {}
     for peer, found in ratios(rows).items():
         each = [ratio for ratio, _ in found]
@@ -352,11 +379,11 @@ def summary(rows: list[Row]) -> Iterator[str]:
             "worst": f"{worst:.3f}",
             "worst row": at.identity,
         }
-    if lines:
-        yield "ours over each peer, medians of the same row; below 1 ours is faster:"
-        yield text_table(lines)
-    if wrong := sum(is_ours(name) for row in rows for name in row.misses):
-        yield f"{wrong} results of ours miss the tolerance (✗) and have no time"
+    return text_table(lines) if lines else ""
+
+
+def under_load(rows: list[Row]) -> Iterator[str]:
+    """Yield the number of rows that were timed under load, if there are any."""
     if loaded := sum(bool(row.under_load) for row in rows):
         yield f"{loaded} of {len(rows)} rows were timed under load: measure them again"
 
@@ -399,11 +426,21 @@ def limits(facts: Facts) -> Machine | None:
     return Machine(max(facts["copy_bandwidth"], facts["read_bandwidth"]), peaks)
 
 
-def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
-    """Return the facts that a reader needs to judge or to repeat the times."""
+def provenance(dtypes: list[str], device: str = "cpu") -> Facts:
+    """Return the facts that a reader needs to judge or to repeat the times, and measured rates."""
+    products = {name: timing.product_peak(getattr(torch, name), device=device) for name in dtypes}
+    return environment(device) | {
+        "copy_bandwidth": timing.copy_bandwidth(device=device),
+        "read_bandwidth": timing.read_bandwidth(device=device),
+        "product_peak": products,
+        "peak": products if device == "cuda" else _peaks(products),
+    }
+
+
+def environment(device: str = "cpu") -> Facts:
+    """Return the machine, the versions and the commit of a run."""
     cpu, f32 = devices.cpu(), torch.float32
     git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"
-    products = {name: timing.product_peak(getattr(torch, name), device=device) for name in dtypes}
     facts: Facts = {
         "commit": _output(*git),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -419,10 +456,6 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         **versions("peft", "transformers", "bitsandbytes", "triton", "numpy"),
         "torch": torch.__version__,
-        "copy_bandwidth": timing.copy_bandwidth(device=device),
-        "read_bandwidth": timing.read_bandwidth(device=device),
-        "product_peak": products,
-        "peak": products if device == "cuda" else _peaks(products),
     }
     if device == "cuda":
         query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"

@@ -33,8 +33,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds: the median, and the quintiles around it."""
+    """Seconds: the minimum, the median, and the quintiles around it."""
 
+    minimum: float
     p20: float
     p50: float
     p80: float
@@ -47,7 +48,7 @@ class Times:
         >>> Times.from_seconds([2.0, 4.0, 6.0]).p50
         4.0
         """
-        return cls(*_quintiles(seconds), len(seconds))
+        return cls(min(seconds), *_quintiles(seconds), len(seconds))
 
 
 def _quintiles(values: list[float]) -> tuple[float, float, float]:
@@ -69,6 +70,9 @@ class Parts(NamedTuple):
         return self.second(self.first())
 
 
+Clock = Callable[[Call | Parts, int], tuple[float, float]]
+
+
 def interleave(calls: Mapping[str, Call | Parts], **options: Any) -> dict[str, Times]:
     """Time the calls in turns, each leading in turn, so that drift hits all of them alike.
 
@@ -88,13 +92,15 @@ def interleave_parts(
     most: int = 201,
     repeat: int = 1,
     device: str = "cpu",
+    clock: Clock | None = None,
 ) -> tuple[dict[str, Times], dict[str, Times], dict[str, Times]]:
     """Time as `interleave` does, and also the first and second parts of calls that are `Parts`.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
     about `seconds` in all, at least `least` of them, or FEWEST where those would take longer than
     twice that, and at most `most`. `repeat` calls are timed as one, for those too short for the
-    clock. On a GPU the device's own events are read.
+    clock. On a GPU the device's own events are read. A clock that is given makes `repeat` calls,
+    and returns the seconds of all, and of their second parts.
 
     >>> parts = {"a": Parts(lambda: 1, lambda one: one + 1)}
     >>> whole, first, second = interleave_parts(parts, seconds=0.0)
@@ -106,7 +112,7 @@ def interleave_parts(
     of_parts = [name for name, call in calls.items() if isinstance(call, Parts)]
     first: dict[str, list[float]] = {name: [] for name in of_parts}
     second: dict[str, list[float]] = {name: [] for name in of_parts}
-    clock = _on_gpu if device == "cuda" else _on_cpu
+    clock = clock or (_on_gpu if device == "cuda" else _on_cpu)
     begun, spent, round_ = time.perf_counter(), 0.0, -1
     while round_ < most and (
         spent < seconds or round_ < (least if spent < 2 * seconds else min(least, FEWEST))

@@ -113,9 +113,7 @@ def both(first: Traffic, second: Traffic) -> Traffic:
     return Traffic(read, written, kernels, max(first.peak, second.peak))
 
 
-def stock(
-    cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0, device: str = "meta"
-) -> Any:
+def stock(cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0, device: str = "meta") -> Any:
     """Build PEFT's layer of a cell, in training mode; alpha = 2·R."""
     base: Any = nn.Linear(K, N, bias=False, device=device, dtype=cell.dtype)
     if cell.base == "nf4":

@@ -318,7 +318,7 @@ def test_verify_ends_with_1(
 
 
 def row(M: int, misses: dict[str, str] | None = None, **p50: float) -> Row:
-    seconds = {name: Times(t, t, t, 9) for name, t in p50.items()}
+    seconds = {name: Times(t, t, t, t, 9) for name, t in p50.items()}
     return Row(M=M, K=48, N=32, R=3, mode="step", seconds=seconds, misses=misses or {})
 
 
@@ -422,7 +422,7 @@ def test_row_as_json_has_its_tax_and_what_is_set() -> None:
     each = row(1, {"eager": "y MISS"}, frozen=2, ours=3)
     told = each.to_json()
     assert told["tax"] == {"frozen": 1.0, "ours": 1.5} and "floor" not in told
-    assert told["seconds"]["ours"] == {"p20": 3, "p50": 3, "p80": 3, "rounds": 9}
+    assert told["seconds"]["ours"] == {"minimum": 3, "p20": 3, "p50": 3, "p80": 3, "rounds": 9}
     assert row(1).to_json().keys().isdisjoint({"misses", "tax"})
 
 
@@ -493,6 +493,7 @@ def test_bad_arguments(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
         "--count --device cuda",
         "--count --csv f.csv",
         "--count --quick",
+        "--host --ranks 4",
         "--shapes 8x48x32 --model smollm2-135m",
         "--rows 4",
         "--quant nf4 --rows 4",

@@ -88,12 +88,13 @@ def assert_as_exact(
     for n roundings that count. Twice the limit of `tolerance`, 2.5 times the peer's error, is four
     standard errors at n = 19. One layer has more; a language model of two layers has 5, as its
     ratio scattered by 0.45 over 96 models, so that it needs four draws. Their geometric mean
-    counts, as the most badly conditioned draw alone would decide another; no draw is 8 limits off.
+    counts, as the most badly conditioned draw alone would decide another. One draw in 5,000 was 16
+    limits off, by one early rounding; no draw is 32 limits off, where a wrong term is 10⁴ off.
     """
     several = [[t] if isinstance(t, Mapping) else [*t] for t in (got, ref, peer)]
     excess = [_excess(*draw) for draw in zip(*several, strict=True)]
     mean = math.exp(sum(math.log(max(e, 2.0**-9)) for e in excess) / len(excess))
-    assert mean <= 2 and max(excess) <= 8, f"rms errors of {excess} times the limits, mean {mean}"
+    assert mean <= 2 and max(excess) <= 32, f"rms errors of {excess} times the limits, mean {mean}"
 
 
 def _excess(got: Results, ref: Results, peer: Results) -> float:

@@ -82,8 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(module_name)
         command.add_arguments(parsers[name])
-        if said := renamed(argv, name, parsers[name]):
-            parser.exit(2, f"lora-kernels {name}: {said}\n")
         args, rest = parser.parse_known_args(argv)
         if rest and hasattr(command, "parse_rest"):  # options of a library
             args.trainer, rest = command.parse_rest(rest, parsers[name])
@@ -123,17 +121,6 @@ def name_option(message: str, parser: argparse.ArgumentParser) -> str:
     option = "--" + argument.replace("_", "-")
     known = any(option in action.option_strings for action in parser._actions)
     return f"{option}:{rest}" if known else message
-
-
-def renamed(argv: Sequence[str], command: str, parser: argparse.ArgumentParser) -> str | None:
-    """Return the error message for a renamed or removed option, or None."""
-    from .finetune.options import replacement
-
-    for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
-        words = replacement(command, option[2:].replace("-", "_"))
-        if words and option not in parser._option_string_actions:
-            return f"{option} {words}"
-    return None
 
 
 def unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:

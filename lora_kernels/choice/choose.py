@@ -125,7 +125,7 @@ def backend(name: str, strategy: str | None = None) -> AbstractContextManager[No
     Args:
         name: "eager", "cpu", "triton" or "cuda".
         strategy: how the backend computes the call, a `Strategy` or its name; None lets the
-            package choose. Old names are accepted with a DeprecationWarning.
+            package choose.
 
     Raises ValueError for another name, or a strategy that the backend does not have.
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -48,41 +47,7 @@ class Strategy(str, Enum):
         member._value_, member.description = value, description
         return member
 
-    @classmethod
-    def read(cls, name: str) -> Strategy:
-        """Return the strategy of that name or former name; ValueError if it is unknown.
-
-        >>> Strategy.read("single pass")
-        'fused'
-        """
-        return cls(_OLD_NAMES.get(name, name))
-
-    @classmethod
-    def _missing_(cls, value: object) -> Any:
-        new = _OLD_NAMES.get(value) if isinstance(value, str) else None
-        if new is None:
-            return None
-        warnings.warn(
-            f"strategy: {value!r} is the deprecated name of {new!r}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return cls(new)
-
     __str__, __repr__ = str.__str__, str.__repr__
-
-
-# Former names, which users' programs and files of results may contain.
-_OLD_NAMES = {
-    "single pass": "fused",
-    "split": "two_pass",
-    "publish first, consume last": "cooperative",
-    "library product + rank update": "library",
-    "library products, in-place addmm": "library",
-    "streamed, few rows": "gemv",
-    "decoded as read, few rows": "gemv_4bit",
-    "library product, panel by panel": "panels",
-}
 
 
 class Layout(NamedTuple):

@@ -15,39 +15,6 @@ from typing import Any
 
 from . import UsageError
 
-# Renamed and removed options by command: the option that took over, or a sentence.
-# `training_arguments` reads those of `finetune`.
-_BAD_LINE = "a bad line is an error that names it; mend the line or take it out"
-_ONE_TABLE = "--compare is one table, after the training"
-_NO_LOGITS = "`lora-kernels check` finds faults of an adapter"
-RENAMED: dict[str, dict[str, str]] = {
-    "bench": {
-        "compare": "pytest benchmarks --benchmark-compare compares saved runs",
-        "memory": "bytes held and the peak are columns of each step",
-    },
-    "finetune": {
-        "accumulate": "gradient_accumulation_steps",
-        "autocast": "bf16",
-        "base": "a GGUF file is converted once, as the error about it says",
-        "checkpointing": "gradient_checkpointing",
-        "cpu": "use_cpu",
-        "eval_every": "eval_steps",
-        "keep": "save_total_limit",
-        "no_compare": _ONE_TABLE,
-        "on_bad_line": _BAD_LINE,
-        "pack": "padding_free",
-        "peft_steps": _ONE_TABLE,
-        "save_every": "save_steps",
-        "scheduler": "lr_scheduler_type",
-        "seq_len": "max_length",
-        "sgd_steps": _ONE_TABLE,
-        "timed_steps": _ONE_TABLE,
-        "warmup": "warmup_steps",
-        "warmup_ratio": "warmup_steps",
-    },
-    "merge": {"compare": _NO_LOGITS, "no_compare": _NO_LOGITS, "text": _NO_LOGITS},
-    "rank-search": {"demo": "give --model and --data", "on_bad_line": _BAD_LINE},
-}
 # PEFT's initializations of lora_A and lora_B. Its others (pissa, olora, eva, corda, loftq) change
 # the base's weights or need data, and their adapters do not fit the original base.
 INITS = ("kaiming", "gaussian", "orthogonal")
@@ -91,17 +58,6 @@ SHORT = {
     "lr": "learning_rate",
     "batch": "per_device_train_batch_size",
 }
-
-
-def replacement(command: str, name: str) -> str | None:
-    """Return what took the place of a command's renamed or removed option, or None.
-
-    >>> replacement("finetune", "keep"), replacement("merge", "keep")
-    ('is --save-total-limit now', None)
-    """
-    if (now := RENAMED.get(command, {}).get(name)) is None:
-        return None
-    return f"is {flag(now)} now" if now.isidentifier() else f"is gone: {now}"
 
 
 def check_numbers(given: Mapping[str, Any], /, **wanted: int | str) -> None:

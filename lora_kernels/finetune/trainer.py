@@ -41,7 +41,7 @@ from .checkpoints import (
     translate_errors,
 )
 from .model import adapters
-from .options import RENAMED, SHORT, check_numbers
+from .options import SHORT, check_numbers
 from .plots import draw_png
 from .report import Progress, new_console
 
@@ -90,8 +90,8 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     0.0002
     """
     for name in settings.keys() - _THEIRS:
-        if now := (RENAMED["finetune"] | SHORT).get(name):
-            raise UsageError(f"{name}: is {now} now")
+        if full := SHORT.get(name):
+            raise UsageError(f"{name}: want {full}, the field of TrainingArguments")
         if name != "gradient_checkpointing":
             close = difflib.get_close_matches(name, _THEIRS, 1) or ["a field of TrainingArguments"]
             raise UsageError(f"{name}: no such setting; did you mean {close[0]}?")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from lora_kernels.cli import main
 from lora_kernels.finetune import UsageError, command
 from lora_kernels.finetune.options import (
-    RENAMED,
     CompareOptions,
     GenerateOptions,
     Options,
@@ -167,26 +165,6 @@ def test_training_arguments_are_those_that_are_documented() -> None:
     assert plain.lr_scheduler_type == "constant" and plain.save_steps == 9
     with pytest.raises(UsageError, match="lr_scheduler_type: got 'cosin', want one of linear, "):
         training_arguments("out", lr_scheduler_type="cosin")
-
-
-def test_old_spellings_name_an_option_of_today_or_say_why_they_are_gone(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    names = {each.name for each in dataclasses.fields(Options)} | {"use_cpu"}
-    for now in (now for table in RENAMED.values() for now in table.values()):
-        assert now in names if now.isidentifier() else " " in now
-    for name, option, words in (
-        ("finetune", "--warmup=0.1", "--warmup is --warmup-steps now"),
-        ("finetune", "--on-bad-line", "is gone: a bad line is an error that names it"),
-        ("rank-search", "--on-bad-line", "is gone"),
-        ("rank-search", "--demo", "is gone: give --model and --data"),
-        ("merge", "--text", "is gone: `lora-kernels check` finds faults"),
-        ("merge", "--compare", "is gone: `lora-kernels check` finds faults"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main([name, option, "skip"])
-        said = capsys.readouterr().err
-        assert ended.value.code == 2 and words in said and said.count("\n") == 1
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[str]:

@@ -360,8 +360,7 @@ def test_flattened_rows_train_as_padded_ones(data: ChatData, tmp_path: Path) -> 
     [
         ({"per_device_train_batch_size": 0}, "train_batch_size: got 0, want at least 1"),
         ({"learning_rat": 2}, "learning_rat: no such setting; did you mean learning_rate"),
-        ({"save_every": 2}, "save_every: is save_steps now"),
-        ({"steps": 2}, "steps: is max_steps now"),
+        ({"steps": 2}, "steps: want max_steps, the field of TrainingArguments"),
         ({"learning_rate": math.nan}, "learning_rate: got nan, want a positive number"),
         ({"warmup_steps": -1.0}, "warmup_steps: got -1.0, want 0 or a positive number"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0"),

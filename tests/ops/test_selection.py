@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -19,8 +18,8 @@ from lora_kernels.backends.cpu import heuristics, native
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
-from lora_kernels.core import device, forced
-from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
+from lora_kernels.core import device
+from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
 from lora_kernels.ops import experts, linear, multi
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case, inputs
@@ -250,22 +249,6 @@ def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.Mon
             selection.choose(columns)
     with lora_kernels.backend("cpu", cpu.GEMV_4BIT), pytest.raises(RuntimeError, match="4-bit"):
         choose()
-
-
-@pytest.mark.parametrize(("old", "new"), _OLD_NAMES.items())
-def test_strategy_old_name_warns_and_is_the_new_one(old: str, new: str) -> None:
-    said = re.escape(f"'{old}' is the deprecated name of '{new}'")
-    with pytest.warns(DeprecationWarning, match=said):
-        assert Strategy(old) is Strategy(new)
-    assert Strategy.read(old) is Strategy(new) and Strategy(new).description
-
-
-@needs_native
-def test_backend_old_strategy_name_warns_and_forces_it() -> None:
-    with pytest.warns(DeprecationWarning), lora_kernels.backend("cpu", "single pass"):
-        assert forced.current.get() == ("cpu", cpu.FUSED)
-    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="strategy: got 'split'"):
-        lora_kernels.backend("cpu", "split").__enter__()
 
 
 def test_lora_linear_of_a_rank_above_the_kernels_is_within_tolerance() -> None:

@@ -18,6 +18,9 @@ from . import workspace
 from .cpu import native
 from .library import is_on_gpu_path
 
+# The most rows for which `gemm_4bit` may decode inside the GEMM. For more it decodes the whole
+# weight, with one copy of the scales more than `dense` makes.
+FUSED_ROWS = 512
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -106,13 +109,14 @@ def _bitsandbytes_scales(weight: Packed4bit) -> Tensor:
 def gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
     """Return x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`.
 
-    None if bitsandbytes is not used on the device or is older than 0.50, if x has no rows, or
-    if K is no multiple of the block size, for which `gemm_4bit` warns and decodes the whole
-    weight.
+    None if bitsandbytes is not used on the device or is older than 0.50, if x has no rows or more
+    than `FUSED_ROWS`, or if K is no multiple of the block size, for which `gemm_4bit` warns and
+    decodes the whole weight.
     """
     if bitsandbytes_reason(x.device) is not None:
         return None
-    if not x.shape[0] or x.shape[1] % weight.blocksize or not has_gemm_4bit():
+    M, K = x.shape
+    if not 0 < M <= FUSED_ROWS or K % weight.blocksize or not has_gemm_4bit():
         return None
     return bitsandbytes_gemm(weight, x, columns, bias)
 

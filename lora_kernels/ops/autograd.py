@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -31,8 +31,12 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def differentiable_once(backward: _Backward) -> _Backward:
+def differentiable_once(
+    backward: _Backward, inputs: Callable[[Any], Iterable[Tensor | None]] = lambda ctx: ()
+) -> _Backward:
     """Return `backward(ctx, saved, *dy)` as a Function's backward that raises if differentiated.
+
+    inputs: returns what the backward reads of ctx beside the saved tensors.
 
     `_Gradients` runs only if gradients are enabled in the backward, because it takes as long as a
     kernel of a small layer.
@@ -44,7 +48,8 @@ def differentiable_once(backward: _Backward) -> _Backward:
             return backward(ctx, saved, *dy)
         with torch.no_grad():  # copies, because `blocks` overwrites what it is given
             grads = backward(ctx, saved, *(None if t is None else t.clone() for t in dy))
-        return cast(tuple[Tensor | None, ...], _Gradients.apply(len(grads), *grads, *dy, *saved))
+        found: Any = _Gradients.apply(len(grads), *grads, *dy, *saved, *inputs(ctx))
+        return cast(tuple[Tensor | None, ...], found)
 
     return call
 

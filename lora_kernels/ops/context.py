@@ -17,7 +17,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from . import flops
 
-_NOTHING = contextlib.nullcontext()
+NOTHING = contextlib.nullcontext()
 WITHOUT_AUTOCAST = ("meta",)  # torch.is_autocast_enabled raises for it
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -44,7 +44,7 @@ def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
     """Disable autocast inside an op, whose dtypes are given by its arguments."""
     device_type, _ = device_of(t)
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return _NOTHING
+        return NOTHING
     return torch.autocast(device_type, enabled=False)
 
 

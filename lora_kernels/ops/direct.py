@@ -1,8 +1,8 @@
 """`lora_linear` for a layer's forward: reads the layer's tensors in each call, and keeps nothing.
 
 On a CPU one native call (csrc/direct.cpp) checks the tensors, chooses the strategy and runs the
-kernels; the autograd Function is handed its result. On a GPU the same checks are made here. For
-all else `call` returns None, and the layer calls `lora_linear`, whose errors name the argument.
+kernels; the autograd Function is handed its result. On a GPU it is a block of one layer. For all
+else `call` returns None, and the layer calls `lora_linear`, whose errors name the argument.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..backends import library
 from ..backends.cpu import native
 from ..backends.cpu.linear import DTYPES, library_dx, library_linear
+from ..backends.eager.blocks import Layer
 from ..choice import choose as selection
 from ..core import forced
 from ..core.call import Needs, Operands, Saved, Spec
@@ -25,8 +26,8 @@ from ..core.dropout import dropout_scale, dropout_threshold
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import MAX_KERNEL_RANK
 from ..quantization import Weight4bit, codebooks
-from . import context, linear
-from .arguments import draw_rng, has_strides
+from . import blocks, context, linear
+from .arguments import draw_rng
 from .autograd import differentiable_once, new_unsaved
 from .registry import join_weight
 
@@ -71,7 +72,8 @@ def call(
         lora_A, lora_B: [R, K] and [N, R]. None: no adapter, for a few rows without gradients.
     """
     if library.emulates_gpu or not x.is_cpu:
-        return _call_on_gpu(x, weight, lora_A, lora_B, bias, scaling, dropout_p, compute_dtype)
+        layer = Layer(weight, lora_A, lora_B, bias, scaling)  # type: ignore[arg-type]
+        return blocks.call_linear(x, layer, compute_dtype, dropout_p)
     module = native.module
     if module is None or weight is None or torch.is_autocast_enabled("cpu"):
         return None
@@ -155,45 +157,6 @@ def _backward(
     ctx.choice = linear.choose(operands, spec, selection.parse_request("cpu"))
     grads = linear.FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs)
     return grads.x, grads.lora_A, grads.lora_B, grads.bias
-
-
-def _call_on_gpu(
-    x: Tensor,
-    weight: Tensor | Packed4bit | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype | None,
-) -> Tensor | None:
-    """`call` for a GPU's tensors, without autocast, by `LoRALinearFunction` or the backend."""
-    if lora_A is None or lora_B is None or weight is None or not has_strides(x):
-        return None
-    if context.unfused_context() is not None:
-        return None
-    dtype, device, (R, K), N = x.dtype, x.device, lora_A.shape, lora_B.shape[0]
-    if x.dim() == 0 or x.shape[-1] != K or lora_B.shape[1] != R or dtype is torch.float64:
-        return None
-    frozen: tuple[Any, ...] = (weight,) if isinstance(weight, Tensor) else weight
-    tensors = [x, lora_A, lora_B, frozen[0], *(() if bias is None else (bias,))]
-    if any(type(t) not in _PLAIN or t.device != device for t in tensors):
-        return None
-    if isinstance(weight, Tensor) and (
-        weight.shape != (N, K) or weight.dtype is not dtype or weight.requires_grad
-    ):
-        return None
-    dtypes = {t.dtype for t in (lora_A, lora_B, *tensors[4:])}
-    if torch.float64 in dtypes or (bias is not None and bias.shape != (N,)):
-        return None
-    if context.autocast_dtype(context.device_of(x)[0], dtype) is not None:
-        return None
-    spec = Spec(float(scaling), float(dropout_p), compute_dtype or dtype, dtype)
-    options = linear.Options(spec, False, frozen[PACKED4BIT_TENSORS:])
-    is_drawn = dropout_p and not selection.is_eager_on_gpu(device.type)
-    rng = draw_rng(x) if is_drawn else None
-    tensors_4bit = frozen[:PACKED4BIT_TENSORS]
-    return linear._run(x, lora_A, lora_B, None, None, bias, options, rng, None, *tensors_4bit)
 
 
 def call_or_lora_linear(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch._C import _storage_Use_Count
 
+from ..backends.eager import blocks
 from ..backends.eager import linear as eager
-from ..backends.eager import siblings as eager_siblings
 from ..core.call import Needs, Operands, Saved, Spec
 from ..core.dtypes import stat_dtype
 from . import context, linear
@@ -146,7 +146,7 @@ def _add(
 ) -> Saved:
     rows, columns = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     with context.no_autocast(y):
-        saved = eager_siblings.add_update_(
+        saved = blocks.add_update_(
             columns, rows, lora_A, lora_B, spec.scaling, rank_gate, spec.dropout_p
         )
         if bias is not None:

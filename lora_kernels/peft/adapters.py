@@ -112,7 +112,8 @@ def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
         for a in adapters
     ):
         return Call(A, B, cast(float, scaling), None, dropout_p)
-    return Call(A, B, 1.0, torch.cat([_gate(adapter) for adapter in adapters]), dropout_p)
+    gates = [gate_of(weight_of(a.lora_A), a.scaling, a.diag) for a in adapters]
+    return Call(A, B, 1.0, torch.cat(gates), dropout_p)
 
 
 def casts_adapters(
@@ -216,15 +217,14 @@ def _active_rows(offsets: Sequence[int | None] | None, x: Tensor) -> list[int]:
     return [min(int(offset or 0), _length(x)) for offset in offsets]
 
 
-def _gate(adapter: Adapter) -> Tensor:
-    """Return the factor of each of the adapter's ranks, [R]."""
-    A, scaling = weight_of(adapter.lora_A), adapter.scaling
-    R, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
+def gate_of(lora_A: Tensor, scaling: float | Tensor, diag: Tensor | None) -> Tensor:
+    """Return the factor of each of an adapter's ranks, [R]."""
+    R, dtype = lora_A.shape[0], torch.promote_types(lora_A.dtype, torch.float32)
     if isinstance(scaling, Tensor):
-        gate = scaling.to(A.device, dtype).expand(R)
+        gate = scaling.to(lora_A.device, dtype).expand(R)
     else:
-        gate = torch.full((R,), scaling, dtype=dtype, device=A.device)
-    return gate if adapter.diag is None else gate * adapter.diag
+        gate = torch.full((R,), scaling, dtype=dtype, device=lora_A.device)
+    return gate if diag is None else gate * diag
 
 
 def weight_of(linear: nn.Linear) -> Tensor:

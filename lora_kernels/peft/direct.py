@@ -6,14 +6,22 @@ The common state is one active adapter of plain LoRA, over a base that does what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
-from torch.nn import Dropout, Identity, Linear
+from torch.nn import Dropout, Identity, Linear, Parameter
+from transformers.pytorch_utils import Conv1D
 
-from ..ops import direct
-from .adapters import casts_adapters
-from .modules import LINEAR_FORWARD, library_forward
+from ..backends import library
+from ..backends.eager.blocks import Layer
+from ..ops import blocks, direct
+from ..quantization import Weight4bit
+from .adapters import casts_adapters, dropout_p, gate_of, weight_of
+from .base import readable_weight
+from .modules import LINEAR_FORWARD, library_forward, patched_reason
+from .plan import plan_linear
 
 _FORWARDS = {cls: library_forward(cls) for cls in (Dropout, Identity)}
 
@@ -51,21 +59,24 @@ def read(layer: Any) -> State | None:
             return None
         if type(scaling) is not float or kind.forward is not _FORWARDS.get(kind):
             return None
-        for module in (base, lora_A, lora_B, dropout):
-            of = module.__dict__
-            if (
-                of["_forward_pre_hooks"]
-                or of["_forward_hooks"]
-                or of["_backward_pre_hooks"]
-                or of["_backward_hooks"]
-                or "forward" in of
-            ):
-                return None
-        if lora_B._parameters["bias"] is not None:
+        w, a, b, d = base.__dict__, lora_A.__dict__, lora_B.__dict__, dropout.__dict__
+        if (
+            w["_forward_hooks"] or a["_forward_hooks"] or b["_forward_hooks"] or d["_forward_hooks"]
+            or w["_forward_pre_hooks"] or a["_forward_pre_hooks"]
+            or b["_forward_pre_hooks"] or d["_forward_pre_hooks"]
+            or w["_backward_hooks"] or a["_backward_hooks"]
+            or b["_backward_hooks"] or d["_backward_hooks"]
+            or w["_backward_pre_hooks"] or a["_backward_pre_hooks"]
+            or b["_backward_pre_hooks"] or d["_backward_pre_hooks"]
+            or "forward" in w or "forward" in a or "forward" in b or "forward" in d
+        ):  # fmt: skip
+            return None
+        of_B = b["_parameters"]
+        if of_B["bias"] is not None:
             return None
         p = dropout.p if kind is Dropout and dropout.training else 0.0
-        stored, A, B = base._parameters, lora_A._parameters["weight"], lora_B._parameters["weight"]
-        return stored["weight"], cast(Tensor, A), cast(Tensor, B), stored["bias"], scaling, p
+        of_base, A = w["_parameters"], a["_parameters"]["weight"]
+        return of_base["weight"], A, of_B["weight"], of_base["bias"], scaling, p
     except KeyError:
         return None
 
@@ -78,12 +89,134 @@ def call(layer: Any, x: Tensor) -> Tensor | None:
     weight, lora_A, lora_B, bias, scaling, p = state
     if weight is None or weight.requires_grad:
         return None
-    if layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype):
+    dtype = None
+    if layer.reads_codes:
+        found = layer.read_codes(weight, x)
+        if found is None:
+            return None
+        weight, dtype = found
+    if x.is_cpu and not library.emulates_gpu:
+        return direct.call(x, weight, lora_A, lora_B, bias, scaling, p, dtype)
+    casts = layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype, _rows(x))
+    operands = Layer(weight, lora_A, lora_B, bias, scaling)
+    return blocks.call_linear(x, operands, dtype, p, casts, True)
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def is_hooked(module: Any) -> bool:
+    """Return True if calling the module does more than its class says."""
+    own = module.__dict__
+    return bool(
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or ("forward" in own and patched_reason(module) is not None)
+    )
+
+
+def make_block(
+    layers: Sequence[Any], x: Tensor, activation: str = ""
+) -> tuple[blocks.Block, list[tuple[Any, ...]]] | None:
+    """Return the block that computes the layers for x, and their states; None if there is none.
+
+    activation: of a gated MLP, whose layers are gate, up and down.
+    """
+    dtype, states, found = x.dtype, [], []
+    for layer in layers:
+        state = read(layer)
+        if state is None:
+            break
+        weight, lora_A, lora_B, bias, scaling, p = state
+        if (
+            p
+            or not (type(weight) is type(lora_A) is type(lora_B) is Parameter)
+            or not (weight.dtype is lora_A.dtype is lora_B.dtype is dtype)
+            or weight.requires_grad
+            or not (bias is None or (bias.dtype is dtype and not bias.requires_grad))
+            or layer.casts_adapters
+        ):
+            break
+        states.append(state)
+        found.append(Layer(weight, lora_A, lora_B, bias, scaling))
+    else:
+        block = blocks.plain_block(x, found, activation)
+        if block is not None:
+            return block, states
+    return _make_any_block(layers, x, activation)
+
+
+def read_state(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
+    """Return the state of a layer of a block, of one adapter; None if it fits none.
+
+    A state other than `read`'s is the plan's, with lora_B's bias and KaSA's factors at its end.
+    """
+    state = read(layer)
+    if state is not None:
+        return None if state[5] else state
+    planned = planned_state(layer, x.device, x.dtype)
+    return None if isinstance(planned, str) else planned
+
+
+def planned_state(layer: Any, device: torch.device, x_dtype: torch.dtype) -> tuple[Any, ...] | str:
+    """Return the state of a layer that is not the common one; why, if it fits no block."""
+    if not getattr(type(layer), "fits_blocks", False):  # no wrapper that hands attributes on
+        return f"it is a {type(layer).__name__}"
+    if is_hooked(layer):
+        return "a hook sits on it"
+    if layer.mixed_batch is not None:
+        return "its last call named its adapters"
+    adapters, reason, base_reason, is_dora = plan_linear(layer, device, x_dtype)
+    if reason is not None or base_reason is not None:
+        return cast(str, reason or base_reason)
+    if len(adapters) > 1:
+        return "several adapters are active"
+    name, lora_A, lora_B, scaling, dropout, diag, is_alora = adapters[0]
+    if is_dora or is_alora:
+        return f"adapter {name!r} is {'an aLoRA' if is_alora else 'DoRA'}"
+    if p := dropout_p(dropout):
+        return f"its dropout {p} is active"
+    if type(layer.base_layer) is Conv1D:
+        return "its weight is stored as [K, N]"
+    A, B, base = weight_of(lora_A), weight_of(lora_B), layer.base_layer._parameters
+    return base["weight"], A, B, base["bias"], scaling, 0.0, lora_B._parameters["bias"], diag
+
+
+def _make_any_block(
+    layers: Sequence[Any], x: Tensor, activation: str
+) -> tuple[blocks.Block, list[tuple[Any, ...]]] | None:
+    """`make_block` for layers in any state."""
+    states, found, compute_dtypes = [], [], []
+    for layer in layers:
+        state = read_state(layer, x)
+        if state is None:
+            return None
+        weight, lora_A, lora_B, bias, scaling, _, *others = state
+        compute_dtype, gate = None, None
+        if weight is None or lora_A.is_inference():
+            return None
+        if others:
+            lora_bias, diag = others
+            if lora_bias is not None:
+                update = scaling * lora_bias
+                bias = update if bias is None else bias + update
+            if isinstance(scaling, Tensor) or diag is not None:
+                gate, scaling = gate_of(lora_A, scaling, diag), 1.0
+            weight, compute_dtype = readable_weight(layer.base_layer, x)
+            weight = weight.codes if isinstance(weight, Weight4bit) else weight
+        elif layer.reads_codes:
+            codes = layer.read_codes(weight, x)
+            if codes is None:
+                return None
+            weight, compute_dtype = codes
+        states.append(state)
+        found.append(Layer(weight, lora_A, lora_B, bias, scaling, gate))
+        compute_dtypes.append(compute_dtype)
+    casts = [casts_adapters(each, x.device.type, x.dtype, _rows(x)) for each in layers]
+    if any(casts) is not all(casts):
         return None
-    if not layer.reads_codes:
-        return direct.call(x, weight, lora_A, lora_B, bias, scaling, p)
-    found = layer.read_codes(weight, x)
-    if found is None:
-        return None
-    codes, dtype = found
-    return direct.call(x, codes, lora_A, lora_B, bias, scaling, p, dtype)
+    block = blocks.make_block(x, found, compute_dtypes, casts[0], True, 0.0, activation)
+    return None if block is None else (block, states)

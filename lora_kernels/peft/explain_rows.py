@@ -39,6 +39,7 @@ from .adapters import (
     svd_calls,
 )
 from .base import base_weight
+from .direct import planned_state
 from .eligibility import (
     embedding_reason,
     tensor_reason,
@@ -46,12 +47,12 @@ from .eligibility import (
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
+from .groups import Group
 from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
 from .mlp import block_reason, mlp_reasons
 from .modules import is_linear4bit
 from .plan import plan_linear, plan_svd
-from .siblings import Siblings, mismatch_reason, sharing_adapter
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
@@ -285,72 +286,59 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     return Row(name, _backend_state(choice.backend), choice.backend, choice.strategy, reason)
 
 
-def row_of_siblings(
-    name: str, parent: nn.Module, siblings: Siblings, x_dtype: torch.dtype | None
-) -> Row:
-    """Return the row of the layers of one module that may share x."""
-    sharing: list[str] = []
-    apart: list[str] = []
-    first: tuple[Any, Adapter] | None = None
-    for each in siblings.names:
-        layer: Any = parent._modules.get(each)
-        found: Adapter | str = f"it is a {type(layer).__name__}"
-        if isinstance(layer, Fused) and not siblings.has(layer):
-            found = "it was fused or unfused by itself"
-        elif isinstance(layer, Fused):
-            adapters = adapters_of(layer)
-            device, dtype = _expected_input(layer.base_layer, adapters, x_dtype)
-            found = sharing_adapter(layer, device, dtype)
-        if not isinstance(found, str):
-            todo = calls([found], device.type, None)
-            if casts_adapters(layer, device.type, dtype):
-                todo = [cast(Call, cast_call(call, dtype)) for call in todo]
-            (problem,) = _call_problems(layer.base_layer, todo, [], dtype, True)
-            choice = selection.choose(problem._replace(rows=MANY_ROWS))
-            if choice.backend != "eager":
-                found = f"{choice.backend} computes its call"
-        if not isinstance(found, str):
-            first = first or (layer, found)
-            found = mismatch_reason(first, (layer, found), device, dtype) or found
-        if isinstance(found, str):
-            apart.append(f"{each} runs its own call: {found}")
-        else:
-            sharing.append(each)
-    state = SHARED if len(sharing) > 1 else APART
-    if len(sharing) > 1:
-        strategy = f"x is threaded through {', '.join(sharing)}"
-        apart.insert(0, f"for calls with the same x of more than {UPCAST_ROWS} rows")
-    else:
-        strategy = "own calls"
-        apart += [f"{each} has no other to share with" for each in sharing]
-    return Row(name, state, "eager", strategy, "; ".join(apart))
+def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None) -> Row:
+    """Return the row of the layers that a module calls with one x."""
+    reasons = []
+    for each, layer in zip(group.names, group.layers, strict=True):
+        if layer.__dict__.get("_group") is not group:
+            reasons.append(f"{each}: it was fused or unfused by itself")
+            continue
+        device, dtype = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
+        state = planned_state(layer, device, dtype)
+        if isinstance(state, str):
+            reasons.append(f"{each}: {state}")
+        elif (reason := _kernel_reason(layer, device, dtype)) is not None:
+            reasons.append(f"{each}: {reason}")
+    names = ", ".join(group.names)
+    if reasons:
+        return Row(name, APART, "eager", f"{names} run their own calls", "; ".join(reasons))
+    reason = f"for calls with the same x of more than {UPCAST_ROWS} rows"
+    return Row(name, SHARED, "eager", f"one call for {names}", reason)
 
 
-def rows_of_mlps(model: nn.Module, x_dtype: torch.dtype | None, rows: int | None) -> Iterator[Row]:
+def rows_of_mlps(model: nn.Module, x_dtype: torch.dtype | None) -> Iterator[Row]:
     """Yield the row of each module on a GPU that may be a gated MLP."""
     for name, mlp, reason in mlp_reasons(model):
-        parameters = mlp.parameters()
-        if any(is_on_gpu_path(p.device.type) for p in parameters):
-            reason = reason or _find_block_reason(mlp, x_dtype, rows)
-            if reason is not None:
-                yield Row(name, TORCH, "torch", "layer by layer", reason)
-                continue
-            yield Row(name, LIBRARY, "eager", "one block", _describe_block(mlp, x_dtype))
+        if not any(is_on_gpu_path(p.device.type) for p in mlp.parameters()):
+            continue
+        if reason is None:
+            reason = _find_block_reason(mlp, x_dtype)
+        if reason is not None:
+            yield Row(name, TORCH, "torch", "layer by layer", reason)
+            continue
+        yield Row(name, LIBRARY, "eager", "one block", _describe_block(mlp, x_dtype))
 
 
-def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, rows: int | None) -> str | None:
+def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None) -> str | None:
     """Return why the next call of a gated MLP on a GPU runs layer by layer."""
-    down = mlp._modules[mlp._parts.down]
-    adapters = adapters_of(down) if isinstance(down, Fused) else []
-    device, x_dtype = _expected_input(getattr(down, "base_layer", down), adapters, x_dtype)
-    if (reason := block_reason(mlp, device, x_dtype)) is not None:
-        return reason
-    todo = calls(adapters, device.type, rows)
-    if casts_adapters(down, device.type, x_dtype, rows):
-        todo = [cast(Call, cast_call(call, x_dtype)) for call in todo]
-    (problem,) = _call_problems(down.base_layer, todo, [], x_dtype, True)
-    choice = _describe(problem, rows)
-    return None if choice.backend == "eager" else f"{mlp._parts.down}: {choice.reason}"
+    for name in mlp._parts[:3]:
+        layer = mlp._modules[name]
+        if not isinstance(layer, Fused):
+            return f"{name}: a {type(layer).__name__} is not a fused LoRA layer"
+        device, dtype = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
+        if (reason := block_reason(mlp, device, dtype)) is not None:
+            return reason
+        if (reason := _kernel_reason(layer, device, dtype)) is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _kernel_reason(layer: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
+    """Return why another backend computes the layer for many rows; None for the eager backend."""
+    todo = calls(adapters_of(layer), device.type, None)
+    (problem,) = _call_problems(layer.base_layer, todo, [], x_dtype, True)
+    choice = selection.choose(problem._replace(rows=MANY_ROWS))
+    return None if choice.backend == "eager" else f"{choice.backend} computes it: {choice.reason}"
 
 
 def _describe_block(mlp: Any, x_dtype: torch.dtype | None) -> str:

@@ -17,9 +17,9 @@ from ..core.dtypes import to_dtype
 from ..layers.cache import DoraNormCache
 from ..ops import context, in_place, linear
 from ..ops.arguments import base_dtype
+from ..ops.blocks import can_run
 from ..ops.linear import lora_linear
 from ..ops.multi import multi_lora_linear
-from ..ops.siblings import can_run_block
 from ..quantization import Weight4bit
 from . import direct
 from .adapters import (
@@ -40,7 +40,7 @@ from .modules import LINEAR_FORWARD, is_linear4bit, library_forward
 from .plan import plan_linear
 
 if TYPE_CHECKING:
-    from .siblings import Siblings
+    from .groups import Group
 
 # Keyword arguments that PEFT's variants read and that a base layer does not take.
 _NOT_FOR_BASE = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
@@ -65,12 +65,12 @@ class Fused(nn.Module):
     peft_forward: Any  # its forward; None if it had been replaced before
     casts_adapters = False  # `fuse`'s argument
     layer_name = ""  # in the model that `fuse` was given, for errors
-    shares_x = False  # whether `Siblings` know how to call the layer
+    fits_blocks = False  # whether a `Group` or a gated MLP may compute the layer
     # Of the base layers whose weight `direct.call` reads; None: of none.
     base_class: Any = None
     base_forward: Any = None
     reads_codes = False  # whether it is 4-bit, and `read_codes` reads it
-    _siblings: Siblings | None = None
+    _group: Group | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -80,13 +80,11 @@ class Fused(nn.Module):
             cls.peft_forward = library_forward(cls.peft_class)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        alone = not (args or kwargs or is_compiling())
-        if alone and (siblings := self._siblings) is not None:
-            y = siblings.call(self, x)
-            if y is not None:
-                return y
-        if alone:
-            y = direct.call(self, x)
+        if not (args or kwargs or is_compiling()):
+            group = self._group
+            y = None if group is None else group.call(self, x)
+            if y is None:
+                y = direct.call(self, x)
             if y is not None:
                 return y
         rows = RowNames(kwargs.get("adapter_names"), kwargs.get("alora_offsets"))
@@ -148,7 +146,7 @@ class Fused(nn.Module):
 class FusedLinear(Fused, lora.Linear):
     """PEFT's LoRA layer over `nn.Linear`, or over a base that is called as a module."""
 
-    shares_x = True
+    fits_blocks = True
     base_class, base_forward = nn.Linear, LINEAR_FORWARD
 
 
@@ -221,7 +219,7 @@ def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
     """Return True if the eager backend computes the update for y on a GPU, in y's dtype."""
     if torch.compiler.is_compiling() or type(y) is not Tensor or y.device != x.device:
         return False
-    if not can_run_block(x):
+    if not can_run(x):
         return False
     if y.is_inference() is not torch.is_inference_mode_enabled():
         return False

@@ -28,7 +28,7 @@ class FusedLinear4bit(Fused, Linear4bit):
     is merged, or if the error is unknown, as with DoRA.
     """
 
-    shares_x = True
+    fits_blocks = True
     base_class, base_forward = BaseLinear4bit, library_forward(BaseLinear4bit)
     reads_codes = True
     merge_loss: MergeLoss | None = None

@@ -13,23 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.library import is_on_gpu_path
 from ..layers import LoRALayer
 from .explain_rows import (
     KERNELS,
     LIBRARY,
     Row,
+    row_of_group,
     row_of_layer,
     row_of_loss,
     row_of_peft,
-    row_of_siblings,
     row_of_streamed,
     rows_of_mlps,
 )
 from .frozen import StreamedLinear
+from .groups import groups_of
 from .linear import Fused
 from .loss import requested_losses
 from .sharded import gathered_parameters
-from .siblings import siblings_of
 from .swap import lora_layers
 
 
@@ -218,9 +219,10 @@ def explain(
         if isinstance(module, StreamedLinear)
     ]
     losses = [row_of_loss(name, module, x_dtype) for name, module in requested_losses(model)]
-    blocks = list(rows_of_mlps(model, x_dtype, rows))
-    for name, parent, siblings in siblings_of(model):
-        add(name, partial(row_of_siblings, name, parent, siblings, x_dtype), blocks)
+    blocks = list(rows_of_mlps(model, x_dtype))
+    for name, group in groups_of(model):
+        if any(is_on_gpu_path(p.device.type) for each in group.layers for p in each.parameters()):
+            add(name, partial(row_of_group, name, group, x_dtype), blocks)
     return Explanation(found, sizes, linears, all, losses, blocks)
 
 

@@ -26,11 +26,11 @@ from .eligibility import heavier_reason, is_base_trainable, replaced_reason
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper, wrapper_reason
 from .frozen import StreamedLinear
+from .groups import add_groups, remove_groups
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
 from .mlp import fuse_mlps, restore_mlps
 from .modules import is_conv1d, is_linear4bit, patched_reason
-from .siblings import add_siblings, remove_siblings
 from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -72,10 +72,13 @@ def fuse(
             after qualifying a card of the model that has no verdict yet (up to 25 s); "off", none.
             Every other call runs PyTorch's GEMMs, the eager backend. If a card cannot be qualified
             now, a warning is logged and the eager backend runs.
-        blocks: whether modules on a GPU run as blocks. LoRA layers that are children of one module,
-            such as q, k and v, share the x that they are called with: PyTorch's GEMMs read it less
-            often, and autograd adds no gradients of it. Gated MLPs, down(act(gate(x)) * up(x)),
-            keep no act(gate(x)) * up(x) for the backward. `explain` has a line for each.
+        blocks: whether several layers on a GPU run as one autograd Function, also in a model that
+            was moved there after `fuse`. `explain` has a line for each. Layers such as q, k and v
+            are grouped if their module's forward calls each exactly once, as `self.name(x)` with
+            the same bare name, outside of loops. The forward's source is needed. A write by `.data`
+            to a later layer's tensor between two calls of one forward goes unnoticed. Gated MLPs,
+            down(act(gate(x)) * up(x)), keep no act(gate(x)) * up(x) for the backward. Changing an
+            MLP's activation otherwise than by replacing the child module needs `fuse` again.
         cast_adapters: whether float32 adapters beside more than 64 rows of a 16-bit x are rounded
             to x's dtype in each call on a GPU, as autocast rounds them. Parameters, their gradients
             and the optimizer's state stay float32. PEFT makes adapters float32 by default; without
@@ -108,15 +111,14 @@ def fuse(
                 layer.casts_adapters = True
     for linear in _plain_linears(model) if linears else ():
         set_class(linear, StreamedLinear)
-    remove_siblings(model)
+    remove_groups(model)
+    restore_mlps(model)
     if is_zero3(model):
         gather_in_call(fused_layers(model))
         blocks = False  # each layer is gathered for its own call
     if blocks:
-        add_siblings(model)
+        add_groups(model)
         fuse_mlps(model)
-    else:
-        restore_mlps(model)
     if loss:
         fuse_losses(model)
     _follow_verdicts(model, qualify)
@@ -175,10 +177,10 @@ def unfuse(model: Model) -> Model:
                 layer.base_layer.support_avx512bf16_for_cpu = layer.repacks_codes
             for name in _ATTRIBUTES:
                 vars(layer).pop(name, None)
-    remove_siblings(model)
+    remove_groups(model)
+    restore_mlps(model)
     stop_gathering(model)
     _restore_linears(model.modules())
-    restore_mlps(model)
     restore_losses(model)
     return model
 

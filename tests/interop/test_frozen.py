@@ -22,6 +22,7 @@ from lora_kernels.backends.cpu import native
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.clones import replica_of
 from tests.support.engines import assert_within
 from tests.support.models import skip_unless_few, watch_direct_calls
 
@@ -217,16 +218,6 @@ def test_explain_names_what_no_kernel_streams(head: Any) -> None:
     for layer, word in wants:
         (row,) = explain(nn.Sequential(layer)).linears
         assert row.state == "PyTorch's" and word in row.reason
-
-
-def replica_of(module: Any) -> Any:
-    """Copy the module as DataParallel does, with its parameters as plain attributes."""
-    replica = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        replica._modules[name] = replica_of(child)
-    for name, p in module._parameters.items():
-        setattr(replica, name, None if p is None else p.view_as(p))
-    return replica
 
 
 def test_replica_of_data_parallel_runs_pytorchs_linear() -> None:

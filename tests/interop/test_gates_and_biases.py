@@ -1,4 +1,4 @@
-"""Gates and biases of layers that share x or whose base is called, on the path of a GPU."""
+"""Gates, biases and versions of layers that share x or whose base is called, on a GPU's path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
-from lora_kernels.ops import siblings as blocks
+from lora_kernels.backends.eager import blocks as eager_blocks
 from lora_kernels.peft import fuse
 from tests.support.assertions import assert_as_exact
 from tests.support.peft_models import in_float64, randomize
@@ -22,7 +22,7 @@ K, R, ALPHA = 64, 5, 7
 pytestmark = pytest.mark.usefixtures("gpu_path")
 
 
-class Siblings(nn.Module):
+class Group(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v = nn.Linear(K, 64), nn.Linear(K, 32), nn.Linear(K, 32)
@@ -35,14 +35,18 @@ class Called(nn.Linear):
     """A base layer that is called as a module."""
 
 
-BASES: dict[str, Any] = {"siblings": Siblings, "called": lambda: Called(K, 64)}
+BASES: dict[str, Any] = {
+    "group": Group,
+    "called": lambda: Called(K, 64),
+    "linear": lambda: nn.Linear(K, 64),
+}
 
 
 def adapted(
     base: str, dtype: torch.dtype, adapter: torch.dtype, config: Any = None, **settings: Any
 ) -> Any:
     torch.manual_seed(0)
-    targets = ["q", "k", "v"] if base == "siblings" else ["0"]
+    targets = ["q", "k", "v"] if base == "group" else ["0"]
     config = config or LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets, **settings)
     model: Any = get_peft_model(nn.Sequential(BASES[base]()).to(dtype), config)
     randomize(model)
@@ -74,7 +78,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def with_kasa(dtype: torch.dtype) -> Any:
-    model = adapted("siblings", dtype, dtype, kasa_config=peft.KasaConfig())
+    model = adapted("group", dtype, dtype, kasa_config=peft.KasaConfig())
     model(input_of(dtype))  # PEFT truncates the base weight in the first forward
     return model
 
@@ -96,18 +100,19 @@ def test_gradient_of_a_bias_is_summed_in_float32(base) -> None:
 
 def test_p_of_a_gate_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scaling that PEFT swaps is a gate of P: a product more, of an unrounded P."""
-    model = adapted("siblings", bf16, bf16)
+    model = adapted("group", bf16, bf16)
     prepare_model_for_compiled_hotswap(model, config=model.peft_config["default"], target_rank=R)
-    found: list[bool] = []
-    project = blocks.down_projections
+    dtypes: list[torch.dtype] = []
+    linears = eager_blocks.linears
 
-    def record(x: Tensor, lora_A: Any, is_rounded: bool) -> Any:
-        found.append(is_rounded)
-        return project(x, lora_A, is_rounded)
+    def record(*args: Any) -> Any:
+        ys, ps = linears(*args)
+        dtypes.extend(p.dtype for p in ps)
+        return ys, ps
 
-    monkeypatch.setattr(blocks, "down_projections", record)
+    monkeypatch.setattr(eager_blocks, "linears", record)
     fuse(model)(input_of(bf16))
-    assert found == [False]
+    assert dtypes == [f32] * 3
 
 
 def test_gate_without_a_gradient_of_lora_b_has_pefts_gradient() -> None:
@@ -119,11 +124,26 @@ def test_gate_without_a_gradient_of_lora_b_has_pefts_gradient() -> None:
     assert_as_exact(got, step(in_float64(stock), input_of(f32).double()), want)
 
 
-def test_gradients_of_several_dy_of_gated_siblings_equal_each() -> None:
-    fused = fuse(with_kasa(f64))
-    batched, alone = step(fused, input_of(f64), batched=True), step(fused, input_of(f64))
+SEVERAL_DY: dict[str, Any] = {
+    "gated group": lambda: with_kasa(f64),
+    "plain group": lambda: adapted("group", f64, f64),
+    "group with biases": lambda: adapted("group", f64, f64, lora_bias=True),
+    "layer": lambda: adapted("linear", f64, f64),
+    "layer with dropout": lambda: adapted("linear", f64, f64, lora_dropout=0.3),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL_DY)
+def test_gradients_of_several_dy_at_once_equal_each(case) -> None:
+    """`is_grads_batched=True`."""
+    fused = fuse(SEVERAL_DY[case]())
+    found = []
+    for batched in (True, False):
+        torch.manual_seed(1)
+        found.append(step(fused, input_of(f64), batched))
+    together, alone = found
     for name, t in alone.items():
-        for got, factor in zip(batched[name], (1, -1, 2), strict=True):
+        for got, factor in zip(together[name], (1, -1, 2), strict=True):
             assert error(got, factor * t) < 1e-12, name
 
 
@@ -137,3 +157,31 @@ def test_gate_of_adalora_without_a_gradient_of_lora_b_has_pefts_gradient() -> No
     got, want = step(fuse(copy.deepcopy(stock)), input_of(f64)), step(stock, input_of(f64))
     assert any("lora_E" in name for name in want) and got.keys() == want.keys()
     assert all(error(got[name], t) < 1e-9 for name, t in want.items())
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B"])
+def test_write_to_a_later_layer_within_a_forward_is_noticed(name) -> None:
+    group = fuse(adapted("group", f64, f64)).base_model.model[0]
+    owner = getattr(group.k, name).default if "lora" in name else group.k.base_layer
+    tensor, x = owner.bias if name == "bias" else owner.weight, input_of(f64)
+    with torch.no_grad():
+        group.q(x)
+        tensor.mul_(3)
+        got = group.k(x)
+        want = group.k(x)
+    assert error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_parameters_that_are_inference_tensors_have_pefts_result(trained) -> None:
+    """They have no version counter."""
+    stock = adapted("group", f64, f64)
+    with torch.inference_mode():
+        for module in stock.modules():
+            for name, p in list(module._parameters.items()):
+                if p is not None and (trained or not p.requires_grad):
+                    setattr(module, name, nn.Parameter(p.clone(), p.requires_grad))
+    x = input_of(f64)
+    with torch.no_grad():
+        want = stock(x)
+        assert error(fuse(stock)(x), want) < 1e-12

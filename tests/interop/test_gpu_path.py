@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_kernels.backends import decode4bit, library
 from lora_kernels.backends.cpu import native
+from lora_kernels.backends.eager import blocks as eager_blocks
 from lora_kernels.backends.eager import linear as eager
-from lora_kernels.backends.eager import siblings as eager_siblings
 from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
 from lora_kernels.peft import FusedLinear, explain, fuse, swap
@@ -88,7 +88,7 @@ def test_fused_step_equals_peft_with_its_dropout(setting, quantized, M, monkeypa
     monkeypatch.setattr(swap, "heavier_reason", lambda layer: None)
     fuse(found)
     assert "Fused" in type(found.base_model.model[0]).__name__
-    for _ in range(2):  # the second call is a prepared one
+    for _ in range(2):
         assert_close_derived(results(found, M), want, terms=K, layers=2)  # DoRA's norm is a sum too
 
 
@@ -169,7 +169,7 @@ def test_autocast_between_calls_is_pefts(grad: bool) -> None:
 @pytest.mark.parametrize("rows", [(3,), (100,), (2, 50)], ids=str)
 def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
     called: list[int] = []
-    original, add = eager.lora_linear, eager_siblings.add_update_
+    original, add = eager.lora_linear, eager_blocks.add_update_
 
     def counting(operands: Operands, *rest: Any) -> Any:
         called.append(operands.lora_A.shape[0])
@@ -181,7 +181,7 @@ def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
 
     found = fuse(model(second={"r": 9}))
     monkeypatch.setattr(eager, "lora_linear", counting)
-    monkeypatch.setattr(eager_siblings, "add_update_", counting_adds)
+    monkeypatch.setattr(eager_blocks, "add_update_", counting_adds)
     found(torch.randn(*rows, K))
     M = math.prod(rows)
     assert called == ([R, 9] if M == 3 else [R + 9])

@@ -247,7 +247,10 @@ def test_a_call_with_gradients_notices_a_change(
         got = gradients(layer, given.clone().requires_grad_())
         with general_way():
             want = gradients(layer, given.clone().requires_grad_())
-    assert_bitwise_equal(got, want)
+    if on_gpu_path:  # other sums
+        assert_close_derived(got, want, terms=max(K, N))
+    else:
+        assert_bitwise_equal(got, want)
     assert len(got) != len(before) or not all(map(torch.equal, got, before))
 
 

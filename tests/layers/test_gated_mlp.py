@@ -27,8 +27,7 @@ from lora_kernels.layers import (
     load_lora_weights,
     save_lora_weights,
 )
-from lora_kernels.ops import linear
-from lora_kernels.ops import siblings as blocks
+from lora_kernels.ops import blocks, linear
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
@@ -44,17 +43,17 @@ ACTIVATIONS = {
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """On a GPU's path: grows by each block's forward and backward."""
     found: list[str] = []
-    shared, backward = blocks.shared_linears, eager_mlp.gated_backward
+    forward, backward = blocks.gated_mlp, eager_mlp.gated_backward
 
-    def record_forward(x: Tensor, linears: Any) -> list[Tensor]:
+    def record_forward(x: Tensor, block: blocks.Block) -> Tensor:
         found.append("forward")
-        return shared(x, linears)
+        return forward(x, block)
 
     def record_backward(*args: Any) -> Any:
         found.append("backward")
         return backward(*args)
 
-    monkeypatch.setattr("lora_kernels.layers.gated_mlp.shared_linears", record_forward)
+    monkeypatch.setattr(blocks, "gated_mlp", record_forward)
     monkeypatch.setattr(eager_mlp, "gated_backward", record_backward)
     before = dict(decode4bit.bitsandbytes_reasons)
     with as_on_gpu(), lora_kernels.backend("eager"):
@@ -262,20 +261,36 @@ def test_compiled_mlp_is_the_formula_in_one_graph(runs) -> None:
     assert not runs
 
 
-@pytest.mark.parametrize("other", ["gate", "up", "down"])
+class OnCuda:
+    """A CPU tensor that says that it is on a GPU, for the look at verdicts."""
+
+    is_cuda = True
+
+    def __init__(self, t: Tensor) -> None:
+        self._t = t
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._t, name)
+
+
+@pytest.mark.parametrize("other", ["gate", "up", "down", ""])
 def test_layer_that_a_verdict_gives_to_kernels_is_called(other, runs, monkeypatch) -> None:
-    mlp, choose, asked = build(), linear.choose, []
+    mlp, choose, make = build(), linear.choose, blocks.make_block
 
     def chosen(operands: Any, spec: Any) -> Any:
         found = choose(operands, spec)
-        is_other = operands.lora_A is getattr(mlp, other).lora_A
-        asked.append(is_other)
+        is_other = bool(other) and operands.lora_A is getattr(mlp, other).lora_A
         return dataclasses.replace(found, backend="cuda") if is_other else found
 
+    def make_on_cuda(x: Any, *rest: Any, **options: Any) -> Any:
+        return make(OnCuda(x), *rest, **options)  # type: ignore[arg-type]
+
     monkeypatch.setattr(linear, "choose", chosen)
-    x = input_of()
-    linears = mlp._linears(x)
-    assert linears is None and any(asked)
+    monkeypatch.setattr(blocks, "_has_verdict", lambda x: True)
+    monkeypatch.setattr(blocks, "make_block", make_on_cuda)
+    got = mlp(input_of())
+    assert_close({"y": got}, {"y": reference(mlp, input_of())}, 1e-12)
+    assert runs == ([] if other else ["forward"])
 
 
 def test_mlp_in_a_transform_raises_as_its_layers_do(runs) -> None:
@@ -287,37 +302,38 @@ def test_mlp_in_a_transform_raises_as_its_layers_do(runs) -> None:
     assert str(of_mlp.value) == str(of_layer.value) and not runs
 
 
-def test_inference_tensor_outside_of_inference_mode_is_called_layer_by_layer(runs) -> None:
+def test_inference_tensor_outside_of_inference_mode_is_the_formula(runs) -> None:
     mlp = build()
     with torch.inference_mode():
         x = input_of()
     with torch.no_grad():
         got = mlp(x)
     assert_close({"y": got}, {"y": reference(mlp, input_of())}, 1e-12)
-    assert not runs
 
 
-def test_adapters_of_two_dtypes_are_called_layer_by_layer(runs) -> None:
-    """The A of gate and up are one GEMM's operand."""
+@pytest.mark.parametrize("other", ["gate", "up", "down"])
+def test_adapters_of_two_dtypes_are_the_formula(other, runs) -> None:
+    """The A of gate and up are one GEMM's operand, if they are stacked."""
     mlp, x = build(bf16, lora_dtype=f32), input_of(bf16)
-    for p in (mlp.up.lora_A, mlp.up.lora_B):
+    layer = getattr(mlp, other)
+    for p in (layer.lora_A, layer.lora_B):
         p.data = p.data.to(bf16)
     assert_formula(mlp, x)
-    assert not runs
 
 
 class Marked(nn.Parameter):
     """A parameter of a class of its own, as a sharded one's."""
 
 
-@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "bias"])
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
 @pytest.mark.parametrize("layer", ["gate", "up", "down"])
 def test_layer_with_a_parameter_of_another_class_is_called(layer, name, runs) -> None:
     mlp, x = build(), input_of()
     owner = getattr(mlp, layer)
     p = getattr(owner, name)
     owner._parameters[name] = Marked(p.detach().clone(), requires_grad=p.requires_grad)
-    assert mlp._linears(x) is None
+    assert_close(step(mlp, x), step(mlp, x, reference), 1e-12)
+    assert "forward" not in runs
 
 
 @pytest.mark.parametrize("dropout", ["in eval mode", "of 0"])
@@ -344,10 +360,11 @@ def test_layers_that_compute_in_another_dtype_are_called(runs) -> None:
     assert torch.equal(mlp(x), mlp.down(F.silu(mlp.gate(x)) * mlp.up(x))) and not runs
 
 
-def test_few_rows_are_called_layer_by_layer(runs) -> None:
-    mlp, x = build(), input_of(f64, 3)
+@pytest.mark.parametrize("shape", [(3,), (), (0,), (2, 0)], ids=str)
+def test_block_of_few_rows_is_the_formula(shape, runs) -> None:
+    mlp, x = build(), input_of(f64, *shape)
     assert_close(step(mlp, x), step(mlp, x, reference), 1e-12)
-    assert runs == []
+    assert runs == ["forward", "backward"]
 
 
 def test_what_a_layer_refuses_is_refused(runs) -> None:

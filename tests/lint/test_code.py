@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "lora_kernels"
 # Files whose functions mirror schemas, or kernels with flat arguments.
 MIRRORS = (
-    *(f"ops/{name}.py" for name in ("linear", "multi", "experts", "head")),
+    *(f"ops/{name}.py" for name in ("linear", "direct", "multi", "experts", "head")),
     *("oracle/reference.py", "backends/triton/linear.py"),
 )
 MANY, ALLOWED = 10, 5
@@ -20,6 +20,7 @@ SKIPS = 20  # calls and tables that the formatter would spread over a line for e
 # signatures of Triton kernels, whose arguments belong together in groups
 PRIVATE_OF_TORCH = {
     "torch._C._dispatch_tls_local_include_set",  # no public way to see modes and transforms
+    "torch._C._is_any_autocast_enabled",  # no public way to ask for all devices at once
     "torch._C._autograd._get_current_graph_task_keep_graph",  # no public way to see retain_graph
     "torch._C._storage_Use_Count",  # no public way to see who else holds a tensor's memory
     "torch._C._functorch.is_legacy_batchedtensor",  # no public way to see is_grads_batched

@@ -43,7 +43,7 @@ ARGUMENTS = (
     "tests/autograd/test_autocast.py tests/ops/test_dora_norm.py tests/ops/test_eager_gpu.py "
     "tests/ops/test_exact.py tests/ops/test_lora_experts.py"
 )
-COUNTS = "tests/bench/test_block_counts.py tests/interop/test_block_choices.py"
+COUNTS = "tests/bench/test_block_counts.py"
 TESTS = {
     "ops/arguments.py": ARGUMENTS,
     **dict.fromkeys(
@@ -61,11 +61,12 @@ TESTS = {
     "backends/eager/linear.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
     "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
     **dict.fromkeys(
-        ("backends/eager/siblings.py", "ops/siblings.py", "peft/siblings.py"),
-        f"tests/interop/test_siblings.py tests/interop/test_gates_and_biases.py {COUNTS}",
+        ("backends/eager/blocks.py", "ops/blocks.py", "peft/groups.py", "peft/direct.py"),
+        "tests/interop/test_groups.py tests/interop/test_mlp.py "
+        f"tests/interop/test_gates_and_biases.py {COUNTS}",
     ),
     **dict.fromkeys(
-        ("backends/eager/gated_mlp.py", "ops/gated_mlp.py", "peft/mlp.py"),
+        ("backends/eager/gated_mlp.py", "peft/mlp.py"),
         f"tests/interop/test_mlp.py tests/layers/test_gated_mlp.py {COUNTS}",
     ),
     "layers/gated_mlp.py": f"tests/layers/test_gated_mlp.py {COUNTS}",

@@ -20,4 +20,14 @@ def through_pickle(module: Any) -> Any:
     return pickle.loads(pickle.dumps(module))
 
 
+def replica_of(module: Any) -> Any:
+    """Copy the module as DataParallel does, with its parameters as plain attributes."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = replica_of(child)
+    for name, p in module._parameters.items():
+        setattr(replica, name, None if p is None else p.view_as(p))
+    return replica
+
+
 CLONES: list[Callable[[Any], Any]] = [copy.deepcopy, through_pickle, through_torch_save]

@@ -1,7 +1,7 @@
 """Layers to test: small ones of each kind, and each variant beside its formula in plain PyTorch."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -378,18 +378,20 @@ def check_memory(
     # Of each level's weight · s PyTorch keeps s, a float64 for which it calls no hook.
     numbers = 8 * len(layer.ranks) if "Hierarchical" in name else 0
     assert alive == y.numel() * y.itemsize + want + numbers - x_bytes
-    assert not hidden(y)
+    assert not hidden(y, [*layer.parameters(), *layer.buffers()])
 
 
-def hidden(y: Tensor) -> list[str]:
-    """The attributes of the graph's nodes that hold a tensor, however deep."""
+def hidden(y: Tensor, known: Iterable[Tensor] = ()) -> list[str]:
+    """The attributes of the graph's nodes that hold a tensor, however deep, in other memory than
+    that of the known ones."""
+    memory = {t.untyped_storage().data_ptr() for t in known}
 
     def inside(value: Any) -> bool:
         if isinstance(value, dict):
             return any(map(inside, value.values()))
         if isinstance(value, (tuple, list, set)):
             return any(map(inside, value))
-        return isinstance(value, Tensor)
+        return isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in memory
 
     found, todo, seen = [], [y.grad_fn], set()
     while todo:
@@ -401,5 +403,9 @@ def hidden(y: Tensor) -> list[str]:
         if type(node).__name__ == "AccumulateGrad":  # of a parameter or of x
             continue
         own = getattr(node, "__dict__", {})
-        found += [f"{node.name()}.{key}" for key, value in own.items() if inside(value)]
+        found += [
+            f"{node.name()}.{key}"
+            for key, value in own.items()
+            if key not in ("layer", "block") and inside(value)
+        ]
     return found

@@ -17,10 +17,11 @@ from triton.runtime.errors import OutOfResources
 import lora_kernels
 from lora_kernels.backends.eager import checked
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
+from lora_kernels.backends.eager.blocks import Layer
 from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
 from lora_kernels.backends.triton import elementwise, gated, launch
 from lora_kernels.core import forced
-from lora_kernels.ops.gated_mlp import Hidden, gated_mlp
+from lora_kernels.ops import blocks
 from tests.support.interpreter import set_program
 from tests.triton.device import DEVICE
 
@@ -131,27 +132,38 @@ def test_check_that_is_put_off_is_made_later(at: str, monkeypatch: pytest.Monkey
     assert eager_mlp.kernel_reason(device, torch.bfloat16) is None
 
 
-@pytest.mark.parametrize("is_private", [False, True])
-def test_gated_mlp_by_the_kernels_repeats_its_backward(is_private: bool) -> None:
+def test_gated_mlp_by_the_kernels_repeats_its_backward() -> None:
     """Kernels write to saved tensors unseen by autograd, which would not complain."""
-    torch.manual_seed(0)
-    K, R, N = 33, 5, 9
-    leaves = [torch.randn(s, device=DEVICE) for s in ((4, K), (4, K), (R, K), (N, R))]
-    W, dy = torch.randn(N, K, device=DEVICE), torch.randn(4, N, device=DEVICE)
-    g, u, A, B = (t.requires_grad_() for t in leaves)
-    made = g * 1, u * 1
-    with lora_kernels.backend("eager"):
-        y = gated_mlp(Hidden(*made, "silu", is_private), W, A, B, 0.7)
-        first, second, third = (
-            torch.autograd.grad(y, [g, u, A, B], dy, retain_graph=i < 2) for i in range(3)
-        )
+    generator = torch.Generator().manual_seed(0)
+    K, R, H = 9, 5, 33
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    layers = [
+        Layer(draw(n, k), draw(R, k).requires_grad_(), draw(n, R).requires_grad_(), None, 0.7)
+        for k, n in ((K, H), (K, H), (H, K))
+    ]
+    x, dy = draw(4, K).requires_grad_(), draw(4, K)
+    leaves = [x, *(t for layer in layers for t in layer[1:3])]
+    block = blocks.Block(layers, x.dtype, x.dtype, False, True, False, False, 0.0, "silu")
+    y = blocks.gated_mlp(x, block)
+    _, g, *_ = y.grad_fn.saved_tensors  # type: ignore[union-attr]
+    before = g.clone()
+    first, second = (torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2))
+    assert torch.equal(g, before)
+    third = torch.autograd.grad(y, leaves, dy)
     assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, third))
-    h = torch.nn.functional.silu(g) * u
-    want = torch.autograd.grad(h @ W.T + 0.7 * (h @ A.T) @ B.T, [g, u, A, B], dy)
+    assert not torch.equal(g, before)  # the last one needs no third tensor
+
+    def apply(layer: Layer, x: Tensor) -> Tensor:
+        return x @ layer.dense(x.dtype).T + layer.scaling * (x @ layer.lora_A.T) @ layer.lora_B.T
+
+    gate, up, down = layers
+    h = torch.nn.functional.silu(apply(gate, x)) * apply(up, x)
+    want = torch.autograd.grad(apply(down, h), leaves, dy)
     for got, exact in zip(first, want, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
-    overwritten = not torch.equal(made[0], g)
-    assert overwritten is is_private  # by the third
 
 
 def swapped(*args: Any) -> None:

@@ -1,0 +1,455 @@
+"""Adapted layers that share their x, and the gated MLP, in library GEMMs on a GPU.
+
+    P_i = D(x)·A_iᵀ        y_i = x·W_iᵀ + s_i·(P_i ⊙ g_i)·B_iᵀ + bias_i
+
+For many rows the layers' A are stacked: one GEMM reads x for all P, and one for all dA. dx
+accumulates in one tensor, `dx.addmm_(dy_i, W_i)`. So x is read n + 1 times for n layers in the
+forward and once in the backward. n single layers read it 2·n times and n times, and autograd adds
+n tensors dx.
+
+A call is plain if x and all A and B have one dtype and there is no gate. P and dS have that dtype
+too, and the scaling is the `beta` of the base GEMM, which accumulates onto P·Bᵀ. All other calls
+take the dtypes and the two-part operands of `linear`.
+
+The gated MLP y = down(h), h = act(g) ⊙ u, keeps g and u. Its backward makes h again, see
+`gated_mlp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, addmm, mm
+from torch.nn.functional import linear
+
+from ...core.call import Grads, Needs, Operands, Saved, Spec
+from ...core.dtypes import stat_dtype, to_dtype
+from ...core.packed4bit import Packed4bit
+from .. import decode4bit
+from . import gated_mlp
+from .linear import (
+    _add_base,
+    _expand,
+    _gradient,
+    _gradient_A,
+    _input_update,
+    _is_in_parts,
+    _scaled_mm,
+    _shrink,
+    _three_parts,
+    _widest,
+    drop,
+)
+
+
+class Layer(NamedTuple):
+    """An adapted layer's operands beside x.
+
+    Args:
+        weight: W [N, K], dense in the dtype of the base GEMM, or packed in 4 bits.
+        lora_A, lora_B: [R, K] and [N, R].
+        bias: [N] or None.
+        scaling: alpha / r.
+        rank_gate: [R] or None.
+    """
+
+    weight: Tensor | Packed4bit
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    scaling: float
+    rank_gate: Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return W; a 4-bit weight is decoded to `dtype`."""
+        weight = self.weight
+        if type(weight) is Packed4bit:
+            return decode4bit.dense(weight, (self[2].shape[0], self[1].shape[1]), dtype)
+        return cast(Tensor, weight)
+
+
+class Dropped(NamedTuple):
+    """A dropout mask that PyTorch's kernel drew, bool [M, K], and the probability."""
+
+    mask: Tensor
+    p: float
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return D(x), or D's gradient."""
+        return drop(x, self.p, mask=self.mask).x
+
+
+class BlockNeeds(NamedTuple):
+    """The gradients that are needed, True or False a layer. bias, rank_gate: empty if none is."""
+
+    x: bool
+    lora_A: Sequence[bool]
+    lora_B: Sequence[bool]
+    bias: Sequence[bool]
+    rank_gate: Sequence[bool]
+
+
+class BlockGrads(NamedTuple):
+    """The gradients; None for a gradient that is not needed. bias and rank_gate: in P's dtype."""
+
+    x: Tensor | None
+    lora_A: list[Tensor | None]
+    lora_B: list[Tensor | None]
+    bias: list[Tensor | None]
+    rank_gate: list[Tensor | None]
+
+
+# One plain layer
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    p: Tensor,
+    layer: Layer,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute dx, dA and dB of one plain layer. x [M, K] is None if no dA is needed."""
+    _, lora_A, lora_B, _, scaling, _ = layer
+    dx = dA = dB = None
+    if need_x:  # while nothing is held beside a decoded weight
+        dx = mm(dy, layer.dense(dy.dtype))
+    if need_B:
+        dB = _scaled_mm(dy.t(), p, scaling)
+    if need_x or need_A:
+        ds = _scaled_mm(dy, lora_B, scaling)
+        if need_A:
+            dA = mm(ds.t(), cast(Tensor, x))
+        if dx is not None:
+            dx.addmm_(ds, lora_A)
+    return dx, dA, dB
+
+
+# Layers of one x
+
+
+def linear_output(
+    x: Tensor, layer: Layer, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return y [M, N], P [M, R] and the dropout mask of one plain layer, for x [M, K]."""
+    weight, lora_A, lora_B, bias, scaling, _ = layer
+    base = mask = None
+    if type(weight) is Packed4bit:  # before anything else is held beside a decoded weight
+        base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
+    if dropout_p:
+        dropped, mask = torch.native_dropout(x, dropout_p, True)
+        p = linear(dropped, lora_A)
+        del dropped
+    else:
+        p = linear(x, lora_A)
+    if base is not None:
+        return base.addmm_(p, lora_B.t(), alpha=scaling), p, mask
+    if type(weight) is Packed4bit:
+        weight = layer.dense(x.dtype)
+    if bias is None:  # the base GEMM accumulates
+        y = linear(p, lora_B).addmm_(x, cast(Tensor, weight).t(), beta=scaling)
+    else:
+        y = addmm(to_dtype(bias, x.dtype), p, lora_B.t(), alpha=scaling)
+        y.addmm_(x, cast(Tensor, weight).t())
+    return y, p, mask
+
+
+def linears(
+    x: Tensor, layers: Sequence[Layer], is_plain: bool, is_stacked: bool
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Return each y_i [M, N_i] in the dtype of x [M, K], and each P_i [M, R_i].
+
+    Args:
+        is_plain: see the module.
+        is_stacked: whether one GEMM computes all P. It copies the A, which pays for many rows.
+    """
+    ps: Sequence[Tensor]
+    if is_stacked:
+        stacked = torch.cat([layer.lora_A for layer in layers])
+        p = linear(x, stacked) if is_plain else _shrink(x, stacked, 0)
+        del stacked
+        ps = p.split_with_sizes([layer.lora_A.shape[0] for layer in layers], 1)
+    elif is_plain:
+        ps = [linear(x, layer.lora_A) for layer in layers]
+    else:
+        ps = [_shrink(x, layer.lora_A, 0) for layer in layers]
+    if is_plain:
+        return [_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
+    return [_general_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
+
+
+def _output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
+    """Return y [M, N] of a plain layer."""
+    weight, _, lora_B, bias, scaling, _ = layer
+    if type(weight) is Packed4bit:
+        y = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
+        if y is not None:
+            return y.addmm_(p, lora_B.t(), alpha=scaling)
+        weight = layer.dense(x.dtype)
+    if bias is None:  # the base GEMM accumulates
+        return linear(p, lora_B).addmm_(x, cast(Tensor, weight).t(), beta=scaling)
+    update = addmm(to_dtype(bias, x.dtype), p, lora_B.t(), alpha=scaling)
+    return update.addmm_(x, cast(Tensor, weight).t())
+
+
+def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
+    weight, _, lora_B, bias, scaling, gate = layer
+    base = None
+    if isinstance(weight, Packed4bit):
+        base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
+    s = p if gate is None else p * gate
+    if base is not None:
+        return _expand(s, lora_B, x, scaling, onto=base)
+    z = _expand(s, lora_B, x, scaling, bias)
+    return _add_base(z, x, layer.dense(x.dtype).t(), x.dtype, x.dtype)
+
+
+def linears_backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    ps: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    needs: BlockNeeds,
+    is_plain: bool,
+    dropped: Dropped | None = None,
+) -> BlockGrads:
+    """Compute the gradients, dx as [M, K].
+
+    Args:
+        dys: [M, N_i]; None for a y without a gradient.
+        x: [M, K]; None if no dA is needed.
+        ps: P_i [M, R_i]; None if neither dB nor a gate's gradient is needed.
+        layers, is_plain: as in the forward.
+        dropped: the mask of the forward, of one layer.
+    """
+    need_x, need_A, need_B, need_bias, need_gate = needs
+    none: list[Tensor | None] = [None] * len(layers)
+    dA, dB = none, none.copy()
+    dbias: list[Tensor | None] = [None] * len(need_bias)
+    dg: list[Tensor | None] = [None] * len(need_gate)
+    grads = BlockGrads(None, dA, dB, dbias, dg)
+    given = [i for i, dy in enumerate(dys) if dy is not None]
+    if not need_x:  # a layer may be frozen
+        given = [i for i in given if any([each[i] for each in needs[1:] if each])]
+    if not given:
+        return grads
+    for i in given if need_bias else ():
+        if need_bias[i]:
+            dy = cast(Tensor, dys[i])
+            dbias[i] = dy.sum(0, dtype=stat_dtype(dy.dtype))
+    if not is_plain:
+        return _general_backward(grads, dys, x, ps, layers, given, needs)
+    need_any_A = any(need_A)
+    dx: Tensor | None = None
+    ds: Tensor | None = None
+    if need_x or need_any_A:
+        ranks = [layers[i].lora_A.shape[0] for i in given]
+        first = cast(Tensor, dys[given[0]])
+        ds = first.new_empty(first.shape[0], sum(ranks))
+        parts = ds.split_with_sizes(ranks, 1) if len(given) > 1 else (ds,)
+    for n, i in enumerate(given):
+        dy, layer = cast(Tensor, dys[i]), layers[i]
+        weight, _, lora_B, _, scaling, _ = layer
+        if need_x and dropped is None:  # while nothing large is held beside a decoded weight
+            if type(weight) is Packed4bit:
+                weight = layer.dense(dy.dtype)
+            dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)  # type: ignore[arg-type]
+        del weight
+        if need_B[i]:
+            dB[i] = _scaled_mm(dy.t(), cast(Tensor, ps[i]), scaling)
+        if ds is not None:
+            addmm(parts[n], dy, lora_B, beta=0, alpha=scaling, out=parts[n])
+    if ds is None:
+        return grads
+    if need_any_A:
+        stacked = mm(ds.t(), cast(Tensor, x) if dropped is None else dropped.apply(cast(Tensor, x)))
+        of_layers = stacked.split_with_sizes(ranks) if len(given) > 1 else (stacked,)
+        for i, part in zip(given, of_layers, strict=True):
+            if need_A[i]:
+                dA[i] = part
+    if not need_x:
+        return grads
+    A = layers[given[0]].lora_A if len(given) == 1 else torch.cat([layers[i].lora_A for i in given])
+    if dropped is None:
+        return grads._replace(x=cast(Tensor, dx).addmm_(ds, A))
+    dx, (i,) = dropped.apply(mm(ds, A)), given
+    dy = cast(Tensor, dys[i])
+    return grads._replace(x=dx.addmm_(dy, layers[i].dense(dy.dtype)))
+
+
+def _general_backward(
+    grads: BlockGrads,
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    ps: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    given: Sequence[int],
+    needs: BlockNeeds,
+) -> BlockGrads:
+    """Compute the gradients of a block that is not plain; those of the biases are in `grads`."""
+    need_x, need_A, need_B, _, need_gate = needs
+    dx: Tensor | None = None
+    ds_of = []
+    for i in given:
+        dy, p, layer = cast(Tensor, dys[i]), ps[i], layers[i]
+        gate = layer.rank_gate
+        if need_x:
+            weight = layer.dense(dy.dtype)
+            dx = mm(dy, weight) if dx is None else _add_base(dx, dy, weight, dy.dtype, dy.dtype)
+            del weight
+        a = dy if _is_in_parts(dy, layer.lora_B) else to_dtype(dy, _widest(dy, layer.lora_B))
+        if need_B[i]:
+            gated = cast(Tensor, p) if gate is None else cast(Tensor, p) * gate
+            grads.lora_B[i] = _gradient(a, gated, layer.scaling, layer.lora_B)
+        ds = _shrink(a, layer.lora_B, 1, layer.scaling)
+        if need_gate and need_gate[i]:
+            grads.rank_gate[i] = (ds * cast(Tensor, p)).sum(0)
+        ds_of.append(ds if gate is None else ds * gate)
+        del a, ds  # before the next layer's float32 copies
+    if not (need_x or any(need_A)):
+        return grads
+    ranks = [t.shape[1] for t in ds_of]
+    ds = torch.cat(ds_of, dim=1) if len(given) > 1 else ds_of[0]
+    del ds_of
+    stacked = torch.cat([layers[i].lora_A for i in given])
+    dtype = cast(Tensor, dys[given[0]]).dtype
+    in_parts = _is_in_parts(ds, stacked, dtype)
+    parts = _three_parts(ds, dtype, 1, lo_first=False) if in_parts else None
+    if any(need_A):
+        found = _gradient_A(ds, parts, cast(Tensor, x), stacked).split(ranks)
+        for i, part in zip(given, found, strict=True):
+            if need_A[i]:
+                grads.lora_A[i] = part
+    if dx is not None:
+        dx = to_dtype(_input_update(ds, parts, stacked, dtype, onto=dx), dtype)
+    return grads._replace(x=dx)
+
+
+def batched_backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    ps: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    has_others: bool,
+    dropped: Dropped | None = None,
+) -> BlockGrads:
+    """Compute the gradients for several dy at once (`is_grads_batched=True`).
+
+    Its ops write to no argument, because PyTorch slices a batched tensor for such ops alone.
+    Gradients that are not needed are computed too, unless x or P is None.
+    has_others: whether those of biases and gates are returned.
+    """
+    grads = BlockGrads(None, [], [], [], [])
+    dx: Tensor | None = None
+    for dy, p, layer in zip(dys, ps, layers, strict=True):
+        dA = dB = dbias = dg = None
+        if dy is not None:
+            _, A, B, _, scaling, gate = layer
+            wide = _widest(dy, A, B)
+            a = dy.to(wide)
+            ds = torch.mul(a @ B.to(wide), scaling)
+            gated = ds if gate is None else ds * gate
+            update = gated @ A.to(gated.dtype)
+            update = update if dropped is None else dropped.apply(update)
+            own_dx = dy @ layer.dense(dy.dtype) + update.to(dy.dtype)
+            dx = own_dx if dx is None else dx + own_dx
+            if x is not None:
+                z = x if dropped is None else dropped.apply(x)
+                dA = (gated.t() @ z.to(gated.dtype)).to(A.dtype)
+            if p is not None:
+                s = p if gate is None else p * gate
+                wide = _widest(a, s)
+                dB = torch.mul(a.t().to(wide) @ s.to(wide), scaling).to(B.dtype)
+                dg = None if gate is None else (ds * p).sum(0)
+            dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
+        grads.lora_A.append(dA)
+        grads.lora_B.append(dB)
+        if has_others:
+            grads.bias.append(dbias)
+            grads.rank_gate.append(dg)
+    return grads._replace(x=dx)
+
+
+def add_update_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    dropout_p: float,
+) -> Saved:
+    """Add scaling·((D(x)·Aᵀ) ⊙ g)·Bᵀ to y [M, N] in place, for x [M, K] of y's dtype.
+
+    Returns P and the dropout mask, which `linear.lora_linear_backward` takes.
+    """
+    dropped, _, mask = drop(x, dropout_p)
+    is_plain = lora_A.dtype is lora_B.dtype is y.dtype and rank_gate is None
+    p = linear(dropped, lora_A) if is_plain else _shrink(dropped, lora_A, 0)
+    _expand(p if rank_gate is None else p * rank_gate, lora_B, y, scaling, onto=y)
+    return Saved(p, None, mask)
+
+
+# The gated MLP
+
+
+def batched_mlp_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    g: Tensor,
+    u: Tensor,
+    ps: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    has_others: bool,
+    activation: str,
+) -> BlockGrads:
+    """Compute the gradients for several dy at once, as `batched_backward` does."""
+    h = gated_mlp.gated(g, u, activation)
+    of_down = batched_backward((dy,), h, ps[2:], layers[2:], has_others)
+    dgu = gated_mlp.split_gradient(g, u, of_down.x, activation)
+    dx, *others = batched_backward(dgu, x, ps[:2], layers[:2], has_others)
+    return BlockGrads(dx, *(a + b for a, b in zip(others, of_down[1:], strict=True)))
+
+
+def down_backward(
+    dy: Tensor,
+    g: Tensor,
+    u: Tensor,
+    p: Tensor | None,
+    layer: Layer,
+    needs: Needs,
+    is_plain: bool,
+    in_place: bool,
+    activation: str,
+) -> tuple[Tensor | None, Tensor | None, Grads]:
+    """Compute dg and du [M, H], and the gradients of the down-projection of h = act(g) ⊙ u.
+
+    Args:
+        dy: [M, N].
+        g, u: [M, H], contiguous.
+        needs: of the down-projection. x: whether dg and du are needed.
+        in_place: whether g and u may be overwritten.
+    """
+    weight, lora_A, lora_B, _, scaling, gate = layer
+    if not (is_plain and needs.x):
+        operands = Operands(g, weight, lora_A, lora_B, gate)
+        saved = Saved(dy.new_empty(dy.shape[0], lora_A.shape[0]) if p is None else p)
+        spec = Spec(scaling, 0.0, g.dtype, g.dtype)
+        return gated_mlp.down_backward(dy, g, u, operands, saved, spec, needs, in_place, activation)
+    dA = dB = dbias = None
+    dense = layer.dense(dy.dtype)
+    dh = mm(dy, dense)
+    del dense
+    if needs.lora_B:
+        dB = _scaled_mm(dy.t(), cast(Tensor, p), scaling)
+    if needs.bias:
+        dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
+    ds = _scaled_mm(dy, lora_B, scaling)
+    dg, du, h = gated_mlp.gated_backward(g, u, dh.addmm_(ds, lora_A), in_place, activation)
+    if needs.lora_A:
+        dA = mm(ds.t(), h)
+    return dg, du, Grads(None, dA, dB, None, None, dbias)

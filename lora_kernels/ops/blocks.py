@@ -1,0 +1,589 @@
+"""Autograd Functions of the eager backend's GPU path: a layer, layers that share their x, and the
+gated MLP; no mathematics (see `backends.eager.blocks`).
+
+One Function is a whole block, because the host's time for a Function and its node in the graph is
+that of several launches. The backward reads weights and adapters as attributes of its context, not
+as saved tensors: checkpointing would keep each of them in a slot, and offloading would copy them.
+An error tells of a write to them in between, as autograd does. Copies of them in another dtype are
+saved.
+
+The code runs once a layer and direction, so it is written for few Python calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch._C import _dispatch_tls_local_include_set, _is_any_autocast_enabled
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch.autograd import forward_ad
+
+from ..backends import library
+from ..backends.eager import blocks as eager
+from ..backends.eager import gated_mlp as eager_mlp
+from ..backends.eager.blocks import BlockGrads, BlockNeeds, Dropped, Layer
+from ..backends.eager.linear import UPCAST_ROWS
+from ..backends.rows import set_leading_dims_
+from ..choice import verdicts
+from ..core import forced
+from ..core.call import Needs, Operands, Spec
+from ..core.dtypes import to_dtype
+from ..core.packed4bit import Packed4bit
+from . import context, linear
+from .arguments import FLOATS
+from .autograd import differentiable_once
+
+_PLAIN = Tensor, torch.nn.Parameter
+_BY_DEFAULT = None, "eager"
+_KEYS = context.KEYS, context.INFERENCE_KEYS
+_CHANGED = (
+    "one of the variables needed for gradient computation has been modified by an inplace "
+    "operation: the weight or the adapter of a layer that lora_kernels computes"
+)
+
+
+def can_run(x: Any) -> bool:
+    """Return True if x is a plain tensor on the eager backend's GPU path that nothing observes.
+
+    A mode may replay single ops, as selective checkpointing does.
+    """
+    if type(x) not in _PLAIN:
+        return False
+    # The backward's thread knows no other backend than the one entered last.
+    if forced.entered not in _BY_DEFAULT or forced.current.get().backend not in _BY_DEFAULT:
+        return False
+    if x.is_cpu and not (library.emulates_gpu and forced.entered == "eager"):
+        return False
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if _dispatch_tls_local_include_set() in _KEYS:
+        return True
+    return x.is_meta and context.unfused_context() is None  # a counter looks
+
+
+def cast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return autocast's dtype for x; None if it is off."""
+    if not _is_any_autocast_enabled():
+        return None
+    return context.autocast_dtype(context.device_of(x)[0], x.dtype)
+
+
+class Block(NamedTuple):
+    """The arguments of a block that are not differentiated.
+
+    Args:
+        layers: those of one x; of an MLP gate, up and down.
+        dtype: of the base GEMMs, and of x in them.
+        y_dtype: of each y.
+        casts: whether A, B and dense weights are cast to `dtype`; else dense weights have it.
+        is_plain: whether all have `dtype` then, and there is no gate.
+        is_stacked: whether one GEMM computes P of all layers of one x.
+        has_others: whether a bias or a gate may need a gradient.
+        dropout_p: of one layer, in a plain block.
+        activation: of an MLP: "silu", "gelu_tanh" or "gelu".
+    """
+
+    layers: Sequence[Layer]
+    dtype: torch.dtype
+    y_dtype: torch.dtype
+    casts: bool
+    is_plain: bool
+    is_stacked: bool
+    has_others: bool
+    dropout_p: float
+    activation: str
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return what may need a gradient: all A, all B, and then all biases and all gates."""
+        layers = self.layers
+        found = [layer[1] for layer in layers]
+        found += [layer[2] for layer in layers]
+        if self.has_others:
+            return [*found, *(layer.bias for layer in layers), *(g.rank_gate for g in layers)]
+        return cast(list[Tensor | None], found)
+
+
+def call_linear(
+    x: Tensor,
+    layer: Layer,
+    compute_dtype: torch.dtype | None,
+    dropout_p: float = 0.0,
+    casts_adapters: bool = False,
+    keeps_x_dtype: bool = False,
+) -> Tensor | None:
+    """Return y [..., N] of one layer; None if `lora_linear` must be called.
+
+    Args:
+        layer: whose weight is frozen.
+        compute_dtype, casts_adapters, keeps_x_dtype: as in `make_block`.
+    """
+    if not can_run(x):
+        return None
+    weight, A, B, bias, _, _ = layer
+    dtype, is_packed = x.dtype, type(weight) is Packed4bit
+    if (
+        dropout_p
+        or casts_adapters
+        or not (type(A) in _PLAIN and type(B) in _PLAIN and A.dtype is B.dtype is dtype)
+        or not (compute_dtype in (None, dtype) if is_packed else type(weight) in _PLAIN)
+        or not (is_packed or weight.dtype is dtype)  # type: ignore[union-attr]
+        or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
+        or _is_any_autocast_enabled()
+        or (x.is_cuda and _has_verdict(x))
+        or A.device != x.device
+        or dtype not in FLOATS
+    ):
+        if A is None or B is None or weight is None:
+            return None
+        block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype, dropout_p)
+        return None if block is None else linears(x, block)[0]
+    if x.shape[-1:] != A.shape[1:] or x.device != A.device:
+        return None
+    if not is_packed and weight.requires_grad:  # type: ignore[union-attr]
+        return None
+    if torch.is_grad_enabled():
+        return LinearFunction.apply(x, A, B, layer)  # type: ignore[no-any-return]
+    return _linear(x, layer)
+
+
+def plain_block(x: Tensor, layers: Sequence[Layer], activation: str = "") -> Block | None:
+    """Return the block of plain layers without autocast, whose dtypes are x's; None if not."""
+    if _is_any_autocast_enabled() or (x.is_cuda and _has_verdict(x)):
+        return None
+    dtype, K, device = x.dtype, x.shape[-1:], x.device
+    for layer in layers:
+        if layer[1].device != device:
+            return None
+    if dtype not in FLOATS or layers[0][1].shape[1:] != K:
+        return None
+    is_stacked = x.numel() > UPCAST_ROWS * K[0]
+    return Block(layers, dtype, dtype, False, True, is_stacked, False, 0.0, activation)
+
+
+def make_block(
+    x: Tensor,
+    layers: Sequence[Layer],
+    compute_dtypes: Sequence[torch.dtype | None],
+    casts_adapters: bool = False,
+    keeps_x_dtype: bool = False,
+    dropout_p: float = 0.0,
+    activation: str = "",
+) -> Block | None:
+    """Return the block that computes the layers for an x of `can_run`; None if there is none.
+
+    Args:
+        layers: whose weights are frozen.
+        compute_dtypes: of each layer's base GEMM without autocast, over a 4-bit weight.
+        casts_adapters: whether A and B are cast to x's dtype.
+        keeps_x_dtype: whether a layer over 4 bits returns x's dtype under autocast too, as
+            bitsandbytes' does.
+        dropout_p: of one layer.
+        activation: of a gated MLP, whose layers are gate, up and down.
+    """
+    shape, x_dtype, device = x.shape, x.dtype, x.device
+    if x_dtype not in FLOATS or shape[-1:] != layers[0][1].shape[1:]:
+        return None
+    autocast = cast_dtype(x)
+    dtype, casts = autocast or x_dtype, casts_adapters or autocast is not None
+    is_plain, has_others, packed = True, False, 0
+    for i, (weight, A, B, bias, _, gate) in enumerate(layers):
+        if not (type(A) in _PLAIN and type(B) in _PLAIN and A.device == device):
+            return None
+        if isinstance(weight, Packed4bit):
+            packed += 1
+            if autocast is None and compute_dtypes[i] not in (None, dtype):
+                return None
+        elif (
+            type(weight) not in _PLAIN
+            or weight.requires_grad
+            or (autocast is None and weight.dtype is not dtype)
+        ):
+            return None
+        if gate is not None:
+            is_plain, has_others = False, True
+        elif bias is not None and bias.requires_grad:
+            has_others = True
+        if not (casts or A.dtype is B.dtype is dtype):
+            if A.dtype is not layers[0][1].dtype or torch.float64 in (dtype, A.dtype, B.dtype):
+                return None
+            is_plain = False
+    if not is_plain and (dropout_p or len(layers) == 1):
+        return None
+    if x.is_cuda and _has_verdict(x) and not all(_is_eager(x, each, dtype) for each in layers):
+        return None
+    y_dtype = dtype
+    if keeps_x_dtype and packed and dtype is not x_dtype:
+        if packed < len(layers) and not activation:
+            return None  # the results have two dtypes
+        # An MLP's h has autocast's dtype over a dense gate and up, and then y.
+        if type(layers[-1][0]) is Packed4bit and (packed > 1 or not activation):
+            y_dtype = x_dtype
+    is_stacked = len(layers) > 1 and x.numel() > UPCAST_ROWS * shape[-1]
+    return Block(
+        layers, dtype, y_dtype, casts, is_plain, is_stacked, has_others, dropout_p, activation
+    )
+
+
+def _has_verdict(x: Tensor) -> bool:
+    """Return True if kernels of this package qualified on x's GPU."""
+    return isinstance(verdicts.current(x.get_device()), verdicts.Verdict)
+
+
+def _is_eager(x: Tensor, layer: Layer, dtype: torch.dtype) -> bool:
+    """Return True if no verdict gives the layer's call to a kernel of this package."""
+    K = layer.lora_A.shape[1]
+    rows = x.new_empty((), dtype=dtype).expand(x.numel() // x.shape[-1], K)
+    operands = Operands(rows, layer.weight, layer.lora_A, layer.lora_B, layer.rank_gate)
+    return linear.choose(operands, Spec(1.0, 0.0, dtype, dtype)).backend == "eager"
+
+
+def linears(x: Tensor, block: Block) -> Sequence[Tensor]:
+    """Return each y_i [..., N_i] for x [..., K]."""
+    if torch.is_grad_enabled():
+        return LinearsFunction.apply(x, block, *block.tensors())  # type: ignore[no-any-return]
+    layers, dtype, y_dtype, casts, is_plain, is_stacked, _, dropout_p, _ = block
+    rows = _rows(x, dtype)
+    if casts:
+        layers = _cast(layers, dtype)
+    if len(layers) == 1:
+        ys = [eager.linear_output(rows, layers[0], dropout_p)[0]]
+    else:
+        with context.NOTHING if is_plain else context.no_autocast(x):
+            ys, _ = eager.linears(rows, layers, is_plain, is_stacked)
+    leading = x.shape[:-1]
+    return [set_leading_dims_(to_dtype(y, y_dtype), leading) for y in ys]
+
+
+def gated_mlp(x: Tensor, block: Block) -> Tensor:
+    """Return y = down(act(gate(x)) ⊙ up(x)) [..., N] for x [..., K]."""
+    if torch.is_grad_enabled():
+        return GatedMLPFunction.apply(x, block, *block.tensors())  # type: ignore[no-any-return]
+    layers, dtype, y_dtype, casts, is_plain, is_stacked, _, _, activation = block
+    if casts:
+        layers = _cast(layers, dtype)
+    with context.NOTHING if is_plain else context.no_autocast(x):
+        (g, u), _ = eager.linears(_rows(x, dtype), layers[:2], is_plain, is_stacked)
+        h = eager_mlp.gated(g, u, activation)
+        del g, u
+        y, _ = _down(h, layers[2], is_plain)
+    return set_leading_dims_(to_dtype(y, y_dtype), x.shape[:-1])
+
+
+def _linear(x: Tensor, layer: Layer) -> Tensor:
+    """Return y of one plain layer."""
+    shape = x.shape
+    if len(shape) == 2:
+        return eager.linear_output(x, layer)[0]
+    rows = x.reshape(-1, shape[-1])
+    return set_leading_dims_(eager.linear_output(rows, layer)[0], shape[:-1])
+
+
+def _down(h: Tensor, layer: Layer, is_plain: bool) -> tuple[Tensor, Tensor]:
+    """Return y and P of the down-projection."""
+    if is_plain:
+        return eager.linear_output(h, layer)[:2]
+    (y,), (p,) = eager.linears(h, (layer,), False, False)
+    return y, p
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _cast(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
+    """Return the layers with A, B and a dense weight in `dtype`."""
+    return [
+        Layer(
+            weight if type(weight) is Packed4bit else to_dtype(cast(Tensor, weight), dtype),
+            to_dtype(A, dtype),
+            to_dtype(B, dtype),
+            bias,
+            scaling,
+            gate,
+        )
+        for weight, A, B, bias, scaling, gate in layers
+    ]
+
+
+def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
+    """Return for each layer the sum of the versions of what the backward reads, which only grow.
+
+    Empty if one of them is an inference tensor, which has none.
+    """
+    found = []
+    try:
+        for weight, A, B, _, _, gate in layers:
+            total = 0
+            if need_x:
+                total += (weight[0] if type(weight) is Packed4bit else weight)._version  # type: ignore[union-attr]
+            if not casts:
+                total += B._version + A._version if need_x else B._version
+            if gate is not None:
+                total += gate._version
+            found.append(total)
+    except RuntimeError:
+        return []
+    return found
+
+
+def _layer_tensors(ctx: Any) -> list[Any]:
+    """Return what a backward may read of its context, and what may need a gradient."""
+    layers = ctx.block.layers if hasattr(ctx, "block") else (ctx.layer,)
+    return [t for layer in layers for t in (layer[1], layer[2], layer[5])]
+
+
+class _BlockFunction(torch.autograd.Function):
+    """A Function whose `finish(ctx, *compute(ctx, saved, *dys))` is its backward.
+
+    Autocast is disabled in it, and the results raise if they are differentiated. The saved tensors
+    are freed before `finish` casts the gradients.
+    """
+
+    finish: Any = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        compute: Any = cls.compute  # type: ignore[attr-defined]
+        finish = cls.finish
+
+        def compute_and_finish(ctx: Any, saved: Any, *dys: Any) -> Any:
+            grads = compute(ctx, saved, *dys)
+            return grads if finish is None else finish(ctx, *grads)
+
+        run = differentiable_once(compute_and_finish, _layer_tensors)
+
+        def backward(ctx: Any, *dys: Any) -> Any:
+            if torch.is_grad_enabled() or _is_any_autocast_enabled():
+                dy = next((dy for dy in dys if dy is not None), None)
+                if dy is not None:
+                    with context.no_autocast(dy):
+                        return run(ctx, *dys)
+            grads = compute(ctx, ctx.saved_tensors, *dys)
+            if finish is None:
+                return grads
+            ctx.maybe_clear_saved_tensors()
+            return finish(ctx, *grads)
+
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
+        # Without asking in each call which of backward and vjp the class has.
+        cls._backward_cls.apply = backward  # type: ignore[attr-defined]
+
+
+class LinearFunction(_BlockFunction):
+    """One plain layer: x [..., K] -> y [..., N]. Saves x for dA, and P [M, R]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, layer: Layer) -> Tensor:
+        shape = x.shape
+        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        y, p, _ = eager.linear_output(rows, layer)
+        need_x, need_A, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_A else None, p)
+        ctx.layer, ctx.version, ctx.x_shape = layer, _versions((layer,), need_x, False), shape
+        return y if len(shape) == 2 else set_leading_dims_(y, shape[:-1])
+
+    @staticmethod
+    def compute(ctx: Any, saved: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, p = saved
+        layer, shape = ctx.layer, ctx.x_shape
+        need_x, need_A, need_B, _ = ctx.needs_input_grad
+        if ctx.version != _versions((layer,), need_x, False):
+            raise RuntimeError(_CHANGED)
+        if context.is_batched(dy):
+            rows = None if x is None else x.reshape(-1, shape[-1])
+            dy = dy.reshape(-1, dy.shape[-1])
+            dx, (dA,), (dB,), *_ = eager.batched_backward((dy,), rows, (p,), (layer,), False)
+            return cast(Tensor, dx).reshape(shape), dA, dB, None
+        if len(shape) == 2:
+            dx, dA, dB = eager.linear_backward(dy, x, p, layer, need_x, need_A, need_B)
+            return dx, dA, dB, None
+        dy = dy.reshape(-1, dy.shape[-1])
+        x = None if x is None else x.reshape(-1, shape[-1])
+        dx, dA, dB = eager.linear_backward(dy, x, p, layer, need_x, need_A, need_B)
+        return None if dx is None else dx.view(shape), dA, dB, None
+
+
+def _copies(layers: Sequence[Layer], originals: Sequence[Layer]) -> list[Any]:
+    """Return the copies that `_cast` made of each layer's tensors; None for a weight that was not
+    copied."""
+    copies: list[Any] = []
+    for layer, original in zip(layers, originals, strict=True):
+        copies += layer[0] if layer[0] is not original[0] else None, layer[1], layer[2]
+    return copies
+
+
+def _load(
+    ctx: Any, copies: Sequence[Any], need_x: bool, dys: Sequence[Tensor | None] | None = None
+) -> Sequence[Layer]:
+    """Return the layers as the forward had them. RuntimeError if their tensors have changed.
+
+    dys: of the layers; one without may have computed its result anew, with changed tensors.
+    """
+    block: Block = ctx.block
+    layers, casts = block.layers, block.casts
+    now = _versions(layers, need_x, casts)
+    if ctx.version != now:
+        of_each = zip(ctx.version, now, dys or now, strict=True)
+        if any(then != later and dy is not None for then, later, dy in of_each):
+            raise RuntimeError(_CHANGED)
+    if not casts:
+        return layers
+    copied = zip(layers, copies[::3], copies[1::3], copies[2::3], strict=True)
+    return [
+        Layer(weight if copy is None else copy, A, B, bias, scaling, gate)
+        for (weight, _, _, bias, scaling, gate), copy, A, B in copied
+    ]
+
+
+def _used(ps: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Return each P whose dB or gate's gradient is needed. needs: of all A, all B and others."""
+    n = len(ps)
+    need_B, need_gate = needs[n : 2 * n], needs[3 * n :] or (False,) * n
+    if all(need_B):
+        return ps
+    return [p if need_B[i] or need_gate[i] else None for i, p in enumerate(ps)]
+
+
+def _input_grads(
+    ctx: Any, dx: Tensor | None, dA: list[Any], dB: list[Any], dbias: list[Any], dg: list[Any]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the Function's arguments, each in its tensor's shape and dtype."""
+    block: Block = ctx.block
+    if dx is not None:
+        if block.dtype is not ctx.x_dtype:
+            dx = dx.to(ctx.x_dtype)
+        if len(ctx.x_shape) != 2:
+            dx = dx.view(ctx.x_shape)
+    if block.casts:
+        _cast_grads(dB, [layer[2] for layer in block.layers])
+        _cast_grads(dA, [layer[1] for layer in block.layers])
+    if not block.has_others:
+        return dx, None, *dA, *dB
+    _cast_grads(dbias, [layer[3] for layer in block.layers])
+    _cast_grads(dg, [layer[5] for layer in block.layers])
+    return dx, None, *dA, *dB, *dbias, *dg
+
+
+def _cast_grads(grads: list[Any], tensors: Sequence[Any]) -> None:
+    """Cast each gradient in the list to its tensor's dtype."""
+    for i, t in enumerate(tensors):
+        if grads[i] is not None:
+            grads[i] = to_dtype(grads[i], t.dtype)
+
+
+class LinearsFunction(_BlockFunction):
+    """x [..., K] -> each y_i [..., N_i]. Saves x for dA, and P [M, R] for dB and dg."""
+
+    finish = staticmethod(_input_grads)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        layers, dtype, y_dtype, casts, is_plain, is_stacked, _, dropout_p, _ = block
+        shape, mask = x.shape, None
+        rows = x if len(shape) == 2 and x.dtype is dtype else _rows(x, dtype)
+        ys: list[Tensor]
+        ps: Sequence[Tensor]
+        if casts:
+            layers = _cast(layers, dtype)
+        if len(layers) == 1:  # which is plain
+            y, p, mask = eager.linear_output(rows, layers[0], dropout_p)
+            ys, ps = [y], [p]
+        else:
+            with context.NOTHING if is_plain else context.no_autocast(x):
+                ys, ps = eager.linears(rows, layers, is_plain, is_stacked)
+        needs = ctx.needs_input_grad[2:]
+        kept = None
+        if any(needs[: len(layers)]):
+            kept = x if x.dtype is dtype else rows
+        copies = _copies(layers, block.layers) if casts else ()
+        ctx.save_for_backward(kept, mask, *_used(ps, needs), *copies)
+        ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
+        ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
+        if len(shape) != 2 or y_dtype is not dtype:
+            ys = [set_leading_dims_(to_dtype(y, y_dtype), shape[:-1]) for y in ys]
+        if not ctx.needs_input_grad[0]:  # a frozen layer's y needs no gradient
+            n = len(layers)
+            ctx.mark_non_differentiable(*[y for i, y in enumerate(ys) if not any(needs[i::n])])
+        return tuple(ys)
+
+    @staticmethod
+    def compute(ctx: Any, saved: Any, *dys: Any) -> BlockGrads:
+        block: Block = ctx.block
+        n, dtype = len(block.layers), block.dtype
+        x, mask, *others = saved
+        need_x, _, *needs = ctx.needs_input_grad
+        layers = _load(ctx, others[n:], need_x, dys)
+        is_batched = any([dy is not None and context.is_batched(dy) for dy in dys])
+        dys = tuple([None if dy is None else _rows(dy, dtype) for dy in dys])
+        x, ps = None if x is None else _rows(x, dtype), others[:n]
+        dropped = None if mask is None else Dropped(mask, block.dropout_p)
+        if is_batched:
+            return eager.batched_backward(dys, x, ps, layers, block.has_others, dropped)
+        need = BlockNeeds(need_x, needs[:n], needs[n : 2 * n], needs[2 * n : 3 * n], needs[3 * n :])
+        return eager.linears_backward(dys, x, ps, layers, need, block.is_plain, dropped)
+
+
+class GatedMLPFunction(_BlockFunction):
+    """x [..., K] -> y [..., N]. Saves x for dA, g and u, and each P for dB and dg."""
+
+    finish = staticmethod(_input_grads)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, *tensors: Any) -> Tensor:
+        layers, dtype, y_dtype, casts, is_plain, is_stacked, _, _, activation = block
+        rows = _rows(x, dtype)
+        if casts:
+            layers = _cast(layers, dtype)
+        with context.NOTHING if is_plain else context.no_autocast(x):
+            (g, u), ps = eager.linears(rows, layers[:2], is_plain, is_stacked)
+            h = eager_mlp.gated(g, u, activation)
+            y, p_down = _down(h, layers[2], is_plain)
+        del h
+        needs = ctx.needs_input_grad[2:]
+        kept = None if not (needs[0] or needs[1]) else x if x.dtype is dtype else rows
+        copies = _copies(layers, block.layers) if casts else ()
+        ctx.save_for_backward(kept, g, u, *_used((*ps, p_down), needs), *copies)
+        shape = x.shape
+        ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
+        ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
+        if len(shape) == 2 and y_dtype is dtype:
+            return y
+        return set_leading_dims_(to_dtype(y, y_dtype), shape[:-1])
+
+    @staticmethod
+    def compute(ctx: Any, saved: Any, dy: Tensor) -> BlockGrads:
+        block: Block = ctx.block
+        dtype, is_plain = block.dtype, block.is_plain
+        x, g, u, p_gate, p_up, p_down, *copies = saved
+        need_x, _, *needs = ctx.needs_input_grad
+        layers = _load(ctx, copies, need_x)
+        is_batched, dy = context.is_batched(dy), _rows(dy, dtype)
+        x, ps = None if x is None else _rows(x, dtype), (p_gate, p_up, p_down)
+        if is_batched:
+            of_batch = dy, x, g, u, ps, layers, block.has_others, block.activation
+            return eager.batched_mlp_backward(*of_batch)
+        need_A, need_B, need_bias, need_gate = needs[:3], needs[3:6], needs[6:9], needs[9:]
+        need_h = need_x or any([any(each[:2]) for each in (need_A, need_B, need_bias, need_gate)])
+        need_gate_of_down, need_bias_of_down = any(need_gate[2:]), any(need_bias[2:])
+        down_needs = Needs(
+            need_h, need_A[2], need_B[2], need_gate_of_down, False, need_bias_of_down
+        )
+        in_place = not _get_current_graph_task_keep_graph()  # else a second backward reads g and u
+        of_h = g, u, p_down, layers[2], down_needs, is_plain, in_place, block.activation
+        dg, du, of_down = eager.down_backward(dy, *of_h)
+        need = BlockNeeds(need_x, need_A[:2], need_B[:2], need_bias[:2], need_gate[:2])
+        dx, dA, dB, dbias, dgate = eager.linears_backward(
+            (dg, du), x, ps[:2], layers[:2], need, is_plain
+        )
+        dA.append(of_down.lora_A)
+        dB.append(of_down.lora_B)
+        if need_bias:
+            dbias.append(of_down.bias)
+            dgate.append(of_down.rank_gate)
+        return BlockGrads(dx, dA, dB, dbias, dgate)

@@ -1,0 +1,298 @@
+"""Groups: layers that a module's forward calls with one x, such as q, k and v.
+
+`fuse` reads the forward's source once. On the eager backend's GPU path, for more than `UPCAST_ROWS`
+rows, the first layer's call computes the results of all (`ops.blocks`), and the calls of the others
+take theirs if they get the same x in the same state, and their own tensors are those that were
+used. Otherwise a layer computes its own result. Nothing else is kept: a thread has the results of
+one group at a time, and the next call of a group's layer drops what was not taken.
+
+A write to x or to a later layer's tensors between two calls that does not move the version counter
+is not noticed.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+
+from ..backends.eager.linear import UPCAST_ROWS
+from ..ops import blocks
+from . import direct
+
+
+class _Results(NamedTuple):
+    """The results that the first call of a group computed for the others.
+
+    Args:
+        x, version, requires_grad: x, its version, and whether its gradient is needed.
+        grad_mode, cast_dtype, hooks: the state of the thread, which may change between the calls.
+        waiting: layer, state, versions of its tensors and y for each that was not called, the next
+            one last.
+    """
+
+    x: Tensor
+    version: int
+    requires_grad: bool
+    grad_mode: bool
+    cast_dtype: torch.dtype | None
+    hooks: object
+    waiting: list[tuple[Any, Any, int, Tensor]]
+
+
+class _Local(threading.local):
+    results: _Results | None = None
+
+
+_local = _Local()
+
+
+class Group:
+    """The layers of one module that its forward calls with one x, in the order of the calls.
+
+    A copy of a model has copies of its groups.
+
+    Args:
+        layers: fused layers.
+        names: their names in the module.
+    """
+
+    def __init__(self, layers: list[Any], names: list[str]) -> None:
+        self.layers, self.names, self.in_features = layers, names, layers[0].in_features
+
+    def call(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Return y of one of the layers; None if it computes its own."""
+        results = _local.results
+        if results is not None:
+            _local.results = None
+            y = _take(results, layer, x)
+            if y is not None:
+                if results.waiting:
+                    _local.results = results
+                return y
+        layers = self.layers
+        if layer is not layers[0] or x.numel() <= UPCAST_ROWS * self.in_features:
+            return None
+        if not blocks.can_run(x) or torch.is_inference_mode_enabled() or x.is_inference():
+            return None  # x has no version, or y would have none after the mode
+        for each in layers:
+            if each.__dict__.get("_group") is not self:
+                return None
+            if each is not layer and direct.is_hooked(each):
+                return None
+        found = direct.make_block(layers, x)
+        if found is None:
+            return None
+        block, states = found
+        ys = blocks.linears(x, block)
+        waiting = [(layers[i], state, _versions(state), ys[i]) for i, state in enumerate(states)]
+        del waiting[0]
+        waiting.reverse()
+        hooks = _top_saved_tensors_default_hooks(True)  # while tracing too
+        _local.results = _Results(
+            x,
+            x._version,
+            x.requires_grad,
+            torch.is_grad_enabled(),
+            blocks.cast_dtype(x),
+            hooks,
+            waiting,
+        )
+        return ys[0]
+
+
+def _versions(state: Sequence[Any]) -> int:
+    """Return the sum of the versions of the tensors in a layer's state; versions only grow.
+
+    -1 if one of them is an inference tensor, which has none.
+    """
+    bias = state[3]
+    try:
+        total: int = state[0]._version + state[1]._version + state[2]._version
+        if bias is not None:
+            total += bias._version
+        if len(state) > 6:  # a scaling in a tensor, lora_B's bias, KaSA's factors
+            total += sum([t._version for t in state[4:] if isinstance(t, Tensor)])
+    except RuntimeError:
+        return -1
+    return total
+
+
+def _take(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
+    """Return y of the layer that waits next; None if it must be computed anew."""
+    of, version, requires_grad, grad_mode, cast_dtype, hooks, waiting = results
+    if of is not x or version != x._version or requires_grad is not x.requires_grad:
+        return None
+    if grad_mode is not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return None
+    if cast_dtype is not blocks.cast_dtype(x) or hooks != _top_saved_tensors_default_hooks(True):
+        return None
+    expected, state, versions, y = waiting.pop()
+    if expected is not layer:
+        return None
+    now = direct.read_state(layer, x)
+    if now is None or len(now) != len(state) or not all(map(is_, now, state)):
+        return None
+    return y if versions == _versions(now) else None
+
+
+# Groups in a model
+
+
+def add_groups(model: nn.Module) -> None:
+    """Group the fused linear layers of each module whose forward calls them with one x."""
+    for parent in model.modules():
+        fused = {
+            name: each
+            for name, each in parent._modules.items()
+            if getattr(type(each), "fits_blocks", False)
+        }
+        if len(fused) < 2:
+            continue
+        for names in shared_calls(type(parent), fused):
+            group = Group([fused[name] for name in names], names)
+            for layer in group.layers:
+                layer.__dict__["_group"] = group
+
+
+def remove_groups(model: nn.Module) -> None:
+    """Undo `add_groups`."""
+    for module in model.modules():
+        module.__dict__.pop("_group", None)
+
+
+def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
+    """Yield the name of each module that has a group, and the group."""
+    for name, module in model.named_modules():
+        found = [each.__dict__.get("_group") for each in module._modules.values() if each]
+        yield from ((name, group) for group in dict.fromkeys(found) if group is not None)
+
+
+def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
+    """Return the names of the layers that the class's forward calls with one x, group by group.
+
+    A layer is in a group if the forward calls it exactly once, outside of loops and functions, as
+    `self.name(x)` with a bare name, after the group's first layer in each run that calls that one,
+    and neither assigns another value to that name nor may return in between. The names of one layer
+    are one layer.
+
+    Args:
+        cls: a class of modules. Without its source there is no group.
+        layers: the children that may share x, by name.
+    """
+    ids = Counter(id(layer) for layer in layers.values())
+    groups: list[tuple[Any, Any, list[str]]] = []
+    for name, (x, branch) in _single_calls(cls.forward, frozenset(layers)).items():
+        if ids[id(layers[name])] != 1:
+            continue
+        key = x, layers[name].in_features
+        for of, first, names in groups:
+            if of == key and first[: len(branch)] == branch:
+                names.append(name)
+                break
+        else:
+            groups.append((key, branch, [name]))
+    return [names for _, _, names in groups if len(names) > 1]
+
+
+@functools.cache
+def _single_calls(forward: Any, names: frozenset[str]) -> dict[str, Any]:
+    """Return what identifies the x and the branch of each name that the forward calls once."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
+        function: Any = ast.parse(source).body[0]
+        reader = _ForwardReader(function.args.args[0].arg, names)
+    except (OSError, TypeError, SyntaxError, AttributeError, IndexError):
+        return {}
+    for statement in function.body:
+        reader.visit(statement)
+    return {name: x for name, x in reader.calls.items() if reader.uses[name] == 1}
+
+
+class _ForwardReader(ast.NodeVisitor):
+    """Finds the calls `self.name(x)` of some names in a forward, in their order.
+
+    `uses` counts what may read an attribute of a name. `calls` has the argument's name of each
+    call, how often the argument had been assigned to before, how many returns come before, and the
+    branches around the call.
+    """
+
+    def __init__(self, owner: str, names: frozenset[str]) -> None:
+        self.owner, self.names = owner, names
+        self.uses: Counter[str] = Counter()
+        self.calls: dict[str, tuple[tuple[str, int, int], tuple[Any, ...]]] = {}
+        self.assigned: Counter[str] = Counter()
+        self.returns = 0
+        self.branch: tuple[tuple[ast.AST, str], ...] = ()  # from the outermost
+        self.depth = 0  # of loops, functions and conditions without branches
+
+    def generic_visit(self, node: ast.AST) -> None:
+        is_deep = isinstance(node, _CONDITIONAL)
+        self.depth += is_deep
+        super().generic_visit(node)
+        self.depth -= is_deep
+
+    def _visit_branches(self, node: Any) -> None:
+        outer = self.branch
+        for field, value in ast.iter_fields(node):
+            self.branch = (*outer, (node, field))
+            for each in value if isinstance(value, list) else [value]:
+                self.visit(each)
+        self.branch = outer
+
+    visit_If = visit_IfExp = _visit_branches
+
+    def _visit_assignment(self, node: Any) -> None:
+        """Visit the value first, which is computed before its targets are assigned."""
+        if node.value is not None:
+            self.visit(node.value)
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            self.visit(target)
+
+    visit_Assign = visit_AugAssign = visit_AnnAssign = visit_NamedExpr = _visit_assignment
+
+    def visit_Return(self, node: ast.Return) -> None:
+        self.generic_visit(node)
+        self.returns += 1
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, (ast.Store, ast.Del)):
+            self.assigned[node.id] += 1
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if node.value in self.names:  # getattr(self, "q_proj")
+            self.uses[node.value] += 1
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in self.names:
+            self.uses[node.attr] += 1
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        of = node.func
+        if not (isinstance(of, ast.Attribute) and of.attr in self.names and not self.depth):
+            return
+        is_own = isinstance(of.value, ast.Name) and of.value.id == self.owner
+        if is_own and len(node.args) == 1 and not node.keywords:
+            x = node.args[0]
+            if isinstance(x, ast.Name):
+                x_is = x.id, self.assigned[x.id], self.returns
+                self.calls[of.attr] = x_is, self.branch
+
+
+_CONDITIONAL = (
+    *(ast.For, ast.AsyncFor, ast.While, ast.Try, ast.Match, ast.BoolOp),
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+)

@@ -103,7 +103,7 @@ BLOCK_PEERS = {
     "unsloth": "Unsloth",
     "axolotl": "axolotl",
     "addmm": "addmm_",
-    "unsloth_inplace": "Unsloth, x overwritten",
+    "unsloth_inplace": "Unsloth's default, which overwrites x",
 }
 # Mode of the host's time -> column.
 HOST_MODES = {
@@ -121,6 +121,7 @@ STEPS = {
     "layer": "one layer of 4096",
 }
 STEP_PEERS = {"ours": "ours", "peft": "PEFT", "unsloth": "Unsloth's order", "axolotl": "axolotl's"}
+CHECKPOINTED = ", checkpointed"  # ends `Row.what` where the backward runs the forward again
 BF16_ADAPTERS = re.compile(r"(NF4 )?bf16, bf16 adapters?")
 
 CPU_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
@@ -413,7 +414,7 @@ def block_rows(rows: list[Row]) -> Cells:
     steps: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["M"] == 8192:
-            block, sizes = row["what"].split(" ")
+            block, sizes = row["what"].split(" ", 1)
             steps.setdefault((f"{BLOCKS[block]}, {sizes}", row["dtype"]), []).append(row)
     for key, directions in steps.items():
         yield *key, *(step_cell(directions, name) for name in BLOCK_PEERS)
@@ -494,7 +495,7 @@ def step_bytes(rows: list[Row]) -> Iterator[tuple[str, str, dict[str, int]]]:
     for step, name in STEPS.items():
         found: dict[str, list[Row]] = {}
         for row in counted:
-            if row["what"].startswith(step):
+            if row["what"].startswith(step) and not row["what"].endswith(CHECKPOINTED):
                 found.setdefault("NF4" if row["dtype"].startswith("NF4") else "bf16", []).append(
                     row
                 )

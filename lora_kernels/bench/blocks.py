@@ -55,21 +55,19 @@ ROWS = (1, 512, 8192)  # M
 RANK = 16
 MOST_BYTES = 1.01
 _F32, _BF16 = torch.float32, torch.bfloat16
-CELLS = tuple(
-    Cell(
-        f"{'NF4 ' * (base == 'nf4')}bf16, {name} adapters{', autocast' * autocast}",
-        _BF16,
-        dtype,
-        base,
-        autocast,
-    )
-    for base in ("dense", "nf4")
-    for name, dtype, autocast in (
-        ("bf16", _BF16, False),
-        ("fp32", _F32, False),
-        ("fp32", _F32, True),
-    )
+_COMMON = "NF4 bf16, fp32 adapters, autocast"
+CELLS = (
+    Cell("bf16, bf16 adapters", _BF16, _BF16),
+    Cell("bf16, fp32 adapters", _BF16, _F32),
+    Cell("bf16, fp32 adapters, autocast", _BF16, _F32, autocast=True),
+    Cell("NF4 bf16, bf16 adapters", _BF16, _BF16, "nf4"),
+    Cell("NF4 bf16, fp32 adapters", _BF16, _F32, "nf4"),
+    Cell("NF4 bf16, bf16 adapters, autocast", _BF16, _BF16, "nf4", autocast=True),
+    Cell(_COMMON, _BF16, _F32, "nf4", autocast=True),
+    # The norms' outputs after `prepare_model_for_kbit_training`.
+    Cell(f"{_COMMON}, fp32 x", _BF16, _F32, "nf4", autocast=True, x_dtype=_F32),
 )
+CHECKPOINTED = ", checkpointed"  # after a block's title: rows whose backward runs the forward again
 
 
 class Block(NamedTuple):
@@ -420,28 +418,36 @@ def judge(counts: Counts, direction: str) -> list[str]:
 def count_block(block: Block, cell: Cell, R: int = RANK, Ms: Sequence[int] = ROWS) -> Iterator[Row]:
     """Yield the rows of a block and a kind of layer: both directions for each M.
 
+    The last M once more, checkpointed.
+
     >>> [row.kernels["axolotl"] for row in count_block(Block("layer", 64, (64,)), CELLS[0], 8, [9])]
-    [3, 6]
+    [3, 6, 3, 9]
     """
     from ..peft import fuse
 
     module = stock(block, cell, R)
     projections = projections_of(module)
+    steps_of = [(M, False) for M in Ms] + [(Ms[-1], True)]
 
     def count(call: Call | None = None) -> list[tuple[Traffic, Traffic]]:
         traffic.count_step(module, cell, Ms[0], block.K, call=call)
-        return [traffic.count_step(module, cell, M, block.K, call=call) for M in Ms]
+        return [
+            traffic.count_step(module, cell, M, block.K, call=call, is_checkpointed=again)
+            for M, again in steps_of
+        ]
 
     found = {"peft": count()}
-    for name, build in FUNCTIONS.items():
+    # The peers' Functions want x in the base's dtype.
+    for name, build in FUNCTIONS.items() if cell.x_dtype is None else ():
         if name != INPLACE or block.name != "layer":  # Unsloth's single layer overwrites nothing
             found[name] = count(build(block.name, projections))
     fuse(nn.Sequential(module), cast_adapters=True)
     found = {"ours": count(), **found}
 
-    for i, M in enumerate(Ms):
+    for i, (M, again) in enumerate(steps_of):
         steps = {name: counts[i] for name, counts in found.items()}
-        key = {"what": block.title, "dtype": cell.name, "M": M, "K": block.K, "N": sum(block.Ns)}
+        what = block.title + CHECKPOINTED * again
+        key = {"what": what, "dtype": cell.name, "M": M, "K": block.K, "N": sum(block.Ns)}
         yield from traffic.count_rows(steps, judge, R=R, **key)
 
 
@@ -521,7 +527,7 @@ class Count(Suite):
             f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
         )
         for block in BLOCKS:
-            found = [row for row in rows if row.what == block.title]
+            found = [row for row in rows if row.what and row.what.startswith(block.title)]
             yield f"{block.title}: {_count_losses(found, 'the best peer', ('bytes', 'peak'))}"
         if (reason := experts_traffic.missing()) is not None:
             yield f"no experts: {reason}"

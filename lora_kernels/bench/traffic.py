@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import baselines, counter
 from .counter import Kernel, Traffic
@@ -50,6 +51,7 @@ class Cell(NamedTuple):
         autocast: whether the forward runs under autocast to `dtype`.
         dora: whether the adapter is a DoRA.
         adapters: how many are active.
+        x_dtype: of x, if it is another than `dtype`.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Cell(NamedTuple):
     autocast: bool = False
     dora: bool = False
     adapters: int = 1
+    x_dtype: torch.dtype | None = None
 
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
@@ -210,6 +213,7 @@ def count_step(
     K: int,
     log: list[Kernel] | None = None,
     call: Callable[[Tensor], Any] | None = None,
+    is_checkpointed: bool = False,
 ) -> tuple[Traffic, Traffic]:
     """Count forward and backward of one training step with x [M, K].
 
@@ -218,15 +222,21 @@ def count_step(
         cell: the layer's.
         log: as `counter.count_layer`'s.
         call: computes y with the layer's parameters in place of the layer.
+        is_checkpointed: whether the backward computes the forward again, and nothing but x is kept.
     """
-    x = torch.empty(M, K, dtype=cell.dtype, device="meta").requires_grad_()
+    x = torch.empty(M, K, dtype=cell.x_dtype or cell.dtype, device="meta").requires_grad_()
     adapters = [p for p in layer.parameters() if p.requires_grad]
     with torch.no_grad():
         for p in adapters:
             p.add_(0.0)  # a new version, for which nothing is cached
 
-    def forward() -> Any:
+    def run(x: Tensor) -> Any:
         with counter.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
             return (call or layer)(x)
+
+    def forward() -> Any:
+        if is_checkpointed:
+            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        return run(x)
 
     return counter.count_layer(forward, [x, *adapters], log)

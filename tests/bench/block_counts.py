@@ -45,7 +45,7 @@ DTYPES = {
 # Parts of the names of frozen parameters, and "x".
 FROZEN = ("x", "lora_A", "lora_B", "lora_A and x", "lora_B and x", "lora_ and x")
 FROZEN_OF = {
-    "siblings": ("q_proj", "v_proj", "q_proj and k_proj and x", "q_proj and v_proj and x"),
+    "qkv": ("q_proj", "v_proj", "q_proj and k_proj and x", "q_proj and v_proj and x"),
     "mlp": ("gate", "up", "down", "lora_A and gate and up and x"),
 }
 
@@ -86,7 +86,7 @@ class Called(nn.Linear):
         return super().forward(x)
 
 
-def _siblings(case: Case) -> nn.Module:
+def _qkv(case: Case) -> nn.Module:
     return _fused(blocks.stock(Block("qkv", K, NS), DTYPES[case.dtypes], case.R), case)
 
 
@@ -131,7 +131,7 @@ def _group(case: Case) -> nn.Module:
 
 
 BUILD: dict[str, Callable[[Case], nn.Module]] = {
-    "siblings": _siblings,
+    "qkv": _qkv,
     "mlp": _mlp,
     "called": _called,
     "LoRAGatedMLP": lambda case: LoRAGatedMLP(*_layers(case)),
@@ -159,7 +159,7 @@ def cases() -> Iterator[Case]:
             yield Case(block, "bf16, fp32 adapters", cast=True, M=8)
         if kind == "mlp":
             yield from (Case(block, by="torch", mode=mode) for mode in ("", "kept", "no_grad"))
-    yield Case("siblings", "NF4, bf16", bias=True)
+    yield Case("qkv", "NF4, bf16", bias=True)
     yield Case("mlp", "NF4, bf16", mode="kept", bias=True)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels.backends import decode4bit
 from lora_kernels.bench import blocks, experts_traffic, traffic
-from lora_kernels.bench.blocks import BLOCKS, CELLS, FUNCTIONS, INPLACE, Block
+from lora_kernels.bench.blocks import BLOCKS, CELLS, CHECKPOINTED, FUNCTIONS, INPLACE, Block
 from lora_kernels.bench.counter import Kernel, Traffic, count
 from lora_kernels.bench.results import Row
 from lora_kernels.bench.traffic import Cell
@@ -179,11 +179,11 @@ def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(
             traffic,
             "count_step",
-            lambda module, *args, call=None, steps=steps: (
+            lambda module, *args, call=None, is_checkpointed=False, steps=steps: (
                 steps["ours"] if call is None and is_fused(module) else (peer, peer)
             ),
         )
-        forward, backward = blocks.count_block(Block("layer", 64, (64,)), CELLS[0], 4, [512])
+        forward, backward, *_ = blocks.count_block(Block("layer", 64, (64,)), CELLS[0], 4, [512])
         assert forward.misses == {}
         assert backward.misses == ({"ours": ", ".join(want)} if want else {})
 
@@ -235,12 +235,17 @@ def test_count_block_every_cell_is_counted(block: Block, cell: Cell) -> None:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     rows = list(blocks.count_block(block, cell, 4, [96]))
-    assert [(row.M, row.mode) for row in rows] == [(96, "forward"), (96, "backward")]
-    names = {"ours", "peft", *FUNCTIONS} - ({INPLACE} if block.name == "layer" else set())
+    assert [(row.M, row.mode) for row in rows] == [(96, "forward"), (96, "backward")] * 2
+    assert [row.what for row in rows] == [block.title] * 2 + [block.title + CHECKPOINTED] * 2
+    names = {"ours", "peft"}
+    if cell.x_dtype is None:
+        names |= FUNCTIONS.keys() - ({INPLACE} if block.name == "layer" else set())
     for row in rows:
         assert row.moved.keys() == row.kernels.keys() == row.peak_bytes.keys() == names
         assert min(row.moved.values()) > 2 * row.M * block.K
         assert row.moved["ours"] != row.moved["peft"]  # not PEFT's under another name
+    first, again = (rows[i + 1].moved for i in (0, 2))
+    assert all(again[name] > first[name] for name in names)  # a backward with a forward
 
 
 def test_block_is_what_fuse_sees_in_a_model() -> None:
@@ -270,14 +275,14 @@ def test_bench_count_has_rows_of_blocks_and_heads(
     ran = run("--count")
     *found, narrow, wide, forward, backward = (row for row in ran.rows if "what" in row)
     assert forward["what"] == backward["what"] == "8 experts 2048→768, top 8"
-    assert len(found) == 2 * len(SMALL) * len(blocks.ROWS)
+    assert len(found) == 2 * len(SMALL) * (len(blocks.ROWS) + 1)
     assert narrow["what"] == wide["what"] == "head and loss" and narrow["moved"] != wide["moved"]
     assert ran.status == any(row["misses"] for row in ran.rows)
-    assert "\nmlp 128→256→128: 6 rows, ours loses " in ran.out
+    assert "\nmlp 128→256→128: 8 rows, ours loses " in ran.out
     table = report.table(report.block_head(), report.block_rows(found))
     lines = table.splitlines()
-    assert len(lines) == 2 + len(SMALL) and lines[2].endswith(" | – |")
-    assert lines[4].startswith("| gated MLP, 128→256→128 | bf16, bf16 adapters | ")
+    assert len(lines) == 2 + 2 * len(SMALL) and lines[2].endswith(" | – |")
+    assert lines[6].startswith("| gated MLP, 128→256→128 | bf16, bf16 adapters | ")
     file = tmp_path / "traffic.json"
     file.write_text(json.dumps({"count": ran.data}))
     monkeypatch.setattr(report, "JSON_TRAFFIC", file)
@@ -292,7 +297,7 @@ def step(block: str, cell: str) -> dict[str, Traffic]:
     """Forward and backward together, of ours and each peer."""
     sizes = next(each for each in BLOCKS if each.name == block)
     kind = next(each for each in CELLS if each.name == cell)
-    forward, backward = blocks.count_block(sizes, kind, Ms=[8192])
+    forward, backward, *_ = blocks.count_block(sizes, kind, Ms=[8192])
     return {
         name: Traffic(
             forward.moved[name] + backward.moved[name],
@@ -315,7 +320,7 @@ DERIVED: dict[tuple[str, str], tuple[tuple[int, int, int], int, tuple[int, int]]
     ("layer", "unsloth"): ((7, 7, 2), 10, (1, 1)),
     ("layer", "axolotl"): ((7, 6, 2), 9, (1, 1)),
     ("layer", "addmm"): ((6, 6, 2), 8, (1, 1)),
-    ("layer", "ours"): ((6, 6, 2), 10, (1, 1)),
+    ("layer", "ours"): ((6, 6, 2), 8, (1, 1)),
     ("layer", "peft"): ((8, 12, 2), 12, (1, 2)),
     ("qkv", "unsloth"): ((23, 7, 2), 30, (1, 1)),
     ("qkv", INPLACE): ((23, 7, 2), 30, (0, 1)),

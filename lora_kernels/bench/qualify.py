@@ -21,7 +21,7 @@ from ..choice import verdicts
 from ..choice.verdicts import Group, Point, Verdict
 from ..core.device import DeviceInfo
 from ..qualification import claims
-from ..qualification.claims import Card
+from ..qualification.card import Card
 from ..qualification.plan import CANDIDATES, DTYPES, Claim, plan
 from . import progress
 

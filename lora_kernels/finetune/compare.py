@@ -12,7 +12,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from . import TrainingError
 from .chat import ChatData, Collator
 from .model import Clock, adapters, cast_parameters, decode, linears_4bit, rewrite_codes, share
 from .presets import add_lora_layers
+from .report import Row
 
 GRADIENT_LIMIT = 1e-4  # relative rms of one adapter's gradient, fp32
 UPDATE_LIMIT = 1e-3  # relative rms of one adapter's change over the SGD steps, fp32
@@ -33,37 +33,6 @@ PROMPT, DECODED = 8, 12  # numbers of tokens
 PIECES = 2 + 2 * SGD_STEPS + 6 * (1 + ROUNDS)  # the calls of `advance` in `compare`
 
 Batch = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: `difference` is a relative difference, or with `ratio` a ratio.
-
-    A control is a comparison with a deliberate error. It passes if the limit is exceeded.
-    """
-
-    what: str
-    difference: float | None = None
-    limit: float | None = None
-    frozen: str = ""
-    peft: str = ""
-    fused: str = ""
-    ratio: bool = False
-    control: bool = False
-
-    @property
-    def ok(self) -> bool | None:
-        if self.difference is None or self.limit is None:
-            return None
-        if self.control:
-            return self.difference > self.limit
-        return self.difference <= self.limit  # NaN fails
-
-    @property
-    def difference_text(self) -> str:
-        if self.difference is None:
-            return ""
-        return f"×{self.difference:.3f}" if self.ratio else f"{self.difference:.1e}"
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:

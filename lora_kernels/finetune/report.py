@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import rich.progress
 from rich.console import Console
@@ -14,10 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from .compare import Row
-
 
 LOG_COLUMNS = 120
 
@@ -107,6 +104,37 @@ def show_stages(console: Console, label: str, total: int) -> Iterator[Callable[[
                 console.print(f"{label}: {stage}")
 
         yield advance
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of `comparison_table`: `difference` is relative, or with `ratio` a ratio.
+
+    A control is a comparison with a deliberate error. It passes if the limit is exceeded.
+    """
+
+    what: str
+    difference: float | None = None
+    limit: float | None = None
+    frozen: str = ""
+    peft: str = ""
+    fused: str = ""
+    ratio: bool = False
+    control: bool = False
+
+    @property
+    def ok(self) -> bool | None:
+        if self.difference is None or self.limit is None:
+            return None
+        if self.control:
+            return self.difference > self.limit
+        return self.difference <= self.limit  # NaN fails
+
+    @property
+    def difference_text(self) -> str:
+        if self.difference is None:
+            return ""
+        return f"×{self.difference:.3f}" if self.ratio else f"{self.difference:.1e}"
 
 
 def comparison_table(rows: Sequence[Row], title: str) -> Table:

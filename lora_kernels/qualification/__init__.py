@@ -33,7 +33,7 @@ from .plan import DTYPES, Claim, plan
 __all__ = ["BUDGET", "DTYPES", "Claim", "index_of", "plan", "qualify"]
 
 WORKER = "lora_kernels.qualification.claims"
-CARD = f"{WORKER}:Card"
+CARD = "lora_kernels.qualification.card:Card"
 BUDGET = 25.0  # seconds
 SILENCE = 30.0  # seconds without a line from the worker, after which it counts as hanging
 START = 120.0  # the same to import torch and open the device, and to compile, on a busy machine

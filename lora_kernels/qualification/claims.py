@@ -14,15 +14,12 @@ JSON for each thing that happens:
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,138 +37,12 @@ from ..core.problem import Strategy
 from ..oracle import case as cases
 from ..oracle.case import AnyCase, Case
 from ..quantization import Weight4bit
-from . import CARD, WORKER, timing
+from . import timing
+from .card import Card
 from .plan import CANDIDATES, STEP_ROWS, Claim
 
 GUARD = 4096  # bytes before and after each tensor of "memory"
-FREE = 2 << 30  # bytes that the claims may need: the timed weights, several times
 BROKEN = 3  # the exit status after an error that the device may not recover from
-
-
-class Card:
-    """The worker's access to the first CUDA device. A subclass stands for one in tests.
-
-    Attributes:
-        device: of the tensors.
-        many: M, N and K of a call with several times the blocks that fit the card.
-        whole: N and K of calls with whole rows of 16 bytes. K is split in both directions, as it
-            is in the timed calls.
-        repeats: how often "memory" and "two streams" compare a call's bits.
-        cold_bytes: of weights that calls read in turn, so that none is in a cache.
-    """
-
-    device = "cuda"
-    many = (304, 33792, 576)
-    whole = (528, 576)
-    repeats = 10
-
-    def __init__(self) -> None:
-        torch.empty(1, device="cuda")  # the context: fails if the card accepts no other
-        free, _ = torch.cuda.mem_get_info()
-        if free < FREE:
-            raise RuntimeError(
-                f"{free >> 20} MiB of the card's memory are free, want {FREE >> 20} MiB"
-            )
-        self.cold_bytes = 2 * int(torch.cuda.get_device_properties(0).L2_cache_size)
-
-    def key(self) -> dict[str, str]:
-        """Return the facts that the parent compares with its own."""
-        return verdicts.key(0)
-
-    def engine(self, group: Group) -> AbstractContextManager[Any]:
-        """Force the group's backend and strategy."""
-        return selection.backend(group.backend, group.strategy)
-
-    def compile(self, claims: Sequence[Claim]) -> None:
-        """Compile what the claims launch, on all processor cores."""
-        mine = [claim for claim in claims if claim.group.backend == "triton"]
-        count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 16)
-        command = [sys.executable, "-m", WORKER, CARD]
-        workers = []
-        for number in range(count if mine else 0):
-            order = {"claims": mine, "part": [number, count]}
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            assert worker.stdin is not None
-            worker.stdin.write(json.dumps(order).encode())
-            worker.stdin.close()
-            workers.append(worker)
-        for worker in workers:
-            worker.wait()
-
-    def before(self, claim: Claim) -> None:
-        """Is called when a claim begins."""
-
-    def free_memory(self) -> None:
-        """Return the memory of graphs that are no longer there to the device."""
-        torch.cuda.empty_cache()
-
-    @functools.cached_property
-    def aside(self) -> torch.cuda.Stream:
-        """The stream on which calls are captured: each stream keeps memory of its own."""
-        return torch.cuda.Stream()
-
-    def synchronize(self) -> None:
-        """Wait for the device; raises RuntimeError if it is broken."""
-        torch.cuda.synchronize()
-
-    def concurrently(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Return the results of calls on streams of their own, whose kernels run at once.
-
-        All streams wait for one that sleeps until everything is launched: Python takes longer for
-        a call than its kernels do.
-        """
-        torch.cuda.synchronize()
-        gate, start = torch.cuda.Stream(), torch.cuda.Event()
-        with torch.cuda.stream(gate):
-            torch.cuda._sleep(timing.BUSY)
-            start.record()
-        found = []
-        for call in calls:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                start.wait()
-                found.append(call())
-        torch.cuda.synchronize()
-        return found
-
-    def replays(self, call: Callable[[], Tensor], count: int) -> Iterator[Tensor]:
-        """Capture the call in a graph, and yield its result after each replay."""
-        graph, y = timing.capture(call, self.aside)
-        for _ in range(count):
-            graph.replay()
-            torch.cuda.synchronize()
-            yield y
-
-    def clocks(self, name: str, call: Callable[[int], object], count: int) -> timing.Clocks:
-        """Return clocks of `call(0)` to `call(count - 1)`, which are warmed up and captured here.
-
-        name: of the engine that is forced.
-        """
-
-        def calls() -> None:
-            for number in range(count):
-                call(number)
-
-        def host() -> float:
-            torch.cuda.synchronize()
-            torch.cuda._sleep(timing.BUSY)
-            begun = time.perf_counter()
-            calls()
-            return time.perf_counter() - begun
-
-        try:
-            graph, _ = timing.capture(calls, self.aside)
-        except RuntimeError:  # what cannot be captured: a call that synchronizes, for one
-            torch.cuda.synchronize()
-            host()
-            cycles = timing.BUSY + int(2 * timing.CLOCK * host())
-            return timing.Clocks(
-                functools.partial(timing.device_seconds, calls, cycles), host, False
-            )
-        return timing.Clocks(
-            functools.partial(timing.device_seconds, graph.replay, timing.FILL), host, True
-        )
 
 
 def check(card: Card, claim: Claim) -> tuple[str | None, Any]:

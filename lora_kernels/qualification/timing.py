@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,65 +17,12 @@ from ..choice import choose as selection
 from ..choice.verdicts import Group, Seconds
 from ..ops import linear
 from ..quantization import Weight4bit, quantize_4bit
+from .card import Card
 from .plan import STEP_ROWS
-
-if TYPE_CHECKING:
-    from .claims import Card
 
 RANK = 16
 ROUNDS, HOST_ROUNDS = 7, 3
 FEW, LEAST_CALLS = 128, 12  # up to so many rows at least so many calls are timed as one
-# Cycles that a stream sleeps: while a graph and two events are launched, 0.16 ms or more at up to
-# 3 GHz; and while Python launches calls, 1 ms or more.
-FILL, BUSY = 500_000, 3_000_000
-CLOCK = 3e9  # cycles a second, above those of any GPU, so that a sleep is never too short
-
-
-class Clocks(NamedTuple):
-    """Two clocks of the same calls, in seconds of all of them.
-
-    Args:
-        device: from the first kernel to the last, without waiting for launches.
-        host: of the Python code that launches them.
-        is_captured: whether `device` replays a CUDA graph.
-    """
-
-    device: Callable[[], float]
-    host: Callable[[], float]
-    is_captured: bool
-
-
-def capture(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Return a graph of the call, and the call's result, which a replay overwrites.
-
-    Before, on the same stream, the call allocates what it keeps and records its launches. The
-    context `torch.cuda.graph` would empty the allocator's cache and, before torch 2.9, collect
-    garbage each time, which takes longer than all the rest.
-    """
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        try:
-            found = call()
-        finally:
-            graph.capture_end()
-    return graph, found
-
-
-def device_seconds(launch: Callable[[], object], cycles: int) -> float:
-    """Return the device's seconds of what `launch` launches, which takes the host fewer cycles."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(cycles)
-    begin.record()
-    launch()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
 
 
 def measure(

@@ -15,7 +15,6 @@ from lora_kernels.finetune.compare import (
     GRADIENT_LIMIT,
     PIECES,
     UPDATE_LIMIT,
-    Row,
     build_pair,
     compare,
     draw_batch,
@@ -24,6 +23,7 @@ from lora_kernels.finetune.compare import (
     train_sgd,
 )
 from lora_kernels.finetune.model import load_tokenizer
+from lora_kernels.finetune.report import Row
 
 LORA = {"preset": Preset(3, 8, ("all-linear",), 0.0), "seed": 0}
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from lora_kernels.finetune import report
-from lora_kernels.finetune.compare import Row
+from lora_kernels.finetune.report import Row
 from lora_kernels.finetune.trainer import plot_losses
 
 

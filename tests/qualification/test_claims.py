@@ -18,6 +18,7 @@ from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Seconds
 from lora_kernels.ops import linear
+from lora_kernels.qualification import card as cards
 from lora_kernels.qualification import claims, timing
 from lora_kernels.quantization import quantize_4bit
 from tests.support import fake_card as fake_card_times
@@ -315,13 +316,13 @@ def test_times_are_medians_of_turns_after_one_to_warm_up() -> None:
     turns = iter([100, 100, 7, 8, 1, 2, 6, 9, 2, 1, 5, 5, 3, 3, 4, 6])
     hosts, seen = iter([100, 100, 70, 80, 10, 20, 60, 90]), []
 
-    def clocks(name: str, call: Any, count: int) -> timing.Clocks:
+    def clocks(name: str, call: Any, count: int) -> cards.Clocks:
         def clock(times: Iterator[int], which: str) -> float:
             seen.append((selection.forced_backend(), call(0), which))
             return float(next(times)) * count
 
         device, host = partial(clock, turns, "device"), partial(clock, hosts, "host")
-        return timing.Clocks(device, host, name == "eager")
+        return cards.Clocks(device, host, name == "eager")
 
     card: Any = SimpleNamespace(engine=fake_card().engine, clocks=clocks)
     ours, eager = timing.interleave(card, DECODE, lambda number: "called", 3)
@@ -344,7 +345,7 @@ def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyP
         def clocks(self, name: str, call: Any, count: int) -> Any:
             counts.append(count)
             call(0), call(1)
-            return timing.Clocks(lambda: 1.0, lambda: 1.0, True)
+            return cards.Clocks(lambda: 1.0, lambda: 1.0, True)
 
     monkeypatch.setattr(linear, "lora_linear", lora_linear)
     group = DECODE._replace(strategy="two_pass")
@@ -483,15 +484,15 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     clock = SimpleNamespace(perf_counter=lambda: float(next(noted.ticks)))
-    monkeypatch.setattr(claims, "time", clock)
+    monkeypatch.setattr(cards, "time", clock)
     return noted
 
 
 def test_calls_at_once_are_launched_while_their_streams_wait(driver: Any) -> None:
     """All wait for one event, and nothing synchronizes before the last is launched."""
-    gpu = claims.Card.__new__(claims.Card)
+    gpu = cards.Card.__new__(cards.Card)
     gpu.concurrently([driver.note("a"), driver.note("b")])
-    gate = f"on stream 1, sleep {timing.BUSY}, record, back"
+    gate = f"on stream 1, sleep {cards.BUSY}, record, back"
     calls = "on stream 2, wait, a, back, on stream 3, wait, b, back"
     assert driver.said() == f"synchronize, {gate}, {calls}, synchronize"
 
@@ -500,32 +501,32 @@ WARM_UP = "synchronize, on stream 1, {0}, {0}, synchronize, capture, {0}, captur
 
 
 def test_replays_are_of_one_capture_after_a_warm_up_aside(driver: Any) -> None:
-    gpu = claims.Card.__new__(claims.Card)
+    gpu = cards.Card.__new__(cards.Card)
     assert len(list(gpu.replays(driver.note("call"), 2))) == 2
     replays = "replay, synchronize, replay, synchronize"
     assert driver.said() == f"{WARM_UP.format('call')}, {replays}"
 
 
 def test_clocks_capture_once_replay_and_time_the_host_apart(driver: Any) -> None:
-    gpu = claims.Card.__new__(claims.Card)
+    gpu = cards.Card.__new__(cards.Card)
     clocks = gpu.clocks("eager", driver.note("call"), 2)
     assert clocks.is_captured and driver.said() == WARM_UP.format("call 0, call 1")
     for _ in range(2):
         assert clocks.device() == 3.0
-        launched = f"sleep {timing.FILL}, record, replay, record, done"
+        launched = f"sleep {cards.FILL}, record, replay, record, done"
         assert driver.said() == f"synchronize, {launched}"
         assert clocks.host() == 1.0
-        assert driver.said() == f"synchronize, sleep {timing.BUSY}, call 0, call 1"
+        assert driver.said() == f"synchronize, sleep {cards.BUSY}, call 0, call 1"
 
 
 def test_clocks_of_what_cannot_be_captured_launch_it_into_a_busy_stream(driver: Any) -> None:
     driver.fails = True
-    gpu = claims.Card.__new__(claims.Card)
+    gpu = cards.Card.__new__(cards.Card)
     clocks = gpu.clocks("eager", driver.note("call"), 2)
     assert not clocks.is_captured
     driver.said()
     assert clocks.device() == 3.0
-    cycles = timing.BUSY + int(2 * timing.CLOCK)  # of twice the host's second
+    cycles = cards.BUSY + int(2 * cards.CLOCK)  # of twice the host's second
     launched = f"sleep {cycles}, record, call 0, call 1, record, done"
     assert driver.said() == f"synchronize, {launched}"
     assert clocks.host() == 1.0
@@ -536,19 +537,19 @@ def test_clocks_of_a_call_that_raises_raise(driver: Any) -> None:
         raise RuntimeError("no kernel image")
 
     with pytest.raises(RuntimeError, match="no kernel image"):
-        claims.Card.__new__(claims.Card).clocks("eager", broken, 2)
+        cards.Card.__new__(cards.Card).clocks("eager", broken, 2)
 
 
 def test_gpu_without_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = claims.FREE - 1
+    free = cards.FREE - 1
     properties = SimpleNamespace(L2_cache_size=50 << 20)
     monkeypatch.setattr(torch, "empty", lambda size, device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with pytest.raises(RuntimeError, match="2047 MiB of the card's memory are free, want 2048 MiB"):
-        claims.Card()
+        cards.Card()
     free += 1
-    assert claims.Card().cold_bytes == 100 << 20
+    assert cards.Card().cold_bytes == 100 << 20
 
 
 def test_gpu_compiles_triton_s_claims_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,9 +563,9 @@ def test_gpu_compiles_triton_s_claims_in_parts(monkeypatch: pytest.MonkeyPatch) 
         def wait(self) -> None:
             waited.append(len(orders))
 
-    monkeypatch.setattr(claims.subprocess, "Popen", Worker)
-    monkeypatch.setattr(claims.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    gpu = claims.Card.__new__(claims.Card)
+    monkeypatch.setattr(cards.subprocess, "Popen", Worker)
+    monkeypatch.setattr(cards.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    gpu = cards.Card.__new__(cards.Card)
     ours = claims.Claim(TWO_PASS, "memory", 1)
     gpu.compile([ours])
     assert not orders

@@ -5,20 +5,17 @@
 A kernel that spills in a loop (or more than 32 bytes outside of loops), lacks its matrix
 instruction, reads no 128 bits at a time though all is aligned, or takes more shared memory than
 there is fails, and one that takes more registers or shared memory than budgets.json says (for the
-Triton that they were written with). `loop` is matrix instructions over all of the inner loop,
-`peak` the share of the tensor cores' peak that issuing that loop allows: a static roofline, and an
-upper bound.
+Triton that they were written with).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 
-from tests.compile_only import budgets, document, machine_code
+from tests.compile_only import budgets
 from tests.compile_only.calls import SLICE, every_call
-from tests.compile_only.targets import ALL, TARGETS, VERSION, Compiled, compiled
+from tests.compile_only.targets import ALL, TARGETS, VERSION, Found, kernels
 
 MATRIX = dict.fromkeys(ALL, "mma.sync")
 MATRIX |= {"sm90": "wgmma.mma_async", "gfx942": "mfma"}
@@ -46,56 +43,37 @@ def main() -> int:
     failures = seen = 0
     if kept["triton"] != VERSION and not args.write:
         print(f"no budgets compared: they are of Triton {kept['triton']}, this is {VERSION}")
-    print("registers, shared memory, matrix instruction, loop, peak; then kernel and tiles, call")
+    print("registers, shared memory, matrix instruction; then kernel and tiles, call")
     for target in args.target:
-        known: set[str] = set()
         calls = every if (args.all or args.call) and target in TARGETS else SLICE
-        for call in (call for call in calls if (args.call or "") in str(call)):
-            launched: Counter[str] = Counter()
-            for found in compiled(target, call.run):
-                tiles = "x".join(map(str, found.config.blocks.values()))
-                launched[found.name] += 1
-                which = f" #{launched[found.name]}" if launched[found.name] > 1 else ""
-                key = f"{found.name}{which} {tiles} {call}"
-                if found.kernel.hash in known:
-                    continue
-                known.add(found.kernel.hash)
-                seen += 1
-                code = machine_code.read(found.kernel, target, found.config.warps)
-                wrong = _wrong(code, target, found, call.aligned)
-                limit = kept["kernels"].get(target, {}).get(key)
-                if args.write:
-                    entry = kept["kernels"].setdefault(target, {})
-                    entry[key] = code.entry() | {"slice": call in SLICE}
-                    if call in SLICE:
-                        entry[key] |= {
-                            "warps": found.config.warps,
-                            "stages": found.config.stages,
-                            "programs": found.programs,
-                            **code.measure_loop(),
-                        }
-                # With --call, a kernel may be known by a call that was left out.
-                elif kept["triton"] == VERSION and (limit or not args.call):
-                    wrong += budgets.excess(code.entry(), limit)
-                peak = "" if code.share is None else f"{code.share:4.0%}"
-                line = (
-                    f"{'✗' if wrong else '✓'} {target:6} {code.registers:3} {code.shared:6} "
-                    f"{code.matrix:15} {code.matrix_share:4.0%} {peak:4}  {key}"
-                )
-                few = f"({code.spills} bytes of stack)" if code.spills and not wrong else ""
-                print("  ".join(filter(None, [line, few, *wrong])), flush=True)
-                failures += bool(wrong)
+        for found in kernels(target, [call for call in calls if (args.call or "") in str(call)]):
+            seen += 1
+            code, limits = found.code, kept["kernels"].get(found.key, {}).get(target)
+            wrong = _wrong(found, target)
+            if args.write:
+                numbers = [code.registers, code.shared]
+                kept["kernels"].setdefault(found.key, {})[target] = numbers
+            # With --call, a kernel may be known by a call that was left out.
+            elif kept["triton"] == VERSION and (limits or not args.call):
+                wrong += budgets.excess(code, limits)
+            line = (
+                f"{'✗' if wrong else '✓'} {target:6} {code.registers:3} {code.shared:6} "
+                f"{code.matrix:15}  {found.key}"
+            )
+            few = f"({code.spills} bytes of stack)" if code.spills and not wrong else ""
+            print("  ".join(filter(None, [line, few, *wrong])), flush=True)
+            failures += bool(wrong)
     if args.write:
         kept["triton"] = VERSION
         budgets.write(kept)
-        document.write(kept)
     print(f"{seen} kernels compiled with Triton {VERSION}, {failures} failures")
     return 1 if failures else 0
 
 
-def _wrong(code: machine_code.Code, target: str, found: Compiled, aligned: bool) -> list[str]:
-    here, kernel, config = ALL[target][0], found.name, found.config
-    wrong = code.faults(kernel not in NO_PRODUCT, kernel in WIDE_LOADS and aligned, FEW_BYTES)
+def _wrong(found: Found, target: str) -> list[str]:
+    code, kernel, config = found.code, found.launch.name, found.launch.config
+    here, wide = ALL[target][0], kernel in WIDE_LOADS and found.call.aligned
+    wrong = code.faults(kernel not in NO_PRODUCT, wide, FEW_BYTES)
     if code.shared > here.shared_memory:
         wrong.append(f"shared memory over {here.shared_memory}")
     if kernel in LINEAR and config.block_m >= WARPGROUP and code.matrix != MATRIX[target]:

@@ -1,7 +1,13 @@
 """Static bounds on the speed of a kernel: what its machine code, tiles and launch allow at best.
 
-Each is a share of the roofline (memory bandwidth or the tensor cores' peak, whichever takes longer)
-at K = 4096, N = 4096 (14336 for decode) and the rows of the kernel's name, 4096 if it has none:
+    python -m tests.compile_only.bounds [--write]
+
+Compiles the Triton kernels of `calls.SLICE`, reads the CUDA kernels of the build, and prints every
+bound. --write puts the tables into benchmarks/KERNELS.md and docs/gpu.md.
+
+Each bound is a share of the roofline (memory bandwidth or the tensor cores' peak, whichever takes
+longer) at K = 4096, N = 4096 (14336 for decode) and the rows of the kernel's name, 4096 if it has
+none:
 
 - issue: four warps of a multiprocessor issue an instruction a clock;
 - shared: 128 bytes of shared memory a clock, without bank conflicts;
@@ -15,15 +21,36 @@ The least share is an upper bound. The kernel reaches less.
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
+from lora_kernels.backends.triton import configs
 from lora_kernels.core.device import DeviceInfo
+from tests.compile_only import cuda, targets
+from tests.compile_only.calls import SLICE
+from tests.compile_only.machine_code import Code
 from tests.support.gpus import A100, B200, H100, RTX3090, RTX4090, RTX5090
 
 GPUS = {"sm80": A100, "sm86": RTX3090, "sm89": RTX4090, "sm90": H100, "sm100": B200}
 GPUS |= {"sm120": RTX5090}
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ROOT / "benchmarks" / "KERNELS.md", ROOT / "docs" / "gpu.md"
+NAMED = [(1024, "Llama-3-8B k, v"), (2048, "TinyLlama q, o"), (4096, "Llama-3-8B q, o, down")]
+SERVED = {"A100": "sm80", "RTX 4090": "sm89", "H100": "sm90", "B200": "sm100"}
+CALLS = {  # of docs/gpu.md
+    "1 row, 14336×4096 in 4 bits": "decode bfloat16 codes M8 x in shared memory",
+    "16 rows, 14336×4096 in 4 bits": "decode bfloat16 codes M16 x from caches",
+    "1 row, 14336×4096 dense": "decode bfloat16 dense M8 x in shared memory",
+    "16 rows, 14336×4096 dense": "decode bfloat16 dense M16 x from caches",
+    "4096 rows, 4096×4096 in 4 bits": "gemm bfloat16 codes y",
+    "4096 rows, 4096×4096 dense": "gemm bfloat16 dense y",
+}
+
 N = K = 4096
 DECODE_N = 14336
 RANK = 16
@@ -76,7 +103,7 @@ class Work:
     longest: float = 0.0
 
 
-def bounds(gpu: DeviceInfo, work: Work, loop: dict[str, Any]) -> dict[str, float]:
+def bounds(gpu: DeviceInfo, work: Work, loop: dict[str, int]) -> dict[str, float]:
     """Return each bound as a share of the roofline.
 
     loop: instructions and wavefronts of a warp's turn, zeros if there is no loop with a GEMM.
@@ -108,20 +135,21 @@ def tightest(found: dict[str, float]) -> tuple[str, float]:
     return min(found.items(), key=lambda item: item[1])
 
 
-def of_triton(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | None:
-    """Return the bounds of a kernel in budgets.json, or None if its sizes are not known."""
+def of_triton(target: str, kernel: targets.Found) -> dict[str, float] | None:
+    """Return the bounds of a Triton kernel, or None if its sizes are not known."""
+    key, code, config = kernel.key, kernel.code, kernel.launch.config
     found = re.match(r"(\w+)_kernel(?: #\d)? (?:(\d+)x)?(\d+)x(\d+)", key)
-    if target not in GPUS or "programs" not in code or found is None or found[1] == "reduce":
+    if target not in GPUS or found is None or found[1] == "reduce":
         return None
     name, (m, n, k) = found[1], (int(size or 0) for size in found.groups()[1:])
     M = _number(key, "M", 4096)
-    item, codes, programs = (4 if "float32" in key else 2), "codes" in key, code["programs"]
+    item, codes, programs = (4 if "float32" in key else 2), "codes" in key, kernel.launch.programs
     of_weight = CODES if codes else item
     tiles = _tiles(M, m) if m else 0  # of rows
     x, y, weight = M * K * item, M * N * item, N * K * of_weight
     work = Work(
-        bytes=x, loaded=x, programs=programs, warps=code["warps"], steps=1,
-        registers=code["registers"], shared=code["shared"], ahead=max(1, code["stages"] - 1),
+        bytes=x, loaded=x, programs=programs, warps=config.warps, steps=1,
+        registers=code.registers, shared=code.shared, ahead=max(1, config.stages - 1),
         on="tf32" if item == 4 else "tensor", float32=item == 4,
     )  # fmt: skip
     if "no base" in key:  # S·Bᵀ alone
@@ -142,19 +170,21 @@ def of_triton(target: str, key: str, code: dict[str, Any]) -> dict[str, float] |
     else:  # dequantize
         work = replace(work, bytes=N * K * (2 + CODES), loaded=N * K * (2 + CODES))
     # One thread starts tcgen05.mma, in a block apart, so that the loop is not found.
-    is_found = not code["matrix"].startswith("tcgen05")
-    return bounds(GPUS[target], work, code if is_found else {"instructions": 0, "wavefronts": 0})
+    is_found = not code.matrix.startswith("tcgen05")
+    loop = code.measure_loop() if is_found else {"instructions": 0, "wavefronts": 0}
+    return bounds(GPUS[target], work, loop)
 
 
-def of_cuda(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | None:
-    """Return the bounds of a CUDA kernel in budgets.json, or None if it is only an epilogue.
+def of_cuda(target: str, key: str, code: Code) -> dict[str, float] | None:
+    """Return the bounds of a CUDA kernel, or None if it is only an epilogue.
 
     M is 4096, except for decode.
     """
-    kernel, codes, registers = key.split()[0], "codes" in key, code["registers"]
+    kernel, codes, registers = key.split()[0], "codes" in key, code.registers
+    loop = code.measure_loop()
     R, size = _number(key, "R", RANK), N * K  # elements of x, of W and of y
     if kernel == "decode":
-        return bounds(GPUS[target], _decode(GPUS[target], key, registers), code)
+        return bounds(GPUS[target], _decode(GPUS[target], key, registers), loop)
     if kernel == "gemm":  # three stages of x; codes are loaded a turn ahead, decoded into two
         weight, shared = (size * CODES, 57 << 10) if codes else (size * 2, 72 << 10)
         work = Work(
@@ -163,7 +193,7 @@ def of_cuda(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | N
             shared=shared, flops=2.0 * size * K, executed=2.0 * size * (K + 3 * R),
             ahead=1 if codes else 2,
         )  # fmt: skip
-        return bounds(GPUS[target], work, code)
+        return bounds(GPUS[target], work, loop)
     update = size * R * 2  # bytes of A, or FLOPs of x·Aᵀ, in each
     # Bytes, bytes from the L2 cache, programs, steps, FLOPs on CUDA cores. thin and pair share K
     # among four programs. sums has the loads of four rows on their way at a time.
@@ -176,7 +206,7 @@ def of_cuda(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | N
         return None
     moved, loaded, programs, steps, flops = sizes[kernel]
     work = Work(moved, loaded, programs, 4, steps, registers, flops=flops, on="fp32")
-    return bounds(GPUS[target], work, code)
+    return bounds(GPUS[target], work, loop)
 
 
 def _decode(gpu: DeviceInfo, key: str, registers: int) -> Work:
@@ -222,3 +252,97 @@ def _number(key: str, letter: str, default: int) -> int:
 
 def _tiles(size: float, tile: float) -> int:
     return int(-(-size // tile))
+
+
+def describe(found: dict[str, float] | None) -> str:
+    """Return the least bound as "29% trips"; "–" if none is known."""
+    if found is None:
+        return "–"
+    name, share = tightest(found)
+    return f"{share:.0%} {name}"
+
+
+def table(head: str, columns: Sequence[str], rows: dict[str, dict[str, str]]) -> str:
+    """Lay out the cells of each row, by column."""
+    lines = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row, cells in rows.items():
+        lines.append(f"| {row} | {' | '.join(cells.get(name, '') for name in columns)} |")
+    return "\n".join(lines)
+
+
+def strategies() -> str:
+    """Lay out the choices of `configs.strategy` at 1024 rows as a table."""
+    lines = ["| N | layer | weight | GPU | R | choice | because |", "|---|---|---|---|---|---|---|"]
+    gpus = {"A100": A100, "H100": H100}
+    for (columns, layer), (gpu, target), rank in itertools.product(NAMED, gpus.items(), (16, 64)):
+        weights: dict[tuple[str, str], list[str]] = {}
+        for four_bit in (False, True):
+            found = configs.strategy(target, 1024, columns, rank, 2, four_bit)
+            weights.setdefault(found, []).append("NF4" if four_bit else "dense")
+        for (choice, why), names in weights.items():
+            weight = ", ".join(names)
+            lines.append(f"| {columns} | {layer} | {weight} | {gpu} | {rank} | {choice} | {why} |")
+    return "\n".join(lines)
+
+
+def _print(target: str, key: str, found: dict[str, float] | None) -> None:
+    if found is not None:
+        shares = "  ".join(f"{name} {share:4.0%}" for name, share in found.items())
+        print(f"{target:6} {shares}  {key}", flush=True)
+
+
+def triton_table() -> str:
+    """Print the bounds of Triton's kernels, and return the least of each as a table."""
+    rows = defaultdict[str, dict[str, str]](dict)
+    for target in targets.TARGETS:
+        for kernel in targets.kernels(target, SLICE):
+            found, code = of_triton(target, kernel), kernel.code
+            _print(target, kernel.key, found)
+            matrix = (code.matrix or "–").split(".")[0]
+            cell = f"{code.registers} {matrix} {describe(found)}"
+            count, programs = targets.TARGETS[target][0].multiprocessors, kernel.launch.programs
+            if target in GPUS and programs < count:
+                cell += f" ({programs} of {count} SMs)"
+            rows[kernel.key][target] = cell
+    return table("kernel", list(targets.TARGETS), dict(sorted(rows.items())))
+
+
+def cuda_tables(library: Path) -> dict[str, str]:
+    """Print the bounds of the CUDA kernels; return the tables "cuda" and "bounds"."""
+    rows, calls = defaultdict[str, dict[str, str]](dict), defaultdict[str, dict[str, str]](dict)
+    for kernel in sorted(cuda.kernels(library), key=lambda kernel: (kernel.target, kernel.key)):
+        found = of_cuda(kernel.target, kernel.key, kernel.code)
+        _print(kernel.target, kernel.key, found)
+        rows[kernel.key][kernel.target] = f"{kernel.code.registers} {describe(found)}"
+        calls[kernel.key][kernel.target] = describe(found).split()[0]
+    served = {
+        call: {gpu: calls[key][target] for gpu, target in SERVED.items()}
+        for call, key in CALLS.items()
+    }
+    return {
+        "cuda": table("kernel", sorted(cuda.TARGETS), dict(sorted(rows.items()))),
+        "bounds": table("forward", list(SERVED), served),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.compile_only.bounds", description=__doc__
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--write", action="store_true", help="write the tables into the documents")
+    write = parser.parse_args().write
+    tables = {"compiled": triton_table(), "strategies": strategies()}
+    library = cuda.library()
+    if library is not None:
+        tables |= cuda_tables(library)
+    for path in DOCUMENTS if write else ():
+        text = path.read_text()
+        for name, rows in tables.items():
+            marks = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+            text = marks.sub(lambda _, rows=rows: f"{rows}\n", text)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -141,8 +141,10 @@ def codes(N: int, K: int) -> Packed4bit:
     return Packed4bit(packed, absmax, *(meta((n,), f32) for n in sizes), 64, 256, "nf4")
 
 
+AnyCall = Call | Dequantize | Gated | Loss
+
 # One config a kernel and target.
-SLICE: list[Call | Dequantize | Gated | Loss] = [
+SLICE: list[AnyCall] = [
     Call(4096, strategy=FUSED),
     Call(1024, quant="whole"),
     Call(16, quant="whole"),
@@ -155,7 +157,7 @@ SLICE: list[Call | Dequantize | Gated | Loss] = [
 ]
 
 
-def every_call() -> Iterator[Call | Dequantize | Gated | Loss]:
+def every_call() -> Iterator[AnyCall]:
     """Every branch of `configs`, every format, with options and without, aligned and odd."""
     yield from SLICE
     for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):

@@ -14,15 +14,6 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# Matrix flops a clock and multiprocessor, 16-bit operands and float32 sums, from the data sheets;
-# nothing is known of the others.
-PEAK = {"sm80": 2048, "sm86": 512, "sm89": 512, "sm120": 512}
-PEAK |= {"sm90": 4096, "sm100": 8192, "sm103": 8192}
-_HMMA = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}
-
-
-LOOP = ("instructions", "wavefronts")  # of `Code.measure_loop`
-
 
 @dataclass(frozen=True)
 class Code:
@@ -32,14 +23,7 @@ class Code:
     shared: int
     matrix: str  # the kind of matrix instruction; "" where there is none
     wide: bool  # whether global memory is read 128 bits at a time
-    share: float | None  # of the tensor cores' peak that issuing the loop's instructions allows
     loop: Counter[str]  # instructions of the loop that multiplies, see `_loop`
-
-    @property
-    def matrix_share(self) -> float:
-        """Matrix instructions over all of the loop."""
-        total = sum(self.loop.values())
-        return sum(n for op, n in self.loop.items() if _is_matrix(op)) / total if total else 0.0
 
     def faults(self, needs_matrix: bool, needs_wide: bool, few: int = 0) -> list[str]:
         """Return what is wrong; few: bytes of stack that may be touched outside of loops."""
@@ -48,12 +32,6 @@ class Code:
             *["no matrix instruction"] * (needs_matrix and not self.matrix),
             *["no load of 128 bits"] * (needs_wide and not self.wide),
         ]
-
-    def entry(self) -> dict[str, Any]:
-        """Return the fields of budgets.json, those of the loop aside."""
-        share = None if self.share is None else round(self.share, 3)
-        numbers = {"registers": self.registers, "shared": self.shared, "matrix": self.matrix}
-        return {**numbers, "loop": round(self.matrix_share, 3), "peak": share}
 
     def measure_loop(self) -> dict[str, int]:
         """Return what a warp does in one turn of the loop.
@@ -72,7 +50,7 @@ class Code:
         return {"instructions": sum(self.loop.values()), "wavefronts": wavefronts}
 
 
-def read(kernel: Any, target: str, warps: int) -> Code:
+def read(kernel: Any) -> Code:
     """Read the machine code of a compiled Triton kernel."""
     if "amdgcn" in kernel.asm:
         return _read_amd(kernel)
@@ -83,15 +61,12 @@ def read(kernel: Any, target: str, warps: int) -> Code:
         sass = output("nvdisasm", "-c", file.name)
     ptx = kernel.asm["ptx"]
     kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-    code = parse(usage, sass, next((kind for kind in kinds if kind in ptx), ""), target, warps)
+    code = parse(usage, sass, next((kind for kind in kinds if kind in ptx), ""))
     return replace(code, shared=kernel.metadata.shared)
 
 
-def parse(usage: str, sass: str, matrix: str, target: str, warps: int) -> Code:
-    """Parse what NVIDIA's tools say of a kernel: the resources that it uses, and its code.
-
-    warps: of a block; 0 for a kernel without a GEMM.
-    """
+def parse(usage: str, sass: str, matrix: str) -> Code:
+    """Parse what NVIDIA's tools say of a kernel: the resources that it uses, and its code."""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found is not None, usage
     loop, spills_in_loops = _loop(sass)
@@ -102,7 +77,6 @@ def parse(usage: str, sass: str, matrix: str, target: str, warps: int) -> Code:
         shared=int(found[3]),
         matrix=matrix,
         wide=bool(re.search(r"LDG\S*\.128|LDGSTS\S*\.128", sass)),
-        share=_share(loop, target, warps),
         loop=loop,
     )
 
@@ -122,7 +96,6 @@ def _read_amd(kernel: Any) -> Code:
         shared=kernel.metadata.shared,
         matrix="mfma" if "v_mfma" in text else "",
         wide="load_dwordx4" in text,
-        share=None,
         loop=Counter(),
     )
 
@@ -165,17 +138,3 @@ def _loop(sass: str) -> tuple[Counter[str], int]:
 
 def _is_matrix(op: str) -> bool:
     return op.startswith(("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA"))
-
-
-def _share(loop: Counter[str], target: str, warps: int) -> float | None:
-    """Clocks of the loop's matrix work over those of issuing it, four warps a clock, at most 1."""
-    flops = 0
-    for op, n in loop.items():
-        n *= 2 if "TF32" in op else 1  # at half the rate
-        if found := re.match(r"HMMA\.(\d+)", op):
-            flops += n * _HMMA.get(found[1], 0) * warps
-        elif found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
-            flops += n * 2 * int(found[1]) * int(found[2]) * int(found[3]) * warps // 4
-    if not flops or target not in PEAK:
-        return None
-    return min(1.0, flops / PEAK[target] / (sum(loop.values()) * warps / 4))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from lora_kernels.backends.triton import launch
+from lora_kernels.backends.triton import launch as launches
 from lora_kernels.backends.triton.configs import Tiles
 from lora_kernels.core.device import DeviceInfo
+from tests.compile_only import machine_code
+from tests.compile_only.calls import AnyCall
+from tests.compile_only.machine_code import Code
 
 # A100, H100, B200, 5090, MI300X.
 TARGETS = {
@@ -45,6 +49,31 @@ class Compiled:
     programs: int
 
 
+@dataclass(frozen=True)
+class Found:
+    """A kernel that no call before launched: `key` names it, its tiles and the call."""
+
+    key: str
+    call: AnyCall
+    launch: Compiled
+    code: Code
+
+
+def kernels(target: str, calls: Iterable[AnyCall]) -> Iterator[Found]:
+    """Compile the kernels that the calls launch there, each once."""
+    known: set[str] = set()
+    for call in calls:
+        launched: Counter[str] = Counter()
+        for launch in compiled(target, call.run):
+            tiles = "x".join(map(str, launch.config.blocks.values()))
+            launched[launch.name] += 1
+            which = f" #{launched[launch.name]}" if launched[launch.name] > 1 else ""
+            if launch.kernel.hash not in known:
+                known.add(launch.kernel.hash)
+                key = f"{launch.name}{which} {tiles} {call}"
+                yield Found(key, call, launch, machine_code.read(launch.kernel))
+
+
 def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
     """Compile the kernels that `call` would launch there, through the same functions."""
     found: list[Compiled] = []
@@ -53,7 +82,7 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
         kernel: Any, config: Tiles, *, grid: tuple[int, ...], device: torch.device, **arguments: Any
     ) -> None:
         assert 0 < max(grid[1:], default=1) < 1 << 16 and 0 < grid[0] < 1 << 31, grid
-        done = kernel.warmup(grid=grid, **arguments, **launch.options(config))
+        done = kernel.warmup(grid=grid, **arguments, **launches.options(config))
         found.append(Compiled(kernel.__name__, config, done, math.prod(grid)))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -63,8 +92,8 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
             get_current_target=lambda: ALL[target][1],
         )
         driver.set_active(fake)
-        patch.setattr(launch, "target", lambda x: ALL[target][0])
-        patch.setattr(launch, "run", warm_up)
+        patch.setattr(launches, "target", lambda x: ALL[target][0])
+        patch.setattr(launches, "run", warm_up)
         call()
     yield from found
 

@@ -85,22 +85,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def test_documentation_has_examples() -> None:
-    assert {file for file, _, _ in examples()} >= {
-        "README.md",
-        "docs/cpu.md",
-        "docs/experts.md",
-        "docs/fine_tuning.md",
-        "docs/gpu.md",
-        "docs/head.md",
-        "docs/kernels.md",
-        "docs/layers.md",
-        "docs/several_adapters.md",
-        "lora_kernels/peft/README.md",
-        "lora_kernels/finetune/README.md",
-    }
-
-
 @pytest.mark.parametrize(
     ("file", "line", "text"),
     [pytest.param(*each, id=f"{each[0]}:{each[1]}") for each in examples()],

@@ -45,7 +45,7 @@ SHOWN = ("torch", "triton", "safetensors", *PEERS, *QUANTIZERS)
 LATER = {
     "AdaLoRA over convolutions (PEFT)": "test_convolutions_stay_pefts_own",
     "KaSA, aLoRA of LoraConfig (PEFT)": (
-        "test_gate_without_a_gradient or several_dy_of_gated or aLoRA"
+        "test_gate_without_a_gradient or (several_dy_at_once_equal_each and gated) or aLoRA"
     ),
     "hotswap_adapter of adapters that train (PEFT)": "test_stale_values and hotswap_adapter",
     "set_adapter(inference_mode=...), set_requires_grad (PEFT)": (

@@ -1,4 +1,4 @@
-"""The documents name files that exist."""
+"""The documents name files that exist, and CI runs the README's test command."""
 
 from __future__ import annotations
 
@@ -40,3 +40,9 @@ def test_named_source_files_exist(document: Path) -> None:
     assert not [
         name for name in named if not any(file.as_posix().endswith(f"/{name}") for file in files)
     ]
+
+
+def test_ci_runs_the_readme_s_test_command() -> None:
+    last = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+    command = last.removeprefix("exec ")
+    assert f"    {command} " in (ROOT / "README.md").read_text(encoding="utf-8")

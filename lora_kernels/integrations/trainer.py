@@ -55,7 +55,7 @@ class LayerReport(TrainerCallback):
     """Print how the LoRA layers will be computed, when accelerate has wrapped the model.
 
     DDP, FSDP and DeepSpeed may change a model so that its layers run PEFT's forward, as FSDP1 does.
-    The main process prints a line, and one for each reason why layers are not "ours, kernels". More
+    The main process prints a line, and one for each reason why layers are not "our kernels". More
     than a tenth of the layers left to PEFT, and a loss left to transformers, are warnings of the
     logger "lora_kernels".
     """
@@ -77,8 +77,8 @@ class FuseCallback(LayerReport, VerdictLog):
     `peft_config` and accelerate has not wrapped the model yet, and again when training starts, for
     layers that were adapted in between. Loading, resuming, evaluation and merging go on as before.
 
-    Before the first step the main process prints how many layers are "ours, kernels", "ours,
-    library GEMMs", "adapter only" and "PEFT's", as `explain` has them, and why they are not in a
+    Before the first step the main process prints how many layers are "our kernels", "our library
+    GEMMs", "adapter only" and "PEFT's", as `explain` has them, and why they are not in a
     state before. If more than a tenth are PEFT's, it is one warning of the logger "lora_kernels".
 
     Args:

@@ -6,17 +6,19 @@ code reads parameters and calls no layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor, nn
 
 from ..core.dtypes import to_dtype
-from .adapters import svd_calls
+from .adapters import RowNames, svd_calls
 from .base import readable_weight
 from .linear import Fused, add_adapter, add_onto
 from .modules import is_linear4bit
-from .plan import plan_svd
+from .plan import Plan, plan_svd
 
 
 class FusedSVD(Fused):
@@ -27,11 +29,11 @@ class FusedSVD(Fused):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters, reason, base_reason, _ = plan_svd(self, x.device, x.dtype)
+        adapters, reason, base_reason, _ = self.plan(x.device, x.dtype)
         if reason is not None:
             return cast(Tensor, super(Fused, self).forward(x, *args, **kwargs))
         base = cast(nn.Module, self._modules["base_layer"])
-        todo = self._cast(svd_calls(adapters, x.device.type, x.shape[:-1].numel()), x)
+        todo = self.calls(adapters, x, RowNames())
         if args or kwargs or base_reason is not None:
             y, is_private = self._call_base(base, x, *args, **kwargs)
             dtype = y.dtype
@@ -44,6 +46,12 @@ class FusedSVD(Fused):
         for call in todo:
             y = add_onto(y, True, x, None, call)
         return to_dtype(y, dtype)
+
+    def plan(self, device: torch.device, x_dtype: torch.dtype, names: Any = None) -> Plan:
+        return plan_svd(self, device, x_dtype)
+
+    def calls(self, adapters: Sequence[Any], x: Tensor, rows: RowNames) -> list[Any]:
+        return self._cast(svd_calls(adapters, x.device.type, x.shape[:-1].numel()), x)
 
 
 class FusedSVDLinear(FusedSVD, SVDLinear):

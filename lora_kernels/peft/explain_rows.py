@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from ..backends.cpu import heuristics as cpu_heuristics
 from ..backends.cpu import linear as cpu
 from ..backends.decode4bit import decoded_by
 from ..backends.eager import experts as eager_experts
@@ -19,31 +17,29 @@ from ..backends.eager.head import kernel_reason, loss_rows
 from ..backends.eager.linear import UPCAST_ROWS
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
-from ..core.call import ExpertsOperands, ExpertsSpec
-from ..core.problem import MANY_ROWS, Choice, Layout, Problem
+from ..core.call import ExpertsOperands, ExpertsSpec, MultiOperands, MultiSpec, Operands, Spec
+from ..core.packed4bit import Packed4bit
+from ..core.problem import Choice, Problem
 from ..layers import LoRAEmbedding, LoRALayer
-from ..layers.experts import ExpertsAdapter, is_quantized, stack
-from ..ops import context
+from ..layers.experts import stack
+from ..ops import context, experts, linear, multi
 from ..ops.arguments import FLOATS, base_dtype
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import (
-    Adapter,
     Call,
+    MixedCall,
+    RowNames,
     adapters_of,
     calls,
     cast_call,
     casts_adapters,
     embedding_adapters_of,
     svd_adapters_of,
-    svd_calls,
 )
 from .base import base_weight
 from .direct import planned_state
-from .eligibility import (
-    embedding_reason,
-    tensor_reason,
-)
+from .eligibility import embedding_reason, tensor_reason
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
@@ -52,23 +48,26 @@ from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
 from .mlp import block_reason, mlp_reasons
 from .modules import is_linear4bit
-from .plan import plan_linear, plan_svd
+from .plan import Plan
 
-KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
+KERNELS, LIBRARY, ADAPTER = "our kernels", "our library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
 SHARED, APART = "x is shared", "x is not shared"
-MAX_ROWS = 1 << 17  # the largest M of `choose_by_rows`
-EVERY_ROW = 256  # `choose_by_rows` tries each M up to here, and then steps by an eighth
+ROWS = 1, 16, 2048  # the row counts by default: a token, a batch of tokens, a training step
 
 
 class Row(NamedTuple):
     """How the next call of one layer will be computed, and why.
 
+    If row counts differ in backend, strategy or reason, the text names them: "1 and 16 rows: gemv;
+    2048 rows: fused".
+
     The states are:
 
-    - "ours, kernels": this package's kernels, in one call or in several.
-    - "ours, library GEMMs": this package's order of PyTorch's GEMMs, the eager backend. Embeddings
-      are never more, because a lookup has no GEMM to fuse the adapter's with.
+    - "our kernels": this package's kernels, in one call or in several.
+    - "our library GEMMs": this package's order of PyTorch's GEMMs, the eager backend, for one of
+      the row counts or for all. Embeddings are never more, because a lookup has no GEMM to fuse the
+      adapter's with.
     - "adapter only": the base layer is called as a module, and the adapter is one of the two above.
     - "PEFT's": PEFT's own forward.
     - "PyTorch's": PyTorch alone, for a layer of this package without an active adapter, for a loss
@@ -85,85 +84,51 @@ class Row(NamedTuple):
     reason: str
 
 
-def _backend_state(backend: str) -> str:
-    return LIBRARY if "eager" in backend else KERNELS
+class _Way(NamedTuple):
+    """How a layer's call with one number of rows is computed.
 
-
-class _Description(NamedTuple):
-    """A choice in words, of one number of rows or of all."""
+    reason: clauses. `join_by_rows` prints a clause of all row counts once.
+    """
 
     backend: str
     strategy: str
-    reason: str
+    reason: Sequence[str]
 
 
-def choose_by_rows(problem: Problem) -> tuple[tuple[int, Choice | None], ...]:
-    """Return pairs (M, choice): the choice from M rows up to the next pair's M.
+def join_by_rows(rows: Sequence[int], clauses: Sequence[Sequence[str]]) -> str:
+    """Return the clauses of each row count, those of all row counts first.
 
-    Tries M from one row to MAX_ROWS. A choice is None if a forced backend cannot run.
+    >>> join_by_rows((1, 16, 2048), (["gemv"], ["gemv"], ["fused"]))
+    '1 and 16 rows: gemv; 2048 rows: fused'
+    >>> join_by_rows((1, 16), (["a", "b"], ["b"]))
+    'b; 1 row: a'
     """
-
-    def choose(rows: int) -> Choice | None:
-        try:
-            return selection.choose(problem._replace(rows=rows))
-        except RuntimeError:
-            return None
-
-    def is_change(a: Choice | None, b: Choice | None) -> bool:
-        if a is None or b is None:
-            return a is not b
-        return (a.backend, a.strategy) != (b.backend, b.strategy)
-
-    grid = [*range(1, EVERY_ROW + 1)]
-    while grid[-1] < MAX_ROWS:
-        grid.append(min(MAX_ROWS, grid[-1] * 9 // 8))
-    found = [(1, choose(1))]
-    for low, high in pairwise(grid):
-        while is_change(choose(high), found[-1][1]):
-            before, first = max(low, found[-1][0]), high  # bisect for the first M that differs
-            while first - before > 1:
-                middle = (before + first) // 2
-                if is_change(choose(middle), found[-1][1]):
-                    first = middle
-                else:
-                    before = middle
-            found.append((first, choose(first)))
-    return tuple(found)
+    counts: dict[str, list[str]] = {}
+    for M, of_M in zip(rows, clauses, strict=True):
+        for clause in dict.fromkeys(of_M):
+            counts.setdefault(clause, []).append(str(M))
+    common = [clause for clause, of_clause in counts.items() if len(of_clause) == len(rows)]
+    others = []
+    for clause, of_clause in counts.items():
+        if len(of_clause) < len(rows):
+            *first, last = of_clause
+            numbers = f"{', '.join(first)} and {last}" if first else last
+            others.append(f"{numbers} row{'s' * (of_clause != ['1'])}: {clause}")
+    return "; ".join(common + others)
 
 
-def _describe(problem: Problem, rows: int | None) -> _Description:
-    """Return the choice for `rows` rows in words, or if None the strategies of all M.
-
-    The backend and the reason are then those of many rows.
-    """
-    if rows is not None:
-        choice = selection.choose(problem._replace(rows=rows))
-        return _Description(choice.backend, choice.strategy, choice.reason)
-    found = choose_by_rows(problem)
-    last = max((start for start, choice in found if choice), default=1)
-    many = max(last, MANY_ROWS) if found[-1][0] == last else last
-    choice = selection.choose(problem._replace(rows=many))
-    ends = [start - 1 for start, _ in found[1:]] + [None]
-    ways = [
-        f"{_way(each, choice.backend)} {_span(start, end)}"
-        for (start, each), end in zip(found, ends, strict=True)
-        if each is not None
-    ]
-    strategies = choice.strategy if len(ways) == 1 else ", ".join(ways)
-    return _Description(choice.backend, strategies, choice.reason)
+def _row(name: str, state: str, rows: Sequence[int], ways: Sequence[_Way]) -> Row:
+    return Row(
+        name,
+        state,
+        join_by_rows(rows, [[way.backend] for way in ways]),
+        join_by_rows(rows, [[way.strategy] for way in ways]),
+        join_by_rows(rows, [way.reason for way in ways]),
+    )
 
 
-def _way(choice: Choice, backend: str) -> str:
-    """Return the strategy, after its backend if that differs from `backend`."""
-    return choice.strategy if choice.backend == backend else f"{choice.backend} {choice.strategy}"
-
-
-def _span(first: int, last: int | None) -> str:
-    if last is None:
-        return f"from {first} rows on"
-    if first == last:
-        return f"at {last} row{'s' * (last > 1)}"
-    return f"up to {last} rows" if first == 1 else f"{first} to {last} rows"
+def _backend_state(ways: Sequence[_Way | Choice]) -> str:
+    return LIBRARY if any("eager" in way.backend for way in ways) else KERNELS
 
 
 def row_of_peft(
@@ -171,14 +136,21 @@ def row_of_peft(
     layer: LoraLayer,
     reason: str | None,
     x_dtype: torch.dtype | None,
-    rows: int | None,
+    rows: Sequence[int],
 ) -> Row:
     """Return the row of one of PEFT's layers.
 
     reason: why `fuse` leaves the layer to PEFT; None if it is fused.
     """
+    if reason is None and isinstance(layer, FusedParamWrapper):
+        return _experts_row(name, layer, x_dtype)
+    if reason is None and isinstance(layer, FusedEmbedding):
+        weight = getattr(layer.base_layer, "weight", torch.empty(0))
+        reason = embedding_reason(layer, embedding_adapters_of(layer), weight.device)
+        if reason is None:
+            return _embedding_row(name)
     if reason is None:
-        return _fused_layer(name, layer, x_dtype, rows)
+        return _linear_row(name, layer, x_dtype, rows)
     return _unfused_row(name, reason)
 
 
@@ -186,210 +158,115 @@ def _unfused_row(name: str, reason: str) -> Row:
     return Row(name, PEFT, "peft", "PEFT's own forward", reason)
 
 
-def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Row:
-    if isinstance(layer, FusedParamWrapper):
-        return _experts_row(name, layer, x_dtype)
-    if isinstance(layer, FusedEmbedding):
-        weight = getattr(layer.base_layer, "weight", torch.empty(0))
-        reason = embedding_reason(layer, embedding_adapters_of(layer), weight.device)
-        return _embedding_row(name) if reason is None else _unfused_row(name, reason)
-    return _fused_linear(name, layer, x_dtype, rows)
-
-
-def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Row:
+def _linear_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: Sequence[int]) -> Row:
     names = layer.mixed_batch  # of the layer's last call, if that named its adapters
     is_svd = isinstance(layer, FusedSVD)
-    found = svd_adapters_of(layer) if is_svd else adapters_of(layer, names)
-    device, x_dtype = _expected_input(layer.base_layer, found, x_dtype)
-    make_calls: Callable[..., list[Call]] = svd_calls if is_svd else calls
-    if is_svd:
-        plan = plan_svd(layer, device, x_dtype)
-    else:
-        plan = plan_linear(layer, device, x_dtype, names)
-    adapters, reason, base_reason, of_dora = plan
-    if reason is not None:
-        return _unfused_row(name, reason)
+    adapters = svd_adapters_of(layer) if is_svd else adapters_of(layer, names)
+    x = _expected_input(layer.base_layer, adapters, x_dtype)
+    plan = layer.plan(x.device, x.dtype, names)
+    if plan.reason is not None:
+        return _unfused_row(name, plan.reason)
+    ways = [_describe_call(layer, plan, x.expand(M, -1), names) for M in rows]
+    state = _backend_state(ways)
+    if plan.base_reason is not None:
+        state, strategy = ADAPTER, "base layer as a module, adapter added"
+        reason = f"base layer: {plan.base_reason}"
+        ways = [_Way(way.backend, strategy, [reason, *way.reason]) for way in ways]
+    return _row(name, state, rows, ways)
 
-    aloras = [adapter for adapter in adapters if getattr(adapter, "is_alora", False)]
-    others = [adapter for adapter in adapters if not getattr(adapter, "is_alora", False)]
-    names_rows = names is not None
-    todo = make_calls(others, device.type, rows) if others and not names_rows else []
-    is_rounded = casts_adapters(layer, device.type, x_dtype, rows)
-    if is_rounded:
-        todo = [cast(Call, cast_call(call, x_dtype)) for call in todo]
-    alone = [[adapter] for adapter in aloras]  # one call for each
-    mixed = [adapters] if names_rows else alone
-    problems = _call_problems(layer.base_layer, todo, mixed, x_dtype, base_reason is None)
-    choices = [_describe(problem, rows) for problem in problems]
+
+def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | None) -> _Way:
+    """Describe the call that the layer's forward would execute by the plan."""
+    todo, choices = _choose_calls(layer, plan, x, names)
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
-    state, strategy = _backend_state(backend), choices[0].strategy
-    reasons = list(dict.fromkeys(choice.reason for choice in choices))
-    if names_rows:
-        reasons.append(f"rows name their adapters, as in the last call: {len(adapters)} in one")
-    reasons += _sharing_reasons(others, todo)
+    strategy = str(choices[0].strategy)
+    reasons = _clauses(choices)
+    if names is not None:
+        reasons.append(
+            f"rows name their adapters, as in the last call: {len(plan.adapters)} in one"
+        )
+    stacked = [call for call in todo if isinstance(call, Call)]
+    aloras = sum(getattr(adapter, "is_alora", False) for adapter in plan.adapters)
+    if 0 < len(stacked) < len(plan.adapters) - aloras:
+        reasons.append("adapters stacked along the rank")
+    if len(stacked) > 1:
+        has_dropout = any(call.dropout_p for call in stacked)
+        reasons.append(
+            "each adapter with dropout draws a mask of its own"
+            if has_dropout
+            else "stacking adapters would copy them for few rows"
+        )
     if aloras:
         reasons.append("an aLoRA, which is active from its invocation tokens on")
-    reasons += _frozen_reasons(adapters, layer.training)
-    if len(problems) > 1:
-        strategy = f"{strategy}; {len(problems)} calls"
-    if of_dora:
-        has_dropout = todo[0].dropout_p > 0
-        if has_dropout:
-            strategy = f"{strategy}; the base GEMM twice"
-        reasons += _dora_reasons(has_dropout)
-    is_decoded = base_reason is None and is_linear4bit(layer.base_layer)
-    if state == LIBRARY and is_decoded and is_on_gpu_path(device.type):
-        reasons.append(decoded_by(device))
-    if is_rounded:
-        reasons.append(f"adapters are rounded to {x_dtype} beside more than {UPCAST_ROWS} rows")
-    if base_reason is not None:
-        state, strategy = ADAPTER, "base layer as a module, adapter added"
-        reasons.insert(0, f"base layer: {base_reason}")
-    return Row(name, state, backend, strategy, "; ".join(reasons))
+    reasons += _frozen_reasons(plan.adapters, layer.training)
+    if len(choices) > 1:
+        strategy = f"{strategy}, {len(choices)} calls"
+    if plan.is_dora:
+        reasons.append("DoRA: the row norm without a second weight")
+        if todo[0].dropout_p:
+            strategy = f"{strategy}, the base GEMM twice"
+            reasons.append("PEFT's DoRA drops x for the base GEMM too")
+    if plan.base_reason is None and is_linear4bit(layer.base_layer):
+        reasons += _decoder_reasons(choices, x.device)
+    if casts_adapters(layer, x.device.type, x.dtype, x.shape[0]):
+        reasons.append(f"adapters are rounded to {x.dtype}")
+    return _Way(backend, strategy, reasons)
 
 
-def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
-    """Return the row of a causal language model's loss."""
-    name = f"{name}.loss" if name else "loss"
-    head = module.get_output_embeddings()
-    is_adapted = isinstance(head, LoraLayer)
-    base = head.get_base_layer() if is_adapted else head
-    adapters = active_adapters(head) if isinstance(head, Fused) else []
-    _, x_dtype = _expected_input(base, adapters, x_dtype)
-    device = getattr(base, "weight", torch.empty(0)).device
-    reason = model_reason(module)
-    if reason is None:
-        reason = call_reason(module, device, x_dtype)
-    if reason is not None:
-        return Row(name, TORCH, "torch", "F.cross_entropy", reason)
-    todo = calls(adapters, device.type, None)
-    a_dtype = todo[0].lora_A.dtype if todo else x_dtype
-    rank = todo[0].lora_A.shape[0] if todo else 1
-    rows = loss_rows(base.out_features, device, x_dtype)
-    dtype = base_dtype(device.type, x_dtype, getattr(base, "compute_dtype", None))
-    dtypes = x_dtype, a_dtype, a_dtype, dtype
-    problem = Problem(
-        *(device.type, *dtypes, rank, rows, is_linear4bit(base)),
-        columns=base.out_features,
-        inner=base.in_features,
-        device_index=device.index,
-        layout=_layout(device.type, _base_weight(base), dtype),
-    )
-    if todo and todo[0].dropout_p:
-        problem = problem._replace(extra=("mask",))
-    choice = selection.choose(problem)
-    reason = f"in training {rows} rows of logits at a time"
-    by_torch = kernel_reason(device, x_dtype)
-    if is_on_gpu_path(device.type) and by_torch is not None:
-        reason += f", the loss by PyTorch's ops: {by_torch}"
-    reason += f"; {choice.reason}"
-    return Row(name, _backend_state(choice.backend), choice.backend, choice.strategy, reason)
-
-
-def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None) -> Row:
-    """Return the row of the layers that a module calls with one x."""
-    reasons = []
-    for each, layer in zip(group.names, group.layers, strict=True):
-        if layer.__dict__.get("_group") is not group:
-            reasons.append(f"{each}: it was fused or unfused by itself")
-            continue
-        device, dtype = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
-        state = planned_state(layer, device, dtype)
-        if isinstance(state, str):
-            reasons.append(f"{each}: {state}")
-        elif (reason := _kernel_reason(layer, device, dtype)) is not None:
-            reasons.append(f"{each}: {reason}")
-    names = ", ".join(group.names)
-    if reasons:
-        return Row(name, APART, "eager", f"{names} run their own calls", "; ".join(reasons))
-    reason = f"for calls with the same x of more than {UPCAST_ROWS} rows"
-    return Row(name, SHARED, "eager", f"one call for {names}", reason)
-
-
-def rows_of_mlps(model: nn.Module, x_dtype: torch.dtype | None) -> Iterator[Row]:
-    """Yield the row of each module on a GPU that may be a gated MLP."""
-    for name, mlp, reason in mlp_reasons(model):
-        if not any(is_on_gpu_path(p.device.type) for p in mlp.parameters()):
-            continue
-        if reason is None:
-            reason = _find_block_reason(mlp, x_dtype)
-        if reason is not None:
-            yield Row(name, TORCH, "torch", "layer by layer", reason)
-            continue
-        yield Row(name, LIBRARY, "eager", "one block", _describe_block(mlp, x_dtype))
-
-
-def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None) -> str | None:
-    """Return why the next call of a gated MLP on a GPU runs layer by layer."""
-    for name in mlp._parts[:3]:
-        layer = mlp._modules[name]
-        if not isinstance(layer, Fused):
-            return f"{name}: a {type(layer).__name__} is not a fused LoRA layer"
-        device, dtype = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
-        if (reason := block_reason(mlp, device, dtype)) is not None:
-            return reason
-        if (reason := _kernel_reason(layer, device, dtype)) is not None:
-            return f"{name}: {reason}"
-    return None
-
-
-def _kernel_reason(layer: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
-    """Return why another backend computes the layer for many rows; None for the eager backend."""
-    todo = calls(adapters_of(layer), device.type, None)
-    (problem,) = _call_problems(layer.base_layer, todo, [], x_dtype, True)
-    choice = selection.choose(problem._replace(rows=MANY_ROWS))
-    return None if choice.backend == "eager" else f"{choice.backend} computes it: {choice.reason}"
-
-
-def _describe_block(mlp: Any, x_dtype: torch.dtype | None) -> str:
-    down = mlp._modules[mlp._parts.down]
-    device, x_dtype = _expected_input(down.base_layer, adapters_of(down), x_dtype)
-    reason = "a gated MLP; the backward recomputes act(gate) * up by "
-    found = eager_mlp.kernel_reason(device, x_dtype)
-    return reason + ("one Triton kernel" if found is None else f"PyTorch's ops: {found}")
-
-
-def _expected_input(
-    base: Any, adapters: Sequence[Any], x_dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype of x: the adapters' device, and the base's dtype by default.
-
-    A base that is stored in a dtype that no x has, such as float8 or uint8, does not tell it: the
-    adapters' dtype is then returned.
-    """
-    found: Any = adapters[0].lora_A if adapters else None
-    if isinstance(found, nn.Module):
-        found = getattr(found, "weight", None)  # FSDP1 may have taken it
-    lora_A = found if isinstance(found, Tensor) else torch.empty(0)
-    if x_dtype is None:
-        stored = getattr(getattr(base, "weight", None), "dtype", None)
-        x_dtype = stored if stored in FLOATS else lora_A.dtype
-    return lora_A.device, x_dtype
-
-
-def _call_problems(
-    base: Any,
-    todo: Sequence[Call],
-    mixed: Sequence[Sequence[Any]],
-    x_dtype: torch.dtype,
-    readable: bool,
-) -> list[Problem]:
-    """Return the calls that a fused forward makes; the first includes the base GEMM.
-
-    Args:
-        todo: calls of `lora_linear`.
-        mixed: the adapters of each call of `multi_lora_linear`.
-        readable: whether the base weight is read.
-    """
-    is_typed = is_linear4bit(base) and base.compute_type_is_set
-    compute_dtype = base.compute_dtype if is_typed else None
-    weight = _base_weight(base) if readable else None
-    found: list[Problem] = []
+def _choose_calls(
+    layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | None = None
+) -> tuple[list[Any], list[Choice]]:
+    """Return the calls of the plan for x, and the choice for each; the first has the base GEMM."""
+    M = x.shape[0]
+    todo = layer.calls(plan.adapters, x, RowNames(names and ([*names] * M)[:M]))
+    weight, compute_dtype = None, None
+    if plan.base_reason is None:
+        base = layer.base_layer
+        weight = _base_weight(base)
+        if is_linear4bit(base) and base.compute_type_is_set:
+            compute_dtype = base.compute_dtype
+    choices = []
     for call in todo:
-        found.append(_problem(call, x_dtype, None if found else weight, compute_dtype))
-    for adapters in mixed:
-        found.append(_mixed_problem(adapters, x_dtype, None if found else weight, compute_dtype))
-    return found
+        given = call._replace(dropout_p=0.0) if plan.is_dora else call  # the layer drops x itself
+        choices.append(_choose(x, weight, given, compute_dtype))
+        weight, compute_dtype = None, None
+    return todo, choices
+
+
+def _choose(
+    x: Tensor,
+    weight: Tensor | Weight4bit | None,
+    call: Call | MixedCall,
+    compute_dtype: torch.dtype | None = None,
+    has_mask: bool = False,
+) -> Choice:
+    """Return the choice of `lora_linear`, or `multi_lora_linear`, for the call.
+
+    has_mask: whether its dropout gets a mask.
+    """
+    device_type = x.device.type
+    dtype = base_dtype(device_type, x.dtype, compute_dtype)
+    if is_on_gpu_path(device_type) and context.autocast_dtype(device_type, x.dtype):
+        x, call = x[:1].to(dtype).expand_as(x), cast_call(call, dtype)
+    base = weight.codes if isinstance(weight, Weight4bit) else weight
+    p, mask = call.dropout_p, x if has_mask else None
+    is_drawn = mask is None and "rng" in selection.dropout_operand(device_type, p)
+    rng = x.new_empty(2, dtype=torch.int64) if is_drawn else None
+    if isinstance(call, MixedCall):
+        mixed = MultiOperands(x, base, call.lora_A, call.lora_B, call.row_index, None, rng)
+        return multi.choose(mixed, MultiSpec(call.scaling, p, dtype, dtype))
+    operands = Operands(x, base, call.lora_A, call.lora_B, call.rank_gate, rng=rng, mask=mask)
+    return linear.choose(operands, Spec(call.scaling, p, dtype, dtype))
+
+
+def _clauses(choices: Sequence[Choice]) -> list[str]:
+    return [clause for choice in choices for clause in choice.reason.split("; ")]
+
+
+def _decoder_reasons(choices: Sequence[Choice], device: torch.device) -> Iterator[str]:
+    """Yield what decodes the 4-bit weight of a GPU's library GEMMs."""
+    if _backend_state(choices) == LIBRARY and is_on_gpu_path(device.type):
+        yield decoded_by(device)
 
 
 def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
@@ -403,119 +280,20 @@ def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
         yield "lora_B is frozen: the forward does not save x·Aᵀ"
 
 
-def _sharing_reasons(adapters: Sequence[Any], todo: Sequence[Call]) -> Iterator[str]:
-    """Yield why the adapters share calls, and why they need several."""
-    if len(todo) < len(adapters) and todo:
-        yield "adapters stacked along the rank"
-    if len(todo) > 1:
-        if any(call.dropout_p for call in todo):
-            yield "each adapter with dropout draws a mask of its own"
-        else:
-            yield "stacking adapters would copy them for few rows"
+def _expected_input(base: Any, adapters: Sequence[Any], x_dtype: torch.dtype | None) -> Tensor:
+    """Return an x [1, K] on the adapters' device, by default in the base's dtype.
 
-
-def _dora_reasons(has_dropout: bool) -> Iterator[str]:
-    yield "DoRA: the row norm without a second weight"
-    if has_dropout:
-        yield "PEFT's DoRA drops x for the base GEMM too"
-
-
-def row_of_layer(name: str, layer: LoRALayer, x_dtype: torch.dtype | None, rows: int | None) -> Row:
-    """Return the row of one of this package's layers."""
-    if layer.merged or not layer.enabled:
-        reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
-        product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
-        return Row(name, TORCH, "torch", product, reason)
-    if isinstance(layer, LoRAEmbedding):
-        return _embedding_row(name)
-    weight = layer._base_weight()
-    x_dtype = x_dtype or (layer.lora_A if isinstance(weight, Weight4bit) else weight).dtype
-    dropout_p = layer.dropout if layer.training else 0.0
-    call = Call(layer.lora_A, layer.lora_B, layer.scaling, None, dropout_p)
-    problem = _problem(call, x_dtype, weight, layer.compute_dtype)
-    choice = _describe(problem._replace(columns=layer.out_features), rows)
-    state, reason = _backend_state(choice.backend), choice.reason
-    device = layer.lora_A.device
-    if state == LIBRARY and problem.four_bit and is_on_gpu_path(device.type):
-        reason = f"{reason}; {decoded_by(device)}"
-    return Row(name, state, choice.backend, choice.strategy, reason)
-
-
-def row_of_streamed(
-    name: str, layer: StreamedLinear, x_dtype: torch.dtype | None, rows: int | None
-) -> Row:
-    """Return the row of a linear layer without an adapter that `fuse` has taken."""
-    few, weight = 0, layer._parameters.get("weight")
-    if weight is None or weight.dim() != 2:
-        reason = tensor_reason(torch.device("cpu"), weight=weight) or ""
-        return Row(name, TORCH, "torch", "F.linear", f"no adapter; {reason}")
-    (N, K), dtype = weight.shape, x_dtype or weight.dtype
-    if weight.device.type != "cpu":
-        reason = f"its weight is on {weight.device}"
-    elif dtype is not weight.dtype:
-        reason = f"x has {dtype}, its weight {weight.dtype}"
-    elif torch.is_autocast_enabled("cpu"):
-        reason = "autocast is on"
-    elif not context.can_bypass_dispatcher(weight):
-        reason = "a subclass or a mode looks at each call with its weight"
-    elif weight.stride(1) != 1:
-        reason = "its weight is stored by columns"
-    else:
-        choice = selection.choose(Problem("cpu", dtype, dtype, dtype, dtype, 0, 1))
-        reason = choice.reason
-        if (choice.backend, choice.strategy) == ("cpu", cpu.GEMV):
-            few = cpu_heuristics.few_rows(dtype, False, N * K)
-    if few >= (rows or 1):
-        reason = f"no adapter; up to {few} rows without gradients; {reason}"
-        return Row(name, KERNELS, "cpu", cpu.GEMV, reason)
-    reason = f"no adapter; {f'more than {few} rows' if few else reason}"
-    return Row(name, TORCH, "torch", "F.linear", reason)
-
-
-def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
-    experts = layer.get_base_layer()
-    weight = stack(experts, layer.parameter_name)
-    reason = experts_reason(layer, weight.device)
-    if reason is not None:
-        return _unfused_row(name, reason)
-    adapter = active_adapter(layer)
-    if adapter is None:
-        return Row(name, TORCH, "torch", "the base alone", "no active adapter on this layer")
-    (_, R, K), N = adapter.lora_A.shape, adapter.lora_B.shape[1]
-    dtypes = x_dtype or weight.dtype, adapter.lora_A.dtype, adapter.lora_B.dtype, weight.dtype
-    problem = Problem(weight.device.type, *dtypes, R, columns=N, inner=K)
-    problem = problem._replace(four_bit=is_quantized(experts, layer.parameter_name))
-    choice = selection.choose_experts(problem)
-    state, reason = _backend_state(choice.backend), f"experts; {choice.reason}"
-    if choice.backend == "eager" and is_on_gpu_path(weight.device.type):
-        reason += f"; {_experts_clause(weight, adapter, experts.is_transposed)}"
-    return Row(name, state, choice.backend, choice.strategy, reason)
-
-
-def _experts_clause(
-    weight: Tensor | Weight4bit, adapter: ExpertsAdapter, is_transposed: bool
-) -> str:
-    """Return how the eager backend runs experts on a GPU, and what the host waits for."""
-    A, B, is_4bit = adapter.lora_A, adapter.lora_B, isinstance(weight, Weight4bit)
-    x = A.new_empty(0, A.shape[2], dtype=weight.dtype)
-    stack = weight.codes if isinstance(weight, Weight4bit) else weight
-    stack = stack.mT if isinstance(stack, Tensor) and is_transposed else stack
-    operands = ExpertsOperands(x, stack, A, B, x)
-    spec = ExpertsSpec(1.0, 0.0, weight.dtype, weight.dtype, is_transposed)
-    if (why := eager_experts.loop_reason(operands, spec)) is not None:
-        decoded = "decoded and multiplied" if is_4bit else "multiplied"
-        said = f"one expert at a time is {decoded}, and the host waits for the GPU: {why}"
-    elif (why := eager_experts.waits_reason(x.device, spec.dtype)) is not None:
-        said = f"grouped_mm multiplies one expert at a time, and the host waits for the GPU: {why}"
-    else:
-        said = "grouped_mm multiplies all experts, and the host does not wait"
-        said += f"; {decoded_by(x.device)}" * is_4bit
-    return said
-
-
-def _embedding_row(name: str) -> Row:
-    reason = "an embedding: its base is a lookup, no GEMM to fuse the adapter's with"
-    return Row(name, LIBRARY, "torch", "lookups, then one GEMM in place", reason)
+    A base that is stored in a dtype that no x has, such as float8 or uint8, does not tell it: x has
+    the adapters' dtype then.
+    """
+    found: Any = adapters[0].lora_A if adapters else None
+    if isinstance(found, nn.Module):
+        found = getattr(found, "weight", None)  # FSDP1 may have taken it
+    lora_A = found if isinstance(found, Tensor) else torch.empty(0)
+    if x_dtype is None:
+        stored = getattr(getattr(base, "weight", None), "dtype", None)
+        x_dtype = stored if stored in FLOATS else lora_A.dtype
+    return torch.empty(1, lora_A.shape[-1], dtype=x_dtype, device=lora_A.device)
 
 
 def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
@@ -526,49 +304,191 @@ def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
     return base_weight(base)
 
 
-def _mixed_problem(
-    adapters: Sequence[Adapter],
-    x_dtype: torch.dtype,
-    weight: Tensor | Weight4bit | None,
-    compute_dtype: torch.dtype | None,
-) -> Problem:
-    """Return the call of `multi_lora_linear` for x on the adapters' device."""
-    A, B = adapters[0].lora_A.weight, adapters[0].lora_B.weight
-    rank = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
-    call = Call(A, B, 1.0, None, 0.0)
-    return _problem(call, x_dtype, weight, compute_dtype)._replace(rank=rank, mixed=True)
+def row_of_layer(
+    name: str, layer: LoRALayer, x_dtype: torch.dtype | None, rows: Sequence[int]
+) -> Row:
+    """Return the row of one of this package's layers."""
+    if layer.merged or not layer.enabled:
+        reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
+        product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
+        return Row(name, TORCH, "torch", product, reason)
+    if isinstance(layer, LoRAEmbedding):
+        return _embedding_row(name)
+    weight, A, B = layer._base_weight(), layer.lora_A, layer.lora_B
+    is_4bit = isinstance(weight, Weight4bit)
+    x_dtype = x_dtype or (A if is_4bit else weight).dtype
+    x = torch.empty(1, A.shape[1], dtype=x_dtype, device=A.device)
+    # Variants differ in lora_B's shape.
+    lora_B = B.new_empty(1, 1).expand(layer.out_features, A.shape[0])
+    call = Call(A, lora_B, layer.scaling, None, layer.dropout if layer.training else 0.0)
+    ways = []
+    for M in rows:
+        choice = _choose(x.expand(M, -1), weight, call, layer.compute_dtype)
+        reasons = _clauses([choice])
+        reasons += _decoder_reasons([choice], x.device) if is_4bit else ()
+        ways.append(_Way(choice.backend, choice.strategy, reasons))
+    return _row(name, _backend_state(ways), rows, ways)
 
 
-def _problem(
-    call: Call,
-    x_dtype: torch.dtype,
-    weight: Tensor | Weight4bit | None,
-    compute_dtype: torch.dtype | None,
-) -> Problem:
-    """Return the call of `lora_linear` for x on the adapter's device."""
-    (R, K), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
-    dtype = base_dtype(device.type, x_dtype, compute_dtype)
-    return Problem(
-        device.type,
-        x_dtype,
-        call.lora_A.dtype,
-        call.lora_B.dtype,
-        dtype,
-        R,
-        four_bit=isinstance(weight, Weight4bit),
-        columns=N,
-        inner=K,
-        extra=selection.dropout_operand(device.type, call.dropout_p),
-        device_index=device.index,
-        layout=_layout(device.type, weight, dtype),
-    )
+def row_of_streamed(
+    name: str, layer: StreamedLinear, x_dtype: torch.dtype | None, rows: Sequence[int]
+) -> Row:
+    """Return the row of a linear layer without an adapter that `fuse` has taken."""
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        reason = tensor_reason(torch.device("cpu"), weight=weight)
+        return Row(name, TORCH, "torch", "F.linear", f"no adapter; {reason}")
+    (N, K), dtype, reason = weight.shape, x_dtype or weight.dtype, None
+    if weight.device.type != "cpu":
+        reason = f"its weight is on {weight.device}"
+    elif dtype is not weight.dtype:
+        reason = f"x has {dtype}, its weight {weight.dtype}"
+    elif torch.is_autocast_enabled("cpu"):
+        reason = "autocast is on"
+    elif not context.can_bypass_dispatcher(weight):
+        reason = "a subclass or a mode looks at each call with its weight"
+    elif weight.stride(1) != 1:
+        reason = "its weight is stored by columns"
+    if reason is not None:
+        return Row(name, TORCH, "torch", "F.linear", f"no adapter; {reason}")
+    state, ways = TORCH, []
+    for M in rows:
+        problem = Problem("cpu", dtype, dtype, dtype, dtype, 0, M, columns=N, inner=K)
+        choice = selection.choose(problem)
+        if (choice.backend, choice.strategy) == ("cpu", cpu.GEMV):
+            state, reason = KERNELS, f"without gradients, {choice.reason}"
+            ways.append(_Way("cpu", cpu.GEMV, ["no adapter", reason]))
+        else:
+            reason = "too many rows for the GEMV" if choice.backend == "cpu" else choice.reason
+            ways.append(_Way("torch", "F.linear", ["no adapter", reason]))
+    return _row(name, state, rows, ways)
 
 
-def _layout(
-    device_type: str, weight: Tensor | Weight4bit | None, dtype: torch.dtype
-) -> Layout | None:
+def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
+    """Return the row of a causal language model's loss."""
+    name = f"{name}.loss" if name else "loss"
+    head = module.get_output_embeddings()
+    base = head.get_base_layer() if isinstance(head, LoraLayer) else head
+    adapters = active_adapters(head) if isinstance(head, Fused) else []
+    x_dtype = _expected_input(base, adapters, x_dtype).dtype
+    device = getattr(base, "weight", torch.empty(0)).device
+    reason = model_reason(module)
+    if reason is None:
+        reason = call_reason(module, device, x_dtype)
+    if reason is not None:
+        return Row(name, TORCH, "torch", "F.cross_entropy", reason)
+    K, N = int(base.in_features), int(base.out_features)
+    x, rows = torch.empty(1, K, dtype=x_dtype, device=device), loss_rows(N, device, x_dtype)
+    call = Call(x, x[:, :1].expand(N, 1), 1.0, None, 0.0)  # of a head without an adapter
+    if adapters:
+        (call,) = calls(adapters, device.type, None)
+    compute_dtype = getattr(base, "compute_dtype", None)
+    weight = _base_weight(base)
+    choice = _choose(x.expand(rows, -1), weight, call, compute_dtype, call.dropout_p > 0)
+    reason = f"in training {rows} rows of logits at a time"
+    by_torch = kernel_reason(device, x_dtype)
+    if is_on_gpu_path(device.type) and by_torch is not None:
+        reason += f", the loss by PyTorch's ops: {by_torch}"
+    reason += f"; {choice.reason}"
+    return Row(name, _backend_state([choice]), choice.backend, choice.strategy, reason)
+
+
+def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Sequence[int]) -> Row:
+    """Return the row of the layers that a module calls with one x, for the most rows."""
+    reasons = []
+    for each, layer in zip(group.names, group.layers, strict=True):
+        if layer.__dict__.get("_group") is not group:
+            reasons.append(f"{each}: it was fused or unfused by itself")
+            continue
+        x = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
+        state = planned_state(layer, x.device, x.dtype)
+        reason = state if isinstance(state, str) else _kernel_reason(layer, x.expand(max(rows), -1))
+        if reason is not None:
+            reasons.append(f"{each}: {reason}")
+    names = ", ".join(group.names)
+    if reasons:
+        return Row(name, APART, "eager", f"{names} run their own calls", "; ".join(reasons))
+    reason = f"for calls with the same x of more than {UPCAST_ROWS} rows"
+    return Row(name, SHARED, "eager", f"one call for {names}", reason)
+
+
+def rows_of_mlps(
+    model: nn.Module, x_dtype: torch.dtype | None, rows: Sequence[int]
+) -> Iterator[Row]:
+    """Yield the row of each module on a GPU that may be a gated MLP, for the most rows."""
+    for name, mlp, reason in mlp_reasons(model):
+        if not any(is_on_gpu_path(p.device.type) for p in mlp.parameters()):
+            continue
+        if reason is None:
+            reason = _find_block_reason(mlp, x_dtype, max(rows))
+        if reason is not None:
+            yield Row(name, TORCH, "torch", "layer by layer", reason)
+            continue
+        down = mlp._modules[mlp._parts.down]
+        x = _expected_input(down.base_layer, adapters_of(down), x_dtype)
+        found = eager_mlp.kernel_reason(x.device, x.dtype)
+        by = "one Triton kernel" if found is None else f"PyTorch's ops: {found}"
+        reason = f"a gated MLP; the backward recomputes act(gate) * up by {by}"
+        yield Row(name, LIBRARY, "eager", "one block", reason)
+
+
+def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, M: int) -> str | None:
+    """Return why the next call of a gated MLP on a GPU runs layer by layer."""
+    for name in mlp._parts[:3]:
+        layer = mlp._modules[name]
+        if not isinstance(layer, Fused):
+            return f"{name}: a {type(layer).__name__} is not a fused LoRA layer"
+        x = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
+        if (reason := block_reason(mlp, x.device, x.dtype)) is not None:
+            return reason
+        if (reason := _kernel_reason(layer, x.expand(M, -1))) is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _kernel_reason(layer: Any, x: Tensor) -> str | None:
+    """Return why another backend computes the layer for x; None for the eager backend."""
+    _, (choice,) = _choose_calls(layer, layer.plan(x.device, x.dtype), x)
+    return None if choice.backend == "eager" else f"{choice.backend} computes it: {choice.reason}"
+
+
+def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
+    base = layer.get_base_layer()
+    weight = stack(base, layer.parameter_name)
+    device, dtype, is_transposed = weight.device, weight.dtype, base.is_transposed
+    reason = experts_reason(layer, device)
+    if reason is not None:
+        return _unfused_row(name, reason)
+    adapter = active_adapter(layer)
+    if adapter is None:
+        return Row(name, TORCH, "torch", "the base alone", "no active adapter on this layer")
+    A, B = adapter.lora_A, adapter.lora_B
+    x = A.new_empty(0, A.shape[2], dtype=x_dtype or dtype)
     if isinstance(weight, Weight4bit):
-        return selection.layout_of(device_type, weight.codes, dtype)
-    if weight is not None and not any(weight.stride()):  # `sharded._stand_in`'s
-        return None
-    return selection.layout_of(device_type, weight, dtype)
+        operand: Tensor | Packed4bit = weight.codes
+    else:
+        operand = weight.mT if is_transposed else weight
+    operands = ExpertsOperands(x, operand, A, B, x)
+    spec = ExpertsSpec(1.0, 0.0, dtype, dtype, is_transposed)
+    choice = experts.choose(operands, spec)
+    reason = f"experts; {choice.reason}"
+    if choice.backend == "eager" and is_on_gpu_path(device.type):
+        reason += f"; {_experts_clause(operands, spec)}"
+    return Row(name, _backend_state([choice]), choice.backend, choice.strategy, reason)
+
+
+def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
+    """Return how the eager backend runs experts on a GPU, and what the host waits for."""
+    device, is_4bit = operands.x.device, isinstance(operands.weight, Packed4bit)
+    if (why := eager_experts.loop_reason(operands, spec)) is not None:
+        decoded = "decoded and multiplied" if is_4bit else "multiplied"
+        return f"one expert at a time is {decoded}, and the host waits for the GPU: {why}"
+    if (why := eager_experts.waits_reason(device, spec.dtype)) is not None:
+        return f"grouped_mm multiplies one expert at a time, and the host waits for the GPU: {why}"
+    decoder = f"; {decoded_by(device)}" * is_4bit
+    return f"grouped_mm multiplies all experts, and the host does not wait{decoder}"
+
+
+def _embedding_row(name: str) -> Row:
+    reason = "an embedding: its base is a lookup, no GEMM to fuse the adapter's with"
+    return Row(name, LIBRARY, "torch", "lookups, then one GEMM in place", reason)

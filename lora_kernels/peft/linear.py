@@ -37,7 +37,7 @@ from .adapters import (
 from .base import readable_weight
 from .eligibility import has_invalid_sequences
 from .modules import LINEAR_FORWARD, is_linear4bit, library_forward
-from .plan import plan_linear
+from .plan import Plan, plan_linear
 
 if TYPE_CHECKING:
     from .groups import Group
@@ -91,7 +91,7 @@ class Fused(nn.Module):
         names = None if rows.names is None else tuple(dict.fromkeys(rows.names))
         if names is not None or self.mixed_batch is not None:
             self.mixed_batch = names
-        adapters, reason, base_reason, is_dora = plan_linear(self, x.device, x.dtype, names)
+        adapters, reason, base_reason, is_dora = self.plan(x.device, x.dtype, names)
         if reason is not None or has_invalid_sequences(adapters, x, rows):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
@@ -103,7 +103,7 @@ class Fused(nn.Module):
             if args or kwargs:  # the base takes more than x
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             return _dora_linear(self, adapters[0], x)
-        first, *rest = self._cast(calls_for(adapters, x, rows), x)
+        first, *rest = self.calls(adapters, x, rows)
         if args or kwargs or base_reason is not None:
             result, is_private = self._call_base(base, x, *args, **kwargs)
             dtype = result.dtype
@@ -119,6 +119,18 @@ class Fused(nn.Module):
         for call in rest:
             result = add_onto(result, True, x, None, call)
         return to_dtype(result, dtype)
+
+    # `explain` asks for the plan and the calls too.
+
+    def plan(
+        self, device: torch.device, x_dtype: torch.dtype, names: Sequence[str] | None = None
+    ) -> Plan:
+        """Plan a call. names: the adapters that the rows of x name; None for the active ones."""
+        return plan_linear(self, device, x_dtype, names)
+
+    def calls(self, adapters: Sequence[Any], x: Tensor, rows: RowNames) -> list[Any]:
+        """Return the calls for x, in x's dtype if the layer rounds its adapters."""
+        return self._cast(calls_for(adapters, x, rows), x)
 
     def _call_base(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> in_place.Result:
         """Call the base layer as a module.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ..layers import LoRALayer
 from .explain_rows import (
     KERNELS,
     LIBRARY,
+    ROWS,
     Row,
     row_of_group,
     row_of_layer,
@@ -85,15 +86,15 @@ class Explanation:
 
         "adapter only" is not enough, and neither is a model without any of them.
 
-        kernels: whether our order of PyTorch's GEMMs ("ours, library GEMMs") is not enough either,
+        kernels: whether our order of PyTorch's GEMMs ("our library GEMMs") is not enough either,
             and our kernels are wanted. An embedding has none, so it raises.
 
-        >>> ours = Row("a", "ours, library GEMMs", "eager", "reference", "float64")
+        >>> ours = Row("a", "our library GEMMs", "eager", "reference", "float64")
         >>> Explanation([ours]).assert_fused()
         >>> Explanation([ours]).assert_fused(kernels=True)
         Traceback (most recent call last):
-        RuntimeError: want our kernels in all, got 1 LoRA layer: 1 ours, library GEMMs
-          a: ours, library GEMMs (eager): float64
+        RuntimeError: want our kernels in all, got 1 LoRA layer: 1 our library GEMMs
+          a: our library GEMMs (eager): float64
         """
         wanted = (KERNELS,) if kernels else (KERNELS, LIBRARY)
         rest = [row for row in [*self.rows, *self.losses] if row.state not in wanted]
@@ -111,8 +112,8 @@ class Explanation:
         "layers" has the fields of each layer's row and its number of parameters, and "linears" the
         rows of layers without an adapter.
 
-        >>> json.loads(Explanation([Row("a", "ours, kernels", "cpu", "fused", "why")]).json())
-        {'layers': [{'layer': 'a', 'state': 'ours, kernels', 'backend': 'cpu', \
+        >>> json.loads(Explanation([Row("a", "our kernels", "cpu", "fused", "why")]).json())
+        {'layers': [{'layer': 'a', 'state': 'our kernels', 'backend': 'cpu', \
 'strategy': 'fused', 'reason': 'why', 'parameters': None}]}
         """
         data: dict[str, Any] = {
@@ -158,7 +159,7 @@ def explain(
     model: nn.Module,
     *,
     x_dtype: torch.dtype | None = None,
-    rows: int | None = None,
+    rows: int | Sequence[int] | None = None,
     all: bool = False,
 ) -> Explanation:
     """Explain how the next call of each LoRA layer in `model` will be computed, and why.
@@ -170,15 +171,15 @@ def explain(
 
     Args:
         x_dtype: the dtype of the layers' input. None: the dtype of each base weight.
-        rows: the number of rows of each layer's input, batch size × length, whose strategies are
-            wanted. None: the strategies of all numbers of rows, and the reason for many.
+        rows: numbers of rows of each layer's input, batch size × length, or one. None: 1, 16 and
+            2048 rows.
         all: whether the printed table has a line for each layer. Otherwise layers whose names
             differ only in numbers share a line.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `rows` is not a whole number of at least 1.
-        RuntimeError: a forced backend cannot run.
+        ValueError: `rows` is no whole number of at least 1, and no sequence of them.
+        RuntimeError: a forced backend or strategy cannot run one of the row counts.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -187,10 +188,7 @@ def explain(
     base_model.model.0  PEFT's  peft     PEFT's own forward  not fused: call fuse()
     1 LoRA layer: 1 PEFT's
     """
-    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-        raise ValueError(
-            f"rows: got {rows!r}, want a whole number of at least 1, batch size × length"
-        )
+    counts = _row_counts(rows)
     found: list[Row] = []
 
     def add(name: str, explain_layer: Callable[[], Row], found: list[Row] = found) -> None:
@@ -208,22 +206,35 @@ def explain(
         if reason is None and not isinstance(layer, Fused):
             reason = "adapted, or made fusable, after fuse(): call fuse again"
             reason = reason if was_fused else "not fused: call fuse()"
-        add(name, partial(row_of_peft, name, layer, reason, x_dtype, rows))
+        add(name, partial(row_of_peft, name, layer, reason, x_dtype, counts))
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
-            add(name, partial(row_of_layer, name, module, x_dtype, rows))
+            add(name, partial(row_of_layer, name, module, x_dtype, counts))
     sizes = {row.layer: _lora_size(model.get_submodule(row.layer)) for row in found}
     linears = [
-        row_of_streamed(name, module, x_dtype, rows)
+        row_of_streamed(name, module, x_dtype, counts)
         for name, module in model.named_modules()
         if isinstance(module, StreamedLinear)
     ]
     losses = [row_of_loss(name, module, x_dtype) for name, module in requested_losses(model)]
-    blocks = list(rows_of_mlps(model, x_dtype))
+    blocks = list(rows_of_mlps(model, x_dtype, counts))
     for name, group in groups_of(model):
         if any(is_on_gpu_path(p.device.type) for each in group.layers for p in each.parameters()):
-            add(name, partial(row_of_group, name, group, x_dtype), blocks)
+            add(name, partial(row_of_group, name, group, x_dtype, counts), blocks)
     return Explanation(found, sizes, linears, all, losses, blocks)
+
+
+def _row_counts(rows: Any) -> tuple[int, ...]:
+    """Return the different row counts of `explain`'s argument."""
+    if rows is None:
+        return ROWS
+    counts = rows if isinstance(rows, (list, tuple, range)) else [rows]
+    if not counts or any(type(M) is not int or M < 1 for M in counts):
+        raise ValueError(
+            f"rows: got {rows!r}, want a whole number of at least 1, batch size × length, or a "
+            "list of them"
+        )
+    return tuple(dict.fromkeys(counts))
 
 
 def _lora_size(layer: nn.Module) -> int:

@@ -7,9 +7,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .modules import is_linear4bit
 from .zero3 import as_gathered, is_gathered_in_call, is_partitioned
 
 
@@ -17,7 +16,8 @@ from .zero3 import as_gathered, is_gathered_in_call, is_partitioned
 def gathered_parameters(model: nn.Module, name: str) -> Iterator[str | None]:
     """Replace the layer's sharded parameters by stand-ins with the shapes that its forward sees.
 
-    The stand-ins have no meaningful values. Yields the name of what shards any parameter, or None.
+    The stand-ins have no meaningful values, and as much memory as the layer's forward takes.
+    Yields the name of what shards any parameter, or None.
     """
     path = name.split(".")
     modules = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
@@ -31,8 +31,8 @@ def gathered_parameters(model: nn.Module, name: str) -> Iterator[str | None]:
     called = [module for module in modules if is_gathered_in_call(module)]
     try:
         for module, key, p in stored:
-            is_packed = key == "weight" and is_linear4bit(module)
-            stand_in = _stand_in(p, is_packed)
+            shape = p.ds_shape if is_partitioned(p) else p.shape
+            stand_in = torch.empty(shape, dtype=p.dtype, device=p.device)
             module._parameters[key] = nn.Parameter(stand_in, requires_grad=p.requires_grad)
         with as_gathered(called[0]) if called else nullcontext():
             yield "DeepSpeed's ZeRO-3" if zero3 else "FSDP2" if stored else None
@@ -40,17 +40,6 @@ def gathered_parameters(model: nn.Module, name: str) -> Iterator[str | None]:
         for module, key, p in stored:
             module._parameters[key] = p
             vars(getattr(module, "quant_state", None) or module).pop("_lora_kernels", None)
-
-
-def _stand_in(p: Any, is_packed: bool) -> Tensor:
-    """Return a tensor with p's shape, dtype and device. Only packed codes occupy memory.
-
-    is_packed: whether p holds 4-bit codes, in whatever dtype.
-    """
-    shape = p.ds_shape if is_partitioned(p) else p.shape
-    if p.is_floating_point() and not is_packed:
-        return torch.empty((), dtype=p.dtype, device=p.device).expand(shape)
-    return torch.empty(shape, dtype=p.dtype, device=p.device)
 
 
 def _is_gathered(modules: Sequence[nn.Module], p: Any) -> bool:

@@ -171,7 +171,7 @@ def test_explain_says_the_kernel_of_each_layer() -> None:
     layers = nn.Linear(64, 72), nn.Linear(72, 64), Conv1D(64, 64)
     model = fuse(get_peft_model(nn.Sequential(*layers).to(bf16), config))
     even, other, columns = explain(model, x_dtype=bf16).rows
-    assert even.strategy == f"{COOPERATIVE} up to 16 rows, {TWO_PASS} from 17 rows on"
+    assert even.strategy == f"1 and 16 rows: {COOPERATIVE}; 2048 rows: {TWO_PASS}"
     assert other.strategy == even.strategy and columns.strategy == TWO_PASS
     plain = nn.Sequential(LoRALinear(65, 64, dtype=bf16))
     with pytest.raises(RuntimeError, match=r"'cuda' was requested .* K = 65 is no multiple of 8"):

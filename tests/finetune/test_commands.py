@@ -35,6 +35,7 @@ from lora_kernels.finetune.model import (
     rewrite_codes,
 )
 from lora_kernels.finetune.options import Options
+from lora_kernels.peft.explain_rows import KERNELS
 from tests.finetune.tiny import (
     TEMPLATE,
     chat,
@@ -118,7 +119,7 @@ def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: P
     assert_said(
         run(*argv, "--quant", "nf4", "--dtype", "bf16"),
         r"rank 3, bf16, nf4 by bitsandbytes",
-        r"14 LoRA layers: ours, kernels",
+        f"14 LoRA layers: {KERNELS}",
         r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
         r"updates in 4 SGD steps \S+ ≤ 0.001 ✓",
         r"milliseconds a token \d+\.\d \d+\.\d \d+\.\d ×\d",
@@ -126,7 +127,7 @@ def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: P
     )
     ask = ["generate", "--run", tmp_path, "--prompt", "Line 7", "--max-new-tokens", "6"]
     shown = run(*ask, "--compare")
-    assert_said(shown, "14 LoRA layers: ours, kernels", "stock PEFT: 6 tokens, ")
+    assert_said(shown, f"14 LoRA layers: {KERNELS}", "stock PEFT: 6 tokens, ")
     assert_said(shown, r"fused: 6 tokens; first token after \d+ ms, then \d+\.\d ms each")
     for dtype in ("fp32", "bf16"):
         warm = ["--dtype", dtype, "--temperature", "1.5"]

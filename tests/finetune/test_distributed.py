@@ -20,6 +20,7 @@ from lora_kernels.finetune import LoRATrainer, load_chat, newest_checkpoint, tra
 from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse
+from lora_kernels.peft.explain_rows import KERNELS, PEFT
 from tests.finetune.test_trainer import adapted
 from tests.finetune.tiny import llama, metrics, tokenizer, weights
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
@@ -198,7 +199,7 @@ def assert_explained(model: Any) -> None:
     said = next(row for row in before.rows if row.layer == name)
     assert said.reason == f"{inside[0].reason}; FSDP2 gathers its parameters for the call"
     assert said[1:4] == inside[0][1:4]
-    assert {row.state for row in before.rows} == {"ours, kernels"}, before
+    assert {row.state for row in before.rows} == {KERNELS}, before
 
 
 def shard(folder: str) -> None:
@@ -312,7 +313,7 @@ def flatten(folder: str) -> None:
             )
             if fused:
                 callback.on_train_begin(None, state, None, model=model)
-                assert {row.state for row in explain(model).rows} == {"PEFT's"}
+                assert {row.state for row in explain(model).rows} == {PEFT}
             logits.append([])
             for no_grad in (False, True):
                 with torch.set_grad_enabled(not no_grad), OpCounter() as counter:

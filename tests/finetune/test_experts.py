@@ -17,6 +17,7 @@ from lora_kernels.finetune.presets import add_lora_layers
 from lora_kernels.layers.experts import is_quantized
 from lora_kernels.peft import explain
 from lora_kernels.peft.experts import FusedParamWrapper
+from lora_kernels.peft.explain_rows import KERNELS
 from tests.finetune.tiny import metrics, save_model, squares, wake, write_lines
 
 
@@ -52,7 +53,7 @@ def test_add_lora_layers_to_experts_adapts_the_projections_of_the_roles(
     model = add_lora_layers(mixtral(), "chat", targets=targets, dropout=0.0)
     assert adapted(model) == parameters
     rows = [row for row in explain(model).rows if not row.layer.endswith(".gate")]  # the router
-    assert all(row.state == "ours, kernels" for row in rows)
+    assert all(row.state == KERNELS for row in rows)
 
 
 def test_add_lora_layers_to_experts_warns_of_a_preset_s_dropout_and_refuses_one_that_is_given() -> (

@@ -22,6 +22,7 @@ from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.integrations.trainer import VerdictLog
 from lora_kernels.peft import explain
+from lora_kernels.peft.explain_rows import KERNELS, LIBRARY
 from lora_kernels.peft.frozen import StreamedLinear
 from tests.finetune.tiny import llama, weights
 from tests.support.assertions import FLOAT64_RTOL, assert_bitwise_equal
@@ -144,7 +145,7 @@ def test_fuse_callback_restored_from_a_checkpoint_has_its_settings(tmp_path: Pat
     assert len(found) == 1 and found[0] is not given and found[0].settings == settings
 
 
-OURS = "ours, kernels" if native.module else "ours, library GEMMs"
+OURS = KERNELS if native.module else LIBRARY
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -164,8 +165,8 @@ def test_fuse_callback_says_why_layers_run_library_gemms(
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("lora_kernels: "))
     assert lines[at : at + 2] == [
-        "lora_kernels: 4 LoRA layers: 4 ours, library GEMMs; the loss is ours, library GEMMs",
-        "  4 ours, library GEMMs: the eager backend was requested",
+        f"lora_kernels: 4 LoRA layers: 4 {LIBRARY}; the loss is {LIBRARY}",
+        f"  4 {LIBRARY}: the eager backend was requested",
     ]
 
 
@@ -186,7 +187,7 @@ def test_fuse_callback_prints_one_line_that_explain_and_assert_fused_agree_with(
     explain(trainer.model).assert_fused()
     with lora_kernels.backend("eager"):
         trainer.train()
-        assert printed(capsys) == ["lora_kernels: 14 LoRA layers: 14 ours, library GEMMs"]
+        assert printed(capsys) == [f"lora_kernels: 14 LoRA layers: 14 {LIBRARY}"]
         explain(trainer.model).assert_fused()
 
 

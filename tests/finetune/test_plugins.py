@@ -127,7 +127,7 @@ def test_axolotl_fuses_after_the_adapter_is_loaded(
     assert "verdicts" in verdicts.state()["attributes"]
     assert "LoRA layers" not in capsys.readouterr().out
     report.on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None, model=model)
-    assert "lora_kernels: 14 LoRA layers: 14 ours, " in capsys.readouterr().out
+    assert "lora_kernels: 14 LoRA layers: 14 our " in capsys.readouterr().out
 
 
 def test_axolotl_finds_the_keys_of_the_configuration(manager: Any) -> None:
@@ -234,7 +234,7 @@ def test_llama_factory_fuses_the_model(
     assert fused is model and sum(isinstance(m, Fused) for m in model.modules()) == 14
     for said in (1, 0):  # at the first forward alone
         assert_close_derived(loss_and_gradients(model), want, layers=8)
-        assert capsys.readouterr().out.count("lora_kernels: 14 LoRA layers: 14 ours, ") == said
+        assert capsys.readouterr().out.count("lora_kernels: 14 LoRA layers: 14 our ") == said
     assert model(input_ids=IDS, labels=IDS, use_cache=False).logits is not None
 
 

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_kernels
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import explain, fuse, zero3
+from lora_kernels.peft.explain_rows import ADAPTER, PEFT, TORCH
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     IDS,
@@ -129,7 +130,7 @@ def test_explain_in_a_transform_says_so() -> None:
     with forward_ad.dual_level():
         forward(batch(f32))
     reasons = ["a transform of torch.func is active", "forward-mode AD is active"]
-    assert [(row.state, row.reason) for row in seen] == [("PEFT's", reason) for reason in reasons]
+    assert [(row.state, row.reason) for row in seen] == [(PEFT, reason) for reason in reasons]
 
 
 def test_language_model_with_a_fused_loss_in_a_transform_equals_peft() -> None:
@@ -244,7 +245,7 @@ def test_class_with_a_replaced_forward_is_called(name: str, before: bool) -> Non
         assert not torch.allclose(want, plain)
         row = explain(fused).rows[0]
         assert "replaced" in row.reason or "no plain module" in row.reason, row
-        assert row.state in ("PEFT's", "adapter only")
+        assert row.state in (PEFT, ADAPTER)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -270,4 +271,4 @@ def test_language_model_class_with_a_replaced_forward_is_called(before: bool) ->
         LlamaForCausalLM.forward = own  # type: ignore[method-assign]
     # Float32 sums in two orders, through two layers.
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert (row.state, row.reason) == ("PyTorch's", "LlamaForCausalLM.forward was replaced")
+    assert (row.state, row.reason) == (TORCH, "LlamaForCausalLM.forward was replaced")

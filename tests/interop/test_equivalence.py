@@ -20,6 +20,7 @@ from lora_kernels.backends.cpu import native
 from lora_kernels.finetune.model import quantize
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import FusedEmbedding, FusedSVDLinear, Row, explain, fuse
+from lora_kernels.peft.explain_rows import LIBRARY, PEFT
 from lora_kernels.peft.linear import Fused
 from tests.support.assertions import (
     assert_bitwise_equal,
@@ -125,7 +126,7 @@ def test_adapters_on_different_layers_equal_peft() -> None:
     assert_close_derived(results(fused, batch()), results(stock, batch()))
     up, down = explain(fused.float()).rows
     assert "no active adapter" not in up.reason
-    assert down.state == "PEFT's" and "no active adapter" in down.reason
+    assert down.state == PEFT and "no active adapter" in down.reason
 
 
 # Language models
@@ -230,7 +231,7 @@ def test_adalora_of_no_rank_left_is_not_fused() -> None:
         pattern = {"up.lora_E": [False] * R, "down.lora_E": [True, False, True, False, True]}
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")
     first, second = explain(fused).rows
-    assert first.state == "PEFT's" and "'default': every rank was taken from it" in first.reason
+    assert first.state == PEFT and "'default': every rank was taken from it" in first.reason
     assert "rank" not in second.reason
     assert_close_derived(results(fused, batch()), results(stock, batch()))
 
@@ -250,7 +251,7 @@ def test_dora_with_dropout_takes_the_base_GEMM_twice(training: bool) -> None:
     want = {"lora_linear": 4 if training else 2, "dora_norm": 2}
     assert count_ops(lambda: fused(batch())) == want
     for row in explain(fused).rows:
-        assert row.state == "ours, library GEMMs" and "eager" in row.backend  # as float64 always is
+        assert row.state == LIBRARY and "eager" in row.backend  # as float64 always is
         assert "DoRA" in row.reason and ("base GEMM twice" in row.strategy) is training
 
 
@@ -272,7 +273,7 @@ def test_norm_of_a_dora_is_kept_while_nothing_changes() -> None:
 K, N = SIZES[1], SIZES[0]
 REASON = "an embedding: its base is a lookup, no GEMM to fuse the adapter's with"
 STRATEGY = "lookups, then one GEMM in place"
-FUSED = Row("base_model.model.tokens", "ours, library GEMMs", "torch", STRATEGY, REASON)
+FUSED = Row("base_model.model.tokens", LIBRARY, "torch", STRATEGY, REASON)
 
 
 def tokens_of(model: Any) -> Any:

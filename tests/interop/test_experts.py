@@ -36,6 +36,7 @@ from lora_kernels.oracle import case as cases
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, fuse, unfuse
 from lora_kernels.peft.experts import FusedParamWrapper, experts_reason
+from lora_kernels.peft.explain_rows import KERNELS
 from lora_kernels.quantization import Weight4bit
 from tests.support.assertions import assert_as_exact, assert_close_to_reference
 from tests.support.peft_models import in_float64, loss_and_gradients
@@ -221,7 +222,7 @@ def test_explain_of_fused_experts_names_backend_and_strategy() -> None:
     model = fuse(make("mixtral"))
     rows = [row for row in explain(model).rows if "experts" in row.layer]
     assert len(rows) == 4
-    assert {(row.state, row.backend) for row in rows} == {("ours, kernels", "cpu")}
+    assert {(row.state, row.backend) for row in rows} == {(KERNELS, "cpu")}
     assert all(row.reason.startswith("experts; native kernels") for row in rows)
     assert "4 × " not in str(explain(model))  # two projections, two layers each
     assert str(explain(model)).count("2 × ") == 3

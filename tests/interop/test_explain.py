@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,16 +16,16 @@ import lora_kernels
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
 from lora_kernels.choice import choose as selection
-from lora_kernels.core.problem import MANY_ROWS, Choice, Problem
+from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, explain_rows, fuse
+from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY, PEFT, TORCH
 from tests.support.models import general_way
 from tests.support.peft_models import (
     SIZES,
     SIZES_4BIT,
     activate,
     adalora_mlp,
-    batch,
     count_ops,
     dora_mlp,
     embedding_model,
@@ -72,15 +73,15 @@ def test_explain_all_prints_every_layer() -> None:
 
 def test_explain_groups_only_what_is_alike() -> None:
     """One layer for another reason has a line of its own, and its own name."""
-    rows = [Row(f"h.{i}.up1", "ours, kernels", "cpu", "s", "why") for i in range(12)]
-    rows[10] = rows[10]._replace(state="PEFT's", backend="peft", reason="a hook")
+    rows = [Row(f"h.{i}.up1", KERNELS, "cpu", "s", "why") for i in range(12)]
+    rows[10] = rows[10]._replace(state=PEFT, backend="peft", reason="a hook")
     for i, e in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)):
-        rows.append(Row(f"h.{i}.experts.{e}", "ours, kernels", "cpu", "s", ""))
+        rows.append(Row(f"h.{i}.experts.{e}", KERNELS, "cpu", "s", ""))
     want = [
-        "layer              state          backend  strategy  reason",
-        "11 × h.*.up1       ours, kernels  cpu      s         why",
-        "h.10.up1           PEFT's         peft     s         a hook",
-        "6 × h.*.experts.*  ours, kernels  cpu      s",
+        "layer              state        backend  strategy  reason",
+        "11 × h.*.up1       our kernels  cpu      s         why",
+        "h.10.up1           PEFT's       peft     s         a hook",
+        "6 × h.*.experts.*  our kernels  cpu      s",
     ]
     assert str(Explanation(rows)).splitlines()[:-1] == want
     with pytest.raises(RuntimeError) as error:
@@ -101,11 +102,11 @@ def test_summary_says_shares_of_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("state", ["ours, library GEMMs", "adapter only", "PEFT's", "PyTorch's"])
+@pytest.mark.parametrize("state", [LIBRARY, ADAPTER, PEFT, TORCH])
 def test_assert_fused_with_a_layer_in_another_state_raises(state: str, kernels: bool) -> None:
     """Our order of PyTorch's GEMMs is enough, unless kernels are wanted."""
-    rows = [Row(n, s, "cpu", "", "why") for n, s in (("a", "ours, kernels"), ("b", state))]
-    if state == "ours, library GEMMs" and not kernels:
+    rows = [Row(n, s, "cpu", "", "why") for n, s in (("a", KERNELS), ("b", state))]
+    if state == LIBRARY and not kernels:
         Explanation(rows).assert_fused()
         return
     with pytest.raises(RuntimeError, match=rf"b: {state} \(cpu\): why"):
@@ -113,7 +114,7 @@ def test_assert_fused_with_a_layer_in_another_state_raises(state: str, kernels: 
 
 
 def test_summary_counts_the_streamed_layers() -> None:
-    linears = [Row(n, s, "", "", "") for n, s in (("a", "ours, kernels"), ("b", "PyTorch's"))]
+    linears = [Row(n, s, "", "", "") for n, s in (("a", KERNELS), ("b", TORCH))]
     summary = str(Explanation([], linears=linears)).splitlines()[-1]
     assert summary.endswith("our GEMV serves 1 of 2 linears without an adapter")
 
@@ -134,9 +135,7 @@ def test_explain_of_the_eager_backend_says_library_gemms() -> None:
     model = fuse(mlp(torch.float32))
     with lora_kernels.backend("eager"):
         explanation = explain(model)
-    assert {(row.state, row.backend) for row in explanation.rows} == {
-        ("ours, library GEMMs", "eager")
-    }
+    assert {(row.state, row.backend) for row in explanation.rows} == {(LIBRARY, "eager")}
     explanation.assert_fused()
     with pytest.raises(RuntimeError, match="eager backend was requested"):
         explanation.assert_fused(kernels=True)
@@ -147,124 +146,102 @@ def test_reasons_are_those_of_the_choice_of_backend() -> None:
     """Rank, dtype of x, and autocast, which makes y another dtype."""
     assert "rank 300" in explain(fuse(mlp(torch.float32, r=300))).rows[0].reason
     model = fuse(mlp(torch.float32))
-    assert explain(model, x_dtype=torch.bfloat16).rows[0].state == "ours, kernels"
+    assert explain(model, x_dtype=torch.bfloat16).rows[0].state == KERNELS
     assert "float64" in explain(fuse(mlp(torch.float64))).rows[0].reason
     with torch.autocast("cpu", dtype=torch.bfloat16):
         explain(model).assert_fused(kernels=True)
 
 
+BUILDS = {
+    "mlp": mlp,
+    "AdaLoRA": adalora_mlp,
+    "DoRA": dora_mlp,
+    "dropout": partial(mlp, lora_dropout=0.5),
+    "DoRA, dropout": partial(dora_mlp, lora_dropout=0.5),
+    "two adapters": lambda dtype: two_adapters(mlp(dtype)),
+    "two of AdaLoRA": lambda dtype: two_adapters(adalora_mlp(dtype)),
+    "adapter_names": lambda dtype: two_adapters(mlp(dtype)),
+}
+
+
 @needs_native
-@pytest.mark.parametrize("rows", [1, 12])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_explain_of_rows_asks_for_the_choice_that_the_op_asks_for(autocast, rows, asked) -> None:
-    """Rows included."""
-    model = fuse(mlp(torch.float32))
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        explain(model, rows=rows)
-        by_explain = {*asked}
-        asked.clear()
-        up, down = model.base_model.model.up, model.base_model.model.down
-        with general_way():  # a direct call chooses by the same rules in C++
-            up(batch(torch.float32).view(-1, SIZES[0])[:rows]), down(torch.ones(rows, SIZES[1]))
-    assert len(asked) == 2 and {*asked} == by_explain
-
-
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adapters", [["default"], ["default", "second"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("build", [mlp, adalora_mlp])
-def test_explain_asks_for_the_choice_that_the_op_asks_for(
-    build, dtype, adapters, autocast, asked
+@pytest.mark.parametrize("kind", BUILDS)
+def test_explain_asks_for_the_choices_that_the_ops_ask_for(
+    kind: str, dtype: torch.dtype, autocast: Any, asked: list[Problem]
 ) -> None:
-    model = activate(fuse(two_adapters(build(dtype))), *adapters)
+    model = fuse(BUILDS[kind](dtype)).train("dropout" in kind)
+    kwargs: dict[str, Any] = {}
+    if kind == "adapter_names":
+        kwargs = {"adapter_names": [*["default"] * 11, "second"]}
+    elif "two" in kind:
+        activate(model, "default", "second")
+    layers = model.base_model.model.up, model.base_model.model.down
+    xs = [torch.ones(12, K, dtype=dtype) for K in SIZES[:2]]
+
+    def run() -> None:
+        with general_way():  # a direct call chooses by the same rules in C++
+            for layer, x in zip(layers, xs, strict=True):
+                layer(x, **kwargs)
+
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        explain(model, x_dtype=dtype)
-        by_explain = [*asked]
+        run()
+        by_ops = {*asked}
         asked.clear()
-        up, down = model.base_model.model.up, model.base_model.model.down
-        with general_way():
-            up(batch(dtype)), down(torch.ones(2, SIZES[1], dtype=dtype))
-    # explain, which does not know the number of rows, asks for many.
-    by_op = [problem._replace(rows=0) for problem in asked]
-    of_any_rows = dict.fromkeys(problem._replace(rows=0) for problem in by_explain)
-    assert len(by_op) == 2 and list(of_any_rows) == by_op
-
-
-PROBLEM = Problem("cpu", *4 * (torch.float32,), 8, columns=64, inner=48)
-
-
-def choices(monkeypatch: pytest.MonkeyPatch, *starts: tuple[int, str]) -> None:
-    """`selection` answers each name from its number of rows on, by backend "cpu" or "BACKEND S"."""
-
-    def choose(problem: Problem) -> Choice:
-        rows = problem.rows
-        name = next(name for at, name in reversed(starts) if rows >= at)
-        if name == "raises":
-            raise RuntimeError("it cannot")
-        backend, _, strategy = name.rpartition(" ")
-        return Choice(backend or "cpu", strategy, f"{rows} rows")
-
-    monkeypatch.setattr(selection, "choose", choose)
-
-
-def test_choose_by_rows_starts_at_the_very_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    starts = ((1, "a"), (2, "b"), (129, "c"), (1003, "a"), (70_000, "d"))
-    choices(monkeypatch, *starts)
-    found = explain_rows.choose_by_rows(PROBLEM)
-    assert tuple((at, choice and choice.strategy) for at, choice in found) == starts
+        explain(model, x_dtype=dtype, rows=12)
+        assert {*asked} == by_ops
+        asked.clear()
+        explain(model, x_dtype=dtype)
+    assert {*asked} == {each._replace(rows=M) for each in by_ops for M in explain_rows.ROWS}
 
 
 @pytest.mark.parametrize(
-    ("starts", "backend", "want"),
+    ("starts", "rows", "want"),
     [
-        (((1, "a"),), "cpu", "a"),
+        ({1: "cpu a"}, None, ("cpu", "a", "by a")),
         (
-            ((1, "a"), (2, "b"), (33, "c"), (34, "b")),
-            "cpu",
-            "a at 1 row, b 2 to 32 rows, c at 33 rows, b from 34 rows on",
+            {1: "cpu a", 2: "cpu b"},
+            None,
+            ("cpu", "1 row: a; 16 and 2048 rows: b", "1 row: by a; 16 and 2048 rows: by b"),
         ),
-        (((1, "cuda s"), (9, "triton t")), "triton", "cuda s up to 8 rows, t from 9 rows on"),
-        (((1, "a"), (17, "raises")), "cpu", "a"),
-        (((1, "raises"), (17, "a")), "cpu", "a"),
+        (
+            {1: "cuda a", 64: "eager b"},
+            (64, 3, 64, 1),
+            (
+                "64 rows: eager; 3 and 1 rows: cuda",
+                "64 rows: b; 3 and 1 rows: a",
+                "64 rows: by b; 3 and 1 rows: by a",
+            ),
+        ),
+        ({1: "cpu a", 64: "cpu b"}, 63, ("cpu", "a", "by a")),
+        ({1: "cpu a", 64: "cpu b"}, [64], ("cpu", "b", "by b")),
     ],
     ids=str,
 )
-def test_explain_without_rows_says_the_strategies_of_all(
-    starts: Any, backend: str, want: str, monkeypatch: pytest.MonkeyPatch
+def test_explain_names_the_row_counts_that_differ(
+    starts: dict[int, str], rows: Any, want: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choices(monkeypatch, *starts)
-    row = explain(fuse(mlp(torch.float32))).rows[0]
-    assert (row.backend, row.strategy) == (backend, want)
-    many = 1 if starts[-1][1] == "raises" else MANY_ROWS
-    assert row.reason == f"{many} rows"
+    def choose(problem: Problem, requested: Any = None) -> Choice:
+        backend, name = starts[max(M for M in starts if problem.rows >= M)].split()
+        return Choice(backend, name, f"by {name}")  # type: ignore[arg-type]
 
-
-def test_explain_without_rows_whose_strategies_all_raise_raises(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    choices(monkeypatch, (1, "raises"))
-    with pytest.raises(RuntimeError, match="it cannot"):
-        explain(fuse(mlp(torch.float32)))
-
-
-def test_explain_of_rows_says_their_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
-    choices(monkeypatch, (1, "few"), (64, "many"))
+    monkeypatch.setattr(selection, "choose", choose)
     for model in (fuse(mlp(torch.float32)), nn.Sequential(LoRALinear(48, 64, r=4))):
-        for rows, strategy in (63, "few"), (64, "many"):
-            row = explain(model, rows=rows).rows[0]
-            assert (row.strategy, row.reason) == (strategy, f"{rows} rows")
+        row = explain(model, rows=rows).rows[0]
+        assert row[2:] == want and row.state == (LIBRARY if "eager" in want[0] else KERNELS)
 
 
 @needs_native
 def test_explain_of_a_forced_strategy_of_few_rows_alone_says_it() -> None:
     model = fuse(mlp(torch.float32))
     with lora_kernels.backend("cpu", cpu.GEMV):
-        assert explain(model).rows[0].strategy == cpu.GEMV
+        assert explain(model, rows=(1, 2)).rows[0].strategy == cpu.GEMV
         with pytest.raises(RuntimeError, match="rows"):
-            explain(model, rows=512)
+            explain(model)
 
 
-@pytest.mark.parametrize("rows", [0, -1, True, 2.0, "2"])
+@pytest.mark.parametrize("rows", [0, -1, True, 2.0, "2", (), (1, 0), [[1]], "12"])
 def test_explain_of_bad_rows_raises(rows: Any) -> None:
     with pytest.raises(ValueError, match=r"rows: got .*, want a whole number of at least 1"):
         explain(mlp(torch.float32), rows=rows)
@@ -289,11 +266,11 @@ def test_dense_layers_have_rows() -> None:
     model["b"].merge()
     model["c"].enabled = False
     a, b, c = explain(model).rows
-    kernels = ("ours, kernels", "cpu") if native.module else ("ours, library GEMMs", "eager")
+    kernels = (KERNELS, "cpu") if native.module else (LIBRARY, "eager")
     assert (a.state, a.backend) == kernels
     assert a.reason and a.strategy
-    assert b == Row("b", "PyTorch's", "torch", "F.linear", "the adapter is merged")
-    assert c == Row("c", "PyTorch's", "torch", "F.linear", "the adapter is disabled")
+    assert b == Row("b", TORCH, "torch", "F.linear", "the adapter is merged")
+    assert c == Row("c", TORCH, "torch", "F.linear", "the adapter is disabled")
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
@@ -313,7 +290,7 @@ def test_4bit_layers_that_fsdp2_shards_are_fused(storage: torch.dtype) -> None:
         with torch.no_grad():
             sharded(torch.randn(3, SIZES_4BIT[0]))
         for row, now in zip(before, explain(sharded).rows, strict=True):
-            assert row.state == now.state != "adapter only", row.reason
+            assert row.state == now.state != ADAPTER, row.reason
     finally:
         torch.distributed.destroy_process_group()
 
@@ -351,8 +328,8 @@ def test_explain_under_zero3_says_peft_s_and_why() -> None:
     partition(fused)
     explanation = explain(fused)
     zero3 = "'default': DeepSpeed's ZeRO-3 gathers its nn.Linear by hooks: call fuse again"
-    assert {(row.state, row.reason) for row in explanation.rows} == {("PEFT's", f"adapter {zero3}")}
-    assert {row.state for row in [*explanation.linears, *explanation.losses]} == {"PyTorch's"}
+    assert {(row.state, row.reason) for row in explanation.rows} == {(PEFT, f"adapter {zero3}")}
+    assert {row.state for row in [*explanation.linears, *explanation.losses]} == {TORCH}
     with torch.no_grad():
         got = []
         ops = count_ops(lambda: got.append(fused(input_ids=ids).logits))
@@ -366,7 +343,7 @@ def test_explain_of_partitioned_layers_says_peft_s(build: Any) -> None:
     model = fuse(build(torch.float32))
     partition(model)
     for row in explain(model).rows:
-        assert row.state == "PEFT's", row
+        assert row.state == PEFT, row
 
 
 def test_explain_over_a_float8_base_takes_x_dtype_from_the_adapter() -> None:
@@ -375,4 +352,4 @@ def test_explain_over_a_float8_base_takes_x_dtype_from_the_adapter() -> None:
     base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     base.register_forward_pre_hook(lambda *_: None)  # of a module that decodes it
     row, _ = explain(model).rows
-    assert row.state == "adapter only" and "float8" not in row.reason
+    assert row.state == ADAPTER and "float8" not in row.reason

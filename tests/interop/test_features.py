@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels.backends.cpu import native
 from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY, PEFT
 from tests.support.assertions import (
     assert_as_exact,
     assert_bitwise_equal,
@@ -101,9 +102,7 @@ def assert_explained(fused: nn.Module, stock: nn.Module) -> None:
     rows = explain(fused).rows
     assert all(row.reason and row.strategy for row in rows)
     ours = [row for row in rows if row.backend != "peft"]
-    assert {row.state for row in ours} <= {
-        "ours, library GEMMs" if native.module is None else "ours, kernels"
-    }
+    assert {row.state for row in ours} <= {LIBRARY if native.module is None else KERNELS}
     assert count_ops(lambda: fused(IDS)).get("lora_linear", 0) == len(ours)
     with torch.no_grad():
         for _ in range(2):
@@ -430,9 +429,9 @@ def test_mixed_with_loha_equals_peft(lora_first: bool) -> None:
         for each in models:
             each.set_adapter(active)
         assert_same_models(fused, stock)
-        inside = "ours, library GEMMs" if lora_first else "adapter only"
+        inside = LIBRARY if lora_first else ADAPTER
         if ("default" if lora_first else "second") not in active:
-            inside = "PEFT's"
+            inside = PEFT
         assert {row.state for row in explain(fused).rows} == {inside}
     assert_same_models(fused.merge_and_unload(), stock.merge_and_unload())
 

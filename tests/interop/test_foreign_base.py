@@ -26,6 +26,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.peft import FusedLinear, Row, explain, fuse, unfuse
+from lora_kernels.peft.explain_rows import ADAPTER, PEFT
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     MLP,
@@ -135,10 +136,10 @@ def test_base_layer_is_called_as_a_module(name: str, after_fuse: bool) -> None:
     assert_close_derived(results(fused, batch()), results(stock, batch()))
     assert count_ops(lambda: up(fused)(batch()))["lora_linear"] == 1
     row = rows(fused)["up"]
-    assert row.state == "adapter only"
+    assert row.state == ADAPTER
     assert row.reason.startswith(f"base layer: {reason}")
-    assert rows(fused)["down"].state != "adapter only"
-    with pytest.raises(RuntimeError, match="adapter only"):
+    assert rows(fused)["down"].state != ADAPTER
+    with pytest.raises(RuntimeError, match=ADAPTER):
         explain(fused).assert_fused()
 
 
@@ -207,7 +208,7 @@ def test_whole_model_offloaded_is_left_to_peft(to_disk: bool, tmp_path: Path) ->
         accelerate.cpu_offload(fused, execution_device=torch.device("cpu"))
     assert_close_derived(fused(batch()), want)
     reason = "adapter 'default': accelerate offloads its weights"
-    row = Row("base_model.model.up", "PEFT's", "peft", "PEFT's own forward", reason)
+    row = Row("base_model.model.up", PEFT, "peft", "PEFT's own forward", reason)
     assert rows(fused)["up"] == row
 
 
@@ -224,7 +225,7 @@ def test_base_model_offloaded_before_peft_is_adapter_only() -> None:
         {n: p for n, p in stock.state_dict().items() if ".lora_" in n}, strict=False
     )
     assert_close_derived(fused(batch()), stock(batch()))
-    assert rows(fused)["up"].state == "adapter only"
+    assert rows(fused)["up"].state == ADAPTER
 
 
 @pytest.mark.parametrize("hooked", ["base", "layer"])
@@ -323,49 +324,52 @@ def embedding_over(**base: Any) -> Callable[[], Any]:
     return lambda: embedding_model(base=base)
 
 
-PEFT, ADAPTER = ("PEFT's", "peft"), ("adapter only", "eager")  # eager as float64 always is
+BY_PEFT, BY_ADAPTER = (PEFT, "peft"), (ADAPTER, "eager")  # eager as float64 always is
 MAGNITUDE = "DoRA whose magnitude is no plain module"
 # Kind of model and change of its first layer -> who computes it, and why.
 CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
-    (mlp, hook_on("lora_A")): (PEFT, "adapter 'default': a hook sits on its nn.Linear"),
-    (mlp, hook_on("lora_B")): (PEFT, "adapter 'default': a hook sits on its nn.Linear"),
-    (mlp, hook_on("lora_dropout")): (PEFT, "adapter 'default': a hook sits on its dropout"),
-    (mlp, patched("lora_dropout")): (PEFT, "its forward was replaced (its dropout's)"),
-    (mlp, patched("lora_A")): (PEFT, "adapter 'default': its forward was replaced"),
-    (mlp, replaced_dropout(nn.Tanh())): (PEFT, "its dropout is a Tanh"),
+    (mlp, hook_on("lora_A")): (BY_PEFT, "adapter 'default': a hook sits on its nn.Linear"),
+    (mlp, hook_on("lora_B")): (BY_PEFT, "adapter 'default': a hook sits on its nn.Linear"),
+    (mlp, hook_on("lora_dropout")): (BY_PEFT, "adapter 'default': a hook sits on its dropout"),
+    (mlp, patched("lora_dropout")): (BY_PEFT, "its forward was replaced (its dropout's)"),
+    (mlp, patched("lora_A")): (BY_PEFT, "adapter 'default': its forward was replaced"),
+    (mlp, replaced_dropout(nn.Tanh())): (BY_PEFT, "its dropout is a Tanh"),
     # PEFT casts x to the adapter's dtype; `lora_linear` wants float64 alone or not at all.
     (mlp, lambda layer: (layer.lora_A.float(), layer.lora_B.float())): (
-        PEFT,
+        BY_PEFT,
         "float64 goes with float64 alone",
     ),
-    (conv1d_mlp, hook_on("base_layer")): (ADAPTER, "a hook sits on its Conv1D"),
-    (dora_mlp, hook_on("base_layer")): (PEFT, "DoRA, which needs the base weight: a hook sits on"),
-    (dora_mlp, hook_on("lora_magnitude_vector")): (PEFT, MAGNITUDE),
-    (dora_mlp, patched("lora_magnitude_vector")): (PEFT, MAGNITUDE),
-    (dora_mlp, tensor_scaling): (PEFT, "DoRA prepared for hot-swapping"),
-    (adalora_mlp, hook_on("base_layer")): (ADAPTER, "base layer: "),
-    (adalora_mlp, scaled_subclass): (ADAPTER, "base layer: "),
+    (conv1d_mlp, hook_on("base_layer")): (BY_ADAPTER, "a hook sits on its Conv1D"),
+    (dora_mlp, hook_on("base_layer")): (
+        BY_PEFT,
+        "DoRA, which needs the base weight: a hook sits on",
+    ),
+    (dora_mlp, hook_on("lora_magnitude_vector")): (BY_PEFT, MAGNITUDE),
+    (dora_mlp, patched("lora_magnitude_vector")): (BY_PEFT, MAGNITUDE),
+    (dora_mlp, tensor_scaling): (BY_PEFT, "DoRA prepared for hot-swapping"),
+    (adalora_mlp, hook_on("base_layer")): (BY_ADAPTER, "base layer: "),
+    (adalora_mlp, scaled_subclass): (BY_ADAPTER, "base layer: "),
     (adalora_mlp, replaced_dropout(nn.AlphaDropout(0.5).eval())): (
-        PEFT,
+        BY_PEFT,
         "adapter 'default': its dropout is a AlphaDropout",
     ),
-    (adalora_mlp, no_product): (PEFT, "its forward was replaced"),
-    (adalora_mlp, trainable): (PEFT, "the base weight is trainable"),
-    (embedding_model, hook_on("base_layer")): (PEFT, "a hook sits on its nn.Embedding"),
-    (embedding_model, patched("base_layer")): (PEFT, "its forward was replaced"),
-    (embedding_model, trainable): (PEFT, "the base weight is trainable"),
+    (adalora_mlp, no_product): (BY_PEFT, "its forward was replaced"),
+    (adalora_mlp, trainable): (BY_PEFT, "the base weight is trainable"),
+    (embedding_model, hook_on("base_layer")): (BY_PEFT, "a hook sits on its nn.Embedding"),
+    (embedding_model, patched("base_layer")): (BY_PEFT, "its forward was replaced"),
+    (embedding_model, trainable): (BY_PEFT, "the base weight is trainable"),
     (embedding_model, lambda layer: setattr(layer.base_layer, "embed_scale", 3.0)): (
-        PEFT,
+        BY_PEFT,
         "the base has an embed_scale",
     ),
     (scaled_embedding, unchanged): (
-        PEFT,
+        BY_PEFT,
         "is a Gemma3TextScaledWordEmbedding, not exactly nn.Embedding",
     ),
-    (embedding_over(max_norm=1.0), unchanged): (PEFT, "the base has max_norm"),
-    (embedding_over(sparse=True), unchanged): (PEFT, "the base asks for sparse gradients"),
+    (embedding_over(max_norm=1.0), unchanged): (BY_PEFT, "the base has max_norm"),
+    (embedding_over(sparse=True), unchanged): (BY_PEFT, "the base asks for sparse gradients"),
     (lambda: embedding_model(use_dora=True), unchanged): (
-        PEFT,
+        BY_PEFT,
         "adapter 'default' is a variant of LoRA (DoraEmbeddingVariant)",
     ),
 }
@@ -404,7 +408,7 @@ def test_layer_patched_by_someone_else_is_obeyed(order: str) -> None:
     layer.forward = types.MethodType(forward, layer)
     fuse(model)
     assert (type(layer) is FusedLinear) is (order == "after fuse")
-    assert rows(model)["up"].state == "PEFT's"
+    assert rows(model)["up"].state == PEFT
     assert rows(model)["up"].reason == "its forward was replaced"
     assert_bitwise_equal(layer(batch()), layer.base_layer(batch()))
 
@@ -468,7 +472,7 @@ def test_layer_whose_tensors_lie_elsewhere_is_named(build: Any, change: Any, rea
     change(layer)
     row = explain(fused).rows[0]
     assert reason in row.reason
-    assert row.state == ("PEFT's" if "'default'" in reason or "DoRA" in reason else "adapter only")
+    assert row.state == (PEFT if "'default'" in reason or "DoRA" in reason else ADAPTER)
 
 
 def test_transposed_adapter_over_a_linear_is_left_to_peft() -> None:

@@ -21,6 +21,7 @@ from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
+from lora_kernels.peft.explain_rows import KERNELS, TORCH
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.clones import replica_of
 from tests.support.engines import assert_within
@@ -170,23 +171,24 @@ def test_layer_that_gets_an_adapter_is_fused() -> None:
     layer = model.base_model.model.head
     assert type(layer).__name__ == "FusedLinear" and type(layer.base_layer) is nn.Linear
     model.set_adapter("more")
-    assert explain(model).rows[-1].state == "ours, kernels"
+    assert explain(model).rows[-1].state == KERNELS
 
 
 def test_explain_says_what_is_streamed(head: Any) -> None:
     model = nn.Sequential(head)
     here = explain(model).linears
-    assert [row[:4] for row in here] == [("0", "ours, kernels", "cpu", cpu.GEMV)]
+    assert [row[:2] for row in here] == [("0", KERNELS)]
     few = cpu_heuristics.few_rows(f32, False, N * K)
-    assert f"up to {few} rows without gradients" in here[0].reason
+    assert f"{cpu.GEMV}; 2048 rows: F.linear" in here[0].strategy
+    assert "without gradients" in here[0].reason
     assert explain(fused()).linears[0].layer == "base_model.model.head"
     explain(fused()).assert_fused()  # which is about LoRA layers
     assert "our GEMV serves 1 of 1 linears without an adapter" in str(explain(fused()))
     assert json.loads(explain(model).json())["linears"] == [here[0]._asdict()]
-    for rows, state in ((few, "ours, kernels"), (few + 1, "PyTorch's")):
+    for rows, state in ((few, KERNELS), (few + 1, TORCH)):
         told = explain(fused(), rows=rows)
         assert told.linears[0].state == state and "head" in str(told)
-    assert f"more than {few} rows" in told.linears[0].reason
+    assert "too many rows" in told.linears[0].reason
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_explain_says_what_is_streamed(head: Any) -> None:
 def test_explain_says_why_not_streamed(head, around, x_dtype, word) -> None:
     with around():
         (row,) = explain(nn.Sequential(head), x_dtype=x_dtype).linears
-    assert row[1:4] == ("PyTorch's", "torch", "F.linear") and word in row.reason
+    assert row[1:4] == (TORCH, "torch", "F.linear") and word in row.reason
 
 
 class Seen(Tensor):
@@ -217,7 +219,7 @@ def test_explain_names_what_no_kernel_streams(head: Any) -> None:
     wants = (by_columns, "columns"), (seen, "subclass"), (double, "float64"), (meta, "meta")
     for layer, word in wants:
         (row,) = explain(nn.Sequential(layer)).linears
-        assert row.state == "PyTorch's" and word in row.reason
+        assert row.state == TORCH and word in row.reason
 
 
 def test_replica_of_data_parallel_runs_pytorchs_linear() -> None:
@@ -230,4 +232,4 @@ def test_replica_of_data_parallel_runs_pytorchs_linear() -> None:
         assert torch.equal(got, library(model.base_model.model.head, x))
         assert torch.equal(model.base_model.model.head(x), want)
     (row,) = explain(replica).linears
-    assert row.state == "PyTorch's" and "a replica of DataParallel" in row.reason
+    assert row.state == TORCH and "a replica of DataParallel" in row.reason

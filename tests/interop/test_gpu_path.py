@@ -18,7 +18,9 @@ from lora_kernels.backends.eager import blocks as eager_blocks
 from lora_kernels.backends.eager import linear as eager
 from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
+from lora_kernels.core.problem import Problem
 from lora_kernels.peft import FusedLinear, explain, fuse, swap
+from lora_kernels.peft.explain_rows import ADAPTER
 from tests.support.assertions import assert_as_exact, assert_close_derived
 from tests.support.peft_models import in_float64
 
@@ -190,6 +192,21 @@ def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
     assert ("stacking adapters would copy them" in row.reason) == (M == 3)
 
 
+@pytest.mark.parametrize("autocast", [None, bf16], ids=str)
+@pytest.mark.parametrize("setting", ["two", "DoRA"])
+def test_explain_asks_for_the_choice_that_the_op_asks_for(
+    setting: str, autocast: Any, asked: list[Problem]
+) -> None:
+    """Autocast casts x and the adapters on a GPU before the choice."""
+    found = fuse(model(**copy.deepcopy(SETTINGS[setting])))
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        found(torch.randn(100, K))
+        by_op = {*asked}
+        asked.clear()
+        explain(found, rows=100)
+    assert len(by_op) == 1 and {*asked} == by_op
+
+
 WIDE, NARROW = (64, 192), (192, 64)  # K, N
 # Config, dtype of the adapters beside bfloat16, and the sizes of layers that PEFT keeps.
 LEFT = {
@@ -329,4 +346,4 @@ def test_explain_of_a_4_bit_base_that_is_called_does_not_say_who_decodes_it() ->
     assert said in row.reason
     fused.base_model.model[0].base_layer.register_forward_hook(lambda *args: None)
     (row,) = explain(fused).rows
-    assert row.state == "adapter only" and said not in row.reason
+    assert row.state == ADAPTER and said not in row.reason

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels.bench import counter
 from lora_kernels.ops import in_place
 from lora_kernels.peft import explain, fuse
+from lora_kernels.peft.explain_rows import ADAPTER
 from tests.support.peft_models import activate, randomize
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
@@ -224,7 +225,7 @@ def pair(base: type[nn.Linear], config: Any = None, dtype: torch.dtype = f64) ->
     model = model.to(dtype).train()
     fused = fuse(copy.deepcopy(model))
     (row,) = explain(fused).rows
-    assert row.state == "adapter only", row
+    assert row.state == ADAPTER, row
     return model, fused
 
 

@@ -20,6 +20,7 @@ from lora_kernels import lora_linear
 from lora_kernels.backends.cpu import native
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
 from lora_kernels.quantization import Weight4bit
 from tests.support.assertions import (
     assert_bitwise_equal,
@@ -145,13 +146,13 @@ def test_float64_is_exact(compute: torch.dtype | None, loaded: bool) -> None:
     """No codes are decoded beside it, and bitsandbytes' CPU kernel gets it wrong."""
     fused = fuse(four_bit_mlp(loaded, compute_dtype=compute).double())
     assert_close_derived(results(fused, rows(f64)), results(in_float64(fused), rows(f64)))
-    assert {row.state for row in explain(fused, x_dtype=f64).rows} == {"ours, library GEMMs"}
+    assert {row.state for row in explain(fused, x_dtype=f64).rows} == {LIBRARY}
 
 
 def test_a_compute_dtype_that_is_not_ours() -> None:
     fused = fuse(four_bit_mlp(compute_dtype=f64))
     for row in explain(fused).rows:
-        assert row.state == "adapter only" and "compute_dtype is torch.float64" in row.reason
+        assert row.state == ADAPTER and "compute_dtype is torch.float64" in row.reason
     assert fused(rows()).dtype is f32
 
 
@@ -214,7 +215,7 @@ def test_variant_over_4_bits_follows_its_formula(variant, dropout, autocast, loa
     with torch.autocast("cpu", bf16, enabled=autocast is not None):
         state = explain(model).rows[0].state
         y = layer(x)
-    assert y.dtype is f32 and state == "ours, kernels"
+    assert y.dtype is f32 and state == KERNELS
     got = (y, *torch.autograd.grad(y, [x, *tensors], dy))
 
     weight, bias = decoded(layer.base_layer).double(), layer.base_layer.bias.detach().double()
@@ -249,8 +250,8 @@ def test_explain_says_fused_for_every_x(loaded: bool, storage: torch.dtype) -> N
     assert [row.reason for row in explain(model).rows] == ["not fused: call fuse()"] * 2
     explanation = explain(fuse(model))
     explanation.assert_fused(kernels=True)
-    assert "2 LoRA layers: 2 ours, kernels" in str(explanation)
-    assert {(row.state, row.backend) for row in explanation.rows} == {("ours, kernels", "cpu")}
+    assert explanation.summary() == f"2 LoRA layers: 2 {KERNELS}"
+    assert {(row.state, row.backend) for row in explanation.rows} == {(KERNELS, "cpu")}
     with torch.autocast("cpu", dtype=bf16):
         explain(model, x_dtype=f32).assert_fused(kernels=True)
     for x_dtype in (f32, bf16, f16):
@@ -268,7 +269,7 @@ def test_eval_forward_does_not_repack(loaded: bool) -> None:
         for layer in (up(fused), fused.base_model.model.down):
             state = layer.base_layer.weight.quant_state
             assert not getattr(state, "packing_format_for_cpu", False)
-    assert {row.state for row in explain(fused).rows} <= {"ours, kernels", "ours, library GEMMs"}
+    assert {row.state for row in explain(fused).rows} <= {KERNELS, LIBRARY}
 
 
 def disabled(model: Any, x: Tensor) -> None:
@@ -326,7 +327,7 @@ def test_repacked_weight_is_left_to_bitsandbytes(fused_before: bool, loaded: boo
         # layer may flip a few roundings in the next.
         assert_close_derived(model(rows()), want, tolerance.unit_roundoff(bf16))
     for row in explain(model).rows:
-        assert row.state == "adapter only" and "repacked for its CPU kernel" in row.reason
+        assert row.state == ADAPTER and "repacked for its CPU kernel" in row.reason
     with pytest.raises(RuntimeError, match=r"2 adapter only(?s:.)*before its first eval forward"):
         explain(model).assert_fused()
 
@@ -339,9 +340,9 @@ def test_weight_not_quantized_yet_is_adapter_only(loaded: bool) -> None:
         model.is_loaded_in_4bit = True
     fused = fuse(add_lora(model, init_lora_weights=False))
     for row in explain(fused).rows:
-        assert row.state == "adapter only" and "its weight is not quantized yet" in row.reason
+        assert row.state == ADAPTER and "its weight is not quantized yet" in row.reason
     fused.to("cpu")
-    assert {row.state for row in explain(fused).rows} <= {"ours, kernels", "ours, library GEMMs"}
+    assert {row.state for row in explain(fused).rows} <= {KERNELS, LIBRARY}
     assert count_ops(lambda: up(fused)(rows())) == {"lora_linear_4bit": 1}
 
 
@@ -350,7 +351,7 @@ def test_hook_or_subclass_of_the_base_is_obeyed() -> None:
     seen: list[Any] = []
     hook = up(fused).base_layer.register_forward_hook(lambda *args: seen.append(args))
     up(fused)(rows())
-    assert len(seen) == 1 and explain(fused).rows[0].state == "adapter only"
+    assert len(seen) == 1 and explain(fused).rows[0].state == ADAPTER
     hook.remove()
     up(fused).base_layer.__class__ = type("Doubled", (bnb.nn.Linear4bit,), {})
     assert "Doubled is not exactly nn.Linear" in explain(fused).rows[0].reason

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 from lora_kernels.peft import loss as losses
+from lora_kernels.peft.explain_rows import KERNELS, TORCH
 from tests.support.assertions import assert_as_exact
 from tests.support.peft_models import (
     ALPHA,
@@ -336,7 +337,7 @@ def test_loss_that_needs_logits_computes_them_and_explain_says_why(
     assert_same_step(ours, theirs, exact)
     assert_same_step(ours, theirs, exact, num_items_in_batch=5)
     (row,) = explain(ours).losses
-    assert (row.layer, row.state) == ("base_model.model.loss", "PyTorch's")
+    assert (row.layer, row.state) == ("base_model.model.loss", TORCH)
     assert reason in row.reason
 
 
@@ -408,7 +409,7 @@ def test_explain_and_json_have_the_loss() -> None:
     assert explain(model).losses == []
     fuse(model, loss=True)
     (row,) = explain(model).losses
-    assert (row.state, row.backend) == ("ours, kernels", "cpu")
+    assert (row.state, row.backend) == (KERNELS, "cpu")
     assert "rows of logits at a time" in row.reason
     assert "base_model.model.loss" in str(explain(model)) and '"losses"' in explain(model).json()
     explain(model).assert_fused()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_kernels.backends.cpu import native
 from lora_kernels.peft import explain, fuse
+from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
 from tests.support.assertions import assert_as_exact, assert_close_derived
 from tests.support.peft_models import (
     MLP,
@@ -75,7 +76,7 @@ def test_one_op_a_layer_and_explained() -> None:
     rows = explain(fused).rows
     for row, adapters in zip(rows, (2, 2), strict=True):
         assert f"rows name their adapters, as in the last call: {adapters} in one" in row.reason
-        assert row.state == ("ours, kernels" if native.module else "ours, library GEMMs")
+        assert row.state == (KERNELS if native.module else LIBRARY)
     assert_close_derived(fused(x), stock(x))
     assert not any("rows name" in row.reason for row in explain(fused).rows)
 
@@ -109,7 +110,7 @@ def test_conv1d_and_hooked_bases_equal_peft() -> None:
     for m in (stock, fused):
         m.base_model.model.down.base_layer.register_forward_hook(lambda mod, a, out: out * 1.5)
     assert_equals_peft(stock, fused, NAMES, batch())
-    assert explain(fused).rows[1].state == "adapter only"
+    assert explain(fused).rows[1].state == ADAPTER
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

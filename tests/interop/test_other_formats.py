@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, foreign, fuse, unfuse
 from lora_kernels.peft.adalora import FusedSVD
+from lora_kernels.peft.explain_rows import ADAPTER, PEFT
 from lora_kernels.peft.linear import Fused
 
 pytest.importorskip("bitsandbytes")
@@ -94,9 +95,9 @@ def test_fused_layer_calls_the_base_and_trains_as_peft_s(cls: type) -> None:
     ops = count_ops(lambda: fused.up(x))
     assert ops.pop("lora_linear") == 1 and sum(ops.values()) == 1  # the base's own
     for row in explain(fused).rows:
-        assert row.state == "adapter only"
+        assert row.state == ADAPTER
         assert row.reason.startswith("base layer: Packed is not exactly nn.Linear")
-    with pytest.raises(RuntimeError, match="2 adapter only"):
+    with pytest.raises(RuntimeError, match=f"2 {ADAPTER}"):
         explain(fused).assert_fused()
     stock.train(), fused.train()
     assert_trains_alike(fused, stock, lambda model, step: model(x), steps=20)
@@ -123,7 +124,7 @@ def test_layer_without_an_adapter_is_the_base(state: str) -> None:
             else:
                 layer.set_adapter([])
     assert_bitwise_equal(fused(batch(f32)), stock(batch(f32)))
-    assert {row.state for row in explain(fused).rows} == {"PEFT's"}
+    assert {row.state for row in explain(fused).rows} == {PEFT}
 
 
 # bitsandbytes' 8 bits: the library is here
@@ -153,7 +154,7 @@ def eight_bits(dtype: torch.dtype, ada: bool = False, **settings: Any) -> PeftMo
 def test_8_bits_equal_peft_and_save_the_same(dtype: torch.dtype, ada: bool, tmp_path: Path) -> None:
     stock, fused = eight_bits(dtype, ada), fuse(eight_bits(dtype, ada))
     rows = explain(fused).rows
-    assert {row.state for row in rows} == {"adapter only"}
+    assert {row.state for row in rows} == {ADAPTER}
     assert all("Linear8bitLt is not exactly nn.Linear" in row.reason for row in rows)
     got, want = results(fused, batch(dtype)), results(stock, batch(dtype))
     if ada:  # PEFT's result is float32, ours x's dtype

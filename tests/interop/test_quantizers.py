@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_kernels.ops import in_place
 from lora_kernels.peft import explain, fuse
+from lora_kernels.peft.explain_rows import ADAPTER
 from tests.support.assertions import assert_bitwise_equal
 from tests.support.peft_models import MLP, randomize
 
@@ -93,7 +94,7 @@ def test_quantized_base_trains_as_peft_s_with_the_update_in_place(
     model = adapted(quantize)
     want = step(model)
     fuse(model)
-    assert {row.state for row in explain(model).rows} == {"adapter only"}
+    assert {row.state for row in explain(model).rows} == {ADAPTER}
     results, add = [], in_place.add_lora_linear_
 
     def record(*args: Any) -> Tensor:
@@ -125,7 +126,7 @@ def test_quantized_base_on_a_cpu_equals_peft_s(quantize: Callable[[MLP], None]) 
     model = adapted(quantize)
     want = step(model)
     got = step(fuse(model))
-    assert {row.state for row in explain(model).rows} == {"adapter only"}
+    assert {row.state for row in explain(model).rows} == {ADAPTER}
     for name, ref in want.items():
         # Our kernels may multiply float32 as three bfloat16, which leaves out products of 2⁻²⁴ and
         # adds three sums where there was one: two bits more than above.

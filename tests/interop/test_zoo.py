@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lora_kernels.backends.cpu import native
 from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft.explain_rows import KERNELS, LIBRARY
 from tests.support.assertions import (
     FLOAT64_RTOL,
     assert_bitwise_equal,
@@ -161,7 +162,7 @@ def test_what_explain_says_is_what_runs(kind: Kind) -> None:
     assert all(row.reason and row.strategy for row in rows.values())
     ours = [name for name, row in rows.items() if fused.get_submodule(name) in fused_layers(fused)]
     assert len(ours) == kind.fused == count_ops(lambda: fused(x))["lora_linear"]
-    state = "ours, library GEMMs" if native.module is None else "ours, kernels"
+    state = LIBRARY if native.module is None else KERNELS
     assert {rows[name].state for name in ours} == {state}
     # The gradient of a softmax is a difference, which loses a bit more. Another is lost to scalar
     # code's sums, which are one chain (see tolerance).

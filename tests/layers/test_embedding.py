@@ -19,6 +19,7 @@ from lora_kernels.layers import (
 )
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import Row, explain
+from lora_kernels.peft.explain_rows import LIBRARY, TORCH
 from tests.support.allocations import Results
 from tests.support.assertions import (
     assert_bitwise_equal,
@@ -192,9 +193,9 @@ def test_explain_tells_the_states_apart():
     model["c"].enabled = False
     a, b, c = explain(model).rows
     reason = "an embedding: its base is a lookup, no GEMM to fuse the adapter's with"
-    assert a == Row("a", "ours, library GEMMs", "torch", "lookups, then one GEMM in place", reason)
-    assert b == Row("b", "PyTorch's", "torch", "F.embedding", "the adapter is merged")
-    assert c == Row("c", "PyTorch's", "torch", "F.embedding", "the adapter is disabled")
+    assert a == Row("a", LIBRARY, "torch", "lookups, then one GEMM in place", reason)
+    assert b == Row("b", TORCH, "torch", "F.embedding", "the adapter is merged")
+    assert c == Row("c", TORCH, "torch", "F.embedding", "the adapter is disabled")
 
 
 # Over an embedding that is there

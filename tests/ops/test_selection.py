@@ -25,7 +25,6 @@ from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case, inputs
 from lora_kernels.oracle.experts_case import ExpertsCase
 from lora_kernels.oracle.multi_case import MultiCase
-from lora_kernels.peft.explain_rows import choose_by_rows
 from tests.support.engines import check
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
@@ -137,7 +136,7 @@ def sizes(columns: int, inner: int, **fields: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_choose_by_rows_starts_each_strategy_at_its_row(
+def test_choose_starts_each_strategy_at_its_row(
     choose_on: Any,
     on: Processor,
     dtype: torch.dtype,
@@ -146,11 +145,12 @@ def test_choose_by_rows_starts_each_strategy_at_its_row(
 ) -> None:
     choose_on(on, dtype)  # on that processor from here on
     problem = Problem("cpu", dtype, dtype, dtype, dtype, 8, **fields)
-    found = choose_by_rows(problem)
-    assert {first: choice.strategy for first, choice in found if choice} == strategies
-    is_fused = on.isa in cpu.FUSED_ISAS
-    for first, choice in found:
-        library = choice.strategy == LIBRARY and is_fused and first > 1
+    is_fused, last = on.isa in cpu.FUSED_ISAS, 1 << 17
+    for first, strategy in reversed(strategies.items()):
+        choice = selection.choose(problem._replace(rows=first))
+        assert choice.strategy == selection.choose(problem._replace(rows=last)).strategy == strategy
+        last = first - 1
+        library = strategy == LIBRARY and is_fused and first > 1
         said = {
             "the library multiplies with AMX": library and on is BESIDE_AMX,
             "base GEMMs run in MKL or oneDNN": library and on is not BESIDE_AMX,

@@ -19,7 +19,7 @@ from lora_kernels.choice.verdicts import Group, Point, Seconds, Verdict
 from lora_kernels.core import device
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.core.problem import ONE_ADAPTER, Choice, Layout, Problem
-from lora_kernels.peft import explain, explain_rows, fuse, row_adapters
+from lora_kernels.peft import explain, fuse, row_adapters
 from lora_kernels.qualification.plan import CANDIDATES
 from tests.support import fake_card
 
@@ -419,11 +419,11 @@ def test_explain_of_rows_that_name_their_adapters_says_why_it_is_eager(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     verdicts.set_current(0, everything_qualified())
-    on_cpu = explain_rows._problem
-    on_gpu = lambda *args: on_cpu(*args)._replace(device_type="cuda")  # noqa: E731
-    monkeypatch.setattr(explain_rows, "_problem", on_gpu)
+    choose = selection.choose
     model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), LoraConfig(target_modules=["0"]))
     with row_adapters(fuse(model), ["default", "__base__"]):
         model(torch.ones(2, 64))
+        on_gpu = lambda problem, *args: choose(problem._replace(device_type="cuda"), *args)  # noqa: E731
+        monkeypatch.setattr(selection, "choose", on_gpu)
         (row,) = explain(model, rows=2).rows
     assert row.backend == "eager" and ONE_ADAPTER in row.reason

@@ -368,7 +368,7 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     """Return the row of a causal language model's loss."""
     name = f"{name}.loss" if name else "loss"
     head = module.get_output_embeddings()
-    base = head.get_base_layer() if isinstance(head, LoraLayer) else head
+    base: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
     adapters = active_adapters(head) if isinstance(head, Fused) else []
     x_dtype = _expected_input(base, adapters, x_dtype).dtype
     device = getattr(base, "weight", torch.empty(0)).device
@@ -377,7 +377,7 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
         reason = call_reason(module, device, x_dtype)
     if reason is not None:
         return Row(name, TORCH, "torch", "F.cross_entropy", reason)
-    K, N = int(base.in_features), int(base.out_features)
+    K, N = base.in_features, base.out_features
     x, rows = torch.empty(1, K, dtype=x_dtype, device=device), loss_rows(N, device, x_dtype)
     call = Call(x, x[:, :1].expand(N, 1), 1.0, None, 0.0)  # of a head without an adapter
     if adapters:

@@ -343,7 +343,7 @@ def test_fuse_callback_under_zero3_trains_and_saves_as_peft(
 ) -> None:
     folder, shown = trained("quick")
     lines = [line for line in shown.splitlines() if line.startswith("lora_kernels: ")]
-    assert len(lines) == 1 and lines[0].startswith("lora_kernels: 14 LoRA layers: 14 ours"), lines
+    assert len(lines) == 1 and lines[0].startswith("lora_kernels: 14 LoRA layers: 14 our "), lines
     stock, fused = (json.loads((folder / f"{f}/losses.json").read_text()) for f in (False, True))
     assert len(stock) == 3 and fused == pytest.approx(stock, rel=2.0**-12)
     for saved in ("checkpoint-3", "final"):

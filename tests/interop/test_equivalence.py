@@ -251,8 +251,7 @@ def test_dora_with_dropout_takes_the_base_GEMM_twice(training: bool) -> None:
     want = {"lora_linear": 4 if training else 2, "dora_norm": 2}
     assert count_ops(lambda: fused(batch())) == want
     for row in explain(fused).rows:
-        assert row.state == LIBRARY and "eager" in row.backend  # as float64 always is
-        assert "DoRA" in row.reason and ("base GEMM twice" in row.strategy) is training
+        assert (row.state, row.backend) == (LIBRARY, "eager")  # as float64 always is
 
 
 @needs_native

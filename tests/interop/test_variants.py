@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lora_kernels.peft import explain, fuse
+from lora_kernels.peft.explain_rows import LIBRARY
 from tests.support.assertions import assert_close_derived
 from tests.support.peft_models import (
     ALPHA,
@@ -161,7 +162,7 @@ def test_alora_beside_other_adapters_equals_peft() -> None:
     ops = assert_alora_equals_peft(model, batch(), alora_offsets=[2, None, 3])
     assert ops == {"lora_linear": 2, "multi_lora_linear": 4}
     row = explain(fuse(model)).rows[0]
-    assert row.state != "peft" and "3 calls" in row.strategy and "an aLoRA" in row.reason
+    assert (row.state, row.backend) == (LIBRARY, "eager")  # as float64 always is
     ops = assert_alora_equals_peft(model, batch(), alora_offsets=[4, 4, 4])
     assert ops == {"lora_linear": 2}
 
@@ -364,11 +365,8 @@ def test_lora_fa_saves_no_input_and_mica_no_p() -> None:
     lora_fa(stock), lora_fa(plain)
     assert saved_sizes(plain, x) == [p_shape]
     assert x_shape not in saved_sizes(stock, x)
-    assert "lora_A is frozen: the forward does not save x" in explain(plain.train()).rows[0].reason
     mica = fuse(one_layer(**MICA))
     assert saved_sizes(mica, x) == [x_shape]
-    assert "lora_B is frozen: the forward does not save x·Aᵀ" in explain(mica).rows[0].reason
-    assert "frozen" not in explain(mica.eval()).rows[0].reason
 
 
 def test_lora_fa_trains_as_peft() -> None:

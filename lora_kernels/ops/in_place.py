@@ -2,22 +2,16 @@
 
 The base layer is another library's module, whose weight is not read: y = base(x), and then
 `y.addmm_(S, Bᵀ)`. That reads and writes y once, where y + S·Bᵀ writes the update, reads both and
-writes the sum. A base layer may return a view, or save its result for its own backward: the update
-then goes to a copy. Either way autograd saves the same tensors. A forward and its recomputation by
-checkpointing may hold different ones, and agree all the same.
+writes the sum. If something else holds y, the update goes to a copy. Either way autograd saves the
+same tensors, so a forward and its recomputation by checkpointing agree.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _storage_Use_Count
 
 from ..backends.eager import blocks
 from ..backends.eager import linear as eager
@@ -27,76 +21,23 @@ from . import context, linear
 from .autograd import differentiable_once
 
 
-class Result(NamedTuple):
-    """The result of a module.
+def can_overwrite(y: Tensor) -> bool:
+    """Return True if y, which only the caller holds, can be changed in place.
 
-    Args:
-        y: a tensor.
-        is_private: whether the caller alone holds it and its memory.
+    A base may return a part of a larger memory, or compute in inference mode.
+
+    >>> y = torch.ones(2, 3)
+    >>> can_overwrite(y), can_overwrite(y.view(6)), can_overwrite(y[0]), can_overwrite(y.t())
+    (True, True, False, False)
     """
-
-    y: Any
-    is_private: bool
-
-
-def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Result:
-    """Return the result of `function(*args, **kwargs)`, and whether nothing else holds it.
-
-    A module holds its result if it keeps it, a view of it, or the tensor that it is a view of. So
-    does autograd, if a backward reads it.
-
-    >>> kept = []
-    >>> call(torch.ones, 2).is_private, call(lambda: kept.append(torch.ones(2)) or kept[0])[1]
-    (True, False)
-    """
-    if torch.compiler.is_compiling():
-        return Result(function(*args, **kwargs), False)
-    y, holders = _call(function, args, kwargs)
-    is_private = (
-        bool(holders)
-        and holders == _holders_alone(y._base is not None)
+    if context.is_intercepted() and not y.is_meta:
+        return False  # a mode may keep the results of ops
+    return (
+        type(y) is Tensor
         and y.is_contiguous()
         and y.untyped_storage().nbytes() == y.nbytes
-        and y.untyped_storage().resizable()  # else the memory is another library's
         and y.is_inference() is torch.is_inference_mode_enabled()
     )
-    return Result(y, is_private)
-
-
-def _call(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, tuple[int, ...]]:
-    """Return the result, and how many hold it: its object, its tensor and its memory.
-
-    Then those that hold the tensor that it is a view of: a module may reshape its result. Nothing
-    for a subclass.
-    """
-    y = function(*args, **kwargs)
-    if type(y) is not Tensor:
-        return y, ()
-    memory: Any = y.untyped_storage()
-    holders = (
-        sys.getrefcount(y),
-        y._use_count(),
-        _storage_Use_Count(memory._cdata),
-    )
-    base: Any = y._base
-    return y, holders if base is None else (*holders, sys.getrefcount(base), base._use_count())
-
-
-@functools.cache
-def _holders_alone(is_view: bool) -> tuple[int, ...]:
-    """Return the counts of `_call` for a result that nothing else holds, on this Python."""
-    make = (lambda: torch.empty(1, 1).view(1)) if is_view else (lambda: torch.empty(1))
-    found: list[tuple[int, ...]] = []
-    # A new thread, because a mode that is active in this one may hold results.
-
-    def count() -> None:
-        sys.settrace(None)  # a debugger holds what a frame holds
-        found.append(_call(make, (), {})[1])
-
-    thread = threading.Thread(target=count)
-    thread.start()
-    thread.join()
-    return found[0]
 
 
 def add_lora_linear_(
@@ -113,7 +54,7 @@ def add_lora_linear_(
 
     Args:
         y: [..., N], contiguous, all of its memory, in autocast's dtype if autocast is enabled for
-            x's device, else in x's. Nothing else may hold it, see `call`.
+            x's device, else in x's. Nothing else may hold it.
         x: [..., K].
         lora_A, lora_B, scaling, bias, rank_gate, dropout_p: as in `lora_linear`. On a CPU there is
             no dropout.

@@ -35,9 +35,9 @@ class FusedSVD(Fused):
         base = cast(nn.Module, self._modules["base_layer"])
         todo = self.calls(adapters, x, RowNames())
         if args or kwargs or base_reason is not None:
-            y, is_private = self._call_base(base, x, *args, **kwargs)
+            y, is_fresh = self._call_base(base, x, *args, **kwargs)
             dtype = y.dtype
-            y = add_onto(y, is_private, x, None, todo.pop(0))
+            y = add_onto(y, is_fresh, x, None, todo.pop(0))
         else:
             weight, compute_dtype = readable_weight(base, x)
             y = add_adapter(x, weight, base._parameters["bias"], todo.pop(0), compute_dtype)

@@ -36,7 +36,7 @@ from .adapters import (
 )
 from .base import readable_weight
 from .eligibility import has_invalid_sequences
-from .modules import LINEAR_FORWARD, is_linear4bit, library_forward
+from .modules import LINEAR_FORWARD, has_fresh_result, is_linear4bit, library_forward
 from .plan import Plan, plan_linear
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ class Fused(nn.Module):
             return _dora_linear(self, adapters[0], x)
         first, *rest = self.calls(adapters, x, rows)
         if args or kwargs or base_reason is not None:
-            result, is_private = self._call_base(base, x, *args, **kwargs)
+            result, is_fresh = self._call_base(base, x, *args, **kwargs)
             dtype = result.dtype
-            result = add_onto(result, is_private, x, bias, first)
+            result = add_onto(result, is_fresh, x, bias, first)
         else:
             base_bias = base._parameters["bias"]
             if base_bias is not None:
@@ -132,21 +132,23 @@ class Fused(nn.Module):
         """Return the calls for x, in x's dtype if the layer rounds its adapters."""
         return self._cast(calls_for(adapters, x, rows), x)
 
-    def _call_base(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> in_place.Result:
-        """Call the base layer as a module.
+    def _call_base(
+        self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, bool]:
+        """Call the base layer as a module, and return whether nothing else holds its result.
 
         Raises RuntimeError if its result has no graph and x needs a gradient, which would lack
         x·Wᵀ's part. PEFT's forward drops that part in silence.
         """
-        result = in_place.call(base, x, *args, **kwargs)
-        if x.requires_grad and torch.is_grad_enabled() and not result.y.requires_grad:
+        result: Tensor = base(x, *args, **kwargs)
+        if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
             raise RuntimeError(
                 f"{self.layer_name or 'a fused layer'}: its base layer {type(base).__name__} got "
                 "an x that requires a gradient, and returned a result without a graph. Gradients "
                 "of the layers before it would lack the base's part: load the base in a format "
                 "whose forward is differentiable, or decode it"
             )
-        return result
+        return result, not is_compiling() and has_fresh_result(base)
 
     def _cast(self, calls: Sequence[Any], x: Tensor) -> list[Any]:
         """Return the calls with the adapters in x's dtype, if the layer rounds them."""
@@ -206,34 +208,28 @@ def add_adapter(
 
 
 def add_onto(
-    y: Tensor, is_private: bool, x: Tensor, bias: Tensor | None, call: Call | MixedCall
+    y: Tensor, is_fresh: bool, x: Tensor, bias: Tensor | None, call: Call | MixedCall
 ) -> Tensor:
     """Return y, the result of a base layer, plus the result of the call for x.
 
-    is_private: whether nothing but the caller holds y, which is then overwritten unless a mode,
-        such as selective checkpointing's, may have kept it.
+    is_fresh: whether nothing but the caller holds y, which is then overwritten if it can be.
     """
-    is_private = is_private and (y.is_meta or not context.is_intercepted())
+    is_fresh = is_fresh and in_place.can_overwrite(y)
     if isinstance(call, MixedCall) or not _can_add_in_place(y, x, call):
         update = add_adapter(x, None, bias, call)
-        # A view is autograd's to change: a backward hook on the base layer returns one. Dynamo
-        # cannot ask, and its graphs have no use for in-place ops.
-        if torch.compiler.is_compiling() or y.shape != update.shape:
-            return y + update
-        return y.add_(update) if is_private and not y._is_view() else y + update
+        # Autograd refuses to change a view that a Function returned.
+        return y.add_(update) if is_fresh and not y._is_view() else y + update
     lora_A, lora_B, scaling, gate, p = call
-    if not (is_private and y.is_contiguous()):
+    if not is_fresh:
         y = y.clone(memory_format=torch.contiguous_format)
     return in_place.add_lora_linear_(y, x, lora_A, lora_B, scaling, bias, gate, p)
 
 
 def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
     """Return True if the eager backend computes the update for y on a GPU, in y's dtype."""
-    if torch.compiler.is_compiling() or type(y) is not Tensor or y.device != x.device:
+    if type(y) is not Tensor or y.device != x.device:
         return False
     if not can_run(x):
-        return False
-    if y.is_inference() is not torch.is_inference_mode_enabled():
         return False
     dtype = base_dtype(context.device_of(x)[0], x.dtype)
     if y.dtype is not dtype or y.shape != (*x.shape[:-1], call.lora_B.shape[0]):

@@ -6,6 +6,39 @@ from typing import Any
 
 from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+# Layers, and torchao's weights of nn.Linear, whose result neither the module nor a backward holds.
+# A class belongs here once its forward and its backward have been read: autoawq 0.2.9, bitsandbytes
+# 0.50, compressed-tensors 0.12, gptqmodel 4 and 7.7, hqq 0.2.8, torchao 0.18, transformers 5.24.
+_GPTQMODEL = "gptqmodel.nn_modules.qlinear"
+FRESH = {
+    "awq.modules.linear.gemm": ("WQLinear_GEMM",),
+    "bitsandbytes.nn.modules": ("Linear8bitLt",),
+    "compressed_tensors.linear.compressed_linear": ("CompressedLinear",),
+    f"{_GPTQMODEL}.exllamav2": ("ExllamaV2Linear",),
+    f"{_GPTQMODEL}.exllamav2_awq": ("AwqExllamaV2Linear",),
+    f"{_GPTQMODEL}.gemm_awq": ("AwqGEMMLinear",),
+    f"{_GPTQMODEL}.gemm_awq_triton": ("AwqGEMMTritonLinear",),
+    f"{_GPTQMODEL}.machete": ("MacheteLinear",),
+    f"{_GPTQMODEL}.marlin": ("MarlinLinear",),
+    f"{_GPTQMODEL}.marlin_awq": ("AwqMarlinLinear",),
+    f"{_GPTQMODEL}.torch": ("TorchLinear", "TorchQuantLinear"),
+    f"{_GPTQMODEL}.torch_awq": ("AwqTorchLinear",),
+    f"{_GPTQMODEL}.tritonv2": ("TritonV2Linear",),
+    "hqq.core.quantize": ("HQQLinear",),
+    "torchao.quantization": (
+        *("Float8Tensor", "Int4PreshuffledTensor", "Int4Tensor", "Int4TilePackedTo4dTensor"),
+        *("Int8Tensor", "IntxUnpackedToInt8Tensor"),
+    ),
+    "torchao.quantization.quantize_.workflows.nf4.nf4_tensor": ("NF4Tensor",),
+    "transformers.integrations.compressed_tensors": ("CompressedTensorsFP8Linear",),
+    "transformers.integrations.eetq": ("EetqLinear",),
+    "transformers.integrations.fbgemm_fp8": ("FbgemmFp8Linear",),
+    "transformers.integrations.finegrained_fp8": ("FP8Linear",),
+}
+# compressed-tensors gives an nn.Linear, or its CompressedLinear, a forward that is defined here.
+_COMPRESSED_FORWARD = "compressed_tensors.quantization.lifecycle.forward"
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -32,7 +65,7 @@ def library_forward(cls: Any) -> Any:
     owner = next(each for each in cls.__mro__ if "forward" in vars(each))
     found: Any = cls.forward
     while True:
-        module = getattr(found, "__globals__", {}).get("__name__", "")
+        module = _defined_in(found) or ""
         inner = getattr(found, "__wrapped__", None)
         if inner is None:
             name = f"{owner.__qualname__}.forward"
@@ -59,6 +92,33 @@ def patched_reason(module: nn.Module) -> str | None:
     if getattr(forward, "__func__", None) is type(module).forward:
         return None
     return "its forward was replaced"
+
+
+def has_fresh_result(module: nn.Module) -> bool:
+    """Return True if calling the module returns a tensor that only the caller holds.
+
+    Hooks may hold a result, and so may a forward that someone replaced.
+    """
+    cls = type(module)
+    if any(hooks_of(module)) or _has_any_global_hook():
+        return False
+    if _defined_in(cls.forward) != cls.__module__:
+        return False
+    if _defined_in(module.__dict__.get("forward")) == _COMPRESSED_FORWARD:
+        return cls is nn.Linear or _is_listed(cls)
+    if patched_reason(module) is not None:
+        return False
+    return _is_listed(type(module._parameters.get("weight")) if cls is nn.Linear else cls)
+
+
+def _is_listed(cls: type) -> bool:
+    return cls.__name__ in FRESH.get(cls.__module__, ())
+
+
+def _defined_in(function: Any) -> str | None:
+    """Return the module in which a function was compiled, whatever `functools.wraps` copied."""
+    name: str | None = getattr(function, "__globals__", {}).get("__name__")
+    return name
 
 
 HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"

@@ -145,6 +145,19 @@ def test_change_between_two_calls_is_pefts(
         assert_close_derived(results(fused, M), results(stock, M), terms=K)
 
 
+PARTS = [f"{name}.default" for name in ("lora_A", "lora_B", "lora_dropout")]
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("path", ["base_layer", *PARTS])
+def test_hook_on_a_part_of_a_layer_is_called(path: str, kind: str) -> None:
+    fused, seen = fuse(model()), list[bool]()
+    part = fused.base_model.model[0].get_submodule(path)
+    getattr(part, f"register_{kind}_hook")(lambda *args: seen.append(True))
+    results(fused, 3)
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_later_call_says_what_is_wrong_with_x(grad: bool) -> None:
     fused = fuse(model()).eval()

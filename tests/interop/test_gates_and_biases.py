@@ -159,17 +159,56 @@ def test_gate_of_adalora_without_a_gradient_of_lora_b_has_pefts_gradient() -> No
     assert all(error(got[name], t) < 1e-9 for name, t in want.items())
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B"])
+def make_plain(dtype: torch.dtype) -> Any:
+    return adapted("group", dtype, dtype)
+
+
+def with_scaling_in_a_tensor(dtype: torch.dtype) -> Any:
+    model = make_plain(dtype)
+    prepare_model_for_compiled_hotswap(model, config=model.peft_config["default"], target_rank=R)
+    return model
+
+
+# The operands of a layer: a model that has them, and the tensor of one of its layers.
+WRITTEN: dict[str, tuple[Any, Any]] = {
+    "weight": (make_plain, lambda layer: layer.base_layer.weight),
+    "bias": (make_plain, lambda layer: layer.base_layer.bias),
+    "lora_A": (make_plain, lambda layer: layer.lora_A.default.weight),
+    "lora_B": (make_plain, lambda layer: layer.lora_B.default.weight),
+    "lora_B's bias": (
+        lambda dtype: adapted("group", dtype, dtype, lora_bias=True),
+        lambda layer: layer.lora_B.default.bias,
+    ),
+    "scaling": (with_scaling_in_a_tensor, lambda layer: layer.scaling["default"]),
+    "KaSA's factors": (with_kasa, lambda layer: layer.lora_diag["default"]),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 def test_write_to_a_later_layer_within_a_forward_is_noticed(name) -> None:
-    group = fuse(adapted("group", f64, f64)).base_model.model[0]
-    owner = getattr(group.k, name).default if "lora" in name else group.k.base_layer
-    tensor, x = owner.bias if name == "bias" else owner.weight, input_of(f64)
+    make, tensor_of = WRITTEN[name]
+    group = fuse(make(f64)).base_model.model[0]
+    tensor, x = tensor_of(group.k), input_of(f64)
     with torch.no_grad():
+        before = group.k(x)
         group.q(x)
         tensor.mul_(3)
         got = group.k(x)
         want = group.k(x)
-    assert error(got, want) < 1e-12
+    assert error(got, want) < 1e-12 < error(before, want)
+
+
+@pytest.mark.parametrize("layer", ["q", "k"])
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "scaling"])
+def test_write_to_what_the_backward_reads_raises_as_peft_does(name, layer) -> None:
+    make, tensor_of = WRITTEN[name]
+    stock = make(f32)
+    for model in (stock, fuse(copy.deepcopy(stock))):
+        y = model(input_of(f32).requires_grad_())
+        with torch.no_grad():
+            tensor_of(getattr(model.base_model.model[0], layer)).mul_(3)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize("trained", [False, True])

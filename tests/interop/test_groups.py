@@ -282,6 +282,19 @@ def freeze(part: str) -> Callable[[Any], None]:
     return change
 
 
+def only(part: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and part in name)
+
+    return change
+
+
+def decomposed(model: Any) -> None:
+    """KaSA truncates the base weight in the first forward."""
+    model(batch().to(weight_dtype(model)))
+
+
 def kasa() -> Any:
     skip_without_kasa()
     return peft.KasaConfig()
@@ -292,7 +305,7 @@ CHANGES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Any], Any] | No
     "plain": (dict, None),
     "trained bias": (lambda: {"bias": "all"}, None),
     "lora_bias": (lambda: {"lora_bias": True}, None),
-    "KaSA": (lambda: {"kasa_config": kasa()}, lambda m: m(batch().to(weight_dtype(m)))),
+    "KaSA": (lambda: {"kasa_config": kasa()}, decomposed),
     "hot-swap": (dict, partial(prepare_model_for_compiled_hotswap, target_rank=R)),
     "ranks": (lambda: {"rank_pattern": {"k": 3, "v": 9}, "alpha_pattern": {"k": 4}}, None),
     "k frozen": (dict, freeze(".k.")),
@@ -300,10 +313,16 @@ CHANGES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Any], Any] | No
     "lora_B frozen": (dict, freeze("lora_B")),
     "all frozen": (dict, freeze("")),
     "no dx": (dict, None),
+    "biases alone, no dx": (lambda: {"bias": "all"}, only("bias")),
+    "gates alone, no dx": (
+        lambda: {"kasa_config": kasa()},
+        lambda m: (decomposed(m), only("diag")(m)),
+    ),
 }
 FEW = ("float64", "bf16, float32 adapters", "NF4, float32 adapters, autocast")
 STATES = [(name, "plain") for name in DTYPES] + [(d, c) for d in FEW for c in CHANGES]
-STATES.remove((FEW[2], "KaSA"))  # which PEFT does not have over 4 bits
+for name in ("KaSA", "gates alone, no dx"):  # PEFT has no KaSA over 4 bits
+    STATES.remove((FEW[2], name))
 
 
 @pytest.mark.parametrize(("of", "change"), STATES)
@@ -320,7 +339,7 @@ def test_group_in_any_state_has_pefts_gradients(of: str, change: str, counts: Co
             y: Tensor = parent(x)
         return y
 
-    x = batch(x_dtype or dtype).requires_grad_(change != "no dx")
+    x = batch(x_dtype or dtype).requires_grad_("no dx" not in change)
     got, want = step(fused, x, call), step(stock, x, call)
     assert counts.pop() == (1, 2)
     if dtype is f64:

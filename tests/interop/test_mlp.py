@@ -114,14 +114,14 @@ class GLU(nn.Module):
 
 
 class Swish(nn.Module):
-    """SiLU at its start."""
+    """SiLU at its start. beta is a parameter or a buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Any) -> None:
         super().__init__()
-        self.beta = nn.Parameter(torch.ones((), dtype=f64))
+        self.beta = kind(torch.ones((), dtype=f64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.beta * x)
+        return F.silu(self.beta * x) / self.beta  # SiLU's bits
 
 
 class DropsInTraining(nn.SiLU):
@@ -178,14 +178,16 @@ ACTS = {
     "act of several": nn.Sequential(nn.SiLU(), nn.Dropout(0.5)),
 }
 NO_RESULT = "its forward does not return down(act(gate(x)) * up(x)) of SiLU or GELU"
-OWN = "it has parameters or buffers of its own"
+OWN, OF_ACT = "it has parameters or buffers of its own", "its act has parameters or buffers"
 NAMED = "its linear layers are not named like a gated MLP's: a, b, c"
 MORE = "it has modules beside its projections and one activation: a, b"
 PLAIN: Callable[..., Any] = lambda m, x: glu_of(m, x)  # noqa: E731
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     **{name: (partial(glu, forward), NO_RESULT) for name, forward in OTHERS.items()},
     **{name: (partial(with_act, act), NO_RESULT) for name, act in ACTS.items()},
-    "trained act": (lambda: with_act(Swish()), "its act has parameters or buffers"),
+    "act with a parameter": (lambda: with_act(Swish(nn.Parameter)), OF_ACT),
+    "act with a buffer": (lambda: with_act(Swish(nn.Buffer)), OF_ACT),
+    "act with a buffer within": (lambda: with_act(nn.Sequential(Swish(nn.Buffer))), OF_ACT),
     "dropout child": (
         lambda: glu(lambda m, x: m.drop(glu_of(m, x)), drop=nn.Dropout(0.1)),
         NO_RESULT,

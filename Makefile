@@ -98,7 +98,7 @@ bench: native
 	$(BIN)/lora-kernels bench --experts --dtypes bfloat16 --json $(FILE)
 	$(BIN)/lora-kernels bench --head --json $(FILE)
 	$(BIN)/lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
-	$(BIN)/lora-kernels bench --host --json benchmarks/results/host.json
+	-$(BIN)/lora-kernels bench --host --json benchmarks/results/host.json
 	$(BIN)/python -m benchmarks.report
 
 # On a machine with a GPU, with the torch that is there: builds in place, needs no network.

@@ -131,7 +131,7 @@ def call_linear(
         or not (compute_dtype in (None, dtype) if is_packed else type(weight) in _PLAIN)
         or not (is_packed or weight.dtype is dtype)  # type: ignore[union-attr]
         or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
-        or _is_any_autocast_enabled()
+        or (_is_any_autocast_enabled() and cast_dtype(x) not in (None, dtype))
         or (x.is_cuda and _has_verdict(x))
         or A.device != x.device
         or dtype not in FLOATS
@@ -150,10 +150,12 @@ def call_linear(
 
 
 def plain_block(x: Tensor, layers: Sequence[Layer], activation: str = "") -> Block | None:
-    """Return the block of plain layers without autocast, whose dtypes are x's; None if not."""
-    if _is_any_autocast_enabled() or (x.is_cuda and _has_verdict(x)):
-        return None
+    """Return the block of plain layers whose dtypes are x's; None if autocast casts it."""
     dtype, K, device = x.dtype, x.shape[-1:], x.device
+    if _is_any_autocast_enabled() and cast_dtype(x) not in (None, dtype):
+        return None
+    if x.is_cuda and _has_verdict(x):
+        return None
     for layer in layers:
         if layer[1].device != device:
             return None

@@ -27,7 +27,7 @@ from lora_kernels.bench import blocks, counter
 from lora_kernels.bench.blocks import Block
 from lora_kernels.bench.traffic import Cell
 from lora_kernels.layers import LoRAGatedMLP, LoRAGroup, LoRALinear
-from lora_kernels.peft import fuse
+from lora_kernels.peft import fuse, modules
 
 FILE = Path(__file__).with_name("block_counts.json")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -80,10 +80,13 @@ class Case(NamedTuple):
 
 
 class Called(nn.Linear):
-    """A base layer that is called, because it is no `nn.Linear`."""
+    """A base layer that is called, because it is no `nn.Linear`, with a fresh result."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
+
+
+modules.FRESH[__name__] = ("Called",)
 
 
 def _qkv(case: Case) -> nn.Module:

@@ -179,7 +179,7 @@ def test_explain_says_what_is_streamed(head: Any) -> None:
     here = explain(model).linears
     assert [row[:2] for row in here] == [("0", KERNELS)]
     few = cpu_heuristics.few_rows(f32, False, N * K)
-    assert f"{cpu.GEMV}; 2048 rows: F.linear" in here[0].strategy
+    assert cpu.GEMV in here[0].strategy and "2048 rows: F.linear" in here[0].strategy
     assert "without gradients" in here[0].reason
     assert explain(fused()).linears[0].layer == "base_model.model.head"
     explain(fused()).assert_fused()  # which is about LoRA layers

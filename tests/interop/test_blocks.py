@@ -234,7 +234,8 @@ def test_model_has_pefts_gradients(kind, reentrant, counts) -> None:
     enable_checkpointing(stock, reentrant)
     fused = fuse(copy.deepcopy(stock))
     got, want = loss_and_gradients(fused, inputs), loss_and_gradients(stock, inputs)
-    assert_close(got, want, 1e-12 if kind in CAUSAL else 1e-11)
+    # A loss that is a weighted mean of outputs may cancel to a thousandth of them.
+    assert_close(got, want, 1e-12 if kind in CAUSAL else 1e-10)
     forwards = 1 if reentrant is None else 2
     assert counts.grouped == forwards * KINDS[kind].grouped
     assert counts.mlps == KINDS[kind].mlps

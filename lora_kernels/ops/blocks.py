@@ -140,7 +140,7 @@ def call_linear(
             return None
         block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype, dropout_p)
         return None if block is None else linears(x, block)[0]
-    if x.shape[-1:] != A.shape[1:] or x.device != A.device:
+    if x.shape[-1:] != A.shape[1:]:
         return None
     if not is_packed and weight.requires_grad:  # type: ignore[union-attr]
         return None
@@ -424,7 +424,8 @@ def _load(
 ) -> Sequence[Layer]:
     """Return the layers as the forward had them. RuntimeError if their tensors have changed.
 
-    dys: of the layers; one without may have computed its result anew, with changed tensors.
+    dys: the gradient of each layer's y. A layer whose y has none is not checked: after a write to
+        its tensors, its own call has computed another y.
     """
     block: Block = ctx.block
     layers, casts = block.layers, block.casts

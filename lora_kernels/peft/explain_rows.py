@@ -38,7 +38,7 @@ from .adapters import (
     svd_adapters_of,
 )
 from .base import base_weight
-from .direct import planned_state
+from .direct import make_block, planned_state
 from .eligibility import embedding_reason, tensor_reason
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper, active_adapter, experts_reason
@@ -393,6 +393,9 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     return Row(name, _backend_state([choice]), choice.backend, choice.strategy, reason)
 
 
+NO_BLOCK = "the dtypes of x, the bases and the adapters fit no block"
+
+
 def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Sequence[int]) -> Row:
     """Return the row of the layers that a module calls with one x, for the most rows."""
     reasons = []
@@ -405,6 +408,8 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
         reason = state if isinstance(state, str) else _kernel_reason(layer, x.expand(max(rows), -1))
         if reason is not None:
             reasons.append(f"{each}: {reason}")
+    if not reasons and make_block(group.layers, x.expand(max(rows), -1)) is None:
+        reasons.append(NO_BLOCK)
     names = ", ".join(group.names)
     if reasons:
         return Row(name, APART, "eager", f"{names} run their own calls", "; ".join(reasons))
@@ -443,7 +448,10 @@ def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, M: int) -> str | N
             return reason
         if (reason := _kernel_reason(layer, x.expand(M, -1))) is not None:
             return f"{name}: {reason}"
-    return None
+    gate, up, down = (mlp._modules[name] for name in mlp._parts[:3])
+    x = _expected_input(gate.base_layer, adapters_of(gate), x_dtype).expand(M, -1)
+    is_block = make_block((gate, up, down), x, mlp._parts.activation) is not None
+    return None if is_block else NO_BLOCK
 
 
 def _kernel_reason(layer: Any, x: Tensor) -> str | None:

@@ -129,7 +129,10 @@ def _versions(state: Sequence[Any]) -> int:
 
 
 def _take(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
-    """Return y of the layer that waits next; None if it must be computed anew."""
+    """Return the result that the group's first call computed for the layer.
+
+    None if x, the thread's state or the layer's tensors differ from those of that call.
+    """
     of, version, requires_grad, grad_mode, cast_dtype, hooks, waiting = results
     if of is not x or version != x._version or requires_grad is not x.requires_grad:
         return None

@@ -114,7 +114,7 @@ def check_operands(layer: Any, x: Tensor, operands: Layer) -> None:
         assert operands.weight is base.weight
     gate = torch.as_tensor(1.0 if operands.rank_gate is None else operands.rank_gate)
     want = torch.as_tensor(adapter.scaling) * (1.0 if adapter.diag is None else adapter.diag)
-    # A gate has float32's precision or more.
+    # The gate is float32 or wider: the factors are rounded to it, and then their product.
     torch.testing.assert_close(
         (gate * operands.scaling).double().expand(operands.lora_A.shape[0]),
         want.double().expand(operands.lora_A.shape[0]),

@@ -31,7 +31,7 @@ from lora_kernels.backends.eager import blocks as eager_blocks
 from lora_kernels.bench import baselines, counter
 from lora_kernels.core import forced
 from lora_kernels.integrations import FuseCallback
-from lora_kernels.peft import fuse, groups, swap, unfuse
+from lora_kernels.peft import explain, explain_rows, fuse, groups, swap, unfuse
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     activate,
@@ -325,6 +325,17 @@ for name in ("KaSA", "gates alone, no dx"):  # PEFT has no KaSA over 4 bits
     STATES.remove((FEW[2], name))
 
 
+def caller(autocast: bool) -> Callable[[Any, Tensor], Tensor]:
+    """Return the call of a module, under autocast or not; the float64 reference is without."""
+
+    def call(module: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", bf16, enabled=autocast and x.dtype is not f64):
+            y: Tensor = module(x)
+        return y
+
+    return call
+
+
 @pytest.mark.parametrize(("of", "change"), STATES)
 def test_group_in_any_state_has_pefts_gradients(of: str, change: str, counts: Counts) -> None:
     dtype, adapter, autocast, nf4, cast, x_dtype = DTYPES[of]
@@ -334,11 +345,7 @@ def test_group_in_any_state_has_pefts_gradients(of: str, change: str, counts: Co
         apply(stock)
     fused = fuse(copy.deepcopy(stock), cast_adapters=cast)
 
-    def call(parent: Any, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", bf16, enabled=autocast and x.dtype is not f64):
-            y: Tensor = parent(x)
-        return y
-
+    call = caller(autocast)
     x = batch(x_dtype or dtype).requires_grad_("no dx" not in change)
     got, want = step(fused, x, call), step(stock, x, call)
     assert counts.pop() == (1, 2)
@@ -425,6 +432,19 @@ def test_layers_in_a_state_that_fits_no_group_have_pefts_gradients(name, counts)
         change(parent_of(model))
     assert_pefts(stock, fused, batch().requires_grad_(), call)
     assert counts.pop() == (0, 0)
+
+
+def test_adapters_of_two_dtypes_are_apart_and_explain_says_so(counts: Counts) -> None:
+    stock = build(bf16)
+    for p in parent_of(stock).k.lora_A.parameters():
+        p.data = p.data.float()
+    fused = fuse(copy.deepcopy(stock))
+    (row,) = (row for row in explain(fused).blocks if "q, k, v" in row.strategy)
+    assert (row.state, row.reason) == (explain_rows.APART, explain_rows.NO_BLOCK)
+    parent_of(fused)(batch(bf16))
+    assert counts.pop() == (0, 0)
+    (row,) = (row for row in explain(fuse(build(bf16))).blocks if "q, k, v" in row.strategy)
+    assert row.state == explain_rows.SHARED
 
 
 def test_result_of_a_frozen_layer_of_an_x_without_gradient_needs_none() -> None:

@@ -30,6 +30,7 @@ from tests.interop.test_groups import (
     CHANGES,
     DTYPES,
     FEW,
+    caller,
     freeze,
     hook,
     inference,
@@ -302,11 +303,7 @@ def test_block_in_any_state_has_pefts_gradients(of, change, needs_x, runs) -> No
         apply(stock)
     fused = fuse(copy.deepcopy(stock), cast_adapters=cast)
 
-    def call(module: Any, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", bf16, enabled=autocast and x.dtype is not f64):
-            y: Tensor = module(x)
-        return y
-
+    call = caller(autocast)
     x = input_of(x_dtype or dtype).requires_grad_(needs_x and "no dx" not in change)
     got, want = step(fused, x, call), step(stock, x, call)
     # dA of down reads h, and dB does not; neither reads dg.

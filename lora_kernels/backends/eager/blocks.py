@@ -136,7 +136,7 @@ def linear_output(
     x: Tensor, layer: Layer, dropout_p: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y [M, N], P [M, R] and the dropout mask of one plain layer, for x [M, K]."""
-    weight, lora_A, lora_B, bias, scaling, _ = layer
+    weight, lora_A, lora_B, bias, _, _ = layer
     base = mask = None
     if type(weight) is Packed4bit:  # before anything else is held beside a decoded weight
         base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
@@ -146,16 +146,7 @@ def linear_output(
         del dropped
     else:
         p = linear(x, lora_A)
-    if base is not None:
-        return base.addmm_(p, lora_B.t(), alpha=scaling), p, mask
-    if type(weight) is Packed4bit:
-        weight = layer.dense(x.dtype)
-    if bias is None:  # the base GEMM accumulates
-        y = linear(p, lora_B).addmm_(x, cast(Tensor, weight).t(), beta=scaling)
-    else:
-        y = addmm(to_dtype(bias, x.dtype), p, lora_B.t(), alpha=scaling)
-        y.addmm_(x, cast(Tensor, weight).t())
-    return y, p, mask
+    return _add_update(x, p, layer, base), p, mask
 
 
 def linears(
@@ -184,16 +175,22 @@ def linears(
 
 def _output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
     """Return y [M, N] of a plain layer."""
-    weight, _, lora_B, bias, scaling, _ = layer
+    base, weight = None, layer.weight
     if type(weight) is Packed4bit:
-        y = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
-        if y is not None:
-            return y.addmm_(p, lora_B.t(), alpha=scaling)
-        weight = layer.dense(x.dtype)
+        base = decode4bit.gemm(weight, x, layer.lora_B.shape[0], layer.bias)
+    return _add_update(x, p, layer, base)
+
+
+def _add_update(x: Tensor, p: Tensor, layer: Layer, base: Tensor | None) -> Tensor:
+    """Return y of a plain layer. base: x·Wᵀ + bias, which is overwritten; None to compute it."""
+    _, _, lora_B, bias, scaling, _ = layer
+    if base is not None:
+        return base.addmm_(p, lora_B.t(), alpha=scaling)
+    weight = layer.dense(x.dtype)
     if bias is None:  # the base GEMM accumulates
-        return linear(p, lora_B).addmm_(x, cast(Tensor, weight).t(), beta=scaling)
+        return linear(p, lora_B).addmm_(x, weight.t(), beta=scaling)
     update = addmm(to_dtype(bias, x.dtype), p, lora_B.t(), alpha=scaling)
-    return update.addmm_(x, cast(Tensor, weight).t())
+    return update.addmm_(x, weight.t())
 
 
 def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:

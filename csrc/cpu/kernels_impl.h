@@ -501,10 +501,10 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
   }
 }
 
-// Whether packing Q costs more than the update: for one or two rows its columns, contiguous along
-// the ranks, are dotted with S unpacked.
+// Whether packing Q costs more than the update, as for one or two rows. Q's columns, where they are
+// contiguous along the ranks, are dotted with S; else its rows are added up.
 LK_INLINE bool unpacked(const ExpandArgs& a) {
-  return a.M <= UNPACKED && a.q.row == 1 && !a.gate && !a.dropout.rng;
+  return a.M <= UNPACKED && (a.q.row == 1 || a.q.col == 1) && !a.gate && !a.dropout.rng;
 }
 
 // sums[m][j] = row m of S times Q's column n + j, for all rows of S and n + j < n1.
@@ -513,6 +513,19 @@ template <typename TQ>
                                      float (*sums)[PANEL]) {
   const TQ* const q = static_cast<const TQ*>(a.q.data);
   for (int64_t m = 0; m < a.M; ++m) {
+    for (int64_t j = 0; a.q.row != 1 && j < n1 - n; j += VW) {
+      vf sum[V];
+      LK_UNROLL for (int v = 0; v < V; ++v) sum[v] = zero();
+      for (int64_t r = 0; r < a.R; ++r) {
+        const vf s = splat(a.s[m * a.lds + r]);
+        const TQ* row = q + r * a.q.row + n + j;
+        const int64_t rest = n1 - n - j;
+        LK_UNROLL for (int v = 0; v < V; ++v) sum[v] =
+            fma(s, some(row + v * W, (int)max(0, min(W, rest - v * W))), sum[v]);
+      }
+      LK_UNROLL for (int v = 0; v < V; ++v) store(sums[m] + j + v * W, sum[v]);
+    }
+    if (a.q.row != 1) continue;
     const float* const s[1] = {a.s + m * a.lds};
     for (int64_t j = 0; j < n1 - n; j += 4) {
       const TQ* columns[4];
@@ -680,8 +693,84 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* partials, int64
   });
 }
 
+// to[n] = c * mask(row 0 of x) in float32, for n up to a multiple of 64; zeros past `count`.
+LK_INLINE void widen_row(const Matrix& x, int64_t count, const Dropout& dropout, const float* c,
+                         float* to) {
+  const Philox generator = philox(dropout);
+  with_type(x.dtype, [&](auto type) {
+    copy_kept(static_cast<const decltype(type)*>(x.data), to, count, round_up(count, 64),
+              dropout.rng ? &generator : nullptr, 0, 0);
+  });
+  for (int64_t n = 0; c && n < count; ++n) to[n] *= c[n];
+}
+
+// sum[j] = dz B for the `count` <= W ranks that begin at b. B's rows are read where they lie, in
+// four chains, so that no multiply-add waits for the one before it.
+template <typename TB>
+LK_INLINE vf row_ds(const float* dz, int64_t N, const TB* b, int64_t stride, int count) {
+  constexpr int64_t SPAN = 1024;  // rows of B summed before they are added to the rest
+  vf total = zero();
+  for (int64_t n = 0; n < N;) {
+    vf acc[4] = {zero(), zero(), zero(), zero()};
+    const int64_t end = min(n + SPAN, N);
+    for (; n + 4 <= end; n += 4) LK_UNROLL for (int i = 0; i < 4; ++i) {
+        const TB* row = b + (n + i) * stride;
+        acc[i] = fma(splat(dz[n + i]), count == W ? load(row) : load_n(row, count), acc[i]);
+      }
+    for (; n < end; ++n) acc[0] = fma(splat(dz[n]), load_n(b + n * stride, count), acc[0]);
+    total = add(total, add(add(acc[0], acc[1]), add(acc[2], acc[3])));
+  }
+  return total;
+}
+
+// As `backward_pair` for one row, without the packed B^T and the partial dB^T: each is as large as
+// B, and writing it costs more than the products of one row.
+LK_INLINE void backward_pair_of_row(const BackwardPairArgs& a) {
+  Scratch scratch(round_up(a.N, 64) * 4);
+  float* const dz = static_cast<float*>(scratch.data);
+  widen_row(a.dy, a.N, {}, a.c, dz);
+  const bool small = a.N * a.R < SMALL;
+  if (a.ds)
+    with_type(a.b.dtype, [&](auto type) {
+      const auto* b = static_cast<const decltype(type)*>(a.b.data);
+      const int64_t vectors = (a.R + W - 1) / W, chunks = small ? 1 : min(a.threads, vectors);
+      parallel(a.threads, chunks, [&](int64_t chunk) {
+        for (int64_t r = chunk * W; r < a.R; r += chunks * W) {
+          const int count = (int)min(W, a.R - r);
+          const vf sum = row_ds(dz, a.N, b + r, a.b.row, count);
+          store_n(a.ds + r, mul(sum, splat(a.ds_scale)), count);
+        }
+      });
+    });
+  if (a.db)
+    with_type(a.db_dtype, [&](auto type) {
+      auto* db = static_cast<decltype(type)*>(a.db);
+      const int64_t chunks = small ? 1 : min(a.threads, a.N);
+      parallel(a.threads, chunks, [&](int64_t chunk) {
+        for (int64_t n = a.N * chunk / chunks; n < a.N * (chunk + 1) / chunks; ++n)
+          for (int64_t r = 0; r < a.R; r += W) {
+            const int count = (int)min(W, a.R - r);
+            vf v = mul(mul(splat(dz[n]), load_n(a.s + r, count)), splat(a.db_scale));
+            if (a.gate) v = mul(v, load_n(a.gate + r, count));
+            store_n(db + n * a.R + r, v, count);
+          }
+      });
+    });
+  with_type(a.dy.dtype, [&](auto type) {
+    const auto* dy = static_cast<const decltype(type)*>(a.dy.data);
+    const auto* z = static_cast<const decltype(type)*>(a.z);
+    for (int64_t n = 0; n < a.N && (a.dc || a.dbias); ++n) {
+      const float d = widen_one(dy + n);
+      if (a.dc) a.dc[n] = d * widen_one(z + n);
+      if (a.dbias) a.dbias[n] = d;
+    }
+  });
+}
+
 [[maybe_unused]] void backward_pair(const BackwardPairArgs& a) {
-  const int64_t ld = round_up(a.N, 64), R4 = round_up(a.R, 4);
+  if (a.M == 1 && a.b.col == 1) return backward_pair_of_row(a);
+  // Rows that lie a power of two apart would share a few of the cache's sets.
+  const int64_t ld = round_up(a.N, 64) + 16, R4 = round_up(a.R, 4);
   const bool small = a.M * a.N * a.R < SMALL;
   const int64_t chunks = small ? 1 : max(1, min(a.threads, a.M / PAIR_ROWS));
   const int64_t blocks = ld / 64, teams = small ? 1 : min(a.threads, blocks);
@@ -754,10 +843,30 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* partials, int64
 
 // grad_a ---------------------------------------------------------------------------------------
 
+// As `grad_a` for one row of x: each row of dA is written from end to end. The strips of more rows
+// would write STRIP columns of every rank in turn.
+LK_INLINE void grad_a_of_row(const GradAArgs& a) {
+  Scratch scratch(round_up(a.K, 64) * 4);
+  float* const x = static_cast<float*>(scratch.data);
+  widen_row(a.x, a.K, a.dropout, nullptr, x);
+  const int64_t chunks = a.K * a.R < SMALL ? 1 : min(a.threads, a.R);
+  with_type(a.da_dtype, [&](auto type) {
+    auto* da = static_cast<decltype(type)*>(a.da);
+    parallel(a.threads, chunks, [&](int64_t chunk) {
+      for (int64_t r = a.R * chunk / chunks; r < a.R * (chunk + 1) / chunks; ++r)
+        for (int64_t k = 0; k < a.K; k += W) {
+          const vf v = mul(splat(a.d[r]), load(x + k));
+          k + W <= a.K ? store(da + r * a.K + k, v) : store_n(da + r * a.K + k, v, (int)(a.K - k));
+        }
+    });
+  });
+}
+
 // dA[R, K] = D^T mask(X). A task is STRIP columns of x by 4 ranks; a thread's tasks share their
 // columns, which pass in blocks of DEPTH rows that stay in L1 for all of its ranks. No sum crosses
 // threads. Sums in float32, rounded once to A's dtype. Tested by tests/ops.
 [[maybe_unused]] void grad_a(const GradAArgs& a) {
+  if (a.M == 1) return grad_a_of_row(a);
   const int64_t strips = (a.K + STRIP - 1) / STRIP, quads = (a.R + 3) / 4, tasks = strips * quads;
   const int64_t chunks = a.M * a.K * a.R < SMALL ? 1 : min(a.threads, tasks);
   const Philox generator = philox(a.dropout);

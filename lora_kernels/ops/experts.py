@@ -37,7 +37,17 @@ from .arguments import (
     check_x_and_weight,
 )
 from .autograd import differentiable_once, new_unsaved
-from .registry import define_family, join_weight, tensors_of
+from .registry import (
+    call_op,
+    define,
+    draws_mask,
+    join_weight,
+    needed,
+    new_grad,
+    or_empty,
+    split,
+    tensors_of,
+)
 
 BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_experts}
 
@@ -215,7 +225,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         spec, blocksizes = options
         base = join_weight(weight, blocksizes)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng, mask)
-        y, saved = _FAMILY.forward(ctx, operands, spec)
+        y, saved = _call_forward(ctx, operands, spec)
         mask = mask if saved.mask is None else saved.mask
         kept_x = x if ctx.needs_input_grad[1] else None
         kept_p = saved.p if ctx.needs_input_grad[2] else None
@@ -235,7 +245,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
         base = join_weight(weight, blocksizes)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng, mask)
-        grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs)
+        grads = _call_backward(ctx, dy, operands, Saved(p), spec, needs)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (4 + len(weight))
 
@@ -280,18 +290,102 @@ def lora_experts_backward_direct(
         )
 
 
-def _grad_shapes(operands: ExpertsOperands) -> tuple[Any, ...]:
-    x, _, lora_A, lora_B, *_ = operands
-    return x.shape, lora_A.shape, lora_B.shape, lora_B.shape[:2]
+# The registered ops ----------------------------------------------------------------------------
 
 
-_FAMILY = define_family(
+def _lora_experts(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
+    operands, spec = split(args, ExpertsOperands, ExpertsSpec)
+    chosen = choose(operands, spec, selection.parse_request(choice))
+    y, saved = lora_experts_direct(operands, spec, chosen)
+    return y, saved.p, or_empty(saved.mask, torch.bool, y)
+
+
+def _lora_experts_fake(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
+    operands, spec = split(args, ExpertsOperands, ExpertsSpec)
+    x, (M, K), (_, N, R) = operands.x, operands.x.shape, operands.lora_B.shape
+    draws = draws_mask(operands, spec)
+    return (
+        x.new_empty(M, N, dtype=spec.y_dtype),
+        x.new_empty(M, R, dtype=stat_dtype(spec.dtype)),
+        x.new_empty((M, K) if draws else (0,), dtype=torch.bool),
+    )
+
+
+_EXPERTS = define(
     "lora_experts",
-    (ExpertsOperands, ExpertsSpec, ExpertsNeeds, ExpertsGrads),
-    ("p", "mask"),
-    choose,
-    lora_experts_direct,
-    lora_experts_backward_direct,
-    sizes=lambda operands: operands.lora_B.shape[1:],
-    grad_shapes=_grad_shapes,
+    "(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor offsets, Tensor? bias, "
+    "Tensor? rng, Tensor? mask, float scaling, float dropout_p, ScalarType dtype, "
+    'ScalarType y_dtype, bool transposed, *, str choice="") -> '
+    "(Tensor y, Tensor p, Tensor mask)",
+    _lora_experts,
+    _lora_experts_fake,
+    tags=(torch.Tag.nondeterministic_seeded,),  # it may draw a dropout mask
 )
+
+
+def _lora_experts_backward(
+    dy: Tensor, p: Tensor, *args: Any, choice: str = ""
+) -> tuple[Tensor, ...]:
+    operands, spec, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
+    chosen = choose(operands, spec, selection.parse_request(choice))
+    grads = lora_experts_backward_direct(dy, operands, Saved(p), spec, needs, chosen)
+    return (
+        or_empty(grads.x, operands.x.dtype, dy),
+        or_empty(grads.lora_A, operands.lora_A.dtype, dy),
+        or_empty(grads.lora_B, operands.lora_B.dtype, dy),
+        or_empty(grads.bias, p.dtype, dy),
+    )
+
+
+def _lora_experts_backward_fake(
+    dy: Tensor, p: Tensor, *args: Any, choice: str = ""
+) -> tuple[Tensor, ...]:
+    operands, _, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
+    x, lora_A, lora_B = operands.x, operands.lora_A, operands.lora_B
+    return (
+        new_grad(needs.x, x.shape, x.dtype, x),
+        new_grad(needs.lora_A, lora_A.shape, lora_A.dtype, x),
+        new_grad(needs.lora_B, lora_B.shape, lora_B.dtype, x),
+        new_grad(needs.bias, lora_B.shape[:2], p.dtype, x),
+    )
+
+
+_BACKWARD = define(
+    "lora_experts_backward",
+    "(Tensor dy, Tensor p, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, "
+    "Tensor offsets, Tensor? bias, Tensor? rng, Tensor? mask, float scaling, float dropout_p, "
+    "ScalarType dtype, ScalarType y_dtype, bool transposed, bool need_x, bool need_lora_A, "
+    'bool need_lora_B, bool need_bias, *, str choice="") -> '
+    "(Tensor grad_x, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)",
+    _lora_experts_backward,
+    _lora_experts_backward_fake,
+)
+
+
+def _call_forward(ctx: Any, operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, Saved]:
+    """Call the op or its implementation, as `linear.call_forward` does."""
+    if context.can_bypass_dispatcher(*tensors_of(operands)):
+        ctx.choice = choose(operands, spec)
+        return lora_experts_direct(operands, spec, ctx.choice)
+    ctx.choice = selection.format_request()
+    y, p, mask = call_op(_EXPERTS, (), operands, *spec)
+    return y, Saved(p, None, mask if draws_mask(operands, spec) else None)
+
+
+def _call_backward(
+    ctx: Any,
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+) -> ExpertsGrads:
+    """Call the backward's op or its implementation, as `linear.call_backward` does."""
+    if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
+        dy, *tensors_of(operands), saved.p
+    ):
+        return lora_experts_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
+    context.refuse_tangent(dy)
+    rest = *spec, *needs
+    grads = call_op(_BACKWARD, (dy, saved.p), operands, *rest, choice=str(ctx.choice))
+    return ExpertsGrads(*needed(grads, needs))

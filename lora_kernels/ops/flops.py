@@ -79,9 +79,8 @@ def _linear(x: Shape, weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> 
     return _flops(_rows(x), A[1], B[0], A[0], weight is not None)
 
 
-def _linear_backward(
-    dy: Shape, x: Shape, weight: Shape, A: Shape, B: Shape, *rest: Any, **__: Any
-) -> int:
+def _linear_backward(*args: Any, **__: Any) -> int:
+    x, weight, A, B, *rest = args[3:]  # after dy and what the forward saved
     needs = Needs(*rest[-len(Needs._fields) :])
     return _backward_flops(_rows(x), A[1], B[0], A[0], weight is not None, needs[:4])
 
@@ -92,9 +91,8 @@ def _multi(x: Shape, weight: Shape, As: Shape, Bs: Shape, *_: Any, **__: Any) ->
     return _flops(_rows(x), x[-1], Bs[0][0], R, weight is not None)
 
 
-def _multi_backward(
-    dy: Shape, x: Shape, weight: Shape, As: Shape, Bs: Shape, *rest: Any, **__: Any
-) -> int:
+def _multi_backward(*args: Any, **__: Any) -> int:
+    x, weight, As, Bs, *rest = args[2:]  # after dy and what the forward saved
     need = MultiNeeds(*rest[-len(MultiNeeds._fields) :])
     needs, R = (need.x, any(need.lora_A), any(need.lora_B), False), max(A[0] for A in As)
     return _backward_flops(_rows(x), x[-1], Bs[0][0], R, weight is not None, needs)
@@ -104,9 +102,8 @@ def _experts(x: Shape, weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) ->
     return _flops(x[0], A[2], B[1], A[1], weight is not None)
 
 
-def _experts_backward(
-    dy: Shape, x: Shape, weight: Shape, A: Shape, B: Shape, *rest: Any, **__: Any
-) -> int:
+def _experts_backward(*args: Any, **__: Any) -> int:
+    x, weight, A, B, *rest = args[2:]  # after dy and what the forward saved
     need = ExpertsNeeds(*rest[-len(ExpertsNeeds._fields) :])
     needs = need.x, need.lora_A, need.lora_B, False
     return _backward_flops(x[0], A[2], B[1], A[1], weight is not None, needs)
@@ -124,7 +121,7 @@ def _cross_entropy(x: Shape, weight: Shape, A: Shape, B: Shape, *rest: Any, **__
 
 
 def _log_probs_backward(*args: Any, **__: Any) -> int:
-    x, weight, A, B, *rest = args[5:]  # after the gradients and the forward's results
+    x, weight, A, B, *rest = args[5:]  # after the gradients and what the forward saved
     return _linear(x, weight, A, B) + _head_backward(x, A, B, tuple(rest[-5:]))
 
 
@@ -138,11 +135,11 @@ def _dora_norm(weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
 
 _DENSE: dict[str, tuple[Callable[..., int], int]] = {  # and the weight's place
     "lora_linear": (_linear, 1),
-    "lora_linear_backward": (_linear_backward, 2),
+    "lora_linear_backward": (_linear_backward, 4),
     "multi_lora_linear": (_multi, 1),
-    "multi_lora_linear_backward": (_multi_backward, 2),
+    "multi_lora_linear_backward": (_multi_backward, 3),
     "lora_experts": (_experts, 1),
-    "lora_experts_backward": (_experts_backward, 2),
+    "lora_experts_backward": (_experts_backward, 3),
     "lora_cross_entropy": (_cross_entropy, 1),
     "lora_log_probs": (_linear, 1),
     "lora_log_probs_backward": (_log_probs_backward, 6),

@@ -5,7 +5,7 @@ The logits [M, V] are never in memory: a chunk of rows at a time is. See `backen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,6 @@ from ..core.call import (
     HeadNeeds,
     HeadOperands,
     HeadOutputs,
-    HeadRows,
     HeadSpec,
     Needs,
     Operands,
@@ -47,7 +46,7 @@ from .arguments import (
     matrix_shape,
 )
 from .autograd import differentiable_once
-from .registry import arguments_of, define, mask_rows, results_of
+from .registry import define, mask_rows, new_grad, or_empty, split
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -348,7 +347,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
         *weight: Tensor,
     ) -> Tensor:
         rest = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *needs
-        run = _CROSS_ENTROPY[bool(call.blocksizes)]
+        run = _CROSS_ENTROPY.packed if call.blocksizes else _CROSS_ENTROPY.dense
         loss: Tensor
         loss, *grads = run(x, *weight, *call.blocksizes, *rest)
         ctx.save_for_backward(*grads)
@@ -390,7 +389,7 @@ class _LogProbsFunction(torch.autograd.Function):
         *weight: Tensor,
     ) -> tuple[Tensor, ...]:
         rest = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *outputs
-        run = _LOG_PROBS[bool(call.blocksizes)]
+        run = _LOG_PROBS.packed if call.blocksizes else _LOG_PROBS.dense
         *found, largest_logit, sum_exp = run(x, *weight, *call.blocksizes, *rest)
         entropy = found[1] if outputs.entropy else None
         ctx.save_for_backward(
@@ -423,7 +422,7 @@ class _LogProbsFunction(torch.autograd.Function):
             entropy = dentropy = None
         rows = dlog_probs, dentropy, largest_logit, sum_exp, entropy
         rest = lora_A, lora_B, labels, bias, rng, mask, *spec, *needs
-        run = _LOG_PROBS_BACKWARD[bool(blocksizes)]
+        run = _LOG_PROBS_BACKWARD.packed if blocksizes else _LOG_PROBS_BACKWARD.dense
         found = run(*rows, x, *weight, *blocksizes, *rest, choice=ctx.choice)
         grads = HeadGrads(*(t if n else None for t, n in zip(found, needs, strict=True)))
         dA, dB = _cast(grads.lora_A, lora_A.dtype), _cast(grads.lora_B, lora_B.dtype)
@@ -454,7 +453,8 @@ def _decode_once(
     return operands._replace(weight=decode4bit.dense(weight, shape, spec.dtype))
 
 
-def _cross_entropy(operands: HeadOperands, spec: HeadSpec, needs: HeadNeeds) -> tuple[Tensor, ...]:
+def _cross_entropy(*args: Any) -> tuple[Tensor, ...]:
+    operands, spec, needs = split(args, HeadOperands, HeadSpec, HeadNeeds)
     with context.no_autocast(operands.x):
         loss, grads = eager_head.cross_entropy(
             _decode_once(operands, spec),
@@ -467,54 +467,83 @@ def _cross_entropy(operands: HeadOperands, spec: HeadSpec, needs: HeadNeeds) -> 
 
 
 def _fill(grads: HeadGrads, operands: HeadOperands) -> tuple[Tensor, ...]:
-    """Return an empty tensor for None, because an op cannot return optional tensors."""
+    """Return the gradients as the op does, those that are not needed as empty tensors."""
     x, stat = operands.x, stat_dtype(operands.x.dtype)
-    dtypes = x.dtype, *[stat] * 4
-    return tuple(
-        x.new_empty(0, dtype=dtype) if t is None else t
-        for t, dtype in zip(grads, dtypes, strict=True)
-    )
+    return or_empty(grads.x, x.dtype, x), *(or_empty(t, stat, x) for t in grads[1:])
 
 
 def _grads_fake(operands: HeadOperands, needs: HeadNeeds) -> tuple[Tensor, ...]:
-    x, lora_B = operands.x, operands.lora_B
-    (V, R), K = lora_B.shape, x.shape[1]
-    shapes, stat = ((V, K), (R, K), (V, R), (V,)), stat_dtype(x.dtype)
-    dx = x.new_empty((x.shape[0], K) if needs.x else (0,))
-    rest = (
-        x.new_empty(shape if need else (0,), dtype=stat)
-        for shape, need in zip(shapes, needs[1:], strict=True)
+    x, stat = operands.x, stat_dtype(operands.x.dtype)
+    (V, R), K = operands.lora_B.shape, x.shape[1]
+    return (
+        new_grad(needs.x, x.shape, x.dtype, x),
+        new_grad(needs.weight, (V, K), stat, x),
+        new_grad(needs.lora_A, (R, K), stat, x),
+        new_grad(needs.lora_B, (V, R), stat, x),
+        new_grad(needs.bias, (V,), stat, x),
     )
-    return dx, *rest
 
 
-def _cross_entropy_fake(
-    operands: HeadOperands, spec: HeadSpec, needs: HeadNeeds
-) -> tuple[Tensor, ...]:
-    x = operands.x
-    return x.new_empty((), dtype=stat_dtype(x.dtype)), *_grads_fake(operands, needs)
+def _cross_entropy_fake(*args: Any) -> tuple[Tensor, ...]:
+    operands, _, needs = split(args, HeadOperands, HeadSpec, HeadNeeds)
+    loss = operands.x.new_empty((), dtype=stat_dtype(operands.x.dtype))
+    return loss, *_grads_fake(operands, needs)
 
 
-def _log_probs(operands: HeadOperands, spec: HeadSpec, outputs: HeadOutputs) -> tuple[Tensor, ...]:
+_CROSS_ENTROPY = define(
+    "lora_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor labels, Tensor? bias, "
+    "Tensor? rng, Tensor? mask, float scaling, float dropout_p, ScalarType dtype, "
+    "ScalarType y_dtype, float logit_scale, float softcap, float inverse_temperature, "
+    "float label_smoothing, int ignore_index, int chunk_rows, bool need_x, bool need_weight, "
+    "bool need_lora_A, bool need_lora_B, bool need_bias) -> "
+    "(Tensor loss, Tensor grad_x, Tensor grad_weight, Tensor grad_lora_A, Tensor grad_lora_B, "
+    "Tensor grad_bias)",
+    _cross_entropy,
+    _cross_entropy_fake,
+)
+
+
+def _log_probs(*args: Any) -> tuple[Tensor, ...]:
+    operands, spec, outputs = split(args, HeadOperands, HeadSpec, HeadOutputs)
     with context.no_autocast(operands.x):
         rows = eager_head.log_probs(
             _decode_once(operands, spec), spec, outputs, linear.lora_linear_direct
         )
-    fakes = _log_probs_fake(operands, spec, outputs)
+    fakes = _rows_fake(operands.x, outputs)
     return tuple(fake if t is None else t for t, fake in zip(rows, fakes, strict=True))
 
 
-def _log_probs_fake(
-    operands: HeadOperands, spec: HeadSpec, outputs: HeadOutputs
-) -> tuple[Tensor, ...]:
-    x, wanted = operands.x, outputs._asdict()
-    return tuple(
-        x.new_empty(
-            x.shape[:1] if wanted.get(name, True) else (0,),
-            dtype=torch.bool if name == "is_top1" else stat_dtype(x.dtype),
-        )
-        for name in HeadRows._fields
+def _rows_fake(x: Tensor, outputs: HeadOutputs) -> tuple[Tensor, ...]:
+    M, stat = x.shape[0], stat_dtype(x.dtype)
+    return (
+        x.new_empty(M, dtype=stat),
+        x.new_empty(M if outputs.entropy else 0, dtype=stat),
+        x.new_empty(M if outputs.mean_logits else 0, dtype=stat),
+        x.new_empty(M if outputs.log_sum_sq_probs else 0, dtype=stat),
+        x.new_empty(M if outputs.is_top1 else 0, dtype=torch.bool),
+        x.new_empty(M, dtype=stat),
+        x.new_empty(M, dtype=stat),
     )
+
+
+def _log_probs_fake(*args: Any) -> tuple[Tensor, ...]:
+    operands, _, outputs = split(args, HeadOperands, HeadSpec, HeadOutputs)
+    return _rows_fake(operands.x, outputs)
+
+
+_LOG_PROBS = define(
+    "lora_log_probs",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor labels, Tensor? bias, "
+    "Tensor? rng, Tensor? mask, float scaling, float dropout_p, ScalarType dtype, "
+    "ScalarType y_dtype, float logit_scale, float softcap, float inverse_temperature, "
+    "float label_smoothing, int ignore_index, int chunk_rows, bool entropy, bool mean_logits, "
+    "bool log_sum_sq_probs, bool is_top1) -> "
+    "(Tensor log_probs, Tensor entropy, Tensor mean_logits, Tensor log_sum_sq_probs, "
+    "Tensor is_top1, Tensor largest_logit, Tensor sum_exp)",
+    _log_probs,
+    _log_probs_fake,
+)
 
 
 def _log_probs_backward(
@@ -523,11 +552,10 @@ def _log_probs_backward(
     largest_logit: Tensor,
     sum_exp: Tensor,
     entropy: Tensor | None,
-    operands: HeadOperands,
-    spec: HeadSpec,
-    needs: HeadNeeds,
+    *args: Any,
     choice: str = "",
 ) -> tuple[Tensor, ...]:
+    operands, spec, needs = split(args, HeadOperands, HeadSpec, HeadNeeds)
     requested = selection.parse_request(choice)
 
     def forward(operands: Operands, spec: Spec) -> tuple[Tensor, Saved]:
@@ -552,56 +580,29 @@ def _log_probs_backward(
     return _fill(grads, operands)
 
 
-def _log_probs_backward_fake(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
-    operands, _, needs = args[5:]
+def _log_probs_backward_fake(
+    dlog_probs: Tensor,
+    dentropy: Tensor | None,
+    largest_logit: Tensor,
+    sum_exp: Tensor,
+    entropy: Tensor | None,
+    *args: Any,
+    choice: str = "",
+) -> tuple[Tensor, ...]:
+    operands, _, needs = split(args, HeadOperands, HeadSpec, HeadNeeds)
     return _grads_fake(operands, needs)
 
 
-_OPERANDS_TEXT = f"{arguments_of(HeadOperands)}, {arguments_of(HeadSpec)}"
-_NEEDS_TEXT = arguments_of(HeadNeeds, "need_")
-_ROWS_TEXT = ", ".join(f"Tensor {name}" for name in HeadRows._fields)
-
-
-def _define(
-    name: str,
-    arguments: str,
-    results: str,
-    implementation: Callable[..., Any],
-    fake: Callable[..., Any],
-    last: Any,
-    before: int = 0,
-) -> tuple[Any, Any]:
-    """Register the op and its twin, and return both.
-
-    last: the call type that follows operands and spec. before: the number of arguments before them.
-    """
-    types = [(each, len(each._fields)) for each in (HeadOperands, HeadSpec, last)]
-    return define(name, f"({arguments}) -> ({results})", implementation, fake, types, before)
-
-
-_CROSS_ENTROPY = _define(
-    "lora_cross_entropy",
-    f"{_OPERANDS_TEXT}, {_NEEDS_TEXT}",
-    f"Tensor loss, {results_of(HeadGrads)}",
-    _cross_entropy,
-    _cross_entropy_fake,
-    HeadNeeds,
-)
-_LOG_PROBS = _define(
-    "lora_log_probs",
-    f"{_OPERANDS_TEXT}, {arguments_of(HeadOutputs)}",
-    _ROWS_TEXT,
-    _log_probs,
-    _log_probs_fake,
-    HeadOutputs,
-)
-_LOG_PROBS_BACKWARD = _define(
+_LOG_PROBS_BACKWARD = define(
     "lora_log_probs_backward",
-    "Tensor dlog_probs, Tensor? dentropy, Tensor largest_logit, Tensor sum_exp, Tensor? entropy, "
-    f'{_OPERANDS_TEXT}, {_NEEDS_TEXT}, *, str choice=""',
-    results_of(HeadGrads),
+    "(Tensor dlog_probs, Tensor? dentropy, Tensor largest_logit, Tensor sum_exp, "
+    "Tensor? entropy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor labels, "
+    "Tensor? bias, Tensor? rng, Tensor? mask, float scaling, float dropout_p, ScalarType dtype, "
+    "ScalarType y_dtype, float logit_scale, float softcap, float inverse_temperature, "
+    "float label_smoothing, int ignore_index, int chunk_rows, bool need_x, bool need_weight, "
+    'bool need_lora_A, bool need_lora_B, bool need_bias, *, str choice="") -> '
+    "(Tensor grad_x, Tensor grad_weight, Tensor grad_lora_A, Tensor grad_lora_B, "
+    "Tensor grad_bias)",
     _log_probs_backward,
     _log_probs_backward_fake,
-    HeadNeeds,
-    before=5,
 )

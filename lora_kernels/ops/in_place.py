@@ -136,7 +136,7 @@ class AddLoRALinear(torch.autograd.Function):
         with context.no_autocast(dy):
             if context.is_batched(dy):
                 args = rows, operands, Saved(p), ctx.spec, needs, "eager"
-                grads = linear.FAMILY.backward_op(*args)
+                grads = linear.call_backward_op(*args)
             else:
                 grads = eager.lora_linear_backward(rows, operands, Saved(p), ctx.spec, needs, "")
             dbias = rows.sum(0, dtype=stat).to(ctx.bias_dtype) if need_bias else None

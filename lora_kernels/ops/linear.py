@@ -39,7 +39,18 @@ from .arguments import (
     matrix_shape,
 )
 from .autograd import differentiable_once, new_unsaved
-from .registry import define_family, join_weight, mask_rows
+from .registry import (
+    call_op,
+    define,
+    draws_mask,
+    join_weight,
+    mask_rows,
+    needed,
+    new_grad,
+    or_empty,
+    split,
+    tensors_of,
+)
 
 BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
 
@@ -191,7 +202,7 @@ class LoRALinearFunction(torch.autograd.Function):
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
         if column_scale is not None and ctx.needs_input_grad[4]:
             spec = spec._replace(save_z=True)
-        y, (p, z, drawn) = FAMILY.forward(ctx, operands, spec)
+        y, (p, z, drawn) = call_forward(ctx, operands, spec)
         reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
         kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
@@ -218,7 +229,7 @@ class LoRALinearFunction(torch.autograd.Function):
         elif p is None:
             backend, _, _ = str(ctx.choice).partition(" ")  # the strategy depends on N, here 1
             p = _down_projection(operands, spec, backend)
-        grads = FAMILY.backward(ctx, dy, operands, Saved(p, z), spec, needs)
+        grads = call_backward(ctx, dy, operands, Saved(p, z), spec, needs)
         return *_cast_grads(ctx, grads, operands), *[None] * (3 + len(weight))
 
 
@@ -248,11 +259,6 @@ def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> C
     extra = selection.extra_operands(operands, spec.dropout_p)
     problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, extra, index, stored)
     return selection.choose(problem, requested)
-
-
-def _grad_shapes(operands: Operands) -> Any:
-    N, R = operands.lora_B.shape
-    return Grads(operands.x.shape, operands.lora_A.shape, (N, R), (R,), (N,), (N,))  # type: ignore[arg-type]
 
 
 def lora_linear_direct(
@@ -293,16 +299,121 @@ def lora_linear_backward_direct(
     return grads if dx is None or dx.dim() == x.dim() else grads._replace(x=dx.view(x.shape))
 
 
-FAMILY = define_family(
+# The registered ops ----------------------------------------------------------------------------
+
+
+def _lora_linear(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
+    operands, spec = split(args, Operands, Spec)
+    chosen = choose(operands, spec, selection.parse_request(choice))
+    y, saved = lora_linear_direct(operands, spec, chosen)
+    z, mask = or_empty(saved.z, spec.y_dtype, y), or_empty(saved.mask, torch.bool, y)
+    return y, saved.p, z, mask
+
+
+def _lora_linear_fake(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
+    operands, spec = split(args, Operands, Spec)
+    x, (N, R) = operands.x, operands.lora_B.shape
+    M, K = x.numel() // x.shape[-1], x.shape[-1]
+    draws = draws_mask(operands, spec)
+    return (
+        x.new_empty(*x.shape[:-1], N, dtype=spec.y_dtype),
+        x.new_empty(M, R, dtype=stat_dtype(spec.dtype)),
+        x.new_empty((M, N) if spec.save_z else (0,), dtype=spec.y_dtype),
+        x.new_empty((M, K) if draws else (0,), dtype=torch.bool),
+    )
+
+
+_LINEAR = define(
     "lora_linear",
-    (Operands, Spec, Needs, Grads),
-    ("p", "z", "mask"),
-    choose,
-    lora_linear_direct,
-    lora_linear_backward_direct,
-    sizes=lambda operands: operands.lora_B.shape,
-    grad_shapes=_grad_shapes,
+    "(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? rank_gate, "
+    "Tensor? column_scale, Tensor? bias, Tensor? rng, Tensor? mask, float scaling, "
+    "float dropout_p, ScalarType dtype, ScalarType y_dtype, bool save_z, *, "
+    'str choice="") -> (Tensor y, Tensor p, Tensor z, Tensor mask)',
+    _lora_linear,
+    _lora_linear_fake,
+    tags=(torch.Tag.nondeterministic_seeded,),  # it may draw a dropout mask
 )
+
+
+def _lora_linear_backward(
+    dy: Tensor, p: Tensor, z: Tensor | None, *args: Any, choice: str = ""
+) -> tuple[Tensor, ...]:
+    operands, spec, needs = split(args, Operands, Spec, Needs)
+    chosen = choose(operands, spec, selection.parse_request(choice))
+    grads = lora_linear_backward_direct(dy, operands, Saved(p, z), spec, needs, chosen)
+    return (
+        or_empty(grads.x, operands.x.dtype, dy),
+        or_empty(grads.lora_A, operands.lora_A.dtype, dy),
+        or_empty(grads.lora_B, operands.lora_B.dtype, dy),
+        or_empty(grads.rank_gate, p.dtype, dy),
+        or_empty(grads.column_scale, p.dtype, dy),
+        or_empty(grads.bias, p.dtype, dy),
+    )
+
+
+def _lora_linear_backward_fake(
+    dy: Tensor, p: Tensor, z: Tensor | None, *args: Any, choice: str = ""
+) -> tuple[Tensor, ...]:
+    operands, _, needs = split(args, Operands, Spec, Needs)
+    x, lora_A, lora_B = operands.x, operands.lora_A, operands.lora_B
+    N, R = lora_B.shape
+    return (
+        new_grad(needs.x, x.shape, x.dtype, x),
+        new_grad(needs.lora_A, lora_A.shape, lora_A.dtype, x),
+        new_grad(needs.lora_B, lora_B.shape, lora_B.dtype, x),
+        new_grad(needs.rank_gate, (R,), p.dtype, x),
+        new_grad(needs.column_scale, (N,), p.dtype, x),
+        new_grad(needs.bias, (N,), p.dtype, x),
+    )
+
+
+_BACKWARD = define(
+    "lora_linear_backward",
+    "(Tensor dy, Tensor p, Tensor? z, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, "
+    "Tensor? rank_gate, Tensor? column_scale, Tensor? bias, Tensor? rng, Tensor? mask, "
+    "float scaling, float dropout_p, ScalarType dtype, ScalarType y_dtype, bool save_z, "
+    "bool need_x, bool need_lora_A, bool need_lora_B, bool need_rank_gate, "
+    'bool need_column_scale, bool need_bias, *, str choice="") -> '
+    "(Tensor grad_x, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_rank_gate, "
+    "Tensor grad_column_scale, Tensor grad_bias)",
+    _lora_linear_backward,
+    _lora_linear_backward_fake,
+)
+
+
+def call_forward(ctx: Any, operands: Operands, spec: Spec) -> tuple[Tensor, Saved]:
+    """Call the op if something may observe it, and its implementation otherwise.
+
+    `ctx.choice` becomes the choice, or the request in force as text if the op chose.
+    """
+    if context.can_bypass_dispatcher(*tensors_of(operands)):
+        ctx.choice = choose(operands, spec)
+        return lora_linear_direct(operands, spec, ctx.choice)
+    ctx.choice = selection.format_request()
+    y, p, z, mask = call_op(_LINEAR, (), operands, *spec)
+    return y, Saved(p, z if spec.save_z else None, mask if draws_mask(operands, spec) else None)
+
+
+def call_backward(
+    ctx: Any, dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
+) -> Grads:
+    """Call the backward's op or its implementation, as `call_forward` does."""
+    # A forward that was dispatched has chosen inside the op.
+    if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
+        dy, *tensors_of(operands), *saved
+    ):
+        return lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
+    return call_backward_op(dy, operands, saved, spec, needs, str(ctx.choice))
+
+
+def call_backward_op(
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, choice: str
+) -> Grads:
+    """Call the backward's op."""
+    context.refuse_tangent(dy)
+    first = dy, saved.p, saved.z
+    grads = call_op(_BACKWARD, first, operands, *spec, *needs, choice=choice)
+    return Grads(*needed(grads, needs))
 
 
 def _down_projection(operands: Operands, spec: Spec, backend: str) -> Tensor:

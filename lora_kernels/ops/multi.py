@@ -40,7 +40,17 @@ from .arguments import (
     matrix_shape,
 )
 from .autograd import differentiable_once, new_unsaved
-from .registry import define_family, mask_rows
+from .registry import (
+    call_op,
+    define,
+    draws_mask,
+    mask_rows,
+    needed,
+    new_grad,
+    or_empty,
+    split,
+    tensors_of,
+)
 
 BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
 
@@ -199,7 +209,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng, mask)
-        y, saved = _FAMILY.forward(ctx, operands, spec)
+        y, saved = _call_forward(ctx, operands, spec)
         mask = mask if saved.mask is None else saved.mask
         need_A, need_B = ctx.needs_input_grad[7 : 7 + E], ctx.needs_input_grad[7 + E : 7 + 2 * E]
         kept = x if any(need_A) else None, saved.p if any(need_B) else None
@@ -223,7 +233,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         needs = MultiNeeds(need[0], need[7 : 7 + E], need[7 + E : 7 + 2 * E], need[3])
         base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng, mask)
-        grads = _FAMILY.backward(ctx, dy, operands, Saved(p), spec, needs)
+        grads = _call_backward(ctx, dy, operands, Saved(p), spec, needs)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         of_codes = [None] * len(codes)
         return grads.x, None, None, dbias, None, None, None, *grads.lora_A, *grads.lora_B, *of_codes
@@ -282,22 +292,104 @@ def multi_lora_linear_backward_direct(
     return grads if grads.x is None else grads._replace(x=grads.x.view(x.shape))
 
 
-def _sizes(operands: MultiOperands) -> tuple[int, int]:
-    return operands.lora_B[0].shape[0], max(A.shape[0] for A in operands.lora_A)
+# The registered ops ----------------------------------------------------------------------------
 
 
-def _grad_shapes(operands: MultiOperands) -> tuple[Any, ...]:
-    x, _, lora_A, lora_B, *_ = operands
-    return x.shape, [A.shape for A in lora_A], [B.shape for B in lora_B], lora_B[0].shape[:1]
+def _multi_lora_linear(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
+    operands, spec = split(args, MultiOperands, MultiSpec)
+    chosen = choose(operands, spec, selection.parse_request(choice))
+    y, saved = multi_lora_linear_direct(operands, spec, chosen)
+    return y, saved.p, or_empty(saved.mask, torch.bool, y)
 
 
-_FAMILY = define_family(
+def _multi_lora_linear_fake(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
+    operands, spec = split(args, MultiOperands, MultiSpec)
+    x, N, R = operands.x, operands.lora_B[0].shape[0], max(A.shape[0] for A in operands.lora_A)
+    M, K = x.numel() // x.shape[-1], x.shape[-1]
+    draws = draws_mask(operands, spec)
+    return (
+        x.new_empty(*x.shape[:-1], N, dtype=spec.y_dtype),
+        x.new_empty(M, R, dtype=stat_dtype(spec.dtype)),
+        x.new_empty((M, K) if draws else (0,), dtype=torch.bool),
+    )
+
+
+_MULTI = define(
     "multi_lora_linear",
-    (MultiOperands, MultiSpec, MultiNeeds, MultiGrads),
-    ("p", "mask"),
-    choose,
-    multi_lora_linear_direct,
-    multi_lora_linear_backward_direct,
-    _sizes,
-    _grad_shapes,
+    "(Tensor x, Tensor? weight, Tensor[] lora_A, Tensor[] lora_B, Tensor adapter_index, "
+    "Tensor? bias, Tensor? rng, Tensor? mask, float[] scaling, float dropout_p, "
+    'ScalarType dtype, ScalarType y_dtype, *, str choice="") -> '
+    "(Tensor y, Tensor p, Tensor mask)",
+    _multi_lora_linear,
+    _multi_lora_linear_fake,
+    tags=(torch.Tag.nondeterministic_seeded,),  # it may draw a dropout mask
 )
+
+
+def _multi_lora_linear_backward(
+    dy: Tensor, p: Tensor, *args: Any, choice: str = ""
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    operands, spec, needs = split(args, MultiOperands, MultiSpec, MultiNeeds)
+    chosen = choose(operands, spec, selection.parse_request(choice))
+    grads = multi_lora_linear_backward_direct(dy, operands, Saved(p), spec, needs, chosen)
+    return (
+        or_empty(grads.x, operands.x.dtype, dy),
+        [or_empty(t, A.dtype, dy) for t, A in zip(grads.lora_A, operands.lora_A, strict=True)],
+        [or_empty(t, B.dtype, dy) for t, B in zip(grads.lora_B, operands.lora_B, strict=True)],
+        or_empty(grads.bias, p.dtype, dy),
+    )
+
+
+def _multi_lora_linear_backward_fake(
+    dy: Tensor, p: Tensor, *args: Any, choice: str = ""
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    operands, _, needs = split(args, MultiOperands, MultiSpec, MultiNeeds)
+    x, lora_A, lora_B = operands.x, operands.lora_A, operands.lora_B
+    return (
+        new_grad(needs.x, x.shape, x.dtype, x),
+        [new_grad(n, A.shape, A.dtype, x) for n, A in zip(needs.lora_A, lora_A, strict=True)],
+        [new_grad(n, B.shape, B.dtype, x) for n, B in zip(needs.lora_B, lora_B, strict=True)],
+        new_grad(needs.bias, lora_B[0].shape[:1], p.dtype, x),
+    )
+
+
+_BACKWARD = define(
+    "multi_lora_linear_backward",
+    "(Tensor dy, Tensor p, Tensor x, Tensor? weight, Tensor[] lora_A, Tensor[] lora_B, "
+    "Tensor adapter_index, Tensor? bias, Tensor? rng, Tensor? mask, float[] scaling, "
+    "float dropout_p, ScalarType dtype, ScalarType y_dtype, bool need_x, bool[] need_lora_A, "
+    'bool[] need_lora_B, bool need_bias, *, str choice="") -> '
+    "(Tensor grad_x, Tensor[] grad_lora_A, Tensor[] grad_lora_B, Tensor grad_bias)",
+    _multi_lora_linear_backward,
+    _multi_lora_linear_backward_fake,
+)
+
+
+def _call_forward(ctx: Any, operands: MultiOperands, spec: MultiSpec) -> tuple[Tensor, Saved]:
+    """Call the op or its implementation, as `linear.call_forward` does."""
+    if context.can_bypass_dispatcher(*tensors_of(operands)):
+        ctx.choice = choose(operands, spec)
+        return multi_lora_linear_direct(operands, spec, ctx.choice)
+    ctx.choice = selection.format_request()
+    y, p, mask = call_op(_MULTI, (), operands, *spec)
+    return y, Saved(p, None, mask if draws_mask(operands, spec) else None)
+
+
+def _call_backward(
+    ctx: Any,
+    dy: Tensor,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
+) -> MultiGrads:
+    """Call the backward's op or its implementation, as `linear.call_backward` does."""
+    if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
+        dy, *tensors_of(operands), saved.p
+    ):
+        return multi_lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
+    context.refuse_tangent(dy)
+    rest = *spec, *needs
+    dx, dA, dB, dbias = call_op(_BACKWARD, (dy, saved.p), operands, *rest, choice=str(ctx.choice))
+    dA, dB = needed(dA, needs.lora_A), needed(dB, needs.lora_B)
+    return MultiGrads(dx if needs.x else None, dA, dB, dbias if needs.bias else None)

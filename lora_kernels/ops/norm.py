@@ -89,7 +89,8 @@ def dora_norm(
     base = weight.codes if isinstance(weight, Weight4bit) else weight
     if context.can_bypass_dispatcher(*tensors_of((base, lora_A, lora_B, rank_gate))):
         return _dora_norm(base, *rest)
-    norm: Tensor = _DENSE(base, *rest) if isinstance(base, Tensor) else _PACKED(*base, *rest)
+    norm: Tensor
+    norm = _NORM.dense(base, *rest) if isinstance(base, Tensor) else _NORM.packed(*base, *rest)
     return norm
 
 
@@ -124,9 +125,9 @@ def _dora_norm_fake(
     return lora_A.new_empty(lora_B.shape[0], dtype=stat_dtype(lora_A.dtype))
 
 
-_DENSE, _PACKED = define(
+_NORM = define(
     "dora_norm",
-    "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate) -> Tensor",
+    "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate) -> Tensor",
     _dora_norm,
     _dora_norm_fake,
 )

@@ -28,13 +28,13 @@ def test_lora_linear_backward_passes_opcheck(option, dtype, need):
     c = make_case(option, dtype, x_shape=(2, 3, K))
     stat = torch.promote_types(dtype, torch.float32)
     dy, z = torch.randn(2, 3, N).to(dtype), torch.randn(6, N).to(dtype)
-    saved = [c["rng"], None, torch.randn(6, R).to(stat), z]
+    first, dropout = (dy, torch.randn(6, R).to(stat), z), (c["rng"], None)
     options = [c["scaling"], c["dropout_p"], dtype, dtype, False]
     needs = [True, need, need, *(need and c[name] is not None for name in OPERANDS[4:]), need]
     operands = [c[name] for name in OPERANDS]
     torch.library.opcheck(
         torch.ops.lora_kernels.lora_linear_backward.default,
-        (dy, *operands, None, *saved, *options, *needs),
+        (*first, *operands, None, *dropout, *options, *needs),
     )
 
 

@@ -192,7 +192,7 @@ def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
         return *operands, args["bias"].detach(), args["rng"], None, *spec
     p = torch.randn(7, 8)
     needs = True, True, False, True
-    return args["dy"], *operands, None, args["rng"], None, p, *spec, *needs
+    return args["dy"], p, *operands, None, args["rng"], None, *spec, *needs
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64"])

@@ -169,7 +169,7 @@ def test_multi_lora_linear_passes_opcheck(dtype: torch.dtype) -> None:
     dy = torch.randn(6, 5).to(dtype)
     for need in (True, False):
         needs = need, [True, need] * 2, [need] * 4, need
-        backward = dy, *operands, None, args["rng"], None, p, *spec, *needs
+        backward = dy, p, *operands, None, args["rng"], None, *spec, *needs
         torch.library.opcheck(torch.ops.lora_kernels.multi_lora_linear_backward.default, backward)
 
 
@@ -349,7 +349,7 @@ def test_multi_lora_linear_by_a_forced_gpu_backend_raises(
             needs = True, [True] * 4, [True] * 4, True
             p = torch.zeros(3, 8)
             torch.ops.lora_kernels.multi_lora_linear_backward.default(
-                torch.zeros(3, 5), *operands, p, *spec, *needs
+                torch.zeros(3, 5), p, *operands, *spec, *needs
             )
 
 

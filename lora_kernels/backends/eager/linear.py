@@ -324,75 +324,153 @@ def lora_linear_backward(
     """Compute the gradients for dy [M, N] and x [M, K].
 
     late_x: takes dx, whose memory it may overwrite, and returns x for dA. Of `operands.x` only the
-        shape and the dtype are then used, and there is no dropout.
+        shape and the dtype are then used, and there is no dropout and no column scale.
     """
-    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng, mask = operands
-    (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
-    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
-    dA = dB = dg = dc = dbias = base = None
-    if need_bias:
-        dbias = dy.sum(0, dtype=p.dtype)
-    if need_column_scale:
-        assert z is not None
-        dc = _column_dot(dy, z, p.dtype)
-    # In parts, B and dB take the column scale: dZ is rounded for the base GEMM alone.
-    dy_in_parts = _is_in_parts(dy, lora_B)
-    dz = dy
-    if column_scale is not None and (need_x or not dy_in_parts):
-        wide = dy.dtype if dy_in_parts else _widest(dy, lora_B)
-        dz = torch.mul(dy, column_scale, out=torch.empty_like(dy, dtype=wide))
-    scale_of_B = column_scale[:, None] if column_scale is not None and dy_in_parts else None
-    is_narrow = _widest(dz, lora_A, lora_B) is dz.dtype
-    few_rows = dy.shape[0] <= UPCAST_ROWS
-    runs_base_first = few_rows and not dropout_p if is_narrow else not dy_in_parts
-    if isinstance(weight, Packed4bit) and need_x and runs_base_first:
-        # A base GEMM that does not accumulate runs first, while no other temporary is alive beside
-        # the dense copy of the weight.
-        base = torch.mm(to_dtype(dz, dtype), _dense(weight, lora_A, lora_B, dtype))
-    a = dy if dy_in_parts else to_dtype(dz, _widest(dz, lora_B))
-    if need_B:
-        dB = _gradient(a, p if rank_gate is None else p * rank_gate, scaling, lora_B)
-        if scale_of_B is not None:
-            dB *= scale_of_B
-    if not (need_x or need_A or need_gate):
-        return Grads(None, dA, dB, dg, dc, dbias)
-    factor = 1.0 if rng is None else dropout_scale(dropout_p)
-    scaled_B = lora_B if scale_of_B is None else lora_B * scale_of_B
-    if rank_gate is None and not need_gate:
-        dxa = _shrink_rounded(a, scaled_B, scaling * factor)
-    else:
-        ds = _shrink(a, scaled_B, 1, scaling)
-        if need_gate:
-            dg = (ds * p).sum(0)
-        dxa = ds if rank_gate is None else ds * rank_gate
-        dxa = dxa if factor == 1.0 else dxa * factor
-    del a
-    x_dtype = _operand_dtype(x, lora_A, lora_B, dtype)
-    x_in_parts = _is_in_parts(x, lora_A, x_dtype)
-    parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if x_in_parts else None
-    if need_A and late_x is None:
-        operand = to_dtype(drop(x, dropout_p, rng, mask).x, x_dtype)
-        dA = _gradient_A(dxa, parts, operand, lora_A)
-        del operand
-    if not need_x:
-        return Grads(None, dA, dB, dg, dc, dbias)
-    late = (dxa, parts) if late_x is not None else None
-    if base is not None and is_narrow and base.dtype is x.dtype is x_dtype:
+    if operands.column_scale is not None:
+        return _dora_backward(dy, operands, saved, spec, needs)
+    if needs.x and isinstance(operands.weight, Packed4bit):
+        lora_A, lora_B = operands.lora_A, operands.lora_B
+        few_rows = dy.shape[0] <= UPCAST_ROWS and not spec.dropout_p
+        is_narrow = _widest(dy, lora_A, lora_B) is dy.dtype
+        if few_rows if is_narrow else not _is_in_parts(dy, lora_B):
+            return _4bit_backward(dy, operands, saved, spec, needs, late_x)
+    return _dense_backward(dy, operands, saved, spec, needs, late_x)
+
+
+def _dense_backward(
+    dy: Tensor,
+    operands: Operands,
+    saved: Saved,
+    spec: Spec,
+    needs: Needs,
+    late_x: Callable[[Tensor], Tensor] | None = None,
+    base_dy: Tensor | None = None,
+) -> Grads:
+    """Compute the gradients without a column scale; the base GEMM accumulates onto dx's update.
+
+    A 4-bit weight is decoded for the base GEMM.
+
+    base_dy: dy of the base GEMM, if that is another.
+    """
+    grads, dxa, parts = _adapter_backward(dy, operands, saved.p, spec, needs, late_x is None)
+    if not needs.x:
+        return grads
+    x, weight, lora_A, lora_B = operands[:4]
+    x_dtype = _operand_dtype(x, lora_A, lora_B, spec.dtype)
+    dx = _input_update(cast(Tensor, dxa), parts, lora_A, x_dtype)
+    if late_x is None:
+        del dxa, parts  # before the base GEMM
+    dx = drop(dx, spec.dropout_p, operands.rng, operands.mask).x
+    if weight is not None:
+        dz = dy if base_dy is None else base_dy
+        dx = _add_base(dx, dz, _dense(weight, lora_A, lora_B, spec.dtype), spec.dtype, x.dtype)
+    dx = to_dtype(dx, x.dtype)
+    if late_x is None:
+        return grads._replace(x=dx)
+    operand = late_x(dx).to(x_dtype)
+    dA = _gradient_A(cast(Tensor, dxa), parts, operand, lora_A) if needs.lora_A else None
+    return grads._replace(x=dx, lora_A=dA)
+
+
+def _4bit_backward(
+    dy: Tensor,
+    operands: Operands,
+    saved: Saved,
+    spec: Spec,
+    needs: Needs,
+    late_x: Callable[[Tensor], Tensor] | None,
+) -> Grads:
+    """Compute the gradients over a 4-bit weight without a column scale; dx is needed.
+
+    A base GEMM that does not accumulate runs first, while no other temporary is alive beside the
+    dense copy of the weight.
+    """
+    x, weight, lora_A, lora_B = operands[:4]
+    dense = _dense(cast(Packed4bit, weight), lora_A, lora_B, spec.dtype)
+    base = torch.mm(to_dtype(dy, spec.dtype), dense)
+    del dense
+    grads, dxa, parts = _adapter_backward(dy, operands, saved.p, spec, needs, late_x is None)
+    assert dxa is not None
+    x_dtype = _operand_dtype(x, lora_A, lora_B, spec.dtype)
+    is_narrow = _widest(dy, lora_A, lora_B) is dy.dtype
+    if is_narrow and base.dtype is x.dtype is x_dtype:
         dx = base.addmm_(to_dtype(dxa, x_dtype), to_dtype(lora_A, x_dtype))
     else:
-        dx = _input_update(dxa, parts, lora_A, x_dtype)
-        del dxa, parts
-        dx = drop(dx, dropout_p, rng, mask).x
-        if base is not None:
-            dx = _sum(base, dx, x.dtype)
-        elif weight is not None:
-            dx = _add_base(dx, dz, _dense(weight, lora_A, lora_B, dtype), dtype, x.dtype)
-        dx = to_dtype(dx, x.dtype)
-    if late_x is not None and late is not None:
-        operand = late_x(dx).to(x_dtype)
-        if need_A:
-            dA = _gradient_A(*late, operand, lora_A)
-    return Grads(dx, dA, dB, dg, dc, dbias)
+        update = _input_update(dxa, parts, lora_A, x_dtype)
+        if late_x is None:
+            del dxa, parts
+        update = drop(update, spec.dropout_p, operands.rng, operands.mask).x
+        dx = _sum(base, update, x.dtype)
+        del update
+    if late_x is None:
+        return grads._replace(x=dx)
+    operand = late_x(dx).to(x_dtype)
+    dA = _gradient_A(dxa, parts, operand, lora_A) if needs.lora_A else None
+    return grads._replace(x=dx, lora_A=dA)
+
+
+def _dora_backward(dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs) -> Grads:
+    """Compute the gradients with a column scale c: those without one for dZ = c ⊙ dY.
+
+    In parts, B and dB take the column scale: dZ is rounded for the base GEMM alone.
+    """
+    scale, lora_B, p = cast(Tensor, operands.column_scale), operands.lora_B, saved.p
+    dbias = dy.sum(0, dtype=p.dtype) if needs.bias else None
+    dc = None
+    if needs.column_scale:
+        assert saved.z is not None
+        dc = _column_dot(dy, saved.z, p.dtype)
+    operands = operands._replace(column_scale=None)
+    needs = needs._replace(column_scale=False, bias=False)
+    in_parts, dz = _is_in_parts(dy, lora_B), None
+    if needs.x or not in_parts:
+        dtype = dy.dtype if in_parts else _widest(dy, lora_B)
+        dz = torch.mul(dy, scale, out=torch.empty_like(dy, dtype=dtype))
+    if in_parts:
+        operands = operands._replace(lora_B=lora_B * scale[:, None])
+        grads = _dense_backward(dy, operands, saved, spec, needs, base_dy=dz)
+        if grads.lora_B is not None:
+            grads.lora_B.mul_(scale[:, None])
+    else:
+        grads = lora_linear_backward(cast(Tensor, dz), operands, saved, spec, needs, "")
+    return grads._replace(column_scale=dc, bias=dbias)
+
+
+def _adapter_backward(
+    dy: Tensor, operands: Operands, p: Tensor, spec: Spec, needs: Needs, has_x: bool
+) -> tuple[Grads, Tensor | None, Tensor | None]:
+    """Compute all gradients but dx's, and dXA [M, R] with its parts for dx.
+
+    dXA is None if no gradient needs it, and its parts if they are not taken.
+    has_x: whether dA is computed, from `operands.x`.
+    """
+    x, _, lora_A, lora_B = operands[:4]
+    gate, rng = operands.rank_gate, operands.rng
+    dA = dB = dg = None
+    dbias = dy.sum(0, dtype=p.dtype) if needs.bias else None
+    a = dy if _is_in_parts(dy, lora_B) else to_dtype(dy, _widest(dy, lora_B))
+    if needs.lora_B:
+        dB = _gradient(a, p if gate is None else p * gate, spec.scaling, lora_B)
+    if not (needs.x or needs.lora_A or needs.rank_gate):
+        return Grads(lora_B=dB, bias=dbias), None, None
+    factor = 1.0 if rng is None else dropout_scale(spec.dropout_p)
+    if gate is None and not needs.rank_gate:
+        dxa = _shrink_rounded(a, lora_B, spec.scaling * factor)
+    else:
+        ds = _shrink(a, lora_B, 1, spec.scaling)
+        if needs.rank_gate:
+            dg = (ds * p).sum(0)
+        dxa = ds if gate is None else ds * gate
+        dxa = dxa if factor == 1.0 else dxa * factor
+        del ds
+    del a
+    x_dtype = _operand_dtype(x, lora_A, lora_B, spec.dtype)
+    in_parts = _is_in_parts(x, lora_A, x_dtype)
+    parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if in_parts else None
+    if needs.lora_A and has_x:
+        dropped = drop(x, spec.dropout_p, rng, operands.mask).x
+        dA = _gradient_A(dxa, parts, to_dtype(dropped, x_dtype), lora_A)
+    return Grads(None, dA, dB, dg, None, dbias), dxa, parts
 
 
 def _gradient_A(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tensor) -> Tensor:

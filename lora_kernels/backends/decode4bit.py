@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..core import format4bit
+from ..core.dtypes import DTYPE_NUMBERS
 from ..core.packed4bit import Packed4bit
 from . import workspace
 from .cpu import native
@@ -21,7 +22,6 @@ from .library import is_on_gpu_path
 # The most rows for which `gemm_4bit` may decode inside the GEMM. For more it decodes the whole
 # weight, with one copy of the scales more than `dense` makes.
 FUSED_ROWS = 512
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def native_view(weight: Packed4bit, shape: tuple[int, int]) -> object:
@@ -45,7 +45,7 @@ def dense(
     if (
         native.module is None
         or is_on_gpu_path(weight.packed.device.type)
-        or dtype not in _DTYPE
+        or dtype not in DTYPE_NUMBERS
         or torch.compiler.is_compiling()
     ):
         weight, shape, rows = _cut_rows(weight, shape, rows)
@@ -54,7 +54,7 @@ def dense(
     k0, k1, _ = columns.indices(shape[1])
     assert native.module is not None
     out = weight.packed.new_empty(n1 - n0, k1 - k0, dtype=dtype)
-    part, to = (n0, n1 - n0, k0, k1 - k0), (out.data_ptr(), _DTYPE[dtype], k1 - k0)
+    part, to = (n0, n1 - n0, k0, k1 - k0), (out.data_ptr(), DTYPE_NUMBERS[dtype], k1 - k0)
     native.module.dequantize(native_view(weight, shape), *part, *to, torch.get_num_threads())
     return out
 
@@ -85,7 +85,7 @@ def with_plain_scales(weight: Packed4bit) -> Packed4bit:
 
 def _library_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode with bitsandbytes if its ops passed their check on the device, or `decode`."""
-    if dtype in _DTYPE and bitsandbytes_reason(weight.packed.device) is None:
+    if dtype in DTYPE_NUMBERS and bitsandbytes_reason(weight.packed.device) is None:
         return bitsandbytes_dense(weight, shape, dtype)
     return decode(weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype)
 
@@ -239,7 +239,7 @@ def encode(
     packed = weight.new_empty(-(-n // 2), dtype=torch.uint8)
     absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
     native.module.quantize(
-        weight.data_ptr(), _DTYPE[weight.dtype], n, blocksize, thresholds.data_ptr(),
+        weight.data_ptr(), DTYPE_NUMBERS[weight.dtype], n, blocksize, thresholds.data_ptr(),
         order.data_ptr(), format4bit.SMALLEST_SCALE, packed.data_ptr(), absmax.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -1,9 +1,12 @@
-"""Dtypes: of sums, and the conversion of a tensor's."""
+"""Dtypes: of sums, their numbers in native code, and the conversion of a tensor's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# The numbers of the kernels' dtypes in C++ and CUDA.
+DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def to_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:

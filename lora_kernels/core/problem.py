@@ -146,6 +146,11 @@ class Choice:
     def __str__(self) -> str:
         return f"{self.backend} {self.strategy}"
 
+    @property
+    def is_eager(self) -> bool:
+        """Whether the eager backend runs the call."""
+        return self.backend == "eager"
+
 
 def require_supported(backend: str, reason: str | None) -> None:
     """Raise RuntimeError if a requested backend cannot run for `reason`."""

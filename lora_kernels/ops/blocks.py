@@ -239,7 +239,7 @@ def _is_eager(x: Tensor, layer: Layer, dtype: torch.dtype) -> bool:
     K = layer.lora_A.shape[1]
     rows = x.new_empty((), dtype=dtype).expand(x.numel() // x.shape[-1], K)
     operands = Operands(rows, layer.weight, layer.lora_A, layer.lora_B, layer.rank_gate)
-    return linear.choose(operands, Spec(1.0, 0.0, dtype, dtype)).backend == "eager"
+    return linear.choose(operands, Spec(1.0, 0.0, dtype, dtype)).is_eager
 
 
 def linears(x: Tensor, block: Block) -> Sequence[Tensor]:

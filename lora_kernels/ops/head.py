@@ -447,7 +447,7 @@ def _decode_once(
     if not isinstance(weight, Packed4bit):
         return operands
     own = Operands(x, weight, lora_A, lora_B, rng=operands.rng, mask=operands.mask)
-    if not spec.dropout_p and linear.choose(own, Spec(*spec[:4]), requested).backend != "eager":
+    if not spec.dropout_p and not linear.choose(own, Spec(*spec[:4]), requested).is_eager:
         return operands
     shape = lora_B.shape[0], x.shape[1]
     return operands._replace(weight=decode4bit.dense(weight, shape, spec.dtype))

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..core.dtypes import to_dtype
 from .adapters import RowNames, svd_calls
 from .base import readable_weight
-from .linear import Fused, add_adapter, add_onto
-from .modules import is_linear4bit
+from .linear import Fused, add_adapter, add_onto, result_dtype
 from .plan import Plan, plan_svd
 
 
@@ -41,8 +40,7 @@ class FusedSVD(Fused):
         else:
             weight, compute_dtype = readable_weight(base, x)
             y = add_adapter(x, weight, base._parameters["bias"], todo.pop(0), compute_dtype)
-            # bitsandbytes returns x's dtype, under autocast too.
-            dtype = x.dtype if is_linear4bit(base) else y.dtype
+            dtype = result_dtype(base, x, y)
         for call in todo:
             y = add_onto(y, True, x, None, call)
         return to_dtype(y, dtype)

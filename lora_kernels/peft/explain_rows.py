@@ -457,7 +457,7 @@ def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, M: int) -> str | N
 def _kernel_reason(layer: Any, x: Tensor) -> str | None:
     """Return why another backend computes the layer for x; None for the eager backend."""
     _, (choice,) = _choose_calls(layer, layer.plan(x.device, x.dtype), x)
-    return None if choice.backend == "eager" else f"{choice.backend} computes it: {choice.reason}"
+    return None if choice.is_eager else f"{choice.backend} computes it: {choice.reason}"
 
 
 def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
@@ -480,7 +480,7 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     spec = ExpertsSpec(1.0, 0.0, dtype, dtype, is_transposed)
     choice = experts.choose(operands, spec)
     reason = f"experts; {choice.reason}"
-    if choice.backend == "eager" and is_on_gpu_path(device.type):
+    if choice.is_eager and is_on_gpu_path(device.type):
         reason += f"; {_experts_clause(operands, spec)}"
     return Row(name, _backend_state([choice]), choice.backend, choice.strategy, reason)
 

@@ -114,8 +114,7 @@ class Fused(nn.Module):
                 bias = base_bias if bias is None else base_bias + bias
             weight, compute_dtype = readable_weight(base, x)
             result = add_adapter(x, weight, bias, first, compute_dtype)
-            # bitsandbytes returns x's dtype, under autocast too.
-            dtype = x.dtype if is_linear4bit(base) else result.dtype
+            dtype = result_dtype(base, x, result)
         for call in rest:
             result = add_onto(result, True, x, None, call)
         return to_dtype(result, dtype)
@@ -187,7 +186,12 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
         y = lora_linear(
             dropped, weight, A, B, scaling, column_scale=scale, compute_dtype=compute_dtype
         ) + lora_linear(rest, weight, *none, bias, compute_dtype=compute_dtype)
-    return y.to(x.dtype) if is_linear4bit(base) else y
+    return to_dtype(y, result_dtype(base, x, y))
+
+
+def result_dtype(base: nn.Module, x: Tensor, y: Tensor) -> torch.dtype:
+    """Return the dtype of a layer that computes y. bitsandbytes returns x's, under autocast too."""
+    return x.dtype if is_linear4bit(base) else y.dtype
 
 
 def add_adapter(
@@ -235,9 +239,7 @@ def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
     if y.dtype is not dtype or y.shape != (*x.shape[:-1], call.lora_B.shape[0]):
         return False
     operands = Operands(x, None, call.lora_A, call.lora_B, call.rank_gate)
-    return (
-        linear.choose(operands, Spec(call.scaling, call.dropout_p, dtype, dtype)).backend == "eager"
-    )
+    return linear.choose(operands, Spec(call.scaling, call.dropout_p, dtype, dtype)).is_eager
 
 
 def peft_class(layer: Any) -> Any:

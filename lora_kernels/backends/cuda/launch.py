@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...core.dtypes import DTYPE_NUMBERS
 from .. import replay
 from . import is_emulated, module
 
 if TYPE_CHECKING:
     from ...core.packed4bit import Packed4bit
 
-DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WIDE = 16  # bytes of the widest load
 
 MatrixArg = tuple[int, int, int, int, bool]
@@ -41,7 +41,7 @@ def matrix(t: Tensor | None) -> MatrixArg | None:
         return None
     (row, col), address, size = t.stride(), t.data_ptr(), t.element_size()
     vectors = col == 1 and row * size % _WIDE == 0 and address % _WIDE == 0
-    return address, DTYPE[t.dtype], row, col, vectors
+    return address, DTYPE_NUMBERS[t.dtype], row, col, vectors
 
 
 def whole_rows(t: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def whole_rows(t: Tensor) -> Tensor:
 
 
 def vector(t: Tensor | None) -> VectorArg | None:
-    return None if t is None else (t.data_ptr(), DTYPE[t.dtype])
+    return None if t is None else (t.data_ptr(), DTYPE_NUMBERS[t.dtype])
 
 
 def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | None:

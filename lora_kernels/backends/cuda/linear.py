@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
+from ...core.dtypes import DTYPE_NUMBERS
 from ...core.packed4bit import Packed4bit
 from .. import workspace
 from ..replay import replayed
 from . import COOPERATIVE, launch, module
-from .launch import DTYPE, codes, empty, matrix, of_codes, pointer, vector, whole_rows
+from .launch import codes, empty, matrix, of_codes, pointer, vector, whole_rows
 
 # The smallest split of a summed dimension, a multiple of the kernel's step: of columns, of rows in
 # a skinny GEMM, of rows in column sums, and of K in `gemm`.
@@ -129,13 +130,13 @@ class _Linear:
         self.touched = {"w": self.w, "q": self.q, **vectors, **outputs}
         self.touched |= of_codes(c)
         shape = (K, N) if stored else (N, K)
-        self._base = matrix(self.w), codes(c, shape), stored, DTYPE[self.dtype]
+        self._base = matrix(self.w), codes(c, shape), stored, DTYPE_NUMBERS[self.dtype]
 
     def args(self, x: Tensor, p: Tensor | None) -> tuple[object, ...]:
         """Pack the arguments that `gemm` and `decode` have in common."""
         gate, out_scale, bias = map(vector, (self.gate, self.out_scale, self.bias))
         update = pointer(p), matrix(self.q), gate, self.s_scale
-        outputs = self.y.data_ptr(), pointer(self.z), DTYPE[self.y.dtype]
+        outputs = self.y.data_ptr(), pointer(self.z), DTYPE_NUMBERS[self.y.dtype]
         return matrix(x), *self._base, *update, out_scale, bias, *outputs, *self.shape
 
     def run(self, p: Tensor) -> None:
@@ -227,7 +228,7 @@ def _reduce(partials: Tensor, gate: Tensor | None, scale: float, out: Tensor) ->
     num_splits, rows, ranks = partials.shape
     gate = _contiguous(gate)
     touched, operands = {"partials": partials, "gate": gate, "out": out}, (vector(gate), scale)
-    sizes = out.data_ptr(), DTYPE[out.dtype], rows, ranks, *out.stride(), num_splits
+    sizes = out.data_ptr(), DTYPE_NUMBERS[out.dtype], rows, ranks, *out.stride(), num_splits
     launch.run("reduce", partials, touched, partials.data_ptr(), *operands, *sizes)
 
 

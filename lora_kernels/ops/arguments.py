@@ -67,10 +67,10 @@ def check_finite(name: str, got: float) -> float:
 
 
 def check_probability(name: str, got: float) -> float:
-    found = check_number(name, got)
-    if not 0.0 <= found <= 1.0:  # NaN fails this too
+    value = check_number(name, got)
+    if not 0.0 <= value <= 1.0:  # NaN fails this too
         raise ValueError(f"{name}: got {got}, want a probability in [0, 1]")
-    return found
+    return value
 
 
 def matrix_shape(name: str, t: Tensor, want: str) -> tuple[int, int]:
@@ -82,13 +82,13 @@ def matrix_shape(name: str, t: Tensor, want: str) -> tuple[int, int]:
     return rows, columns
 
 
-def check_dtypes(beside: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:
+def check_dtypes(other: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:
     for name, got in dtypes.items():
         if got not in FLOATS:
             raise TypeError(f"{name}: got {got}, want float32, bfloat16, float16 or float64")
         if (got is torch.float64) != (x_dtype is torch.float64):
             raise TypeError(
-                f"{name}: got {got} beside {beside} in {x_dtype}; float64 goes with float64 alone"
+                f"{name}: got {got} beside {other} in {x_dtype}; float64 goes with float64 alone"
             )
 
 
@@ -165,21 +165,21 @@ def check_both_or_none(lora_A: Tensor | None, lora_B: Tensor | None) -> None:
         raise TypeError(f"{name}: got {got}, want a tensor, or None for both lora_A and lora_B")
 
 
-def check_devices(beside: str, x: Tensor, **tensors: Tensor) -> None:
+def check_devices(other: str, x: Tensor, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if t.device != x.device:
-            raise ValueError(f"{name}: got device {t.device}, want {beside}'s device {x.device}")
+            raise ValueError(f"{name}: got device {t.device}, want {other}'s device {x.device}")
 
 
-def check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x") -> None:
+def check_vector(name: str, t: Tensor, size: int, x: Tensor, other: str = "x") -> None:
     check_tensor(name, t)
     if t.dim() != 1 or t.shape[0] != size:
         raise ValueError(f"{name}: got shape {list(t.shape)}, want [{size}]")
     if t.dtype not in FLOATS or (t.dtype is torch.float64) != (x.dtype is torch.float64):
         raise TypeError(
-            f"{name}: got {t.dtype}, want a floating dtype that goes with {beside}'s {x.dtype}"
+            f"{name}: got {t.dtype}, want a floating dtype that goes with {other}'s {x.dtype}"
         )
-    check_devices(beside, x, **{name: t})
+    check_devices(other, x, **{name: t})
 
 
 def check_rng_state(rng: Tensor) -> None:

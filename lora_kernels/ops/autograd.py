@@ -48,17 +48,17 @@ def differentiable_once(
             return backward(ctx, saved, *dy)
         with torch.no_grad():  # copies, because `blocks` overwrites what it is given
             grads = backward(ctx, saved, *(None if t is None else t.clone() for t in dy))
-        found: Any = _Gradients.apply(len(grads), *grads, *dy, *saved, *inputs(ctx))
-        return cast(tuple[Tensor | None, ...], found)
+        connected: Any = _Gradients.apply(len(grads), *grads, *dy, *saved, *inputs(ctx))
+        return cast(tuple[Tensor | None, ...], connected)
 
     return call
 
 
-def new_unsaved(dy: Tensor, columns: int, dtype: torch.dtype, flat: bool = False) -> Tensor:
+def new_unsaved(dy: Tensor, size: int, dtype: torch.dtype, flat: bool = False) -> Tensor:
     """Return uninitialized memory of the shape and dtype of an x, or a P if `flat`, not saved.
 
     No gradient reads its values. It is allocated in the backward and freed with it; a saved tensor
     occupies memory from the forward on.
     """
     shape = (dy.numel() // dy.shape[-1],) if flat else dy.shape[:-1]
-    return dy.new_empty(*shape, columns, dtype=dtype)
+    return dy.new_empty(*shape, size, dtype=dtype)

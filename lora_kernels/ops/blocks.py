@@ -99,11 +99,11 @@ class Block(NamedTuple):
     def tensors(self) -> list[Tensor | None]:
         """Return what may need a gradient: all A, all B, and then all biases and all gates."""
         layers = self.layers
-        found = [layer[1] for layer in layers]
-        found += [layer[2] for layer in layers]
+        tensors = [layer[1] for layer in layers]
+        tensors += [layer[2] for layer in layers]
         if self.has_others:
-            return [*found, *(layer.bias for layer in layers), *(g.rank_gate for g in layers)]
-        return cast(list[Tensor | None], found)
+            return [*tensors, *(layer.bias for layer in layers), *(g.rank_gate for g in layers)]
+        return cast(list[Tensor | None], tensors)
 
 
 def call_linear(
@@ -214,7 +214,7 @@ def make_block(
             is_plain = False
     if not is_plain and (dropout_p or len(layers) == 1):
         return None
-    if x.is_cuda and _has_verdict(x) and not all(_is_eager(x, each, dtype) for each in layers):
+    if x.is_cuda and _has_verdict(x) and not all(_is_eager(x, layer, dtype) for layer in layers):
         return None
     y_dtype = dtype
     if keeps_x_dtype and packed and dtype is not x_dtype:
@@ -317,7 +317,7 @@ def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
 
     Empty if one of them is an inference tensor, which has none.
     """
-    found = []
+    versions = []
     try:
         for weight, A, B, _, _, gate in layers:
             total = 0
@@ -327,10 +327,10 @@ def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
                 total += B._version + A._version if need_x else B._version
             if gate is not None:
                 total += gate._version
-            found.append(total)
+            versions.append(total)
     except RuntimeError:
         return []
-    return found
+    return versions
 
 
 def _layer_tensors(ctx: Any) -> list[Any]:
@@ -429,10 +429,10 @@ def _load(
     """
     block: Block = ctx.block
     layers, casts = block.layers, block.casts
-    now = _versions(layers, need_x, casts)
-    if ctx.version != now:
-        of_each = zip(ctx.version, now, dys or now, strict=True)
-        if any(then != later and dy is not None for then, later, dy in of_each):
+    versions = _versions(layers, need_x, casts)
+    if ctx.version != versions:
+        compared = zip(ctx.version, versions, dys or versions, strict=True)
+        if any(saved != current and dy is not None for saved, current, dy in compared):
             raise RuntimeError(_CHANGED)
     if not casts:
         return layers
@@ -501,11 +501,11 @@ class LinearsFunction(_BlockFunction):
             with context.NOTHING if is_plain else context.no_autocast(x):
                 ys, ps = eager.linears(rows, layers, is_plain, is_stacked)
         needs = ctx.needs_input_grad[2:]
-        kept = None
+        saved_x = None
         if any(needs[: len(layers)]):
-            kept = x if x.dtype is dtype else rows
+            saved_x = x if x.dtype is dtype else rows
         copies = _copies(layers, block.layers) if casts else ()
-        ctx.save_for_backward(kept, mask, *_used(ps, needs), *copies)
+        ctx.save_for_backward(saved_x, mask, *_used(ps, needs), *copies)
         ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
         ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
         if len(shape) != 2 or y_dtype is not dtype:
@@ -549,9 +549,9 @@ class GatedMLPFunction(_BlockFunction):
             y, p_down = _down(h, layers[2], is_plain)
         del h
         needs = ctx.needs_input_grad[2:]
-        kept = None if not (needs[0] or needs[1]) else x if x.dtype is dtype else rows
+        saved_x = None if not (needs[0] or needs[1]) else x if x.dtype is dtype else rows
         copies = _copies(layers, block.layers) if casts else ()
-        ctx.save_for_backward(kept, g, u, *_used((*ps, p_down), needs), *copies)
+        ctx.save_for_backward(saved_x, g, u, *_used((*ps, p_down), needs), *copies)
         shape = x.shape
         ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
         ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
@@ -569,24 +569,26 @@ class GatedMLPFunction(_BlockFunction):
         is_batched, dy = context.is_batched(dy), _rows(dy, dtype)
         x, ps = None if x is None else _rows(x, dtype), (p_gate, p_up, p_down)
         if is_batched:
-            of_batch = dy, x, g, u, ps, layers, block.has_others, block.activation
-            return eager.batched_mlp_backward(*of_batch)
+            batched_args = dy, x, g, u, ps, layers, block.has_others, block.activation
+            return eager.batched_mlp_backward(*batched_args)
         need_A, need_B, need_bias, need_gate = needs[:3], needs[3:6], needs[6:9], needs[9:]
-        need_h = need_x or any([any(each[:2]) for each in (need_A, need_B, need_bias, need_gate)])
+        need_h = need_x or any(
+            [any(needed[:2]) for needed in (need_A, need_B, need_bias, need_gate)]
+        )
         need_gate_of_down, need_bias_of_down = any(need_gate[2:]), any(need_bias[2:])
         down_needs = Needs(
             need_h, need_A[2], need_B[2], need_gate_of_down, False, need_bias_of_down
         )
         in_place = not _get_current_graph_task_keep_graph()  # else a second backward reads g and u
-        of_h = g, u, p_down, layers[2], down_needs, is_plain, in_place, block.activation
-        dg, du, of_down = eager.down_backward(dy, *of_h)
+        down_args = g, u, p_down, layers[2], down_needs, is_plain, in_place, block.activation
+        dg, du, down = eager.down_backward(dy, *down_args)
         need = BlockNeeds(need_x, need_A[:2], need_B[:2], need_bias[:2], need_gate[:2])
         dx, dA, dB, dbias, dgate = eager.linears_backward(
             (dg, du), x, ps[:2], layers[:2], need, is_plain
         )
-        dA.append(of_down.lora_A)
-        dB.append(of_down.lora_B)
+        dA.append(down.lora_A)
+        dB.append(down.lora_B)
         if need_bias:
-            dbias.append(of_down.bias)
-            dgate.append(of_down.rank_gate)
+            dbias.append(down.bias)
+            dgate.append(down.rank_gate)
         return BlockGrads(dx, dA, dB, dbias, dgate)

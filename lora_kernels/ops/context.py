@@ -50,17 +50,17 @@ def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
 
 def _default_keys() -> list[Any]:
     """Return the dispatch keys that a thread includes by default, and in inference mode."""
-    found: list[Any] = []
+    keys: list[Any] = []
 
     def read() -> None:  # runs in a new thread, because a mode may be active in this one
         for mode in (False, True):
             with torch.inference_mode(mode):
-                found.append(_dispatch_tls_local_include_set())
+                keys.append(_dispatch_tls_local_include_set())
 
     thread = threading.Thread(target=read)
     thread.start()
     thread.join()
-    return found
+    return keys
 
 
 KEYS, INFERENCE_KEYS = _default_keys()

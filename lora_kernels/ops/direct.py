@@ -83,14 +83,14 @@ def call(
     has_grad = torch.is_grad_enabled()
     if has_grad and isinstance(weight, Tensor) and weight.requires_grad:
         return None
-    found: Any = module.direct_forward(
+    result: Any = module.direct_forward(
         x, weight, lora_A, lora_B, compute_dtype, scaling, dropout, bias, has_grad
     )
-    if found is None or not has_grad:
-        return found  # type: ignore[no-any-return]
+    if result is None or not has_grad:
+        return result  # type: ignore[no-any-return]
     frozen = (weight,) if isinstance(weight, Tensor) else weight
-    rest = *found, scaling, dropout_p, compute_dtype, frozen
-    return DirectFunction.apply(x, lora_A, lora_B, bias, rest)  # type: ignore[no-any-return]
+    computed = *result, scaling, dropout_p, compute_dtype, frozen
+    return DirectFunction.apply(x, lora_A, lora_B, bias, computed)  # type: ignore[no-any-return]
 
 
 class DirectFunction(torch.autograd.Function):
@@ -103,12 +103,12 @@ class DirectFunction(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,
-        rest: tuple[Any, ...],
+        computed: tuple[Any, ...],
     ) -> Tensor:
-        y, p, rng, *numbers, frozen = rest
+        y, p, rng, *numbers, frozen = computed
         _, need_A, need_B, *_ = ctx.needs_input_grad
-        kept = x if need_A else None, p if need_B else None
-        ctx.save_for_backward(*kept, lora_A, lora_B, rng, *frozen[:PACKED4BIT_TENSORS])
+        saved = x if need_A else None, p if need_B else None
+        ctx.save_for_backward(*saved, lora_A, lora_B, rng, *frozen[:PACKED4BIT_TENSORS])
         ctx.numbers, ctx.blocksizes = numbers, frozen[PACKED4BIT_TENSORS:]
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         return y  # type: ignore[no-any-return]
@@ -123,10 +123,10 @@ class DirectFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         dropout = None if rng is None else (rng, *_dropout(dropout_p))
         operands = weight, lora_A, lora_B, compute_dtype, scaling, dropout
-        found = native.module.direct_backward(dy, *operands, x, p, *needs)
-        if found is None:
-            found = _backward(ctx, dy, weight, x, p, lora_A, lora_B, rng)
-        dx, dA, dB, dbias = found
+        grads = native.module.direct_backward(dy, *operands, x, p, *needs)
+        if grads is None:
+            grads = _backward(ctx, dy, weight, x, p, lora_A, lora_B, rng)
+        dx, dA, dB, dbias = grads
         return dx, dA, dB, None if dbias is None else dbias.to(ctx.bias_dtype), None
 
 
@@ -175,5 +175,5 @@ def call_or_lora_linear(
         y = call(x, operand, lora_A, lora_B, bias, scaling, dropout_p, compute_dtype)
         if y is not None:
             return y
-    rest = {"dropout_p": dropout_p, "compute_dtype": compute_dtype}
-    return linear.lora_linear(x, weight, lora_A, lora_B, scaling, bias, **rest)  # type: ignore[arg-type]
+    others = {"dropout_p": dropout_p, "compute_dtype": compute_dtype}
+    return linear.lora_linear(x, weight, lora_A, lora_B, scaling, bias, **others)  # type: ignore[arg-type]

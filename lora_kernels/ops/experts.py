@@ -143,8 +143,8 @@ def lora_experts_linear(
         check_number("scaling", scaling), dropout_p, dtype, y_dtype, bool(is_transposed)
     )
     frozen = codes[:PACKED4BIT_TENSORS] or (base,)
-    held = Packed4bit(*codes) if codes else base
-    operands = ExpertsOperands(x, held, lora_A, lora_B, offsets, bias, rng, mask)
+    operand = Packed4bit(*codes) if codes else base
+    operands = ExpertsOperands(x, operand, lora_A, lora_B, offsets, bias, rng, mask)
     if not torch.is_grad_enabled() and context.can_bypass_dispatcher(*tensors_of(operands)):
         return lora_experts_direct(operands, spec)[0]
     options = Options(spec, codes[PACKED4BIT_TENSORS:])
@@ -184,15 +184,15 @@ def _check_rows(operands: ExpertsOperands) -> None:
     Both directions check them: kernels read where they point, and `.data` may change them between
     forward and backward. Reading a GPU's would synchronize.
     """
-    offsets, M, before = operands.offsets, operands.x.shape[0], 0
+    offsets, M, start = operands.offsets, operands.x.shape[0], 0
     if not offsets.is_cpu:
         return
     for e, stop in enumerate(offsets.tolist()):
-        if not before <= stop <= M:
+        if not start <= stop <= M:
             raise ValueError(
-                f"offsets[{e}]: got {stop}, want {before} to {M}: rising, up to x's rows"
+                f"offsets[{e}]: got {stop}, want {start} to {M}: rising, up to x's rows"
             )
-        before = stop
+        start = stop
 
 
 class Options(NamedTuple):
@@ -386,6 +386,6 @@ def _call_backward(
     ):
         return lora_experts_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
     context.refuse_tangent(dy)
-    rest = *spec, *needs
-    grads = call_op(_BACKWARD, (dy, saved.p), operands, *rest, choice=str(ctx.choice))
+    others = *spec, *needs
+    grads = call_op(_BACKWARD, (dy, saved.p), operands, *others, choice=str(ctx.choice))
     return ExpertsGrads(*needed(grads, needs))

@@ -80,8 +80,8 @@ def _linear(x: Shape, weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> 
 
 
 def _linear_backward(*args: Any, **__: Any) -> int:
-    x, weight, A, B, *rest = args[3:]  # after dy and what the forward saved
-    needs = Needs(*rest[-len(Needs._fields) :])
+    x, weight, A, B, *others = args[3:]  # after dy and what the forward saved
+    needs = Needs(*others[-len(Needs._fields) :])
     return _backward_flops(_rows(x), A[1], B[0], A[0], weight is not None, needs[:4])
 
 
@@ -92,8 +92,8 @@ def _multi(x: Shape, weight: Shape, As: Shape, Bs: Shape, *_: Any, **__: Any) ->
 
 
 def _multi_backward(*args: Any, **__: Any) -> int:
-    x, weight, As, Bs, *rest = args[2:]  # after dy and what the forward saved
-    need = MultiNeeds(*rest[-len(MultiNeeds._fields) :])
+    x, weight, As, Bs, *others = args[2:]  # after dy and what the forward saved
+    need = MultiNeeds(*others[-len(MultiNeeds._fields) :])
     needs, R = (need.x, any(need.lora_A), any(need.lora_B), False), max(A[0] for A in As)
     return _backward_flops(_rows(x), x[-1], Bs[0][0], R, weight is not None, needs)
 
@@ -103,8 +103,8 @@ def _experts(x: Shape, weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) ->
 
 
 def _experts_backward(*args: Any, **__: Any) -> int:
-    x, weight, A, B, *rest = args[2:]  # after dy and what the forward saved
-    need = ExpertsNeeds(*rest[-len(ExpertsNeeds._fields) :])
+    x, weight, A, B, *others = args[2:]  # after dy and what the forward saved
+    need = ExpertsNeeds(*others[-len(ExpertsNeeds._fields) :])
     needs = need.x, need.lora_A, need.lora_B, False
     return _backward_flops(x[0], A[2], B[1], A[1], weight is not None, needs)
 
@@ -116,13 +116,13 @@ def _head_backward(x: Shape, A: Shape, B: Shape, needs: tuple[bool, ...]) -> int
     return flops + (2 * x[0] * A[1] * B[0] if need_weight else 0)
 
 
-def _cross_entropy(x: Shape, weight: Shape, A: Shape, B: Shape, *rest: Any, **__: Any) -> int:
-    return _linear(x, weight, A, B) + _head_backward(x, A, B, rest[-5:])
+def _cross_entropy(x: Shape, weight: Shape, A: Shape, B: Shape, *others: Any, **__: Any) -> int:
+    return _linear(x, weight, A, B) + _head_backward(x, A, B, others[-5:])
 
 
 def _log_probs_backward(*args: Any, **__: Any) -> int:
-    x, weight, A, B, *rest = args[5:]  # after the gradients and what the forward saved
-    return _linear(x, weight, A, B) + _head_backward(x, A, B, tuple(rest[-5:]))
+    x, weight, A, B, *others = args[5:]  # after the gradients and what the forward saved
+    return _linear(x, weight, A, B) + _head_backward(x, A, B, tuple(others[-5:]))
 
 
 def _dora_norm(weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:

@@ -170,9 +170,9 @@ def lora_linear_cross_entropy(
     loss: Tensor = _CrossEntropyFunction.apply(call, needs, *tensors[:-1], *tensors.weight)
     if reduction == "sum":
         return loss
-    kept = (tensors.labels != ignore_index).sum()
+    count = (tensors.labels != ignore_index).sum()
     # No rows have zero gradients and a loss of NaN, which a quotient 0 / 0 would give both.
-    return (loss / kept.clamp(min=1)).masked_fill(kept == 0, torch.nan)
+    return (loss / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
 
 def lora_linear_log_probs(
@@ -218,8 +218,8 @@ def lora_linear_log_probs(
 
     >>> import torch, lora_kernels
     >>> x, W = torch.zeros(2, 3), torch.eye(4, 3)
-    >>> found = lora_kernels.lora_linear_log_probs(x, W, None, None, torch.tensor([0, 1]))
-    >>> found.log_probs.exp(), found.is_top1
+    >>> result = lora_kernels.lora_linear_log_probs(x, W, None, None, torch.tensor([0, 1]))
+    >>> result.log_probs.exp(), result.is_top1
     (tensor([0.2500, 0.2500]), tensor([ True, False]))
     """
     temperature = check_number("temperature", temperature)
@@ -233,10 +233,12 @@ def lora_linear_log_probs(
     operands = x, weight, lora_A, lora_B, labels, scaling, bias
     tensors, call = _prepare(*operands, *logits, dropout_p, rng, dropout_mask, compute_dtype)
     call = call._replace(spec=call.spec._replace(inverse_temperature=1.0 / temperature))
-    wanted = HeadOutputs(*(name in outputs for name in HeadOutputs._fields))
-    found = _LogProbsFunction.apply(call, wanted, *tensors[:-1], *tensors.weight)
-    is_given = True, *wanted
-    rows: Any = (t.view(labels.shape) if g else None for t, g in zip(found, is_given, strict=True))
+    requested = HeadOutputs(*(name in outputs for name in HeadOutputs._fields))
+    results = _LogProbsFunction.apply(call, requested, *tensors[:-1], *tensors.weight)
+    is_given = True, *requested
+    rows: Any = (
+        t.view(labels.shape) if g else None for t, g in zip(results, is_given, strict=True)
+    )
     return TokenLogProbs(*rows)
 
 
@@ -346,10 +348,10 @@ class _CrossEntropyFunction(torch.autograd.Function):
         mask: Tensor | None,
         *weight: Tensor,
     ) -> Tensor:
-        rest = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *needs
+        others = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *needs
         run = _CROSS_ENTROPY.packed if call.blocksizes else _CROSS_ENTROPY.dense
         loss: Tensor
-        loss, *grads = run(x, *weight, *call.blocksizes, *rest)
+        loss, *grads = run(x, *weight, *call.blocksizes, *others)
         ctx.save_for_backward(*grads)
         ctx.needs, ctx.weights = needs, len(weight)
         tensors = x, weight[0], lora_A, lora_B, bias
@@ -363,8 +365,8 @@ class _CrossEntropyFunction(torch.autograd.Function):
             (grad * dloss).to(dtype) if need else None
             for grad, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True)
         )
-        rest = [None] * (ctx.weights - 1)
-        return None, None, dx, dA, dB, dbias, *[None] * 3, dweight, *rest
+        nones = [None] * (ctx.weights - 1)
+        return None, None, dx, dA, dB, dbias, *[None] * 3, dweight, *nones
 
 
 class _LogProbsFunction(torch.autograd.Function):
@@ -388,20 +390,20 @@ class _LogProbsFunction(torch.autograd.Function):
         mask: Tensor | None,
         *weight: Tensor,
     ) -> tuple[Tensor, ...]:
-        rest = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *outputs
+        others = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *outputs
         run = _LOG_PROBS.packed if call.blocksizes else _LOG_PROBS.dense
-        *found, largest_logit, sum_exp = run(x, *weight, *call.blocksizes, *rest)
-        entropy = found[1] if outputs.entropy else None
+        *results, largest_logit, sum_exp = run(x, *weight, *call.blocksizes, *others)
+        entropy = results[1] if outputs.entropy else None
         ctx.save_for_backward(
             x, lora_A, lora_B, bias, labels, rng, mask, largest_logit, sum_exp, entropy, *weight
         )
         ctx.call = call
         ctx.choice = selection.format_request()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*found[2:])
+        ctx.mark_non_differentiable(*results[2:])
         if not outputs.entropy:
-            ctx.mark_non_differentiable(*found[1:])
-        return tuple(found)
+            ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
 
     @staticmethod
     @differentiable_once
@@ -421,15 +423,15 @@ class _LogProbsFunction(torch.autograd.Function):
         if entropy is None or dentropy is None:
             entropy = dentropy = None
         rows = dlog_probs, dentropy, largest_logit, sum_exp, entropy
-        rest = lora_A, lora_B, labels, bias, rng, mask, *spec, *needs
+        others = lora_A, lora_B, labels, bias, rng, mask, *spec, *needs
         run = _LOG_PROBS_BACKWARD.packed if blocksizes else _LOG_PROBS_BACKWARD.dense
-        found = run(*rows, x, *weight, *blocksizes, *rest, choice=ctx.choice)
-        grads = HeadGrads(*(t if n else None for t, n in zip(found, needs, strict=True)))
+        results = run(*rows, x, *weight, *blocksizes, *others, choice=ctx.choice)
+        grads = HeadGrads(*(t if n else None for t, n in zip(results, needs, strict=True)))
         dA, dB = _cast(grads.lora_A, lora_A.dtype), _cast(grads.lora_B, lora_B.dtype)
         dbias = None if bias is None else _cast(grads.bias, bias.dtype)
         dweight = _cast(grads.weight, weight[0].dtype)
-        others = [None] * (len(weight) - 1)
-        return None, None, grads.x, dA, dB, dbias, *[None] * 3, dweight, *others
+        nones = [None] * (len(weight) - 1)
+        return None, None, grads.x, dA, dB, dbias, *[None] * 3, dweight, *nones
 
 
 # The registered ops ----------------------------------------------------------------------------
@@ -446,8 +448,8 @@ def _decode_once(
     x, weight, lora_A, lora_B = operands[:4]
     if not isinstance(weight, Packed4bit):
         return operands
-    own = Operands(x, weight, lora_A, lora_B, rng=operands.rng, mask=operands.mask)
-    if not spec.dropout_p and not linear.choose(own, Spec(*spec[:4]), requested).is_eager:
+    of_linear = Operands(x, weight, lora_A, lora_B, rng=operands.rng, mask=operands.mask)
+    if not spec.dropout_p and not linear.choose(of_linear, Spec(*spec[:4]), requested).is_eager:
         return operands
     shape = lora_B.shape[0], x.shape[1]
     return operands._replace(weight=decode4bit.dense(weight, shape, spec.dtype))

@@ -85,10 +85,10 @@ def _add(
     bias: Tensor | None,
     spec: Spec,
 ) -> Saved:
-    rows, columns = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     with context.no_autocast(y):
         saved = blocks.add_update_(
-            columns, rows, lora_A, lora_B, spec.scaling, rank_gate, spec.dropout_p
+            y_rows, x_rows, lora_A, lora_B, spec.scaling, rank_gate, spec.dropout_p
         )
         if bias is not None:
             y += bias

@@ -148,16 +148,16 @@ def lora_linear(
     return _run(x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, mask, *frozen)
 
 
-def _run(x: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
+def _run(x: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any) -> Tensor:
     """Call the Function, or without gradients the implementation. Arguments as the Function's."""
-    rank_gate, column_scale, bias, options, rng, mask, *frozen = rest
+    rank_gate, column_scale, bias, options, rng, mask, *frozen = others
     tensors = x, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask, *frozen
     if not torch.is_grad_enabled() and context.can_bypass_dispatcher(*tensors):
         base = join_weight(frozen, options.blocksizes)
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
         return lora_linear_direct(operands, options.spec)[0]
     context.refuse_context()
-    return LoRALinearFunction.apply(x, lora_A, lora_B, *rest)  # type: ignore[no-any-return]
+    return LoRALinearFunction.apply(x, lora_A, lora_B, *others)  # type: ignore[no-any-return]
 
 
 class Options(NamedTuple):

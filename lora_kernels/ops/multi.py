@@ -136,13 +136,13 @@ def multi_lora_linear(
     if index.shape != x.shape[:-1]:
         raise ValueError(f"index: got shape {list(index.shape)}, want x's {list(x.shape[:-1])}")
     check_devices("x", x, index=index)
-    given: Any = scaling
-    if isinstance(given, Tensor) and given.dim() == 1:
-        given = given.tolist()
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        factors = tuple(check_number("scaling", factor) for factor in given)
+    values: Any = scaling
+    if isinstance(values, Tensor) and values.dim() == 1:
+        values = values.tolist()
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        factors = tuple(check_number("scaling", factor) for factor in values)
     else:
-        factors = (check_number("scaling", given),) * E
+        factors = (check_number("scaling", values),) * E
     if len(factors) != E:
         raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
     weight, codes, dtype = check_weight(x, weight, (N, K), compute_dtype, cast_dtype)
@@ -235,8 +235,8 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng, mask)
         grads = _call_backward(ctx, dy, operands, Saved(p), spec, needs)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
-        of_codes = [None] * len(codes)
-        return grads.x, None, None, dbias, None, None, None, *grads.lora_A, *grads.lora_B, *of_codes
+        nones = [None] * len(codes)
+        return grads.x, None, None, dbias, None, None, None, *grads.lora_A, *grads.lora_B, *nones
 
 
 def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = None) -> Choice:
@@ -389,7 +389,7 @@ def _call_backward(
     ):
         return multi_lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
     context.refuse_tangent(dy)
-    rest = *spec, *needs
-    dx, dA, dB, dbias = call_op(_BACKWARD, (dy, saved.p), operands, *rest, choice=str(ctx.choice))
+    others = *spec, *needs
+    dx, dA, dB, dbias = call_op(_BACKWARD, (dy, saved.p), operands, *others, choice=str(ctx.choice))
     dA, dB = needed(dA, needs.lora_A), needed(dB, needs.lora_B)
     return MultiGrads(dx if needs.x else None, dA, dB, dbias if needs.bias else None)

@@ -71,8 +71,8 @@ def dora_norm(
             f"weight: got shape {list(weight.shape)}, want [{N}, {K}] for lora_A "
             f"{list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
         )
-    held = weight.packed if isinstance(weight, Weight4bit) else weight
-    check_devices("lora_A", lora_A, weight=held, lora_B=lora_B)
+    storage = weight.packed if isinstance(weight, Weight4bit) else weight
+    check_devices("lora_A", lora_A, weight=storage, lora_B=lora_B)
     dtypes = {"lora_A": lora_A.dtype, "lora_B": lora_B.dtype}
     check_dtypes("lora_A", lora_A.dtype, **dtypes)
     if isinstance(weight, Weight4bit):
@@ -85,12 +85,12 @@ def dora_norm(
         check_dtypes("lora_A", lora_A.dtype, weight=weight.dtype)
     if rank_gate is not None:
         check_vector("rank_gate", rank_gate, R, lora_A, "lora_A")
-    rest = (lora_A, lora_B, check_number("scaling", scaling), rank_gate)
+    others = (lora_A, lora_B, check_number("scaling", scaling), rank_gate)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
     if context.can_bypass_dispatcher(*tensors_of((base, lora_A, lora_B, rank_gate))):
-        return _dora_norm(base, *rest)
+        return _dora_norm(base, *others)
     norm: Tensor
-    norm = _NORM.dense(base, *rest) if isinstance(base, Tensor) else _NORM.packed(*base, *rest)
+    norm = _NORM.dense(base, *others) if isinstance(base, Tensor) else _NORM.packed(*base, *others)
     return norm
 
 

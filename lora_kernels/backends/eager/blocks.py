@@ -200,7 +200,7 @@ def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
         base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
     s = p if gate is None else p * gate
     if base is not None:
-        return _expand(s, lora_B, x, scaling, onto=base)
+        return _expand(s, lora_B, x, scaling, accumulator=base)
     z = _expand(s, lora_B, x, scaling, bias)
     return _add_base(z, x, layer.dense(x.dtype).t(), x.dtype, x.dtype)
 
@@ -229,26 +229,26 @@ def linears_backward(
     dbias: list[Tensor | None] = [None] * len(need_bias)
     dg: list[Tensor | None] = [None] * len(need_gate)
     grads = BlockGrads(None, dA, dB, dbias, dg)
-    given = [i for i, dy in enumerate(dys) if dy is not None]
+    indices = [i for i, dy in enumerate(dys) if dy is not None]
     if not need_x:  # a layer may be frozen
-        given = [i for i in given if any([each[i] for each in needs[1:] if each])]
-    if not given:
+        indices = [i for i in indices if any([each[i] for each in needs[1:] if each])]
+    if not indices:
         return grads
-    for i in given if need_bias else ():
+    for i in indices if need_bias else ():
         if need_bias[i]:
             dy = cast(Tensor, dys[i])
             dbias[i] = dy.sum(0, dtype=stat_dtype(dy.dtype))
     if not is_plain:
-        return _general_backward(grads, dys, x, ps, layers, given, needs)
+        return _general_backward(grads, dys, x, ps, layers, indices, needs)
     need_any_A = any(need_A)
     dx: Tensor | None = None
     ds: Tensor | None = None
     if need_x or need_any_A:
-        ranks = [layers[i].lora_A.shape[0] for i in given]
-        first = cast(Tensor, dys[given[0]])
+        ranks = [layers[i].lora_A.shape[0] for i in indices]
+        first = cast(Tensor, dys[indices[0]])
         ds = first.new_empty(first.shape[0], sum(ranks))
-        parts = ds.split_with_sizes(ranks, 1) if len(given) > 1 else (ds,)
-    for n, i in enumerate(given):
+        parts = ds.split_with_sizes(ranks, 1) if len(indices) > 1 else (ds,)
+    for n, i in enumerate(indices):
         dy, layer = cast(Tensor, dys[i]), layers[i]
         weight, _, lora_B, _, scaling, _ = layer
         if need_x and dropped is None:  # while nothing large is held beside a decoded weight
@@ -264,16 +264,17 @@ def linears_backward(
         return grads
     if need_any_A:
         stacked = mm(ds.t(), cast(Tensor, x) if dropped is None else dropped.apply(cast(Tensor, x)))
-        of_layers = stacked.split_with_sizes(ranks) if len(given) > 1 else (stacked,)
-        for i, part in zip(given, of_layers, strict=True):
+        pieces = stacked.split_with_sizes(ranks) if len(indices) > 1 else (stacked,)
+        for i, part in zip(indices, pieces, strict=True):
             if need_A[i]:
                 dA[i] = part
     if not need_x:
         return grads
-    A = layers[given[0]].lora_A if len(given) == 1 else torch.cat([layers[i].lora_A for i in given])
+    As = [layers[i].lora_A for i in indices]
+    A = As[0] if len(As) == 1 else torch.cat(As)
     if dropped is None:
         return grads._replace(x=cast(Tensor, dx).addmm_(ds, A))
-    dx, (i,) = dropped.apply(mm(ds, A)), given
+    dx, (i,) = dropped.apply(mm(ds, A)), indices
     dy = cast(Tensor, dys[i])
     return grads._replace(x=dx.addmm_(dy, layers[i].dense(dy.dtype)))
 
@@ -284,14 +285,14 @@ def _general_backward(
     x: Tensor | None,
     ps: Sequence[Tensor | None],
     layers: Sequence[Layer],
-    given: Sequence[int],
+    indices: Sequence[int],
     needs: BlockNeeds,
 ) -> BlockGrads:
     """Compute the gradients of a block that is not plain; those of the biases are in `grads`."""
     need_x, need_A, need_B, _, need_gate = needs
     dx: Tensor | None = None
     ds_of = []
-    for i in given:
+    for i in indices:
         dy, p, layer = cast(Tensor, dys[i]), ps[i], layers[i]
         gate = layer.rank_gate
         if need_x:
@@ -310,19 +311,19 @@ def _general_backward(
     if not (need_x or any(need_A)):
         return grads
     ranks = [t.shape[1] for t in ds_of]
-    ds = torch.cat(ds_of, dim=1) if len(given) > 1 else ds_of[0]
+    ds = torch.cat(ds_of, dim=1) if len(indices) > 1 else ds_of[0]
     del ds_of
-    stacked = torch.cat([layers[i].lora_A for i in given])
-    dtype = cast(Tensor, dys[given[0]]).dtype
+    stacked = torch.cat([layers[i].lora_A for i in indices])
+    dtype = cast(Tensor, dys[indices[0]]).dtype
     in_parts = _is_in_parts(ds, stacked, dtype)
     parts = _three_parts(ds, dtype, 1, lo_first=False) if in_parts else None
     if any(need_A):
-        found = _gradient_A(ds, parts, cast(Tensor, x), stacked).split(ranks)
-        for i, part in zip(given, found, strict=True):
+        dA = _gradient_A(ds, parts, cast(Tensor, x), stacked).split(ranks)
+        for i, part in zip(indices, dA, strict=True):
             if need_A[i]:
                 grads.lora_A[i] = part
     if dx is not None:
-        dx = to_dtype(_input_update(ds, parts, stacked, dtype, onto=dx), dtype)
+        dx = to_dtype(_input_update(ds, parts, stacked, dtype, accumulator=dx), dtype)
     return grads._replace(x=dx)
 
 
@@ -352,8 +353,8 @@ def batched_backward(
             gated = ds if gate is None else ds * gate
             update = gated @ A.to(gated.dtype)
             update = update if dropped is None else dropped.apply(update)
-            own_dx = dy @ layer.dense(dy.dtype) + update.to(dy.dtype)
-            dx = own_dx if dx is None else dx + own_dx
+            layer_dx = dy @ layer.dense(dy.dtype) + update.to(dy.dtype)
+            dx = layer_dx if dx is None else dx + layer_dx
             if x is not None:
                 z = x if dropped is None else dropped.apply(x)
                 dA = (gated.t() @ z.to(gated.dtype)).to(A.dtype)
@@ -387,7 +388,7 @@ def add_update_(
     dropped, _, mask = drop(x, dropout_p)
     is_plain = lora_A.dtype is lora_B.dtype is y.dtype and rank_gate is None
     p = linear(dropped, lora_A) if is_plain else _shrink(dropped, lora_A, 0)
-    _expand(p if rank_gate is None else p * rank_gate, lora_B, y, scaling, onto=y)
+    _expand(p if rank_gate is None else p * rank_gate, lora_B, y, scaling, accumulator=y)
     return Saved(p, None, mask)
 
 
@@ -406,10 +407,10 @@ def batched_mlp_backward(
 ) -> BlockGrads:
     """Compute the gradients for several dy at once, as `batched_backward` does."""
     h = gated_mlp.gated(g, u, activation)
-    of_down = batched_backward((dy,), h, ps[2:], layers[2:], has_others)
-    dgu = gated_mlp.split_gradient(g, u, of_down.x, activation)
+    down = batched_backward((dy,), h, ps[2:], layers[2:], has_others)
+    dgu = gated_mlp.split_gradient(g, u, down.x, activation)
     dx, *others = batched_backward(dgu, x, ps[:2], layers[:2], has_others)
-    return BlockGrads(dx, *(a + b for a, b in zip(others, of_down[1:], strict=True)))
+    return BlockGrads(dx, *(a + b for a, b in zip(others, down[1:], strict=True)))
 
 
 def down_backward(

@@ -41,15 +41,15 @@ def kernel_reason(
     key = (device.type, device.index)
     if key in reasons:
         return reasons[key]
-    found = _unavailable_reason(device)
-    if found is None and device.type != "meta":  # meta tensors have no values to compare
+    reason = _unavailable_reason(device)
+    if reason is None and device.type != "meta":  # meta tensors have no values to compare
         if workspace.is_capturing(device) or _get_current_dispatch_mode() is not None:
             return UNCHECKED
         # Another thread has none of the caller's autocast, modes, transforms and forced backend.
         with ThreadPoolExecutor(1) as thread:
-            found = thread.submit(_compare, compare, device).result()
-    reasons[key] = found
-    return found
+            reason = thread.submit(_compare, compare, device).result()
+    reasons[key] = reason
+    return reason
 
 
 @torch.no_grad()
@@ -65,8 +65,8 @@ def _unavailable_reason(device: torch.device) -> str | None:
         return triton.unavailable_reason()
     configs = importlib.import_module(".configs", triton.__name__)
     target = configs.target(device.type, device.index)
-    found: str | None = configs.unsupported_reason(target, device.type)
-    return found
+    reason: str | None = configs.unsupported_reason(target, device.type)
+    return reason
 
 
 def is_dispatched(t: Tensor) -> bool:

@@ -114,8 +114,8 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     offsets = offsets.to(torch.int32)
     if offsets.stride(0) != 1:  # which PyTorch refuses, for a single expert too
         offsets = offsets.clone(memory_format=torch.contiguous_format)
-    found: Tensor = functional.grouped_mm(a, _align(b), offs=offsets)
-    return found
+    product: Tensor = functional.grouped_mm(a, _align(b), offs=offsets)
+    return product
 
 
 def _zero_rows_of_no_expert(t: Tensor, offsets: Tensor) -> Tensor:
@@ -182,20 +182,20 @@ def lora_experts(
     operands = _with_plain_scales(operands)
     y = x.new_zeros(x.shape[0], lora_B.shape[1], dtype=y_dtype)
     p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype))
-    one = Spec(scaling, dropout_p, dtype, y_dtype)
+    expert_spec = Spec(scaling, dropout_p, dtype, y_dtype)
     draws = dropout_p and rng is None and mask is None
     drawn = eager.drop(x, dropout_p).mask if draws else None
-    kept = _mask(operands, spec) if drawn is None else drawn
+    applied_mask = _mask(operands, spec) if drawn is None else drawn
     for e, rows in runs(offsets):
-        own = Operands(
+        expert_operands = Operands(
             x[rows],
             weight_of(operands, spec, e, dtype),
             lora_A[e],
             lora_B[e],
             bias=None if bias is None else bias[e],
-            mask=None if kept is None else kept[rows],
+            mask=None if applied_mask is None else applied_mask[rows],
         )
-        y[rows], saved = eager.lora_linear(own, one, strategy)
+        y[rows], saved = eager.lora_linear(expert_operands, expert_spec, strategy)
         p[rows] = saved.p
     return y, Saved(p, None, drawn)
 
@@ -254,25 +254,27 @@ def lora_experts_backward(
         for t, need in ((lora_A, needs.lora_A), (lora_B, needs.lora_B))
     )
     dbias = x.new_zeros(lora_B.shape[:2], dtype=saved.p.dtype) if needs.bias else None
-    one = Spec(spec.scaling, spec.dropout_p, spec.dtype, spec.y_dtype)
-    own_needs = Needs(needs.x, needs.lora_A, needs.lora_B, bias=needs.bias)
+    expert_spec = Spec(spec.scaling, spec.dropout_p, spec.dtype, spec.y_dtype)
+    expert_needs = Needs(needs.x, needs.lora_A, needs.lora_B, bias=needs.bias)
     mask = _mask(operands, spec)
     operands = _with_plain_scales(operands) if needs.x else operands
     for e, rows in runs(offsets):
         base = weight_of(operands, spec, e, spec.dtype) if needs.x else None
-        own = Operands(
+        expert_operands = Operands(
             x[rows], base, lora_A[e], lora_B[e], mask=None if mask is None else mask[rows]
         )
-        kept = Saved(saved.p[rows])
-        grads = eager.lora_linear_backward(dy[rows], own, kept, one, own_needs, strategy)
-        for all_experts, at, grad in (
+        expert_saved = Saved(saved.p[rows])
+        grads = eager.lora_linear_backward(
+            dy[rows], expert_operands, expert_saved, expert_spec, expert_needs, strategy
+        )
+        for grads_of_all, index, grad in (
             (dx, rows, grads.x),
             (dA, e, grads.lora_A),
             (dB, e, grads.lora_B),
             (dbias, e, grads.bias),
         ):
-            if all_experts is not None:
-                all_experts[at] = cast(Tensor, grad)
+            if grads_of_all is not None:
+                grads_of_all[index] = cast(Tensor, grad)
     return ExpertsGrads(dx, dA, dB, dbias)
 
 

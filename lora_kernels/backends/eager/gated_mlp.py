@@ -58,13 +58,13 @@ def gated_backward(g: Tensor, u: Tensor, dh: Tensor, in_place: bool, activation:
     """
     if kernel_reason(g.device, g.dtype) is not None:
         return gated_backward_by_torch(g, u, dh, in_place, activation)
-    found = Gated(*((g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))), dh)
+    grads = Gated(*((g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))), dh)
     if checked.is_dispatched(g):
-        outputs = {"dg": found.g, "du": found.u, "h": found.h}
+        outputs = {"dg": grads.g, "du": grads.u, "h": grads.h}
         torch.ops.lora_kernels.gated_backward(g, u, dh, activation, **outputs)
     else:
-        _launch_gated_backward(g, u, dh, *found, activation)
-    return found
+        _launch_gated_backward(g, u, dh, *grads, activation)
+    return grads
 
 
 def gated_backward_by_torch(
@@ -120,14 +120,14 @@ def down_backward(
         if needs.lora_A:
             operands = operands._replace(x=gated(g, u, activation))
         return None, None, eager.lora_linear_backward(dy, operands, saved, spec, needs, "")
-    found: list[Gated] = []
+    gated_grads: list[Gated] = []
 
     def late_h(dh: Tensor) -> Tensor:
-        found.append(gated_backward(g, u, dh, in_place, activation))
-        return found[0].h
+        gated_grads.append(gated_backward(g, u, dh, in_place, activation))
+        return gated_grads[0].h
 
     grads = eager.lora_linear_backward(dy, operands, saved, spec, needs, "", late_h)
-    return found[0].g, found[0].u, grads
+    return gated_grads[0].g, gated_grads[0].u, grads
 
 
 def _launch_gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
@@ -178,9 +178,9 @@ def compare_kernels(device: torch.device) -> str | None:
     for activation in ACTIVATIONS:
         for dtype in KERNEL_DTYPES:
             g, u, dh = sample.to(device, dtype).unbind()
-            found = _find_difference(g, u, dh, activation)
-            if found is not None:
-                return f"Triton's elementwise kernel of {activation} in {dtype} {found}"
+            reason = _find_difference(g, u, dh, activation)
+            if reason is not None:
+                return f"Triton's elementwise kernel of {activation} in {dtype} {reason}"
     return None
 
 
@@ -199,8 +199,8 @@ def _find_difference(g: Tensor, u: Tensor, dh: Tensor, activation: str) -> str |
     eps, tiny = torch.finfo(g.dtype).eps, torch.finfo(g.dtype).smallest_normal
     wide_g, wide_u, wide_dh = (t.double().abs() for t in (g, u, dh))
     terms = (1 + wide_g) * (wide_u + wide_dh + wide_u * wide_dh)
-    for name, one, other in zip(Gated._fields, got, want, strict=True):
-        bound = 4 * eps * other.double().abs() + 2.0**-20 * terms + 4 * tiny * eps
-        if not bool(((one.double() - other.double()).abs() <= bound).all()):
+    for name, got_grad, want_grad in zip(Gated._fields, got, want, strict=True):
+        bound = 4 * eps * want_grad.double().abs() + 2.0**-20 * terms + 4 * tiny * eps
+        if not bool(((got_grad.double() - want_grad.double()).abs() <= bound).all()):
             return f"differs from PyTorch's ops in {'h' if name == 'h' else f'd{name}'}"
     return None

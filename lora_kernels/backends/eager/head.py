@@ -66,28 +66,28 @@ _FLOAT16_FACTOR = 256.0
 _LEAST_LOG_PROB = -1e4
 
 
-def chunk_rows(columns: int, on_gpu: bool = False, itemsize: int = 4) -> int:
-    """Return the default number of rows of a chunk for a vocabulary of `columns`.
+def chunk_rows(vocab_size: int, on_gpu: bool = False, itemsize: int = 4) -> int:
+    """Return the default number of rows of a chunk for a vocabulary of `vocab_size`.
 
     itemsize: bytes of a logit.
 
     >>> chunk_rows(49152), chunk_rows(151936, on_gpu=True), chunk_rows(151936, True, 2)
     (170, 441, 883)
     """
-    found = (CHUNK_BYTES_ON_GPU if on_gpu else CHUNK_BYTES) // (itemsize * columns)
-    return max(FEWEST_ROWS, found)
+    rows = (CHUNK_BYTES_ON_GPU if on_gpu else CHUNK_BYTES) // (itemsize * vocab_size)
+    return max(FEWEST_ROWS, rows)
 
 
-def loss_rows(columns: int, device: torch.device, dtype: torch.dtype) -> int:
+def loss_rows(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
     """Return the default number of rows of a chunk of `cross_entropy`, for logits of `dtype`."""
     itemsize = dtype.itemsize if kernel_reason(device, dtype) is None else 4
-    return chunk_rows(columns, is_on_gpu_path(device.type), itemsize)
+    return chunk_rows(vocab_size, is_on_gpu_path(device.type), itemsize)
 
 
 class _Chunk(NamedTuple):
-    """Some rows of the call. at: their place among all M rows."""
+    """Some rows of the call. positions: of these rows among all M."""
 
-    at: slice | Tensor
+    positions: slice | Tensor
     operands: Operands
     labels: Tensor  # [rows, 1]
 
@@ -98,9 +98,9 @@ def _chunks(operands: HeadOperands, spec: HeadSpec, rows: int = 0) -> Iterator[_
     rows: of a chunk, if the spec has no number; 0 for `chunk_rows`.
     """
     x, weight, lora_A, lora_B, labels, bias, *_ = operands
-    kept = _kept_rows(labels, spec.ignore_index, lora_B.shape[0])
-    if kept is not None:
-        x, labels = x[kept], labels[kept]
+    counted = _counted_rows(labels, spec.ignore_index, lora_B.shape[0])
+    if counted is not None:
+        x, labels = x[counted], labels[counted]
     rows = spec.chunk_rows or rows or chunk_rows(lora_B.shape[0], is_on_gpu_path(x.device.type))
     if isinstance(weight, Tensor):
         weight = weight.to(spec.dtype)  # once, not for each chunk
@@ -108,40 +108,42 @@ def _chunks(operands: HeadOperands, spec: HeadSpec, rows: int = 0) -> Iterator[_
     for i in range(count):
         start, stop = i * x.shape[0] // count, (i + 1) * x.shape[0] // count
         part = slice(start, stop)
-        at = part if kept is None else kept[part]
-        mask = _mask(operands, at, stop - start, spec.dropout_p)
-        own = Operands(x[part], weight, lora_A, lora_B, bias=bias, mask=mask)
-        yield _Chunk(at, own, labels[part, None])
+        index = part if counted is None else counted[part]
+        mask = _mask(operands, index, stop - start, spec.dropout_p)
+        chunk_operands = Operands(x[part], weight, lora_A, lora_B, bias=bias, mask=mask)
+        yield _Chunk(index, chunk_operands, labels[part, None])
 
 
-def _kept_rows(labels: Tensor, ignore_index: int, columns: int) -> Tensor | None:
+def _counted_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | None:
     """Return the indices of the rows that count; None for all. ValueError for a wrong label."""
     if labels.is_meta:
         return None
-    is_kept = labels != ignore_index
-    kept = is_kept.nonzero()[:, 0]
-    every = kept.numel() == labels.numel()
+    is_counted = labels != ignore_index
+    indices = is_counted.nonzero()[:, 0]
+    counts_all = indices.numel() == labels.numel()
     if labels.is_cpu:  # a GPU does not wait: its gather asserts it, the kernel makes NaN of the row
-        wrong = is_kept & ((labels < 0) | (labels >= columns))
+        wrong = is_counted & ((labels < 0) | (labels >= vocab_size))
         if bool(wrong.any()):
             raise ValueError(
-                f"labels: got {int(labels[wrong][0])}, want 0 to {columns - 1}, or {ignore_index} "
-                "(ignore_index)"
+                f"labels: got {int(labels[wrong][0])}, want 0 to {vocab_size - 1}, or "
+                f"{ignore_index} (ignore_index)"
             )
-    return None if every else kept
+    return None if counts_all else indices
 
 
-def _mask(operands: HeadOperands, at: slice | Tensor, rows: int, dropout_p: float) -> Tensor | None:
+def _mask(
+    operands: HeadOperands, index: slice | Tensor, rows: int, dropout_p: float
+) -> Tensor | None:
     """Return the rows of the dropout mask, bool; None without dropout."""
     rng, mask = operands.rng, operands.mask
     if not dropout_p or (rng is None and mask is None):
         return None
     if rng is None:
         assert mask is not None
-        return mask[at]
-    if isinstance(at, slice):
-        at = torch.arange(at.start, at.stop, device=rng.device)
-    return dropout_mask(rng, rows, operands.x.shape[1], dropout_p, rows=at)
+        return mask[index]
+    if isinstance(index, slice):
+        index = torch.arange(index.start, index.stop, device=rng.device)
+    return dropout_mask(rng, rows, operands.x.shape[1], dropout_p, rows=index)
 
 
 def _linear_spec(spec: HeadSpec) -> Spec:
@@ -210,7 +212,7 @@ class _Sums:
         if any(self.needs):
             grads = self.backward(dy, operands, saved, spec, self.needs)
             if self.dx is not None:
-                self.dx[chunk.at] = cast(Tensor, grads.x)
+                self.dx[chunk.positions] = cast(Tensor, grads.x)
             for total, part in (
                 (self.dA, grads.lora_A),
                 (self.dB, grads.lora_B),
@@ -226,10 +228,10 @@ class _Sums:
                 self.dweight += mm_fp32(dy.to(dtype).t(), x.to(dtype))
 
     def result(self) -> HeadGrads:
-        found = HeadGrads(self.dx, self.dweight, self.dA, self.dB, self.dbias)
+        grads = HeadGrads(self.dx, self.dweight, self.dA, self.dB, self.dbias)
         if self.factor is None:
-            return found
-        return HeadGrads(*(t if t is None else t.div_(self.factor) for t in found))
+            return grads
+        return HeadGrads(*(t if t is None else t.div_(self.factor) for t in grads))
 
 
 def cross_entropy(
@@ -325,10 +327,10 @@ def compare_kernel(device: torch.device) -> str | None:
     ]
     for spec, dtype, sample in itertools.product(specs, KERNEL_DTYPES, samples):
         labels = torch.tensor([[0], [sample.shape[1] - 1], [4096]]).to(device)
-        found = _find_difference(sample.to(device, dtype), labels, spec)
-        if found is not None:
+        reason = _find_difference(sample.to(device, dtype), labels, spec)
+        if reason is not None:
             cap, eps = spec.softcap, spec.label_smoothing
-            return f"Triton's kernel of the loss in {dtype} (cap {cap}, smoothing {eps}) {found}"
+            return f"Triton's kernel of the loss in {dtype} (cap {cap}, smoothing {eps}) {reason}"
     return None
 
 
@@ -389,41 +391,41 @@ def log_probs(
 ) -> HeadRows:
     """Return the statistics of each row."""
     labels, dtype = operands.labels, stat_dtype(operands.x.dtype)
-    found = {name: labels.new_zeros(labels.shape, dtype=dtype) for name in HeadRows._fields}
-    found["is_top1"] = labels.new_zeros(labels.shape, dtype=torch.bool)
+    statistics = {name: labels.new_zeros(labels.shape, dtype=dtype) for name in HeadRows._fields}
+    statistics["is_top1"] = labels.new_zeros(labels.shape, dtype=torch.bool)
     for chunk in _chunks(operands, spec):
         y, _ = linear(chunk.operands, _linear_spec(spec))
         for name, values in _statistics_(y, chunk.labels, spec, outputs).items():
-            found[name][chunk.at] = values
+            statistics[name][chunk.positions] = values
         del y  # before the next chunk's
-    wanted: dict[str, bool] = outputs._asdict()
-    kept: Any = (t if wanted.get(name, True) else None for name, t in found.items())
-    return HeadRows(*kept)
+    requested: dict[str, bool] = outputs._asdict()
+    fields: Any = (t if requested.get(name, True) else None for name, t in statistics.items())
+    return HeadRows(*fields)
 
 
 def _statistics_(
     y: Tensor, labels: Tensor, spec: HeadSpec, outputs: HeadOutputs
 ) -> dict[str, Tensor]:
     """Return fields of `HeadRows` for the rows of y [rows, V], and overwrite y."""
-    found, z, eps = {}, _logits(y, spec), spec.label_smoothing
+    statistics, z, eps = {}, _logits(y, spec), spec.label_smoothing
     target = z.gather(1, labels)[:, 0]
     if eps or outputs.mean_logits:
-        mean = found["mean_logits"] = z.mean(1)
+        mean = statistics["mean_logits"] = z.mean(1)
         if eps:
             target = target * (1 - eps) + mean * eps
     if outputs.is_top1:
-        found["is_top1"] = z.argmax(1) == labels[:, 0]
+        statistics["is_top1"] = z.argmax(1) == labels[:, 0]
     top = z.amax(1)
     z.sub_(top[:, None])
     p = z.exp() if outputs.entropy else z.exp_()
     total = p.sum(1)
     log_total = total.log()
     if outputs.entropy:  # z is log p + log_total
-        found["entropy"] = log_total - z.clamp_(_LEAST_LOG_PROB).mul_(p).sum(1) / total
+        statistics["entropy"] = log_total - z.clamp_(_LEAST_LOG_PROB).mul_(p).sum(1) / total
     if outputs.log_sum_sq_probs:
-        found["log_sum_sq_probs"] = p.square_().sum(1).log() - 2 * log_total
-    found["log_probs"] = (target - top) - log_total
-    return found | {"largest_logit": top, "sum_exp": total}
+        statistics["log_sum_sq_probs"] = p.square_().sum(1).log() - 2 * log_total
+    statistics["log_probs"] = (target - top) - log_total
+    return statistics | {"largest_logit": top, "sum_exp": total}
 
 
 def log_probs_backward(
@@ -445,24 +447,26 @@ def log_probs_backward(
     weight: float | Tensor = spec.logit_scale * spec.inverse_temperature
     factor = None
     if spec.y_dtype is torch.float16:
-        given = dlog_probs if dentropy is None else torch.maximum(dlog_probs.abs(), dentropy.abs())
-        given = given.abs().where(operands.labels != spec.ignore_index, 0.0)
-        steepest = given.amax() if given.numel() else given.new_ones(())
+        largest = dlog_probs
+        if dentropy is not None:
+            largest = torch.maximum(dlog_probs.abs(), dentropy.abs())
+        largest = largest.abs().where(operands.labels != spec.ignore_index, 0.0)
+        steepest = largest.amax() if largest.numel() else largest.new_ones(())
         factor = _float16_factor(spec) / steepest.clamp(min=2.0**-100)
         weight = factor * weight
 
-    def differentiate_(y: Tensor, labels: Tensor, at: slice | Tensor) -> Tensor:
+    def differentiate_(y: Tensor, labels: Tensor, index: slice | Tensor) -> Tensor:
         """Return dy of a chunk in y's dtype and memory."""
         z = _logits(y, spec)
         slope = _slope(z, spec)
-        g = dlog_probs[at, None] * weight
-        z.sub_(largest_logit[at, None])
-        total = sum_exp[at, None]
+        g = dlog_probs[index, None] * weight
+        z.sub_(largest_logit[index, None])
+        total = sum_exp[index, None]
         if dentropy is None or entropy is None:
             dz = z.exp_().mul_(-g / total)
         else:  # log p = z - log(total)
-            h = dentropy[at, None] * weight
-            shift = entropy[at, None] - total.log()
+            h = dentropy[index, None] * weight
+            shift = entropy[index, None] - total.log()
             part = torch.addcmul((g + h * shift) / total, z.clamp_(_LEAST_LOG_PROB), h / total)
             dz = z.exp_().mul_(part.neg_())
         dz.scatter_add_(1, labels, g * (1 - eps))
@@ -475,6 +479,6 @@ def log_probs_backward(
     sums = _Sums(operands, spec, needs, linear_backward, factor)
     for chunk in _chunks(operands, spec):
         y, saved = linear(chunk.operands, _linear_spec(spec))
-        sums.add(chunk, differentiate_(y, chunk.labels, chunk.at), saved)
+        sums.add(chunk, differentiate_(y, chunk.labels, chunk.positions), saved)
         del y  # before the next chunk's
     return sums.result()

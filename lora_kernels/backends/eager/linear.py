@@ -92,12 +92,12 @@ def drop(
 def upcast_rows(rows: int, rows_per_rank: int = 0) -> Iterator[None]:
     """Set `UPCAST_ROWS` and `UPCAST_ROWS_PER_RANK`, in all threads. For tests."""
     global UPCAST_ROWS, UPCAST_ROWS_PER_RANK
-    before = UPCAST_ROWS, UPCAST_ROWS_PER_RANK
+    previous = UPCAST_ROWS, UPCAST_ROWS_PER_RANK
     UPCAST_ROWS, UPCAST_ROWS_PER_RANK = rows, rows_per_rank
     try:
         yield
     finally:
-        UPCAST_ROWS, UPCAST_ROWS_PER_RANK = before
+        UPCAST_ROWS, UPCAST_ROWS_PER_RANK = previous
 
 
 def _is_in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -143,10 +143,10 @@ def _three_parts(t: Tensor, dtype: torch.dtype, dim: int, lo_first: bool) -> Ten
     rows, columns = t.shape
     shape = (3, rows, columns) if dim == 0 else (rows, 3, columns)
     parts = t.new_empty(shape, dtype=dtype)
-    at_hi, at_lo = (1, 0) if lo_first else (0, 2)
-    both = parts.narrow(dim, at_hi, 2)
+    hi_index, lo_index = (1, 0) if lo_first else (0, 2)
+    both = parts.narrow(dim, hi_index, 2)
     both.copy_(t.unsqueeze(dim).expand_as(both))
-    torch.sub(t, parts.select(dim, at_hi), out=parts.select(dim, at_lo))
+    torch.sub(t, parts.select(dim, hi_index), out=parts.select(dim, lo_index))
     return parts.view(-1, columns) if dim == 0 else parts.view(rows, -1)
 
 
@@ -177,13 +177,13 @@ def _shrink(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
         prescale = _PRESCALE[a.dtype]
         parts = _two_parts(small, scale if prescale == 1.0 else prescale, a.dtype, dim)
         hi, minus_lo = mm_fp32(a, parts if dim else parts.t()).chunk(2, dim=1)
-        found = hi - minus_lo
-        return found if prescale == 1.0 else found.mul_(scale / prescale)
+        product = hi - minus_lo
+        return product if prescale == 1.0 else product.mul_(scale / prescale)
     dtype = _widest(a, small)
     a, small = to_dtype(a, dtype), to_dtype(small, dtype) if dim else to_dtype(small, dtype).t()
     if dtype in _HALVES:
-        found = mm_fp32(a, small)
-        return found if scale == 1.0 else found.mul_(scale)
+        product = mm_fp32(a, small)
+        return product if scale == 1.0 else product.mul_(scale)
     return _scaled_mm(a, small, scale)
 
 
@@ -200,11 +200,11 @@ def _gradient(a: Tensor, s: Tensor, scale: float, adapter: Tensor) -> Tensor:
         s, factor = _normalized(s, a.dtype)
         first = 1.0 if factor is not None else scale  # float16 takes the scale at the end
         hi, minus_lo = mm_fp32(a.t(), _two_parts(s, first, a.dtype, 1)).chunk(2, dim=1)
-        found = hi - minus_lo
-        return found if factor is None else found.mul_(scale / factor)
+        grad = hi - minus_lo
+        return grad if factor is None else grad.mul_(scale / factor)
     dtype = _widest(a, adapter)
-    found = _scaled_mm(to_dtype(a, dtype).t(), to_dtype(s, dtype), scale)
-    return to_dtype(found, adapter.dtype)
+    grad = _scaled_mm(to_dtype(a, dtype).t(), to_dtype(s, dtype), scale)
+    return to_dtype(grad, adapter.dtype)
 
 
 def _normalized(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -219,31 +219,31 @@ def _normalized(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 def _expand(
     s: Tensor,
     small: Tensor,
-    beside: Tensor,
+    activation: Tensor,
     scale: float = 1.0,
     bias: Tensor | None = None,
-    onto: Tensor | None = None,
+    accumulator: Tensor | None = None,
 ) -> Tensor:
     """Return the low-rank update scale·s·smallᵀ + bias [M, N]; s [M, R], small [N, R].
 
-    It has the dtype of the activation `beside`, or a wider dtype of the adapter if that is not
-    taken in parts. It is added to `onto` in place, if that is given.
+    It has the dtype of `activation`, or a wider dtype of the adapter if that is not
+    taken in parts. It is added to `accumulator` in place, if that is given.
     """
-    dtype = _widest(beside, small)
-    if _is_in_parts(beside, small):
-        dtype = beside.dtype
+    dtype = _widest(activation, small)
+    if _is_in_parts(activation, small):
+        dtype = activation.dtype
         prescale = _PRESCALE[dtype]
         s = _three_parts(s, dtype, 1, lo_first=False)
         wide = small if prescale == 1.0 else small * prescale
         small, scale = _three_parts(wide, dtype, 1, lo_first=True), scale / prescale
     s, small = to_dtype(s, dtype), to_dtype(small, dtype)
-    if onto is None:
+    if accumulator is None:
         return _scaled_mm(s, small.t(), scale, bias)
-    if onto.dtype is dtype:
-        if _is_added_first(onto):
-            return onto.add_(torch.mm(s, small.t()), alpha=scale)
-        return onto.addmm_(s, small.t(), alpha=scale)
-    return onto.add_(_scaled_mm(s, small.t(), scale))
+    if accumulator.dtype is dtype:
+        if _is_added_first(accumulator):
+            return accumulator.add_(torch.mm(s, small.t()), alpha=scale)
+        return accumulator.addmm_(s, small.t(), alpha=scale)
+    return accumulator.add_(_scaled_mm(s, small.t(), scale))
 
 
 def _add_base(
@@ -294,7 +294,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
         p *= factor
     s = p if rank_gate is None else p * rank_gate
     if base is not None and y_dtype is dtype:
-        z = _expand(s, lora_B, operand, scaling, onto=base)
+        z = _expand(s, lora_B, operand, scaling, accumulator=base)
     else:
         z = _expand(s, lora_B, operand, scaling, None if base is not None else early_bias)
         del operand
@@ -477,8 +477,8 @@ def _gradient_A(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tens
     """dXAᵀ·D(x) [R, K] in lora_A's dtype. parts: hi, hi, lo of dXA [M, 3·R], or None."""
     if parts is None:
         dtype = _widest(operand, lora_A)
-        found = torch.mm(to_dtype(dxa, dtype).t(), to_dtype(operand, dtype))
-        return to_dtype(found, lora_A.dtype)
+        grad = torch.mm(to_dtype(dxa, dtype).t(), to_dtype(operand, dtype))
+        return to_dtype(grad, lora_A.dtype)
     if parts.dtype is torch.float16:  # lo of a small dXA would be subnormal
         return _gradient(operand, dxa, 1.0, lora_A).t().contiguous()
     hi, lo = mm_fp32(parts[:, lora_A.shape[0] :].t(), operand).chunk(2)
@@ -490,11 +490,11 @@ def _input_update(
     parts: Tensor | None,
     lora_A: Tensor,
     x_dtype: torch.dtype,
-    onto: Tensor | None = None,
+    accumulator: Tensor | None = None,
 ) -> Tensor:
     """dXA·A [M, K]: of parts in their dtype, else in the wider of lora_A's and x's.
 
-    If `onto` has that dtype, the update is added to it in place.
+    If `accumulator` has that dtype, the update is added to it in place.
     """
     if parts is None:
         dtype, scale = torch.promote_types(x_dtype, lora_A.dtype), 1.0
@@ -504,11 +504,11 @@ def _input_update(
         wide = lora_A if prescale == 1.0 else lora_A * prescale
         a, scale = parts, 1.0 / prescale
         small = _three_parts(wide, x_dtype, 0, lo_first=True)
-    if onto is None:
+    if accumulator is None:
         return _scaled_mm(a, small, scale)
-    if onto.dtype is a.dtype and not _is_added_first(onto):
-        return onto.addmm_(a, small, alpha=scale)
-    return _sum(_scaled_mm(a, small, scale), onto, x_dtype)
+    if accumulator.dtype is a.dtype and not _is_added_first(accumulator):
+        return accumulator.addmm_(a, small, alpha=scale)
+    return _sum(_scaled_mm(a, small, scale), accumulator, x_dtype)
 
 
 def _column_dot(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
@@ -520,10 +520,10 @@ def _column_dot(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mul(dy, z).sum(0, dtype=dtype)
     # Each panel has two float32 temporaries of up to 4 times PANEL: fewer panels, fewer kernels.
     rows = max(UPCAST_ROWS, 4 * PANEL // max(1, dy.shape[1] * dtype.itemsize))
-    found = torch.zeros(dy.shape[1], dtype=dtype, device=dy.device)
+    total = torch.zeros(dy.shape[1], dtype=dtype, device=dy.device)
     for a, b in zip(dy.split(rows), z.split(rows), strict=True):
-        found += torch.mul(to_dtype(a, dtype), b).sum(0)
-    return found
+        total += torch.mul(to_dtype(a, dtype), b).sum(0)
+    return total
 
 
 def multi_lora_linear(
@@ -545,10 +545,10 @@ def multi_lora_linear(
         if factor != 1.0:
             s *= factor
         p[rows, : s.shape[1]] = s
-        own = y[rows]  # a view where the rows lie together
-        _expand(s, lora_B[e], dropped[rows], scaling[e], onto=own)
+        rows_y = y[rows]  # a view where the rows lie together
+        _expand(s, lora_B[e], dropped[rows], scaling[e], accumulator=rows_y)
         if isinstance(rows, Tensor):
-            y[rows] = own
+            y[rows] = rows_y
     return y if bias is None else (y + bias).to(y_dtype), Saved(p, None, mask)
 
 
@@ -577,10 +577,10 @@ def multi_lora_linear_backward(
     if rng is not None:
         mask = dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
     for e, rows in rows_of(index, len(lora_A)).each():
-        own = None if mask is None else mask[rows]
+        rows_mask = None if mask is None else mask[rows]
         grads = lora_linear_backward(
             dy[rows],
-            Operands(x[rows], None, lora_A[e], lora_B[e], mask=own),
+            Operands(x[rows], None, lora_A[e], lora_B[e], mask=rows_mask),
             Saved(p[rows, : lora_A[e].shape[0]]),
             Spec(scaling[e], dropout_p, dtype, dy.dtype),
             Needs(need_x, need_A[e], need_B[e]),

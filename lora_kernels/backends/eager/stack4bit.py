@@ -85,8 +85,8 @@ class Stack4bit(NamedTuple):
             part = t.view(E, rows * columns // size)
         else:
             part = t.view(E, rows, columns // size)
-            at = piece if self.axis == 1 else slice(piece.start // size, piece.stop // size)
-            part = part.narrow(self.axis, at.start, at.stop - at.start)
+            units = piece if self.axis == 1 else slice(piece.start // size, piece.stop // size)
+            part = part.narrow(self.axis, units.start, units.stop - units.start)
         part = part.contiguous() if self.chosen is None else part.index_select(0, self.chosen)
         return part.view(-1)
 

@@ -122,7 +122,7 @@ def call_linear(
     """
     if not can_run(x):
         return None
-    weight, A, B, bias, _, _ = layer
+    weight, A, B, bias = layer[:4]
     dtype, is_packed = x.dtype, type(weight) is Packed4bit
     if (
         dropout_p
@@ -191,7 +191,8 @@ def make_block(
     autocast = cast_dtype(x)
     dtype, casts = autocast or x_dtype, casts_adapters or autocast is not None
     is_plain, has_others, packed = True, False, 0
-    for i, (weight, A, B, bias, _, gate) in enumerate(layers):
+    for i, layer in enumerate(layers):
+        weight, A, B, bias = layer[:4]
         if not (type(A) in _PLAIN and type(B) in _PLAIN and A.device == device):
             return None
         if isinstance(weight, Packed4bit):
@@ -204,7 +205,7 @@ def make_block(
             or (autocast is None and weight.dtype is not dtype)
         ):
             return None
-        if gate is not None:
+        if layer.rank_gate is not None:
             is_plain, has_others = False, True
         elif bias is not None and bias.requires_grad:
             has_others = True
@@ -246,32 +247,32 @@ def linears(x: Tensor, block: Block) -> Sequence[Tensor]:
     """Return each y_i [..., N_i] for x [..., K]."""
     if torch.is_grad_enabled():
         return LinearsFunction.apply(x, block, *block.tensors())  # type: ignore[no-any-return]
-    layers, dtype, y_dtype, casts, is_plain, is_stacked, _, dropout_p, _ = block
-    rows = _rows(x, dtype)
-    if casts:
-        layers = _cast(layers, dtype)
+    layers, is_plain, rows = block.layers, block.is_plain, _rows(x, block.dtype)
+    if block.casts:
+        layers = _cast(layers, block.dtype)
     if len(layers) == 1:
-        ys = [eager.linear_output(rows, layers[0], dropout_p)[0]]
+        ys = [eager.linear_output(rows, layers[0], block.dropout_p)[0]]
     else:
         with context.NOTHING if is_plain else context.no_autocast(x):
-            ys, _ = eager.linears(rows, layers, is_plain, is_stacked)
+            ys, _ = eager.linears(rows, layers, is_plain, block.is_stacked)
     leading = x.shape[:-1]
-    return [set_leading_dims_(to_dtype(y, y_dtype), leading) for y in ys]
+    return [set_leading_dims_(to_dtype(y, block.y_dtype), leading) for y in ys]
 
 
 def gated_mlp(x: Tensor, block: Block) -> Tensor:
     """Return y = down(act(gate(x)) ⊙ up(x)) [..., N] for x [..., K]."""
     if torch.is_grad_enabled():
         return GatedMLPFunction.apply(x, block, *block.tensors())  # type: ignore[no-any-return]
-    layers, dtype, y_dtype, casts, is_plain, is_stacked, _, _, activation = block
-    if casts:
-        layers = _cast(layers, dtype)
+    layers, is_plain, rows = block.layers, block.is_plain, _rows(x, block.dtype)
+    if block.casts:
+        layers = _cast(layers, block.dtype)
     with context.NOTHING if is_plain else context.no_autocast(x):
-        (g, u), _ = eager.linears(_rows(x, dtype), layers[:2], is_plain, is_stacked)
-        h = eager_mlp.gated(g, u, activation)
+        (g, u), _ = eager.linears(rows, layers[:2], is_plain, block.is_stacked)
+        del rows
+        h = eager_mlp.gated(g, u, block.activation)
         del g, u
         y, _ = _down(h, layers[2], is_plain)
-    return set_leading_dims_(to_dtype(y, y_dtype), x.shape[:-1])
+    return set_leading_dims_(to_dtype(y, block.y_dtype), x.shape[:-1])
 
 
 def _linear(x: Tensor, layer: Layer) -> Tensor:
@@ -299,17 +300,13 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cast(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
     """Return the layers with A, B and a dense weight in `dtype`."""
-    return [
-        Layer(
-            weight if type(weight) is Packed4bit else to_dtype(cast(Tensor, weight), dtype),
-            to_dtype(A, dtype),
-            to_dtype(B, dtype),
-            bias,
-            scaling,
-            gate,
-        )
-        for weight, A, B, bias, scaling, gate in layers
-    ]
+    cast_layers = []
+    for layer in layers:
+        weight, A, B = layer.weight, to_dtype(layer.lora_A, dtype), to_dtype(layer.lora_B, dtype)
+        if type(weight) is not Packed4bit:
+            weight = to_dtype(cast(Tensor, weight), dtype)
+        cast_layers.append(Layer(weight, A, B, layer.bias, layer.scaling, layer.rank_gate))
+    return cast_layers
 
 
 def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
@@ -319,7 +316,8 @@ def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
     """
     versions = []
     try:
-        for weight, A, B, _, _, gate in layers:
+        for layer in layers:
+            weight, A, B, gate = layer.weight, layer.lora_A, layer.lora_B, layer.rank_gate
             total = 0
             if need_x:
                 total += (weight[0] if type(weight) is Packed4bit else weight)._version  # type: ignore[union-attr]
@@ -438,8 +436,15 @@ def _load(
         return layers
     copied = zip(layers, copies[::3], copies[1::3], copies[2::3], strict=True)
     return [
-        Layer(weight if copy is None else copy, A, B, bias, scaling, gate)
-        for (weight, _, _, bias, scaling, gate), copy, A, B in copied
+        Layer(
+            layer.weight if weight is None else weight,
+            A,
+            B,
+            layer.bias,
+            layer.scaling,
+            layer.rank_gate,
+        )
+        for layer, weight, A, B in copied
     ]
 
 
@@ -487,7 +492,7 @@ class LinearsFunction(_BlockFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        layers, dtype, y_dtype, casts, is_plain, is_stacked, _, dropout_p, _ = block
+        layers, dtype, casts, is_plain = block.layers, block.dtype, block.casts, block.is_plain
         shape, mask = x.shape, None
         rows = x if len(shape) == 2 and x.dtype is dtype else _rows(x, dtype)
         ys: list[Tensor]
@@ -495,11 +500,11 @@ class LinearsFunction(_BlockFunction):
         if casts:
             layers = _cast(layers, dtype)
         if len(layers) == 1:  # which is plain
-            y, p, mask = eager.linear_output(rows, layers[0], dropout_p)
+            y, p, mask = eager.linear_output(rows, layers[0], block.dropout_p)
             ys, ps = [y], [p]
         else:
             with context.NOTHING if is_plain else context.no_autocast(x):
-                ys, ps = eager.linears(rows, layers, is_plain, is_stacked)
+                ys, ps = eager.linears(rows, layers, is_plain, block.is_stacked)
         needs = ctx.needs_input_grad[2:]
         saved_x = None
         if any(needs[: len(layers)]):
@@ -508,8 +513,8 @@ class LinearsFunction(_BlockFunction):
         ctx.save_for_backward(saved_x, mask, *_used(ps, needs), *copies)
         ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
         ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
-        if len(shape) != 2 or y_dtype is not dtype:
-            ys = [set_leading_dims_(to_dtype(y, y_dtype), shape[:-1]) for y in ys]
+        if len(shape) != 2 or block.y_dtype is not dtype:
+            ys = [set_leading_dims_(to_dtype(y, block.y_dtype), shape[:-1]) for y in ys]
         if not ctx.needs_input_grad[0]:  # a frozen layer's y needs no gradient
             n = len(layers)
             ctx.mark_non_differentiable(*[y for i, y in enumerate(ys) if not any(needs[i::n])])
@@ -539,13 +544,13 @@ class GatedMLPFunction(_BlockFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *tensors: Any) -> Tensor:
-        layers, dtype, y_dtype, casts, is_plain, is_stacked, _, _, activation = block
+        layers, dtype, casts, is_plain = block.layers, block.dtype, block.casts, block.is_plain
         rows = _rows(x, dtype)
         if casts:
             layers = _cast(layers, dtype)
         with context.NOTHING if is_plain else context.no_autocast(x):
-            (g, u), ps = eager.linears(rows, layers[:2], is_plain, is_stacked)
-            h = eager_mlp.gated(g, u, activation)
+            (g, u), ps = eager.linears(rows, layers[:2], is_plain, block.is_stacked)
+            h = eager_mlp.gated(g, u, block.activation)
             y, p_down = _down(h, layers[2], is_plain)
         del h
         needs = ctx.needs_input_grad[2:]
@@ -555,9 +560,9 @@ class GatedMLPFunction(_BlockFunction):
         shape = x.shape
         ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
         ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
-        if len(shape) == 2 and y_dtype is dtype:
+        if len(shape) == 2 and block.y_dtype is dtype:
             return y
-        return set_leading_dims_(to_dtype(y, y_dtype), shape[:-1])
+        return set_leading_dims_(to_dtype(y, block.y_dtype), shape[:-1])
 
     @staticmethod
     def compute(ctx: Any, saved: Any, dy: Tensor) -> BlockGrads:

@@ -235,7 +235,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 def _cast_grads(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | None, ...]:
     """Return the gradients, each in the dtype of its tensor."""
-    _, _, _, gate, scale, bias = grads
+    gate, scale, bias = grads.rank_gate, grads.column_scale, grads.bias
     if gate is not None and operands.rank_gate is not None:
         gate = gate.to(operands.rank_gate.dtype)
     if scale is not None and operands.column_scale is not None:

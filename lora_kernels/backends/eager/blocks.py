@@ -114,7 +114,7 @@ def linear_backward(
     need_B: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute dx, dA and dB of one plain layer. x [M, K] is None if no dA is needed."""
-    _, lora_A, lora_B, _, scaling, _ = layer
+    lora_A, lora_B, scaling = layer.lora_A, layer.lora_B, layer.scaling
     dx = dA = dB = None
     if need_x:  # while nothing is held beside a decoded weight
         dx = mm(dy, layer.dense(dy.dtype))
@@ -136,7 +136,7 @@ def linear_output(
     x: Tensor, layer: Layer, dropout_p: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y [M, N], P [M, R] and the dropout mask of one plain layer, for x [M, K]."""
-    weight, lora_A, lora_B, bias, _, _ = layer
+    weight, lora_A, lora_B, bias = layer[:4]
     base = mask = None
     if type(weight) is Packed4bit:  # before anything else is held beside a decoded weight
         base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
@@ -183,7 +183,7 @@ def _output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
 
 def _add_update(x: Tensor, p: Tensor, layer: Layer, base: Tensor | None) -> Tensor:
     """Return y of a plain layer. base: x·Wᵀ + bias, which is overwritten; None to compute it."""
-    _, _, lora_B, bias, scaling, _ = layer
+    lora_B, bias, scaling = layer.lora_B, layer.bias, layer.scaling
     if base is not None:
         return base.addmm_(p, lora_B.t(), alpha=scaling)
     weight = layer.dense(x.dtype)
@@ -194,7 +194,8 @@ def _add_update(x: Tensor, p: Tensor, layer: Layer, base: Tensor | None) -> Tens
 
 
 def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
-    weight, _, lora_B, bias, scaling, gate = layer
+    weight, lora_B, bias = layer.weight, layer.lora_B, layer.bias
+    scaling, gate = layer.scaling, layer.rank_gate
     base = None
     if isinstance(weight, Packed4bit):
         base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
@@ -223,7 +224,8 @@ def linears_backward(
         layers, is_plain: as in the forward.
         dropped: the mask of the forward, of one layer.
     """
-    need_x, need_A, need_B, need_bias, need_gate = needs
+    need_x, need_A, need_B = needs.x, needs.lora_A, needs.lora_B
+    need_bias, need_gate = needs.bias, needs.rank_gate
     none: list[Tensor | None] = [None] * len(layers)
     dA, dB = none, none.copy()
     dbias: list[Tensor | None] = [None] * len(need_bias)
@@ -250,7 +252,7 @@ def linears_backward(
         parts = ds.split_with_sizes(ranks, 1) if len(indices) > 1 else (ds,)
     for n, i in enumerate(indices):
         dy, layer = cast(Tensor, dys[i]), layers[i]
-        weight, _, lora_B, _, scaling, _ = layer
+        weight, lora_B, scaling = layer.weight, layer.lora_B, layer.scaling
         if need_x and dropped is None:  # while nothing large is held beside a decoded weight
             if type(weight) is Packed4bit:
                 weight = layer.dense(dy.dtype)
@@ -289,7 +291,7 @@ def _general_backward(
     needs: BlockNeeds,
 ) -> BlockGrads:
     """Compute the gradients of a block that is not plain; those of the biases are in `grads`."""
-    need_x, need_A, need_B, _, need_gate = needs
+    need_x, need_A, need_B = needs.x, needs.lora_A, needs.lora_B
     dx: Tensor | None = None
     ds_of = []
     for i in indices:
@@ -304,7 +306,7 @@ def _general_backward(
             gated = cast(Tensor, p) if gate is None else cast(Tensor, p) * gate
             grads.lora_B[i] = _gradient(a, gated, layer.scaling, layer.lora_B)
         ds = _shrink(a, layer.lora_B, 1, layer.scaling)
-        if need_gate and need_gate[i]:
+        if needs.rank_gate and needs.rank_gate[i]:
             grads.rank_gate[i] = (ds * cast(Tensor, p)).sum(0)
         ds_of.append(ds if gate is None else ds * gate)
         del a, ds  # before the next layer's float32 copies
@@ -346,10 +348,10 @@ def batched_backward(
     for dy, p, layer in zip(dys, ps, layers, strict=True):
         dA = dB = dbias = dg = None
         if dy is not None:
-            _, A, B, _, scaling, gate = layer
+            A, B, gate = layer.lora_A, layer.lora_B, layer.rank_gate
             wide = _widest(dy, A, B)
             a = dy.to(wide)
-            ds = torch.mul(a @ B.to(wide), scaling)
+            ds = torch.mul(a @ B.to(wide), layer.scaling)
             gated = ds if gate is None else ds * gate
             update = gated @ A.to(gated.dtype)
             update = update if dropped is None else dropped.apply(update)
@@ -361,7 +363,7 @@ def batched_backward(
             if p is not None:
                 s = p if gate is None else p * gate
                 wide = _widest(a, s)
-                dB = torch.mul(a.t().to(wide) @ s.to(wide), scaling).to(B.dtype)
+                dB = torch.mul(a.t().to(wide) @ s.to(wide), layer.scaling).to(B.dtype)
                 dg = None if gate is None else (ds * p).sum(0)
             dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
         grads.lora_A.append(dA)
@@ -432,9 +434,9 @@ def down_backward(
         needs: of the down-projection. x: whether dg and du are needed.
         in_place: whether g and u may be overwritten.
     """
-    weight, lora_A, lora_B, _, scaling, gate = layer
+    lora_A, lora_B, scaling = layer.lora_A, layer.lora_B, layer.scaling
     if not (is_plain and needs.x):
-        operands = Operands(g, weight, lora_A, lora_B, gate)
+        operands = Operands(g, layer.weight, lora_A, lora_B, layer.rank_gate)
         saved = Saved(dy.new_empty(dy.shape[0], lora_A.shape[0]) if p is None else p)
         spec = Spec(scaling, 0.0, g.dtype, g.dtype)
         return gated_mlp.down_backward(dy, g, u, operands, saved, spec, needs, in_place, activation)

@@ -174,8 +174,8 @@ def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, _, lora_A, lora_B, offsets, bias, rng, mask = operands
-    scaling, dropout_p, dtype, y_dtype, _ = spec
+    x, lora_A, lora_B, bias = operands.x, operands.lora_A, operands.lora_B, operands.bias
+    scaling, dropout_p, dtype, y_dtype = spec[:4]
     chosen = chosen_experts(operands, spec) if is_on_gpu_path(x.device.type) else None
     if chosen is not None or is_grouped(operands, spec):
         return _grouped_forward(operands, spec, chosen)
@@ -183,10 +183,10 @@ def lora_experts(
     y = x.new_zeros(x.shape[0], lora_B.shape[1], dtype=y_dtype)
     p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype))
     expert_spec = Spec(scaling, dropout_p, dtype, y_dtype)
-    draws = dropout_p and rng is None and mask is None
+    draws = dropout_p and operands.rng is None and operands.mask is None
     drawn = eager.drop(x, dropout_p).mask if draws else None
     applied_mask = _mask(operands, spec) if drawn is None else drawn
-    for e, rows in runs(offsets):
+    for e, rows in runs(operands.offsets):
         expert_operands = Operands(
             x[rows],
             weight_of(operands, spec, e, dtype),
@@ -203,9 +203,9 @@ def lora_experts(
 def _grouped_forward(
     operands: ExpertsOperands, spec: ExpertsSpec, chosen: Tensor | None
 ) -> tuple[Tensor, Saved]:
-    x, _, lora_A, lora_B, offsets, bias, rng, mask = operands
-    scaling, dropout_p, dtype, y_dtype, _ = spec
-    dropped, factor, drawn = eager.drop(x, dropout_p, rng, mask)
+    x, lora_A, lora_B, offsets = operands.x, operands.lora_A, operands.lora_B, operands.offsets
+    scaling, dropout_p, dtype, y_dtype = spec[:4]
+    dropped, factor, drawn = eager.drop(x, dropout_p, operands.rng, operands.mask)
     p, update = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype)), None
     if lora_A.shape[1]:
         A, B = (_of_rows(t, chosen).to(dtype).mT for t in (lora_A, lora_B))
@@ -215,8 +215,8 @@ def _grouped_forward(
         update = functools.partial(_multiply, s, B, offsets, chosen)
     del dropped
     y = _add_base(x.to(dtype), operands, spec, chosen, update)
-    if bias is not None:
-        y += bias[expert_of_rows(offsets, x.shape[0]) if chosen is None else chosen]
+    if operands.bias is not None:
+        y += operands.bias[expert_of_rows(offsets, x.shape[0]) if chosen is None else chosen]
     return _zero_rows_of_no_expert(y, offsets).to(y_dtype), Saved(p, None, drawn)
 
 
@@ -247,7 +247,7 @@ def lora_experts_backward(
     """Compute the gradients for dy [M, N] and x [M, K]."""
     if is_grouped(operands, spec):
         return _grouped_backward(dy, operands, saved, spec, needs)
-    x, _, lora_A, lora_B, offsets, *_ = operands
+    x, lora_A, lora_B = operands.x, operands.lora_A, operands.lora_B
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x else None
     dA, dB = (
         torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None
@@ -258,7 +258,7 @@ def lora_experts_backward(
     expert_needs = Needs(needs.x, needs.lora_A, needs.lora_B, bias=needs.bias)
     mask = _mask(operands, spec)
     operands = _with_plain_scales(operands) if needs.x else operands
-    for e, rows in runs(offsets):
+    for e, rows in runs(operands.offsets):
         base = weight_of(operands, spec, e, spec.dtype) if needs.x else None
         expert_operands = Operands(
             x[rows], base, lora_A[e], lora_B[e], mask=None if mask is None else mask[rows]
@@ -281,8 +281,9 @@ def lora_experts_backward(
 def _grouped_backward(
     dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
 ) -> ExpertsGrads:
-    x, _, lora_A, lora_B, offsets, _, rng, mask = operands
-    scaling, dropout_p, dtype, _, _ = spec
+    x, lora_A, lora_B, offsets = operands.x, operands.lora_A, operands.lora_B, operands.offsets
+    scaling, dropout_p, dtype = spec[:3]
+    rng, mask = operands.rng, operands.mask
     dx = dA = dB = dbias = None
     R, dz = lora_A.shape[1], dy.to(dtype).contiguous()
     if needs.bias:

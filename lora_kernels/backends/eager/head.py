@@ -97,7 +97,8 @@ def _chunks(operands: HeadOperands, spec: HeadSpec, rows: int = 0) -> Iterator[_
 
     rows: of a chunk, if the spec has no number; 0 for `chunk_rows`.
     """
-    x, weight, lora_A, lora_B, labels, bias, *_ = operands
+    x, weight, lora_A, lora_B = operands[:4]
+    labels, bias = operands.labels, operands.bias
     counted = _counted_rows(labels, spec.ignore_index, lora_B.shape[0])
     if counted is not None:
         x, labels = x[counted], labels[counted]

@@ -278,21 +278,22 @@ def _operand_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
 
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, *dropout = operands
-    scaling, dropout_p, dtype, y_dtype, save_z = spec
+    x, weight, lora_A, lora_B = operands[:4]
+    scaling, dropout_p, dtype, y_dtype = spec[:4]
+    bias, column_scale = operands.bias, operands.column_scale
     early_bias = bias if column_scale is None else None
     base = None
     if weight is not None and not dropout_p:
         x = to_dtype(x, _operand_dtype(x, lora_A, lora_B, dtype))  # one copy for both GEMMs
     if isinstance(weight, Packed4bit):  # before anything else is held beside the dense copy
         base = decode4bit.gemm(weight, to_dtype(x, dtype), lora_B.shape[0], early_bias)
-    dropped, factor, mask = drop(x, dropout_p, *dropout)
+    dropped, factor, mask = drop(x, dropout_p, operands.rng, operands.mask)
     operand = to_dtype(dropped, _operand_dtype(x, lora_A, lora_B, dtype))
     del dropped
     p = _shrink(operand, lora_A, 0)
     if factor != 1.0:
         p *= factor
-    s = p if rank_gate is None else p * rank_gate
+    s = p if operands.rank_gate is None else p * operands.rank_gate
     if base is not None and y_dtype is dtype:
         z = _expand(s, lora_B, operand, scaling, accumulator=base)
     else:
@@ -305,11 +306,11 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
         z = to_dtype(z, y_dtype)
     if column_scale is None:
         # An op's outputs share no memory.
-        return z, Saved(p, z.clone() if save_z else None, mask)
-    y = torch.mul(z, column_scale, out=torch.empty_like(z) if save_z else z)
+        return z, Saved(p, z.clone() if spec.save_z else None, mask)
+    y = torch.mul(z, column_scale, out=torch.empty_like(z) if spec.save_z else z)
     if bias is not None:
         y += bias
-    return y, Saved(p, z if save_z else None, mask)
+    return y, Saved(p, z if spec.save_z else None, mask)
 
 
 def lora_linear_backward(
@@ -530,17 +531,17 @@ def multi_lora_linear(
     operands: MultiOperands, spec: MultiSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K], whose rows each have an adapter or none."""
-    x, weight, lora_A, lora_B, index, bias, *dropout = operands
+    x, weight, lora_A, lora_B = operands[:4]
     scaling, dropout_p, dtype, y_dtype = spec
     stat, R = stat_dtype(dtype), max(A.shape[0] for A in lora_A)
-    dropped, factor, mask = drop(x, dropout_p, *dropout)
+    dropped, factor, mask = drop(x, dropout_p, operands.rng, operands.mask)
     p = x.new_zeros(x.shape[0], R, dtype=stat)
     if weight is None:
         y = x.new_zeros(x.shape[0], lora_B[0].shape[0], dtype=y_dtype)
     else:
         w = _dense(weight, lora_A[0], lora_B[0], dtype).to(dtype)
         y = torch.mm(to_dtype(x, dtype), w.t()).to(y_dtype)
-    for e, rows in rows_of(index, len(lora_A)).each():
+    for e, rows in rows_of(operands.adapter_index, len(lora_A)).each():
         s = _shrink(dropped[rows], lora_A[e], 0)
         if factor != 1.0:
             s *= factor
@@ -549,7 +550,9 @@ def multi_lora_linear(
         _expand(s, lora_B[e], dropped[rows], scaling[e], accumulator=rows_y)
         if isinstance(rows, Tensor):
             y[rows] = rows_y
-    return y if bias is None else (y + bias).to(y_dtype), Saved(p, None, mask)
+    if operands.bias is not None:
+        y = (y + operands.bias).to(y_dtype)
+    return y, Saved(p, None, mask)
 
 
 def multi_lora_linear_backward(
@@ -561,8 +564,8 @@ def multi_lora_linear_backward(
     strategy: str,
 ) -> MultiGrads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
-    x, weight, lora_A, lora_B, index, _, rng, mask = operands
-    p, (scaling, dropout_p, dtype, _) = saved.p, spec
+    x, weight, lora_A, lora_B = operands[:4]
+    p, mask, (scaling, dropout_p, dtype, _) = saved.p, operands.mask, spec
     need_x, need_A, need_B, need_bias = needs
     dx = None
     dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
@@ -574,9 +577,9 @@ def multi_lora_linear_backward(
         else:
             dense = _dense(weight, lora_A[0], lora_B[0], dtype).to(dtype)
             dx = torch.mm(to_dtype(dy, dtype), dense).to(x.dtype)
-    if rng is not None:
-        mask = dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
-    for e, rows in rows_of(index, len(lora_A)).each():
+    if operands.rng is not None:
+        mask = dropout_mask(operands.rng, x.shape[0], x.shape[1], dropout_p)
+    for e, rows in rows_of(operands.adapter_index, len(lora_A)).each():
         rows_mask = None if mask is None else mask[rows]
         grads = lora_linear_backward(
             dy[rows],

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends.cpu import native
-from ..backends.cpu.linear import DTYPES
+from ..core.dtypes import DTYPE_NUMBERS
 
 COLD_BYTES = 64 << 20  # twice the L3 cache that a core reaches on AMD's Zen, 32 MiB
 FEWEST = 5  # rounds, however long one takes
@@ -230,7 +230,7 @@ def peak(dtype: torch.dtype, reached: float) -> float | None:
 
 def _register_peak(dtype: torch.dtype) -> float:
     assert native.module is not None
-    arguments = DTYPES[dtype], 1 << 20, torch.get_num_threads()  # milliseconds
+    arguments = DTYPE_NUMBERS[dtype], 1 << 20, torch.get_num_threads()  # milliseconds
     flops: float = native.module.multiply_add(*arguments)
     run = functools.partial(native.module.multiply_add, *arguments)
     return flops / interleave({"run": run}, seconds=0.5)["run"].p20

@@ -17,12 +17,13 @@ from torch.autograd import forward_ad
 
 from ..backends import library
 from ..backends.cpu import native
-from ..backends.cpu.linear import DTYPES, library_dx, library_linear
+from ..backends.cpu.linear import library_dx, library_linear
 from ..backends.eager.blocks import Layer
 from ..choice import choose as selection
 from ..core import forced
 from ..core.call import Needs, Operands, Saved, Spec
 from ..core.dropout import dropout_scale, dropout_threshold
+from ..core.dtypes import DTYPE_NUMBERS
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import MAX_KERNEL_RANK
 from ..quantization import Weight4bit, codebooks
@@ -42,7 +43,7 @@ def _set_up() -> None:
     observers = _dispatch_tls_local_include_set, context.KEYS, context.INFERENCE_KEYS
     of_types = {name: codebooks.code(name, "cpu") for name in codebooks.QUANT_TYPES}
     values = torch.empty(0), *observers, vars(forward_ad), of_types, MAX_KERNEL_RANK
-    native.module.set_up(*_PLAIN, *methods, *functions, *DTYPES, *values)
+    native.module.set_up(*_PLAIN, *methods, *functions, *DTYPE_NUMBERS, *values)
 
 
 if native.module is not None:

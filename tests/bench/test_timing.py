@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lora_kernels.backends.cpu import native
-from lora_kernels.backends.cpu.linear import DTYPES
 from lora_kernels.bench import dense, timing
 from lora_kernels.bench.results import FROZEN
 from lora_kernels.bench.timing import Parts, interleave_parts
+from lora_kernels.core.dtypes import DTYPE_NUMBERS
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
@@ -191,7 +191,7 @@ def test_multiply_add_on_each_instruction_set_returns_its_flops(
     try:
         if native.use_isa(isa) != isa:
             pytest.skip("this machine or build lacks the instruction set")
-        found = native.module.multiply_add(DTYPES[dtype], 3, 2)
+        found = native.module.multiply_add(DTYPE_NUMBERS[dtype], 3, 2)
     finally:
         native.use_isa(before)
     assert found == 3 * 2 * ROUND[isa][dtype is torch.bfloat16]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ...core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpec, Saved
-from ...core.dtypes import to_dtype
+from ...core.dtypes import DTYPE_NUMBERS, to_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
 from ..experts import runs, weight_of
 from . import heuristics as cpu_heuristics
 from . import native
-from .linear import DTYPES, FUSED, pack_dropout, pack_rows, pointer, rows_of_any, vector
+from .linear import FUSED, pack_dropout, pack_rows, pointer, rows_of_any, vector
 
 
 class _Stack(NamedTuple):
@@ -57,7 +57,7 @@ def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> 
         w = w.contiguous()
     step, row, column = w.stride()
     few = cpu_heuristics.few_rows(spec.dtype, False, N * K) if column == 1 else 0
-    matrix = w.data_ptr(), DTYPES[w.dtype], row, column
+    matrix = w.data_ptr(), DTYPE_NUMBERS[w.dtype], row, column
     return _Stack(w, matrix, None, step, few, strategy == FUSED)
 
 
@@ -83,8 +83,8 @@ def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     lora_A = lora_A if lora_A.stride(2) == 1 else lora_A.contiguous()
     stops, bias = to_dtype(offsets, torch.int64).contiguous(), vector(bias)
     places = None if rng is None else torch.arange(M)
-    a = lora_A.data_ptr(), DTYPES[lora_A.dtype], lora_A.stride(1), 1
-    b = lora_B.data_ptr(), DTYPES[lora_B.dtype], lora_B.stride(1), lora_B.stride(2)
+    a = lora_A.data_ptr(), DTYPE_NUMBERS[lora_A.dtype], lora_A.stride(1), 1
+    b = lora_B.data_ptr(), DTYPE_NUMBERS[lora_B.dtype], lora_B.stride(1), lora_B.stride(2)
     mask, keep_scale = pack_dropout(spec.dropout_p, rng, places)
     factors, sizes = (0, 0, pointer(bias)), (M, K, N, R)
     adapter, threads = (a, b, spec.scaling), torch.get_num_threads()
@@ -113,7 +113,7 @@ def lora_experts(
     x_rows = pack_rows(x, x_row)
     base_rows = x_rows if xs is x else pack_rows(xs, K)
     few_rows, z = False, 0  # few_rows is decided for each expert; z is for a column scale
-    outputs = p.data_ptr(), y.data_ptr(), DTYPES[y.dtype], z
+    outputs = p.data_ptr(), y.data_ptr(), DTYPE_NUMBERS[y.dtype], z
     native.module.lora_experts(call.layer, call.experts, (x_rows, base_rows, few_rows, *outputs))
     return y, Saved(p)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...core.dtypes import DTYPE_NUMBERS
 from ...core.problem import Choice, Problem, Strategy
 from . import linear as cpu
 from . import native
@@ -107,7 +108,7 @@ def library_rows(dtype: torch.dtype, size: int) -> range:
 def set_rules() -> None:
     """Give csrc/direct.cpp the rules for the instruction set in use."""
     if native.module is not None:
-        native.module.set_rules(*(tuple(rules(dtype)) for dtype in cpu.DTYPES), LARGE)
+        native.module.set_rules(*(tuple(rules(dtype)) for dtype in DTYPE_NUMBERS), LARGE)
 
 
 def unsupported_reason(problem: Problem) -> str | None:

@@ -43,7 +43,7 @@ from ...core.call import (
     Spec,
 )
 from ...core.dropout import dropout_scale, dropout_threshold
-from ...core.dtypes import to_dtype
+from ...core.dtypes import DTYPE_NUMBERS, to_dtype
 from ...core.packed4bit import Packed4bit
 from ...core.problem import Strategy
 from .. import decode4bit
@@ -58,8 +58,6 @@ GEMVS = (GEMV, GEMV_4BIT)
 FUSED_ISAS = ("avx512", "avx512bf16", "amxbf16")
 
 PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library GEMM
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -93,7 +91,7 @@ def pointer(t: Tensor | None) -> int:
 
 def pack_rows(t: Tensor, row: int) -> tuple[int, int, int, int]:
     """Pack contiguous rows, `row` elements apart, of any leading dimensions."""
-    return t.data_ptr(), DTYPES[t.dtype], row, 1
+    return t.data_ptr(), DTYPE_NUMBERS[t.dtype], row, 1
 
 
 def _pack_matrix(t: Tensor | None, columns: int) -> tuple[int, int, int, int] | None:
@@ -101,9 +99,9 @@ def _pack_matrix(t: Tensor | None, columns: int) -> tuple[int, int, int, int] | 
     if t is None:
         return None
     if t.is_contiguous():
-        return t.data_ptr(), DTYPES[t.dtype], columns, 1
+        return t.data_ptr(), DTYPE_NUMBERS[t.dtype], columns, 1
     row, column = t.stride()
-    return t.data_ptr(), DTYPES[t.dtype], row, column
+    return t.data_ptr(), DTYPE_NUMBERS[t.dtype], row, column
 
 
 def pack_dropout(
@@ -272,7 +270,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     rows = pack_rows(x, x_row)
     cast_rows = rows if xs is x else pack_rows(xs, K)
     few_rows = weight is not None and strategy in GEMVS
-    outputs = p.data_ptr(), y.data_ptr(), DTYPES[y_dtype], pointer(z)
+    outputs = p.data_ptr(), y.data_ptr(), DTYPE_NUMBERS[y_dtype], pointer(z)
     native.module.lora_linear(layer, (rows, cast_rows, few_rows, *outputs))
     return y if x.dim() == given.dim() else set_leading_dims_(y, given.shape[:-1]), Saved(p, z)
 
@@ -349,7 +347,7 @@ def multi_lora_linear(
     layer = _pack_layer(fused, (None, None), (M, K, N, R), 0.0, (None, None, b), dropout)
     adapters = _pack_adapters(runs, lora_A, lora_B, scaling)
     few_rows = weight is not None and strategy in GEMVS
-    outputs = p.data_ptr(), y.data_ptr(), DTYPES[y_dtype], 0
+    outputs = p.data_ptr(), y.data_ptr(), DTYPE_NUMBERS[y_dtype], 0
     rows = _pack_matrix(x, K), _pack_matrix(xs, K)
     native.module.multi_lora_linear(layer, adapters, (*rows, few_rows, *outputs))
     if order is None:

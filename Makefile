@@ -69,6 +69,8 @@ processors: native
 interpreted:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SLICE) tests/triton
 
+# Compiles the CUDA kernels where nvcc is, whether or not a GPU is, and reads their machine code.
+proof: export LORA_KERNELS_CUDA ?= $(if $(shell command -v nvcc /usr/local/cuda/bin/nvcc),1,0)
 proof: lint native $(DEMO_INPUTS)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
@@ -79,7 +81,7 @@ mutations: native
 	$(BIN)/python -m tests.mutations
 
 # The CPU kernels for all Pythons, and for any Linux with glibc 2.28 or newer. Where nvcc is, the
-# CUDA kernels too, and then for this Python; LORA_KERNELS_CUDA=0 leaves them out.
+# CUDA kernels too, for all GPUs and this Python; LORA_KERNELS_CUDA=0 leaves them out.
 wheel: $(INSTALLED)
 	rm -rf build/lib* build/bdist*
 	LORA_KERNELS_PORTABLE=1 $(BIN)/python -m pip wheel --no-deps --no-build-isolation \
@@ -107,12 +109,9 @@ gpu:
 	-$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu
 
-# Without what it does not run: the tests' emulator, and the CUDA kernels where no GPU is. It takes
-# them away if they are there; `make native` puts them back.
+# Without what it does not run, the tests' emulator: it takes that away if it is there, and
+# `make native` puts it back.
 demo: EMULATOR = 0
-ifeq ($(shell command -v nvidia-smi),)
-demo: export LORA_KERNELS_CUDA ?= 0
-endif
 demo: native $(DEMO_INPUTS)
 	$(BIN)/lora-kernels finetune --demo
 
@@ -140,7 +139,7 @@ test quick processors proof mutations: export LORA_KERNELS_NATIVE ?= 1
 # Threads that spin while they wait take the cores from whatever else runs on them.
 test quick processors proof mutations: export OMP_WAIT_POLICY ?= passive
 
-# With the CUDA kernels where nvcc is, and their emulator, in which the tests run them.
+# With the CUDA kernels where nvcc and a GPU are, and their emulator, in which the tests run them.
 EMULATOR = 1
 native: $(INSTALLED)
 	LORA_KERNELS_EMULATOR=$(EMULATOR) $(BIN)/python setup.py --quiet build_ext --inplace

@@ -4,9 +4,9 @@ _native: the CPU kernels. One translation unit an instruction set, each with fla
 that no instruction of a newer set leaks into code that runs everywhere. Which units exist is told
 to all of them by -DLORA_KERNELS_HAVE_<ISA>=1. Its bindings use the limited C API alone, where a
 call takes a quarter of pybind11's time: one file serves all Pythons from 3.10 on.
-_cuda: the CUDA kernels, where nvcc is found (by CUDA_HOME, CUDA_PATH, PATH or in /usr/local/cuda),
-with cudart inside, so that it loads on a machine without a driver. pybind11 binds it, for the
-Python that builds it.
+_cuda: the CUDA kernels, where a GPU and nvcc are found (nvcc by CUDA_HOME, CUDA_PATH, PATH or in
+/usr/local/cuda), for that GPU. cudart is inside, so that it loads on a machine without a driver.
+pybind11 binds it, for the Python that builds it.
 _emulator: the same kernels compiled for the host, for tests.
 Everything else about the package is in pyproject.toml.
 
@@ -14,9 +14,11 @@ Environment:
     CXX                      the C++20 compiler (else the first of c++, g++, clang++ on PATH)
     LORA_KERNELS_NATIVE      0: build no extension. 1: an extension that does not build is an error.
                              Unset: it is a warning, and the package is pure Python.
-    LORA_KERNELS_CUDA        the same for the CUDA kernels; unset, no nvcc is no warning
+    LORA_KERNELS_CUDA        the same for the CUDA kernels. Unset, they are built where nvcc and a
+                             GPU are, or TORCH_CUDA_ARCH_LIST, or LORA_KERNELS_PORTABLE=1
     LORA_KERNELS_EMULATOR    1: build the emulator of the CUDA kernels too
-    TORCH_CUDA_ARCH_LIST     for which GPUs, as torch reads it ("8.0;9.0+PTX"); unset, those of
+    TORCH_CUDA_ARCH_LIST     for which GPUs, as torch reads it ("8.0;9.0+PTX"). Unset, for those of
+                             this machine; without any, and for a portable wheel, for those of
                              CUDA_ARCHS that nvcc knows, and PTX of the last
     LORA_KERNELS_WERROR      1: compiler warnings are errors
     LORA_KERNELS_PORTABLE    1: a wheel for any Linux with glibc 2.28 or newer; with CUDA kernels
@@ -170,12 +172,30 @@ def find_nvcc() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def asked_archs() -> list[str]:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+
+
+def machine_archs() -> list[str]:
+    """Return the compute capabilities of this machine's GPUs, such as "9.0", in rising order."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = set(re.findall(r"^\d+\.\d+$", listed.stdout, re.MULTILINE))
+    return sorted(found, key=float) if listed.returncode == 0 else []
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """Return nvcc's flags for the requested GPUs; RuntimeError if it knows none of them."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     known = {line.strip().removeprefix("sm_") for line in listed.splitlines()}
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    wanted = asked or CUDA_ARCHS
+    asked = asked_archs()
+    # An nvcc that does not know a GPU of this machine makes PTX for it.
+    machine = [] if IS_PORTABLE else machine_archs()
+    is_known = bool(machine) and all(name.replace(".", "") in known for name in machine)
+    wanted = asked or (machine if is_known else CUDA_ARCHS)
     images: dict[str, bool] = {}  # and whether PTX beside
     for name in wanted:
         number = name.removesuffix("+PTX").replace(".", "")
@@ -187,7 +207,7 @@ def cuda_archs(nvcc: str) -> list[str]:
         images[number] = name.endswith("+PTX")
     if not images:
         raise RuntimeError(f"{nvcc} knows none of {', '.join(wanted)}")
-    if not asked:
+    if wanted is CUDA_ARCHS:
         images[next(reversed(images))] = True
     flags = []
     for number, ptx in images.items():
@@ -386,11 +406,14 @@ WHAT = {
 
 
 def wanted() -> list[str]:
-    """Name the extensions to build: the CPU's unless switched off, the GPU's if nvcc is found."""
+    """Name the extensions to build: the CPU's unless switched off, the GPU's where they can run."""
     names = ["_native"] if IS_PORTABLE or os.environ.get("LORA_KERNELS_NATIVE") != "0" else []
     if enabled("LORA_KERNELS_EMULATOR") and not IS_PORTABLE:
         names.append("_emulator")
-    if os.environ.get("LORA_KERNELS_CUDA", "1" if find_nvcc() else "0") == "1":
+    switch = os.environ.get("LORA_KERNELS_CUDA")
+    if switch is None and find_nvcc() and (IS_PORTABLE or asked_archs() or machine_archs()):
+        switch = "1"
+    if switch == "1":
         names.append("_cuda")
     return names
 

@@ -96,6 +96,16 @@ def fake_nvcc(project: Project, *known: int) -> str:
     return str(home)
 
 
+def fake_nvidia_smi(project: Project, *lines: str) -> str:
+    """PATH with an nvidia-smi that prints these lines; without lines it fails."""
+    folder = project.root / "smi"
+    folder.mkdir()
+    printed = "; ".join(f"echo '{line}'" for line in lines) or "exit 9"
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{printed}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 def test_cuda_kernels_that_do_not_build_are_said_to_be_left_out(project: Project) -> None:
     environment = {"CUDA_HOME": fake_nvcc(project), "LORA_KERNELS_NATIVE": "0"}
     asked = project.setup("build", status=1, LORA_KERNELS_CUDA="1", **environment)
@@ -110,9 +120,33 @@ def test_cuda_kernels_that_do_not_build_are_said_to_be_left_out(project: Project
 
 def test_build_with_nvcc_says_that_cuda_kernels_are_built_and_how_not_to(project: Project) -> None:
     environment = {"CUDA_HOME": fake_nvcc(project), "LORA_KERNELS_NATIVE": "0"}
+    environment["PATH"] = fake_nvidia_smi(project, "9.0")
     note = "/nvcc was found: the CUDA kernels are built too, in minutes; LORA_KERNELS_CUDA=0 leaves"
     assert note in project.setup("--quiet", "build", LORA_KERNELS_CUDA=None, **environment)
     assert note not in project.setup("--quiet", "build", LORA_KERNELS_CUDA="0", **environment)
+
+
+@pytest.mark.parametrize(
+    ("cards", "variables", "codes"),
+    [
+        (["9.0", "8.0", "9.0"], {}, ["sm_80", "sm_90"]),
+        (["13.0"], {}, ["sm_80", "sm_90,compute_90"]),  # newer than nvcc: PTX of the last it knows
+        (["9.0"], {"TORCH_CUDA_ARCH_LIST": "8.0"}, ["sm_80"]),
+        ([], {"TORCH_CUDA_ARCH_LIST": "8.0"}, ["sm_80"]),
+        ([], {"LORA_KERNELS_PORTABLE": "1"}, ["sm_80", "sm_90,compute_90"]),
+        ([], {}, None),
+        (["No devices were found"], {}, None),
+    ],
+)
+def test_cuda_kernels_by_default_are_for_the_gpus_of_the_machine(
+    project: Project, cards: list[str], variables: dict[str, str], codes: list[str] | None
+) -> None:
+    environment = {"CUDA_HOME": fake_nvcc(project), "LORA_KERNELS_NATIVE": "0"}
+    environment |= {"PATH": fake_nvidia_smi(project, *cards), **variables}
+    status = 1 if "LORA_KERNELS_PORTABLE" in variables else 0
+    said = project.setup("build", status=status, LORA_KERNELS_CUDA=None, **environment)
+    found = re.findall(r"code=\[(\S+?)\]", said)
+    assert list(dict.fromkeys(found)) == (codes or []), said
 
 
 def test_cuda_archs_every_rated_gpu_has_an_image_or_ptx(project: Project) -> None:

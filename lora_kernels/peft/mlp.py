@@ -1,9 +1,10 @@
 """Gated MLPs, down(act(gate(x)) * up(x)), that run as one block on a GPU (see `ops.blocks`).
 
 `fuse` recognizes a module by its children's names, and by the result of its class's forward on
-stand-ins for the projections. Its own weights are not read, because offloading, FSDP and ZeRO may
-have taken them. A module that is changed afterwards, in another way than by replacing a child,
-needs `fuse` again.
+stand-ins for the projections. Liger's forwards are recognized by identity, because its Triton
+kernels cannot run on stand-ins. The module's own weights are not read, because offloading, FSDP and
+ZeRO may have taken them. A module that is changed afterwards, in another way than by replacing a
+child, needs `fuse` again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Hashable, Iterator
+from types import MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,7 +26,7 @@ from ..backends.eager.gated_mlp import ACTIVATIONS
 from ..ops import blocks
 from . import direct
 from .linear import Fused, set_class
-from .modules import is_conv1d, library_forward
+from .modules import is_conv1d, library_forward, patched_reason
 from .zero3 import is_gathered_in_call
 
 # The children's names of gate, up and down.
@@ -33,6 +36,14 @@ NAMES = (
     ("w1", "w3", "w2"),
 )
 _MERGED = "gate_up_proj"  # Phi-3's gate and up
+# Modules of liger_kernel.transformers, their MLPs and the activation in each one's forward.
+_LIGER = (
+    ("swiglu", "LigerSwiGLUMLP", "silu"),
+    ("swiglu", "LigerBlockSparseTop2MLP", "silu"),
+    ("swiglu", "LigerHunyuanV1SwiGLUMLP", "silu"),
+    ("swiglu", "LigerQwen3MoeSwiGLUMLP", "silu"),
+    ("geglu", "LigerGEGLUMLP", "gelu_tanh"),
+)
 
 
 class Parts(NamedTuple):
@@ -59,13 +70,17 @@ class GatedMLP(nn.Module):
     own_class: Any  # the class that a subclass overrides
     own_forward: Any  # its forward when it was recognized
     _parts: Parts
+    # Liger's forward, which its patch of an instance had put in place of the class's.
+    _liger_forward: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs:
             y = _call(self, args[0])
             if y is not None:
                 return y
-        return cast(Tensor, super().forward(*args, **kwargs))
+        liger = vars(self).get("_liger_forward")
+        y = super().forward(*args, **kwargs) if liger is None else liger(self, *args, **kwargs)
+        return cast(Tensor, y)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Restore the class without a fused down-projection, as `merge_and_unload` leaves it."""
@@ -116,6 +131,8 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     parts, modules = mlp._parts, mlp._modules
     if mlp.own_class.forward is not type(mlp).own_forward:
         return f"{mlp.own_class.__name__}.forward was replaced"
+    if (reason := patched_reason(mlp)) is not None:
+        return f"{reason} after fuse(model): call it again"
     if _has_any_global_hook():
         return "a hook sits on all modules"
     act = modules.get(parts.act)
@@ -139,6 +156,10 @@ def fuse_mlps(model: nn.Module) -> None:
         found = recognize(module)
         if isinstance(found, Parts):
             module._parts = found
+            own = getattr(vars(module).get("forward"), "__func__", None)
+            if _liger_activation(own) is not None:
+                module._liger_forward = own
+                del vars(module)["forward"]
             cls: Any = type(module)
             set_class(module, _fused_class(cls))
 
@@ -153,6 +174,9 @@ def restore_mlps(model: nn.Module) -> None:
 def _restore(mlp: GatedMLP) -> None:
     set_class(mlp, mlp.own_class)
     del vars(mlp)["_parts"]
+    liger = vars(mlp).pop("_liger_forward", None)
+    if liger is not None:
+        vars(mlp).setdefault("forward", MethodType(liger, mlp))
 
 
 def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, Any, str | None]]:
@@ -207,6 +231,12 @@ def recognize(module: Any) -> Parts | str:
         return f"its {act} has parameters or buffers"
     if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
         return "it has parameters or buffers of its own"
+    forward = vars(module).get("forward", type(module).forward)
+    activation = _liger_activation(getattr(forward, "__func__", forward))
+    if activation is not None:
+        return Parts(*names, "", None, activation)
+    if (reason := patched_reason(module)) is not None:
+        return reason
     if library_forward(type(module)) is None:
         return f"{type(module).__name__}.forward was replaced"
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
@@ -214,6 +244,15 @@ def recognize(module: Any) -> Parts | str:
             if all(_agrees(module, names, activation, mode) for mode in (False, True)):
                 return Parts(*names, act, children.get(act), activation)
     return "its forward does not return down(act(gate(x)) * up(x)) of SiLU or GELU"
+
+
+def _liger_activation(forward: Any) -> str | None:
+    """Return the activation of one of Liger's forwards; None for any other function."""
+    for file, name, activation in _LIGER:
+        cls = getattr(sys.modules.get(f"liger_kernel.transformers.{file}"), name, None)
+        if cls is not None and forward is library_forward(cls):
+            return activation
+    return None
 
 
 def _agrees(module: Any, names: tuple[str, ...], activation: str, training: bool) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import types
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -222,6 +224,92 @@ def test_replaced_forward_is_no_gated_mlp(monkeypatch: Any) -> None:
         assert [row.reason for row in mlp_rows(each)] == ["GLU.forward was replaced"]
     assert type(parent_of(model)) is GLU
     assert_close(fused, model, input_of())
+
+
+def test_forward_of_an_instance_is_no_gated_mlp(runs: Any) -> None:
+    """Before `fuse`, and after it."""
+    model = adapted(transformers_mlp())
+    fused = fuse(copy.deepcopy(model))
+    for each, when in ((model, ""), (fused, " after fuse(model): call it again")):
+        parent = parent_of(each)
+        parent.forward = types.MethodType(lambda m, x: 2 * LlamaMLP.forward(m, x), parent)
+        assert [row.reason for row in mlp_rows(fuse(model) if each is model else each)] == [
+            f"its forward was replaced{when}"
+        ]
+    assert type(parent_of(model)) is LlamaMLP
+    assert_close(fused, model, input_of())
+    assert not runs
+
+
+# Liger's Triton kernels do not run here: the models beside have transformers' or PyTorch's ops.
+
+LIGER = {
+    "swiglu LigerSwiGLUMLP": (LlamaMLP, "silu", "silu"),
+    "swiglu LigerQwen3MoeSwiGLUMLP": (LlamaMLP, "silu", "silu"),
+    "geglu LigerGEGLUMLP": (GemmaMLP, "gelu_pytorch_tanh", "gelu_tanh"),
+}
+
+
+def liger_mlp(name: str) -> Any:
+    file, cls = name.split()
+    module = pytest.importorskip(f"liger_kernel.transformers.{file}", exc_type=ImportError)
+    return getattr(module, cls)
+
+
+def patch(model: Any, cls: Any) -> None:
+    """As `use_liger_kernel=True` does with a model that is there."""
+    monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    monkey_patch._patch_swiglu_module(parent_of(model), cls)
+
+
+@pytest.mark.parametrize("on_class", [True, False])
+@pytest.mark.parametrize("name", LIGER)
+def test_mlp_of_liger_is_a_block_with_pefts_gradients(name: str, on_class: bool, runs: Any) -> None:
+    cls, act, activation = LIGER[name]
+    liger = liger_mlp(name)
+    stock = adapted(transformers_mlp(cls, act)).double()
+    fused = copy.deepcopy(stock)
+    if on_class:
+        parent_of(fused).__class__ = liger
+    else:
+        patch(fused, liger)
+    fuse(fused)
+    assert parent_of(fused)._parts.activation == activation
+    assert not mlp_rows(fused)  # none is left layer by layer
+    for each in (fused, copy.deepcopy(fused)):  # Liger's patch of an instance cannot be pickled
+        assert_close(each, stock, input_of())
+    assert len(runs) == 2
+
+
+def test_unfuse_gives_liger_its_forward_back() -> None:
+    liger = liger_mlp("swiglu LigerSwiGLUMLP")
+    model = adapted(transformers_mlp())
+    patch(model, liger)
+    before = dict(vars(parent_of(model)))
+    fuse(fuse(model))
+    assert isinstance(parent_of(model), GatedMLP) and "forward" not in vars(parent_of(model))
+    unfuse(model)
+    assert type(parent_of(model)) is LlamaMLP and vars(parent_of(model)) == before
+
+
+def test_call_that_no_block_takes_runs_ligers_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    liger = liger_mlp("swiglu LigerSwiGLUMLP")
+    model = adapted(transformers_mlp())
+    patch(model, liger)
+    fuse(model)
+    parent, x = parent_of(model), input_of()
+    monkeypatch.setattr(parent, "_liger_forward", lambda m, x: m.down_proj(m.up_proj(x)))
+    with on_cpu():
+        assert torch.equal(model(x), parent.down_proj(parent.up_proj(x)))
+
+
+def test_liger_that_patches_a_fused_model_is_said() -> None:
+    liger = liger_mlp("swiglu LigerSwiGLUMLP")
+    model = fuse(adapted(transformers_mlp()))
+    patch(model, liger)
+    (row,) = mlp_rows(model)
+    assert row.reason == "its forward was replaced after fuse(model): call it again"
+    assert not mlp_rows(fuse(model))
 
 
 def test_recognition_reads_no_weight_and_changes_nothing() -> None:

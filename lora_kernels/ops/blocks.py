@@ -24,8 +24,8 @@ from torch.autograd import forward_ad
 from ..backends import library
 from ..backends.eager import blocks as eager
 from ..backends.eager import gated_mlp as eager_mlp
-from ..backends.eager.blocks import BlockGrads, BlockNeeds, Dropped, Layer
-from ..backends.eager.linear import UPCAST_ROWS
+from ..backends.eager.blocks import BlockGrads, BlockNeeds, DropoutMask, Layer
+from ..backends.eager.linear import MANY_ROWS
 from ..backends.rows import set_leading_dims_
 from ..choice import verdicts
 from ..core import forced
@@ -36,7 +36,7 @@ from . import context, linear
 from .arguments import FLOATS
 from .autograd import differentiable_once
 
-_PLAIN = Tensor, torch.nn.Parameter
+_PLAIN = context.TENSOR_TYPES
 _BY_DEFAULT = None, "eager"
 _KEYS = context.KEYS, context.INFERENCE_KEYS
 _CHANGED = (
@@ -61,7 +61,8 @@ def can_run(x: Any) -> bool:
         return False
     if _dispatch_tls_local_include_set() in _KEYS:
         return True
-    return x.is_meta and context.unfused_context() is None  # a counter looks
+    # `bench.counter` counts on meta tensors, by a mode.
+    return x.is_meta and context.unfused_context() is None
 
 
 def cast_dtype(x: Tensor) -> torch.dtype | None:
@@ -161,7 +162,7 @@ def plain_block(x: Tensor, layers: Sequence[Layer], activation: str = "") -> Blo
             return None
     if dtype not in FLOATS or layers[0][1].shape[1:] != K:
         return None
-    is_stacked = x.numel() > UPCAST_ROWS * K[0]
+    is_stacked = x.numel() > MANY_ROWS * K[0]
     return Block(layers, dtype, dtype, False, True, is_stacked, False, 0.0, activation)
 
 
@@ -224,7 +225,7 @@ def make_block(
         # An MLP's h has autocast's dtype over a dense gate and up, and then y.
         if type(layers[-1][0]) is Packed4bit and (packed > 1 or not activation):
             y_dtype = x_dtype
-    is_stacked = len(layers) > 1 and x.numel() > UPCAST_ROWS * shape[-1]
+    is_stacked = len(layers) > 1 and x.numel() > MANY_ROWS * shape[-1]
     return Block(
         layers, dtype, y_dtype, casts, is_plain, is_stacked, has_others, dropout_p, activation
     )
@@ -530,7 +531,7 @@ class LinearsFunction(_BlockFunction):
         is_batched = any([dy is not None and context.is_batched(dy) for dy in dys])
         dys = tuple([None if dy is None else _rows(dy, dtype) for dy in dys])
         x, ps = None if x is None else _rows(x, dtype), others[:n]
-        dropped = None if mask is None else Dropped(mask, block.dropout_p)
+        dropped = None if mask is None else DropoutMask(mask, block.dropout_p)
         if is_batched:
             return eager.batched_backward(dys, x, ps, layers, block.has_others, dropped)
         need = BlockNeeds(need_x, needs[:n], needs[n : 2 * n], needs[2 * n : 3 * n], needs[3 * n :])

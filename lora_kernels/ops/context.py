@@ -19,7 +19,7 @@ from . import flops
 
 NOTHING = contextlib.nullcontext()
 WITHOUT_AUTOCAST = ("meta",)  # torch.is_autocast_enabled raises for it
-_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def device_of(t: Tensor) -> tuple[str, int | None]:
@@ -119,7 +119,7 @@ def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
         for t in tensors:
             if t is None:
                 continue
-            if type(t) not in _TENSOR_TYPES or t.is_neg():
+            if type(t) not in TENSOR_TYPES or t.is_neg():
                 return False
             if t.data_ptr() == 0 and t.numel():  # a meta tensor, lazy zeros, or freed memory
                 return False

@@ -32,8 +32,6 @@ from .arguments import draw_rng
 from .autograd import differentiable_once, new_unsaved
 from .registry import join_weight
 
-_PLAIN = Tensor, torch.nn.Parameter
-
 
 def _set_up() -> None:
     """Give the extension PyTorch's classes and functions, in the order of csrc/direct.cpp."""
@@ -43,7 +41,7 @@ def _set_up() -> None:
     observers = _dispatch_tls_local_include_set, context.KEYS, context.INFERENCE_KEYS
     of_types = {name: codebooks.code(name, "cpu") for name in codebooks.QUANT_TYPES}
     values = torch.empty(0), *observers, vars(forward_ad), of_types, MAX_KERNEL_RANK
-    native.module.set_up(*_PLAIN, *methods, *functions, *DTYPE_NUMBERS, *values)
+    native.module.set_up(*context.TENSOR_TYPES, *methods, *functions, *DTYPE_NUMBERS, *values)
 
 
 if native.module is not None:

@@ -462,8 +462,8 @@ def _cross_entropy(*args: Any) -> tuple[Tensor, ...]:
             _decode_once(operands, spec),
             spec,
             needs,
-            linear.lora_linear_direct,
-            linear.lora_linear_backward_direct,
+            linear.lora_linear_undispatched,
+            linear.lora_linear_backward_undispatched,
         )
     return loss, *_fill(grads, operands)
 
@@ -510,7 +510,7 @@ def _log_probs(*args: Any) -> tuple[Tensor, ...]:
     operands, spec, outputs = split(args, HeadOperands, HeadSpec, HeadOutputs)
     with context.no_autocast(operands.x):
         rows = eager_head.log_probs(
-            _decode_once(operands, spec), spec, outputs, linear.lora_linear_direct
+            _decode_once(operands, spec), spec, outputs, linear.lora_linear_undispatched
         )
     fakes = _rows_fake(operands.x, outputs)
     return tuple(fake if t is None else t for t, fake in zip(rows, fakes, strict=True))
@@ -562,11 +562,11 @@ def _log_probs_backward(
 
     def forward(operands: Operands, spec: Spec) -> tuple[Tensor, Saved]:
         chosen = linear.choose(operands, spec, requested)
-        return linear.lora_linear_direct(operands, spec, chosen)
+        return linear.lora_linear_undispatched(operands, spec, chosen)
 
     def backward(dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs) -> Grads:
         chosen = linear.choose(operands, spec, requested)
-        return linear.lora_linear_backward_direct(dy, operands, saved, spec, needs, chosen)
+        return linear.lora_linear_backward_undispatched(dy, operands, saved, spec, needs, chosen)
 
     with context.no_autocast(operands.x):
         grads = eager_head.log_probs_backward(

@@ -80,7 +80,8 @@ def lora_linear(
         weight: [N, K], frozen, in x's dtype unless autocast is on. A `Weight4bit` is decoded inside
             the GEMM. None: no base GEMM, y is the low-rank update alone.
         lora_A: [R, K], float32, bfloat16 or float16, independent of x's dtype; float64 only if all
-            tensors are. The adapter is not cast to x's dtype, and GEMMs accumulate in float32.
+            tensors are. GEMMs accumulate in float32. Under autocast a GPU casts x, W, A and B to
+            its dtype; otherwise, and on a CPU, the adapter is not cast.
         lora_B: [N, R], as lora_A.
         scaling: alpha / r.
         bias: [N] or None, added after the column scale.
@@ -155,7 +156,7 @@ def _run(x: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any) -> Tensor:
     if not torch.is_grad_enabled() and context.can_bypass_dispatcher(*tensors):
         base = join_weight(frozen, options.blocksizes)
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
-        return lora_linear_direct(operands, options.spec)[0]
+        return lora_linear_undispatched(operands, options.spec)[0]
     context.refuse_context()
     return LoRALinearFunction.apply(x, lora_A, lora_B, *others)  # type: ignore[no-any-return]
 
@@ -179,9 +180,9 @@ class Options(NamedTuple):
 class LoRALinearFunction(torch.autograd.Function):
     """The op `lora_linear` with `lora_linear_backward`; no mathematics of its own.
 
-    `weight` is a dense weight or None, or the tensors of a 4-bit weight. The backward needs the
-    operands, but x for dA alone; P [M, R] for dB and dg, unless `Options.recompute` makes it from
-    x; and z [M, N] if the column scale needs a gradient.
+    `weight` is a dense weight or None, or the tensors of a 4-bit weight. The backward reads the
+    operands, x only for dA or to recompute P; P [M, R] for dB and dg, unless `Options.recompute`
+    makes it from x; and z [M, N] if the column scale needs a gradient.
     """
 
     @staticmethod
@@ -261,7 +262,7 @@ def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> C
     return selection.choose(problem, requested)
 
 
-def lora_linear_direct(
+def lora_linear_undispatched(
     operands: Operands, spec: Spec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher, and return y and the tensors for the backward."""
@@ -277,7 +278,7 @@ def lora_linear_direct(
     return set_leading_dims_(y, x.shape[:-1]), saved
 
 
-def lora_linear_backward_direct(
+def lora_linear_backward_undispatched(
     dy: Tensor,
     operands: Operands,
     saved: Saved,
@@ -305,7 +306,7 @@ def lora_linear_backward_direct(
 def _lora_linear(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
     operands, spec = split(args, Operands, Spec)
     chosen = choose(operands, spec, selection.parse_request(choice))
-    y, saved = lora_linear_direct(operands, spec, chosen)
+    y, saved = lora_linear_undispatched(operands, spec, chosen)
     z, mask = or_empty(saved.z, spec.y_dtype, y), or_empty(saved.mask, torch.bool, y)
     return y, saved.p, z, mask
 
@@ -340,7 +341,7 @@ def _lora_linear_backward(
 ) -> tuple[Tensor, ...]:
     operands, spec, needs = split(args, Operands, Spec, Needs)
     chosen = choose(operands, spec, selection.parse_request(choice))
-    grads = lora_linear_backward_direct(dy, operands, Saved(p, z), spec, needs, chosen)
+    grads = lora_linear_backward_undispatched(dy, operands, Saved(p, z), spec, needs, chosen)
     return (
         or_empty(grads.x, operands.x.dtype, dy),
         or_empty(grads.lora_A, operands.lora_A.dtype, dy),
@@ -388,7 +389,7 @@ def call_forward(ctx: Any, operands: Operands, spec: Spec) -> tuple[Tensor, Save
     """
     if context.can_bypass_dispatcher(*tensors_of(operands)):
         ctx.choice = choose(operands, spec)
-        return lora_linear_direct(operands, spec, ctx.choice)
+        return lora_linear_undispatched(operands, spec, ctx.choice)
     ctx.choice = selection.format_request()
     y, p, z, mask = call_op(_LINEAR, (), operands, *spec)
     return y, Saved(p, z if spec.save_z else None, mask if draws_mask(operands, spec) else None)
@@ -402,7 +403,7 @@ def call_backward(
     if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
         dy, *tensors_of(operands), *saved
     ):
-        return lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
+        return lora_linear_backward_undispatched(dy, operands, saved, spec, needs, ctx.choice)
     return call_backward_op(dy, operands, saved, spec, needs, str(ctx.choice))
 
 
@@ -434,7 +435,7 @@ def _down_projection(operands: Operands, spec: Spec, backend: str) -> Tensor:
     backend = "eager" if backend == "cuda" else backend
     if context.can_bypass_dispatcher(x, lora_A):
         choice = choose(operands, spec, selection.parse_request(backend))
-        return lora_linear_direct(operands, spec, choice)[1].p
+        return lora_linear_undispatched(operands, spec, choice)[1].p
     p: Tensor
     _, p, *_ = torch.ops.lora_kernels.lora_linear.default(*operands, *spec, choice=backend)
     return p

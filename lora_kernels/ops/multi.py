@@ -179,7 +179,7 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
 
 
 class Options(NamedTuple):
-    """The arguments of `MultiLoRALinearFunction` that are not tensors; see `Options`."""
+    """The arguments of `MultiLoRALinearFunction` that are not tensors; see `linear.Options`."""
 
     spec: MultiSpec
     blocksizes: tuple[Any, ...]
@@ -188,8 +188,8 @@ class Options(NamedTuple):
 class MultiLoRALinearFunction(torch.autograd.Function):
     """The op `multi_lora_linear` with `multi_lora_linear_backward`.
 
-    `tensors` are E of lora_A, E of lora_B and the tensors of a 4-bit weight. The backward needs the
-    operands and P [M, R], but x if a dA is needed alone, and P if a dB is.
+    `tensors` are E of lora_A, E of lora_B and the tensors of a 4-bit weight. The backward reads the
+    operands; x only if a dA is needed, and P [M, R] only if a dB is.
     """
 
     @staticmethod
@@ -262,7 +262,7 @@ def _flatten(operands: MultiOperands) -> MultiOperands:
     )
 
 
-def multi_lora_linear_direct(
+def multi_lora_linear_undispatched(
     operands: MultiOperands, spec: MultiSpec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher, and return y and the tensors for the backward."""
@@ -274,7 +274,7 @@ def multi_lora_linear_direct(
     return set_leading_dims_(y, operands.x.shape[:-1]), saved
 
 
-def multi_lora_linear_backward_direct(
+def multi_lora_linear_backward_undispatched(
     dy: Tensor,
     operands: MultiOperands,
     saved: Saved,
@@ -298,7 +298,7 @@ def multi_lora_linear_backward_direct(
 def _multi_lora_linear(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
     operands, spec = split(args, MultiOperands, MultiSpec)
     chosen = choose(operands, spec, selection.parse_request(choice))
-    y, saved = multi_lora_linear_direct(operands, spec, chosen)
+    y, saved = multi_lora_linear_undispatched(operands, spec, chosen)
     return y, saved.p, or_empty(saved.mask, torch.bool, y)
 
 
@@ -331,7 +331,7 @@ def _multi_lora_linear_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     operands, spec, needs = split(args, MultiOperands, MultiSpec, MultiNeeds)
     chosen = choose(operands, spec, selection.parse_request(choice))
-    grads = multi_lora_linear_backward_direct(dy, operands, Saved(p), spec, needs, chosen)
+    grads = multi_lora_linear_backward_undispatched(dy, operands, Saved(p), spec, needs, chosen)
     return (
         or_empty(grads.x, operands.x.dtype, dy),
         [or_empty(t, A.dtype, dy) for t, A in zip(grads.lora_A, operands.lora_A, strict=True)],
@@ -369,7 +369,7 @@ def _call_forward(ctx: Any, operands: MultiOperands, spec: MultiSpec) -> tuple[T
     """Call the op or its implementation, as `linear.call_forward` does."""
     if context.can_bypass_dispatcher(*tensors_of(operands)):
         ctx.choice = choose(operands, spec)
-        return multi_lora_linear_direct(operands, spec, ctx.choice)
+        return multi_lora_linear_undispatched(operands, spec, ctx.choice)
     ctx.choice = selection.format_request()
     y, p, mask = call_op(_MULTI, (), operands, *spec)
     return y, Saved(p, None, mask if draws_mask(operands, spec) else None)
@@ -387,7 +387,7 @@ def _call_backward(
     if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
         dy, *tensors_of(operands), saved.p
     ):
-        return multi_lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
+        return multi_lora_linear_backward_undispatched(dy, operands, saved, spec, needs, ctx.choice)
     context.refuse_tangent(dy)
     others = *spec, *needs
     dx, dA, dB, dbias = call_op(_BACKWARD, (dy, saved.p), operands, *others, choice=str(ctx.choice))

@@ -51,7 +51,11 @@ def define(
         tags: of the op.
     """
     first, _, last = re.split(r"(Tensor\?? weight)", schema)
-    join = functools.partial(functools.partial, _join_packed, first.count(","))
+    place = first.count(",")
+
+    def join(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(_join_packed, place, function)
+
     dense = _register(name, schema, implementation, fake, tags)
     schema = first + _PACKED_WEIGHT + last
     packed = _register(f"{name}_4bit", schema, join(implementation), join(fake), tags)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..backends.eager.linear import UPCAST_ROWS
+from ..backends.eager.linear import MANY_ROWS
 from ..backends.library import is_on_gpu_path
 
 
@@ -83,7 +83,7 @@ def calls(adapters: Sequence[Adapter], device_type: str, rows: int | None) -> li
 def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[Sequence[Any]]:
     """Group the adapters by call: one group without dropout, and one for each with dropout.
 
-    On a GPU, if x has at most `UPCAST_ROWS` rows, each adapter is a group. Stacking would copy the
+    On a GPU, if x has at most `MANY_ROWS` rows, each adapter is a group. Stacking would copy the
     adapters in every call, which moves more bytes than it saves.
 
     Args:
@@ -93,7 +93,7 @@ def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[
     """
     if len(adapters) == 1:
         return [adapters]
-    if rows is not None and rows <= UPCAST_ROWS and is_on_gpu_path(device_type):
+    if rows is not None and rows <= MANY_ROWS and is_on_gpu_path(device_type):
         return [[adapter] for adapter in adapters]
     plain = [adapter for adapter in adapters if not dropout_p(adapter.dropout)]
     masked: list[Sequence[Any]] = [[a] for a in adapters if dropout_p(a.dropout)]
@@ -124,7 +124,7 @@ def casts_adapters(
     rows: of x; None for many. Beside few rows a copy of the adapters would be the larger one.
     """
     is_half = x_dtype in (torch.bfloat16, torch.float16)
-    is_many = rows is None or rows > UPCAST_ROWS
+    is_many = rows is None or rows > MANY_ROWS
     return layer.casts_adapters and is_half and is_many and is_on_gpu_path(device_type)
 
 

@@ -162,7 +162,7 @@ def read_state(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
 
 
 def planned_state(layer: Any, device: torch.device, x_dtype: torch.dtype) -> tuple[Any, ...] | str:
-    """Return the state of a layer that is not the common one; why, if it fits no block."""
+    """Return a layer's state by its plan, or as a string why no block may compute the layer."""
     if not getattr(type(layer), "fits_blocks", False):  # no wrapper that hands attributes on
         return f"it is a {type(layer).__name__}"
     if is_hooked(layer):

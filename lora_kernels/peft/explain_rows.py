@@ -14,7 +14,7 @@ from ..backends.decode4bit import decoded_by
 from ..backends.eager import experts as eager_experts
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager.head import kernel_reason, loss_rows
-from ..backends.eager.linear import UPCAST_ROWS
+from ..backends.eager.linear import MANY_ROWS
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
 from ..core.call import ExpertsOperands, ExpertsSpec, MultiOperands, MultiSpec, Operands, Spec
@@ -64,7 +64,8 @@ class Row(NamedTuple):
 
     The states are:
 
-    - "our kernels": this package's kernels, in one call or in several.
+    - "our kernels": this package's kernels, in one call or in several. For a layer without an
+      adapter, for at least one of the row counts.
     - "our library GEMMs": this package's order of PyTorch's GEMMs, the eager backend, for one of
       the row counts or for all. Embeddings are never more, because a lookup has no GEMM to fuse the
       adapter's with.
@@ -405,7 +406,11 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
             continue
         x = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
         state = planned_state(layer, x.device, x.dtype)
-        reason = state if isinstance(state, str) else _kernel_reason(layer, x.expand(max(rows), -1))
+        reason = (
+            state
+            if isinstance(state, str)
+            else _other_backend_reason(layer, x.expand(max(rows), -1))
+        )
         if reason is not None:
             reasons.append(f"{each}: {reason}")
     if not reasons and make_block(group.layers, x.expand(max(rows), -1)) is None:
@@ -413,7 +418,7 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
     names = ", ".join(group.names)
     if reasons:
         return Row(name, APART, "eager", f"{names} run their own calls", "; ".join(reasons))
-    reason = f"for calls with the same x of more than {UPCAST_ROWS} rows"
+    reason = f"for calls with the same x of more than {MANY_ROWS} rows"
     return Row(name, SHARED, "eager", f"one call for {names}", reason)
 
 
@@ -446,7 +451,7 @@ def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, M: int) -> str | N
         x = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
         if (reason := block_reason(mlp, x.device, x.dtype)) is not None:
             return reason
-        if (reason := _kernel_reason(layer, x.expand(M, -1))) is not None:
+        if (reason := _other_backend_reason(layer, x.expand(M, -1))) is not None:
             return f"{name}: {reason}"
     gate, up, down = (mlp._modules[name] for name in mlp._parts[:3])
     x = _expected_input(gate.base_layer, adapters_of(gate), x_dtype).expand(M, -1)
@@ -454,7 +459,7 @@ def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, M: int) -> str | N
     return None if is_block else NO_BLOCK
 
 
-def _kernel_reason(layer: Any, x: Tensor) -> str | None:
+def _other_backend_reason(layer: Any, x: Tensor) -> str | None:
     """Return why another backend computes the layer for x; None for the eager backend."""
     _, (choice,) = _choose_calls(layer, layer.plan(x.device, x.dtype), x)
     return None if choice.is_eager else f"{choice.backend} computes it: {choice.reason}"

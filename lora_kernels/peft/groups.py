@@ -1,6 +1,6 @@
 """Groups: layers that a module's forward calls with one x, such as q, k and v.
 
-`fuse` reads the forward's source once. On the eager backend's GPU path, for more than `UPCAST_ROWS`
+`fuse` reads the forward's source once. On the eager backend's GPU path, for more than `MANY_ROWS`
 rows, the first layer's call computes the results of all (`ops.blocks`), and the calls of the others
 take theirs if they get the same x in the same state, and their own tensors are those that were
 used. Otherwise a layer computes its own result. Nothing else is kept: a thread has the results of
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
-from ..backends.eager.linear import UPCAST_ROWS
+from ..backends.eager.linear import MANY_ROWS
 from ..ops import blocks
 from . import direct
 
@@ -81,7 +81,7 @@ class Group:
                     _local.results = results
                 return y
         layers = self.layers
-        if layer is not layers[0] or x.numel() <= UPCAST_ROWS * self.in_features:
+        if layer is not layers[0] or x.numel() <= MANY_ROWS * self.in_features:
             return None
         if not blocks.can_run(x) or torch.is_inference_mode_enabled() or x.is_inference():
             return None  # x has no version, or y would have none after the mode
@@ -133,8 +133,8 @@ def _take(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
 
     None if x, the thread's state or the layer's tensors differ from those of that call.
     """
-    of, version, requires_grad, grad_mode, cast_dtype, hooks, waiting = results
-    if of is not x or version != x._version or requires_grad is not x.requires_grad:
+    shared_x, version, requires_grad, grad_mode, cast_dtype, hooks, waiting = results
+    if shared_x is not x or version != x._version or requires_grad is not x.requires_grad:
         return None
     if grad_mode is not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return None
@@ -184,10 +184,14 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
 def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
     """Return the names of the layers that the class's forward calls with one x, group by group.
 
-    A layer is in a group if the forward calls it exactly once, outside of loops and functions, as
-    `self.name(x)` with a bare name, after the group's first layer in each run that calls that one,
-    and neither assigns another value to that name nor may return in between. The names of one layer
-    are one layer.
+    A layer joins a group if
+
+    - the forward calls it exactly once, as `self.name(x)` with a bare name;
+    - the call is outside of loops and nested functions;
+    - each run that calls the group's first layer calls it too, later;
+    - nothing assigns to that x, or may return, in between.
+
+    A layer with two names in the module is in no group.
 
     Args:
         cls: a class of modules. Without its source there is no group.
@@ -199,8 +203,8 @@ def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
         if ids[id(layers[name])] != 1:
             continue
         key = x, layers[name].in_features
-        for of, first, names in groups:
-            if of == key and first[: len(branch)] == branch:
+        for group_key, first, names in groups:
+            if group_key == key and first[: len(branch)] == branch:
                 names.append(name)
                 break
         else:
@@ -283,15 +287,17 @@ class _ForwardReader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
-        of = node.func
-        if not (isinstance(of, ast.Attribute) and of.attr in self.names and not self.depth):
+        callee = node.func
+        is_named = isinstance(callee, ast.Attribute) and callee.attr in self.names
+        if not is_named or self.depth:
             return
-        is_own = isinstance(of.value, ast.Name) and of.value.id == self.owner
+        assert isinstance(callee, ast.Attribute)
+        is_own = isinstance(callee.value, ast.Name) and callee.value.id == self.owner
         if is_own and len(node.args) == 1 and not node.keywords:
             x = node.args[0]
             if isinstance(x, ast.Name):
                 x_is = x.id, self.assigned[x.id], self.returns
-                self.calls[of.attr] = x_is, self.branch
+                self.calls[callee.attr] = x_is, self.branch
 
 
 _CONDITIONAL = (

@@ -58,8 +58,9 @@ class Fused(nn.Module):
     # PEFT's target_modules="all-linear" recognizes its own layers by "Linear" in the class name, so
     # the names of subclasses contain it.
 
-    # The distinct adapter_names of the last call, for `explain`. A call does not read it: threads
-    # may call the layer with different names.
+    # The distinct adapter_names of the last call, for `explain`. A call takes no adapters from it,
+    # since threads may name different ones. `direct.read` sends a layer that has it the general
+    # way, which clears it.
     mixed_batch: tuple[str, ...] | None = None
     peft_class: Any  # the class of PEFT's that a subclass overrides
     peft_forward: Any  # its forward; None if it had been replaced before

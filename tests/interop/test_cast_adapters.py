@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import library
-from lora_kernels.backends.eager.linear import UPCAST_ROWS
+from lora_kernels.backends.eager.linear import MANY_ROWS
 from lora_kernels.bench import baselines, counter
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse, linear, unfuse
@@ -326,8 +326,8 @@ def test_step_of_a_cast_adapter_takes_few_kernels(base) -> None:
     assert found.kernels <= kernels and found.bytes <= megabytes * 1e6, found
 
 
-@pytest.mark.parametrize("rows", [1, UPCAST_ROWS, UPCAST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, MANY_ROWS, MANY_ROWS + 1])
 def test_explain_of_few_rows_does_not_say_that_adapters_are_rounded(rows: int) -> None:
     model = fuse(stock("linear"), cast_adapters=True)
     (row,) = explain(model, x_dtype=bf16, rows=rows).rows
-    assert ("rounded" in row.reason) is (rows > UPCAST_ROWS)
+    assert ("rounded" in row.reason) is (rows > MANY_ROWS)

@@ -42,7 +42,7 @@ from tests.support.peft_models import (
 )
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
-K, ROWS, R = 64, (2, 40), 5  # 80 rows, more than UPCAST_ROWS
+K, ROWS, R = 64, (2, 40), 5  # 80 rows, more than MANY_ROWS
 SIZES = {"q": 64, "k": 32, "v": 48}
 pytestmark = pytest.mark.usefixtures("gpu_path")
 

@@ -508,7 +508,7 @@ def test_statistics_without_a_gradient_require_none(outputs: tuple[str, ...]) ->
 def test_loss_without_grad_mode_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(SMALL)
     want = lora_linear_cross_entropy(**args)
-    monkeypatch.setattr(linear, "lora_linear_backward_direct", None)
+    monkeypatch.setattr(linear, "lora_linear_backward_undispatched", None)
     with torch.no_grad():
         got = lora_linear_cross_entropy(**args)
     assert torch.equal(got, want)
@@ -834,13 +834,13 @@ def test_statistics_are_the_same_whichever_are_requested(outputs: tuple[bool, ..
 def test_chunks_are_the_fewest_and_nearly_equal(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row that counts is in one of them, in both directions, and no other row is."""
     met: list[Tensor] = []
-    chosen = linear.lora_linear_direct
+    chosen = linear.lora_linear_undispatched
 
     def note(operands: call.Operands, *args: Any) -> Any:
         met.append(operands.x)
         return chosen(operands, *args)
 
-    monkeypatch.setattr(linear, "lora_linear_direct", note)
+    monkeypatch.setattr(linear, "lora_linear_undispatched", note)
     for M, rows, ignored in itertools.product((1, 6, 7, 9), (1, 2, 3, 4, 20), (0, 1, 4)):
         args = arguments(HeadCase(M, 5, 4, 2, of=of, chunk_rows=rows, ignored=0.0))
         args["labels"][M // 2 : M // 2 + ignored] = head_case.IGNORED

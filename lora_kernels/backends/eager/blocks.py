@@ -70,7 +70,7 @@ class Layer(NamedTuple):
         return cast(Tensor, weight)
 
 
-class Dropped(NamedTuple):
+class DropoutMask(NamedTuple):
     """A dropout mask that PyTorch's kernel drew, bool [M, K], and the probability."""
 
     mask: Tensor
@@ -146,7 +146,7 @@ def linear_output(
         del dropped
     else:
         p = linear(x, lora_A)
-    return _add_update(x, p, layer, base), p, mask
+    return _add_base_and_update(x, p, layer, base), p, mask
 
 
 def linears(
@@ -178,10 +178,10 @@ def _output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
     base, weight = None, layer.weight
     if type(weight) is Packed4bit:
         base = decode4bit.gemm(weight, x, layer.lora_B.shape[0], layer.bias)
-    return _add_update(x, p, layer, base)
+    return _add_base_and_update(x, p, layer, base)
 
 
-def _add_update(x: Tensor, p: Tensor, layer: Layer, base: Tensor | None) -> Tensor:
+def _add_base_and_update(x: Tensor, p: Tensor, layer: Layer, base: Tensor | None) -> Tensor:
     """Return y of a plain layer. base: x·Wᵀ + bias, which is overwritten; None to compute it."""
     lora_B, bias, scaling = layer.lora_B, layer.bias, layer.scaling
     if base is not None:
@@ -213,7 +213,7 @@ def linears_backward(
     layers: Sequence[Layer],
     needs: BlockNeeds,
     is_plain: bool,
-    dropped: Dropped | None = None,
+    dropped: DropoutMask | None = None,
 ) -> BlockGrads:
     """Compute the gradients, dx as [M, K].
 
@@ -252,12 +252,11 @@ def linears_backward(
         parts = ds.split_with_sizes(ranks, 1) if len(indices) > 1 else (ds,)
     for n, i in enumerate(indices):
         dy, layer = cast(Tensor, dys[i]), layers[i]
-        weight, lora_B, scaling = layer.weight, layer.lora_B, layer.scaling
+        lora_B, scaling = layer.lora_B, layer.scaling
         if need_x and dropped is None:  # while nothing large is held beside a decoded weight
-            if type(weight) is Packed4bit:
-                weight = layer.dense(dy.dtype)
-            dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)  # type: ignore[arg-type]
-        del weight
+            weight = layer.dense(dy.dtype)
+            dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+            del weight
         if need_B[i]:
             dB[i] = _scaled_mm(dy.t(), cast(Tensor, ps[i]), scaling)
         if ds is not None:
@@ -335,7 +334,7 @@ def batched_backward(
     ps: Sequence[Tensor | None],
     layers: Sequence[Layer],
     has_others: bool,
-    dropped: Dropped | None = None,
+    dropped: DropoutMask | None = None,
 ) -> BlockGrads:
     """Compute the gradients for several dy at once (`is_grads_batched=True`).
 
@@ -439,7 +438,9 @@ def down_backward(
         operands = Operands(g, layer.weight, lora_A, lora_B, layer.rank_gate)
         saved = Saved(dy.new_empty(dy.shape[0], lora_A.shape[0]) if p is None else p)
         spec = Spec(scaling, 0.0, g.dtype, g.dtype)
-        return gated_mlp.down_backward(dy, g, u, operands, saved, spec, needs, in_place, activation)
+        return gated_mlp.general_down_backward(
+            dy, g, u, operands, saved, spec, needs, in_place, activation
+        )
     dA = dB = dbias = None
     dense = layer.dense(dy.dtype)
     dh = mm(dy, dense)

@@ -97,7 +97,7 @@ def _activation_backward(
     return op(da, g, **how) if out is None else op.grad_input(da, g, **how, grad_input=out)  # type: ignore[no-any-return]
 
 
-def down_backward(
+def general_down_backward(
     dy: Tensor,
     g: Tensor,
     u: Tensor,

@@ -6,10 +6,11 @@ the reason (see `choice`).
 Memory traffic. The base GEMM accumulates onto the low-rank update, `y.addmm_(x, Wᵀ)`: y is read in
 the epilogue of the large GEMM and not in a pass of its own. dx likewise. Above max(`UPCAST_ROWS`,
 `UPCAST_ROWS_PER_RANK`·R) rows no float32 copy of a 16-bit x, dY, y or dx is made where the device
-multiplies 16-bit matrices into float32 (`library.has_out_dtype`). The adapter's GEMMs then run in
-one of three ways:
+multiplies 16-bit matrices into float32 (`library.has_out_dtype`). The adapter's GEMMs run in one of
+three ways:
 
-- its dtype is the activation's: in that dtype, P and dS in float32;
+- its dtype is the activation's: in that dtype. P is in float32, and dS too if there is a rank gate;
+  else dS has that dtype;
 - float32 beside 16 bits, many rows: each small operand as two 16-bit parts, hi + lo. A GEMM with
   a float32 result takes both parts side by side and adds the halves; one with a 16-bit result
   takes hi·hi + hi·lo + lo·hi as one GEMM of 3·R terms;
@@ -48,12 +49,13 @@ from .. import decode4bit
 from ..library import has_out_dtype, is_on_gpu_path, mm_fp32
 from ..rows import rows_of
 
-PANEL = 4 << 20  # bytes of an operand that `dora_norm` and `_column_dot` take at a time
+PANEL = 4 << 20  # bytes of an operand that `dora_norm` takes at a time; `_column_dot` takes 4·PANEL
 # The most rows, and rows per rank, for which 16-bit activations are copied to float32 beside a
 # float32 adapter. For few rows the copies move fewer bytes than two parts of the adapter. At 8 rows
 # per rank two parts save 36 MB in the backward of 512×4096×4096, r = 64 (counted; an estimated
 # 12 µs of an H100), and take 8 more kernels.
 UPCAST_ROWS, UPCAST_ROWS_PER_RANK = 64, 8
+MANY_ROWS = 64  # above it a copy of the adapters pays: A of a group stacked, adapters rounded
 EXPANDED_NORM = 256  # columns from which `dora_norm` is made of products on a GPU
 _HALVES = (torch.bfloat16, torch.float16)
 PART_ROUNDOFF = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-22}  # of hi + lo
@@ -62,7 +64,7 @@ PART_ROUNDOFF = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-22}  # of hi + l
 _PRESCALE = {torch.bfloat16: 1.0, torch.float16: 256.0}
 
 
-class _Dropped(NamedTuple):
+class _DroppedInput(NamedTuple):
     """D(x) = factor · x. mask: the bool mask if PyTorch's kernel drew one."""
 
     x: Tensor
@@ -72,25 +74,25 @@ class _Dropped(NamedTuple):
 
 def drop(
     x: Tensor, dropout_p: float, rng: Tensor | None = None, mask: Tensor | None = None
-) -> _Dropped:
+) -> _DroppedInput:
     """Drop elements of x [M, K].
 
     rng: the state of a Philox mask. mask: bool [M, K]. Without both, PyTorch's kernel draws a mask.
     """
     if not dropout_p:
-        return _Dropped(x)
+        return _DroppedInput(x)
     scale = dropout_scale(dropout_p)
     if mask is not None:
-        return _Dropped(torch.ops.aten.native_dropout_backward(x, mask, scale))
+        return _DroppedInput(torch.ops.aten.native_dropout_backward(x, mask, scale))
     if rng is not None:
-        return _Dropped(x * dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), scale)
+        return _DroppedInput(x * dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), scale)
     dropped, mask = torch.native_dropout(x, dropout_p, True)
-    return _Dropped(dropped, mask=mask)
+    return _DroppedInput(dropped, mask=mask)
 
 
 @contextmanager
 def upcast_rows(rows: int, rows_per_rank: int = 0) -> Iterator[None]:
-    """Set `UPCAST_ROWS` and `UPCAST_ROWS_PER_RANK`, in all threads. For tests."""
+    """Set `UPCAST_ROWS` and `UPCAST_ROWS_PER_RANK`, in all threads. For tests and the oracle."""
     global UPCAST_ROWS, UPCAST_ROWS_PER_RANK
     previous = UPCAST_ROWS, UPCAST_ROWS_PER_RANK
     UPCAST_ROWS, UPCAST_ROWS_PER_RANK = rows, rows_per_rank
@@ -330,11 +332,12 @@ def lora_linear_backward(
     if operands.column_scale is not None:
         return _dora_backward(dy, operands, saved, spec, needs)
     if needs.x and isinstance(operands.weight, Packed4bit):
-        lora_A, lora_B = operands.lora_A, operands.lora_B
-        few_rows = dy.shape[0] <= UPCAST_ROWS and not spec.dropout_p
-        is_narrow = _widest(dy, lora_A, lora_B) is dy.dtype
-        if few_rows if is_narrow else not _is_in_parts(dy, lora_B):
-            return _4bit_backward(dy, operands, saved, spec, needs, late_x)
+        if _widest(dy, operands.lora_A, operands.lora_B) is dy.dtype:
+            base_first = dy.shape[0] <= UPCAST_ROWS and not spec.dropout_p
+        else:  # the base GEMM accumulates onto an update in parts alone
+            base_first = not _is_in_parts(dy, operands.lora_B)
+        if base_first:
+            return _base_first_backward(dy, operands, saved, spec, needs, late_x)
     return _dense_backward(dy, operands, saved, spec, needs, late_x)
 
 
@@ -373,7 +376,7 @@ def _dense_backward(
     return grads._replace(x=dx, lora_A=dA)
 
 
-def _4bit_backward(
+def _base_first_backward(
     dy: Tensor,
     operands: Operands,
     saved: Saved,

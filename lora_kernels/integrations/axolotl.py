@@ -2,7 +2,9 @@
 
 plugins:
   - lora_kernels.integrations.axolotl.FusePlugin
-lora_kernels_loss: true  # as `fuse`'s `loss`; also lora_kernels_linears, lora_kernels_qualify
+lora_kernels_loss: true  # as `fuse`'s `loss`
+
+The other keys are lora_kernels_linears, lora_kernels_qualify and lora_kernels_exact_merge.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class FuseArgs(BaseModel):
     lora_kernels_linears: bool = False
     lora_kernels_loss: bool = False
     lora_kernels_qualify: Literal["cached", "now", "off"] = "cached"
+    lora_kernels_exact_merge: Literal["host", "device"] | None = None
 
 
 class FusePlugin(BasePlugin):  # type: ignore[misc]
@@ -58,6 +61,7 @@ class FusePlugin(BasePlugin):  # type: ignore[misc]
             arguments.lora_kernels_linears,
             arguments.lora_kernels_loss,
             arguments.lora_kernels_qualify,
+            exact_merge=arguments.lora_kernels_exact_merge,
         )
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:

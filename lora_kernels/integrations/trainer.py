@@ -17,6 +17,7 @@ from ..choice import verdicts
 from ..peft import explain, fuse
 from ..peft.base import missing_layers
 from ..peft.explain_rows import ADAPTER, LIBRARY, PEFT, TORCH
+from ..peft.merge import check_exact_merge
 from ..peft.swap import check_qualify, lora_layers
 
 MOST_REASONS = 3  # that are printed for a state
@@ -82,10 +83,10 @@ class FuseCallback(LayerReport, VerdictLog):
     state before. If more than a tenth are PEFT's, it is one warning of the logger "lora_kernels".
 
     Args:
-        linears, loss, qualify, blocks, cast_adapters: as `fuse`'s.
+        linears, loss, qualify, blocks, cast_adapters, exact_merge: as `fuse`'s.
 
-    Raises ValueError if `qualify` is another word; and, from the trainer's `__init__`, if the model
-    has no LoRA layers.
+    Raises ValueError if `qualify` or `exact_merge` is another word; and, from the trainer's
+    `__init__`, if the model has no LoRA layers, or one whose base `exact_merge` cannot keep.
 
     >>> from lora_kernels.integrations import FuseCallback
     >>> callback = FuseCallback()  # SFTTrainer(..., peft_config=config, callbacks=[callback])
@@ -99,10 +100,13 @@ class FuseCallback(LayerReport, VerdictLog):
         qualify: str = "cached",
         blocks: bool = True,
         cast_adapters: bool = False,
+        exact_merge: str | None = None,
     ) -> None:
         check_qualify(qualify)
+        check_exact_merge(exact_merge)
         self.settings: dict[str, Any] = {"linears": linears, "loss": loss, "qualify": qualify}
         self.settings |= {"blocks": blocks, "cast_adapters": cast_adapters}
+        self.settings["exact_merge"] = exact_merge
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"args": self.settings}

@@ -15,6 +15,7 @@ from .embedding import FusedEmbedding
 from .explain_rows import Row
 from .frozen import StreamedLinear
 from .linear import FusedLinear
+from .merge import merged_weights
 from .mixed_batch import row_adapters
 from .report import Explanation, explain
 from .swap import fuse, unfuse
@@ -31,6 +32,7 @@ __all__ = [
     "check",
     "explain",
     "fuse",
+    "merged_weights",
     "row_adapters",
     "unfuse",
 ]

@@ -28,6 +28,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get
 from torch import Tensor, nn
 
 from .base import missing_layers
+from .merge import as_peft
 from .modules import is_linear4bit
 from .report import format_table, group_rows
 from .swap import lora_layers
@@ -714,10 +715,11 @@ def _merged(layer: Any) -> Iterator[None]:
     base = layer.base_layer
     try:
         layer.base_layer = inner = copy.deepcopy(base)
-        layer.merge(safe_merge=True)
-        while isinstance(inner, LoraLayer):
-            inner.merge(safe_merge=True)
-            inner = inner.base_layer
+        with as_peft(layer.modules()):
+            layer.merge(safe_merge=True)
+            while isinstance(inner, LoraLayer):
+                inner.merge(safe_merge=True)
+                inner = inner.base_layer
         yield
     finally:
         layer.base_layer = base

@@ -29,6 +29,7 @@ from .frozen import StreamedLinear
 from .groups import add_groups, remove_groups
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
+from .merge import check_exact_merge, check_layers, set_exact_merges
 from .mlp import fuse_mlps, restore_mlps
 from .modules import is_conv1d, is_linear4bit, patched_reason
 from .zero3 import gather_in_call, is_zero3, stop_gathering
@@ -47,6 +48,7 @@ def fuse(
     qualify: str = "cached",
     blocks: bool = True,
     cast_adapters: bool = False,
+    exact_merge: str | None = None,
 ) -> Model:
     """Fuse the LoRA layers of a PEFT model in place, and return the model.
 
@@ -84,11 +86,19 @@ def fuse(
             and the optimizer's state stay float32. PEFT makes adapters float32 by default; without
             autocast their GEMMs take three 16-bit parts for each float32 operand. It holds for
             LoRA, DoRA and AdaLoRA over linear layers. On a CPU it changes nothing.
+        exact_merge: where each layer keeps a copy of its base while an adapter is merged into it,
+            "host" or "device"; None: nowhere. `unmerge_adapter` then copies the base back, bit for
+            bit, whatever became of the adapter, and frees the copy. PEFT's subtracts ΔW, which
+            rounds. Merged weights are PEFT's. A copy takes the base's bytes: 2 for a bfloat16
+            weight, the packed bytes and scales of a 4-bit one, once for tied weights. A copy does
+            not follow `to()`; the base gets the copy's values in its new dtype, on its new device.
+            `merge_and_unload` makes no copy. Layers that are left to PEFT keep copies too.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: `model` has no LoRA or AdaLoRA layer, or with `loss` no causal language model;
-            `qualify` is another word.
+            `qualify` or `exact_merge` is another word; with `exact_merge` a layer is merged
+            already, or its base is in a format of which no copy is made, such as 8 bits.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -96,9 +106,12 @@ def fuse(
     'FusedLinear'
     """
     check_qualify(qualify)
+    check_exact_merge(exact_merge)
     layers = list(lora_layers(model))
     if not layers and not loss:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
+    check_layers([(name, layer) for name, layer, _ in layers], exact_merge)
+    set_exact_merges((layer for _, layer, _ in layers), exact_merge)
     for name, layer, reason in layers:
         _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
@@ -171,6 +184,7 @@ def unfuse(model: Model) -> Model:
     Linear(in_features=2, out_features=2, bias=True)
     """
     for _, layer, _ in lora_layers(model):
+        set_exact_merges([layer], None)
         if isinstance(layer, Fused):
             set_class(layer, peft_class(layer))
             if is_linear4bit(layer.base_layer) and "repacks_codes" in vars(layer):

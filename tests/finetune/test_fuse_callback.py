@@ -19,14 +19,17 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 import lora_kernels
 from lora_kernels.backends.cpu import native
 from lora_kernels.finetune import newest_checkpoint
+from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.integrations.trainer import VerdictLog
+from lora_kernels.layers import adaptable_experts
 from lora_kernels.peft import explain
 from lora_kernels.peft.explain_rows import KERNELS, LIBRARY
 from lora_kernels.peft.frozen import StreamedLinear
 from tests.finetune.tiny import llama, weights
-from tests.support.assertions import FLOAT64_RTOL, assert_bitwise_equal
+from tests.support.assertions import FLOAT64_RTOL, assert_bitwise_equal, assert_bytes
 from tests.support.assertions import assert_close_derived as assert_same
+from tests.support.peft_models import base_bytes, moe
 from tests.support.processes import run_python
 
 pytest.importorskip("trl", exc_type=ImportError)
@@ -134,7 +137,7 @@ def test_callback_added_to_a_resumed_run_is_saved_with_it(kind: Any, tmp_path: P
 def test_fuse_callback_restored_from_a_checkpoint_has_its_settings(tmp_path: Path) -> None:
     """Trainer makes a new callback of the state that the checkpoint has."""
     settings = {"linears": True, "loss": True, "qualify": "off"}
-    settings |= {"blocks": False, "cast_adapters": True}
+    settings |= {"blocks": False, "cast_adapters": True, "exact_merge": "device"}
     make = partial(trl_tests.sft, tmp_path, torch.float32, config=trl_tests.lora())
     for steps in (1, 2):
         how = CHECKPOINTS | {"max_steps": steps, "restore_callback_states_from_checkpoint": True}
@@ -173,6 +176,70 @@ def test_fuse_callback_says_why_layers_run_library_gemms(
 def test_fuse_callback_refuses_another_word_before_a_trainer_has_it() -> None:
     with pytest.raises(ValueError, match="qualify: got 'nope', want one of 'cached'"):
         FuseCallback(qualify="nope")
+    with pytest.raises(ValueError, match="exact_merge: got 'nope', want 'host' or 'device'"):
+        FuseCallback(exact_merge="nope")
+
+
+class Syncing(TrainerCallback):
+    """Merges and unmerges before each step, as a trainer that hands its weights to an engine."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.cycles = model, 0
+        self.before = base_bytes(model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model.merge_adapter()
+        merged = base_bytes(self.model)
+        is_changed = any(not torch.equal(merged[n], t) for n, t in self.before.items())
+        assert is_changed or self.cycles == 0  # where lora_B is 0
+        self.model.unmerge_adapter()
+        assert_bytes(base_bytes(self.model), self.before)
+        self.cycles += 1
+
+
+@pytest.mark.filterwarnings("ignore:.*erge lora module to 4-bit")
+@pytest.mark.parametrize("base", ["bfloat16", "float32", "nf4"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_fuse_callback_with_exact_merges_trains_as_without_merges(
+    kind: str, base: str, tmp_path: Path
+) -> None:
+    """20 cycles, with Trainer's default optimizer in between."""
+    dtype = torch.bfloat16 if base == "bfloat16" else torch.float32
+    data = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(80 * 12) % 61).view(80, 12)]
+    found = []
+    for merging in (True, False):
+        model = moe().unload() if kind == "mixtral" else llama(intermediate_size=128)
+        model = model.to(dtype)
+        if base == "nf4":
+            pytest.importorskip("bitsandbytes")
+            quantize(model, "nf4", dtype, torch.device("cpu"))
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        config = LoraConfig(
+            r=3,
+            lora_alpha=7,
+            target_modules=["q_proj", "v_proj"],
+            target_parameters=experts if kind == "mixtral" else None,
+        )
+        torch.manual_seed(1)
+        with adaptable_experts(model):
+            model = get_peft_model(model, config)
+        settings = {"max_steps": 20, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+        settings |= {"logging_steps": 1, "learning_rate": 0.01, "disable_tqdm": True}
+        args = TrainingArguments(str(tmp_path), **settings)
+        trainer = Trainer(
+            model, args, train_dataset=data, callbacks=[FuseCallback(exact_merge="host")]
+        )
+        syncing = Syncing(model)
+        if merging:
+            trainer.add_callback(syncing)
+        trainer.train()
+        assert syncing.cycles == (20 if merging else 0)
+        assert_bytes(base_bytes(model), syncing.before)
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        found.append((losses, weights(model)))
+    (losses, adapters), (want, unmerged) = found
+    assert losses == want and len(losses) == 20 and losses[0] != losses[-1]
+    assert_bitwise_equal(adapters, unmerged)
 
 
 def test_fuse_callback_prints_one_line_that_explain_and_assert_fused_agree_with(

@@ -109,7 +109,14 @@ def register(manager: Any, cfg: dict[str, Any]) -> None:
         plugin.register(cfg)
 
 
-@pytest.mark.parametrize("cfg", [{}, {"lora_kernels_loss": True, "lora_kernels_qualify": "off"}])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {},
+        {"lora_kernels_loss": True, "lora_kernels_qualify": "off"},
+        {"lora_kernels_exact_merge": "host"},
+    ],
+)
 def test_axolotl_fuses_after_the_adapter_is_loaded(
     cfg: dict[str, Any], manager: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +127,10 @@ def test_axolotl_fuses_after_the_adapter_is_loaded(
     model = peft_model()
     want = loss_and_gradients(model)
     manager.post_lora_load(cfg, model)
+    places = {
+        vars(each)["exact_merge"].where for each in model.modules() if "exact_merge" in vars(each)
+    }
+    assert places == {cfg[key] for key in cfg if key == "lora_kernels_exact_merge"}
     assert_close_derived(loss_and_gradients(model), want, layers=8)
     logits = model(input_ids=IDS, labels=IDS, use_cache=False).logits
     assert (logits is None) is cfg.get("lora_kernels_loss", False)
@@ -139,6 +150,7 @@ def test_axolotl_finds_the_keys_of_the_configuration(manager: Any) -> None:
         "lora_kernels_linears": False,
         "lora_kernels_loss": False,
         "lora_kernels_qualify": "cached",
+        "lora_kernels_exact_merge": None,
     }
     with pytest.raises(ValueError, match="lora_kernels_qualify"):
         arguments(lora_kernels_qualify="later")

@@ -6,8 +6,10 @@ step's gradient of each adapter and what each adapter has become are compared.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,14 +21,17 @@ from transformers import TrainerCallback
 from lora_kernels.finetune.compare import GRADIENT_LIMIT, UPDATE_LIMIT, relative_rms
 from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
-from lora_kernels.peft import FusedLinear, explain, fuse
+from lora_kernels.peft import FusedLinear, explain, fuse, merged_weights, unfuse
 from tests.finetune.tiny import llama, tokenizer
-from tests.support.assertions import FLOAT64_RTOL
+from tests.support.assertions import FLOAT64_RTOL, assert_bytes
 from tests.support.assertions import assert_close_derived as assert_same
+from tests.support.peft_models import base_bytes
 
 pytest.importorskip("trl", exc_type=ImportError)
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
 
 STEPS = 2
 BF16_LIMIT = 1.25  # the fused error against float32 gradients, divided by stock PEFT's
@@ -225,3 +230,76 @@ def test_dpo(tmp_path: Path, dtype: torch.dtype, adapter: str) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_grpo(tmp_path: Path, dtype: torch.dtype, beta: float) -> None:
     check(partial(grpo, beta=beta), tmp_path, dtype, merging=True)
+
+
+class Engine:
+    """A stub of vLLM beside the trainer: a model of its own, which takes streamed weights."""
+
+    def __init__(self, trained: Any) -> None:
+        self.trained, self.model = trained, base(torch.bfloat16)
+        self.received: Results = {}
+        self.syncs = 0
+        part = SimpleNamespace(model=self)
+        for name in ("model_runner", "driver_worker", "model_executor", "llm_engine"):
+            part = SimpleNamespace(**{name: part})
+        self.llm_engine = part.llm_engine
+
+    def load_weights(self, named: Any) -> None:
+        self.received |= {name: t.clone() for name, t in named}
+
+    def reset_prefix_cache(self) -> None:
+        self.model.load_state_dict(self.received)
+        self.received, self.syncs = {}, self.syncs + 1
+
+
+def engine_generation(by_stream: bool) -> Any:
+    """TRL's calls around the engine, or, if `by_stream`, `merged_weights` in their place."""
+
+    class Generation(VLLMGeneration):  # type: ignore[misc]
+        def _init_vllm(self) -> None:
+            self.llm = Engine(self.model)
+
+        def _iter_named_params(self) -> Any:
+            return merged_weights(self.model) if by_stream else super()._iter_named_params()
+
+        def sync_weights(self) -> None:
+            before = base_bytes(self.model)
+            with torch.random.fork_rng([]):
+                theirs = unfuse(copy.deepcopy(self.model)).merge_and_unload()
+            super().sync_weights()
+            assert_bytes(self.llm.model.state_dict(), theirs.state_dict())
+            assert_bytes(base_bytes(self.model), before)
+
+        def generate(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+            ids = []
+            for i, prompt in enumerate(prompts):  # greedy, but for the first token
+                start = torch.tensor([[*prompt, 40 + i]])
+                with torch.no_grad():
+                    done = self.llm.model.generate(start, max_new_tokens=5, do_sample=False)
+                ids.append(done[0, len(prompt) :].tolist())
+            return prompts, ids, [[[0.0]] * len(each) for each in ids], None
+
+    return Generation
+
+
+@pytest.mark.parametrize("by_stream", [False, True])
+def test_grpo_with_an_engine_gets_peft_s_merged_weights_and_keeps_the_base(
+    by_stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each of its syncs, with AdamW's steps between."""
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", engine_generation(by_stream))
+
+    def reward(completions: Any, **kwargs: Any) -> list[float]:
+        return [float(len(set(c))) for c in completions]
+
+    how = {"max_completion_length": 6, "num_generations": 4, "use_vllm": True, "beta": 0.0}
+    how |= {"vllm_mode": "colocate", "vllm_importance_sampling_correction": False, "max_steps": 4}
+    made = parts({"prompt": [f"{i} squared?" for i in range(8)]})
+    made["callbacks"] = [FuseCallback(exact_merge=None if by_stream else "host")]
+    config = GRPOConfig(str(tmp_path), **SETTINGS | how | {"optim": "adamw_torch"})
+    trainer = GRPOTrainer(base(torch.bfloat16), reward, config, **made)
+    randomize(trainer.model)
+    before = base_bytes(trainer.model)
+    trainer.train()
+    assert trainer.vllm_generation.llm.syncs == 4
+    assert_bytes(base_bytes(trainer.model), before)

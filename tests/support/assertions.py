@@ -150,3 +150,12 @@ def _pairs(got: Any, want: Any, name: str) -> Iterator[tuple[str, Tensor, Tensor
     else:
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             yield from _pairs(a, b, f"{name}[{i}]")
+
+
+def assert_bytes(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """The same names, dtypes, shapes and bytes: packed bytes seen as bfloat16 may be NaN."""
+    assert got.keys() == want.keys()
+    for name, t in want.items():
+        assert (got[name].dtype, got[name].shape) == (t.dtype, t.shape), name
+        a, b = (each.contiguous().flatten().view(torch.uint8) for each in (got[name], t))
+        assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} bytes differ"

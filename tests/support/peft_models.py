@@ -428,3 +428,12 @@ def count_ops(call: Callable[[], Any]) -> dict[str, int]:
     with OpCounter() as counter:
         call()
     return dict(counter.counts)
+
+
+def base_bytes(model: Any) -> dict[str, Tensor]:
+    """Copies of what is no adapter's, by the names of the base's state dict."""
+    found = {}
+    for name, t in model.get_base_model().state_dict().items():
+        if ".lora_" not in name and not name.startswith("lora_"):
+            found[name.replace(".base_layer", "")] = t.detach().clone()
+    return found

@@ -1,0 +1,622 @@
+"""Merges that give the base back, merged weights as a stream, and what a merge keeps.
+
+PEFT's own merge computes every merged value. `ExactMerge` copies a layer's base before it, and
+copies it back in place of PEFT's unmerge, which subtracts and so rounds. `merged_weights` lets PEFT
+merge into copies of one layer's base at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .base import missing_layers
+from .linear import peft_class
+
+PLACES = ("host", "device")
+_METHODS = "merge", "unmerge", "unload_and_optionally_merge_module"
+
+Slot = tuple[nn.Module, str]  # a module, and the name of a parameter of its own
+
+
+def check_exact_merge(exact_merge: str | None) -> None:
+    """Raise ValueError unless `fuse` takes this place of the copies."""
+    if exact_merge is not None and exact_merge not in PLACES:
+        want = " or ".join(map(repr, PLACES))
+        raise ValueError(f"exact_merge: got {exact_merge!r}, want {want}, or None for no copies")
+
+
+def check_layers(layers: Sequence[tuple[str, Any]], exact_merge: str | None) -> None:
+    """Raise ValueError if the base of a layer cannot be kept, or is not there any more."""
+    for name, layer in layers if exact_merge is not None else ():
+        if (reason := _unkeepable_reason(layer)) is not None:
+            raise ValueError(f"exact_merge: got {name}, {reason}, want layers whose base is kept")
+        if layer.merged and (_exact(layer) is None or _exact(layer).originals is None):
+            raise ValueError(
+                f"exact_merge: {name} is merged already, so its base is not there to be kept: "
+                "call model.unmerge_adapter() before"
+            )
+    if exact_merge is not None:
+        deque(_tied_groups(layer for _, layer in layers), maxlen=0)
+
+
+def set_exact_merges(layers: Iterable[Any], where: str | None) -> None:
+    """Let the merges of LoRA layers keep copies of their bases in this place; None: no more.
+
+    A layer that is merged over a copy keeps it until it is unmerged.
+    """
+    exact = []
+    for layer in layers:
+        known = _exact(layer)
+        if where is None:
+            if known is not None and known.originals is None:
+                known.remove()
+            elif known is not None:
+                known.where = None
+            continue
+        if known is None:
+            known = ExactMerge(layer, where)
+            vars(layer).update({name: getattr(known, name) for name in _METHODS})
+            layer.exact_merge = known
+        known.where = where
+        exact.append(known)
+    for known in exact:
+        known.tied = []
+    for group in _tied_groups(known.layer for known in exact):
+        for layer in group:
+            tied = _exact(layer).tied
+            tied += [x for x in map(_exact, group) if x is not _exact(layer) and x not in tied]
+
+
+def _exact(layer: Any) -> Any:
+    return vars(layer).get("exact_merge")
+
+
+def _unkeepable_reason(layer: Any) -> str | None:
+    if isinstance(layer, MultiheadAttention):
+        return "an nn.MultiheadAttention, which PEFT merges and unmerges in every forward"
+    base = layer.get_base_layer()
+    if not isinstance(layer, ParamWrapper) and base._parameters.get("weight") is None:
+        return f"over a {type(base).__name__} without a weight that a merge writes"
+    for module, name in written(layer):
+        p: Any = module._parameters[name]
+        if not (_is_plain(p) or _is_params4bit(p)):
+            kind = f"{type(p).__name__} of {p.dtype}"
+            return f"over a {type(base).__name__}, whose {name} is a {kind}"
+    return None
+
+
+def written(layer: Any) -> list[Slot]:
+    """Return the parameters that PEFT's merge of the layer writes or replaces.
+
+    A merge over experts in 4 bits writes none: PEFT adds to a decoded copy.
+    """
+    base = layer.get_base_layer()
+    names = [layer.parameter_name] if isinstance(layer, ParamWrapper) else ["weight", "bias"]
+    return [(base, name) for name in names if base._parameters.get(name) is not None]
+
+
+def _is_params4bit(p: object) -> bool:
+    return type(p).__name__ == "Params4bit" and getattr(p, "quant_state", None) is not None
+
+
+def _is_plain(p: Any) -> bool:
+    t = _local(p)
+    return type(t) in (nn.Parameter, Tensor) and t.is_floating_point()
+
+
+def _local(p: Any) -> Any:
+    """Return the tensor itself, or this process's shard of a DTensor."""
+    return p.to_local() if type(p).__name__ == "DTensor" else p
+
+
+def _tied_groups(layers: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield the layers whose bases share memory.
+
+    Raises ValueError if they share it otherwise than element by element.
+    """
+    spans = []
+    for i, layer in enumerate(layers):
+        for module, name in written(layer):
+            t = _local(module._parameters[name])
+            last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            if t.numel() and t.data_ptr():
+                end = t.data_ptr() + (last + 1) * t.element_size()
+                spans.append((str(t.device), t.data_ptr(), end, i, layer, t))
+    group: list[Any] = []
+    for span in sorted(spans, key=lambda span: span[:4]):
+        device, start, _, _, layer, t = span
+        if group and device == group[0][0] and start < max(each[2] for each in group):
+            first = group[0][5]
+            if start != group[0][1] or (t.shape, t.stride()) != (first.shape, first.stride()):
+                raise ValueError(
+                    f"exact_merge: got bases of shapes {list(first.shape)} and {list(t.shape)} "
+                    "that overlap in memory, want the same elements or none"
+                )
+        else:
+            if len(group) > 1:
+                yield [each[4] for each in group]
+            group = []
+        group.append(span)
+    if len(group) > 1:
+        yield [each[4] for each in group]
+
+
+class ExactMerge:
+    """PEFT's merge and unmerge of one layer, over a copy of its base.
+
+    They are attributes of the layer, which PEFT's model and PEFT's forward call.
+
+    Attributes:
+        where: "host" or "device", of the copy; None: the layer loses this object once unmerged.
+        originals: the base's parameters as they were; None while nothing is merged.
+        tied: the same of other layers whose base shares memory with this one's.
+    """
+
+    def __init__(self, layer: Any, where: str | None) -> None:
+        self._layer = weakref.ref(layer)  # a strong one would keep the layer until a collection
+        self.where = where
+        self.originals: list[_Dense | _FourBit] | None = None
+        self.tied: list[ExactMerge] = []
+        self._caches: dict[str, Any] = {}
+        self._passes = False  # on to PEFT's methods, which call each other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        attributes = {name: value for name, value in vars(self).items() if name != "_layer"}
+        return ExactMerge, (self.layer, self.where), attributes
+
+    @property
+    def layer(self) -> Any:
+        return self._layer()
+
+    @property
+    def is_merged(self) -> bool:
+        layer = self.layer
+        return layer is not None and bool(layer.merged)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge as PEFT does, and keep the base before.
+
+        If PEFT's merge raises before an adapter counts as merged, the base is copied back.
+        """
+        layer = self.layer
+        if self._passes:
+            return self._peft("merge", safe_merge, adapter_names)
+        is_first = not any(each.is_merged for each in (self, *self.tied))
+        for each in (self, *self.tied) if is_first else ():
+            each._drop()
+        if not _has_any(layer, adapter_names):
+            return self._peft("merge", safe_merge, adapter_names)
+        if self.originals is None:
+            self._keep()
+        try:
+            self._peft("merge", safe_merge, adapter_names)
+        except BaseException:
+            if is_first and not layer.merged:
+                self._restore()
+            raise
+        finally:
+            if is_first and not layer.merged:
+                self._drop()
+
+    def unmerge(self) -> None:
+        """Copy the base back and free the copy; over a tied base that another layer is merged
+        into, subtract as PEFT does, until the last one is unmerged."""
+        layer, together = self.layer, (self, *self.tied)
+        is_last = not any(each.is_merged for each in self.tied)
+        if self._passes or not layer.merged or self.originals is None or not is_last:
+            return self._peft("unmerge")
+        for each in together:
+            each._restore()
+        layer.merged_adapters.clear()
+        vars(layer).pop("merge_loss", None)
+        for each in together:
+            each._drop()
+            if each.where is None:
+                each.remove()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> Any:
+        """Return the base without the layer, merged without a copy. `merge_and_unload` calls it."""
+        layer = self.layer
+        theirs = getattr(type(layer), "unload_and_optionally_merge_module", None)
+        with as_peft(layer.modules()):
+            if theirs is not None:
+                return theirs(layer, merge, safe_merge, adapter_names)
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return layer.get_base_layer()
+
+    def remove(self) -> None:
+        """Give the layer PEFT's methods again."""
+        for name in (*_METHODS, "exact_merge"):
+            vars(self.layer).pop(name, None)
+
+    def _peft(self, method: str, *args: Any) -> None:
+        with as_peft([self.layer]):
+            getattr(type(self.layer), method)(self.layer, *args)
+
+    def _keep(self) -> None:
+        """Copy the base, except what a tied layer has copied."""
+        copies = [each for tied in self.tied for each in tied.originals or ()]
+        originals = []
+        for slot in written(self.layer):
+            shared = next((each for each in copies if each.shares_memory(slot)), None)
+            if shared is not None:
+                originals.append(shared.at(slot))
+            else:
+                originals.append(_copy_of(slot, self.where == "host"))
+        self._caches = dict(getattr(self.layer, "_caches", {}))
+        self.originals = originals
+
+    def _restore(self) -> None:
+        if self.originals is None:
+            return
+        for each in self.originals:
+            each.restore()
+        if hasattr(self.layer, "_caches"):  # PEFT's, for its own unmerge
+            self.layer._caches = self._caches
+
+    def _drop(self) -> None:
+        self.originals, self._caches = None, {}
+
+
+@contextmanager
+def as_peft(modules: Iterable[Any]) -> Iterator[None]:
+    """Let the layers among these modules merge and unmerge as PEFT does."""
+    exact = [x for x in map(_exact, modules) if x is not None and not x._passes]
+    try:
+        for each in exact:
+            each._passes = True
+        yield
+    finally:
+        for each in exact:
+            each._passes = False
+
+
+def _has_any(layer: Any, adapter_names: Sequence[str] | None) -> bool:
+    """Return True if a merge of these adapters, or of the active ones, changes the layer."""
+    names = layer.active_adapters if adapter_names is None else adapter_names
+    return any(name in part for name in names for part in (layer.lora_A, layer.lora_embedding_A))
+
+
+def _copy_of(slot: Slot, to_host: bool) -> _Dense | _FourBit:
+    module, name = slot
+    p: Any = module._parameters[name]
+    if _is_params4bit(p):
+        # PEFT's merge replaces packed bytes and never writes to them.
+        device = torch.device("cpu") if to_host else p.device
+        attributes = {key: value for key, value in vars(p).items() if key in _ATTRIBUTES}
+        return _FourBit(slot, type(p), p.data.to(device), _moved(p.quant_state, device), attributes)
+    t = _local(p).detach()
+    return _Dense(slot, t.to("cpu", copy=True) if to_host else t.clone())
+
+
+class _Dense(NamedTuple):
+    """The values of a dense parameter."""
+
+    slot: Slot
+    values: Tensor
+
+    def shares_memory(self, slot: Slot) -> bool:
+        """Return True if this is a copy of the same elements as the slot's now."""
+        (module, name), (other, key) = self.slot, slot
+        a, b = _local(module._parameters[name]), _local(other._parameters[key])
+        if _is_params4bit(b) or a.data_ptr() != b.data_ptr() or not a.numel():
+            return False
+        return bool(a.shape == b.shape and a.stride() == b.stride())
+
+    def at(self, slot: Slot) -> _Dense:
+        return _Dense(slot, self.values)
+
+    def restore(self) -> None:
+        """Copy the values into the parameter, whatever device and dtype it has by now."""
+        module, name = self.slot
+        p: Any = module._parameters[name]
+        t = _local(p.data)
+        if t.shape != self.values.shape:
+            raise RuntimeError(
+                f"exact_merge: got a base's {name} of shape {list(t.shape)}, want "
+                f"{list(self.values.shape)}, which it had when an adapter was merged into it"
+            )
+        t.copy_(self.values)
+
+
+_ATTRIBUTES = "blocksize", "compress_statistics", "quant_type", "quant_storage", "module"
+
+
+class _FourBit(NamedTuple):
+    """The class, packed bytes and scales of a bitsandbytes parameter."""
+
+    slot: Slot
+    cls: Any
+    packed: Tensor
+    state: Any
+    attributes: dict[str, Any]
+
+    def shares_memory(self, slot: Slot) -> bool:
+        module, name = slot
+        p: Any = module._parameters[name]
+        return _is_params4bit(p) and p.data_ptr() == self.packed.data_ptr()
+
+    def at(self, slot: Slot) -> _FourBit:
+        return self._replace(slot=slot)
+
+    def restore(self) -> None:
+        """Replace the parameter by one of these bytes, on the device where it is by now."""
+        module, name = self.slot
+        now: Any = module._parameters[name]
+        state = _moved(self.state, now.device)
+        given = self.attributes | {"quant_state": state, "bnb_quantized": True}
+        given["requires_grad"] = False
+        if given.get("module") is not None:
+            given["module"] = module  # of a copy of the model, its own
+        p = self.cls(self.packed.to(now.device), **given)
+        module._parameters[name] = p
+        module.quant_state = state
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    """Return a copy of a `QuantState` whose tensors are on the device."""
+    state = copy.copy(state)
+    vars(state).pop("_lora_kernels", None)  # our decoder's view of the tensors
+    if state.nested:
+        state.state2 = copy.copy(state.state2)
+    state.to(device)
+    return state
+
+
+def merged_weights(
+    model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that PEFT's merge gives, one at a time, and leave the model as it is.
+
+    For engines that take weights as a stream. The names and tensors are those of the state dict of
+    `merge_and_unload()`: names are the base model's, 4-bit weights have their scales beside them,
+    modules of `modules_to_save` stand for the base's. PEFT merges into a copy of one layer's base
+    at a time, or of all layers that share it. A tensor that no adapter changes is the model's own,
+    so do not write to it. The model may be fused or not, and merged: then what is merged stays.
+
+    Args:
+        model: a PEFT model with LoRA layers, on devices, and not offloaded.
+        adapter_names: the adapters to merge; None: the active ones.
+        safe_merge: whether PEFT refuses NaN and infinity.
+
+    Yields:
+        A name, and a tensor that needs no gradient, in the base's dtype, on its device.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it has no LoRA layers, a weight is offloaded, a layer is an
+            `nn.MultiheadAttention`; or PEFT's merge raises it.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), LoraConfig(target_modules=["0"]))
+    >>> {name: tuple(t.shape) for name, t in merged_weights(model)}
+    {'0.weight': (4, 8), '0.bias': (4,)}
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
+    root: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not any(isinstance(module, LoraLayer) for module in root.modules()):
+        raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
+    for name, module in root.named_modules():
+        if isinstance(module, MultiheadAttention):
+            raise ValueError(f"model: got {name}, an nn.MultiheadAttention, want other layers")
+    for name, t in root.state_dict().items():
+        if t.is_meta:
+            raise ValueError(f"model: got {name} offloaded, or on meta, want it on a device")
+    return _merged_weights(root, adapter_names, safe_merge)
+
+
+def _merged_weights(
+    root: nn.Module, adapter_names: list[str] | None, safe_merge: bool
+) -> Iterator[tuple[str, Tensor]]:
+    units = _units(root)
+    sharing = _sharing(root, units)
+    done: set[str] = set()
+    for key, t in root.state_dict().items():
+        name, unit, slot = _locate(root, key)
+        if name is None or key in done:
+            continue
+        address = None if slot is None else _address(slot[0]._parameters[slot[1]])
+        members, slots = sharing.get(unit) or sharing.get(address) or ([], [])
+        if not members:
+            yield name, t
+            continue
+        layers = [layer for member in members for layer in units[member]]
+        with merged_copies(layers, slots, safe_merge, adapter_names):
+            # Of tied modules without an adapter too.
+            tensors = {other: p.detach() for other, p in _parameters_at(root, slots)}
+            for member in members:
+                prefix = f"{member}{'.base_layer' * len(units[member])}."
+                tensors |= units[member][-1].base_layer.state_dict(prefix=prefix)
+        done |= tensors.keys()
+        for other in list(tensors):
+            t = tensors.pop(other)
+            name = _locate(root, other)[0]
+            if name is not None:
+                yield name, t
+        del t
+
+
+def _units(root: nn.Module) -> dict[str, list[Any]]:
+    """Return PEFT's layers by name, each with the layers nested in it."""
+    units: dict[str, list[Any]] = {}
+    inner: set[Any] = set()
+    for name, module in root.named_modules():
+        if isinstance(module, BaseTunerLayer) and module not in inner:
+            layers: list[Any] = [module]
+            while isinstance(layers[-1].base_layer, BaseTunerLayer):
+                layers.append(layers[-1].base_layer)
+            inner.update(layers)
+            units[name] = layers
+    return units
+
+
+def _sharing(
+    root: nn.Module, units: dict[str, list[Any]]
+) -> dict[Any, tuple[list[str], list[Slot]]]:
+    """Return, by unit and by address, the units that are merged together, and all parameters there.
+
+    Layers that share a base are merged into the same copy, one after another.
+    """
+    slots: dict[Any, list[Slot]] = {}
+    for module in root.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                slots.setdefault(_address(p), []).append((module, name))
+    writes: dict[str, set[Any]] = {}
+    writers: dict[Any, list[str]] = {}
+    for unit, layers in units.items():
+        written_slots = [slot for layer in layers for slot in written(layer)]
+        writes[unit] = {_address(module._parameters[name]) for module, name in written_slots}
+        for address in writes[unit]:
+            writers.setdefault(address, []).append(unit)
+    found: dict[Any, tuple[list[str], list[Slot]]] = {}
+    for unit in units:
+        if unit in found:
+            continue
+        members = [unit]
+        for member in members:
+            members += {x for a in writes[member] for x in writers[a]}.difference(members)
+        addresses = set[Any]().union(*(writes[member] for member in members))
+        members.sort(key=list(units).index)
+        group = members, [slot for address in addresses for slot in slots[address]]
+        found |= dict.fromkeys([*members, *addresses], group)
+    return found
+
+
+def _address(p: Any) -> Any:
+    t = _local(p)
+    return (t.device, t.data_ptr()) if t.numel() else id(p)
+
+
+def _parameters_at(root: nn.Module, slots: Sequence[Slot]) -> Iterator[tuple[str, Any]]:
+    """Yield these parameters by all their keys in the state dict."""
+    wanted = {(id(module), name) for module, name in slots}
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name, p in module._parameters.items():
+            if (id(module), name) in wanted:
+                yield f"{path}.{name}" if path else name, p
+
+
+def _locate(root: nn.Module, key: str) -> tuple[str | None, str | None, Slot | None]:
+    """Return a key's name in the base model, PEFT's layer that it is below, and its parameter.
+
+    The name is None for what `merge_and_unload` drops: adapters, and the modules that
+    `modules_to_save` replaces.
+    """
+    module: Any = root
+    path: list[str] = []
+    name: list[str] = []
+    unit: str | None = None
+    parts = key.split(".")
+    while parts:
+        part = parts.pop(0)
+        if isinstance(module, BaseTunerLayer):
+            if part != "base_layer":
+                return None, unit, None
+            unit = ".".join(path) if unit is None else unit
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            wanted = _kept_path(module)
+            if [part, *parts[: len(wanted) - 1]] != wanted:
+                return None, unit, None
+            for more in wanted[1:]:
+                path.append(part)
+                module, part = module._modules[part], parts.pop(0)
+                assert part == more
+        else:
+            name.append(part)
+        if part not in module._modules:
+            slot = (module, part) if module._parameters.get(part) is not None else None
+            return ".".join([*name, *parts]), unit, slot
+        path.append(part)
+        module = module._modules[part]
+    return ".".join(name), unit, None
+
+
+def _kept_path(wrapper: Any) -> list[str]:
+    """Return the path below PEFT's wrapper of the module that stays when PEFT unloads it."""
+    if "token_adapter" in wrapper._modules:
+        return ["token_adapter"]
+    active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return ["modules_to_save", active[0]] if active else ["original_module"]
+
+
+@contextmanager
+def merged_copies(
+    layers: Sequence[Any],
+    slots: Sequence[Slot],
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[None]:
+    """Let PEFT merge these layers into copies of the parameters, and put these back at the end.
+
+    Args:
+        layers: the layers to merge, in their order in the model.
+        slots: all parameters in the memory that their merges write.
+        safe_merge, adapter_names: as of PEFT's `merge`.
+        dtype: of the copies of dense parameters; None: theirs.
+    """
+    kept = [(m, n, m._parameters[n], dict(vars(m._parameters[n]))) for m, n in slots]
+    states = {m: vars(m)["quant_state"] for m, _ in slots if "quant_state" in vars(m)}
+    others = [layer for layer in layers if not _is_copied_by_slots(layer)]
+    bases = [layer.base_layer for layer in others]
+    of_layers = [
+        (layer, list(layer.merged_adapters), dict(getattr(layer, "_caches", {})))
+        for layer in layers
+    ]
+    try:
+        copies: dict[Any, Tensor] = {}
+        stand_ins: dict[int, nn.Parameter] = {}
+        for module, name, p, _ in kept:
+            if not _is_plain(p):
+                continue
+            assert p is not None
+            if (key := _address(p)) not in copies:
+                copies[key] = p.detach().to(dtype or p.dtype, copy=True)
+            if id(p) not in stand_ins:  # tied parameters stay tied
+                stand_ins[id(p)] = nn.Parameter(copies[key], requires_grad=False)
+            module._parameters[name] = stand_ins[id(p)]
+        del copies, stand_ins
+        for layer, base in zip(others, bases, strict=True):
+            layer.base_layer = copy.deepcopy(base)
+        with torch.no_grad(), as_peft(layers):
+            for layer in layers:
+                peft_class(layer).merge(layer, safe_merge, adapter_names)
+        yield
+    finally:
+        for layer, base in zip(others, bases, strict=True):
+            layer.base_layer = base
+        for module, name, p, attributes in kept:
+            module._parameters[name] = p
+            vars(p).clear()
+            vars(p).update(attributes)
+        for module, state in states.items():
+            module.quant_state = state
+        for layer, merged, caches in of_layers:
+            layer.merged_adapters[:] = merged
+            if hasattr(layer, "_caches"):
+                layer._caches = caches
+
+
+def _is_copied_by_slots(layer: Any) -> bool:
+    """Return True if PEFT's merge of the layer changes plain parameters, or replaces 4-bit ones."""
+    if isinstance(layer.base_layer, BaseTunerLayer):
+        return True
+    found = [module._parameters[name] for module, name in written(layer)]
+    return all(_is_plain(p) or _is_params4bit(p) for p in found)

@@ -1,0 +1,686 @@
+"""`fuse(exact_merge=...)`, whose merges give the base back, and `merged_weights`."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lora_kernels.bench.memory import peak
+from lora_kernels.finetune.model import quantize
+from lora_kernels.peft import check, fuse, merged_weights, unfuse
+from lora_kernels.peft.merge import ExactMerge
+from tests.support.assertions import assert_bytes
+from tests.support.peft_models import (
+    activate,
+    adalora_mlp,
+    add_adapter,
+    add_lora,
+    base_bytes,
+    batch,
+    conv1d_mlp,
+    dora_mlp,
+    embedding_model,
+    four_bit_mlp,
+    kasa_mlp,
+    llama,
+    mlp,
+    moe,
+    output,
+    randomize,
+    skip_without_kasa,
+    token_ids,
+    two_adapters,
+)
+
+f32, bf16 = torch.float32, torch.bfloat16
+PLACES = pytest.mark.parametrize("place", ["host", "device"])
+
+
+def biased(dtype: torch.dtype) -> Any:
+    model = add_lora(mlp(dtype).unload(), target_modules=["up"], lora_bias=True, bias="none")
+    return model
+
+
+def experts(dtype: torch.dtype, **config: Any) -> Any:
+    model = moe(**config).to(dtype)
+    randomize(model)
+    return model
+
+
+def experts_4bit(dtype: torch.dtype) -> Any:
+    base = moe().unload()
+    quantize(base, "nf4", dtype, torch.device("cpu"))
+    from lora_kernels.layers import adaptable_experts
+
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=parameters)
+    with adaptable_experts(base):
+        model = get_peft_model(base, config)
+    randomize(model)
+    return model
+
+
+def tied(dtype: torch.dtype, **config: Any) -> Any:
+    """Both embeddings have an adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of tied weights
+        base = llama(dtype, tie_word_embeddings=True)
+        return add_lora(base, target_modules=["embed_tokens", "lm_head", "q_proj"], **config)
+
+
+class Convolution(nn.Module):
+    """PEFT's layer over it is not fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.conv(x).mean((2, 3)))
+
+
+def conv2d(dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    return add_lora(Convolution().to(dtype), target_modules=["conv", "up"])
+
+
+def dora_4bit(dtype: torch.dtype) -> Any:
+    return four_bit_mlp(True, {"use_dora": True}, compress_statistics=True)
+
+
+def several_dora(dtype: torch.dtype) -> Any:
+    """The second's norm is of the base, which PEFT unmerges for it."""
+    return two_adapters(mlp(dtype), use_dora=True)
+
+
+KINDS: dict[str, Callable[[torch.dtype], Any]] = {
+    "linear": mlp,
+    "biased": biased,
+    "two adapters": lambda dtype: two_adapters(mlp(dtype)),
+    "LoRA and DoRA": several_dora,
+    "dora": dora_mlp,
+    "kasa": lambda dtype: (skip_without_kasa(), kasa_mlp(dtype))[1],
+    "adalora": adalora_mlp,
+    "conv1d": conv1d_mlp,
+    "conv1d dora": partial(conv1d_mlp, use_dora=True),
+    "embedding": embedding_model,
+    "embedding dora": partial(embedding_model, use_dora=True),
+    "experts": experts,
+    "experts in 4 bits": experts_4bit,
+    "tied": tied,
+    "conv2d": conv2d,
+    "nf4": lambda dtype: four_bit_mlp(True, compress_statistics=True),
+    "fp4": lambda dtype: four_bit_mlp(True, quant_type="fp4", compress_statistics=False),
+    "nf4 in bfloat16 storage": lambda dtype: four_bit_mlp(True, quant_storage=bf16),
+    "nf4 dora": dora_4bit,
+    "nf4 two adapters": lambda dtype: two_adapters(four_bit_mlp(True)),
+}
+ALL = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def _without_peft_s_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(Unm|M)erge lora module to 4-bit")
+        warnings.filterwarnings("ignore", "Already (following|unmerged)|All adapters are already")
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings=True")
+        yield
+
+
+def make(kind: str, dtype: torch.dtype = bf16) -> Any:
+    if any(word in kind for word in ("4", "fp4")) and "conv" not in kind:
+        pytest.importorskip("bitsandbytes")
+    return KINDS[kind](dtype)
+
+
+def assert_base(model: Any, want: dict[str, Tensor]) -> None:
+    assert_bytes(base_bytes(model), want)
+
+
+def copies(model: nn.Module) -> list[Tensor]:
+    """The tensors that the layers hold as copies of their bases, each once."""
+    found = {}
+    for module in model.modules():
+        exact = vars(module).get("exact_merge")
+        for original in (exact.originals or ()) if exact is not None else ():
+            t = original.values if hasattr(original, "values") else original.packed
+            found[t.data_ptr()] = t
+    return list(found.values())
+
+
+def input_of(kind: str, model: Any) -> Tensor:
+    if "embedding" in kind:
+        return token_ids(3, 4)
+    if kind in ("experts", "experts in 4 bits", "tied"):
+        return torch.arange(12)[None]
+    if kind == "conv2d":
+        return torch.ones(2, 3, 5, 5, dtype=next(model.parameters()).dtype)
+    up = model.get_base_model().up
+    return batch(f32 if kind[:3] in ("nf4", "fp4") else up.base_layer.weight.dtype, up.in_features)
+
+
+# Exact merges
+
+
+@ALL
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_exact_merge_gives_peft_s_merged_weights_and_the_base_back(
+    kind: str, safe_merge: bool
+) -> None:
+    """The merged base, the output over it and the adapters are PEFT's bits."""
+    theirs = make(kind)
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    before = base_bytes(ours)
+    for each in (ours, theirs):
+        each.merge_adapter(safe_merge=safe_merge)
+    assert_base(ours, base_bytes(theirs))
+    if kind != "experts in 4 bits":  # where PEFT's merge changes nothing
+        changed = base_bytes(ours)
+        assert any(not torch.equal(changed[name], before[name]) for name in before)
+    x = input_of(kind, ours)
+    with torch.no_grad():  # in eval mode bitsandbytes repacks PEFT's codes
+        assert torch.equal(output(ours, x), output(theirs, x))
+    ours.unmerge_adapter()
+    assert_base(ours, before)
+    assert not copies(ours)
+
+
+@ALL
+@PLACES
+def test_exact_merge_of_changed_adapters_gives_the_base_back(kind: str, place: str) -> None:
+    model = fuse(make(kind, f32), exact_merge=place)
+    before = base_bytes(model)
+    for cycle in range(3):
+        model.merge_adapter()
+        for adapter in list(model.peft_config):
+            randomize(model, adapter, seed=cycle + 7)
+        model.unmerge_adapter()
+        assert_base(model, before)
+
+
+def test_merge_without_exact_merge_is_peft_s() -> None:
+    """PEFT's own drifts: the tests above would pass over a model that does not."""
+    model = fuse(mlp(bf16))
+    before = base_bytes(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    after = base_bytes(model)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert not [each for each in model.modules() if "exact_merge" in vars(each)]
+
+
+def test_exact_merge_copies_two_bytes_a_weight_until_it_is_unmerged() -> None:
+    model = fuse(mlp(bf16), exact_merge="device")
+    parameters = [p for n, p in model.named_parameters() if "lora_" not in n]
+    model.merge_adapter()
+    assert sum(t.nbytes for t in copies(model)) == sum(2 * p.numel() for p in parameters)
+    kept = [weakref.ref(t) for t in copies(model)]
+    model.unmerge_adapter()
+    gc.disable()
+    try:  # no cycle holds a copy
+        assert not any(ref() is not None for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_exact_merge_leaves_no_cycle_that_keeps_a_model() -> None:
+    model = fuse(mlp(bf16), exact_merge="host")
+    layer = weakref.ref(model.get_base_model().up)
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_exact_merge_of_4_bits_copies_packed_bytes_and_scales() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = fuse(four_bit_mlp(True), exact_merge="host")
+    up = model.get_base_model().up.base_layer
+    packed = up.weight.data
+    model.merge_adapter()
+    (original, _) = vars(model.get_base_model().up)["exact_merge"].originals
+    assert original.packed.nbytes == packed.nbytes == 64 * 192 // 2
+    assert original.state.absmax.nbytes == 192  # a block of 64 each, in 8 bits
+    model.unmerge_adapter()
+    assert up.quant_state is up.weight.quant_state and up.weight.bnb_quantized
+    assert up.weight.module is up
+
+
+def test_exact_merge_of_a_later_adapter_keeps_the_first_copy() -> None:
+    model = mlp(bf16)
+    add_adapter(model)
+    theirs = copy.deepcopy(model)
+    fuse(model, exact_merge="host")
+    before = base_bytes(model)
+    for each in (model, theirs):
+        each.merge_adapter(["default"])
+        each.merge_adapter(["second"])
+    assert_base(model, base_bytes(theirs))
+    model.merge_adapter()  # nothing is left to merge
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+@PLACES
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("first", ["embed_tokens", "lm_head"])
+def test_exact_merge_of_tied_weights_copies_them_once(
+    place: str, safe_merge: bool, first: str
+) -> None:
+    """Whichever of the layers is unmerged first, the last one gives the base back."""
+    model = fuse(tied(bf16), exact_merge=place)
+    base = model.get_base_model()
+    embedding, head = base.model.embed_tokens, base.lm_head
+    weight = embedding.base_layer.weight
+    assert head.base_layer.weight is weight
+    before = base_bytes(model)
+    model.merge_adapter(safe_merge=safe_merge)
+    assert sum(t.numel() == weight.numel() for t in copies(model)) == 1
+    one, other = (embedding, head) if first == "embed_tokens" else (head, embedding)
+    one.unmerge()
+    assert other.merged and not torch.equal(weight, before["lm_head.weight"])
+    one.merge()  # over the same copy
+    one.unmerge()
+    other.unmerge()
+    assert head.base_layer.weight is weight
+    model.unmerge_adapter()
+    assert_base(model, before)
+    assert not copies(model)
+
+
+def test_exact_merge_of_views_of_one_storage_copies_them_once() -> None:
+    """Parameters of their own, over the same memory."""
+    model = mlp(bf16, target_modules=["up", "down"], linear=lambda K, N, **kwargs: nn.Linear(8, 8))
+    base = model.get_base_model()
+    up, down = base.up.base_layer, base.down.base_layer
+    down.weight = nn.Parameter(up.weight.data, requires_grad=False)
+    fuse(model, exact_merge="device")
+    before = base_bytes(model)
+    model.merge_adapter()
+    assert len(copies(model)) == 3  # with two biases
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+def test_exact_merge_of_slices_of_one_storage_are_not_tied() -> None:
+    """As a file that is mapped into memory gives them."""
+    model = mlp(bf16)
+    base = model.get_base_model()
+    parts = [base.up.base_layer.weight, base.down.base_layer.weight]
+    flat = torch.cat([p.data.flatten() for p in parts])
+    for p, part in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+        p.data = part.view(p.shape)
+    fuse(model, exact_merge="device")
+    before = base_bytes(model)
+    model.merge_adapter()
+    base.up.unmerge()
+    after = base_bytes(model)
+    assert torch.equal(after["up.weight"], before["up.weight"])
+    assert not torch.equal(after["down.weight"], before["down.weight"])
+
+
+def test_exact_merge_of_overlapping_weights_raises() -> None:
+    model = mlp(bf16)
+    base = model.get_base_model()
+    up, down = base.up.base_layer, base.down.base_layer
+    down.weight.data = up.weight.data.flatten()[3 : 3 + down.weight.numel()].view_as(down.weight)
+    with pytest.raises(ValueError, match=r"exact_merge: got bases of shapes .* that overlap"):
+        fuse(model, exact_merge="host")
+    assert type(base.up).__name__ == "Linear"
+
+
+@pytest.mark.parametrize("dtype", [f32, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "experts", "dora", "tied"])
+def test_exact_merge_and_cast_gives_the_base_cast(kind: str, dtype: torch.dtype) -> None:
+    model = fuse(make(kind), exact_merge="host")
+    want = {name: t.to(dtype) for name, t in base_bytes(model).items()}
+    model.merge_adapter()
+    model.to(dtype)
+    model.unmerge_adapter()
+    found = base_bytes(model)
+    names = [n for n in want if "lora" not in n and want[n].dtype is found[n].dtype]
+    assert len(names) > len(want) / 2
+    assert_bytes({n: found[n] for n in names}, {n: want[n] for n in names})
+
+
+def test_exact_merge_of_a_model_cast_over_4_bits_gives_its_codes_back() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = fuse(four_bit_mlp(True), exact_merge="host")
+    before = base_bytes(model)
+    model.merge_adapter()
+    model.to(bf16)
+    model.unmerge_adapter()
+    found = base_bytes(model)
+    for name, t in before.items():
+        if not name.endswith("bias"):
+            assert torch.equal(found[name], t)
+
+
+def test_exact_merge_of_a_deleted_adapter_gives_the_base_back() -> None:
+    model = mlp(bf16)
+    add_adapter(model)
+    fuse(activate(model, "default", "second"), exact_merge="host")
+    before = base_bytes(model)
+    model.merge_adapter()
+    for name in ("up", "down"):  # the model's own method refuses it
+        getattr(model.get_base_model(), name).delete_adapter("second")
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+def test_exact_merge_and_another_adapter_set_gives_the_base_back() -> None:
+    """PEFT unmerges for it, as for a call with the adapters disabled."""
+    model = mlp(bf16)
+    add_adapter(model)
+    fuse(model, exact_merge="host")
+    before = base_bytes(model)
+    model.merge_adapter()
+    model.set_adapter("second")
+    assert_base(model, before)
+    model.merge_adapter()
+    with model.disable_adapter():
+        model(batch(bf16))
+    assert_base(model, before)
+    assert not copies(model)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dora", "nf4", "nf4 dora", "experts", "embedding"])
+def test_exact_merge_that_raises_gives_the_base_back(kind: str) -> None:
+    """A NaN in the second of two layers: PEFT merges the first, and raises at the second."""
+    model = fuse(make(kind, f32), exact_merge="host")
+    before = base_bytes(model)
+    layers = [each for each in model.modules() if isinstance(getattr(each, "merged", None), bool)]
+    last = layers[-1].lora_B or layers[-1].lora_embedding_B
+    with torch.no_grad():
+        next(iter(last.parameters())).fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert not layers[-1].merged and vars(layers[-1])["exact_merge"].originals is None
+    assert [each.merged for each in layers[:-1]] == [True] * (len(layers) - 1)
+    model.unmerge_adapter()
+    assert_base(model, before)
+    assert not copies(model)
+
+
+def test_exact_merge_that_peft_breaks_off_gives_the_base_back() -> None:
+    """PEFT adds to the weight before it finds that there is no bias to add to."""
+    model = mlp(bf16)
+    down = model.get_base_model().down
+    down.lora_bias["default"] = True
+    fuse(model, exact_merge="host")
+    before = base_bytes(model)
+    with pytest.raises(RuntimeError, match="base layer has no bias"):
+        down.merge()
+    assert_base(model, before)
+    assert not down.merged and not copies(model)
+
+
+def test_exact_merge_of_the_second_adapter_that_raises_keeps_the_copy() -> None:
+    model = two_adapters(mlp(bf16))
+    fuse(model, exact_merge="host")
+    before = base_bytes(model)
+    up = model.get_base_model().up
+    with torch.no_grad():
+        up.lora_B["second"].weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        up.merge(safe_merge=True)
+    assert up.merged_adapters == ["default"]
+    up.unmerge()
+    assert_base(model, before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts", "nf4", "tied"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_and_unload_makes_no_copy(
+    kind: str, safe_merge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = make(kind)
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    monkeypatch.setattr(ExactMerge, "_keep", lambda self: pytest.fail("a copy"))
+    got, want = (each.merge_and_unload(safe_merge=safe_merge) for each in (ours, theirs))
+    assert_bytes(got.state_dict(), want.state_dict())
+    assert not [each for each in got.modules() if "exact_merge" in vars(each)]
+
+
+def test_merge_of_an_adapter_that_the_layer_lacks_makes_no_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mlp(bf16)
+    add_adapter(model, target_modules={"down"})
+    fuse(model, exact_merge="host")
+    model.merge_adapter(["second"])
+    layers = model.get_base_model()
+    assert vars(layers.up)["exact_merge"].originals is None and layers.down.merged
+
+
+def test_exact_merge_turned_off_while_merged_gives_the_base_back() -> None:
+    for off in (fuse, unfuse):
+        model = fuse(mlp(bf16), exact_merge="host")
+        before = base_bytes(model)
+        model.merge_adapter()
+        off(model)
+        model.unmerge_adapter()
+        assert_base(model, before)
+        assert not [each for each in model.modules() if "exact_merge" in vars(each)]
+        model.merge_adapter()
+        assert not copies(model)
+
+
+def test_exact_merge_again_changes_the_place_and_takes_new_layers() -> None:
+    model = fuse(mlp(bf16, target_modules=["up"]), exact_merge="host")
+    model.merge_adapter()
+    fuse(model, exact_merge="device")
+    model.unmerge_adapter()
+    up = model.get_base_model().up
+    assert vars(up)["exact_merge"].where == "device"
+    model.add_adapter("more", LoraConfig(r=2, target_modules=["down"]))
+    fuse(model, exact_merge="device")
+    assert "exact_merge" in vars(model.get_base_model().down)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", ["linear", "nf4", "tied"])
+def test_copy_of_a_merged_model_gives_the_base_back(kind: str, how: str) -> None:
+    model = fuse(make(kind), exact_merge="host")
+    before = base_bytes(model)
+    model.merge_adapter()
+    merged = base_bytes(model)
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    other.unmerge_adapter()
+    assert_base(other, before)
+    assert_base(model, merged)
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+def test_exact_merge_of_a_resized_base_raises_and_stays_merged() -> None:
+    model = fuse(embedding_model(bf16), exact_merge="host")
+    layer = model.get_base_model().tokens
+    layer.merge()
+    layer.base_layer.weight = nn.Parameter(torch.zeros(50, 23, dtype=bf16), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"got a base's weight of shape \[50, 23\], want \[41"):
+        layer.unmerge()
+    assert layer.merged
+
+
+def test_fuse_of_a_merged_model_with_exact_merge_raises() -> None:
+    model = mlp(bf16)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"exact_merge: base_model.model.up is merged already"):
+        fuse(model, exact_merge="host")
+    assert "exact_merge" not in vars(model.get_base_model().up)
+
+
+def test_fuse_with_an_unknown_place_raises() -> None:
+    with pytest.raises(ValueError, match="exact_merge: got 'gpu', want 'host' or 'device'"):
+        fuse(mlp(bf16), exact_merge="gpu")
+
+
+def test_fuse_over_a_format_without_copies_raises() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False))
+    base.is_loaded_in_8bit = True  # type: ignore[assignment]
+    model = get_peft_model(base, LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"exact_merge: got .*0, over a Linear8bitLt"):
+        fuse(model, exact_merge="host")
+
+
+def test_check_of_exact_merges_leaves_no_copy() -> None:
+    model = fuse(experts(f32), exact_merge="host")
+    ids = torch.arange(12)[None]
+    assert check(model, {"input_ids": ids, "labels": ids}).ok
+    before = base_bytes(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+# merged_weights
+
+
+def unloaded(model: Any, **how: Any) -> dict[str, Tensor]:
+    return {
+        n: t.clone() for n, t in copy.deepcopy(model).merge_and_unload(**how).state_dict().items()
+    }
+
+
+def everything(model: Any) -> dict[str, Any]:
+    """All bytes of the model, and the objects that its parameters are."""
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    return {"tensors": tensors, "ids": {name: id(p) for name, p in model.named_parameters()}}
+
+
+def assert_untouched(model: Any, before: dict[str, Any]) -> None:
+    after = everything(model)
+    assert_bytes(after["tensors"], before["tensors"])
+    assert after["ids"] == before["ids"]
+
+
+@ALL
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("exact_merge", [None, "device"])
+def test_merged_weights_are_those_of_merge_and_unload(
+    kind: str, safe_merge: bool, exact_merge: str | None
+) -> None:
+    model = make(kind)
+    want = unloaded(model, safe_merge=safe_merge)
+    for each in (model, fuse(model, exact_merge=exact_merge)):
+        before = everything(each)
+        got = dict(merged_weights(each, safe_merge=safe_merge))
+        assert_bytes(got, want)
+        assert not any(t.requires_grad for t in got.values())
+        assert_untouched(each, before)
+        assert not any(getattr(module, "merged", False) for module in each.modules())
+
+
+def test_merged_weights_of_one_of_two_adapters() -> None:
+    model = mlp(bf16)
+    add_adapter(model)
+    want = unloaded(model, adapter_names=["second"])
+    assert_bytes(dict(merged_weights(model, ["second"])), want)
+
+
+def test_merged_weights_of_a_merged_model_merge_the_rest() -> None:
+    model = fuse(mlp(bf16), exact_merge="host")
+    add_adapter(model)
+    model.merge_adapter()
+    want = unloaded(model, adapter_names=["second"])
+    before = everything(model)
+    assert_bytes(dict(merged_weights(model)), base_bytes(model))
+    assert_bytes(dict(merged_weights(model, ["second"])), want)
+    assert_untouched(model, before)
+
+
+def test_merged_weights_of_modules_to_save_are_the_trained_ones() -> None:
+    model = add_lora(llama(bf16), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.add_(1.0)
+    assert_bytes(dict(merged_weights(model)), unloaded(model))
+
+
+def test_merged_weights_with_trainable_tokens_are_those_of_merge_and_unload() -> None:
+    model = add_lora(llama(bf16), target_modules=["q_proj"], trainable_token_indices=[1, 3])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                p.add_(1.0)
+    assert_bytes(dict(merged_weights(model)), unloaded(model))
+
+
+def test_merged_weights_of_an_adapter_on_one_of_two_tied_weights_change_both() -> None:
+    """As `merge_adapter` does, which writes into the memory of both."""
+    model = add_lora(llama(bf16, tie_word_embeddings=True), target_modules=["embed_tokens"])
+    got = dict(merged_weights(model))
+    assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
+    model.merge_adapter()
+    assert_bytes(got, base_bytes(model))
+
+
+def test_merged_weights_that_raise_or_stop_leave_the_model_as_it_was() -> None:
+    model = mlp(bf16)
+    before = everything(model)
+    stream = merged_weights(model)
+    next(stream)
+    assert_untouched(model, before)
+    stream.close()
+    with torch.no_grad():
+        model.get_base_model().down.lora_B["default"].weight.fill_(torch.nan)
+    before = everything(model)
+    with pytest.raises(ValueError, match="NaN"):
+        dict(merged_weights(model, safe_merge=True))
+    after = everything(model)
+    assert after["ids"] == before["ids"]
+    assert not model.get_base_model().down.merged_adapters
+
+
+def test_merged_weights_hold_at_most_a_layer_at_a_time() -> None:
+    """Its merged copy and what PEFT's sum takes, whatever the number of layers."""
+
+    def most(layers: int) -> int:
+        torch.manual_seed(0)
+        base = nn.Sequential(*[nn.Linear(128, 128, bias=False) for _ in range(layers)])
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=r"\d+"))
+
+        def consume() -> None:
+            stream = merged_weights(model)
+            while next(stream, None) is not None:  # the consumer lets each go
+                pass
+
+        return peak(consume)
+
+    one, many = most(1), most(6)
+    assert many <= one + 4096 and one <= 3 * 128 * 128 * 4 + 8192
+
+
+def test_merged_weights_of_offloaded_weights_raise() -> None:
+    model = mlp(bf16)
+    base = model.get_base_model().up.base_layer
+    base.weight = nn.Parameter(base.weight.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match=r"model: got up.base_layer.weight offloaded"):
+        merged_weights(model)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "model"])
+def test_merged_weights_of_what_is_no_peft_model_raise(model: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="model: got"):
+        merged_weights(model)
+
+
+def test_merged_weights_load_into_the_base() -> None:
+    model = mlp(bf16)
+    base = mlp(bf16).unload()
+    base.load_state_dict(dict(merged_weights(model)))
+    assert_bytes(base.state_dict(), unloaded(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..peft.kept import Kept, Tally, format_kept, name_of
+from ..peft.merge import written
 from ..peft.modules import is_linear4bit
-from ..quantization import Weight4bit
+from ..quantization import Weight4bit, quantize_4bit
 from . import UsageError
 from . import model as models
 from .checkpoints import translate_errors, write_folder
@@ -23,15 +26,20 @@ from .quiet import silence_libraries
 
 
 class Merged(NamedTuple):
-    """The folder of a merged model, and its numbers of merged layers, files and bytes."""
+    """The folder of a merged model, and its numbers of merged layers, files and bytes.
+
+    kept: for each kind of layer, what the folder's dtype keeps of the adapter's update. If the
+        base was in 4 bits, also what it would keep if it were quantized so again.
+    """
 
     out: Path
     layers: int
     shards: int
     nbytes: int
+    kept: list[Kept]
 
     def __str__(self) -> str:
-        return (
+        return f"{format_kept(self.kept)}\n" * bool(self.kept) + (
             f"{self.out}: {self.layers} layers merged, {self.shards} safetensors "
             f"{'file' if self.shards == 1 else 'files'}, {self.nbytes / 1e6:.1f} MB"
         )
@@ -90,8 +98,14 @@ def merge_adapter(
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.get_base_layer().weight is tied for layer in layers):
         raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
+    tally, four_bits = Tally(), quant if onto == "dequantized" else None
     with translate_errors("adapter: cannot be merged", ValueError):  # a sum is not finite
-        merged = adapted.merge_and_unload(safe_merge=True)
+        for name, layer in adapted.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                _merge(tally, name, layer, DTYPES[dtype], four_bits)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            merged = adapted.merge_and_unload()
     models.cast_parameters(merged, DTYPES[dtype])
     with write_folder(out) as partial:
         size = max(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -101,7 +115,24 @@ def merge_adapter(
                 shutil.copy(file, partial / file.name)
         merged.save_pretrained(partial, max_shard_size=size)
     shards = len(list(out.glob("*.safetensors")))
-    return Merged(out, len(layers), shards, models.parameter_bytes(merged))
+    return Merged(out, len(layers), shards, models.parameter_bytes(merged), tally.rows())
+
+
+def _merge(tally: Tally, name: str, layer: Any, dtype: torch.dtype, quant_type: str | None) -> None:
+    """Let PEFT merge a layer in float32, and add what `dtype` and 4 bits keep of it."""
+    slot = next(iter(written(layer)), None)
+    if slot is None:
+        return layer.merge(safe_merge=True)  # type: ignore[no-any-return]
+    module, parameter = slot
+    before = module.get_parameter(parameter).detach().clone()
+    layer.merge(safe_merge=True)
+    exact = module.get_parameter(parameter).detach()
+    if parameter != "weight":
+        name = f"{name}.{parameter}"
+    tally.add(name_of(dtype), name, before, exact, exact.to(dtype))
+    if quant_type is not None and exact.dim() == 2:
+        again = quantize_4bit(exact, quant_type).dequantize(torch.float32)
+        tally.add(quant_type, name, before, exact, again)
 
 
 def dequantize(model: Any) -> None:

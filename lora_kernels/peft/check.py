@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get
 from torch import Tensor, nn
 
 from .base import missing_layers
+from .kept import Kept, Tally, add_layer, format_kept
 from .merge import as_peft
 from .modules import is_linear4bit
 from .report import format_table, group_rows
@@ -88,6 +89,8 @@ class Check:
             adapter's, the median of all layers.
         untrained: whether all adapters are as at their start. Random values stood in for the
             matrices that are 0 then.
+        kept: for each kind of layer, what a merge into the base's own format keeps of the update;
+            empty if `untrained`. A share below 0.9 is a warning, and no fault.
     """
 
     rows: list[CheckRow]
@@ -95,6 +98,7 @@ class Check:
     change: float = 0.0
     merge_error: float = 0.0
     untrained: bool = False
+    kept: list[Kept] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -128,7 +132,8 @@ class Check:
         elif self.merge_error:
             figures += f"; merging is off by {self.merge_error:.2g} of a layer's adapter (median)"
         table = format_table(CheckRow._fields, group_rows(self.rows))
-        return "\n".join([table, figures, *self.problems, self.summary()])
+        kept = [format_kept(self.kept)] if self.kept else []
+        return "\n".join([table, figures, *kept, *self.problems, self.summary()])
 
     __repr__ = __str__
 
@@ -202,8 +207,14 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
         _check_gradients(model, layers, batch, frozen)
         if change == 0.0:
             problems.append("the active adapters do not change the model's output")
+        tally = Tally()
+        for layer in layers if not all(untrained) else ():
+            if not any(p.is_meta for p in layer.layer.parameters()):
+                with suppress(Exception):  # a kind of layer that PEFT cannot merge
+                    add_layer(tally, layer.name, layer.layer)
     error = statistics.median(layer.merge_error for layer in layers)
-    return Check([layer.row() for layer in layers], problems, change, error, all(untrained))
+    rows = [layer.row() for layer in layers]
+    return Check(rows, problems, change, error, all(untrained), tally.rows())
 
 
 class _Layer:

@@ -91,7 +91,7 @@ def _unkeepable_reason(layer: Any) -> str | None:
         return f"over a {type(base).__name__} without a weight that a merge writes"
     for module, name in written(layer):
         p: Any = module._parameters[name]
-        if not (_is_plain(p) or _is_params4bit(p)):
+        if not (is_plain(p) or is_params4bit(p)):
             kind = f"{type(p).__name__} of {p.dtype}"
             return f"over a {type(base).__name__}, whose {name} is a {kind}"
     return None
@@ -107,11 +107,13 @@ def written(layer: Any) -> list[Slot]:
     return [(base, name) for name in names if base._parameters.get(name) is not None]
 
 
-def _is_params4bit(p: object) -> bool:
+def is_params4bit(p: object) -> bool:
+    """Return True for a parameter that bitsandbytes has quantized to 4 bits."""
     return type(p).__name__ == "Params4bit" and getattr(p, "quant_state", None) is not None
 
 
-def _is_plain(p: Any) -> bool:
+def is_plain(p: Any) -> bool:
+    """Return True for a floating parameter of no library's format."""
     t = _local(p)
     return type(t) in (nn.Parameter, Tensor) and t.is_floating_point()
 
@@ -295,7 +297,7 @@ def _has_any(layer: Any, adapter_names: Sequence[str] | None) -> bool:
 def _copy_of(slot: Slot, to_host: bool) -> _Dense | _FourBit:
     module, name = slot
     p: Any = module._parameters[name]
-    if _is_params4bit(p):
+    if is_params4bit(p):
         # PEFT's merge replaces packed bytes and never writes to them.
         device = torch.device("cpu") if to_host else p.device
         attributes = {key: value for key, value in vars(p).items() if key in _ATTRIBUTES}
@@ -314,7 +316,7 @@ class _Dense(NamedTuple):
         """Return True if this is a copy of the same elements as the slot's now."""
         (module, name), (other, key) = self.slot, slot
         a, b = _local(module._parameters[name]), _local(other._parameters[key])
-        if _is_params4bit(b) or a.data_ptr() != b.data_ptr() or not a.numel():
+        if is_params4bit(b) or a.data_ptr() != b.data_ptr() or not a.numel():
             return False
         return bool(a.shape == b.shape and a.stride() == b.stride())
 
@@ -349,7 +351,7 @@ class _FourBit(NamedTuple):
     def shares_memory(self, slot: Slot) -> bool:
         module, name = slot
         p: Any = module._parameters[name]
-        return _is_params4bit(p) and p.data_ptr() == self.packed.data_ptr()
+        return is_params4bit(p) and p.data_ptr() == self.packed.data_ptr()
 
     def at(self, slot: Slot) -> _FourBit:
         return self._replace(slot=slot)
@@ -563,6 +565,7 @@ def merged_copies(
     safe_merge: bool = False,
     adapter_names: list[str] | None = None,
     dtype: torch.dtype | None = None,
+    merge: Any = None,
 ) -> Iterator[None]:
     """Let PEFT merge these layers into copies of the parameters, and put these back at the end.
 
@@ -571,6 +574,7 @@ def merged_copies(
         slots: all parameters in the memory that their merges write.
         safe_merge, adapter_names: as of PEFT's `merge`.
         dtype: of the copies of dense parameters; None: theirs.
+        merge: the method of PEFT's that merges; None: of each layer's class.
     """
     kept = [(m, n, m._parameters[n], dict(vars(m._parameters[n]))) for m, n in slots]
     states = {m: vars(m)["quant_state"] for m, _ in slots if "quant_state" in vars(m)}
@@ -584,7 +588,7 @@ def merged_copies(
         copies: dict[Any, Tensor] = {}
         stand_ins: dict[int, nn.Parameter] = {}
         for module, name, p, _ in kept:
-            if not _is_plain(p):
+            if not is_plain(p):
                 continue
             assert p is not None
             if (key := _address(p)) not in copies:
@@ -597,7 +601,7 @@ def merged_copies(
             layer.base_layer = copy.deepcopy(base)
         with torch.no_grad(), as_peft(layers):
             for layer in layers:
-                peft_class(layer).merge(layer, safe_merge, adapter_names)
+                (merge or peft_class(layer).merge)(layer, safe_merge, adapter_names)
         yield
     finally:
         for layer, base in zip(others, bases, strict=True):
@@ -619,4 +623,4 @@ def _is_copied_by_slots(layer: Any) -> bool:
     if isinstance(layer.base_layer, BaseTunerLayer):
         return True
     found = [module._parameters[name] for module, name in written(layer)]
-    return all(_is_plain(p) or _is_params4bit(p) for p in found)
+    return all(is_plain(p) or is_params4bit(p) for p in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -246,3 +247,60 @@ def test_command(folders: tuple[Path, Path], tmp_path: Path, run: Any) -> None:
     shown = run(*command, "--dtype", "fp32", "--out", tmp_path / "dense")
     assert "merging into the base's weights" in shown and "6 layers merged" in shown
     assert "--adapter is missing" in run(*command[:3], "--out", "x", status=2)
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_merge_says_what_its_dtype_keeps_of_the_update(
+    onto: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Beside the folder's weights and float64's sums; over 4 bits, also NF4's share."""
+    base, adapter = folders
+    done = merge_adapter(base, adapter, tmp_path / "out", onto=onto)
+    before, after, parts = tensors(base), tensors(tmp_path / "out"), tensors(adapter)
+    targets = ("bfloat16",) if onto == "original" else ("bfloat16", "nf4")
+    kinds = ("q_proj", "k_proj", "v_proj")
+    rows = {(row.target, row.kind): row for row in done.kept}
+    assert rows.keys() == {(target, kind) for target in targets for kind in kinds}
+    assert all(row.layers == 2 for row in done.kept)
+    for kind in kinds:
+        sums = torch.zeros(2, dtype=torch.float64)
+        again = torch.zeros(2, dtype=torch.float64)
+        for name, weight in before.items():
+            if not name.endswith(f"{kind}.weight"):
+                continue
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora_{{}}.weight"
+            delta = 7 / 3 * parts[key.format("B")].double() @ parts[key.format("A")].double()
+            if onto == "dequantized":
+                weight = four_bits(weight).dequantize(torch.float32)
+                requantized = four_bits((weight.double() + delta).float())
+                moved = requantized.dequantize(torch.float32).double() - weight.double()
+                again += torch.stack([(moved * delta).sum(), (delta**2).sum()])
+            moved = after[name].double() - weight.double()
+            sums += torch.stack([(moved * delta).sum(), (delta**2).sum()])
+        assert rows["bfloat16", kind].share == pytest.approx(float(sums[0] / sums[1]), rel=1e-5)
+        if onto == "dequantized":  # a float32 sum may fall to the other side of a code's threshold
+            share = float(again[0] / again[1])
+            assert rows["nf4", kind].share == pytest.approx(share, rel=1e-3)
+    shown = str(done)
+    assert re.search(r"^merged into bfloat16 +layers +update kept +rounding", shown, re.MULTILINE)
+    assert "warning: bfloat16" not in shown
+    assert shown.splitlines()[-1].endswith("MB")
+
+
+def test_merge_of_an_update_below_bfloat16_s_rounding_warns(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """lora_B divided by 2,000; float32 keeps the rest."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(folders[0], base)
+    shutil.copytree(folders[1], adapter)
+    for file in base.glob("*.safetensors"):  # on bfloat16's grid
+        weights = {name: t.bfloat16().float() for name, t in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+    file = adapter / "adapter_model.safetensors"
+    parts = {name: t / (2000 if "lora_B" in name else 1) for name, t in load_file(file).items()}
+    save_file(parts, file, {"format": "pt"})
+    warned = str(merge_adapter(base, adapter, tmp_path / "bf16"))
+    assert re.search(r"warning: bfloat16 keeps less than 0.9 of the update of .*q_proj \(", warned)
+    fine = merge_adapter(base, adapter, tmp_path / "fp32", dtype="fp32")
+    assert "warning" not in str(fine) and all(row.share > 0.999 for row in fine.kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,12 +15,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from torch import Tensor, nn
 
 from lora_kernels.bench.memory import peak
 from lora_kernels.finetune.model import quantize
 from lora_kernels.peft import check, fuse, merged_weights, unfuse
+from lora_kernels.peft.kept import Tally, add_layer
 from lora_kernels.peft.merge import ExactMerge
+from lora_kernels.peft.swap import lora_layers
+from lora_kernels.quantization import Weight4bit
 from tests.support.assertions import assert_bytes
 from tests.support.peft_models import (
     activate,
@@ -32,6 +37,7 @@ from tests.support.peft_models import (
     dora_mlp,
     embedding_model,
     four_bit_mlp,
+    in_float64,
     kasa_mlp,
     llama,
     mlp,
@@ -684,3 +690,114 @@ def test_merged_weights_load_into_the_base() -> None:
     base = mlp(bf16).unload()
     base.load_state_dict(dict(merged_weights(model)))
     assert_bytes(base.state_dict(), unloaded(model))
+
+
+# What a merge keeps
+
+
+def sharing(dtype: torch.dtype, std: float) -> Any:
+    """A layer with weights from 1 to 2, on bfloat16's grid, and updates of this size."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(384, 256, bias=False))
+    with torch.no_grad():
+        base[0].weight.copy_((1 + torch.rand(256, 384)).bfloat16().clamp(max=1.9))
+    model = get_peft_model(base.to(dtype), LoraConfig(r=64, lora_alpha=64, target_modules=["0"]))
+    layer = model.get_base_model()[0]
+    with torch.no_grad():
+        layer.lora_A["default"].weight.normal_()
+        layer.lora_B["default"].weight.normal_(std=std / 8)  # √64 sums
+    return model.float() if dtype is f32 else model
+
+
+@pytest.mark.parametrize("units", [0.1, 0.2, 0.3, 0.5, 1.0])
+def test_check_gives_the_share_of_an_update_that_bfloat16_keeps(units: float) -> None:
+    """Σ_k φ(k + ½; s) for normal updates of s units. An update is a sum of 64 products, which are
+    not quite normal; their number is 98,304."""
+    model = sharing(bf16, units * 2**-7)
+    k = torch.arange(-40, 40, dtype=torch.float64) + 0.5
+    want = float(torch.exp(-0.5 * (k / units) ** 2).sum() / (units * (2 * torch.pi) ** 0.5))
+    (row,) = check(model, torch.randn(4, 384, dtype=bf16)).kept
+    assert (row.target, row.kind, row.layers) == ("bfloat16", "0", 1)
+    assert row.share == pytest.approx(want, abs=0.04)
+
+
+def dense_weights(model: Any) -> dict[str, Tensor]:
+    """The base weights of PEFT's layers, decoded, in float64."""
+    found = {}
+    for name, layer, _ in lora_layers(model):
+        weight = layer.get_base_layer().weight
+        if type(weight).__name__ == "Params4bit":
+            weight = Weight4bit.from_bitsandbytes(weight).dequantize(f32)
+        found[name.rpartition(".")[2]] = weight.detach().double()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "target"),
+    [
+        ("linear", bf16, "bfloat16"),
+        ("two adapters", bf16, "bfloat16"),
+        ("dora", bf16, "bfloat16"),
+        ("conv1d", torch.float16, "float16"),
+        ("embedding", f32, "float32"),
+        ("adalora", f32, "float32"),
+        ("nf4", f32, "nf4"),
+        ("fp4", f32, "fp4"),
+        ("nf4 dora", f32, "nf4"),
+        ("nf4 two adapters", f32, "nf4"),
+    ],
+)
+def test_kept_share_of_a_layer_is_that_of_its_merged_weight(
+    kind: str, dtype: torch.dtype, target: str
+) -> None:
+    """Beside the sum that PEFT makes of a float64 model of the same weights."""
+    model, tally = make(kind, dtype), Tally()
+    exact, state = in_float64(model), everything(model)
+    for name, layer, _ in lora_layers(model):
+        add_layer(tally, name, layer)
+    assert_untouched(model, state)
+    before = dense_weights(model)
+    for _, layer, _ in lora_layers(exact):
+        if type(layer).__name__ == "Linear4bit":
+            layer.__class__ = lora.Linear
+    for each in (model, exact):
+        each.merge_adapter()
+    after, sums = dense_weights(model), dense_weights(exact)
+    rows = tally.rows()
+    assert {row.kind for row in rows} == sums.keys()
+    for row in rows:
+        delta = sums[row.kind] - before[row.kind]
+        moved = after[row.kind] - before[row.kind]
+        assert (row.target, row.layers) == (target, 1)
+        # Adapters in 16 bits have their product rounded, to a part in 256.
+        share = float((moved * delta).sum() / (delta**2).sum())
+        assert row.share == pytest.approx(share, abs=2.0**-8)
+        assert row.rounding == pytest.approx(float((moved - delta).norm() / delta.norm()), abs=0.02)
+
+
+def test_check_warns_of_experts_in_4_bits_whose_merge_changes_nothing() -> None:
+    model = make("experts in 4 bits", f32)
+    ids = torch.arange(12)[None]
+    found = check(fuse(model), {"input_ids": ids, "labels": ids})
+    tally = Tally()
+    for name, layer, _ in lora_layers(model):
+        add_layer(tally, name, layer)
+    rows = {row.kind: row for row in tally.rows()}
+    assert rows["gate_up_proj"][:4] == ("nf4", "gate_up_proj", 2, 0.0)
+    assert rows["down_proj"].rounding == pytest.approx(1.0)
+    assert not found.ok and "merge" in str(found)
+
+
+def test_check_of_experts_says_what_their_merge_keeps() -> None:
+    model = fuse(experts(bf16), exact_merge="host")
+    ids = torch.arange(12)[None]
+    text = str(check(model, {"input_ids": ids, "labels": ids}))
+    for kind in ("gate_up_proj", "down_proj", "q_proj"):
+        assert re.search(rf"^{kind} +2 +1\.00 +0\.0", text, re.MULTILINE), text
+    assert "warning" not in text
+
+
+def test_check_of_an_untrained_adapter_prints_no_share() -> None:
+    model = get_peft_model(mlp(bf16).unload(), LoraConfig(target_modules=["up"]))
+    found = check(model, batch(bf16))
+    assert found.untrained and not found.kept and "merged into" not in str(found)

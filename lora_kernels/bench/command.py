@@ -1,8 +1,8 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
 A suite is a filter of one table, whose runner is in `table`; `dense`, `quantized`, `variants`,
-`experts` and `head` have its entries. `host` times the host alone. `blocks`, with `traffic`, counts
-in place of timing.
+`experts` and `head` have its entries. `host` times the host alone, and `merges` times merges.
+`blocks`, with `traffic`, counts in place of timing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from typing import Any
 
 import torch
 
-from . import dense, experts, functions, head, host, models, outputs, quantized, variants
+from . import (
+    dense,
+    experts,
+    functions,
+    head,
+    host,
+    merges,
+    models,
+    outputs,
+    quantized,
+    variants,
+)
 from .blocks import Count
 from .functions import Function
 from .results import Result, read
@@ -27,7 +38,8 @@ RANKS = (8, 16, 64)
 DTYPES = ["float32", "bfloat16"]
 SECONDS = 2.5
 SUITES: tuple[Suite, ...] = (
-    *(quantized.SUITE, variants.SUITE, experts.SUITE, head.SUITE, host.SUITE, Count()),
+    *(quantized.SUITE, variants.SUITE, experts.SUITE, head.SUITE, host.SUITE, merges.SUITE),
+    Count(),
     dense.SUITE,  # the default
 )
 
@@ -80,6 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text += f"than {host.LIMIT} times as long, twice"
     add("host", text, instead, action="store_true")
+    text = "time merges that give the base back, and merged weights as a stream, and count their "
+    text += "memory instead, beside PEFT's; exit status 1 where one of ours changes its base"
+    add("merge", text, instead, action="store_true")
     text = "count the memory traffic, kernels and peak memory of layers, and of q/k/v and gated "
     text += "MLPs, on a GPU instead, ours beside PEFT's and others', without a GPU; exit status 1 "
     text += "where ours loses"

@@ -127,7 +127,7 @@ class Row:
         """The suite of the row, such as "layers" or "4-bit"."""
         if self.moved:
             return "count"
-        for kind in ("experts", "head", "host"):
+        for kind in ("experts", "head", "host", "merge"):
             if self.what and self.what.startswith(kind):
                 return kind
         return "4-bit" if self.quant_type else "variants" if self.what else "layers"
@@ -156,7 +156,7 @@ class Row:
         if self.kind == "4-bit":
             streamed = self.mode == "decoding" and self.M <= STREAMED_ROWS
             return "stream" if streamed else "dense"
-        if self.kind in ("count", "host"):
+        if self.kind in ("count", "host", "merge"):
             return "peft"
         if self.kind == "head":
             return "pytorch"

@@ -183,6 +183,11 @@ class ExactMerge:
         return self._layer()
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of this layer's copies; a tied layer has its own number of the same ones."""
+        return sum(each.nbytes for each in self.originals or ())
+
+    @property
     def is_merged(self) -> bool:
         layer = self.layer
         return layer is not None and bool(layer.merged)
@@ -312,6 +317,10 @@ class _Dense(NamedTuple):
     slot: Slot
     values: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
     def shares_memory(self, slot: Slot) -> bool:
         """Return True if this is a copy of the same elements as the slot's now."""
         (module, name), (other, key) = self.slot, slot
@@ -347,6 +356,12 @@ class _FourBit(NamedTuple):
     packed: Tensor
     state: Any
     attributes: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        inner = self.state.state2
+        scales: list[Tensor] = [self.state.absmax, *([] if inner is None else [inner.absmax])]
+        return self.packed.nbytes + sum(t.nbytes for t in scales)
 
     def shares_memory(self, slot: Slot) -> bool:
         module, name = slot

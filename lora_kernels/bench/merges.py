@@ -8,7 +8,8 @@ A row is a model of `LAYERS` layers that are alike: M weights of K × N. Its cal
 
 Held is what a copy of the base takes while the adapter is merged, wherever it is. Peak is that of
 a whole call, copies and PEFT's sums; on a GPU without what is on the host. A ✗ says which share of
-the base's stored bytes a call has changed at its end. Ours lose if there is any.
+the base's stored numbers a call has changed at its end: weights, or bytes of 4-bit codes with their
+scales. Ours lose if there is any.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def row_of(base: Base, device: str, seconds: float) -> Row:
             changed = sum(map(differing, before, after))
             if changed:
                 share = changed / sum(t.numel() for t in before)
-                key.misses[name] = f"{share:.1%} of the base's bytes changed"
+                key.misses[name] = f"{share:.1%} of the base's stored numbers changed"
             key.bytes[name] = held(model) if name in ("ours, device", "ours, host") else 0
         key.seconds = timing.interleave(
             {name: call for name, (_, call) in calls.items()}, seconds=seconds, device=device
@@ -136,14 +137,15 @@ def row_of(base: Base, device: str, seconds: float) -> Row:
 
 
 def stored(model: Any) -> list[Tensor]:
-    """Return copies of the base's stored bytes."""
+    """Return copies of the base's stored numbers, as integers of their sizes."""
     state = model.get_base_model().state_dict()
-    found = [t for name, t in state.items() if "lora_" not in name]
-    return [t.detach().cpu().contiguous().flatten().view(torch.uint8).clone() for t in found]
+    found = [t.detach().cpu().flatten() for name, t in state.items() if "lora_" not in name]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    return [t.clone().view(integers[t.element_size()]) for t in found]
 
 
 def differing(a: Tensor, b: Tensor) -> int:
-    """Return the number of bytes in which they differ; a 4-bit format's text may change length."""
+    """Return in how many numbers they differ; a 4-bit format's text may change length."""
     return int((a != b).sum()) if a.shape == b.shape else max(a.numel(), b.numel())
 
 

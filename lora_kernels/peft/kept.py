@@ -6,7 +6,8 @@ With the base W, the adapter's update D, and the merged weight M as it is stored
 
 W lies on the target's grid, so an update below half a unit in its last place is lost. For normal
 updates with a standard deviation of s units the share is the sum over k of the density at k + 1/2:
-0.99 for s = 0.5, and 0.18 for s = 0.2.
+0.99 for s = 0.5, and 0.18 for s = 0.2. For x in the adapter's rows, the merged layer lacks one
+minus the share of what the adapter adds.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _merge(tally: Tally, name: str, layer: Any, dtype: torch.dtype, quant_type: 
     tally.add(name_of(dtype), name, before, exact, exact.to(dtype))
     if quant_type is not None and exact.dim() == 2:
         again = quantize_4bit(exact, quant_type).dequantize(torch.float32)
-        tally.add(quant_type, name, before, exact, again)
+        tally.add(f"{quant_type}, quantized again", name, before, exact, again)
 
 
 def dequantize(model: Any) -> None:

@@ -79,16 +79,16 @@ def format_kept(rows: Sequence[Kept]) -> str:
 
     >>> print(format_kept([Kept("bfloat16", "q_proj", 2, 0.87, 0.74)]))
     merged into bfloat16  layers  update kept  rounding / update
-    q_proj                2       0.87         0.74
-    warning: bfloat16 keeps less than 0.9 of the update of q_proj (0.87)
+    q_proj                2       0.870        0.74
+    warning: bfloat16 keeps less than 0.9 of the update of q_proj (0.870)
     """
     lines = []
     for target in dict.fromkeys(row.target for row in rows):
         found = [row for row in rows if row.target == target]
         head = f"merged into {target}", "layers", "update kept", "rounding / update"
-        cells = [(x.kind, str(x.layers), f"{x.share:.2f}", f"{x.rounding:.2g}") for x in found]
+        cells = [(x.kind, str(x.layers), f"{x.share:.3f}", f"{x.rounding:.2g}") for x in found]
         lines.append(format_table(head, cells))
-        if lost := [f"{x.kind} ({x.share:.2f})" for x in found if x.share < LEAST_SHARE]:
+        if lost := [f"{x.kind} ({x.share:.3f})" for x in found if x.share < LEAST_SHARE]:
             names = ", ".join(lost)
             lines.append(
                 f"warning: {target} keeps less than {LEAST_SHARE} of the update of {names}"

@@ -376,11 +376,8 @@ class _FourBit(NamedTuple):
         module, name = self.slot
         now: Any = module._parameters[name]
         state = _moved(self.state, now.device)
-        given = self.attributes | {"quant_state": state, "bnb_quantized": True}
-        given["requires_grad"] = False
-        if given.get("module") is not None:
-            given["module"] = module  # of a copy of the model, its own
-        p = self.cls(self.packed.to(now.device), **given)
+        given = {"quant_state": state, "bnb_quantized": True, "requires_grad": False}
+        p = self.cls(self.packed.to(now.device), **self.attributes, **given)
         module._parameters[name] = p
         module.quant_state = state
 

@@ -852,7 +852,7 @@ def test_check_of_experts_says_what_their_merge_keeps() -> None:
     ids = torch.arange(12)[None]
     text = str(check(model, {"input_ids": ids, "labels": ids}))
     for kind in ("gate_up_proj", "down_proj", "q_proj"):
-        assert re.search(rf"^{kind} +2 +1\.00 +0\.0", text, re.MULTILINE), text
+        assert re.search(rf"^{kind} +2 +1\.00\d +0\.0", text, re.MULTILINE), text
     assert "warning" not in text
 
 

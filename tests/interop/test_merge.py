@@ -860,3 +860,14 @@ def test_check_of_an_untrained_adapter_prints_no_share() -> None:
     model = get_peft_model(mlp(bf16).unload(), LoraConfig(target_modules=["up"]))
     found = check(model, batch(bf16))
     assert found.untrained and not found.kept and "merged into" not in str(found)
+
+
+def test_share_of_several_doras_over_4_bits_is_left_out() -> None:
+    """PEFT merges the second into codes that hold the first, which float32 sums do not."""
+    pytest.importorskip("bitsandbytes")
+    model, tally = two_adapters(dora_4bit(f32), use_dora=True), Tally()
+    state = everything(model)
+    for name, layer, _ in lora_layers(model):
+        add_layer(tally, name, layer)
+    assert not tally.rows()
+    assert_untouched(model, state)

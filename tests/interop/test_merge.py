@@ -553,6 +553,7 @@ def test_check_of_experts_with_exact_merges_leaves_no_copy() -> None:
     model = fuse(experts(f32), exact_merge="host")
     ids = torch.arange(12)[None]
     assert check(model, {"input_ids": ids, "labels": ids}).ok
+    assert not copies(model)
     before = base_bytes(model)
     model.merge_adapter()
     model.unmerge_adapter()

@@ -34,7 +34,7 @@ import torch
 
 from lora_kernels.backends.cpu import native
 from lora_kernels.bench.qualify import SHEETS
-from lora_kernels.bench.results import limits, read
+from lora_kernels.bench.results import limits, read, sources
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.finetune.compare_command import markdown
 
@@ -212,6 +212,24 @@ def runs() -> list[Run]:
     found = [Run(file) for file in files if "layers" in json.loads(file.read_text())]
     order = [*NAMES, *(run.file.stem for run in found)]
     return sorted(found, key=lambda run: (order.index(run.file.stem), run.file))
+
+
+def provenances() -> dict[str, Row]:
+    """The provenance of each run that is committed, by its file and suite."""
+    found: dict[str, Row] = {}
+    for file in sorted((HERE / "results").glob("*.json")):
+        for kind, run in json.loads(file.read_text()).items():
+            if isinstance(run, dict) and "rows" in run:
+                found[f"{file.name}: {kind}"] = run["provenance"]
+    return found
+
+
+def commit(facts: Row) -> str:
+    """A run's commit, and whether its sources are older than those of the newest run."""
+    found = [each for each in provenances().values() if "sources" in each]
+    newest = max(found, key=lambda each: each["date"], default={}).get("sources")
+    is_older = facts.get("sources") != newest or newest is None
+    return f"commit {facts.get('commit', 'unknown')}" + " (**older sources**)" * is_older
 
 
 def machine(facts: Row) -> str:
@@ -566,7 +584,7 @@ TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
     *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, experts_rows),
-    *(host_head, host_rows),
+    *(host_head, host_rows, commit),
 )
 
 
@@ -612,6 +630,10 @@ def main(check: bool) -> int:
     ]
     if check:
         print(f"stale: {', '.join(stale)}; run python -m benchmarks.report" if stale else "in step")
+        now = sources()
+        older = [name for name, facts in provenances().items() if facts.get("sources") != now]
+        if older:
+            print(f"measured on other sources than these: {', '.join(older)}")
         return 1 if stale else 0
     if find_spec("matplotlib") is None:
         print("benchmarks.report: needs matplotlib: pip install '.[bench]'")

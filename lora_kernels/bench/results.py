@@ -14,6 +14,7 @@ adapters is compared with PEFT's, whose adapters are float32 by default.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
 import json
 import os
@@ -36,6 +37,9 @@ from . import timing
 from .timing import Machine, Times
 
 Facts = dict[str, Any]  # of a run: its provenance
+
+PACKAGE = Path(__file__).parents[1]
+_TIMED = "backends", "choice", "core", "layers", "ops", "peft", "quantization"
 
 FROZEN = "frozen"
 # Baselines that are lower bounds, such as the frozen layer, and no alternative to ours.
@@ -410,8 +414,30 @@ def text_table(lines: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def versions(*libraries: str) -> dict[str, Any]:
-    """Return the versions of this package and of the libraries."""
-    return {"version": __version__, **{name: devices.version(name) for name in libraries}}
+    """Return commit, sources and version of this package, the date, and the libraries' versions."""
+    git = "git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--exclude=*"
+    return {
+        "commit": _output(*git),
+        "sources": sources(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "version": __version__,
+        **{name: devices.version(name) for name in libraries},
+    }
+
+
+def sources() -> str:
+    """Return a digest of the sources that are timed: csrc, and the package but for its tools.
+
+    >>> len(sources())
+    12
+    """
+    files = [*PACKAGE.glob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.*")]
+    files += [file for folder in _TIMED for file in (PACKAGE / folder).rglob("*.py")]
+    content = hashlib.sha256()
+    for file in sorted(files):
+        content.update(file.relative_to(PACKAGE.parent).as_posix().encode())
+        content.update(file.read_bytes())
+    return content.hexdigest()[:12]
 
 
 def limits(facts: Facts) -> Machine | None:
@@ -440,10 +466,7 @@ def provenance(dtypes: list[str], device: str = "cpu") -> Facts:
 def environment(device: str = "cpu") -> Facts:
     """Return the machine, the versions and the commit of a run."""
     cpu, f32 = devices.cpu(), torch.float32
-    git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"
     facts: Facts = {
-        "commit": _output(*git),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "backend": selection.choose(Problem(device, f32, f32, f32, f32, 8)).backend,
         "isa": native.isa,
         "machine": cpu.architecture,

@@ -26,7 +26,43 @@ def data(request: pytest.FixtureRequest) -> Any:
 
 def test_the_committed_files_are_in_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(check=True) == 0
-    assert capsys.readouterr().out == "in step\n"
+    assert capsys.readouterr().out.startswith("in step\n")
+
+
+def test_results_of_older_sources_are_marked_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest run's sources count in the tables, and the tree's in `--check`."""
+    facts = {
+        "a.json: layers": {"sources": "new", "date": "2026-12-02", "commit": "c2"},
+        "b.json: layers": {"sources": "old", "date": "2026-12-01", "commit": "c1"},
+        "b.json: 4-bit": {"date": "2026-12-03", "commit": "c3"},
+    }
+    monkeypatch.setattr(report, "provenances", lambda: facts)
+    assert [report.commit(each) for each in facts.values()] == [
+        "commit c2",
+        "commit c1 (**older sources**)",
+        "commit c3 (**older sources**)",
+    ]
+    monkeypatch.setattr(report, "sources", lambda: "new")
+    report.main(check=True)
+    assert capsys.readouterr().out.endswith(": b.json: layers, b.json: 4-bit\n")
+
+
+def test_digest_of_sources_changes_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "lora_kernels"
+    monkeypatch.setattr(results, "PACKAGE", package)
+    digests = set()
+    for name in ("ops/a.py", "peft/a.py", "../csrc/cpu/a.h", "b.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        for text in ("1", "2"):
+            (package / name).write_text(text)
+            digests.add(results.sources())
+    (package / "bench").mkdir()
+    (package / "bench/a.py").write_text("3")
+    assert len(digests) == 8 and results.sources() in digests
 
 
 def test_the_same_results_give_the_same_bytes(data: Any) -> None:

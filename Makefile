@@ -94,8 +94,8 @@ matrix: $(INSTALLED)
 # A quarter of an hour on two cores that have nothing else to do; a file of results a machine.
 bench: FILE = $$($(BIN)/python -m benchmarks.report --file)
 bench: native
-	$(BIN)/lora-kernels bench --json $(FILE)
-	$(BIN)/lora-kernels bench --quant nf4 --seconds 0.6 --json $(FILE)
+	$(BIN)/lora-kernels bench --device cpu --json $(FILE)
+	$(BIN)/lora-kernels bench --device cpu --quant nf4 --seconds 0.6 --json $(FILE)
 	$(BIN)/lora-kernels bench --variants --json $(FILE)
 	$(BIN)/lora-kernels bench --experts --dtypes bfloat16 --json $(FILE)
 	$(BIN)/lora-kernels bench --head --json $(FILE)

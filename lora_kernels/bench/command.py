@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cpu, gpu = map(_words, models.ROWS.values())
     text = "rows of x, in-features, out-features, such as 512x2048x5632 (default: five, with "
     text += "--quant others; on a GPU llama3-8b's)"
-    add("device", "(default: %(default)s)", choices=["cpu", "cuda"], default="cpu")
+    add("device", "(default: a GPU if there is one)", choices=["cpu", "cuda"])
     add("shapes", text, nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN")
     add("model", "the shapes of its linear layers", choices=models.NAMES)
     text = f"of x, in a model's layers (default: {cpu}; on a GPU {gpu})"
@@ -116,7 +116,7 @@ def _function(path: str) -> Function:
 
 def unused(args: argparse.Namespace, suite: Suite) -> str | None:
     """Return why an option that was given would have no effect, or None."""
-    defaults = {"device": "cpu", "dtypes": DTYPES, "dropout": 0.0, "quick": False}
+    defaults = {"dtypes": DTYPES, "dropout": 0.0, "quick": False}
     given = {name for name, value in vars(args).items() if value != defaults.get(name)}
     if name := next((name for name in suite.unused.split() if name in given), None):
         value = f" {args.device}" if name == "device" else ""
@@ -125,10 +125,17 @@ def unused(args: argparse.Namespace, suite: Suite) -> str | None:
         return "--baseline: want no --dropout beside it, which the function does not take"
     if {"shapes", "model"} <= given:
         return "--shapes: want no --model beside it, which names other shapes"
-    of_model = args.model or (args.device == "cuda" and not (args.shapes or args.quant))
+    of_model = args.model or (device_of(args, suite) == "cuda" and not (args.shapes or args.quant))
     if "rows" in given and not of_model:
         return "--rows: want --model beside it, whose layers take them"
     return None
+
+
+def device_of(args: argparse.Namespace, suite: Suite) -> str:
+    """Return the device that was given; by default a GPU, if there is one and the suite uses it."""
+    if args.device is not None:
+        return str(args.device)
+    return "cuda" if "device" not in suite.unused.split() and torch.cuda.is_available() else "cpu"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -153,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
     if why is not None:
         print(f"lora-kernels bench: {why}", file=sys.stderr)
         return 2
+    args.device = device_of(args, suite)
     if suite.option != "count":  # of the summary; if it is missing, nothing is timed
         import pandas  # type: ignore[import-untyped] # noqa: F401
     if args.seconds is None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -506,6 +507,31 @@ def test_nothing_is_measured_but_what_was_asked_for(
     out = capsys.readouterr().err
     option = [word for word in unused.split() if word.startswith("--")][-1]
     assert option in out and "beside it" in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "has_gpu", "device"),
+    [
+        ("--quick", True, "cuda"),
+        ("--quick", False, "cpu"),
+        ("--quick --device cpu", True, "cpu"),
+        ("--quant nf4", True, "cuda"),
+        ("--head", True, "cpu"),  # times nothing on a GPU
+    ],
+)
+def test_bench_runs_on_a_gpu_if_there_is_one(
+    options: str, has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+
+    def record(suite: Any, args: Any) -> Any:
+        devices.append(args.device)
+        return SimpleNamespace(rows=[])
+
+    monkeypatch.setattr(command, "measure", record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    cli.main(["bench", *options.split()])
+    assert devices == [device]
 
 
 def test_bench_without_pandas_ends_before_it_times(

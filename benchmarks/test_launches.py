@@ -19,11 +19,9 @@ from lora_kernels.core.call import Needs, Operands, Spec
 from lora_kernels.quantization import quantize_4bit
 from tests.support.fake_driver import fake_cuda, fake_triton
 
-BACKENDS = {
-    ("triton", strategy): (triton, fake_triton)
-    for strategy in (triton.FUSED, triton.TWO_PASS)
-    if triton.unavailable_reason() is None
-}
+BACKENDS = {}
+if triton.unavailable_reason() is None:
+    BACKENDS["triton", triton.FUSED] = triton, fake_triton
 BACKENDS |= {
     ("cuda", strategy): (cuda, fake_cuda) for strategy in (cuda.COOPERATIVE, cuda.TWO_PASS)
 }

@@ -288,7 +288,7 @@ def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Comparison
 
 def _forced_engines(name: str, case: Case) -> list[str]:
     """Return the engine, and its GEMV kernel if the case has few rows; [] if it supports none."""
-    if name == f"triton {triton.FUSED}" and case.R > configs.MAX_FUSED_RANK:
+    if name == f"triton {triton.FUSED}" and case.R > configs.MAX_RANK:
         return []
     if name.startswith("cuda ") and not cases.fits_cuda(case, name.removeprefix("cuda ")):
         return []

@@ -266,7 +266,7 @@ def _judge(
         return None, f"cannot run it: {why}"
     point = verdict.nearest_point(group, problem.rows, problem.columns, problem.inner)
     if point is None:
-        return None, f"was not measured with {problem.rows} rows or more"
+        return None, f"was not measured with {problem.rows} rows"
     forward, step = point.ratios(in_graph)
     said = f"measured {forward:.2f} of eager's time at {point.sizes}"
     said += "" if step is None else f", step {step:.2f}"

@@ -21,8 +21,9 @@ import torch
 from ..core import device
 from ..core.problem import Problem
 
-ADVICE = "run `lora-kernels qualify` (up to 25 s)"
+ADVICE = "run `lora-kernels qualify` (25 s, and compiling before)"
 KEEP_EAGER = 0.95  # of eager's time: a strategy replaces it if it takes at most that
+ONE_TILE = 16  # rows, whose kernels take as long for one row
 MAX_RANK = 128  # the largest that claims are checked for
 FORMAT = "4"  # of a verdict's file; part of its key
 OFF = 'qualification is switched off: fuse(qualify="off")'
@@ -148,10 +149,12 @@ class Verdict:
     def nearest_point(self, group: Group, rows: int, columns: int, inner: int) -> Point | None:
         """Return the timed point nearest to a call: by the ratio of M, then of N·K, then of N.
 
-        None if none was timed, or if M exceeds the largest that was.
+        None if none was timed, or M is outside of those that were; 16 rows stand for fewer too.
         """
         timed = [point for point in self.points if point.group == group]
-        if rows > max((point.rows for point in timed), default=-1):
+        if not timed or rows > max(point.rows for point in timed):
+            return None
+        if min(point.rows for point in timed) > max(rows, ONE_TILE):
             return None
 
         def distance(p: Point) -> tuple[float, float, float]:

@@ -5,6 +5,7 @@ Importing this module asks for nothing; `gpus` and `gpu` initialise CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
@@ -92,6 +93,34 @@ def cpu() -> Cpu:
         threads=torch.get_num_threads(),
         openmp=_openmp_runtime(),
     )
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def processors() -> int:
+    """Return how many processors this process may use at once.
+
+    That is its affinity, or less where its cgroup has a quota, as containers have.
+
+    >>> from lora_kernels.core import device
+    >>> 1 <= device.processors() <= device.cpu().cores
+    True
+    """
+    count, root = cpu().cores, CGROUP
+    with contextlib.suppress(OSError, ValueError):
+        if (root / "cgroup.controllers").exists():
+            group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+            own = root / group.lstrip("/")
+            folders = [own, *own.parents]
+            limits = [f / "cpu.max" for f in folders if f.is_relative_to(root)]
+            pairs = [file.read_text().split() for file in limits if file.exists()]
+        else:
+            names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+            pairs = [[(root / "cpu" / name).read_text().strip() for name in names]]
+        quotas = [int(quota) / int(period) for quota, period in pairs if quota not in ("max", "-1")]
+        return max(1, min(count, *(int(quota) for quota in quotas))) if quotas else count
+    return count
 
 
 def clocks_mhz() -> list[float] | None:

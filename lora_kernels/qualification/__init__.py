@@ -28,15 +28,16 @@ import torch
 from ..choice import verdicts
 from ..choice.verdicts import Group, Point, Verdict
 from ..core import device as devices
-from .plan import DTYPES, Claim, plan
+from . import compiling
+from .plan import DTYPES, KNOWN_DTYPES, SQUARE, WIDE, Claim, plan
 
-__all__ = ["BUDGET", "DTYPES", "Claim", "index_of", "plan", "qualify"]
+__all__ = ["BUDGET", "DTYPES", "KNOWN_DTYPES", "Claim", "index_of", "plan", "qualify"]
 
 WORKER = "lora_kernels.qualification.claims"
 CARD = "lora_kernels.qualification.card:Card"
 BUDGET = 25.0  # seconds
 SILENCE = 30.0  # seconds without a line from the worker, after which it counts as hanging
-START = 120.0  # the same to import torch and open the device, and to compile, on a busy machine
+START = 120.0  # the same to import torch and open the device, on a busy machine
 MAX_WORKERS = 6  # one, and five restarts
 
 
@@ -44,7 +45,7 @@ def qualify(
     device: int | str | torch.device | None = None,
     *,
     dtypes: Sequence[str] = DTYPES,
-    shapes: Sequence[tuple[int, int]] | None = None,
+    shapes: Sequence[tuple[int, int]] = (SQUARE, WIDE),
     budget_s: float = BUDGET,
     report: Callable[[Claim, str | None], None] | None = None,
     card: str = CARD,
@@ -54,27 +55,32 @@ def qualify(
     From then on this process, and others on the same kind of card with the same driver, versions
     and kernels, use what passed where it was measured at least 5 % faster than the eager backend,
     and no slower in a training step. The nearest measured size counts; with more rows than were
-    measured the eager backend runs. Takes up to `budget_s`, less if Triton's cache is warm. It
-    makes no collective call: run it once a machine, before a distributed program.
+    measured the eager backend runs. It makes no collective call: run it once a machine, before a
+    distributed program.
+
+    Triton's kernels are compiled first, if its cache lacks them. That takes about a minute of one
+    processor, divided among those of the cgroup. `budget_s` counts from then on.
 
     Args:
         device: a CUDA device or its index. Default: the current one.
         dtypes: of the base GEMM: "bfloat16", "float16".
         shapes: N and K of the weights whose calls are timed. Default: those of Llama-3-8B that
             `lora-kernels qualify --dry-run` prints.
-        budget_s: seconds, after which the claims that are left count as not checked.
+        budget_s: seconds, after which the worker begins no claim. A group with a claim that is
+            left is not used, and the verdict does not name it.
         report: called after each claim with the claim, and why it does not hold or None.
         card: the worker's access to the device, "module:class"; tests pass an emulated one.
 
     Returns the verdict. Raises RuntimeError, with nothing cached, if there is no GPU, another
-    process is qualifying, the cache cannot be written, memory is low, the card accepts no second
-    process, or the process belongs to a process group and is not its machine's first.
+    process is qualifying, the cache cannot be written, memory is low, the driver is older than the
+    kernels' CUDA, the card accepts no second process, no group was checked to its end, or the
+    process belongs to a process group and is not its machine's first.
 
     >>> verdict = qualify()  # doctest: +SKIP
     >>> sorted(verdict.passed)  # doctest: +SKIP
     """
     index = index_of(device)
-    if wrong := [name for name in dtypes if name not in ("bfloat16", "float16")]:
+    if wrong := [name for name in dtypes if name not in KNOWN_DTYPES]:
         raise ValueError(f"dtypes: got {wrong[0]!r}, want 'bfloat16' or 'float16'")
     claims = plan(tuple(dict.fromkeys(dtypes)), shapes)
     if not budget_s > 0:
@@ -82,13 +88,12 @@ def qualify(
     if (why := _unready_reason()) is not None:
         raise RuntimeError(f"qualify: {why}; nothing was cached")
     with _locked():
-        before = verdicts.key(index)
-        run = _Run(claims, card, index, before, time.monotonic() + budget_s, budget_s)
+        run = _Run(claims, card, index, verdicts.key(index), budget_s)
         run.check(report or (lambda claim, reason: None))
-        if (after := verdicts.key(index)) != before:
-            changed = ", ".join(name for name in before if before[name] != after.get(name))
+        if (after := verdicts.key(index)) != run.key:
+            changed = ", ".join(name for name in run.key if run.key[name] != after.get(name))
             raise RuntimeError(f"qualify: {changed} changed meanwhile; nothing was cached")
-        verdict = run.verdict(before)
+        verdict = run.verdict()
         try:
             verdicts.write(verdict)
         except OSError as error:
@@ -151,56 +156,56 @@ class _Run:
     card: str
     index: int
     key: Mapping[str, str]
-    end: float  # by time.monotonic
     budget_s: float
+    end: float | None = None  # by time.monotonic, from the first worker on
     holds: set[Claim] = field(default_factory=set)
     failed: dict[Group, str] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
 
     def check(self, report: Callable[[Claim, str | None], None]) -> None:
         """Check all claims, in as many workers as it takes."""
-        for number in range(MAX_WORKERS):
+        for _ in range(MAX_WORKERS):
             left = [c for c in self.claims if c not in self.holds and c.group not in self.failed]
-            if not left or time.monotonic() >= self.end:
+            if not left or (self.end is not None and time.monotonic() >= self.end):
                 return
-            self._work(left, report, compiles=number == 0)
+            with _Worker(self.card, self.index) as worker:
+                self._require_ready(worker)
+                if self.end is None:
+                    compiling.compile_ahead(self.claims, devices.gpu(self.index))
+                    self.end = time.monotonic() + self.budget_s
+                worker.order(claims=left, end=time.time() + self.end - time.monotonic())
+                self._follow(worker, left, report)
 
-    def _work(
-        self, left: list[Claim], report: Callable[[Claim, str | None], None], compiles: bool
+    def _require_ready(self, worker: _Worker) -> None:
+        first = worker.read(START)
+        if "ready" not in first:
+            raise RuntimeError(f"qualify: {worker.ending(first)}; nothing was cached")
+        other = [name for name, v in first["ready"].items() if v != self.key.get(name)]
+        if other:
+            raise RuntimeError(
+                f"qualify: the worker sees another card or version ({', '.join(other)}); "
+                "nothing was cached"
+            )
+
+    def _follow(
+        self, worker: _Worker, left: list[Claim], report: Callable[[Claim, str | None], None]
     ) -> None:
-        """Let one worker check claims until it ends, dies or is silent."""
-        order = {
-            "claims": left,
-            "end": time.time() + self.end - time.monotonic(),
-            "compile": compiles,
-        }
-        with _Worker(self.card, self.index, order) as worker:
-            first = worker.read(START)
-            if "ready" not in first:
-                raise RuntimeError(f"qualify: {worker.ending(first)}; nothing was cached")
-            other = [n for n, v in first["ready"].items() if v != self.key.get(n)]
-            if other:
-                raise RuntimeError(
-                    f"qualify: the worker sees another card or version ({', '.join(other)}); "
-                    "nothing was cached"
-                )
-            begun: Claim | None = None
-            limit = START if compiles else SILENCE
-            while True:
-                line, limit = worker.read(limit), SILENCE
-                if "begin" in line:
-                    begun = left[line["begin"]]
-                elif "end" in line:
-                    claim, begun = left[line["end"]], None
-                    if line.get("retry"):
-                        raise RuntimeError(f"qualify: {line['retry']}; nothing was cached")
-                    self._settle(claim, line["failed"], report)
-                    points = line.get("points", ())
-                    self.points += [verdicts.read_point([claim.group, *each]) for each in points]
-                elif "compiled" not in line:
-                    break
-            if begun is not None:
-                self._settle(begun, worker.ending(line), report)
+        """Note what a worker finds until it ends, dies or is silent."""
+        begun: Claim | None = None
+        while line := worker.read(SILENCE):
+            if "begin" in line:
+                begun = left[line["begin"]]
+            elif "end" in line:
+                claim, begun = left[line["end"]], None
+                if line.get("retry"):
+                    raise RuntimeError(f"qualify: {line['retry']}; nothing was cached")
+                self._settle(claim, line["failed"], report)
+                points = line.get("points", ())
+                self.points += [verdicts.read_point([claim.group, *each]) for each in points]
+            else:
+                break
+        if begun is not None:
+            self._settle(begun, worker.ending(line), report)
 
     def _settle(
         self, claim: Claim, reason: str | None, report: Callable[[Claim, str | None], None]
@@ -211,27 +216,24 @@ class _Run:
             self.failed[claim.group] = f"{claim.name}: {reason}"
         report(claim, reason)
 
-    def verdict(self, key: Mapping[str, str]) -> Verdict:
-        """Return the verdict; a group that was not checked to its end has failed."""
-        failed = dict(self.failed)
-        for claim in self.claims:
-            if claim not in self.holds and claim.group not in failed:
-                limit = f"{self.budget_s:g} s and {MAX_WORKERS} workers"
-                failed[claim.group] = f"{claim.name}: not checked within {limit}"
-        passed = frozenset(claim.group for claim in self.claims) - failed.keys()
+    def verdict(self) -> Verdict:
+        """Return the verdict on the groups that were checked to their end."""
+        left = {claim.group for claim in self.claims if claim not in self.holds}
+        passed = frozenset(claim.group for claim in self.claims if claim.group not in left)
+        if not passed and not self.failed:
+            raise RuntimeError(
+                f"qualify: no group was checked within {self.budget_s:g} s; nothing was cached"
+            )
         points = [point for point in self.points if point.group in passed]
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return Verdict(key, passed, failed, points, date)
+        return Verdict(self.key, passed, self.failed, points, date)
 
 
 class _Worker:
     """A worker process, which prints a line of JSON for each thing that happens."""
 
-    def __init__(self, card: str, index: int, order: Mapping[str, Any]) -> None:
-        environment = os.environ | {
-            "CUDA_VISIBLE_DEVICES": _visible_device(index),
-            "LORA_KERNELS_BACKEND": "",
-        }
+    def __init__(self, card: str, index: int) -> None:
+        environment = os.environ | _visible_device(index) | {"LORA_KERNELS_BACKEND": ""}
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER, card],
@@ -241,15 +243,11 @@ class _Worker:
             text=True,
             env=environment,
             cwd=Path(__file__).parents[2],  # -m finds this package there, and no file of the user's
-            start_new_session=True,  # its compilers end with it
+            start_new_session=True,  # a compiler that it started ends with it
         )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order))
-            self._process.stdin.close()
 
     def __enter__(self) -> _Worker:
         return self
@@ -258,6 +256,9 @@ class _Worker:
         self._kill()
         self._listener.join()
         self._errors.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -265,6 +266,12 @@ class _Worker:
             for line in self._process.stdout:
                 self._lines.put(line)
         self._lines.put(None)
+
+    def order(self, **order: Any) -> None:
+        """Give it claims and the time when it must begin no more."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(json.dumps(order))
 
     def read(self, seconds: float) -> dict[str, Any]:
         """Return the next line; {"silent": seconds} if there is none, {} at the end."""
@@ -306,10 +313,15 @@ class _Worker:
         self._process.wait()
 
 
-def _visible_device(index: int) -> str:
-    """Return CUDA_VISIBLE_DEVICES for a process that sees this GPU alone."""
+def _visible_device(index: int) -> dict[str, str]:
+    """Return the variable for a process that sees this GPU alone.
+
+    None is set where there is one GPU: a MIG slice in a container has no name that CUDA accepts.
+    """
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if index < len(named):
-        return named[index]
+        return {"CUDA_VISIBLE_DEVICES": named[index]}
+    if torch.cuda.device_count() == 1:
+        return {}
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
-    return str(index) if uuid is None else f"GPU-{uuid}"
+    return {"CUDA_VISIBLE_DEVICES": str(index) if uuid is None else f"GPU-{uuid}"}

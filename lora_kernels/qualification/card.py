@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import cuda
 from ..choice import choose as selection
 from ..choice import verdicts
 from ..choice.verdicts import Group
-from . import CARD, WORKER
 from .plan import Claim
 
 FREE = 2 << 30  # bytes that the claims may need: the timed weights, several times
@@ -94,10 +90,15 @@ class Card:
 
     def __init__(self) -> None:
         torch.empty(1, device="cuda")  # the context: fails if the card accepts no other
+        if cuda.unavailable_reason() is None:
+            why = cuda.unsupported_device_reason("cuda", 0)
+            if why is not None:  # an old card, or a driver older than the kernels' CUDA
+                raise RuntimeError(why)
         free, _ = torch.cuda.mem_get_info()
         if free < FREE:
             raise RuntimeError(
-                f"{free >> 20} MiB of the card's memory are free, want {FREE >> 20} MiB"
+                f"{free >> 20} MiB of the card's memory are free, want {FREE >> 20} MiB: "
+                "end what else runs on it"
             )
         self.cold_bytes = 2 * int(torch.cuda.get_device_properties(0).L2_cache_size)
 
@@ -108,24 +109,6 @@ class Card:
     def engine(self, group: Group) -> AbstractContextManager[Any]:
         """Force the group's backend and strategy."""
         return selection.backend(group.backend, group.strategy)
-
-    def compile(self, claims: Sequence[Claim]) -> None:
-        """Compile what the claims launch, on all processor cores."""
-        mine = [claim for claim in claims if claim.group.backend == "triton"]
-        count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 16)
-        command = [sys.executable, "-m", WORKER, CARD]
-        workers = []
-        for number in range(count if mine else 0):
-            order = {"claims": mine, "part": [number, count]}
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            assert worker.stdin is not None
-            worker.stdin.write(json.dumps(order).encode())
-            worker.stdin.close()
-            workers.append(worker)
-        for worker in workers:
-            worker.wait()
 
     def before(self, claim: Claim) -> None:
         """Is called when a claim begins."""

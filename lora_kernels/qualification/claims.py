@@ -2,18 +2,17 @@
 
     python -m lora_kernels.qualification.claims MODULE:CARD
 
-Reads its order from stdin, JSON with "claims", "end" (by time.time) and "compile". Prints a line of
-JSON for each thing that happens:
+Prints a line of JSON for each thing that happens:
 
     {"ready": key of the card}      or {"refused": why}, and it ends
-    {"compiled": seconds}           if kernels were compiled ahead
     {"begin": number of the claim}
     {"end": number, "failed": why or null, "points": [...], "retry": why it can hold another time}
+
+When it is ready it reads its order from stdin, JSON with "claims" and "end" (by time.time).
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -28,12 +27,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..backends import cuda, replay, triton
-from ..backends.triton import configs, launch
+from ..backends.triton import configs
 from ..choice import choose as selection
 from ..choice import verdicts
 from ..choice.verdicts import Group
 from ..core.call import Needs, Operands, Spec
-from ..core.problem import Strategy
 from ..oracle import case as cases
 from ..oracle.case import AnyCase, Case
 from ..quantization import Weight4bit
@@ -80,7 +78,7 @@ def odd_sizes(card: Card, group: Group) -> list[Case]:
     """
     few, most = _rows(card, group)
     N, K = (203, 99) if group.backend == "triton" else (200, 192)  # CUDA loads whole 16 bytes
-    rank = configs.MAX_FUSED_RANK if group.strategy == Strategy.FUSED else verdicts.MAX_RANK
+    rank = configs.MAX_RANK if group.backend == "triton" else verdicts.MAX_RANK
     options = {"R": rank, "gate": True, "column_scale": True, "bias": True, "quant": "fp4-128"}
     return [_case(card, group, most - 3, N, K, **options), _case(card, group, few, *card.whole)]
 
@@ -247,20 +245,14 @@ def main(arguments: Sequence[str]) -> int:
         def say(**line: Any) -> None:
             print(json.dumps(line), file=lines, flush=True)
 
-        order = json.load(sys.stdin)
-        claims = [Claim(Group(*group), *rest) for group, *rest in order["claims"]]
         try:
             card = getattr(importlib.import_module(module), name)()
         except RuntimeError as error:
             say(refused=_first_line(error))
             return 1
-        if "part" in order:
-            return _compile_part(card, claims, *order["part"])
         say(ready=card.key())
-        if order["compile"]:
-            begun = time.time()
-            card.compile(claims)
-            say(compiled=time.time() - begun)
+        order = json.load(sys.stdin)
+        claims = [Claim(Group(*group), *rest) for group, *rest in order["claims"]]
         return _check_all(card, claims, order["end"], say)
 
 
@@ -288,15 +280,6 @@ def _check_all(card: Card, claims: Sequence[Claim], end: float, say: Callable[..
         say(end=number, failed=reason, points=points, retry=retry)
         if reason is not None:
             failed.add(claim.group)
-    return 0
-
-
-def _compile_part(card: Card, claims: Sequence[Claim], part: int, parts: int) -> int:
-    """Compile every `parts`-th kernel that the claims launch, and launch none."""
-    with launch.compile_only(part, parts):
-        for claim in claims:
-            with contextlib.suppress(Exception):  # the check itself will meet it
-                launch_all(card, claim)
     return 0
 
 

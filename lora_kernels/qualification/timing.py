@@ -71,7 +71,7 @@ class Timed:
         return torch.autograd.grad(self.y(number), self.leaves, self.dy)
 
 
-@functools.lru_cache(maxsize=1)  # the groups of a plan with equal weights follow each other
+@functools.lru_cache(maxsize=4)  # two kinds and two shapes of one dtype, for all groups
 def cold_weights(card: Card, dtype: torch.dtype, kind: str, N: int, K: int) -> list[Any]:
     """Return copies of a weight, in all twice the L2 cache and at least two."""
     dense = torch.randn(N, K, device=card.device, dtype=dtype) / K**0.5

@@ -232,7 +232,7 @@ THREE = (*verify.SHAPES, (33, 259, 257, 64))
         ("avx2", "nf4", (THREE[0], verify.FEW_ROWS, THREE[2])),
         ("eager cuda", "fp4, all", (THREE[0], verify.FEW_ROWS, THREE[2])),
         (CUDA, "nf4", (*verify.CUDA_SHAPES, THREE[2])),
-        ("triton two_pass", "plain", THREE),
+        ("triton fused", "plain", THREE),
     ],
 )
 def test_every_shape_of_an_option_is_judged(

@@ -25,8 +25,8 @@ MATRIX |= dict.fromkeys(("sm100", "sm103", "sm110"), "tcgen05.mma")
 FEW_BYTES = 32
 ELEMENTWISE = ("gated_kernel", "gated_backward_kernel", "cross_entropy_kernel")
 NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", *ELEMENTWISE)
-LINEAR = ("fused_kernel", "two_pass_kernel")
-WIDE_LOADS = (*LINEAR, "shrink_outer_kernel", *ELEMENTWISE)
+LINEAR = ("fused_kernel",)
+WIDE_LOADS = (*LINEAR, *ELEMENTWISE)
 WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
 
 

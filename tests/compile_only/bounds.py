@@ -22,14 +22,12 @@ The least share is an upper bound. The kernel reaches less.
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_kernels.backends.triton import configs
 from lora_kernels.core.device import DeviceInfo
 from tests.compile_only import cuda, targets
 from tests.compile_only.calls import SLICE
@@ -40,15 +38,18 @@ GPUS = {"sm80": A100, "sm86": RTX3090, "sm89": RTX4090, "sm90": H100, "sm100": B
 GPUS |= {"sm120": RTX5090}
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ROOT / "benchmarks" / "KERNELS.md", ROOT / "docs" / "gpu.md"
-NAMED = [(1024, "Llama-3-8B k, v"), (2048, "TinyLlama q, o"), (4096, "Llama-3-8B q, o, down")]
 SERVED = {"A100": "sm80", "RTX 4090": "sm89", "H100": "sm90", "B200": "sm100"}
-CALLS = {  # of docs/gpu.md
-    "1 row, 14336×4096 in 4 bits": "decode bfloat16 codes M8 x in shared memory",
-    "16 rows, 14336×4096 in 4 bits": "decode bfloat16 codes M16 x from caches",
-    "1 row, 14336×4096 dense": "decode bfloat16 dense M8 x in shared memory",
-    "16 rows, 14336×4096 dense": "decode bfloat16 dense M16 x from caches",
-    "4096 rows, 4096×4096 in 4 bits": "gemm bfloat16 codes y",
-    "4096 rows, 4096×4096 dense": "gemm bfloat16 dense y",
+# Calls of docs/gpu.md and of qualification's candidates, at 14336×4096: kernel, rows.
+CALLS = {
+    "cuda cooperative, 1 row in 4 bits": ("decode bfloat16 codes M8 x in shared memory", 1),
+    "cuda cooperative, 16 rows in 4 bits": ("decode bfloat16 codes M16 x from caches", 16),
+    "cuda cooperative, 1 row dense": ("decode bfloat16 dense M8 x in shared memory", 1),
+    "cuda cooperative, 16 rows dense": ("decode bfloat16 dense M16 x from caches", 16),
+    "cuda two_pass, 17 rows in 4 bits": ("gemm bfloat16 codes y", 17),
+    "cuda two_pass, 128 rows in 4 bits": ("gemm bfloat16 codes y", 128),
+    "triton fused, 16 rows in 4 bits": ("codes:whole", 16),
+    "triton fused, 128 rows in 4 bits": ("codes:whole", 128),
+    "triton fused, 16 rows dense": ("bfloat16 fused forward", 16),
 }
 
 N = K = 4096
@@ -135,7 +136,7 @@ def tightest(found: dict[str, float]) -> tuple[str, float]:
     return min(found.items(), key=lambda item: item[1])
 
 
-def of_triton(target: str, kernel: targets.Found) -> dict[str, float] | None:
+def of_triton(target: str, kernel: targets.Found, N: int = N) -> dict[str, float] | None:
     """Return the bounds of a Triton kernel, or None if its sizes are not known."""
     key, code, config = kernel.key, kernel.code, kernel.launch.config
     found = re.match(r"(\w+)_kernel(?: #\d)? (?:(\d+)x)?(\d+)x(\d+)", key)
@@ -152,20 +153,19 @@ def of_triton(target: str, kernel: targets.Found) -> dict[str, float] | None:
         registers=code.registers, shared=code.shared, ahead=max(1, config.stages - 1),
         on="tf32" if item == 4 else "tensor", float32=item == 4,
     )  # fmt: skip
-    if "no base" in key:  # S·Bᵀ alone
-        work = replace(work, bytes=y, loaded=y)
-    elif name in ("fused", "two_pass"):
+    if name == "fused":
         columns = _tiles(N, n)
         # Codes are loaded into registers and decoded in the same turn.
         work = replace(
             work, bytes=x + y + weight, loaded=x * columns + tiles * weight, steps=_tiles(K, k),
+            programs=tiles * columns,
             flops=2.0 * M * N * K, executed=2.0 * tiles * m * columns * n * K,
             ahead=1 if codes else work.ahead,
         )  # fmt: skip
     elif name == "shrink":
         a, steps = RANK * K * item, tiles * _tiles(K, k) / programs
         work = replace(work, bytes=x + a, loaded=x + tiles * a, steps=max(1, steps))
-    elif name in ("outer", "shrink_outer"):
+    elif name == "outer":
         work = replace(work, steps=max(1, _tiles(M, m) * _tiles(N, n) / programs))
     else:  # dequantize
         work = replace(work, bytes=N * K * (2 + CODES), loaded=N * K * (2 + CODES))
@@ -175,10 +175,10 @@ def of_triton(target: str, kernel: targets.Found) -> dict[str, float] | None:
     return bounds(GPUS[target], work, loop)
 
 
-def of_cuda(target: str, key: str, code: Code) -> dict[str, float] | None:
+def of_cuda(target: str, key: str, code: Code, M: int = 4096) -> dict[str, float] | None:
     """Return the bounds of a CUDA kernel, or None if it is only an epilogue.
 
-    M is 4096, except for decode.
+    M: of gemm, whose N is 4096 there and 14336 for fewer rows; 4096 for others but decode.
     """
     kernel, codes, registers = key.split()[0], "codes" in key, code.registers
     loop = code.measure_loop()
@@ -186,12 +186,18 @@ def of_cuda(target: str, key: str, code: Code) -> dict[str, float] | None:
     if kernel == "decode":
         return bounds(GPUS[target], _decode(GPUS[target], key, registers), loop)
     if kernel == "gemm":  # three stages of x; codes are loaded a turn ahead, decoded into two
-        weight, shared = (size * CODES, 57 << 10) if codes else (size * 2, 72 << 10)
+        n, rows = (N if M == 4096 else DECODE_N), _tiles(M, 64)
+        weight, shared = (n * K * CODES, 57 << 10) if codes else (n * K * 2, 72 << 10)
+        tiles = rows * (n // 128)
+        splits = max(1, min(8, 264 // tiles))  # as `_Linear.run`
         work = Work(
-            bytes=4 * size + weight, loaded=2 * size * (N // 128) + weight * (4096 // 64),
-            programs=size // (64 * 128), warps=4, steps=K // 64, registers=registers,
-            shared=shared, flops=2.0 * size * K, executed=2.0 * size * (K + 3 * R),
+            bytes=2 * M * (K + n) + weight,
+            loaded=2 * M * K * (n // 128) + weight * rows + 8 * M * n * splits * (splits > 1),
+            programs=tiles * splits, warps=4, steps=K // 64 / splits, registers=registers,
+            shared=shared, flops=2.0 * M * n * K, executed=2.0 * 64 * rows * n * (K + 3 * R),
             ahead=1 if codes else 2,
+            # P is computed and added before, by two launches.
+            trips=2 * LATENCY + L2_LATENCY + 2 * (LAUNCH + LATENCY),
         )  # fmt: skip
         return bounds(GPUS[target], work, loop)
     update = size * R * 2  # bytes of A, or FLOPs of x·Aᵀ, in each
@@ -270,59 +276,50 @@ def table(head: str, columns: Sequence[str], rows: dict[str, dict[str, str]]) ->
     return "\n".join(lines)
 
 
-def strategies() -> str:
-    """Lay out the choices of `configs.strategy` at 1024 rows as a table."""
-    lines = ["| N | layer | weight | GPU | R | choice | because |", "|---|---|---|---|---|---|---|"]
-    gpus = {"A100": A100, "H100": H100}
-    for (columns, layer), (gpu, target), rank in itertools.product(NAMED, gpus.items(), (16, 64)):
-        weights: dict[tuple[str, str], list[str]] = {}
-        for four_bit in (False, True):
-            found = configs.strategy(target, 1024, columns, rank, 2, four_bit)
-            weights.setdefault(found, []).append("NF4" if four_bit else "dense")
-        for (choice, why), names in weights.items():
-            weight = ", ".join(names)
-            lines.append(f"| {columns} | {layer} | {weight} | {gpu} | {rank} | {choice} | {why} |")
-    return "\n".join(lines)
-
-
 def _print(target: str, key: str, found: dict[str, float] | None) -> None:
     if found is not None:
         shares = "  ".join(f"{name} {share:4.0%}" for name, share in found.items())
         print(f"{target:6} {shares}  {key}", flush=True)
 
 
-def triton_table() -> str:
-    """Print the bounds of Triton's kernels, and return the least of each as a table."""
+def triton_table(calls: dict[str, dict[str, str]]) -> str:
+    """Print the bounds of Triton's kernels, and return the least of each as a table.
+
+    calls: gets the shares of CALLS, by target.
+    """
     rows = defaultdict[str, dict[str, str]](dict)
-    for target in targets.TARGETS:
+    for target in [*targets.TARGETS, "sm89"]:  # the latter for `calls`
         for kernel in targets.kernels(target, SLICE):
             found, code = of_triton(target, kernel), kernel.code
             _print(target, kernel.key, found)
             matrix = (code.matrix or "–").split(".")[0]
             cell = f"{code.registers} {matrix} {describe(found)}"
-            count, programs = targets.TARGETS[target][0].multiprocessors, kernel.launch.programs
+            count, programs = targets.ALL[target][0].multiprocessors, kernel.launch.programs
             if target in GPUS and programs < count:
                 cell += f" ({programs} of {count} SMs)"
             rows[kernel.key][target] = cell
+            for call, (word, M) in CALLS.items():
+                if "triton" in call and kernel.key.endswith(word) and f" M{M} " in kernel.key:
+                    found = of_triton(target, kernel, DECODE_N)
+                    calls[call][target] = describe(found).split()[0]
     return table("kernel", list(targets.TARGETS), dict(sorted(rows.items())))
 
 
-def cuda_tables(library: Path) -> dict[str, str]:
-    """Print the bounds of the CUDA kernels; return the tables "cuda" and "bounds"."""
-    rows, calls = defaultdict[str, dict[str, str]](dict), defaultdict[str, dict[str, str]](dict)
+def cuda_table(library: Path, calls: dict[str, dict[str, str]]) -> str:
+    """Print the bounds of the CUDA kernels, and return the least of each as a table.
+
+    calls: gets the shares of CALLS, by target.
+    """
+    rows = defaultdict[str, dict[str, str]](dict)
     for kernel in sorted(cuda.kernels(library), key=lambda kernel: (kernel.target, kernel.key)):
         found = of_cuda(kernel.target, kernel.key, kernel.code)
         _print(kernel.target, kernel.key, found)
         rows[kernel.key][kernel.target] = f"{kernel.code.registers} {describe(found)}"
-        calls[kernel.key][kernel.target] = describe(found).split()[0]
-    served = {
-        call: {gpu: calls[key][target] for gpu, target in SERVED.items()}
-        for call, key in CALLS.items()
-    }
-    return {
-        "cuda": table("kernel", sorted(cuda.TARGETS), dict(sorted(rows.items()))),
-        "bounds": table("forward", list(SERVED), served),
-    }
+        for call, (key, M) in CALLS.items():
+            if key == kernel.key:
+                found = of_cuda(kernel.target, key, kernel.code, M)
+                calls[call][kernel.target] = describe(found).split()[0]
+    return table("kernel", sorted(cuda.TARGETS), dict(sorted(rows.items())))
 
 
 def main() -> None:
@@ -332,10 +329,17 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--write", action="store_true", help="write the tables into the documents")
     write = parser.parse_args().write
-    tables = {"compiled": triton_table(), "strategies": strategies()}
+    calls: dict[str, dict[str, str]] = {call: {} for call in CALLS}
+    tables = {"compiled": triton_table(calls)}
     library = cuda.library()
     if library is not None:
-        tables |= cuda_tables(library)
+        tables["cuda"] = cuda_table(library, calls)
+    served = {
+        call: {gpu: shares.get(target, "") for gpu, target in SERVED.items()}
+        for call, shares in calls.items()
+    }
+    tables["bounds"] = table("forward, 14336×4096", list(SERVED), served)
+    print(tables["bounds"])
     for path in DOCUMENTS if write else ():
         text = path.read_text()
         for name, rows in tables.items():

@@ -9,16 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton import (
-    FUSED,
-    TWO_PASS,
-    codec,
-    configs,
-    elementwise,
-)
-from lora_kernels.backends.triton import (
-    linear as equation,
-)
+from lora_kernels.backends.triton import FUSED, codec, configs, elementwise
+from lora_kernels.backends.triton import linear as equation
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.packed4bit import Packed4bit
 
@@ -33,9 +25,9 @@ class Call:
     dtype: torch.dtype = bf16
     adapter: torch.dtype = bf16
     R: int = 16
-    strategy: str = TWO_PASS
     quant: str = ""  # "", "whole" blocks in whole words, or "odd" rows
     backward: bool = False
+    frozen: bool = False  # x, so that dS is computed alone
     options: bool = False  # gate, column scale, bias, z kept
     odd: bool = False  # K and N odd, so that nothing is aligned
     base: bool = True  # whether there is a weight
@@ -43,10 +35,10 @@ class Call:
     def __str__(self) -> str:
         names = [f"M{self.M}", f"R{self.R}", str(self.dtype).removeprefix("torch.")]
         names += [f"A:{self.adapter}".replace("torch.", "")] if self.adapter != self.dtype else []
-        names += [self.strategy, "backward" if self.backward else "forward"]
+        names += [FUSED, "backward" if self.backward else "forward"]
         names += [f"codes:{self.quant}"] if self.quant else []
         names += [] if self.base else ["no base"]
-        names += [name for name in ("options", "odd") if getattr(self, name)]
+        names += [name for name in ("frozen", "options", "odd") if getattr(self, name)]
         return " ".join(names)
 
     @property
@@ -64,7 +56,7 @@ class Call:
         if not self.backward:
             operands = Operands(x, weight, A, B, gate, scale, bias)
             spec = Spec(2.0, 0.0, self.dtype, self.dtype, self.options)
-            equation.lora_linear(operands, spec, self.strategy)
+            equation.lora_linear(operands, spec, FUSED)
             return
         dy, z = meta((M, N), self.dtype), meta((M, N), self.dtype)
         equation.lora_linear_backward(
@@ -72,8 +64,8 @@ class Call:
             Operands(x, weight, A, B, gate, scale),
             Saved(meta((M, R), f32), z if self.options else None),
             Spec(2.0, 0.0, self.dtype, self.dtype),
-            Needs(True, True, True, self.options, self.options, self.options),
-            self.strategy,
+            Needs(not self.frozen, True, True, self.options, self.options, self.options),
+            FUSED,
         )
 
 
@@ -143,14 +135,15 @@ def codes(N: int, K: int) -> Packed4bit:
 
 AnyCall = Call | Dequantize | Gated | Loss
 
-# One config a kernel and target.
+# One config a kernel and target; those that qualification may choose.
 SLICE: list[AnyCall] = [
-    Call(4096, strategy=FUSED),
-    Call(1024, quant="whole"),
+    Call(16),
     Call(16, quant="whole"),
+    Call(128, quant="whole"),
+    Call(4096),
     Call(4096, f32, f32),
     Call(4096, backward=True, options=True),
-    Call(4096, base=False),
+    Call(4096, backward=True, frozen=True),
     Dequantize(),
     Gated(),
     Loss(),
@@ -161,18 +154,16 @@ def every_call() -> Iterator[AnyCall]:
     """Every branch of `configs`, every format, with options and without, aligned and odd."""
     yield from SLICE
     for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):
-        for strategy, backward in itertools.product((FUSED, TWO_PASS), (False, True)):
-            for quant in ("", "whole"):
-                yield Call(M, dtype, dtype, 16, strategy, quant, backward)
-    for R in (64, 256):
-        for strategy in (TWO_PASS, FUSED) if R <= configs.MAX_FUSED_RANK else (TWO_PASS,):
-            yield Call(4096, R=R, strategy=strategy)
-            yield Call(4096, R=R, strategy=strategy, backward=True)
-    for strategy, quant in itertools.product((FUSED, TWO_PASS), ("", "odd")):
-        for backward in (False, True):
-            yield Call(256, bf16, f32, 16, strategy, quant, backward, options=True)
-            yield Call(256, f16, f16, 5, strategy, quant, backward, odd=True)
-            yield Call(4096, bf16, bf16, 32, strategy, quant, backward, options=True)
+        for backward, quant in itertools.product((False, True), ("", "whole")):
+            yield Call(M, dtype, dtype, 16, quant, backward)
+        yield Call(M, dtype, dtype, backward=True, frozen=True)
+    for backward in (False, True):
+        yield Call(4096, R=configs.MAX_RANK, backward=backward)
+        for quant in ("", "odd"):
+            yield Call(256, bf16, f32, 16, quant, backward, options=True)
+            yield Call(256, f16, f16, 5, quant, backward, odd=True)
+            yield Call(4096, bf16, bf16, 32, quant, backward, options=True)
+    yield Call(4096, bf16, bf16, configs.MAX_RANK, backward=True, frozen=True)
     for dtype in (bf16, f32):
         yield Call(4096, dtype, dtype, base=False, options=True)
     yield Dequantize(f32, aligned=False)

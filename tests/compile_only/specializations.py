@@ -11,7 +11,6 @@ from typing import Any
 
 from triton import knobs
 
-from lora_kernels.backends.triton import FUSED, TWO_PASS
 from tests.compile_only.calls import Call
 from tests.compile_only.targets import compiled
 
@@ -39,11 +38,10 @@ def count(call: Call, target: str = "sm90") -> Counter[str]:
 
 def main() -> None:
     print(f"kernels compiled for a 4096×4096 layer over {len(ROWS)} values of M")
-    for strategy in (TWO_PASS, FUSED):
-        for quant in ("", "whole"):
-            kernels = count(Call(0, strategy=strategy, quant=quant))
-            each = ", ".join(f"{name} {n}" for name, n in sorted(kernels.items()))
-            print(f"{strategy}{', 4-bit' * bool(quant)}: {kernels.total()} ({each})")
+    for quant in ("", "whole"):
+        kernels = count(Call(0, quant=quant))
+        each = ", ".join(f"{name} {n}" for name, n in sorted(kernels.items()))
+        print(f"{'4-bit' if quant else 'dense'}: {kernels.total()} ({each})")
 
 
 if __name__ == "__main__":

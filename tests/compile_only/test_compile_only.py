@@ -81,10 +81,10 @@ def test_layer_rows_vary_compiles_once_for_each_tile() -> None:
     """38 when M and the numbers of splits were compiled for."""
     lines = run("tests.compile_only.specializations").splitlines()
     found = {name: int(rest.split()[0]) for name, _, rest in (x.partition(": ") for x in lines[1:])}
-    # Forward and backward of two_pass_kernel in four tiles of rows and of shrink_kernel in two;
-    # reduce_kernel for dA and dB, of one part or more; outer_kernel, shrink_outer_kernel.
-    most = 2 * 4 + 2 * 2 + 2 * 2 + 1 + 1
-    assert len(found) == 4 and max(found.values()) <= most, "\n".join(lines)
+    # Forward and backward of fused_kernel in four tiles of rows; reduce_kernel for dA and dB, of
+    # one part or more; outer_kernel.
+    most = 2 * 4 + 2 * 2 + 1
+    assert len(found) == 2 and max(found.values()) <= most, "\n".join(lines)
 
 
 def test_budgets_of_cuda_kernels_are_kept() -> None:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends.triton import FUSED, TWO_PASS
 from lora_kernels.oracle.case import Case, inputs
 
 bf16, f32 = torch.bfloat16, torch.float32
-every_strategy = pytest.mark.parametrize("strategy", [FUSED, TWO_PASS])
 
 
 def layer(M: int, quant: str = "") -> Callable[[], Tensor]:
@@ -28,10 +26,9 @@ def layer(M: int, quant: str = "") -> Callable[[], Tensor]:
     return call
 
 
-@every_strategy
 @pytest.mark.parametrize("M", [4, 300])
-def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
-    with lora_kernels.backend("triton", strategy):
+def test_graphs_are_captured_and_replayed(M: int) -> None:
+    with lora_kernels.backend("triton"):
         call = layer(M, "nf4-64-nested")
         want = call()  # compiled before it is captured
         graph = torch.cuda.CUDAGraph()
@@ -65,11 +62,11 @@ def test_backward_in_autograds_thread_follows_its_forward() -> None:
 
     args = inputs(Case(70, 256, 320, 8, bf16, device="cuda"))
     dy = args.pop("dy")
-    with lora_kernels.backend("triton", TWO_PASS):
+    with lora_kernels.backend("triton"):
         y = lora_kernels.lora_linear(**args)
     with mock.patch.object(launch, "run", wraps=launch.run) as run:
         y.backward(dy)
-    assert "two_pass_kernel" in {call.args[0].__name__ for call in run.call_args_list}
+    assert "fused_kernel" in {call.args[0].__name__ for call in run.call_args_list}
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")

@@ -15,9 +15,8 @@ full = dict(gate=True, column_scale=True, bias=True, device="cuda")
 for quant in ("", "nf4-64-nested"):
     for M in (5, 70, 300):
         args = inputs(Case(M, 129, 192, 13, torch.bfloat16, quant=quant, **full))
-        for strategy in ("fused", "two_pass"):
-            with lora_kernels.backend("triton", strategy):
-                run(lora_kernels.lora_linear, args)
+        with lora_kernels.backend("triton"):
+            run(lora_kernels.lora_linear, args)
 with lora_kernels.backend("triton"):
     args["weight"].dequantize(torch.bfloat16)
 torch.cuda.synchronize()

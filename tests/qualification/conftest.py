@@ -12,6 +12,7 @@ from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.core import device
 from lora_kernels.core.device import DeviceInfo
+from lora_kernels.qualification import compiling
 from tests.support import fake_card, gpus
 
 H100 = replace(gpus.H100, name="Fake H100")
@@ -26,7 +27,8 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceInfo
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(verdicts, "key", lambda index: dict(fake_card.KEY))
-    monkeypatch.setattr(qualification, "_visible_device", lambda index: "")
+    monkeypatch.setattr(qualification, "_visible_device", lambda index: {})
+    monkeypatch.setattr(compiling, "compile_ahead", lambda claims, gpu: None)
     monkeypatch.setattr("lora_kernels.backends.cuda.unsupported_device_reason", lambda *at: None)
     monkeypatch.setattr(verdicts, "_current", {})
     monkeypatch.setattr(verdicts, "_is_off", False)

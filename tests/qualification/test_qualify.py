@@ -21,7 +21,7 @@ from lora_kernels.backends import triton
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Point, Verdict
-from lora_kernels.qualification import Claim, qualify
+from lora_kernels.qualification import Claim, compiling, qualify
 from lora_kernels.qualification.plan import CANDIDATES, STEP_ROWS, plan
 from tests.support import fake_card
 from tests.support.emulator import emulator_unavailable_reason
@@ -236,12 +236,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     noted = SimpleNamespace(scripts=[], orders=[], ends=[], waits=[], gpus=set())
 
     class Worker(contextlib.nullcontext[Any]):
-        def __init__(self, card: str, index: int, order: dict[str, Any]) -> None:
+        def __init__(self, card: str, index: int) -> None:
             super().__init__(self)
+            self.index = index
             self.lines = iter([{"ready": fake_card.KEY}, *noted.scripts.pop(0)])
-            noted.orders.append((index, order["compile"], order["claims"]))
-            noted.ends.append(order["end"])
             noted.waits.append([])
+
+        def order(self, claims: list[Claim], end: float) -> None:
+            noted.orders.append((self.index, claims))
+            noted.ends.append(end)
 
         def read(self, seconds: float) -> dict[str, Any]:
             noted.waits[-1].append(seconds)
@@ -262,7 +265,7 @@ def test_workers_share_the_claims(monkeypatch: pytest.MonkeyPatch, scripted: Any
     claims.append(Claim(TWO_PASS, "graph", 2))
     time = [1, 64, 128, 16, [1e-5, 1e-6, True], [2e-5, 1e-6, False], None, None]
     holds = [[{"begin": n}, {"end": n, "failed": None, "points": [time]}] for n in range(2)]
-    scripted.scripts += [[{"compiled": 1.0}, *holds[0], *holds[1], {"begin": 2}], holds[0]]
+    scripted.scripts += [[*holds[0], *holds[1], {"begin": 2}], holds[0]]
     plans = {(("bfloat16",), SHAPES): claims}
     monkeypatch.setattr(qualification, "plan", lambda *args: plans[args])
 
@@ -271,9 +274,9 @@ def test_workers_share_the_claims(monkeypatch: pytest.MonkeyPatch, scripted: Any
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     found = qualify(1, dtypes=["bfloat16"] * 2, shapes=SHAPES, report=report)
-    assert scripted.orders == [(1, True, claims), (1, False, [claims[3]])]
+    assert scripted.orders == [(1, claims), (1, [claims[3]])]
     start, silence = qualification.START, qualification.SILENCE
-    assert scripted.waits == [[start, start, *[silence] * 6], [start, *[silence] * 3]]
+    assert scripted.waits == [[start, *[silence] * 6], [start, *[silence] * 3]]
     assert scripted.gpus == {1} and verdicts._current == {1: found}
     assert found.passed == {DECODE} and found.failed == {TWO_PASS: "time: died"}
     assert [point.group for point in found.points] == [DECODE, DECODE]
@@ -281,28 +284,34 @@ def test_workers_share_the_claims(monkeypatch: pytest.MonkeyPatch, scripted: Any
 
 
 def test_workers_share_the_budget(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
-    """The next one has what the last one left, on the clock of the worker's process."""
+    """The next one has what the last one left, on the clock of its process; compiling is apart."""
     clock = SimpleNamespace(time=lambda: clock.now + 1e9, monotonic=lambda: clock.now, now=7.0)
     monkeypatch.setattr(qualification, "time", clock)
 
     def report(claim: Claim, reason: str | None) -> None:
         clock.now += 200.0
 
+    def compile_ahead(claims: list[Claim], gpu: Any) -> None:
+        assert len(scripted.waits) == 1 and not scripted.orders  # a worker is ready, and waits
+        clock.now += 100.0
+
     scripted.scripts += [[{"begin": 0}], [{"begin": 0}]]
+    monkeypatch.setattr(compiling, "compile_ahead", compile_ahead)
     monkeypatch.setattr(qualification, "plan", lambda *args: claims_on(DECODE, TWO_PASS))
     qualify(1, budget_s=600.0, report=report)
-    assert scripted.ends == [1e9 + 607.0] * 2
+    assert scripted.ends == [1e9 + 707.0] * 2
 
 
 def test_workers_are_given_up(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
     scripted.scripts += [[] for _ in range(6)]
-    found = run(monkeypatch, claims_on(DECODE))
-    assert not scripted.scripts
-    assert found.failed[DECODE] == "memory: not checked within 600 s and 6 workers"
+    with pytest.raises(RuntimeError, match="no group was checked within 600 s; nothing was cach"):
+        run(monkeypatch, claims_on(DECODE))
+    assert not scripted.scripts and not is_cached()
     monkeypatch.setattr(os, "replace", lambda *files: (_ for _ in ()).throw(OSError("full")))
+    scripted.scripts += [[{"begin": 0}]]
     with pytest.raises(RuntimeError, match="qualify: the cache cannot be written: full"):
-        run(monkeypatch, claims_on(DECODE), budget_s=1e-9)  # no worker is started
-    assert verdicts._current == {0: found}
+        run(monkeypatch, claims_on(DECODE))
+    assert not verdicts._current
 
 
 def test_worker_s_end_is_told_in_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,8 +325,11 @@ os.close(0); os.close(1); time.sleep(0.2); raise SystemExit("first\\nlast")"""  
         return popen([sys.executable, "-c", code], **given)
 
     monkeypatch.setattr(qualification.subprocess, "Popen", start)
-    monkeypatch.setattr(qualification, "_visible_device", lambda index: f"of {index}")
-    with qualification._Worker("card", 3, {"more than a pipe holds": "x" * 300_000}) as worker:
+    monkeypatch.setattr(
+        qualification, "_visible_device", lambda i: {"CUDA_VISIBLE_DEVICES": f"of {i}"}
+    )
+    with qualification._Worker("card", 3) as worker:
+        worker.order(more_than_a_pipe_holds="x" * 300_000)
         assert [worker.read(60.0), worker.read(60.0)] == [{"begin": 1}, {}]
         assert worker.ending({}) == "the worker exited with status 1: last"
     assert options["env"]["CUDA_VISIBLE_DEVICES"] == "of 3"
@@ -325,7 +337,7 @@ os.close(0); os.close(1); time.sleep(0.2); raise SystemExit("first\\nlast")"""  
     assert options["cwd"] == Path(lora_kernels.__file__).parents[1]  # whatever files lie here
 
 
-def test_worker_and_its_compilers_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_and_its_children_end(monkeypatch: pytest.MonkeyPatch) -> None:
     code = """import subprocess, sys, time
 apart = {"stdin": -3, "stdout": -3, "stderr": -3}  # DEVNULL
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], **apart)
@@ -336,7 +348,7 @@ print('{"child": %d}' % child.pid, flush=True); time.sleep(600)"""
         "Popen",
         lambda command, **given: popen([sys.executable, "-c", code], **given),
     )
-    with qualification._Worker("card", 0, {}) as worker:
+    with qualification._Worker("card", 0) as worker:
         child = psutil.Process(worker.read(60.0)["child"])
     assert not psutil.pid_exists(worker._process.pid)
     for _ in range(500):
@@ -348,9 +360,24 @@ print('{"child": %d}' % child.pid, flush=True); time.sleep(600)"""
 
 
 def test_budget_leaves_claims_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(monkeypatch, claims_on(DECODE), budget_s=1e-3)
-    assert not found.passed
-    assert found.failed[DECODE] == "memory: not checked within 0.001 s and 6 workers"
+    with pytest.raises(RuntimeError, match=r"no group was checked within 0\.001 s; nothing was"):
+        run(monkeypatch, claims_on(DECODE), budget_s=1e-3)
+    assert not is_cached() and choose(DECODE).backend == "eager"
+
+
+def test_group_that_the_budget_left_is_not_in_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, scripted: Any
+) -> None:
+    """Neither passed nor failed: another run may check it."""
+    claims = [*claims_on(DECODE), *claims_on(TWO_PASS, names=("memory", "graph"))]
+    ends = [line for n in range(2) for line in ({"begin": n}, {"end": n, "failed": None})]
+    scripted.scripts += [ends, *[[]] * 5]
+    found = run(monkeypatch, claims)
+    assert found.passed == {DECODE} and not found.failed
+    cached = verdicts.read(fake_card.KEY)
+    assert isinstance(cached, Verdict) and cached.json() == found.json()
+    assert "not checked" not in verdicts.file_of(fake_card.KEY).read_text()
+    assert choose(TWO_PASS).reason.endswith("were not checked")
 
 
 def test_other_ranks_of_a_machine_do_not_qualify(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,10 +423,14 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
-    assert qualification._visible_device(1) == "GPU-abc"
+    assert qualification._visible_device(1) == {"CUDA_VISIBLE_DEVICES": "GPU-abc"}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert qualification._visible_device(0) == {}  # a MIG slice, say
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     facts = type("Properties", (), {"uuid": "1-2"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    assert qualification._visible_device(0) == qualification._visible_device(1) == "GPU-1-2"
+    for index in range(2):
+        assert qualification._visible_device(index) == {"CUDA_VISIBLE_DEVICES": "GPU-1-2"}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: None)
-    assert qualification._visible_device(1) == "1"
+    assert qualification._visible_device(1) == {"CUDA_VISIBLE_DEVICES": "1"}

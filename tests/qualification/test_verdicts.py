@@ -241,13 +241,11 @@ def test_choose_of_what_one_direction_cannot_run_is_eager() -> None:
 
 
 def test_choose_asks_a_strategy_for_its_own_largest_rank() -> None:
-    two_pass = TRITON._replace(strategy="two_pass")
-    points = [timed(TRITON, 16, 0.5, 0.5), timed(two_pass, 16, 0.6, 0.6)]
+    points = [timed(OTHER, 16, 0.6, 0.6), timed(TRITON, 16, 0.5, 0.5)]
     ranks = {rank: choose_after(points, problem(rank=rank)) for rank in (64, 65, 128, 129)}
-    strategies = [choice.strategy for choice in ranks.values()]
-    assert strategies == ["fused", "two_pass", "two_pass", "library"]
+    assert [choice.backend for choice in ranks.values()] == ["triton", "cuda", "cuda", "eager"]
     assert ranks[129].reason.endswith("rank 129 is above the qualified 128")
-    assert choice_reasons(points[:1], problem(rank=65)).endswith("rank 65 is above 64")
+    assert choice_reasons(points[1:], problem(rank=65)).endswith("rank 65 is above 64")
 
 
 @pytest.mark.parametrize(
@@ -283,11 +281,12 @@ def test_nearest_point_of_equal_sizes_has_the_nearer_columns() -> None:
 
 
 def test_choose_above_the_measured_rows_is_eager() -> None:
-    points = [timed(OTHER, 128, 0.5, 0.5), timed(TRITON, 32, 0.4, 0.4)]
+    points = [timed(OTHER, M, 0.5, 0.5) for M in (17, 128)]
+    points.append(timed(TRITON, 32, 0.4, 0.4))
     assert choose_after(points, problem(32)).backend == "triton"
     assert choose_after(points, problem(33)).backend == "cuda"  # Triton's was measured up to 32
     assert choice_reasons(points, problem(129)) == "129 rows are above the 128 that were measured"
-    assert choice_reasons(points[1:], problem(33)) == "33 rows are above the 32 that were measured"
+    assert choice_reasons(points[2:], problem(33)) == "33 rows are above the 32 that were measured"
 
 
 def test_choose_is_the_same_with_and_without_gradients() -> None:
@@ -427,3 +426,10 @@ def test_explain_of_rows_that_name_their_adapters_says_why_it_is_eager(
         monkeypatch.setattr(selection, "choose", on_gpu)
         (row,) = explain(model, rows=2).rows
     assert row.backend == "eager" and ONE_ADAPTER in row.reason
+
+
+def test_kernel_that_was_measured_from_17_rows_on_runs_no_fewer() -> None:
+    points = [timed(OTHER, 17, 0.5, 0.5), timed(OTHER, 128, 0.5, 0.5)]
+    assert choice_reasons(points, problem(16)) == "cuda 'two_pass' was not measured with 16 rows"
+    assert choose_after(points, problem(17)).backend == "cuda"
+    assert choose_after([timed(TRITON, 16, 0.5, 0.5)], problem(1)).backend == "triton"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import cuda, replay, triton, workspace
-from lora_kernels.backends.triton import FUSED, TWO_PASS
+from lora_kernels.backends.triton import FUSED
 from lora_kernels.choice.verdicts import Group
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.device import DeviceInfo
@@ -33,6 +33,9 @@ pytestmark = pytest.mark.skipif(triton.is_interpreted(), reason="the interpreter
 needs_triton = pytest.mark.skipif(
     triton.unavailable_reason() is not None, reason="Triton is not installed"
 )
+
+
+TWO_PASS = cuda.TWO_PASS
 
 
 class Call(NamedTuple):
@@ -633,7 +636,7 @@ def test_qualification_compares_a_replay(
 ) -> None:
     card: Any = SimpleNamespace(device="cpu", synchronize=lambda: None, repeats=10)
     card.whole, card.many = (208, 192), (70, 264, 64)
-    group = Group("cuda", "two_pass", "bfloat16", "bfloat16", "dense")
+    group = Group("cuda", "two_pass", "bfloat16", "bfloat16", "4bit")
     assert claims.memory(card, group) is None
     original = replay.Replay.__call__
 

@@ -55,9 +55,6 @@ class FakeCard:
             stack.enter_context(selection.backend(group.backend, group.strategy))
             yield
 
-    def compile(self, claims: Sequence[Claim]) -> None:
-        pass
-
     def before(self, claim: Claim) -> None:
         cuda.lora_linear = self.right  # type: ignore[attr-defined]
         self._befall(self.faults.get(f"{claim.group}/{claim.name}"))

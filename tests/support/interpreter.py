@@ -76,10 +76,8 @@ def _sums(partials: Tensor, a: Arguments, has_ranks: bool = True) -> list[Tensor
 # Kernel -> what it stores.
 OUTPUTS: dict[str, Callable[[Arguments], Sequence[Tensor | None]]] = {
     "fused": lambda a: [a["y_ptr"], a["z_ptr"], a["p_ptr"]],
-    "two_pass": lambda a: [a["y_ptr"], a["z_ptr"], a["p_ptr"] if a["num_splits"] > 1 else None],
     "shrink": lambda a: [a["partials_ptr"]],
     "outer": lambda a: _sums(a["partials_ptr"], a, a["RANKS"]),
-    "shrink_outer": lambda a: [a["p_partials_ptr"], *_sums(a["grad_partials_ptr"], a)],
     "reduce": lambda a: [a["grad_ptr"], a["sum_ptr"], a["sum_z_ptr"]],
     "dequantize": lambda a: [a["w_ptr"]],
     "gated": lambda a: [a["h_ptr"]],

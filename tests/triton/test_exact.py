@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch, tiles
+from lora_kernels.backends.triton import FUSED, configs, launch, tiles
 from lora_kernels.backends.triton import linear as equation
 from lora_kernels.core.call import Operands, Spec
 from lora_kernels.oracle import case as cases
@@ -18,9 +18,7 @@ from tests.support.exact import integers
 from tests.support.problems import FULL, bf16, f16, f32
 from tests.triton.device import DEVICE
 
-ALL = (FUSED, TWO_PASS)
-every_strategy = pytest.mark.parametrize("strategy", ALL)
-every_engine = pytest.mark.parametrize("engine", [f"triton {s}" for s in ALL], indirect=True)
+every_engine = pytest.mark.parametrize("engine", [f"triton {FUSED}"], indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 INTEGERS = [
     integers(*shape, dtype=dtype, **options)
@@ -28,18 +26,9 @@ INTEGERS = [
     for shape in ((13, 19, 17, 5), (65, 35, 33, 3))
     for options in exact.SOME_OPTIONS[:2]  # without dropout
 ]
-ONE_READ_OF_DY = [
-    integers(300, 260, 17, 5, dtype=dtype, **exact.SOME_OPTIONS[1]) for dtype in (f32, bf16, f16)
-]
 
 
-@each(
-    {
-        "": pair_cases("triton", ALL, INTEGERS),
-        "one_read": pair_cases("triton", (TWO_PASS,), ONE_READ_OF_DY),
-    },
-    DEVICE,
-)
+@each({"": pair_cases("triton", (FUSED,), INTEGERS)}, DEVICE)
 def test_lora_linear_of_integers_is_exact(case: Case, engine: str) -> None:
     exact.check(case)
 
@@ -51,7 +40,7 @@ def test_lora_linear_of_arguments_off_alignment_is_the_same() -> None:
     for packed, words in ((codes.packed, True), (exact.off(codes.packed), False)):
         moved = codes._replace(packed=packed)
         assert launch.codes_arguments(moved, 64, configs.INTERPRETER)["WORDS"] is words
-    with lora_kernels.backend("triton", TWO_PASS):
+    with lora_kernels.backend("triton"):
         exact.check_alignment(case, blocksize=64)
 
 
@@ -90,41 +79,34 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-LAUNCHES = {FUSED: ["fused"], TWO_PASS: ["shrink", "two_pass"]}
-
-
-@every_strategy
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_forward_launches_few_kernels_and_makes_p_and_y_alone(
-    quant: str, strategy: str, launched: list[str]
+def test_forward_launches_one_kernel_and_makes_p_and_y_alone(
+    quant: str, launched: list[str]
 ) -> None:
-    """One launch if fused, two in two passes; no temporary of M×N, M×K or N×K elements."""
     M, N, K = 40, 160, 128
     args = cases.inputs(Case(M, N, K, 5, f32, quant=quant, gate=True, bias=True, device=DEVICE))
     weight = args["weight"].codes if quant else args["weight"]
     with Allocations() as allocations:
         A, B, gate, bias = (args[name] for name in ("lora_A", "lora_B", "rank_gate", "bias"))
         operands = Operands(args["x"].detach(), weight, A, B, gate, None, bias)
-        equation.lora_linear(operands, Spec(2.0, 0.0, f32, f32), strategy)
-    assert launched == LAUNCHES[strategy]
+        equation.lora_linear(operands, Spec(2.0, 0.0, f32, f32), FUSED)
+    assert launched == ["fused"]
     assert sorted(allocations.sizes)[-2:] == [M * 5, M * N]  # P and y
 
 
 @pytest.mark.parametrize("frozen", [(), ("x",)], ids=str)
-@pytest.mark.parametrize("rank", [5, 61])
-def test_backward_launches_one_kernel_for_ds_and_db_of_small_ranks(
-    rank: int, frozen: tuple[str, ...], launched: list[str]
+def test_backward_launches_one_kernel_for_dx_and_ds(
+    frozen: tuple[str, ...], launched: list[str]
 ) -> None:
-    """dS and dB in one launch if the rank is small; dx only if requested."""
-    args = cases.inputs(Case(300, 65, 40, rank, f32, frozen=frozen, device=DEVICE))
-    with lora_kernels.backend("triton", TWO_PASS):
+    args = cases.inputs(Case(300, 65, 40, 5, f32, frozen=frozen, device=DEVICE))
+    with lora_kernels.backend("triton"):
         y = lora_kernels.lora_linear(
             **{name: value for name, value in args.items() if name != "dy"}
         )
         launched.clear()
         y.backward(args["dy"])
-    both = ["shrink_outer", "reduce"] if rank == 5 else ["outer", "reduce", "shrink"]
-    assert launched == [*both, *([] if frozen else ["two_pass"]), "outer", "reduce"]
+    ds = "shrink" if frozen else "fused"
+    assert launched == ["outer", "reduce", ds, "outer", "reduce"]
 
 
 @every_dtype

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import triton
-from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, elementwise, launch
+from lora_kernels.backends.triton import configs, elementwise, launch
 from lora_kernels.backends.triton.configs import (
     GemmTiles,
     OuterTiles,
@@ -38,32 +38,27 @@ f32 = torch.float32
 SIZE, SPLIT = 16, 32
 M, N = 36, 36  # several tiles, the last one short
 WHOLE, WORDS, ODD = 64, 40, 35  # of K, whose rows are whole 4-bit blocks, whole words, and neither
-ONE_BLOCK, BLOCKS = 13, 20  # ranks
+RANKS = 13  # in one block
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every partition of every kernel is 16 elements, a split is two of them."""
 
-    def shrink_outer(target: Any, M: int, N: int, R: int, itemsize: int) -> Any:
-        return (outer, SPLIT) if SIZE >= R else None
-
     gemm, rows = GemmTiles(SIZE, SIZE, SIZE, 4, 1, group_m=2), RowTiles(SIZE, SIZE, 4, 1)
     shrink, outer = ShrinkTiles(SIZE, SIZE, SIZE, 4, 1), OuterTiles(SIZE, SIZE, SIZE, 4, 1)
     values: dict[str, Any] = {
-        "UPDATE": gemm,
         "REDUCE": ReduceTiles(SIZE, SIZE, 4, 1),
         "DEQUANTIZE": rows,
         "linear": lambda *args, **kwargs: gemm,
         "shrink": lambda *args: (shrink, SPLIT),
         "outer": lambda *args: (outer, SPLIT),
-        "shrink_outer": shrink_outer,
         "block_of_ranks": lambda rank: SIZE,
     }
     for name, value in values.items():
         monkeypatch.setattr(configs, name, value)
     # Sums and ranks in the loops of a program, and groups of rows, are several too.
-    assert min(M, N, WHOLE, WORDS, ODD, SPLIT, BLOCKS) > SIZE and gemm.group_m * SIZE < M
+    assert min(M, N, WHOLE, WORDS, ODD, SPLIT) > SIZE and gemm.group_m * SIZE < M
 
 
 @pytest.fixture
@@ -81,29 +76,19 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "rank", "K", "blocksize"),
-    [
-        (FUSED, ONE_BLOCK, ODD, 0),
-        (FUSED, ONE_BLOCK, WHOLE, 32),
-        (TWO_PASS, BLOCKS, ODD, 0),
-        (TWO_PASS, BLOCKS, WORDS, 32),
-        (TWO_PASS, ONE_BLOCK, ODD, 32),
-    ],
-    ids=str,
+    ("K", "blocksize"), [(ODD, 0), (WHOLE, 32), (WORDS, 32), (ODD, 32)], ids=str
 )
+@pytest.mark.parametrize("frozen", [(), ("x",)], ids=str)
 def test_lora_linear_in_small_tiles_is_exact(
-    strategy: str, rank: int, K: int, blocksize: int, grids: dict[str, list[tuple[int, ...]]]
+    K: int, blocksize: int, frozen: Any, grids: dict[str, list[tuple[int, ...]]]
 ) -> None:
     options: Any = exact.OPTIONS | {"dropout_p": 0.0}
-    case = Case(M, N, K, rank, f32, values="integers", device=DEVICE, **options)
-    with lora_kernels.backend("triton", strategy):
+    case = Case(M, N, K, RANKS, f32, values="integers", frozen=frozen, device=DEVICE, **options)
+    with lora_kernels.backend("triton"):
         exact.check(case, blocksize)
-    kernels = ["outer", "reduce", *(["fused"] if strategy == FUSED else ["shrink", "two_pass"])]
-    if strategy == TWO_PASS and rank == ONE_BLOCK:
-        kernels.append("shrink_outer")
-    for kernel in kernels:
+    for kernel in ("outer", "reduce", "fused", *(["shrink"] if frozen else [])):
         first, *rest = grids[kernel][0]
-        if rank == ONE_BLOCK and kernel in ("shrink", "outer", "reduce"):
+        if kernel in ("shrink", "outer", "reduce"):
             del rest[0]  # of ranks
         assert min([first, *rest]) > 1, (kernel, grids[kernel])
 
@@ -123,15 +108,15 @@ ORDERS: dict[str, Order] = {"ascending": range, "reversed": reversed_order}
 ORDERS |= {f"shuffled {seed}": shuffled_order(seed) for seed in range(2)}
 
 
-def linear(strategy: str, *sizes: int, quant: str = "") -> Run:
+def linear(*sizes: int, quant: str = "", frozen: tuple[str, ...] = ()) -> Run:
     """sizes: M, N, K, R."""
     options: Any = exact.OPTIONS | {"dropout_p": 0.0}
-    case = Case(*sizes, f32, quant=quant, device=DEVICE, **options)
+    case = Case(*sizes, f32, quant=quant, frozen=frozen, device=DEVICE, **options)
     with lora_kernels.backend("cpu"):
         args = cases.inputs(case)
 
     def run() -> dict[str, Tensor]:
-        with lora_kernels.backend("triton", strategy):
+        with lora_kernels.backend("triton"):
             return cases.run(lora_kernels.lora_linear, args)
 
     return run
@@ -160,16 +145,11 @@ def loss() -> dict[str, Tensor]:
 
 
 # A call, and the kernels that it launches.
-BY_FUSED = {"fused", "outer", "reduce"}
-BY_TWO_PASS = {"two_pass", "shrink", "shrink_outer", "outer", "reduce"}
+BY_LINEAR = {"fused", "outer", "reduce"}
 RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
-    FUSED: (lambda: linear(FUSED, 20, 20, 17, ONE_BLOCK), BY_FUSED),
-    TWO_PASS: (lambda: linear(TWO_PASS, 20, 20, 17, ONE_BLOCK), BY_TWO_PASS),
-    f"{FUSED} 4 bits": (lambda: linear(FUSED, 20, 20, 40, ONE_BLOCK, quant="nf4-32"), BY_FUSED),
-    f"{TWO_PASS} 4 bits": (
-        lambda: linear(TWO_PASS, 20, 20, 40, ONE_BLOCK, quant="nf4-32"),
-        BY_TWO_PASS,
-    ),
+    "dense": (lambda: linear(20, 20, 17, RANKS), BY_LINEAR),
+    "frozen x": (lambda: linear(20, 20, 17, RANKS, frozen=("x",)), BY_LINEAR | {"shrink"}),
+    "4 bits": (lambda: linear(20, 20, 40, RANKS, quant="nf4-32"), BY_LINEAR),
     "codec": (lambda: codec_of_4_bits, {"dequantize"}),
     "gated": (lambda: gated_mlp, {"gated", "gated_backward"}),
     "loss": (lambda: loss, {"cross_entropy"}),
@@ -218,12 +198,11 @@ SEAMS = (SIZE - 1, SIZE, SIZE + 1, SPLIT - 1, SPLIT, SPLIT + 1)
 
 
 @pytest.mark.skipif(not triton.is_interpreted(), reason="a GPU does not say what it stores")
-@pytest.mark.parametrize("strategy", [FUSED, TWO_PASS])
 @pytest.mark.parametrize("first", range(len(SEAMS)))
-def test_each_element_around_whole_tiles_is_stored_once(strategy: str, first: int) -> None:
+def test_each_element_around_whole_tiles_is_stored_once(first: int) -> None:
     """The interpreter raises otherwise, in every test."""
     M, N, K, R = (SEAMS[(first + i) % len(SEAMS)] for i in range(4))
-    linear(strategy, M, N, K, min(R, SIZE) if strategy == FUSED else R)()
+    linear(M, N, K, min(R, SIZE))()
 
 
 @pytest.mark.parametrize("K", SEAMS)

@@ -7,7 +7,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import cuda, triton
-from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch
+from lora_kernels.backends.triton import FUSED, configs, launch
 from lora_kernels.choice import choose as selection
 from lora_kernels.core import device
 from lora_kernels.core.device import DeviceInfo
@@ -38,8 +38,10 @@ def test_choose_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None
     assert choose().backend == "eager"
     with lora_kernels.backend("triton"):
         assert choose().backend == "triton"
-    with lora_kernels.backend("triton", TWO_PASS):
-        assert choose().strategy == TWO_PASS
+    with lora_kernels.backend("triton", FUSED):
+        assert choose().strategy == FUSED
+    with pytest.raises(ValueError, match="'two_pass', want for backend 'triton' one of 'fused'"):
+        lora_kernels.backend("triton", "two_pass")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_choose_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None
         ({"device": "cpu"}, "'cpu', want a GPU .* TRITON_INTERPRET=1"),
         ({"device": "meta"}, "'meta', want a GPU"),
         ({"rank": 257}, "rank 257 is above"),
+        ({"rank": 65}, "rank 65 is above 64"),
         ({"dtype": f64}, "float64"),
     ],
     ids=str,
@@ -116,60 +119,6 @@ def test_lora_linear_without_triton_raises(monkeypatch: pytest.MonkeyPatch) -> N
         lora_kernels.lora_linear(torch.ones(2, 3), None, torch.ones(1, 3), torch.ones(4, 1))
 
 
-def test_choose_of_fused_above_its_ranks_raises(gpu: DeviceInfo) -> None:
-    with lora_kernels.backend("triton", FUSED), pytest.raises(RuntimeError, match="above 64"):
-        choose(rank=65)
-    with lora_kernels.backend("triton", FUSED):
-        assert choose(rank=64).strategy == FUSED
-
-
-# benchmarks/KERNELS.md has this list: Llama-3-8B's k and v, gate and up, q and o, down.
-@pytest.mark.parametrize(
-    ("target", "columns", "rank", "four_bit", "strategy"),
-    [
-        (A100, 1024, 16, False, FUSED),
-        (A100, 4096, 16, False, TWO_PASS),
-        (A100, 14336, 16, False, TWO_PASS),
-        (A100, 1024, 16, True, FUSED),
-        (H100, 1024, 16, False, FUSED),
-        (H100, 2048, 16, False, FUSED),
-        (H100, 1024, 64, False, TWO_PASS),
-        (H100, 4096, 16, False, TWO_PASS),
-        (H100, 1024, 16, True, FUSED),
-    ],
-)
-def test_strategy_of_named_shapes_is_the_documents(
-    target: DeviceInfo, columns: int, rank: int, four_bit: bool, strategy: str
-) -> None:
-    for rows in (1024, 512):
-        chosen, why = configs.strategy(target, rows, columns, rank, 2, four_bit)
-        assert chosen == strategy, why
-
-
-def test_choose_beside_a_float32_adapter_is_split(gpu: DeviceInfo) -> None:
-    """Its tiles are smaller, so that P in each of them costs more."""
-    with lora_kernels.backend("triton"):
-        args = ("cuda", bf16, bf16, bf16, bf16, 16, 4096)
-        assert selection.choose(Problem(*args, columns=1024)).strategy == FUSED
-        wide = selection.choose(Problem("cuda", bf16, f32, f32, bf16, 16, 4096, columns=1024))
-    assert wide.strategy == TWO_PASS and "25.0%" in wide.reason
-
-
-@pytest.mark.parametrize(
-    ("rows", "rank", "four_bit", "strategy"),
-    [
-        (16, 16, False, TWO_PASS),
-        (257, 16, False, FUSED),
-        (4096, 65, False, TWO_PASS),
-        (4096, 16, True, FUSED),
-    ],
-)
-def test_strategy_of_rows_ranks_and_options_is_the_fastest(
-    rows: int, rank: int, four_bit: bool, strategy: str
-) -> None:
-    assert configs.strategy(H100, rows, 1024, rank, 2, four_bit)[0] == strategy
-
-
 RTX_4090, MI300X = DeviceInfo("cuda", 89, 128, 99 << 10), DeviceInfo("hip", 0, 304, 64 << 10)
 
 
@@ -197,28 +146,28 @@ def test_splits_of_any_sizes_cover_everything_once(K: int, M: int) -> None:
 @pytest.mark.parametrize(
     ("target", "M", "itemsize", "codes", "rank", "in_registers", "scattered", "tiles"),
     [
-        (H100, 16, 2, False, 0, False, False, (16, 64, 128, 4, 4)),
-        (H100, 17, 2, False, 0, False, False, (64, 64, 64, 4, 4)),
-        (H100, 64, 2, False, 0, False, False, (64, 64, 64, 4, 4)),
-        (H100, 65, 2, False, 0, False, False, (128, 64, 64, 8, 3)),
-        (H100, 65, 4, False, 0, False, False, (64, 64, 32, 4, 4)),
-        (H100, 16, 4, False, 0, False, False, (16, 64, 32, 4, 4)),
-        (H100, 256, 2, False, 0, False, False, (128, 64, 64, 8, 3)),
-        (H100, 257, 2, False, 0, False, False, (128, 256, 64, 8, 3)),
-        (H100, 257, 2, True, 0, False, False, (128, 128, 64, 8, 3)),
-        (H100, 257, 2, False, 0, True, False, (128, 128, 64, 8, 3)),
-        (A100, 257, 2, False, 0, False, False, (128, 128, 64, 8, 3)),
+        (H100, 16, 2, False, 16, False, False, (16, 64, 128, 4, 4)),
+        (H100, 17, 2, False, 16, False, False, (64, 64, 64, 4, 4)),
+        (H100, 64, 2, False, 16, False, False, (64, 64, 64, 4, 4)),
+        (H100, 65, 2, False, 16, False, False, (128, 64, 64, 8, 3)),
+        (H100, 65, 4, False, 16, False, False, (64, 64, 32, 4, 4)),
+        (H100, 16, 4, False, 16, False, False, (16, 64, 32, 4, 4)),
+        (H100, 256, 2, False, 16, False, False, (128, 64, 64, 8, 3)),
+        (H100, 257, 2, False, 16, False, False, (128, 256, 64, 8, 3)),
+        (H100, 257, 2, True, 16, False, False, (128, 128, 64, 8, 3)),
+        (H100, 257, 2, False, 16, True, False, (128, 128, 64, 8, 3)),
+        (A100, 257, 2, False, 16, False, False, (128, 128, 64, 8, 3)),
         (A100, 257, 2, False, 32, False, False, (128, 128, 64, 8, 3)),
         (A100, 257, 2, False, 33, False, False, (128, 64, 64, 8, 3)),
-        (MI300X, 257, 2, False, 0, False, False, (128, 128, 64, 8, 2)),
-        (MI300X, 257, 2, False, 0, True, False, (128, 64, 64, 8, 2)),
-        (MI300X, 16, 2, False, 0, False, False, (16, 64, 128, 4, 3)),
-        (RTX_4090, 257, 2, False, 0, False, False, (128, 128, 64, 8, 3)),
+        (MI300X, 257, 2, False, 16, False, False, (128, 128, 64, 8, 1)),
+        (MI300X, 257, 2, False, 16, True, False, (128, 64, 64, 8, 2)),
+        (MI300X, 16, 2, False, 16, False, False, (16, 64, 128, 4, 2)),
+        (RTX_4090, 257, 2, False, 16, False, False, (128, 128, 64, 8, 2)),
         (RTX_4090, 257, 2, False, 32, False, False, (128, 128, 64, 8, 2)),
-        (RTX_4090, 16, 2, False, 0, False, False, (16, 64, 128, 4, 4)),
+        (RTX_4090, 16, 2, False, 16, False, False, (16, 64, 128, 4, 4)),
         (RTX_4090, 100, 4, False, 64, False, False, (64, 64, 32, 4, 4)),
-        (H100, 16, 2, True, 0, False, True, (16, 64, 32, 4, 1)),
-        (H100, 300, 2, True, 0, False, True, (64, 64, 32, 4, 1)),
+        (H100, 16, 2, True, 16, False, True, (16, 64, 32, 4, 1)),
+        (H100, 300, 2, True, 16, False, True, (64, 64, 32, 4, 1)),
     ],
 )
 def test_linear_tiles_are_those_that_were_compiled(
@@ -249,37 +198,20 @@ def test_linear_tiles_are_those_that_were_compiled(
         ("outer", A100, (9000, 4096, 32, 4), (64, 64, 32, 4, 3), 3008),
         ("outer", A100, (9000, 300, 70, 2), (64, 64, 64, 4, 3), 448),
         ("outer", H100, (9000, 300, 64, 4), (32, 64, 64, 4, 3), 192),
-        ("shrink_outer", A100, (256, 4096, 16, 2), (256, 32, 16, 8, 3), 256),
-        ("shrink_outer", A100, (255, 4096, 16, 2), None, None),
-        ("shrink_outer", A100, (256, 4096, 32, 2), (256, 32, 32, 8, 3), 256),
-        ("shrink_outer", A100, (256, 4096, 33, 2), None, None),
-        ("shrink_outer", A100, (256, 4096, 32, 4), (128, 32, 32, 8, 3), 256),
-        ("shrink_outer", A100, (256, 4096, 33, 4), None, None),
-        ("shrink_outer", A100, (256, 4096, 65, 4), None, None),
-        ("shrink_outer", A100, (9000, 4096, 8, 4), (128, 32, 16, 8, 3), 1376),
-        ("shrink_outer", MI300X, (128, 4096, 8, 2), (128, 32, 16, 8, 3), 256),
-        ("shrink_outer", MI300X, (128, 4096, 9, 2), (128, 32, 16, 8, 3), 256),
-        ("shrink_outer", A100, (2000, 400, 8, 2), (256, 32, 16, 8, 3), 160),
     ],
 )
 def test_tiles_and_shares_of_other_kernels_are_those_that_were_compiled(
     kernel: str,
     target: DeviceInfo,
     sizes: tuple[int, ...],
-    tiles: tuple[int, ...] | None,
-    share: int | None,
+    tiles: tuple[int, ...],
+    share: int,
 ) -> None:
-    found = getattr(configs, kernel)(target, *sizes)
-    if tiles is None:
-        assert found is None
-        return
-    config, split = found
+    config, split = getattr(configs, kernel)(target, *sizes)
     assert config == type(config)(*tiles) and split == share
 
 
 def test_blocks_of_ranks_precision_and_shared_memory() -> None:
-    updates = [configs.block_of_update(r, i) for r, i in ((64, 4), (16, 2), (33, 2), (300, 2))]
-    assert updates == [16, 16, 64, 64]
     assert [configs.precision(t) for t in (A100, MI300X)] == ["tf32x3", "ieee"]
     config = configs.GemmTiles(16, 64, 128, 4, 4)
     assert configs.shared_memory(config, 2, 0) == 4 * (16 + 64) * 128 * 2

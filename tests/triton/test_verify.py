@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels import verify
 
-ENGINE, DTYPES = "triton two_pass", (torch.float32, None)
+ENGINE, DTYPES = "triton fused", (torch.float32, None)
 
 
 @pytest.mark.parametrize("option", ["plain", "everything", "nf4"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton import FUSED, TWO_PASS, codec, configs, launch
+from lora_kernels.backends.triton import FUSED, codec, configs, launch
 from lora_kernels.backends.triton import linear as equation
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.packed4bit import Packed4bit
@@ -53,35 +53,26 @@ def test_is_wide_from_an_offset_of_31_bits_on() -> None:
     )
 
 
-@pytest.mark.parametrize("strategy", [FUSED, TWO_PASS])
 @pytest.mark.parametrize("name", ["", "x", "weight", "lora_A", "lora_B"])
-def test_lora_linear_addresses_each_operand_widely(
-    name: str, strategy: str, launches: dict[str, bool]
-) -> None:
+def test_lora_linear_addresses_each_operand_widely(name: str, launches: dict[str, bool]) -> None:
     shapes = {"x": (ROWS, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}
     tensors = {n: (far if n == name else near)(*shape) for n, shape in shapes.items()}
-    equation.lora_linear(Operands(**tensors), Spec(1.0, 0.0, f32, f32), strategy)
-    assert launches[f"{strategy}_kernel"] is bool(name)
-    if strategy == TWO_PASS:
-        assert launches["shrink_kernel"] is (name in ("x", "lora_A"))
+    equation.lora_linear(Operands(**tensors), Spec(1.0, 0.0, f32, f32), FUSED)
+    assert launches["fused_kernel"] is bool(name)
 
 
 @pytest.mark.parametrize("name", ["", "x", "lora_B", "dy"])
-@pytest.mark.parametrize("M", [ROWS, 600])  # from 128 rows on dS and dB in one kernel
 def test_lora_linear_backward_addresses_each_operand_widely(
-    M: int, name: str, launches: dict[str, bool]
+    name: str, launches: dict[str, bool]
 ) -> None:
-    shapes = {"x": (M, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}
+    shapes = {"x": (ROWS, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}
     tensors = {n: (far if n == name else near)(*shape) for n, shape in shapes.items()}
-    dy = (far if name == "dy" else near)(M, N)
+    dy = (far if name == "dy" else near)(ROWS, N)
     needs = Needs(x=False, lora_A=True, lora_B=True)
-    operands, saved = Operands(**tensors), Saved(near(M, R))
-    equation.lora_linear_backward(dy, operands, saved, Spec(1.0, 0.0, f32, f32), needs, TWO_PASS)
-    if M == ROWS:
-        assert launches["shrink_kernel"] is (name in ("dy", "lora_B"))
+    operands, saved = Operands(**tensors), Saved(near(ROWS, R))
+    equation.lora_linear_backward(dy, operands, saved, Spec(1.0, 0.0, f32, f32), needs, FUSED)
+    assert launches["shrink_kernel"] is (name in ("dy", "lora_B"))
     assert launches["outer_kernel"] is (name == "x")  # of dA, the last one
-    if "shrink_outer_kernel" in launches:
-        assert launches["shrink_outer_kernel"] is (name == "dy")
 
 
 def codes(elements: int) -> Packed4bit:
@@ -97,7 +88,7 @@ def test_codes_of_so_many_elements_are_addressed_widely(
     """The elements of the weight decide, however small the other operands are."""
     wide, weight = columns * 64 >= 1 << 31, codes(columns * 64)
     operands = Operands(near(1, 64), weight, near(1, 64), near(columns, 1))
-    equation.lora_linear(operands, Spec(1.0, 0.0, f32, f32), TWO_PASS)
-    assert launches["two_pass_kernel"] is wide
+    equation.lora_linear(operands, Spec(1.0, 0.0, f32, f32), FUSED)
+    assert launches["fused_kernel"] is wide
     codec.dequantize(weight, (columns, 64), f32)
     assert launches["dequantize_kernel"] is wide

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...core import device
 from ...core.problem import Strategy
 from ...version import __version__
 from .. import import_extension, lazy_launchers
@@ -122,7 +123,11 @@ def _driver_reason(device_index: int) -> str | None:
     try:
         module().probe(device_index)
     except RuntimeError as error:
-        return f"GPU {device_index} cannot run this build's CUDA kernels: {error}"
+        said = f"GPU {device_index} cannot run this build's CUDA kernels: {error}"
+        if "insufficient" in str(error):
+            version = device.driver_version()
+            said += f"; the driver is {version}, want a newer one or kernels built with older CUDA"
+        return said
     return None
 
 

@@ -1,10 +1,6 @@
 """Triton kernels for GPUs and, with TRITON_INTERPRET=1, for Triton's interpreter on the CPU.
 
-The strategies of the forward:
-
-- "fused": one kernel sums x·Wᵀ and P = x·Aᵀ in its main loop. The epilogue adds S·Bᵀ.
-- "two_pass": a kernel computes P. The GEMM then starts its sums at S·Bᵀ.
-
+One strategy, "fused": a kernel sums x·Wᵀ and P = x·Aᵀ in its main loop. The epilogue adds S·Bᵀ.
 The backward computes dx and dS as y and P, with W in the other layout. dB and dA follow, in two
 passes each. A 4-bit weight is decoded in each tile.
 
@@ -29,8 +25,7 @@ if TYPE_CHECKING:
     from .linear import lora_linear_backward as lora_linear_backward
 
 FUSED = Strategy.FUSED
-TWO_PASS = Strategy.TWO_PASS
-STRATEGIES = (FUSED, TWO_PASS)
+STRATEGIES = (FUSED,)
 MIN_TRITON = (3, 4)  # of torch 2.8; tests/compile_only compiles every kernel with it
 
 

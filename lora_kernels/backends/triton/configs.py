@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...core.device import DeviceInfo, gpu, has_gpu
-from ...core.problem import Strategy, require_supported
+from ...core.problem import require_supported
 from .. import triton
-from . import FUSED, TWO_PASS
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +95,7 @@ class ColumnTiles(Tiles):
 
 MIN_CAPABILITY = 80
 MIN_BLOCK = 16  # the smallest dimension of `tl.dot`
-MAX_FUSED_RANK = 64  # above, the accumulators of P and y together spill registers
+MAX_RANK = 64  # above, the accumulators of P and y together spill registers
 MAX_SPLITS = 16
 INTERPRETER = DeviceInfo("cuda", 80, 4, 160 << 10)  # the device of the interpreter
 
@@ -111,39 +110,8 @@ def target(device_type: str = "cuda", index: int | None = None) -> DeviceInfo | 
     return gpu(index) if device_type == "cuda" and has_gpu() else None
 
 
-# FLOPs of a 16-bit GEMM per byte of memory bandwidth, from the data sheets: 312 TFLOP/s / 2.0 TB/s
-# on sm_80 (A100). On sm_90 (H100) 760 / 3.35: GEMMs reach 760 of 990 TFLOP/s.
-BALANCE = {80: 156, 90: 227}
 # Tensor cores of these read operands from shared memory, which leaves registers for accumulators.
 WIDE_TILES = (90, 100)
-FEW_ROWS = 16  # the rows of one tensor core instruction
-
-
-def strategy(
-    target: DeviceInfo,
-    rows: int,
-    columns: int,
-    rank: int,
-    itemsize: int,
-    four_bit: bool,
-) -> tuple[Strategy, str]:
-    """Return the strategy of `lora_linear` for a forced backend, and the reason.
-
-    Two estimates decide. The fused kernel multiplies BLOCK_R more columns in each tile, which adds
-    BLOCK_R / BLOCK_N to the GEMM's time. It saves a launch and a second read of x, which takes
-    balance / N of that time.
-
-    itemsize: bytes of the widest operand, including the adapter.
-    """
-    if rows <= FEW_ROWS:
-        return TWO_PASS, "few rows, whose x·Aᵀ is shared among all multiprocessors"
-    if rank > MAX_FUSED_RANK:
-        return TWO_PASS, f"rank above {MAX_FUSED_RANK}"
-    config = linear(target, rows, itemsize, four_bit, rank)
-    extra = block_of_ranks(rank) / config.block_n
-    saved = BALANCE.get(target.capability, min(BALANCE.values())) / columns
-    chosen = TWO_PASS if extra > saved else FUSED
-    return chosen, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
 
 
 def unsupported_reason(target: DeviceInfo | None, device_type: str = "cuda") -> str | None:
@@ -178,15 +146,7 @@ def precision(target: DeviceInfo) -> str:
 
 def block_of_ranks(rank: int) -> int:
     """Return BLOCK_R, the ranks that a program processes at a time: a power of two, 16 to 64."""
-    return min(max(MIN_BLOCK, power_of_two(rank)), MAX_FUSED_RANK)
-
-
-def block_of_update(rank: int, itemsize: int) -> int:
-    """Return how many ranks of S·Bᵀ a GEMM adds at a time.
-
-    itemsize: of the operands. More than 16 in float32 spill beside the sums on sm_80 and sm_120.
-    """
-    return MIN_BLOCK if itemsize > 2 else block_of_ranks(rank)
+    return min(max(MIN_BLOCK, power_of_two(rank)), MAX_RANK)
 
 
 def linear(
@@ -198,12 +158,11 @@ def linear(
     in_registers: bool = False,
     scattered: bool = False,
 ) -> GemmTiles:
-    """Return the tiles of the kernels in linear.py.
+    """Return the tiles of `fused_kernel`.
 
     Args:
         itemsize: bytes of the main loop's widest operand.
         codes: whether the weight is packed in 4 bits.
-        rank: of the fused kernel, 0 for other strategies.
         in_registers: whether scales or a float32 adapter need registers too.
         scattered: whether codes are loaded element by element.
     """
@@ -219,14 +178,12 @@ def linear(
         config = GemmTiles(128, 128, 64, 8, 3)
     if scattered:
         config = GemmTiles(config.block_m if M <= 16 else 64, 64, 32, 4, 1)
-    block_r = block_of_ranks(rank) if rank else 0
+    block_r = block_of_ranks(rank)
     while config.stages > 1 and shared_memory(config, itemsize, block_r) > target.shared_memory:
         config = replace(config, stages=config.stages - 1)
     return config
 
 
-# `two_pass_kernel` without a base GEMM: one pass over y.
-UPDATE = GemmTiles(64, 64, 64, 4, 1)
 DEQUANTIZE = RowTiles(32, 128, 4, 1)
 REDUCE = ReduceTiles(16, 32, 4, 1)
 
@@ -258,24 +215,6 @@ def outer(target: DeviceInfo, M: int, N: int, R: int, itemsize: int) -> tuple[Ou
     chunks = _tiles(M, config.block_m)
     num_splits = max(1, min(chunks // 2, 2 * target.multiprocessors // programs))
     return config, _tiles(chunks, num_splits) * config.block_m
-
-
-def shrink_outer(
-    target: DeviceInfo, M: int, N: int, R: int, itemsize: int
-) -> tuple[OuterTiles, int] | None:
-    """Return the tiles of `shrink_outer_kernel`, and the columns of one partial sum.
-
-    None if the kernel would save few bytes. `shrink_kernel` and `outer_kernel` read v twice. This
-    kernel reads v once, but writes and re-reads a float32 partial sum of dB for each BLOCK_M rows.
-    """
-    rows = 256 if itemsize == 2 and target.kind == "cuda" else 128  # AMD's registers hold no more
-    config = OuterTiles(rows, 32, block_of_ranks(R), 8, 3)
-    saved, written = config.block_m * itemsize, 2 * 4 * R  # bytes a column and tile of rows
-    if config.block_r < R or config.block_m > M or 2 * written > saved:
-        return None
-    programs, chunks = _tiles(M, config.block_m), _tiles(N, config.block_n)
-    num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
-    return config, _tiles(chunks, num_splits) * config.block_n
 
 
 def elementwise(target: DeviceInfo) -> ColumnTiles:

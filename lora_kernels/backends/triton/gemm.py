@@ -71,57 +71,6 @@ def fused_kernel(
     store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, WIDE)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["num_splits"])
-def two_pass_kernel(
-    x_ptr, stride_xm, stride_xk,
-    w_ptr, stride_wk, stride_wn,
-    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-    q_ptr, stride_qr, stride_qn,
-    p_ptr, partials_ptr, gate_ptr, in_scale_ptr, out_scale_ptr, bias_ptr, y_ptr, z_ptr,
-    M, N, K, R, num_splits, s_scale,
-    K_INNER: tl.constexpr, LEFT: tl.constexpr,
-    LOG2_BLOCK: tl.constexpr, WHOLE: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr,
-    COMPUTE: tl.constexpr, WIDER: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """Compute y from the partial sums [num_splits, M, R] of P. The sums of y start at S·Q.
-
-    If there are several partial sums, the programs of the first columns store P. Without w and
-    codes there is no base GEMM. Flops 2·M·N·(K + R).
-    """
-    dense, sizes = (w_ptr, stride_wk, stride_wn), (N, K)
-    codes = packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr
-    FORMAT: tl.constexpr = (LOG2_BLOCK, WHOLE, WORDS, ASM)
-    pid_m, pid_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
-    offs_m, offs_n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r0 + tl.arange(0, BLOCK_R)
-        p = load_p(partials_ptr, offs_m, offs_r, M, R, num_splits)
-        if num_splits > 1 and pid_n == 0:
-            store_p(p_ptr, offs_m, offs_r, p, M, R)
-        q = load_tile(q_ptr, offs_r, stride_qr, offs_n, stride_qn, offs_r < R, offs_n < N, WIDE)
-        acc = add_update(acc, p, q, gate_ptr, offs_r, R, s_scale, WIDER, PRECISION)
-    if w_ptr is not None or packed_ptr is not None:
-        if LEFT:
-            acc = tl.trans(acc)
-        for k0 in range(0, K, BLOCK_K):
-            offs_k = k0 + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < K
-            x = load_tile(x_ptr, offs_m, stride_xm, offs_k, stride_xk, mask_m, mask_k, WIDE)
-            x = scale_columns(x, in_scale_ptr, offs_k, mask_k)
-            acc = add_base(
-                acc, x, dense, codes, n0, k0, sizes, K_INNER, LEFT, FORMAT, COMPUTE, PRECISION,
-                WIDE, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-        if LEFT:
-            acc = tl.trans(acc)
-    store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, WIDE)
-
-
 @triton.jit
 def add_base(
     acc, x, dense, codes, n0, k0, sizes,
@@ -156,18 +105,6 @@ def add_base(
             return dot(to_dtype(x, COMPUTE), to_dtype(w, COMPUTE), acc, PRECISION)
     else:
         return acc
-
-
-@triton.jit
-def load_p(partials_ptr, offs_m, offs_r, M, R, num_splits):
-    """Return P [BLOCK_M, BLOCK_R], the sum of its partial sums in order."""
-    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    at = partials_ptr + (offs_m.to(tl.int64)[:, None] * R + offs_r[None, :])
-    total = tl.load(at, mask=mask, other=0.0)
-    for _ in range(1, num_splits):
-        at += M * R
-        total += tl.load(at, mask=mask, other=0.0)
-    return total
 
 
 @triton.jit

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .shrink import store_partial
 from .tiles import dot, load_tile, scale_columns, to_dtype
 
 
@@ -60,56 +59,6 @@ def outer_kernel(
             tl.store(first + R * N + offs_n, sum_v, mask=mask_n)
         if z_ptr is not None:
             tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
-
-
-@triton.jit(do_not_specialize=["M"])
-def shrink_outer_kernel(
-    v_ptr, stride_vm, stride_vn,
-    b_ptr, stride_bn, stride_br,
-    s_ptr, v_scale_ptr, z_ptr, p_partials_ptr, grad_partials_ptr,
-    M, N, R, n_per_split,
-    SUM: tl.constexpr,
-    WIDER: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Compute `shrink_kernel` and `outer_kernel` on the same v with one read of v, R ≤ BLOCK_R:
-
-        p_partials[i] = (v ⊙ v_scale)[:, split i]·b[split i]
-        grad_partials[m, :R] = sᵀ·(v ⊙ v_scale) over the m-th BLOCK_M rows
-        grad_partials[m, R] = Σ v,    grad_partials[m, R + 1] = Σ v ⊙ z
-
-    v [M, N], b [N, R], s [M, R] float32, z [M, N] contiguous; p_partials float32 [num_splits,
-    M, R], grad_partials float32 [⌈M / BLOCK_M⌉, R + 2, N]. Program (m, i) computes BLOCK_M rows of
-    p_partials[i], and the columns of split i of grad_partials[m].
-    Rounding points: v ⊙ v_scale, b and s to WIDER; sums in float32.
-    Bytes: v (and z) once, b once for each BLOCK_M rows, the partials; flops 4·M·N·R.
-    Deterministic. Tested by tests/triton/test_lora_linear.py.
-    """
-    pid_m, split = tl.program_id(0), tl.program_id(1)
-    offs_m, offs_r = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
-    mask_m, mask_r = offs_m < M, offs_r < R
-    s = to_dtype(load_tile(s_ptr, offs_m, R, offs_r, 1, mask_m, mask_r, WIDE), WIDER)
-    first = grad_partials_ptr + pid_m.to(tl.int64) * (R + 2) * N
-    p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    end = min(N, (split + 1) * n_per_split)
-    for n0 in range(split * n_per_split, end, BLOCK_N):
-        offs_n = n0 + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < end
-        v = load_tile(v_ptr, offs_m, stride_vm, offs_n, stride_vn, mask_m, mask_n, WIDE)
-        if SUM:
-            tl.store(first + R * N + offs_n, tl.sum(v.to(tl.float32), 0), mask=mask_n)
-        if z_ptr is not None:
-            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, WIDE)
-            sum_vz = tl.sum(v.to(tl.float32) * z.to(tl.float32), 0)
-            tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
-        v = to_dtype(scale_columns(v, v_scale_ptr, offs_n, mask_n), WIDER)
-        b = load_tile(b_ptr, offs_n, stride_bn, offs_r, stride_br, mask_n, mask_r, WIDE)
-        p = dot(v, to_dtype(b, WIDER), p, PRECISION)
-        zeros = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
-        grad = dot(tl.trans(v), s, zeros, PRECISION)
-        at = offs_r[None, :] * N + offs_n[:, None]
-        tl.store(first + at, grad, mask=mask_n[:, None] & mask_r[None, :])
-    store_partial(p_partials_ptr, split, pid_m * BLOCK_M, 0, p, M, R, BLOCK_M, BLOCK_R)
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_splits"])

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.packed4bit import Packed4bit
-from . import FUSED, configs, launch
-from .configs import OuterTiles
-from .gemm import fused_kernel, two_pass_kernel
-from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
+from . import configs, launch
+from .gemm import fused_kernel
+from .gradients import outer_kernel, reduce_kernel
 from .launch import matrix_arguments
 from .shrink import shrink_kernel
 
@@ -28,7 +27,6 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
         lora_A,
         lora_B.t(),
         spec,
-        strategy,
         y_dtype=spec.y_dtype,
         is_forward=True,
         gate=rank_gate,
@@ -47,18 +45,8 @@ def lora_linear_backward(
     x, weight, lora_A, lora_B, rank_gate, column_scale, *_ = operands
     p, z, scaling = saved.p, saved.z if needs.column_scale else None, spec.scaling
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias, *_ = needs
-    (M, N), R = dy.shape, p.shape[1]
-    dx = dA = dB = dg = ds = partials = dbias = dc = None
-    once = None  # tiles of a kernel that computes dS and dB in one read of dY
-    if need_B and (need_A or need_gate or need_x) and not (need_x and strategy == FUSED):
-        once = configs.shrink_outer(
-            launch.target(dy), M, N, R, max(dy.dtype.itemsize, lora_B.dtype.itemsize)
-        )
-    if once is not None:
-        partials, dB, dbias, dc = _shrink_outer(
-            once, p, dy, lora_B, column_scale, z, scaling, rank_gate, need_bias
-        )
-    elif need_B or need_column_scale or need_bias:
+    dx = dA = dB = dg = ds = dbias = dc = None
+    if need_B or need_column_scale or need_bias:
         if need_B:
             dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
         dbias, dc = _outer(
@@ -71,16 +59,13 @@ def lora_linear_backward(
             lora_B.t(),
             lora_A,
             spec,
-            strategy,
             y_dtype=x.dtype,
             is_forward=False,
             gate=rank_gate,
             in_scale=column_scale,
-            partials=partials,
         )
     elif need_A or need_gate:
-        if partials is None:
-            partials = _shrink(dy, lora_B.t(), column_scale)
+        partials = _shrink(dy, lora_B.t(), column_scale)
         ds = partials[0] if partials.shape[0] == 1 else partials.sum(0)
     if need_A:
         assert ds is not None
@@ -98,7 +83,6 @@ def _linear(
     a: Tensor,
     q: Tensor,
     spec: Spec,
-    strategy: str,
     *,
     y_dtype: torch.dtype,
     is_forward: bool,
@@ -107,7 +91,6 @@ def _linear(
     out_scale: Tensor | None = None,
     bias: Tensor | None = None,
     save_z: bool = False,
-    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute y [M, columns], P [M, R], and z or None; see linear.py.
 
@@ -116,13 +99,13 @@ def _linear(
         weight: its rows are columns of y in the forward, and the inner dimension in the backward.
         a, q: [R, inner] and [R, columns].
         save_z: whether to return y before out_scale and bias.
-        partials: the partial sums [num_splits, M, R] of P if they were computed before, or None.
     """
     (M, K), (R, N), target = x.shape, q.shape, launch.target(x)
     y = x.new_empty(M, N, dtype=y_dtype)
     z = torch.empty_like(y) if save_z else None
+    p = x.new_empty(M, R, dtype=torch.float32)
     if not M:
-        return y, x.new_empty(M, R, dtype=torch.float32), z
+        return y, p, z
     codes = weight if isinstance(weight, Packed4bit) else None
     w = weight if isinstance(weight, Tensor) else None
     if w is not None and is_forward:
@@ -130,29 +113,23 @@ def _linear(
     # A row of a 4-bit weight runs along K in the forward, and along dx's columns in the backward.
     codes_4bit = launch.codes_arguments(codes, K if is_forward else N, target)
     wider = launch.promote_dtypes(x, a)
-    multiplied, is_fused = max(x.dtype.itemsize, spec.dtype.itemsize), strategy == FUSED
-    config = configs.UPDATE
-    if is_fused or weight is not None:
-        config = configs.linear(
-            target,
-            M,
-            max(multiplied, wider.itemsize) if is_fused else multiplied,
-            codes is not None,
-            R if is_fused else 0,
-            in_registers=in_scale is not None or wider.itemsize > multiplied,
-            scattered=codes is not None and not codes_4bit["WORDS"],
-        )
-    if is_fused:
-        partials = x.new_empty(1, M, R, dtype=torch.float32)
-    elif partials is None:
-        partials = _shrink(x, a, in_scale)
-    p = partials[0] if partials.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
+    multiplied = max(x.dtype.itemsize, spec.dtype.itemsize)
+    config = configs.linear(
+        target,
+        M,
+        max(multiplied, wider.itemsize),
+        codes is not None,
+        R,
+        in_registers=in_scale is not None or wider.itemsize > multiplied,
+        scattered=codes is not None and not codes_4bit["WORDS"],
+    )
     wide = any(launch.is_wide(t) for t in (x, y, a, q, w) if t is not None)
     wide = wide or (codes is not None and N * K >= 1 << 31)
     arguments: dict[str, Any] = {
         **matrix_arguments("x", x, "mk"),
         **matrix_arguments("w", w, "kn"),
         **codes_4bit,
+        **matrix_arguments("a", a, "rk"),
         **matrix_arguments("q", q, "rn"),
         "p_ptr": p,
         "gate_ptr": _contiguous(gate),
@@ -166,18 +143,11 @@ def _linear(
         "LEFT": codes is not None and is_forward and config.block_m < 64,
         **launch.dtype_arguments(target, wider, wide, spec.dtype),
         **config.blocks,
+        "BLOCK_R": configs.block_of_ranks(R),
         "GROUP_M": config.group_m,
     }
-    if is_fused:
-        kernel = fused_kernel
-        arguments |= matrix_arguments("a", a, "rk")
-        arguments["BLOCK_R"] = configs.block_of_ranks(R)
-    else:
-        kernel = two_pass_kernel
-        arguments |= {"partials_ptr": partials, "num_splits": partials.shape[0]}
-        arguments["BLOCK_R"] = configs.block_of_update(R, wider.itemsize)
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    launch.run(kernel, config, grid=grid, device=x.device, **arguments)
+    launch.run(fused_kernel, config, grid=grid, device=x.device, **arguments)
     return y, p, z
 
 
@@ -251,49 +221,6 @@ def _outer(
         **config.blocks,
     )
     return _reduce(partials, scale, gate, grad, need_sum, z is not None)
-
-
-def _shrink_outer(
-    plan: tuple[OuterTiles, int],
-    s: Tensor,
-    v: Tensor,
-    b: Tensor,
-    v_scale: Tensor | None,
-    z: Tensor | None,
-    scale: float,
-    gate: Tensor | None,
-    need_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Compute the partial sums of (v ⊙ v_scale)·b, and grad [N, R] and sums as `_outer` does.
-
-    The kernel reads v once.
-
-    plan: the result of `configs.shrink_outer`.
-    """
-    config, n_per_split = plan
-    grad = torch.empty_like(b, memory_format=torch.contiguous_format)
-    (M, N), R, target = v.shape, s.shape[1], launch.target(v)
-    partials = v.new_empty(triton.cdiv(N, n_per_split), M, R, dtype=torch.float32)
-    grad_partials = v.new_empty(triton.cdiv(M, config.block_m), R + 2, N, dtype=torch.float32)
-    launch.run(
-        shrink_outer_kernel,
-        config,
-        grid=(grad_partials.shape[0], partials.shape[0]),
-        device=v.device,
-        **matrix_arguments("v", v, "mn"),
-        **matrix_arguments("b", b, "nr"),
-        s_ptr=s,
-        v_scale_ptr=_contiguous(v_scale),
-        z_ptr=z,
-        p_partials_ptr=partials,
-        grad_partials_ptr=grad_partials,
-        **{"M": M, "N": N, "R": R, "n_per_split": n_per_split},
-        SUM=need_sum,
-        **launch.dtype_arguments(target, launch.promote_dtypes(v, b), launch.is_wide(v)),
-        **config.blocks,
-    )
-    sums = _reduce(grad_partials, scale, gate, grad.t(), need_sum, z is not None)
-    return partials, grad, *sums
 
 
 def _reduce(

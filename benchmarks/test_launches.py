@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_launches.py --benchmark-columns=min,median,iqr --benchmark-sort=name
 
-"as written" is every call before its third, and those that `backends/replay.py` cannot replay.
-Needs no GPU. Reading the device and stream is not in it, nor Triton's launcher in C.
+"planned" is every call after the first, "planning" plans each anew. Needs no GPU.
+Reading the device and stream is not in it, nor Triton's launcher in C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.backends import cuda, replay, triton
+from lora_kernels.backends import cuda, launches, triton
 from lora_kernels.core.call import Needs, Operands, Spec
 from lora_kernels.quantization import quantize_4bit
 from tests.support.fake_driver import fake_cuda, fake_triton
@@ -36,7 +36,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[tuple[Any, str]]:
 
 @pytest.mark.parametrize("quant", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("mode", ["replayed", "as written"])
+@pytest.mark.parametrize("mode", ["planned", "planning"])
 def test_launch(
     benchmark: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -53,8 +53,9 @@ def test_launch(
     )
     operands = Operands(x, quantize_4bit(W).codes if quant else W, A, B)
     spec, needs = Spec(2.0, 0.0, x.dtype, x.dtype), Needs(True, True, True)
-    if mode == "as written":
-        monkeypatch.setattr(replay, "is_on_gpu", lambda t: False)
+    if mode == "planning":
+        monkeypatch.setattr(launches, "MAX_PLANS", 0)
+        monkeypatch.setattr(launches, "_caches", [])
     _, saved = module.lora_linear(operands, spec, strategy)
     if direction == "forward":
         call: Any = lambda: module.lora_linear(operands, spec, strategy)  # noqa: E731

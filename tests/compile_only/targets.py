@@ -79,7 +79,13 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
     found: list[Compiled] = []
 
     def warm_up(
-        kernel: Any, config: Tiles, *, grid: tuple[int, ...], device: torch.device, **arguments: Any
+        kernel: Any,
+        config: Tiles,
+        plan: object = None,
+        *,
+        grid: tuple[int, ...],
+        device: torch.device,
+        **arguments: Any,
     ) -> None:
         assert 0 < max(grid[1:], default=1) < 1 << 16 and 0 < grid[0] < 1 << 31, grid
         done = kernel.warmup(grid=grid, **arguments, **launches.options(config))
@@ -92,7 +98,7 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
             get_current_target=lambda: ALL[target][1],
         )
         driver.set_active(fake)
-        patch.setattr(launches, "target", lambda x: ALL[target][0])
+        patch.setattr(launches, "target", lambda device: ALL[target][0])
         patch.setattr(launches, "run", warm_up)
         call()
     yield from found

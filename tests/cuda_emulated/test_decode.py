@@ -253,12 +253,12 @@ Results = dict[str, Tensor]
 def run(call: Call, flags: Tensor, patch: pytest.MonkeyPatch, seed: int | None = None) -> Results:
     """Return y, P and z of the call in an order of its own, and of tile_partials the shape."""
     found: Results = {"tile_partials": torch.empty(0)}
-    original = launch.run
+    original = launch.emulate
 
-    def noted(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
-        if (t := touched["tile_partials"]) is not None:
+    def noted(name: str, touched: Results, args: Any) -> None:
+        if (t := touched.get("tile_partials")) is not None:
             found["tile_partials"] = t
-        return original(name, at, touched, *args)
+        original(name, touched, args)
 
     seed = call.seed if seed is None else seed
     with patch.context() as patch, cuda.emulate(seed, call.places):
@@ -266,7 +266,7 @@ def run(call: Call, flags: Tensor, patch: pytest.MonkeyPatch, seed: int | None =
         patch.setattr(workspace, "flags", lambda device: flags[: 2 + call.max_blocks])
         patch.setattr(equation, "_SPLIT", call.splits[0])
         patch.setattr(equation, "_MAX_PUBLISHERS", call.splits[1])
-        patch.setattr(launch, "run", noted)
+        patch.setattr(launch, "emulate", noted)
         launch.traffic.clear()
         y, (p, z, _) = equation.lora_linear(call.operands, call.spec, COOPERATIVE)
     assert not flags.any(), call

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import cuda, workspace
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, launch
 from lora_kernels.backends.cuda import linear as equation
+from lora_kernels.backends.launches import Plan, planned
 from lora_kernels.core.call import Operands, Spec
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
@@ -94,17 +96,18 @@ def test_flag_that_is_never_raised_raises(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_memory_outside_of_a_tensor_raises() -> None:
     args = few_rows()
-    args["lora_B"] = args["lora_B"].detach()[:-1]  # one row less than W has
-    with (
-        pytest.raises(RuntimeError, match="reads 2 bytes of global memory 2 bytes past q"),
-        torch.no_grad(),
-        lora_kernels.backend("cuda", COOPERATIVE),
-    ):
-        whole = args["weight"].detach()
-        y = torch.empty(5, whole.shape[0], dtype=bf16)
-        linear = equation._Linear(args["x"].detach(), whole, args["lora_B"].t(), y, bf16, 1.0)
-        linear.shape = (5, whole.shape[0], *linear.shape[2:])
-        equation._decode(linear, args["lora_A"].detach())
+    x, W, A, B = (args[name].detach() for name in ("x", "weight", "lora_A", "lora_B"))
+
+    @planned
+    def decode(plan: Plan, x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        N = W.shape[0]
+        linear = equation._Linear(plan, x, W, B.t(), plan.empty(5, N, dtype=bf16), bf16, 1.0)
+        linear.shape = (5, N, *linear.shape[2:])
+        return equation._decode(plan, linear, A)
+
+    decode(x, W, A, B)
+    with pytest.raises(RuntimeError, match="reads 2 bytes of global memory 2 bytes past q"):
+        decode(x, W, A, B[:-1])  # one row less than W has
 
 
 @pytest.mark.parametrize("strategy", [COOPERATIVE, TWO_PASS])

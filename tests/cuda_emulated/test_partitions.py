@@ -28,8 +28,8 @@ def long_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The kernels that the test launches."""
-    found, run = set[str](), launch.run
-    monkeypatch.setattr(launch, "run", lambda name, *args: (found.add(name), run(name, *args)))
+    found, run = set[str](), launch.emulate
+    monkeypatch.setattr(launch, "emulate", lambda name, *args: (found.add(name), run(name, *args)))
     return found
 
 

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
 from lora_kernels import info, verify
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, constraints, launch
+from lora_kernels.backends.launches import Plan, planned
 from lora_kernels.choice import choose as selection
 from lora_kernels.core import device
 from lora_kernels.core.problem import NO_DROPOUT, Choice, Layout, Problem
@@ -305,8 +306,15 @@ def test_matrix_is_read_in_vectors_from_aligned_whole_rows(
     t = torch.zeros(count + start, dtype=bf16)[start:].view(shape)
     assert launch.matrix(t)[4] is vectors  # type: ignore[index]
     assert launch.matrix(t.t())[4] is False  # type: ignore[index]
-    whole = launch.whole_rows(t)
-    assert (whole is t) is vectors and torch.equal(whole, t)
+
+    @planned
+    def rows(plan: Plan, t: Tensor, dtype: torch.dtype | None) -> Tensor:
+        assert launch.matrix(t)[4] is vectors  # type: ignore[index]
+        return launch.whole_rows(plan, t, dtype)
+
+    assert (rows(t, None).data_ptr() == t.data_ptr()) is vectors
+    assert torch.equal(rows(t, None), t)
+    assert rows(t, torch.float16).dtype is torch.float16
 
 
 def test_codes_are_read_in_runs_from_aligned_bytes() -> None:

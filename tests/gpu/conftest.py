@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.backends import replay, triton
+from lora_kernels.backends import launches, triton
 
 if triton.is_interpreted() or not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
@@ -12,6 +12,6 @@ elif triton.unavailable_reason() is not None:
 
 
 @pytest.fixture(autouse=True)
-def no_replays() -> None:
-    """Each test's calls run as written first, which tests may watch."""
-    replay.forget()
+def no_plans() -> None:
+    """Each test's calls are planned first, which tests may watch."""
+    launches.forget()

@@ -10,7 +10,7 @@ MAKES = ("empty", "zeros", "full", "new_", "mm", "_to_copy")
 
 
 class Allocations(TorchDispatchMode):
-    """Notes how many elements each new tensor has."""
+    """Notes how many elements each new tensor has, but for meta tensors, which have no memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(part in str(func) for part in MAKES):
+        if any(part in str(func) for part in MAKES) and not out.is_meta:
             self.sizes.append(out.numel())
         return out
 

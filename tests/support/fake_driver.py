@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.backends import cuda, replay, workspace
+from lora_kernels.backends import cuda, launches, workspace
 from tests.support.gpus import H100
 
 STREAM = 7
@@ -25,24 +24,26 @@ class Log:
     """The launches: name, grid (None for CUDA kernels), stream, arguments.
 
     bound: how often Triton bound the arguments of a call to a kernel's parameters.
+    hooks: the hooks of each launch of a Triton kernel, at its start and its end.
     """
 
     launches: list[tuple[str, Any, int, Any]] = field(default_factory=list)
     bound: int = 0
+    hooks: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @contextmanager
 def cpu_as_gpu() -> Iterator[pytest.MonkeyPatch]:
-    """Replay calls on CPU tensors, whose device has the index -1."""
+    """Plan calls on CPU tensors, whose device has the index -1, as a GPU's."""
     flags = torch.zeros(2, dtype=torch.int32)
-    replay.forget()
+    launches.forget()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "is_on_gpu", lambda t: True)
-        patch.setattr(replay, "is_current_device", lambda index: index == -1)
-        patch.setattr(replay, "current_stream", lambda index: {-1: STREAM}[index])
+        patch.setattr(launches, "is_on_gpu", lambda t: True)
+        patch.setattr(launches, "is_current_device", lambda index: index == -1)
+        patch.setattr(launches, "current_stream", lambda index: {-1: STREAM}[index])
         patch.setattr(workspace, "flags", lambda device: flags)
         yield patch
-    replay.forget()
+    launches.forget()
 
 
 @contextmanager
@@ -62,6 +63,7 @@ def fake_triton() -> Iterator[Log]:
 
         def __call__(self, *args: Any) -> None:
             _current[0].launches.append((self.name, args[:3], args[3], args[9:]))
+            _current[0].hooks.append(args[7:9])
 
     fake = SimpleNamespace(
         launcher_cls=Launcher,
@@ -76,7 +78,6 @@ def fake_triton() -> Iterator[Log]:
     )
     run = JITFunction.run
 
-    @functools.wraps(run)  # its source says how it launches
     def counted(*args: Any, **kwargs: Any) -> Any:
         log.bound += 1
         return run(*args, **kwargs)
@@ -100,7 +101,7 @@ def fake_cuda() -> Iterator[Log]:
 
     def launcher(name: str) -> Any:
         def launch(args: Any, at: tuple[int, int]) -> None:
-            assert at[0] == replay.current_stream(at[1]), f"launched on device {at[1]}"
+            assert at[0] == launches.current_stream(at[1]), f"launched on device {at[1]}"
             log.launches.append((name, None, at[0], args))
 
         return launch

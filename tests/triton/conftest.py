@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends import replay, triton
+from lora_kernels.backends import launches, triton
 from tests.support.interpreter import programs_run_in, shuffled_order
 from tests.triton.device import DEVICE
 
@@ -37,6 +37,6 @@ def shuffled(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_replays() -> None:
-    """A GPU runs each test's calls as written first, which tests may watch."""
-    replay.forget()
+def no_plans() -> None:
+    """A GPU plans each test's calls first, which tests may watch."""
+    launches.forget()

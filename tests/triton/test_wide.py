@@ -23,7 +23,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """Record for each kernel if its addresses have 64 bits."""
     found: dict[str, bool] = {}
 
-    def record(kernel: Any, config: Any, **arguments: Any) -> None:
+    def record(kernel: Any, config: Any, plan: Any = None, **arguments: Any) -> None:
         found[kernel.__name__] = arguments.get("WIDE", False)
 
     monkeypatch.setattr(launch, "run", record)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.dtypes import DTYPE_NUMBERS
-from .. import replay
+from ..launches import STREAM, Plan, Whole
 from . import is_emulated, module
 
 if TYPE_CHECKING:
@@ -17,41 +17,41 @@ if TYPE_CHECKING:
 
 _WIDE = 16  # bytes of the widest load
 
-MatrixArg = tuple[int, int, int, int, bool]
-VectorArg = tuple[int, int]
+# Arguments in the format of csrc/cuda/bindings.cpp, with stand-ins for addresses.
+MatrixArg = tuple[Tensor, int, int, int, bool]
+VectorArg = tuple[Tensor, int]
 
 
-def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def empty(plan: Plan, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Allocate a tensor. The emulator fills it with NaN, to expose reads of unwritten memory."""
+    t = plan.empty(*shape, dtype=dtype)
     if is_emulated() and dtype.is_floating_point:
-        return torch.full(shape, float("nan"), dtype=dtype, device=like.device)
-    return torch.empty(shape, dtype=dtype, device=like.device)
+        plan.call(Tensor.fill_, t, float("nan"))
+    return t
 
 
-def pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-# Arguments in the format of csrc/cuda/bindings.cpp.
+def pointer(t: Tensor | None) -> Tensor | int:
+    return 0 if t is None else t
 
 
 def matrix(t: Tensor | None) -> MatrixArg | None:
     """Pack address, dtype, strides, and whether rows are aligned multiples of 16 bytes."""
     if t is None:
         return None
-    (row, col), address, size = t.stride(), t.data_ptr(), t.element_size()
-    vectors = col == 1 and row * size % _WIDE == 0 and address % _WIDE == 0
-    return address, DTYPE_NUMBERS[t.dtype], row, col, vectors
+    (row, col), size = t.stride(), t.element_size()
+    vectors = col == 1 and row * size % _WIDE == 0 and t.data_ptr() % _WIDE == 0
+    return t, DTYPE_NUMBERS[t.dtype], row, col, vectors
 
 
-def whole_rows(t: Tensor) -> Tensor:
-    """Return t, or a copy if its rows are not aligned multiples of 16 bytes."""
+def whole_rows(plan: Plan, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return t, or a copy if it has another dtype or its rows are not aligned, whole 16 bytes."""
     packed = matrix(t)
-    return t if packed and packed[4] else t.clone(memory_format=torch.contiguous_format)
+    is_ready = packed and packed[4] and t.dtype is (dtype or t.dtype)
+    return t if is_ready else plan.copy(t, dtype)
 
 
 def vector(t: Tensor | None) -> VectorArg | None:
-    return None if t is None else (t.data_ptr(), DTYPE_NUMBERS[t.dtype])
+    return None if t is None else (t, DTYPE_NUMBERS[t.dtype])
 
 
 def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | None:
@@ -66,34 +66,46 @@ def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | Non
     return *addresses, log2_block, log2_nested, *shape, whole_rows
 
 
-def run(name: str, on: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
-    """Launch the kernel `name` on the device and current stream of the tensor `on`.
+def with_addresses(args: Any) -> Any:
+    """Return packed arguments with some address for each stand-in."""
+    if isinstance(args, Tensor):
+        return _WIDE
+    return tuple(map(with_addresses, args)) if isinstance(args, tuple) else args
+
+
+def run(plan: Plan, name: str, touched: dict[str, Tensor | None], *args: Any) -> None:
+    """Launch the kernel `name` in each call of the plan, on the stream and device of the call.
 
     touched: all tensors that the kernel reads or writes. The emulator checks accesses and counts
         bytes under their names.
     """
-    launchers = module()
-    call = getattr(launchers, name)
     if not is_emulated():
-        index = on.get_device()
-        if (recorder := replay.current_recorder()) is not None:
-            tensors = (t for t in touched.values() if t is not None)
-            recorder.add(call, (args, (replay.STREAM, index)), tensors)
-        return call(args, (replay.current_stream(index), index))
-    named = ((key, t) for key, t in touched.items() if t is not None and t.numel())
+        plan.add(getattr(module(), name), args, (STREAM, plan.index))
+        return
+    named = {key: t for key, t in touched.items() if t is not None}
+    plan.add(_emulate, name, tuple(named), args, *map(Whole, named.values()))
+
+
+def _emulate(name: str, keys: tuple[str, ...], args: tuple[Any, ...], *tensors: Tensor) -> None:
+    emulate(name, dict(zip(keys, tensors, strict=True)), args)
+
+
+def emulate(name: str, touched: dict[str, Tensor], args: tuple[Any, ...]) -> None:
+    """Run the kernel `name` in the emulator, which allows it to access these tensors alone."""
+    launchers = module()
+    named = ((key, t) for key, t in touched.items() if t.numel())
     launchers.allow_ranges(tuple((key, t.data_ptr(), _span(t)) for key, t in named))
-    out = call(args, (_stream, 0))
+    getattr(launchers, name)(args, (_stream, 0))
     if _waiting is None:
         launchers.synchronize()
         traffic.extend(launchers.read_traffic())
     else:
         _waiting.extend(touched.values())
-    return out
 
 
 # Of emulated launches, set by tests: their stream; while they are deferred, their tensors.
 _stream = 0
-_waiting: list[Tensor | None] | None = None
+_waiting: list[Tensor] | None = None
 # The traffic of emulated kernels: (kernel, {name: (bytes read, bytes written)}).
 traffic: deque[tuple[str, dict[str, tuple[int, int]]]] = deque(maxlen=1000)
 

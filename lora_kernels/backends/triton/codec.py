@@ -24,7 +24,7 @@ def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) ->
         config,
         grid=(triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)),
         device=w.device,
-        **launch.codes_arguments(codes, K, launch.target(w)),
+        **launch.codes_arguments(codes, K, launch.target(w.device)),
         w_ptr=w,
         **{"N": N, "K": K, "WIDE": N * K >= 1 << 31},
         **config.blocks,

@@ -31,7 +31,7 @@ def gated_backward(
 
 def _run(kernel: object, activation: str, **tensors: Tensor) -> None:
     g = tensors["g_ptr"]
-    config, n = configs.elementwise(launch.target(g)), g.numel()
+    config, n = configs.elementwise(launch.target(g.device)), g.numel()
     if not n:
         return
     launch.run(
@@ -69,7 +69,7 @@ def cross_entropy(
     loss = torch.empty(rows, dtype=torch.float32, device=y.device)
     if not rows:
         return loss
-    config = configs.softmax(launch.target(y), columns)
+    config = configs.softmax(launch.target(y.device), columns)
     launch.run(
         cross_entropy_kernel,
         config,

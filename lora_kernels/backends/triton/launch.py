@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ...core import device
 from ...core.device import DeviceInfo
-from .. import replay
-from ..replay import STREAM, current_recorder, forget, tensors_of
+from .. import launches
+from ..launches import STREAM, Plan
 from . import configs, is_interpreted
 from .configs import Tiles
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _TABLES = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset")
 
 
-def target(x: Tensor) -> DeviceInfo:
-    """Return the properties of the device that x is on."""
-    found = configs.target(x.device.type, x.device.index)
+def target(device: torch.device) -> DeviceInfo:
+    """Return the properties of a device that has kernels."""
+    found = configs.target(device.type, device.index)
     assert found is not None
     return found
 
@@ -88,59 +88,63 @@ def options(config: Tiles) -> dict[str, Any]:
 
 
 def run(
-    kernel: Any, config: Tiles, *, grid: tuple[int, ...], device: torch.device, **arguments: Any
+    kernel: Any,
+    config: Tiles,
+    plan: Plan | None = None,
+    /,
+    *,
+    grid: tuple[int, ...],
+    device: torch.device,
+    **arguments: Any,
 ) -> None:
-    """Launch the kernel on the device and torch's current stream.
+    """Launch the kernel on the device and torch's current stream, in each call of a plan if given.
 
     arguments: by the names of the kernel's parameters. None stands for a missing operand.
     """
     if _compiles_only is not None:
         _compiles_only(kernel, config, arguments)
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        compiled = kernel[grid](**arguments, **options(config))
-    if (recorder := current_recorder()) is not None:
-        if (reason := unreplayable_reason()) is not None:
-            recorder.reason = reason
-            return
-        blocks, image = (*grid, 1, 1)[:3], (compiled.function, compiled.packed_metadata)
-        bound = tuple(arguments[name] for name in kernel.arg_names)
-        launched = *blocks, STREAM, *image, None, None, None, *bound
-        recorder.add(compiled.run, launched, tensors_of(bound))
+    elif plan is None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[grid](**arguments, **options(config))
+    elif is_interpreted():
+        names = (*arguments, *options(config))
+        values = (*arguments.values(), *options(config).values())
+        plan.call(lambda *args: kernel[grid](**dict(zip(names, args, strict=True))), *values)
+    else:
+        compiled = kernel.warmup(grid=grid, **arguments, **options(config))
+        blocks, bound = (*grid, 1, 1)[:3], (arguments[name] for name in kernel.arg_names)
+        if is_known_launcher() and not has_hooks():
+            run, image = compiled.run, (compiled.function, compiled.packed_metadata)
+            plan.add(run, *blocks, STREAM, *image, None, None, None, *bound)
+        else:
+            launcher = compiled[blocks]
+            plan.add(lambda stream, *args: launcher(*args, stream=stream), STREAM, *bound)
 
 
 @functools.cache
-def unreplayable_reason() -> str | None:
-    """Return why compiled kernels cannot be launched without `JITFunction.run`, or None.
+def is_known_launcher() -> bool:
+    """Return True if a compiled kernel's launcher takes what `run` gives it.
 
-    Its last lines are the only description of how Triton launches a compiled kernel.
+    `CompiledKernel.__getitem__` gives it the same in every Triton, and takes 2 µs more a launch.
     """
-    if is_interpreted():
-        return "Triton's interpreter compiles nothing"
-    import triton
-
-    source = " ".join(inspect.getsource(triton.JITFunction.run).split())
-    if _LAUNCH in source:
-        return None
-    return f"Triton {triton.__version__} launches compiled kernels in a way not known here"
-
-
-_LAUNCH = (
-    "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, "
-    "launch_metadata, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, "
-    "*bound_args.values())"
-)
+    version = device.version("triton") or ""
+    return tuple(int(part) for part in version.split(".")[:2]) <= (3, 9)
 
 
 def has_hooks() -> bool:
-    """Return True while a profiler's hook gets the tensors of each launch."""
+    """Return True while a profiler's hook is called at each launch."""
     import triton
 
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
-replayed = functools.partial(replay.replayed, has_hooks=has_hooks)
+def is_kept() -> bool:
+    """Return True if a plan that is made now holds for later calls."""
+    return _compiles_only is None and not has_hooks()
+
+
+planned = functools.partial(launches.planned, is_kept=is_kept)
 
 
 _compiles_only: Callable[..., None] | None = None
@@ -162,12 +166,10 @@ def compile_only(part: int, parts: int) -> Iterator[None]:
         seen.add(key)
 
     _compiles_only = compile_kernel
-    forget()
     try:
         yield
     finally:
         _compiles_only = None
-        forget()
 
 
 def _kind(argument: Any) -> Any:

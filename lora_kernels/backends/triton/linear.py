@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.packed4bit import Packed4bit
+from ..launches import Plan, contiguous, sum_products
 from . import configs, launch
 from .gemm import fused_kernel
 from .gradients import outer_kernel, reduce_kernel
@@ -17,11 +18,12 @@ from .launch import matrix_arguments
 from .shrink import shrink_kernel
 
 
-@launch.replayed
-def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
+@launch.planned
+def lora_linear(plan: Plan, operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, *_ = operands
     y, p, z = _linear(
+        plan,
         x,
         weight,
         lora_A,
@@ -37,9 +39,15 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     return y, Saved(p, z)
 
 
-@launch.replayed
+@launch.planned
 def lora_linear_backward(
-    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
+    plan: Plan,
+    dy: Tensor,
+    operands: Operands,
+    saved: Saved,
+    spec: Spec,
+    needs: Needs,
+    strategy: str,
 ) -> Grads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, *_ = operands
@@ -48,12 +56,21 @@ def lora_linear_backward(
     dx = dA = dB = dg = ds = dbias = dc = None
     if need_B or need_column_scale or need_bias:
         if need_B:
-            dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+            dB = plan.empty(*lora_B.shape, dtype=lora_B.dtype)
         dbias, dc = _outer(
-            p, dy, None if dB is None else dB.t(), scaling, rank_gate, column_scale, z, need_bias
+            plan,
+            p,
+            dy,
+            None if dB is None else dB.t(),
+            scaling,
+            rank_gate,
+            column_scale,
+            z,
+            need_bias,
         )
     if need_x:
         dx, ds, _ = _linear(
+            plan,
             dy,
             weight,
             lora_B.t(),
@@ -65,19 +82,21 @@ def lora_linear_backward(
             in_scale=column_scale,
         )
     elif need_A or need_gate:
-        partials = _shrink(dy, lora_B.t(), column_scale)
-        ds = partials[0] if partials.shape[0] == 1 else partials.sum(0)
+        partials = _shrink(plan, dy, lora_B.t(), column_scale)
+        ds = _sum(plan, partials)
     if need_A:
         assert ds is not None
-        dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-        _outer(ds, x, dA, scaling, rank_gate)
+        dA = plan.empty(*lora_A.shape, dtype=lora_A.dtype)
+        _outer(plan, ds, x, dA, scaling, rank_gate)
     if need_gate:
         assert ds is not None
-        dg = (ds * p).sum(0).mul_(scaling)
+        dg = plan.empty(p.shape[1])
+        plan.call(sum_products, dg, ds, p, scaling)
     return Grads(dx, dA, dB, dg, dc, dbias)
 
 
 def _linear(
+    plan: Plan,
     x: Tensor,
     weight: Tensor | Packed4bit | None,
     a: Tensor,
@@ -100,10 +119,10 @@ def _linear(
         a, q: [R, inner] and [R, columns].
         save_z: whether to return y before out_scale and bias.
     """
-    (M, K), (R, N), target = x.shape, q.shape, launch.target(x)
-    y = x.new_empty(M, N, dtype=y_dtype)
-    z = torch.empty_like(y) if save_z else None
-    p = x.new_empty(M, R, dtype=torch.float32)
+    (M, K), (R, N), target = x.shape, q.shape, launch.target(plan.device)
+    y = plan.empty(M, N, dtype=y_dtype)
+    z = plan.empty(M, N, dtype=y_dtype) if save_z else None
+    p = plan.empty(M, R)
     if not M:
         return y, p, z
     codes = weight if isinstance(weight, Packed4bit) else None
@@ -132,10 +151,10 @@ def _linear(
         **matrix_arguments("a", a, "rk"),
         **matrix_arguments("q", q, "rn"),
         "p_ptr": p,
-        "gate_ptr": _contiguous(gate),
-        "in_scale_ptr": _contiguous(in_scale),
-        "out_scale_ptr": _contiguous(out_scale),
-        "bias_ptr": _contiguous(bias),
+        "gate_ptr": contiguous(plan, gate),
+        "in_scale_ptr": contiguous(plan, in_scale),
+        "out_scale_ptr": contiguous(plan, out_scale),
+        "bias_ptr": contiguous(plan, bias),
         "y_ptr": y,
         "z_ptr": z,
         **{"M": M, "N": N, "K": K, "R": R, "s_scale": spec.scaling},
@@ -147,27 +166,28 @@ def _linear(
         "GROUP_M": config.group_m,
     }
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    launch.run(fused_kernel, config, grid=grid, device=x.device, **arguments)
+    launch.run(fused_kernel, config, plan, grid=grid, device=plan.device, **arguments)
     return y, p, z
 
 
-def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None) -> Tensor:
+def _shrink(plan: Plan, x: Tensor, a: Tensor, in_scale: Tensor | None) -> Tensor:
     """Return the partial sums of (x ⊙ in_scale)·aᵀ, float32 [num_splits, M, R]."""
-    (M, K), R, target = x.shape, a.shape[0], launch.target(x)
+    (M, K), R, target = x.shape, a.shape[0], launch.target(plan.device)
     wider = launch.promote_dtypes(x, a)
     config, k_per_split = configs.shrink(target, M, K, R, wider.itemsize)
     num_splits = triton.cdiv(K, k_per_split)
-    partials = x.new_empty(num_splits, M, R, dtype=torch.float32)
+    partials = plan.empty(num_splits, M, R)
     if not M:
         return partials
     launch.run(
         shrink_kernel,
         config,
+        plan,
         grid=(triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r), num_splits),
-        device=x.device,
+        device=plan.device,
         **matrix_arguments("x", x, "mk"),
         **matrix_arguments("a", a, "rk"),
-        in_scale_ptr=_contiguous(in_scale),
+        in_scale_ptr=contiguous(plan, in_scale),
         partials_ptr=partials,
         **{"M": M, "K": K, "R": R, "k_per_split": k_per_split},
         **launch.dtype_arguments(target, wider, launch.is_wide(x) or launch.is_wide(a)),
@@ -177,6 +197,7 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None) -> Tensor:
 
 
 def _outer(
+    plan: Plan,
     s: Tensor,
     v: Tensor,
     grad: Tensor | None,
@@ -190,28 +211,27 @@ def _outer(
 
     The sums are float32 [N], or None.
     """
-    (M, N), R, target = v.shape, s.shape[1], launch.target(v)
+    (M, N), R, target = v.shape, s.shape[1], launch.target(plan.device)
     if not M:
-        sums, sums_z = (
-            v.new_zeros(N, dtype=torch.float32) if needed else None
-            for needed in (need_sum, z is not None)
-        )
-        if grad is not None:
-            grad.zero_()
+        sums, sums_z = (plan.empty(N) if needed else None for needed in (need_sum, z is not None))
+        for out in (sums, sums_z, grad):
+            if out is not None:
+                plan.call(Tensor.zero_, out)
         return sums, sums_z
     wider = torch.float32 if grad is None else launch.promote_dtypes(v, grad)
     config, m_per_split = configs.outer(target, M, N, R, wider.itemsize)
     num_splits = triton.cdiv(M, m_per_split)
-    partials = v.new_empty(num_splits, R + 2, N, dtype=torch.float32)
+    partials = plan.empty(num_splits, R + 2, N)
     ranks = triton.cdiv(R, config.block_r) if grad is not None else 1
     launch.run(
         outer_kernel,
         config,
+        plan,
         grid=(triton.cdiv(N, config.block_n), ranks, num_splits),
-        device=v.device,
+        device=plan.device,
         **matrix_arguments("v", v, "mn"),
         s_ptr=s,
-        v_scale_ptr=_contiguous(v_scale),
+        v_scale_ptr=contiguous(plan, v_scale),
         z_ptr=z,
         partials_ptr=partials,
         **{"M": M, "N": N, "R": R, "m_per_split": m_per_split},
@@ -220,10 +240,11 @@ def _outer(
         **launch.dtype_arguments(target, wider, launch.is_wide(v)),
         **config.blocks,
     )
-    return _reduce(partials, scale, gate, grad, need_sum, z is not None)
+    return _reduce(plan, partials, scale, gate, grad, need_sum, z is not None)
 
 
 def _reduce(
+    plan: Plan,
     partials: Tensor,
     scale: float,
     gate: Tensor | None,
@@ -234,15 +255,16 @@ def _reduce(
     """Write scale · gate ⊙ Σ partials to grad [R, N], and return the two sums, float32 [N]."""
     (num_splits, rows, N), config = partials.shape, configs.REDUCE
     needed_rows = rows if need_sum_z else rows - 1 if need_sum else rows - 2
-    sums, sums_z = (partials.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
+    sums, sums_z = (plan.empty(N) if needed else None for needed in (need_sum, need_sum_z))
     launch.run(
         reduce_kernel,
         config,
+        plan,
         grid=(triton.cdiv(N, config.block_n), triton.cdiv(needed_rows, config.block_r)),
-        device=partials.device,
+        device=plan.device,
         **matrix_arguments("grad", grad, "rn"),
         partials_ptr=partials,
-        gate_ptr=_contiguous(gate),
+        gate_ptr=contiguous(plan, gate),
         sum_ptr=sums,
         sum_z_ptr=sums_z,
         **{"N": N, "R": rows - 2, "num_splits": num_splits, "scale": scale},
@@ -251,5 +273,14 @@ def _reduce(
     return sums, sums_z
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+def _sum(plan: Plan, partials: Tensor) -> Tensor:
+    """Return Σ partials; a view if there is one partial sum."""
+    if partials.shape[0] == 1:
+        return partials[0]
+    out = plan.empty(*partials.shape[1:])
+    plan.call(_sum_to, out, partials)
+    return out
+
+
+def _sum_to(out: Tensor, partials: Tensor) -> None:
+    torch.sum(partials, 0, out=out)

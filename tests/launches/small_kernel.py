@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends.launches import Plan
 from lora_kernels.backends.triton import launch
 from lora_kernels.backends.triton.configs import ColumnTiles, Tiles
 
@@ -24,31 +24,29 @@ def scale_kernel(
         tl.store(y_ptr + offs, values.to(DTYPE) * scale, mask=offs < n)
 
 
-@launch.replayed
-def scaled(x: Tensor, way: str) -> Tensor:
-    """Return 2·x. way: what else is done, which a replay would leave out or get wrong."""
-    x.new_empty(1 << 20)  # for nothing
-    if way == "temporaries":
-        for _ in range(2):
-            scale(x, x.new_empty(x.numel() + 5))
-    y = torch.empty_like(x)
-    if way == "a result by columns":
-        y = x.new_empty(*x.shape[::-1]).t()
-    elif way == "an error":
+@launch.planned
+def scaled(plan: Plan, x: Tensor, way: str) -> object:
+    """Return 2·x. way: what else is done."""
+    y = plan.empty(*x.shape)
+    if way == "an error":
         raise RuntimeError(way)
-    elif way == "a result in place":
-        y.zero_()
-    elif way == "a part as result":
-        y = x.new_empty(4, *x.shape)[0]
-    if way != "no launch":
-        scale(x[1:] if way == "a part as operand" else x, y)
+    if way == "a part as operand":
+        x = x[1:]
+    if way == "a step between":
+        x = plan.copy(x.t())
+    scale(x, y, plan=plan)
+    if way == "a step between":
+        return x
+    if way == "parts as results":
+        return (y[0], (y.t(), None)), "said"
     return y
 
 
-def scale(x: Tensor, y: Tensor, config: Tiles = CONFIG) -> None:
+def scale(x: Tensor, y: Tensor, config: Tiles = CONFIG, plan: Plan | None = None) -> None:
     launch.run(
         scale_kernel,
         config,
+        plan,
         grid=(triton.cdiv(x.numel(), 64),),
         device=x.device,
         BLOCK=64,  # in another order than the kernel's

@@ -147,51 +147,73 @@ LK_DEVICE Factors look_up(const Codes& c, const Scale& s, float offset) {
 }
 
 // y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, M ≤ 16; p = x·aᵀ.
-// yᵀ = W·xᵀ in tiles of 16 or 64 rows of W by 8 MT rows of x. A unit is a chunk for each warp; the
-// units of all tiles are cut into equal stripes, one a block. W arrives in a warp's own part of
-// shared memory, four loads ahead, also across the ends of tiles. A tile's sums over warps are
-// added in order; where a stripe ends inside of a tile, blocks store theirs, and the last one to
-// come adds all, in order. A code is the sum of two bfloat16 (float16), looked up in pairs in a
-// table with a copy for each of 16 lanes, which avoids bank conflicts. High and low parts are two
-// rows of a product's left side; a scale multiplies the float32 sum of both. A lane loads 8 bytes
-// of each of two blocks, so that the 16 elements of a product are of one block. The first blocks
-// publish partial sums of p, a share or more each, and raise the flag; all wait for it before their
-// first store, the last block to be done lowers it. All must be co-resident. Bytes: W once; x once
-// a block where it is Resident, else for each 16 rows of W, for 64 from L2;
-// for P in all x once for two ranks and a once for four rows, from caches but the first time; Q for
+//
+//   yᵀ = W·xᵀ         K →
+//          ┌────────┬────────┬─ ─ ┐   A tile: 16 rows of W (64 unless x is Resident). A unit: one
+//   tile 0 │ unit 0 │ unit 1 │    │   chunk of 128 of K for each slice of warps. A tile has `parts`
+//          ├────────┼────────┼─ ─ ┤   units.
+//   tile 1 │ unit p │        │    │
+//          └────────┴────────┴─ ─ ┘   Stripes: equal runs of units in this order, one a block.
+//
+//   block 0 ├── stripe ──┤            A stripe may end inside of a tile. Its blocks then store their
+//   block 1              ├── stripe   sums in tile_partials, and the last to come adds all, in order.
+//
+//   a warp takes rows g and g + 8 of 16, quad lane t of its chunk of each, four loads ahead:
+//
+//   element of K   0       32       64       96       128
+//   codes          │ t0 │ t1 │ t2 │ t3 ││ t0 │ t1 │ t2 │ t3 │   16 codes (8 bytes) of each block of
+//                                                               64, so a product is of one scale
+//   dense          │0123│ │0123│    │0123│ │0123│               8 elements (16 bytes) of each piece
+//
+// The order: start four loads of W; publish the block's shares of P and raise the flag; fill the
+// table of codes and x; then a unit a turn. The first store waits for all shares. The last block to
+// be done lowers the flag, so all must be co-resident.
+//
+// Bytes: W once; x once a block where it is Resident, else for each 16 rows of W, for 64 from L2;
+// for P all x once for two ranks and a once for four rows, from caches but the first time; Q for
 // each row of x; y, z, partials once; a shared tile's float32 sums, written and read once a block.
 // Flops 2·M·N·(K + R), of codes twice K. Rounding points: x, dense W to 16 bits; y, z once.
 // Deterministic for a number of blocks. Tested by tests/cuda_emulated/test_lora_linear.py and
 // test_exact.py.
-template <bool BFloat16, bool FromCodes, bool Resident, int MT>
-LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
-  const LinearArgs& l = a.linear;
-  const int thread = thread_id(), lane = thread % 32, warp = thread / 32, g = lane / 4,
-            t = lane % 4;
-  const int M = (int)l.M, N = (int)l.N, K = (int)l.K, R = (int)l.R;
-  const uint32_t table = shared_base(), rings = table + (FromCodes ? TABLE_BYTES : 0);
-  constexpr int slices = SLICES<Resident>, tile_n = TILE<Resident>, pitch = PITCH<Resident>;
-  const int slice = warp % slices, row = warp / slices * 16 + g;  // of the tile
-  const uint32_t sums = rings + RING_BYTES, last = sums + slices * 8 * MT * pitch * 4;
-  const uint32_t ss = last + 16, xs = ss + (M * R * 4 + 15) / 16 * 16;
-  const uint32_t ring = rings + warp * AHEAD * LOAD + lane * (FromCodes ? 8 : 16);
-  const uint32_t replica = lane % REPLICAS * 8;
-  const int chunks = (K + CHUNK - 1) / CHUNK, parts = a.parts;
-  const int begin = block_x() * a.stripe;
-  int left = min_of(a.stripe, a.tiles * parts - begin);  // units of the stripe, from `now` on
-  Unit now = {begin / parts, begin % parts}, next = now;
+template <bool FromCodes, bool Resident, int MT>
+struct Block {
+  static constexpr int slices = SLICES<Resident>, tile_n = TILE<Resident>, pitch = PITCH<Resident>;
 
-  // W's rows g and g + 8: 8 bytes a lane of each of two blocks of codes, or one of four pieces
-  // of 16.
-  const auto start_load = [&](const Unit& of, int place, int piece, bool is_mine) {
-    const int k = (of.part * slices + slice) * CHUNK + piece_at<FromCodes>(piece, t);
+  const DecodeArgs& a;
+  const LinearArgs& l;
+  int thread, lane, warp, g, t;  // quad, and lane of a quad
+  int M, N, K, R, chunks, parts;
+  int slice, row;                            // of K; of the tile
+  uint32_t table, sums, last, ss, xs, ring;  // in shared memory
+  int left;                                  // units of the stripe, from `now` on
+  Unit now, next;                            // to be multiplied; to be loaded
+  bool consumed = false;                     // whether S is in shared memory
+
+  LK_DEVICE explicit Block(const DecodeArgs& args) : a(args), l(args.linear) {
+    thread = thread_id(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    M = (int)l.M, N = (int)l.N, K = (int)l.K, R = (int)l.R;
+    chunks = (K + CHUNK - 1) / CHUNK, parts = a.parts;
+    slice = warp % slices, row = warp / slices * 16 + g;
+    table = shared_base();
+    const uint32_t rings = table + (FromCodes ? TABLE_BYTES : 0);
+    sums = rings + RING_BYTES, last = sums + slices * 8 * MT * pitch * 4;
+    ss = last + 16, xs = ss + (M * R * 4 + 15) / 16 * 16;
+    ring = rings + warp * AHEAD * LOAD + lane * (FromCodes ? 8 : 16);
+    const int begin = block_x() * a.stripe;
+    left = min_of(a.stripe, a.tiles * parts - begin);
+    now = {begin / parts, begin % parts}, next = now;
+  }
+
+  // Load W's rows g and g + 8: 8 bytes a lane of each of two blocks of codes, or a piece of 16.
+  LK_DEVICE void start_load(int place, int piece, bool is_mine) {
+    const int k = (next.part * slices + slice) * CHUNK + piece_at<FromCodes>(piece, t);
     const int64_t row_bytes = FromCodes ? K / 2 : l.w.row * 2;
     const uint8_t* from =
         FromCodes ? l.c.packed + k / 2 : static_cast<const uint8_t*>(l.w.data) + k * 2;
-    from += (of.tile * tile_n + row) * row_bytes;
+    from += (next.tile * tile_n + row) * row_bytes;
     LK_UNROLL
     for (int i = 0; i < 2; ++i, from += 8 * row_bytes) {
-      const bool is_row = is_mine && of.tile * tile_n + row + 8 * i < N;
+      const bool is_row = is_mine && next.tile * tile_n + row + 8 * i < N;
       const uint32_t to = ring + place * LOAD + i * 512;
       if constexpr (FromCodes) {
         cp_async8(to, from, is_row && k < K ? 8 : 0);
@@ -201,59 +223,20 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
       }
     }
     cp_async_commit();
-  };
-  // Each lane of a quad looks up one of its four scales.
-  const auto block_of = [&](const Unit& of, bool is_mine) {
-    const int n = of.tile * tile_n + row + t % 2 * 8;
-    const int k = (of.part * slices + slice) * CHUNK + t / 2 * 64;
-    const bool is_there = is_mine && n < N && k < K;
-    return is_there ? (int)(((int64_t)n * K + k) >> l.c.log2_block) : -1;
-  };
-
-  Unit scales = now;  // two units ahead
-  Scale scale_ahead;
-  Factors factors;
-  float offset = 0.0f;
-  LK_UNROLL
-  for (int i = 0; i < AHEAD; ++i) {
-    start_load(next, i, FromCodes ? 0 : i, left > (FromCodes ? i : 0));
-    if (FromCodes) next.advance(parts);
-  }
-  if (!FromCodes) next.advance(parts);
-  if constexpr (FromCodes) {
-    if (l.c.nested_absmax) offset = ldg(l.c.offset);
-    factors = look_up(l.c, look_up(l.c, block_of(scales, true)), offset);
-    scales.advance(parts);
-    scale_ahead = look_up(l.c, block_of(scales, left > 1));
-    scales.advance(parts);
   }
 
-  if (block_x() < a.num_shares) {
+  LK_DEVICE void publish_shares() {
+    if (block_x() >= a.num_shares) return;
     LK_ONCE
     for (int share = block_x(); share < a.num_shares; share += grid_x()) publish_share(a, share);
     sync_block();
     if (thread == 0) flag_add_release(a.flags, 1);
   }
 
-  if constexpr (FromCodes)
-    for (int u = thread; u < 256 * REPLICAS; u += THREADS) {
-      const int byte = u / REPLICAS;
-      const float even = ldg(l.c.code + (byte >> 4)), odd = ldg(l.c.code + (byte & 15));
-      Pairs pairs;
-      if (BFloat16) {
-        pairs.high = pack_bf16(even, odd);
-        pairs.low = pack_bf16(even - bf16_to_f32((uint16_t)pairs.high),
-                              odd - bf16_to_f32((uint16_t)(pairs.high >> 16)));
-      } else {
-        pairs.high = pack_f16(even, odd);
-        pairs.low = pack_f16(even - f16_to_f32((uint16_t)pairs.high),
-                             odd - f16_to_f32((uint16_t)(pairs.high >> 16)));
-      }
-      sts(table + u * 8, pairs);
-    }
-  if constexpr (Resident)
+  // x in 16 bits as [chunk, piece, m, t]: what the lanes of a warp read together lies together.
+  template <bool BFloat16>
+  LK_DEVICE void keep_x() {
     for (int u = thread; u < chunks * 16 * M; u += THREADS) {
-      // [chunk, piece, m, t]: what the lanes of a warp read together lies together.
       const int lane_t = u % 4, m = u / 4 % M, piece = u / 4 / M % 4, chunk = u / 4 / M / 4;
       const int64_t k = (int64_t)chunk * CHUNK + piece_at<FromCodes>(piece, lane_t);
       float x[8] = {};
@@ -264,112 +247,18 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
         w.w[e] = BFloat16 ? pack_bf16(x[2 * e], x[2 * e + 1]) : pack_f16(x[2 * e], x[2 * e + 1]);
       sts(xs + u * 16, w);
     }
-  sync_block();
+  }
 
-  bool consumed = false;
-  int slot = 0;
-  float total[MT][4];
-  LK_UNROLL
-  for (int j = 0; j < MT; ++j) LK_UNROLL
-  for (int e = 0; e < 4; ++e) total[j][e] = 0.0f;
+  LK_DEVICE Words4 load_x(int chunk, int piece, int j) const {
+    const int k = chunk * CHUNK + piece_at<FromCodes>(piece, t);
+    const int m = min_of(g + 8 * j, M - 1);  // any row beside M: what it gives is not stored
+    if constexpr (Resident) return lds<Words4>(xs + (((chunk * 4 + piece) * M + m) * 4 + t) * 16);
+    const uint16_t* const x = static_cast<const uint16_t*>(l.x.data);
+    return k < K ? ldg(reinterpret_cast<const Words4*>(x + m * l.x.row + k)) : zeros();
+  }
 
-  LK_ONCE
-  while (left > 0) {
-    const int tile = now.tile;
-    LK_ONCE
-    do {
-      const int chunk = now.part * slices + slice;
-      const auto load_x = [&](int piece, int j) {
-        const int k = chunk * CHUNK + piece_at<FromCodes>(piece, t);
-        const int m = min_of(g + 8 * j, M - 1);  // any row beside M: what it gives is not stored
-        if constexpr (Resident)
-          return lds<Words4>(xs + (((chunk * 4 + piece) * M + m) * 4 + t) * 16);
-        const uint16_t* const x = static_cast<const uint16_t*>(l.x.data);
-        return k < K ? ldg(reinterpret_cast<const Words4*>(x + m * l.x.row + k)) : zeros();
-      };
-      const auto multiply = [&](float sums[4], const uint32_t w[4], const Words4& x, int half) {
-        const uint32_t b[2] = {x.w[2 * half], x.w[2 * half + 1]};
-        if (BFloat16)
-          mma_bf16(sums, w, b);
-        else
-          mma_f16(sums, w, b);
-      };
-      if constexpr (FromCodes) {
-        const float own = l.c.nested_absmax
-                              ? add_rn(mul_rn(factors.value, factors.times), factors.offset)
-                              : factors.value;
-        factors = look_up(l.c, scale_ahead, offset);
-        scale_ahead = look_up(l.c, block_of(scales, left > 2));
-        scales.advance(parts);
-        cp_async_wait<AHEAD - 1>();
-        if (chunk < chunks) LK_UNROLL
-        for (int block = 0; block < 2; ++block) {
-          Words2 w[2];
-          float scale[2];
-          LK_UNROLL
-          for (int i = 0; i < 2; ++i) scale[i] = shuffle(own, lane / 4 * 4 + 2 * block + i);
-          LK_UNROLL
-          for (int i = 0; i < 2; ++i)
-            w[i] = lds<Words2>(ring + slot * LOAD + i * 512 + block * 256);
-          float partial[2][MT][4];  // a row of W's: of high and of low parts
-          LK_UNROLL
-          for (int e = 0; e < 8 * MT; ++e) partial[e / 4 / MT][e / 4 % MT][e % 4] = 0.0f;
-          LK_UNROLL
-          for (int piece = 0; piece < 2; ++piece) {
-            Words4 x[MT];
-            LK_UNROLL
-            for (int j = 0; j < MT; ++j) x[j] = load_x(2 * block + piece, j);
-            LK_UNROLL
-            for (int u = 0; u < 4; ++u) {  // 16 elements of K, four of each lane, of a row
-              const int half = u / 2, i = u % 2;
-              uint32_t rows[4];
-              LK_UNROLL
-              for (int e = 0; e < 2; ++e) {
-                // Byte 2 half + e of four, times the table's 128 bytes of replicas.
-                const int shift = 16 * half + 8 * e;
-                const uint32_t word = w[i].w[piece];
-                const uint32_t entry = (shift ? word >> (shift - 7) : word << 7) & 255 * 128;
-                const Pairs pairs = lds<Pairs>(table + (entry | replica));
-                rows[2 * e] = pairs.high;
-                rows[2 * e + 1] = pairs.low;
-              }
-              LK_UNROLL
-              for (int j = 0; j < MT; ++j) multiply(partial[i][j], rows, x[j], half);
-            }
-          }
-          LK_UNROLL
-          for (int j = 0; j < MT; ++j) LK_UNROLL
-          for (int e = 0; e < 4; ++e)
-            total[j][e] = fma_rn(partial[e / 2][j][e % 2] + partial[e / 2][j][e % 2 + 2],
-                                 scale[e / 2], total[j][e]);
-        }
-        start_load(next, slot, 0, left > AHEAD);
-        slot = (slot + 1) % AHEAD;
-      } else {
-        LK_UNROLL
-        for (int piece = 0; piece < 4; ++piece) {
-          cp_async_wait<AHEAD - 1>();
-          if (chunk < chunks) {
-            Words4 w[2], x[MT];
-            LK_UNROLL
-            for (int i = 0; i < 2; ++i) w[i] = lds<Words4>(ring + piece * LOAD + i * 512);
-            LK_UNROLL
-            for (int j = 0; j < MT; ++j) x[j] = load_x(piece, j);
-            LK_UNROLL
-            for (int half = 0; half < 2; ++half) {
-              const uint32_t rows[4] = {w[0].w[2 * half], w[1].w[2 * half], w[0].w[2 * half + 1],
-                                        w[1].w[2 * half + 1]};
-              LK_UNROLL
-              for (int j = 0; j < MT; ++j) multiply(total[j], rows, x[j], half);
-            }
-          }
-          start_load(next, piece, piece, left > 1);  // into what was read
-        }
-      }
-      next.advance(parts);
-      now.advance(parts);
-    } while (--left && now.part);
-
+  // Add the warps' sums of a tile, and store y or the block's part of it. Clears `total`.
+  LK_DEVICE void finish_tile(int tile, float (&total)[MT][4]) {
     LK_UNROLL
     for (int j = 0; j < MT; ++j) LK_UNROLL
     for (int e = 0; e < 4; ++e) {
@@ -427,11 +316,193 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
       }
     sync_block();  // the sums may be written again
   }
-  cp_async_wait<0>();
-  if (thread == 0 && flag_add_acq_rel(a.flags + 1, 1) == grid_x() - 1) {
-    flag_store(a.flags, 0);
-    flag_store(a.flags + 1, 0);
+
+  LK_DEVICE void leave() {
+    cp_async_wait<0>();
+    if (thread == 0 && flag_add_acq_rel(a.flags + 1, 1) == grid_x() - 1) {
+      flag_store(a.flags, 0);
+      flag_store(a.flags + 1, 0);
+    }
   }
+};
+
+template <bool BFloat16>
+LK_DEVICE void multiply(float sums[4], const uint32_t w[4], const Words4& x, int half) {
+  const uint32_t b[2] = {x.w[2 * half], x.w[2 * half + 1]};
+  if (BFloat16)
+    mma_bf16(sums, w, b);
+  else
+    mma_f16(sums, w, b);
+}
+
+template <int MT>
+LK_DEVICE void clear(float (&total)[MT][4]) {
+  LK_UNROLL
+  for (int j = 0; j < MT; ++j) LK_UNROLL
+  for (int e = 0; e < 4; ++e) total[j][e] = 0.0f;
+}
+
+// Dense W: the two rows of a piece are the two halves of a product's left side.
+template <bool BFloat16, bool Resident, int MT>
+LK_KERNEL LK_BOUNDS(THREADS, 2) decode_dense_kernel(const DecodeArgs a) {
+  Block<false, Resident, MT> b(a);
+  LK_UNROLL
+  for (int i = 0; i < AHEAD; ++i) b.start_load(i, i, b.left > 0);
+  b.next.advance(b.parts);
+  b.publish_shares();
+  if constexpr (Resident) b.template keep_x<BFloat16>();
+  sync_block();
+
+  float total[MT][4];
+  clear(total);
+  LK_ONCE
+  while (b.left > 0) {
+    const int tile = b.now.tile;
+    LK_ONCE
+    do {
+      const int chunk = b.now.part * b.slices + b.slice;
+      LK_UNROLL
+      for (int piece = 0; piece < 4; ++piece) {
+        cp_async_wait<AHEAD - 1>();
+        if (chunk < b.chunks) {
+          Words4 w[2], x[MT];
+          LK_UNROLL
+          for (int i = 0; i < 2; ++i) w[i] = lds<Words4>(b.ring + piece * LOAD + i * 512);
+          LK_UNROLL
+          for (int j = 0; j < MT; ++j) x[j] = b.load_x(chunk, piece, j);
+          LK_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t rows[4] = {w[0].w[2 * half], w[1].w[2 * half], w[0].w[2 * half + 1],
+                                      w[1].w[2 * half + 1]};
+            LK_UNROLL
+            for (int j = 0; j < MT; ++j) multiply<BFloat16>(total[j], rows, x[j], half);
+          }
+        }
+        b.start_load(piece, piece, b.left > 1);  // into what was read
+      }
+      b.next.advance(b.parts);
+      b.now.advance(b.parts);
+    } while (--b.left && b.now.part);
+    b.finish_tile(tile, total);
+  }
+  b.leave();
+}
+
+// The pairs of values of each byte, with a copy for each of 16 lanes: no bank conflicts.
+template <bool BFloat16>
+LK_DEVICE void fill_table(const Codes& c, uint32_t table) {
+  for (int u = thread_id(); u < 256 * REPLICAS; u += THREADS) {
+    const int byte = u / REPLICAS;
+    const float even = ldg(c.code + (byte >> 4)), odd = ldg(c.code + (byte & 15));
+    Pairs pairs;
+    if (BFloat16) {
+      pairs.high = pack_bf16(even, odd);
+      pairs.low = pack_bf16(even - bf16_to_f32((uint16_t)pairs.high),
+                            odd - bf16_to_f32((uint16_t)(pairs.high >> 16)));
+    } else {
+      pairs.high = pack_f16(even, odd);
+      pairs.low = pack_f16(even - f16_to_f32((uint16_t)pairs.high),
+                           odd - f16_to_f32((uint16_t)(pairs.high >> 16)));
+    }
+    sts(table + u * 8, pairs);
+  }
+}
+
+// Codes: a code is the sum of two bfloat16 (float16), which are two rows of a product's left side.
+// A scale multiplies the float32 sum of both.
+template <bool BFloat16, bool Resident, int MT>
+LK_KERNEL LK_BOUNDS(THREADS, 2) decode_codes_kernel(const DecodeArgs a) {
+  Block<true, Resident, MT> b(a);
+  const Codes& c = a.linear.c;
+  const uint32_t replica = b.lane % REPLICAS * 8;
+  // Each lane of a quad looks up one of its four scales.
+  const auto block_of = [&](const Unit& of, bool is_mine) {
+    const int n = of.tile * b.tile_n + b.row + b.t % 2 * 8;
+    const int k = (of.part * b.slices + b.slice) * CHUNK + b.t / 2 * 64;
+    const bool is_there = is_mine && n < b.N && k < b.K;
+    return is_there ? (int)(((int64_t)n * b.K + k) >> c.log2_block) : -1;
+  };
+  LK_UNROLL
+  for (int i = 0; i < AHEAD; ++i) {
+    b.start_load(i, 0, b.left > i);
+    b.next.advance(b.parts);
+  }
+  const float offset = c.nested_absmax ? ldg(c.offset) : 0.0f;
+  Unit scales = b.now;  // two units ahead
+  Factors factors = look_up(c, look_up(c, block_of(scales, true)), offset);
+  scales.advance(b.parts);
+  Scale scale_ahead = look_up(c, block_of(scales, b.left > 1));
+  scales.advance(b.parts);
+  b.publish_shares();
+  fill_table<BFloat16>(c, b.table);
+  if constexpr (Resident) b.template keep_x<BFloat16>();
+  sync_block();
+
+  int slot = 0;
+  float total[MT][4];
+  clear(total);
+  LK_ONCE
+  while (b.left > 0) {
+    const int tile = b.now.tile;
+    LK_ONCE
+    do {
+      const int chunk = b.now.part * b.slices + b.slice;
+      const float own = c.nested_absmax
+                            ? add_rn(mul_rn(factors.value, factors.times), factors.offset)
+                            : factors.value;
+      factors = look_up(c, scale_ahead, offset);
+      scale_ahead = look_up(c, block_of(scales, b.left > 2));
+      scales.advance(b.parts);
+      cp_async_wait<AHEAD - 1>();
+      if (chunk < b.chunks) LK_UNROLL
+      for (int block = 0; block < 2; ++block) {
+        Words2 w[2];
+        float scale[2];
+        LK_UNROLL
+        for (int i = 0; i < 2; ++i) scale[i] = shuffle(own, b.lane / 4 * 4 + 2 * block + i);
+        LK_UNROLL
+        for (int i = 0; i < 2; ++i)
+          w[i] = lds<Words2>(b.ring + slot * LOAD + i * 512 + block * 256);
+        float partial[2][MT][4];  // a row of W's: of high and of low parts
+        LK_UNROLL
+        for (int e = 0; e < 8 * MT; ++e) partial[e / 4 / MT][e / 4 % MT][e % 4] = 0.0f;
+        LK_UNROLL
+        for (int piece = 0; piece < 2; ++piece) {
+          Words4 x[MT];
+          LK_UNROLL
+          for (int j = 0; j < MT; ++j) x[j] = b.load_x(chunk, 2 * block + piece, j);
+          LK_UNROLL
+          for (int u = 0; u < 4; ++u) {  // 16 elements of K, four of each lane, of a row
+            const int half = u / 2, i = u % 2;
+            uint32_t rows[4];
+            LK_UNROLL
+            for (int e = 0; e < 2; ++e) {
+              // Byte 2 half + e of four, times the table's 128 bytes of replicas.
+              const int shift = 16 * half + 8 * e;
+              const uint32_t word = w[i].w[piece];
+              const uint32_t entry = (shift ? word >> (shift - 7) : word << 7) & 255 * 128;
+              const Pairs pairs = lds<Pairs>(b.table + (entry | replica));
+              rows[2 * e] = pairs.high;
+              rows[2 * e + 1] = pairs.low;
+            }
+            LK_UNROLL
+            for (int j = 0; j < MT; ++j) multiply<BFloat16>(partial[i][j], rows, x[j], half);
+          }
+        }
+        LK_UNROLL
+        for (int j = 0; j < MT; ++j) LK_UNROLL
+        for (int e = 0; e < 4; ++e)
+          total[j][e] = fma_rn(partial[e / 2][j][e % 2] + partial[e / 2][j][e % 2 + 2],
+                               scale[e / 2], total[j][e]);
+      }
+      b.start_load(slot, 0, b.left > AHEAD);
+      slot = (slot + 1) % AHEAD;
+      b.next.advance(b.parts);
+      b.now.advance(b.parts);
+    } while (--b.left && b.now.part);
+    b.finish_tile(tile, total);
+  }
+  b.leave();
 }
 
 unsigned shared_bytes(const DecodeArgs& a) {
@@ -486,23 +557,24 @@ int64_t decode_partials(const DecodeArgs& d) {
              : int64_t{2} * std::min(a.max_blocks, a.tiles * a.parts) * tile_rows(a) * a.linear.M;
 }
 
-template <bool BFloat16, bool FromCodes>
-static auto kernel_for_x(const DecodeArgs& a) {
-  if (a.resident) return decode_kernel<BFloat16, FromCodes, true, 1>;
-  return a.linear.M > 8 ? decode_kernel<BFloat16, FromCodes, false, 2>
-                        : decode_kernel<BFloat16, FromCodes, false, 1>;
-}
-static auto kernel_for(const DecodeArgs& a) {
-  if (a.linear.compute == BF16)
-    return a.linear.codes ? kernel_for_x<true, true>(a) : kernel_for_x<true, false>(a);
-  return a.linear.codes ? kernel_for_x<false, true>(a) : kernel_for_x<false, false>(a);
+template <bool BFloat16>
+static auto kernel_of(const DecodeArgs& a) {
+  const bool is_wide = a.linear.M > 8;
+  if (a.linear.codes) {
+    if (a.resident) return decode_codes_kernel<BFloat16, true, 1>;
+    return is_wide ? decode_codes_kernel<BFloat16, false, 2>
+                   : decode_codes_kernel<BFloat16, false, 1>;
+  }
+  if (a.resident) return decode_dense_kernel<BFloat16, true, 1>;
+  return is_wide ? decode_dense_kernel<BFloat16, false, 2>
+                 : decode_dense_kernel<BFloat16, false, 1>;
 }
 
 void decode(const DecodeArgs& given, const Stream& stream) {
   DecodeArgs a = given;
   refuse("decode", decode_unsupported_reason(a));
   const LinearArgs& l = a.linear;
-  const auto kernel = kernel_for(a);
+  const auto kernel = a.linear.compute == BF16 ? kernel_of<true>(a) : kernel_of<false>(a);
   const unsigned bytes = shared_bytes(a);
   const int blocks = std::max(
       1, std::min(a.max_blocks, resident_blocks(kernel, stream.device, THREADS, (int)bytes)));

@@ -92,17 +92,20 @@ def incoherent_ptx(library: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _named(mangled: str) -> tuple[str, str]:
     """gemm_kernel<true, false, true> as ("gemm", "gemm bfloat16 dense dx")."""
-    found = re.search(r"\d((?!lora)[a-z]+)_kernel(?:I((?:L[bi]\d+E)+)E)?", mangled)
+    found = re.search(
+        r"\d((?!lora)[a-z]+)(?:_(codes|dense))?_kernel(?:I((?:L[bi]\d+E)+)E)?", mangled
+    )
     if found is None:
         return "", ""
-    kernel, numbers = found[1], [int(n) for n in re.findall(r"L[bi](\d+)E", found[2] or "")]
+    kernel, numbers = found[1], [int(n) for n in re.findall(r"L[bi](\d+)E", found[3] or "")]
     words: list[str] = [kernel]
     if kernel in MATRIX:
-        words += ["bfloat16" if numbers[0] else "float16", "codes" if numbers[1] else "dense"]
-        if kernel == "gemm":
-            words.append("dx" if numbers[2] else "y")
-        else:
-            words += [f"M{8 * numbers[3]}", "x in shared memory" if numbers[2] else "x from caches"]
+        words.append("bfloat16" if numbers[0] else "float16")
+    if kernel == "gemm":
+        words += ["codes" if numbers[1] else "dense", "dx" if numbers[2] else "y"]
+    elif kernel == "decode":
+        where = "x in shared memory" if numbers[1] else "x from caches"
+        words += [found[2], f"M{8 * numbers[2]}", where]
     elif kernel == "thin":
         words.append(f"R{8 * numbers[0]}")
     elif kernel == "pair":

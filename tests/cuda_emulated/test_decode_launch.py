@@ -290,7 +290,7 @@ int main() {
                    range("q", b, 2), range("y", out + past, 32 * 4), range("flags", flags, 16)});
   launch({.name = "decode", .x = 1, .threads = THREADS, .shared_bytes = shared_bytes(d),
           .stream = {}},
-         decode_kernel<true, true, true, 1>, d);
+         decode_codes_kernel<true, true, 1>, d);
   try {
     emulator::synchronize();
   } catch (const std::exception& error) {

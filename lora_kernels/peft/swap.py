@@ -71,7 +71,8 @@ def fuse(
             labels, `outputs.logits` is then None. `model` may be without LoRA layers.
         qualify: which kernels run on a GPU, in this process: "cached", those that
             `lora_kernels.qualify` has found to be right and faster on such a card; "now", the same
-            after qualifying a card of the model that has no verdict yet (up to 25 s); "off", none.
+            after qualifying a card of the model that has no verdict yet (25 s, and
+            compiling before); "off", none.
             Every other call runs PyTorch's GEMMs, the eager backend. If a card cannot be qualified
             now, a warning is logged and the eager backend runs.
         blocks: whether several layers on a GPU run as one autograd Function, also in a model that

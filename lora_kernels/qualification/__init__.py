@@ -58,8 +58,8 @@ def qualify(
     measured the eager backend runs. It makes no collective call: run it once a machine, before a
     distributed program.
 
-    Triton's kernels are compiled first, if its cache lacks them. That takes about a minute of one
-    processor, divided among those of the cgroup. `budget_s` counts from then on.
+    Triton's kernels are compiled first, if its cache lacks them: an estimated 22 s of one processor,
+    divided among those of the cgroup. `budget_s` counts from then on.
 
     Args:
         device: a CUDA device or its index. Default: the current one.

@@ -8,8 +8,8 @@
     newest       the wheel beside the newest torch, PEFT, transformers, bitsandbytes and quantizers
     oldest       the wheel beside the oldest that pyproject.toml admits
     torches      the wheel beside each of TORCHES with its own Triton: the fake GPU from
-                 qualification to replayed launches, and the elementwise kernels interpreted
-    triton       the Triton kernels compiled for two GPUs, and launches replayed, by each of TRITONS
+                 qualification to planned launches, and the elementwise kernels interpreted
+    triton       the Triton kernels compiled for two GPUs, and launches planned, by each of TRITONS
 
 Those before pythons share an environment, in which each removes what the last installed. Each
 must pass `lora-kernels verify`; newest and oldest also `verify` beside both peers, and the tests of
@@ -284,7 +284,7 @@ def beside_torch(version: str, wheel: Path, made: Callable[[str], Environment]) 
     said = [environment.versions(), environment.verify()]
     pytest = [environment.bin / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     pytest += ["-m", "not slow and not proof"]
-    fake = [*pytest, "tests/qualification", "tests/replay", "-k", "not cuda"]
+    fake = [*pytest, "tests/qualification", "tests/launches", "-k", "not cuda"]
     said.append(f"fake GPU {run(fake, environment.tests).strip().splitlines()[-1]}")
     interpreted = [*pytest, "tests/triton", "-k", "gated or cross_entropy"]
     found = run(interpreted, environment.tests, TRITON_INTERPRET="1")
@@ -294,7 +294,7 @@ def beside_torch(version: str, wheel: Path, made: Callable[[str], Environment]) 
 
 
 def compiled_by(version: str, folder: Path) -> str:
-    """Compile a slice of the Triton kernels and replay launches with that Triton; what it said."""
+    """Compile a slice of the Triton kernels and plan launches with that Triton; what it said."""
     target = folder / f"triton-{version}"
     pip: list[str | Path] = [sys.executable, "-m", "pip", "install", "--no-deps"]
     run([*pip, "--target", target, f"triton=={version}"], ROOT)
@@ -302,7 +302,7 @@ def compiled_by(version: str, folder: Path) -> str:
     compile_only = ["-m", "tests.compile_only", "--target", "sm80", "sm90"]
     here = ["env", f"PYTHONPATH={target}", sys.executable]
     said = run([*here, *compile_only], ROOT)
-    launched = run([*here, "-m", "pytest", "-q", "tests/replay", "-k", "not cuda"], ROOT)
+    launched = run([*here, "-m", "pytest", "-q", "tests/launches", "-k", "not cuda"], ROOT)
     return f"{said.splitlines()[-1]}; launches {launched.strip().splitlines()[-1]}"
 
 

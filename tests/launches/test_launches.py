@@ -226,6 +226,22 @@ def test_step_between_launches_and_parts_of_results(log: Log) -> None:
         assert nothing is None and said == "said"
 
 
+@pytest.mark.parametrize("backend", [pytest.param(triton, marks=needs_triton), cuda], ids=str)
+def test_gradients_of_no_rows_are_zero_and_launch_nothing(backend: Any) -> None:
+    strategy = FUSED if backend is triton else cuda.TWO_PASS
+    call = Call(backend, BACKWARD, strategy, M=0, dtype=bf16, options=True, need_gate=True)
+    with fake_triton() if backend is triton else fake_cuda() as log:
+        torch.use_deterministic_algorithms(True)  # new tensors are filled with NaN
+        try:
+            for _ in range(2):
+                dx, *grads = call.run()[1]
+                assert dx.shape == (0, 128) and len(tensors_of(tuple(grads))) == 5
+                assert not any(t.any() for t in tensors_of(tuple(grads)))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert not log.launches
+
+
 @needs_triton
 def test_planner_that_fails_is_asked_again(log: Log) -> None:
     from tests.launches.small_kernel import scaled

@@ -106,8 +106,9 @@ bench: native
 # On a machine with a GPU, with the torch that is there: builds in place, needs no network.
 GPU_PYTHON ?= python3
 gpu:
-	-$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu
+	@$(GPU_PYTHON) setup.py --quiet build_ext --inplace \
+		|| echo 'make gpu: the build failed, as said above: pip install ninja pybind11 setuptools?'
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
 # Without what it does not run, the tests' emulator: it takes that away if it is there, and
 # `make native` puts it back.

@@ -125,6 +125,7 @@ Experts read(Arguments& in) {
   return {.count = in("count"),
           .stops = in("stops"),
           .w = in("weight_stride"),
+          .table = in("table_stride"),
           .a = in("lora_A_stride"),
           .b = in("lora_B_stride"),
           .bias = in("bias_stride"),

@@ -200,12 +200,12 @@ bool read_codes(PyObject* given, int64_t N, int64_t K, Codes4bit& codes) {
   const auto is_power = [](int64_t n) { return n > 0 && (n & (n - 1)) == 0; };
   if (!is_power(block) || !is_power(nested_block)) return false;
   const int64_t blocks = (N * K + block - 1) / block;
-  const bool nested = of[3].data;
+  const bool nested = of[4].data, is_double = of[3].data;
   // quant_storage may give packed codes another dtype.
   if (!of[0].data || of[0].bits * of[0].elements() < (N * K + 1) / 2 * 8) return false;
   if (!has(1, nested ? 8 : 32, blocks) || !has(2, 32, 16)) return false;
-  if (nested &&
-      !(has(3, 32, (blocks + nested_block - 1) / nested_block) && has(4, 32, 256) && has(5, 32, 1)))
+  if (nested && !has(4, 32, 256)) return false;
+  if (is_double && !(nested && has(3, 32, (blocks + nested_block - 1) / nested_block) && has(5, 32, 1)))
     return false;
   const auto floats = [&](std::size_t i) { return static_cast<const float*>(of[i].data); };
   // bitsandbytes decodes by the type and ignores the stored codebook: they must agree.
@@ -216,8 +216,8 @@ bool read_codes(PyObject* given, int64_t N, int64_t K, Codes4bit& codes) {
            .code = code,
            .absmax = of[1].data,
            .nested_code = nested ? floats(4) : nullptr,
-           .nested_absmax = nested ? floats(3) : nullptr,
-           .offset = nested ? floats(5) : nullptr,
+           .nested_absmax = is_double ? floats(3) : nullptr,
+           .offset = is_double ? floats(5) : nullptr,
            .log2_block = log2_of(block),
            .log2_nested = log2_of(nested_block),
            .N = N,

@@ -6,10 +6,11 @@ namespace {
 
 constexpr int64_t RUN = 16;  // elements that lie in one block if the first is at a multiple of RUN
 
-// Two roundings where scales are nested; this file is compiled without contraction.
+// Two roundings where scales are nested twice; this file is compiled without contraction.
 LK_INLINE float scale_of(const Codes4bit& w, int64_t block) {
   if (!w.nested_code) return static_cast<const float*>(w.absmax)[block];
   const float relative = w.nested_code[static_cast<const uint8_t*>(w.absmax)[block]];
+  if (!w.nested_absmax) return relative;
   return relative * w.nested_absmax[block >> w.log2_nested] + *w.offset;
 }
 
@@ -18,6 +19,18 @@ LK_INLINE void scales_of(const Codes4bit& w, const Table256& t, int64_t block, i
                          float* to) {
   if (!w.nested_code) {
     __builtin_memcpy(to, static_cast<const float*>(w.absmax) + block, (size_t)count * sizeof *to);
+    return;
+  }
+  if (!w.nested_absmax) {
+    const uint8_t* const codes = static_cast<const uint8_t*>(w.absmax) + block;
+    int64_t i = 0;
+    for (; i + 2 * W <= count; i += 2 * W) {
+      vf v[2];
+      look_up_both(t, codes + i, v);
+      store(to + i, v[0]);
+      store(to + i + W, v[1]);
+    }
+    for (; i < count; ++i) to[i] = w.nested_code[codes[i]];
     return;
   }
   const float offset = *w.offset;

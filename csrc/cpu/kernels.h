@@ -29,13 +29,14 @@ struct Matrix {
 };
 
 // A 4-bit weight [N, K] in bitsandbytes' layout: codes packed along the flattened rows, the even
-// element in the high nibble; one scale a block of `1 << log2_block` elements, which may straddle
-// rows. Nested scales are code2[absmax[i]] * absmax2[i >> log2_nested] + offset, rounded twice.
+// element in the high nibble; one scale a block of `1 << log2_block` elements, 16 or more, which may
+// straddle rows. Scales in 8 bits are nested_code[absmax[i]], or that * nested_absmax[i >>
+// log2_nested] + offset, rounded twice.
 struct Codes4bit {
   const uint8_t* packed;
   const float* code;                                  // [16]
-  const void* absmax;                                 // float; where nested, uint8
-  const float *nested_code, *nested_absmax, *offset;  // null unless nested; offset: [1]
+  const void* absmax;                                 // float, or uint8 where there is nested_code
+  const float *nested_code, *nested_absmax, *offset;  // [256] and [1], or null
   int log2_block, log2_nested;
   int64_t N, K;
 };

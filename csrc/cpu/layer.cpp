@@ -310,7 +310,7 @@ Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
   w.packed += element / 2;
   if (w.nested_code) {
     w.absmax = static_cast<const uint8_t*>(w.absmax) + block;
-    w.nested_absmax += block >> w.log2_nested;
+    if (w.nested_absmax) w.nested_absmax += block >> w.log2_nested;
   } else {
     w.absmax = static_cast<const float*>(w.absmax) + block;
   }
@@ -359,7 +359,10 @@ Layer layer_of(const Layer& l, const Experts& x, const Expert& at, bool base, Co
                int threads) {
   Layer one = l;
   one.w = base ? elements_from(l.w, at.e * x.w) : Matrix{};
-  if (base && l.codes) *codes = codes_from(*l.codes, at.e * x.w);
+  if (base && l.codes) {
+    *codes = codes_from(*l.codes, at.e * x.w);
+    if (x.table) codes->nested_code += at.e * x.table;
+  }
   one.codes = base && l.codes ? codes : nullptr;
   one.M = at.rows;
   one.a = elements_from(l.a, at.e * x.a);

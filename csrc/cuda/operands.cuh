@@ -57,10 +57,11 @@ LK_DEVICE void load8(const Matrix& m, int64_t i, int64_t j, int64_t columns, flo
 
 // 4-bit codes ------------------------------------------------------------------------------------
 
-// A block's scale; a nested one is rounded twice, as bitsandbytes' is.
+// A block's scale; bitsandbytes' nested one is rounded twice.
 LK_DEVICE float scale_of(const Codes& c, int64_t block) {
-  if (!c.nested_absmax) return ldg(static_cast<const float*>(c.absmax) + block);
+  if (!c.nested_code) return ldg(static_cast<const float*>(c.absmax) + block);
   const uint8_t q = ldg(static_cast<const uint8_t*>(c.absmax) + block);
+  if (!c.nested_absmax) return ldg(c.nested_code + q);
   return add_rn(mul_rn(ldg(c.nested_code + q), ldg(c.nested_absmax + (block >> c.log2_nested))),
                 ldg(c.offset));
 }

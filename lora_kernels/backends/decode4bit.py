@@ -50,6 +50,10 @@ def dense(
     ):
         weight, shape, rows = _cut_rows(weight, shape, rows)
         return _library_dense(weight, shape, dtype)[rows, columns].contiguous()
+    if weight.nested_code is not None and weight.nested_code.dim() > 1:
+        weight, shape, rows = _cut_rows(weight, shape, rows)
+        if weight.nested_code is not None and weight.nested_code.dim() > 1:  # of several experts
+            weight = with_plain_scales(weight)
     n0, n1, _ = rows.indices(shape[0])
     k0, k1, _ = columns.indices(shape[1])
     assert native.module is not None
@@ -68,7 +72,14 @@ def _cut_rows(
     n0, n1, _ = rows.indices(N)
     if (n0, n1) == (0, N) or n0 * K % size or n1 * K % size:
         return weight, shape, rows
-    weight = with_plain_scales(weight)
+    table, expert_rows = weight.nested_code, N
+    if table is not None and table.dim() > 1:
+        expert_rows = N // table.shape[0]
+    expert, is_of_one = n0 // expert_rows, n0 // expert_rows == (n1 - 1) // expert_rows
+    if weight.nested_absmax is not None or not is_of_one:
+        weight = with_plain_scales(weight)
+    elif table is not None:
+        weight = weight._replace(nested_code=table.view(-1, 256)[expert])
     packed, absmax = weight.packed[n0 * K // 2 : n1 * K // 2], weight.absmax
     absmax = absmax[n0 * K // size : n1 * K // size]
     return weight._replace(packed=packed, absmax=absmax), (n1 - n0, K), slice(None)
@@ -76,16 +87,15 @@ def _cut_rows(
 
 def with_plain_scales(weight: Packed4bit) -> Packed4bit:
     """Return the weight with the scale of each block in float32; no copy unless they are nested."""
-    if weight.nested_absmax is None:
+    if weight.nested_code is None:
         return weight
-    is_decoded = bitsandbytes_reason(weight.packed.device) is None
-    scales = _bitsandbytes_scales(weight) if is_decoded else weight.scales()
+    scales = _bitsandbytes_scales(weight) if _is_bitsandbytes(weight) else weight.scales()
     return weight._replace(absmax=scales, nested_absmax=None, nested_code=None, offset=None)
 
 
 def _library_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode with bitsandbytes if its ops passed their check on the device, or `decode`."""
-    if dtype in DTYPE_NUMBERS and bitsandbytes_reason(weight.packed.device) is None:
+    if dtype in DTYPE_NUMBERS and _is_bitsandbytes(weight):
         return bitsandbytes_dense(weight, shape, dtype)
     return decode(weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype)
 
@@ -96,6 +106,11 @@ def bitsandbytes_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.
     return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
         packed, scales, weight.blocksize, weight.quant_type, shape, dtype
     )
+
+
+def _is_bitsandbytes(weight: Packed4bit) -> bool:
+    """Return True if the format is bitsandbytes' and its ops are used on the device."""
+    return weight.quant_type in ("nf4", "fp4") and bitsandbytes_reason(weight.packed.device) is None
 
 
 def _bitsandbytes_scales(weight: Packed4bit) -> Tensor:
@@ -109,11 +124,11 @@ def _bitsandbytes_scales(weight: Packed4bit) -> Tensor:
 def gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
     """Return x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`.
 
-    None if bitsandbytes is not used on the device or is older than 0.50, if x has no rows or more
-    than `FUSED_ROWS`, or if K is no multiple of the block size, for which `gemm_4bit` warns and
-    decodes the whole weight.
+    None if bitsandbytes has no such format, is not used on the device or is older than 0.50, if x
+    has no rows or more than `FUSED_ROWS`, or if K is no multiple of the block size, for which
+    `gemm_4bit` warns and decodes the whole weight.
     """
-    if bitsandbytes_reason(x.device) is not None:
+    if not _is_bitsandbytes(weight):
         return None
     M, K = x.shape
     if not 0 < M <= FUSED_ROWS or K % weight.blocksize or not has_gemm_4bit():

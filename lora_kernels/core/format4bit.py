@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit format: codes, scales of blocks, and nested scales."""
+"""4-bit formats: codes, scales of blocks, and scales in 8 bits."""
 
 from __future__ import annotations
 
@@ -99,17 +99,26 @@ def quantize_scales(
 
 def dequantize_scales(
     codes: Tensor,
-    nested_absmax: Tensor,
+    nested_absmax: Tensor | None,
     nested_code: Tensor,
-    offset: Tensor,
+    offset: Tensor | None,
     nested_blocksize: int,
 ) -> Tensor:
-    """Decode nested scales, float32[blocks]: code × nested scale, rounded, + offset, rounded.
+    """Decode scales in 8 bits, float32[blocks]: code × nested scale, rounded, + offset, rounded.
+
+    Without nested scales and offset they are the values of nested_code, float32[256], or [E, 256]
+    for the scales of E experts.
 
     >>> dequantize_scales(torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([4.0]),
     ...     torch.linspace(-1, 1, 256), torch.tensor(5.0), 256)
     tensor([1., 9.])
     """
+    if nested_absmax is None or offset is None:
+        index, count = codes.int(), nested_code.numel() // 256
+        if count > 1:
+            tables = torch.arange(count, dtype=torch.int32, device=codes.device) * 256
+            index = (index.view(count, -1) + tables[:, None]).view(-1)
+        return nested_code.view(-1).index_select(0, index)
     nested_scales = nested_absmax.repeat_interleave(nested_blocksize)[: codes.numel()]
     product = nested_code[codes.long()] * nested_scales
     return product + offset

@@ -20,9 +20,11 @@ class Packed4bit(NamedTuple):
         packed: codes, two per byte.
         absmax: scale of each block, float32, or uint8 if scales are nested.
         code: the codebook, float32 [16].
-        nested_absmax, nested_code, offset: of nested scales, or None.
+        nested_absmax, offset: of double quantization, or None.
+        nested_code: the values of scales in uint8, float32 [256], or None; [E, 256] if each of E
+            experts has its own.
         blocksize, nested_blocksize: elements per block, and scales per block of scales.
-        quant_type: "nf4" or "fp4".
+        quant_type: "nf4", "fp4", "mxfp4" or "nvfp4".
     """
 
     packed: Tensor
@@ -37,7 +39,7 @@ class Packed4bit(NamedTuple):
 
     def scales(self) -> Tensor:
         """Return the scale of each block in float32; no copy unless the scales are nested."""
-        if self.nested_absmax is None or self.nested_code is None or self.offset is None:
+        if self.nested_code is None:
             return self.absmax
         return format4bit.dequantize_scales(
             self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize

@@ -15,6 +15,7 @@ from ..ops import context
 from ..ops.arguments import check_finite, check_probability
 from ..ops.experts import lora_experts_linear
 from ..quantization import Weight4bit
+from ..quantization.codebooks import BITSANDBYTES_TYPES
 
 UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 
@@ -252,9 +253,10 @@ def quantize_experts(
     before, or inside `adaptable_experts`.
 
     Args:
-        quant_type, blocksize, double_quant: as in `lora_kernels.quantization.quantize_4bit`.
+        quant_type: "nf4" or "fp4".
+        blocksize, double_quant: as in `lora_kernels.quantization.quantize_4bit`.
 
-    Raises ValueError if the model has no experts modules.
+    Raises ValueError if the model has no experts modules, or for another type.
 
     >>> from lora_kernels.layers import Experts, quantize_experts
     >>> experts = quantize_experts(Experts(2, 64, 64))
@@ -263,6 +265,8 @@ def quantize_experts(
     """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
+    if quant_type not in BITSANDBYTES_TYPES:
+        raise ValueError(f"quant_type: got {quant_type!r}, want 'nf4' or 'fp4'")
     modules = [m for m in model.modules() if unsupported_reason(m) is None]
     if not modules:
         raise ValueError(f"model: got {type(model).__name__} without experts modules")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ _PARAMETERS = {
 
 
 class Base4bit(Base):
-    """W [N, K] in bitsandbytes' 4-bit format, stored in parameters of dtype uint8."""
+    """W [N, K] in a 4-bit format, stored in parameters of dtype uint8."""
 
     @torch.no_grad()
     def reset(self, layer: QLoRALayer) -> None:  # type: ignore[override]
@@ -86,24 +86,27 @@ class Base4bit(Base):
 
 def _view_weight(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
     """Return a `Weight4bit` that shares the memory of the byte tensors."""
-    in_bytes = {"packed"} if tensors["nested_absmax"] is None else {"packed", "absmax"}
+    in_bytes = {"packed"} if tensors["nested_code"] is None else {"packed", "absmax"}
     views = {
         field: t if t is None or field in in_bytes else t.detach().view(torch.float32)
         for field, t in tensors.items()
     }
     return Weight4bit(
         quant_type=layer.quant_type,
-        blocksize=layer.blocksize,
+        blocksize=cast(int, layer.blocksize),
         shape=(layer.out_features, layer.in_features),
         dtype=layer.weight_dtype,
         **{f: t if t is None else t.detach() for f, t in views.items()},  # type: ignore[arg-type]
     )
 
 
-def _quantize_on_meta(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weight4bit:
+def _quantize_on_meta(
+    weight: Tensor, quant_type: str, blocksize: int | None, nested: bool
+) -> Weight4bit:
     """Return a quantized weight on meta with the shape of `weight`."""
-    one = quantize_4bit(torch.zeros(1, 1, dtype=weight.dtype), quant_type, blocksize, nested)
-    n, blocks = weight.numel(), -(-weight.numel() // blocksize)
+    row = torch.zeros(1, weight.shape[1], dtype=weight.dtype)
+    one = quantize_4bit(row, quant_type, blocksize, nested)
+    n, blocks = weight.numel(), -(-weight.numel() // one.blocksize)
 
     def empty_on_meta(t: Tensor | None, *shape: int) -> Tensor | None:
         return None if t is None else t.new_empty(shape or t.shape, device="meta")
@@ -130,7 +133,7 @@ class QLoRALayer(LoRALayer):
         self,
         *args: Any,
         quant_type: str = "nf4",
-        blocksize: int = 64,
+        blocksize: int | None = None,
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
         **options: Any,
@@ -163,14 +166,12 @@ class MergedLayer(NamedTuple):
 
 
 class QLoRALinear(QLoRALayer, LoRALinear):
-    """`LoRALinear` over a base in bitsandbytes' 4-bit format, which kernels decode in the GEMM.
+    """`LoRALinear` over a base in a 4-bit format, which kernels decode in the GEMM.
 
     Args, in addition to those of `LoRALinear`:
         dtype: of the weight before quantization, and of the merged weight: float32, bfloat16 or
             float16.
-        quant_type: "nf4" or "fp4".
-        blocksize: the number of elements that share a scale; a power of two, 32 to 4096.
-        double_quant: whether the scales are quantized to 8 bits.
+        quant_type, blocksize, double_quant: as in `lora_kernels.quantization.quantize_4bit`.
         compute_dtype: of the base GEMM without autocast. None: x's dtype.
 
     Packed codes, absmax, codebooks and offset are parameters of dtype uint8 without a gradient. So

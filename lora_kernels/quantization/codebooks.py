@@ -1,7 +1,7 @@
-"""The values behind 4-bit codes (NF4, FP4) and behind the 8-bit codes of nested scales.
+"""The values behind 4-bit codes and behind the 8-bit codes of scales.
 
-Every tensor here equals bitsandbytes' in every bit. Each call returns a tensor of its own, so that
-weights share no memory (safetensors refuses to save tensors that do).
+Those of NF4 and FP4 equal bitsandbytes' in every bit. Each call returns a tensor of its own, so
+that weights share no memory (safetensors refuses to save tensors that do).
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ import functools
 import torch
 from torch import Tensor
 
-QUANT_TYPES = ("nf4", "fp4")
+BITSANDBYTES_TYPES = ("nf4", "fp4")
+QUANT_TYPES = (*BITSANDBYTES_TYPES, "mxfp4", "nvfp4")
+_POWERS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# The elements that may share a scale.
+BLOCKSIZES = {"nf4": _POWERS, "fp4": _POWERS, "mxfp4": (32,), "nvfp4": (16,)}
+# E2M1 of the OCP: a sign bit, two of the exponent and one of the mantissa. Code 8 is -0.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 _VALUES = {
     # Quantiles of a normal distribution, in order of value.
@@ -27,6 +33,8 @@ _VALUES = {
         0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4,
         0.0, -1 / 192, -2 / 3, -1.0, -1 / 3, -1 / 2, -1 / 6, -1 / 4,
     ),
+    "mxfp4": _E2M1,
+    "nvfp4": _E2M1,
 }  # fmt: skip
 
 # The codes by rising value. Between FP4's two zeros the smaller code comes first, so that the
@@ -38,21 +46,22 @@ _ORDER = {
 
 
 def code(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
-    """The values of the 16 codes, float32[16]. Raises ValueError where the type is neither.
+    """The values of the 16 codes, float32[16]. Raises ValueError where there is no such type.
 
     >>> code("fp4")[:4]
     tensor([0.0000, 0.0052, 0.6667, 1.0000])
     """
-    return torch.tensor(_VALUES[_checked(quant_type)], dtype=torch.float32, device=device)
+    check_type(quant_type)
+    return torch.tensor(_VALUES[quant_type], dtype=torch.float32, device=device)
 
 
 def order(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
-    """The 16 codes by rising value, uint8[16]: `code(t)[order(t).long()]` is sorted.
+    """The 16 codes of NF4 or FP4 by rising value, uint8[16]: `code(t)[order(t).long()]` is sorted.
 
     >>> order("fp4").tolist()
     [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3]
     """
-    return torch.tensor(_ORDER[_checked(quant_type)], dtype=torch.uint8, device=device)
+    return torch.tensor(_ORDER[quant_type], dtype=torch.uint8, device=device)
 
 
 def thresholds(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
@@ -90,7 +99,29 @@ def _dynamic_map() -> Tensor:
     return torch.cat([positive, -positive, ends]).sort().values
 
 
-def _checked(quant_type: str) -> str:
+def e8m0(device: torch.device | str = "cpu") -> Tensor:
+    """The scales of MXFP4's bytes, float32[256]: 2^(i - 127), and NaN for 255 (OCP MX 1.0, 5.4.1).
+
+    >>> e8m0()[[126, 127, 255]]
+    tensor([0.5000, 1.0000,    nan])
+    """
+    exponents = torch.arange(-127, 129, dtype=torch.float64, device="cpu")
+    values = torch.exp2(exponents).float()  # float32 holds 2^-127 as a subnormal
+    values[255] = torch.nan
+    return values.to(device)
+
+
+def e4m3(device: torch.device | str = "cpu") -> Tensor:
+    """The values of NVFP4's bytes, float32[256]: float8_e4m3fn, whose byte 128 is -0.
+
+    >>> e4m3()[[1, 56, 126, 127]]
+    tensor([1.9531e-03, 1.0000e+00, 4.4800e+02,        nan])
+    """
+    values = torch.arange(256, dtype=torch.uint8, device="cpu")
+    return values.view(torch.float8_e4m3fn).float().to(device)
+
+
+def check_type(quant_type: str) -> None:
+    """Raise ValueError unless it is one of `QUANT_TYPES`."""
     if quant_type not in QUANT_TYPES:
-        raise ValueError(f"quant_type: got {quant_type!r}, want 'nf4' or 'fp4'")
-    return quant_type
+        raise ValueError(f"quant_type: got {quant_type!r}, want 'nf4', 'fp4', 'mxfp4' or 'nvfp4'")

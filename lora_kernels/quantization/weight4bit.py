@@ -1,4 +1,4 @@
-"""Weight4bit: a 4-bit weight in bitsandbytes' format, in plain tensors."""
+"""Weight4bit: a 4-bit weight in plain tensors: NF4, FP4, MXFP4 or NVFP4."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from torch import Tensor
 from ..backends import decode4bit, triton
 from ..core import forced, format4bit
 from ..core.packed4bit import Packed4bit
-from . import codebooks
+from . import codebooks, e2m1
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # bitsandbytes writes no other size, and its kernels assume it
 _NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES = tuple(_NAMED.values())  # torch 2.8's Dynamo cannot trace a dictionary view
@@ -26,24 +25,27 @@ _NESTED = ("nested_absmax", "nested_code", "offset")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Weight4bit:
-    """A weight of 4-bit codes with one scale per block, bitwise equal to bitsandbytes' format.
+    """A weight of 4-bit codes with one scale per block.
 
-    Blocks divide the flattened weight. They may straddle rows, and the last block may be short. An
-    element is code × scale in float32. `quantize_4bit`, `from_bitsandbytes` and `from_state_dict`
-    create the object.
+    NF4 and FP4 are bitsandbytes' format, bit for bit. Their blocks divide the flattened weight:
+    they may straddle rows, and the last one may be short. MXFP4 and NVFP4 have whole blocks in each
+    row. An element is code × scale in float32. `quantize_4bit`, `from_bitsandbytes`,
+    `from_state_dict`, `from_mxfp4` and `from_nvfp4` create the object.
 
     Args:
         packed: uint8[⌈N·K/2⌉], with even elements in the high nibble.
-        absmax: the scales of ⌈N·K/blocksize⌉ blocks, float32. If nested (double quantization),
-            uint8 codes of nested_code[absmax] · nested_absmax[block // 256] + offset.
+        absmax: the scales of ⌈N·K/blocksize⌉ blocks: float32, or uint8 codes of scales in a table
+            (nested). These are nested_code[absmax], which NF4 and FP4 (double quantization) round
+            after · nested_absmax[block // 256] and after + offset.
         code: float32[16], the codebook.
-        quant_type: "nf4" or "fp4".
-        blocksize: a power of two, 32 to 4096.
+        quant_type: "nf4", "fp4", "mxfp4" or "nvfp4".
+        blocksize: a power of two, 32 to 4096; 32 for MXFP4, and 16 for NVFP4.
         shape: (N, K), or (E, N, K) for the weights of E experts.
         dtype: of the weight before quantization: float32, bfloat16 or float16.
-        nested_absmax: float32[⌈blocks/256⌉], or None if absmax is float32.
-        nested_code: float32[256], or None.
-        offset: float32 with one element, or None.
+        nested_code: float32[256], or None if absmax is float32. Of E experts in NVFP4 it may be
+            float32[E, 256], a table for each.
+        nested_absmax: float32[⌈blocks/256⌉] for nested NF4 and FP4, or None.
+        offset: float32 with one element for nested NF4 and FP4, or None.
         nested_blocksize: 256.
 
     Raises:
@@ -76,9 +78,9 @@ class Weight4bit:
         ):
             raise ValueError(f"shape: got {shape!r}, want (N, K) or (E, N, K), each at least 1")
         object.__setattr__(self, "shape", tuple(shape))  # torch.Size is a tuple too
-        if self.quant_type not in codebooks.QUANT_TYPES:
-            raise ValueError(f"quant_type: got {self.quant_type!r}, want 'nf4' or 'fp4'")
-        _check_blocksize(self.blocksize)
+        codebooks.check_type(self.quant_type)
+        _check_blocksize(self.quant_type, self.blocksize)
+        _check_rows("shape", shape, self.quant_type)
         if self.nested_blocksize != NESTED_BLOCKSIZE:
             raise ValueError(f"nested_blocksize: got {self.nested_blocksize!r}, want 256")
         if self.dtype not in _DTYPES:
@@ -93,17 +95,23 @@ class Weight4bit:
         scale_dtype = torch.uint8 if uint8 else torch.float32
         _check_tensor("absmax", self.absmax, scale_dtype, blocks, per_block)
         _check_tensor("code", self.code, torch.float32, 16, "for 4 bits")
-        for name, count, why in zip(
-            _NESTED,
-            (-(-blocks // NESTED_BLOCKSIZE), 256, 1),
-            (f"for {blocks} scales in blocks of 256", "for 8 bits", "the scales' mean"),
-            strict=True,
-        ):
+        is_double = self.nested and self.quant_type in codebooks.BITSANDBYTES_TYPES
+        wanted = {
+            "nested_code": (self.nested, 256, "for 8 bits"),
+            "nested_absmax": (
+                is_double,
+                -(-blocks // NESTED_BLOCKSIZE),
+                f"for {blocks} scales in blocks of 256",
+            ),
+            "offset": (is_double, 1, "the scales' mean"),
+        }
+        for name, (is_wanted, count, why) in wanted.items():
             t = getattr(self, name)
-            if self.nested:
-                _check_tensor(name, t, torch.float32, count, why)
+            if is_wanted:
+                _check_tensor(name, t, torch.float32, count, why, self._experts_with_tables)
             elif t is not None:
-                raise ValueError(f"{name}: got a tensor, want None beside absmax in float32")
+                beside = f"{self.quant_type} with absmax in {_dtype_name(scale_dtype)}"
+                raise ValueError(f"{name}: got a tensor, want None beside {beside}")
         for name, t in self._tensors().items():
             if t.device != self.packed.device:
                 raise ValueError(f"{name}: got {t.device}, want {self.packed.device}, as packed")
@@ -121,7 +129,7 @@ class Weight4bit:
 
     @property
     def nested(self) -> bool:
-        """True if the scales are quantized too (double quantization)."""
+        """True if the scales are bytes: of double quantization, E8M0 or E4M3."""
         return self.absmax.dtype is torch.uint8
 
     @property
@@ -189,6 +197,10 @@ class Weight4bit:
         weight.quant_map [16]
         weight.quant_state.bitsandbytes__nf4 [77]
         """
+        if self.quant_type not in codebooks.BITSANDBYTES_TYPES:
+            raise ValueError(
+                f"weight: got {self.quant_type}, want nf4 or fp4: bitsandbytes' format has no other"
+            )
         rest: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
@@ -232,7 +244,7 @@ class Weight4bit:
                 raise ValueError(f"state: got no {key!r}, want it beside the other keys")
             return state[key]
 
-        kinds = [f"quant_state.bitsandbytes__{kind}" for kind in codebooks.QUANT_TYPES]
+        kinds = [f"quant_state.bitsandbytes__{kind}" for kind in codebooks.BITSANDBYTES_TYPES]
         found = [kind for kind in kinds if f"{prefix}.{kind}" in state]
         if len(found) != 1:
             raise ValueError(
@@ -277,6 +289,101 @@ class Weight4bit:
         return cls(**fields)
 
     @classmethod
+    def from_mxfp4(
+        cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> Weight4bit:
+        """Build the weight from a checkpoint in MXFP4 (OCP Microscaling Formats 1.0).
+
+        Args:
+            blocks: uint8 or float4_e2m1fn_x2: [N, K/2] or [E, N, K/2] (compressed-tensors'
+                `weight_packed`, torchao's `qdata`), or [N, K/32, 16] or [E, N, K/32, 16] (gpt-oss'
+                `*_blocks`), with even elements in the low nibble. K is a multiple of 32.
+            scales: uint8 or float8_e8m0fnu, [N, K/32] or [E, N, K/32]; byte i is 2^(i - 127), and
+                255 is NaN.
+            dtype: of the weight before quantization: float32, bfloat16 or float16.
+
+        The codes are copied, and the scales are not. Decoding gives the bits of transformers'
+        `convert_moe_packed_tensors` for each scale but 255, for which it computes codes × 2^128.
+
+        Raises ValueError or TypeError that names the argument.
+
+        >>> import torch
+        >>> from lora_kernels.quantization import Weight4bit
+        >>> blocks = torch.full((2, 1, 16), 0x21, dtype=torch.uint8)
+        >>> weight = Weight4bit.from_mxfp4(blocks, torch.full((2, 1), 128, dtype=torch.uint8))
+        >>> weight
+        Weight4bit([2, 32], mxfp4 of bfloat16, blocksize=32, nested, 1,122 bytes)
+        >>> weight.dequantize()[0, :4].tolist()
+        [1.0, 2.0, 1.0, 2.0]
+        """
+        return cls._from_e2m1("mxfp4", e2m1.read_mxfp4(blocks, scales), dtype)
+
+    @classmethod
+    def from_nvfp4(
+        cls,
+        packed: Tensor,
+        scale: Tensor,
+        global_scale: Tensor | None = None,
+        *,
+        global_op: Literal["divide", "multiply"] | None = None,
+        scale_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Weight4bit:
+        """Build the weight from a checkpoint in NVFP4.
+
+        Args:
+            packed: uint8 or float4_e2m1fn_x2, [N, K/2] or [E, N, K/2], with even elements in the
+                low nibble (compressed-tensors' `weight_packed`, torchao's `qdata`). K is a multiple
+                of 16.
+            scale: float8_e4m3fn, [N, K/16] or [E, N, K/16], in the order of rows (not swizzled).
+            global_scale: float32 with one element, or one for each of E experts. None: 1.
+            global_op: "divide" if a block's scale is scale / global_scale (compressed-tensors'
+                `weight_global_scale`), and "multiply" if it is global_scale · scale (torchao's
+                `per_tensor_scale`). Required beside a global_scale.
+            scale_dtype: in which that is computed: float32, or the weight's dtype in older releases
+                of torchao.
+            dtype: of the weight before quantization: float32, bfloat16 or float16.
+
+        The codes are copied, and the scales are not. Each global scale makes a table of the 256
+        scales, so that decoding gives the bits of the library.
+
+        Raises ValueError or TypeError that names the argument.
+
+        >>> import torch
+        >>> from lora_kernels.quantization import Weight4bit
+        >>> packed = torch.full((2, 8), 0x21, dtype=torch.uint8)
+        >>> scale = torch.ones(2, 1).to(torch.float8_e4m3fn)
+        >>> weight = Weight4bit.from_nvfp4(packed, scale, torch.tensor(4.0), global_op="divide")
+        >>> weight
+        Weight4bit([2, 16], nvfp4 of bfloat16, blocksize=16, nested, 1,106 bytes)
+        >>> weight.dequantize()[0, :4].tolist()
+        [0.125, 0.25, 0.125, 0.25]
+        """
+        if scale_dtype not in _DTYPES:
+            raise TypeError(f"scale_dtype: got {scale_dtype!r}, want float32, bfloat16 or float16")
+        blocks = e2m1.read_nvfp4(packed, scale, global_scale, global_op, scale_dtype)
+        return cls._from_e2m1("nvfp4", blocks, dtype)
+
+    @classmethod
+    def _from_e2m1(
+        cls, quant_type: str, blocks: e2m1.Blocks, dtype: torch.dtype, nested: bool = True
+    ) -> Weight4bit:
+        """nested: whether the scales stay bytes."""
+        weight = cls(
+            packed=blocks.packed,
+            absmax=blocks.scales,
+            code=codebooks.code(quant_type, blocks.packed.device),
+            quant_type=quant_type,
+            blocksize=codebooks.BLOCKSIZES[quant_type][0],
+            shape=blocks.shape,
+            dtype=dtype,
+            nested_code=blocks.table,
+        )
+        if nested:
+            return weight
+        return dataclasses.replace(weight, absmax=weight.scales(), nested_code=None)
+
+    @classmethod
     def from_bitsandbytes(cls, weight: Any) -> Weight4bit:
         """Build the weight from a bitsandbytes weight, sharing its memory.
 
@@ -297,24 +404,39 @@ class Weight4bit:
         fields["code"] = standard_code(fields["quant_type"], fields["code"])
         return cls(**fields)
 
+    @property
+    def _experts_with_tables(self) -> int:
+        """The experts that may have a table of scales each: 1 but for stacks in NVFP4."""
+        is_stack = self.quant_type == "nvfp4" and len(self.shape) == 3
+        return self.shape[0] if is_stack else 1
+
     def _tensors(self) -> dict[str, Tensor]:
         names = ("packed", "absmax", "code", *_NESTED)
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
 
 def quantize_4bit(
-    weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+    weight: Tensor,
+    quant_type: str = "nf4",
+    blocksize: int | None = None,
+    double_quant: bool = True,
 ) -> Weight4bit:
-    """Quantize a weight to 4 bits, bitwise equal to bitsandbytes.
+    """Quantize a weight to 4 bits.
+
+    NF4 and FP4 are bitwise equal to bitsandbytes'. MXFP4 follows the OCP's rule (Microscaling
+    Formats 1.0, 6.3), and NVFP4 torchao's `nvfp4_quantize` with the scale of `absmax / (448 · 6)`,
+    of the weight or of each expert.
 
     Args:
         weight: [N, K], or [E, N, K] for E experts, in float32, bfloat16 or float16, finite, on any
-            device and with any strides. Blocks divide the flattened weight, so they may straddle
-            rows and experts.
-        quant_type: "nf4" or "fp4".
-        blocksize: the number of elements that share a scale; a power of two, 32 to 4096.
-        double_quant: whether the scales are quantized to 8 bits (nested). PyTorch computes their
-            mean, whose last bit depends on the number of threads for very large weights.
+            device and with any strides. Blocks of NF4 and FP4 divide the flattened weight, so they
+            may straddle rows and experts. K is a multiple of 32 for MXFP4, and of 16 for NVFP4.
+        quant_type: "nf4", "fp4", "mxfp4" or "nvfp4".
+        blocksize: the number of elements that share a scale: a power of two, 32 to 4096; 32 for
+            MXFP4, and 16 for NVFP4. None: 64, or the format's.
+        double_quant: whether the scales are 8 bits (nested): NF4's and FP4's are quantized, and
+            False decodes those of MXFP4 and NVFP4. PyTorch computes NF4's and FP4's mean, whose
+            last bit depends on the number of threads for very large weights.
 
     Raises:
         ValueError, TypeError: an argument is invalid; the message names the argument.
@@ -331,13 +453,19 @@ def quantize_4bit(
     if weight.dim() not in (2, 3) or weight.numel() == 0:
         got = list(weight.shape)
         raise ValueError(f"weight: got shape {got}, want [N, K] or [E, N, K], each at least 1")
-    if quant_type not in codebooks.QUANT_TYPES:
-        raise ValueError(f"quant_type: got {quant_type!r}, want 'nf4' or 'fp4'")
-    _check_blocksize(blocksize)
+    codebooks.check_type(quant_type)
+    blocksize = default_blocksize(quant_type) if blocksize is None else blocksize
+    _check_blocksize(quant_type, blocksize)
+    _check_rows("weight", tuple(weight.shape), quant_type)
     if weight.device.type == "meta":
         raise ValueError("weight: got a tensor on meta, want one with data")
     weight = weight.detach()
     device = weight.device
+    if quant_type not in codebooks.BITSANDBYTES_TYPES:
+        if not weight.isfinite().all():
+            raise ValueError("weight: got NaN or infinity in it, want finite values")
+        quantize = e2m1.quantize_mxfp4 if quant_type == "mxfp4" else e2m1.quantize_nvfp4
+        return Weight4bit._from_e2m1(quant_type, quantize(weight), weight.dtype, double_quant)
     thresholds = codebooks.thresholds(quant_type, device)
     order = codebooks.order(quant_type, device)
     packed, absmax = decode4bit.encode(weight, thresholds, order, blocksize)
@@ -411,18 +539,41 @@ def _kernels(device: torch.device) -> ModuleType | None:
     return triton
 
 
-def _check_blocksize(blocksize: Any) -> None:
-    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize: got {blocksize!r}, want a power of two, 32 to 4096")
+def default_blocksize(quant_type: str) -> int:
+    """Return the block size of MXFP4 and NVFP4, and 64 for NF4 and FP4."""
+    return 64 if quant_type in codebooks.BITSANDBYTES_TYPES else codebooks.BLOCKSIZES[quant_type][0]
 
 
-def _check_tensor(name: str, t: Any, dtype: torch.dtype, count: int, why: str) -> None:
+def _check_blocksize(quant_type: str, blocksize: Any) -> None:
+    sizes = codebooks.BLOCKSIZES[quant_type]
+    if type(blocksize) is not int or blocksize not in sizes:
+        want = f"{sizes[0]} for {quant_type}" if len(sizes) == 1 else "a power of two, 32 to 4096"
+        raise ValueError(f"blocksize: got {blocksize!r}, want {want}")
+
+
+def _check_rows(name: str, shape: tuple[int, ...], quant_type: str) -> None:
+    """Raise ValueError if rows of MXFP4 or NVFP4 do not consist of whole blocks."""
+    if quant_type in codebooks.BITSANDBYTES_TYPES:
+        return
+    size = default_blocksize(quant_type)
+    if shape[-1] % size:
+        raise ValueError(
+            f"{name}: got {list(shape)}, want a last dimension that is a multiple of {size}, the "
+            f"block size of {quant_type}"
+        )
+
+
+def _check_tensor(
+    name: str, t: Any, dtype: torch.dtype, count: int, why: str, tables: int = 1
+) -> None:
+    """tables: how many the codes of scales may have, as [tables, count]."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, want a tensor")
     if t.dtype is not dtype:
         raise TypeError(f"{name}: got {t.dtype}, want {dtype}")
     scalar = name == "offset" and t.dim() == 0
-    if not scalar and t.shape != (count,):
+    has_tables = name == "nested_code" and tables > 1 and t.shape == (tables, count)
+    if not scalar and not has_tables and t.shape != (count,):
         raise ValueError(f"{name}: got shape {list(t.shape)}, want [{count}] {why}")
     if not t.is_contiguous():
         raise ValueError(f"{name}: got strides {list(t.stride())}, want a contiguous tensor")

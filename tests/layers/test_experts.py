@@ -308,6 +308,8 @@ def test_lora_experts_of_bad_input_names_the_argument() -> None:
         LoRAExperts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="model: got Linear without experts modules"):
         quantize_experts(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="quant_type: got 'mxfp4', want 'nf4' or 'fp4'"):
+        quantize_experts(experts, "mxfp4")
     nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
     twice = quantize_experts(Experts(E, 64, 128))
     nn.utils.parametrize.register_parametrization(twice, "down_proj", nn.Identity(), unsafe=True)

@@ -51,7 +51,8 @@ def batch(K=70, dtype=f32, M=17):
 
 def stored(layer):
     """Copies of the bytes that stand for the weight."""
-    names = BYTES + NESTED * layer.weight4bit.nested
+    names = [name for name in BYTES + NESTED if getattr(layer, name) is not None]
+    assert names[3:] == NESTED * layer.weight4bit.nested or names[3:] == ["weight_nested_code"]
     return {name: layer.get_parameter(name).detach().clone() for name in names}
 
 
@@ -64,7 +65,7 @@ def assert_stored(layer, want):
     held = layer.weight4bit
     assert held.packed.data_ptr() == layer.weight.data_ptr()
     assert_bitwise_equal(held.code.view(torch.uint8), layer.weight_code)
-    if held.nested:
+    if held.offset is not None:
         assert held.offset.data_ptr() == layer.weight_offset.data_ptr()
 
 
@@ -82,6 +83,11 @@ def assert_stored(layer, want):
             for nested in (False, True)
         ),
         *(((33, 70), {"blocksize": blocksize}) for blocksize in (32, 4096)),
+        *(
+            ((33, 96), {"quant_type": quant_type, "double_quant": nested})
+            for quant_type in ("mxfp4", "nvfp4")
+            for nested in (False, True)
+        ),
         *(((33, 70), {"lora_dtype": dtype}) for dtype in (f32, bf16, f16)),
         *(((33, 70), {"dtype": dtype}) for dtype in (bf16, f16)),
     ],
@@ -184,6 +190,7 @@ def test_to_dtype_leaves_the_bits_alone(dtype):
 @pytest.mark.parametrize("store", ["memory", "torch.save", "safetensors"])
 def test_state_dict_loads_anywhere(store, size, double_quant, meta, tmp_path):
     kwargs = {"bias": True, "double_quant": double_quant}
+    kwargs |= {} if size[1] % 16 else {"quant_type": "nvfp4"}
     layer, x = make_layer(*size, **kwargs), batch(size[1])
     y, want, state = layer(x), stored(layer), layer.state_dict()
     if store == "torch.save":
@@ -326,10 +333,11 @@ def test_merged_layer_moves_to_other_dtypes():
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "mxfp4", "nvfp4"])
 def test_merged_layer_is_a_linear_or_4_bits_again(quant_type, double_quant):
-    layer = make_layer(bias=True, quant_type=quant_type, double_quant=double_quant).eval()
-    x = batch()
+    kwargs = {"quant_type": quant_type, "double_quant": double_quant}
+    layer = make_layer(K=64, bias=True, **kwargs).eval()
+    x = batch(64)
     y, want = layer(x), stored(layer)
     B, A = layer.lora_B.detach().double(), layer.lora_A.detach().double()
     exact = layer.weight4bit.dequantize(f64) + layer.scaling * B @ A
@@ -417,8 +425,11 @@ def test_adapter_functions_leave_the_bytes(cls, tmp_path, capsys):
 @pytest.mark.parametrize("size", [*SIZES, (128, 128)], ids=str)  # the last: 256 blocks
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_layer_on_meta_has_the_shapes_of_one_that_is_not(double_quant, size):
+    quant_type = "nf4" if size[1] % 32 else "mxfp4"
     layer, meta = (
-        make_layer(*size, double_quant=double_quant, dtype=bf16, device=device)
+        make_layer(
+            *size, quant_type=quant_type, double_quant=double_quant, dtype=bf16, device=device
+        )
         for device in ("cpu", "meta")
     )
     want, got = ({n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (layer, meta))

@@ -30,6 +30,7 @@ class _Stack(NamedTuple):
         tensor: dense, which owns the memory, or None.
         matrix, codes: the first expert's, dense or 4-bit; the other is None.
         expert_stride: elements from one expert to the next.
+        table_stride: of the codes' scales; 0 if one table serves all experts.
         few_rows: the most rows of an expert for the GEMV kernel.
         is_fused: whether the kernels compute the other experts' base GEMM too.
     """
@@ -38,6 +39,7 @@ class _Stack(NamedTuple):
     matrix: tuple[int, int, int, int] | None
     codes: object
     expert_stride: int
+    table_stride: int
     few_rows: int
     is_fused: bool
 
@@ -50,7 +52,9 @@ def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> 
         can_gemv = is_aligned and not spec.transposed
         few = cpu_heuristics.few_rows(spec.dtype, True, N * K) if can_gemv else 0
         codes = decode4bit.native_view(weight, shape)
-        return _Stack(None, None, codes, N * K, few, is_aligned and strategy == FUSED)
+        table = weight.nested_code
+        tables = 0 if table is None or table.dim() == 1 else table.stride(0)
+        return _Stack(None, None, codes, N * K, tables, few, is_aligned and strategy == FUSED)
     assert weight is not None
     w = to_dtype(weight, spec.dtype)
     if w.stride(2) != 1 and w.stride(1) != 1:
@@ -58,7 +62,7 @@ def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> 
     step, row, column = w.stride()
     few = cpu_heuristics.few_rows(spec.dtype, False, N * K) if column == 1 else 0
     matrix = w.data_ptr(), DTYPE_NUMBERS[w.dtype], row, column
-    return _Stack(w, matrix, None, step, few, strategy == FUSED)
+    return _Stack(w, matrix, None, step, 0, few, strategy == FUSED)
 
 
 def _is_block_aligned(weight: Packed4bit, elements: int) -> bool:
@@ -89,7 +93,8 @@ def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     factors, sizes = (0, 0, pointer(bias)), (M, K, N, R)
     adapter, threads = (a, b, spec.scaling), torch.get_num_threads()
     layer = (stack.matrix, stack.codes, *sizes, *adapter, *factors, mask, keep_scale, threads)
-    steps = stack.expert_stride, lora_A.stride(0), lora_B.stride(0), N, R * K, N * R
+    of_weight, of_grads = (stack.expert_stride, stack.table_stride), (R * K, N * R)
+    steps = *of_weight, lora_A.stride(0), lora_B.stride(0), N, *of_grads
     how = spec.transposed, stack.few_rows, stack.is_fused
     owners = lora_A, lora_B, stops, bias, places
     return _Call(layer, (E, stops.data_ptr(), *steps, *how), stack, owners)

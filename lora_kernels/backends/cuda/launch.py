@@ -61,7 +61,7 @@ def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | Non
     scales = c.absmax, c.nested_code, c.nested_absmax, c.offset
     addresses = map(pointer, (c.packed, c.code, *scales))
     log2_block = c.blocksize.bit_length() - 1
-    log2_nested = 0 if c.nested_absmax is None else c.nested_blocksize.bit_length() - 1
+    log2_nested = c.nested_blocksize.bit_length() - 1
     whole_rows = shape[1] % 32 == 0 and c.packed.data_ptr() % _WIDE == 0
     return *addresses, log2_block, log2_nested, *shape, whole_rows
 

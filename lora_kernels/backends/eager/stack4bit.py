@@ -64,6 +64,9 @@ class Stack4bit(NamedTuple):
             if weight.nested_absmax is not None:
                 nested = self._part(weight.nested_absmax, self._nested_size, piece)
                 weight = weight._replace(nested_absmax=nested)
+            tables = weight.nested_code
+            if self.chosen is not None and tables is not None and tables.dim() > 1:
+                weight = weight._replace(nested_code=tables.index_select(0, self.chosen))
         sizes[self.axis] = piece.stop - piece.start
         sizes[0] = self.shape[0] if self.chosen is None else self.chosen.shape[0]
         G, rows, columns = sizes
@@ -105,7 +108,9 @@ def build_stack(
     one = count * shape[3 - axis] * spec.dtype.itemsize  # bytes of a column of `out`
     step = ALIGNED if axis == 1 else weight.blocksize
     stack = Stack4bit(weight, shape, axis, spec.dtype, chosen, _cut(shape[axis], one, step))
-    if len(stack.pieces) > 1 or (chosen is not None and shape[1] * shape[2] % stack._nested_size):
+    is_double = weight.nested_absmax is not None
+    starts_inside = chosen is not None and shape[1] * shape[2] % stack._nested_size != 0
+    if is_double and (len(stack.pieces) > 1 or starts_inside):
         stack = stack._replace(weight=decode4bit.with_plain_scales(weight))
     return stack
 

@@ -81,8 +81,10 @@ def look_up(code_ptr, codes, ASM: tl.constexpr):
 def block_scales(block, mask, codes):
     """Load the float32 scales of the blocks, 0 if masked. Nested scales are rounded twice."""
     _, absmax_ptr, _, nested_absmax_ptr, nested_code_ptr, offset_ptr = codes
-    if nested_absmax_ptr is not None:
+    if nested_code_ptr is not None:
         code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        if nested_absmax_ptr is None:
+            return tl.load(nested_code_ptr + code, mask=mask, other=0.0)
         scale = tl.load(nested_absmax_ptr + (block >> 8), mask=mask, other=0.0)
         scale = tl.load(nested_code_ptr + code) * scale + tl.load(offset_ptr)
         return tl.where(mask, scale, 0.0)
@@ -98,8 +100,7 @@ def load_codes(
     """Decode [BLOCK_N, BLOCK_K] of a 4-bit weight [N, K] at [n0, k0] in float32, 0 outside.
 
     Args:
-        codes: pointers to the tensors of `Packed4bit`; None as the last three without nested
-            scales.
+        codes: pointers to the tensors of `Packed4bit`, or None.
         FORMAT: log2 of the block size; whether rows consist of WHOLE blocks, and of whole,
             aligned WORDS of 8 codes; whether inline PTX reads the codebook (ASM).
 

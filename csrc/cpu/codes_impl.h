@@ -106,7 +106,7 @@ LK_INLINE void decode_row(const Codes4bit& w, Table t, int64_t n, int64_t k0, in
 
 // quantize ------------------------------------------------------------------------------------
 
-constexpr int64_t SOME = 32;  // elements whose codes are found together; every block is of these
+constexpr int64_t SOME = 32;  // elements whose codes are found together; NF4's blocks are of these
 
 LK_INLINE float largest_magnitude(const float* v, int64_t count) {
   uint32_t largest = 0;  // magnitudes are ordered as their bits are, which a compiler can use

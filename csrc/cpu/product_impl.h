@@ -142,7 +142,10 @@ LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64
         const int64_t i = (n0 + n + e) * w.K + k0 + k;
         __builtin_prefetch(w.packed + i / 2 + ahead, 0, 2);
         look_up_both(t, w.packed + i / 2, even[e], odd[e]);
-        const vf scale = splat(scale_of(w, i >> w.log2_block));
+        const int64_t block = i >> w.log2_block;
+        vf scale = splat(scale_of(w, block));
+        if (w.log2_block == 4)  // a lane of `even` and `odd` has two neighbours of 32 elements
+          scale = _mm512_mask_mov_ps(scale, 0xff00, splat(scale_of(w, block + 1)));
         even[e] = mul(even[e], scale);
         odd[e] = mul(odd[e], scale);
       }

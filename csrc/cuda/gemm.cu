@@ -48,10 +48,11 @@ LK_DEVICE void fill(uint32_t to, const Matrix& m, int64_t i0, int64_t j0, int64_
     cp_async16(to + i * COLUMNS * 2, from + i * m.row, row + i < below ? 16 : 0);
 }
 
-// Two runs of 32 codes a thread, of the ROWS by COLUMNS that a step takes.
+// Two runs of 32 codes a thread, of the ROWS by COLUMNS that a step takes; a scale for each half of
+// a run, since blocks may have 16 codes.
 struct Raw {
   Words4 bytes[2];
-  float scale[2];
+  float scale[2][2];
 };
 template <int ROWS, int COLUMNS>
 LK_DEVICE void fetch(Raw& raw, const Codes& c, int64_t i0, int64_t j0) {
@@ -61,12 +62,14 @@ LK_DEVICE void fetch(Raw& raw, const Codes& c, int64_t i0, int64_t j0) {
   for (int i = 0; i < 2; ++i) {
     const int u = thread_id() + i * THREADS;
     const int64_t row = i0 + u / RUNS, column = j0 + u % RUNS * 32, at = row * c.K + column;
-    raw.scale[i] = 0.0f;
+    raw.scale[i][0] = raw.scale[i][1] = 0.0f;
     LK_UNROLL
     for (int e = 0; e < 4; ++e) raw.bytes[i].w[e] = 0;
     if (row < c.N && column < c.K) {
       raw.bytes[i] = ldg_stream(reinterpret_cast<const Words4*>(c.packed + (at >> 1)));
-      raw.scale[i] = scale_of(c, at >> c.log2_block);
+      const int64_t block = at >> c.log2_block;
+      raw.scale[i][0] = raw.scale[i][1] = scale_of(c, block);
+      if (c.log2_block == 4) raw.scale[i][1] = scale_of(c, block + 1);
     }
   }
 }
@@ -85,7 +88,7 @@ LK_DEVICE void decode_into(uint32_t to, const Raw& raw, uint32_t table) {
       for (int e = 0; e < 4; ++e) {
         const float even = lds<float>(table + (word >> (8 * e + 4) & 15) * 4);
         const float odd = lds<float>(table + (word >> (8 * e) & 15) * 4);
-        const float v0 = mul_rn(even, raw.scale[i]), v1 = mul_rn(odd, raw.scale[i]);
+        const float scale = raw.scale[i][j / 2], v0 = mul_rn(even, scale), v1 = mul_rn(odd, scale);
         out.w[e] = BFloat16 ? pack_bf16(v0, v1) : pack_f16(v0, v1);
       }
       sts(to + chunk_at<COLUMNS>(row, run * 4 + j), out);
@@ -292,6 +295,7 @@ const char* gemm_unsupported_reason(const LinearArgs& a) {
   if (!a.codes && (a.w.dtype != a.compute || !a.w.vectors))
     return "the weight's rows are not whole and aligned 16 bytes";
   if (a.codes && !a.c.vectors) return "the weight's rows are not whole runs of 32 codes";
+  if (a.codes && a.c.log2_block < 4) return "the weight's blocks have less than 16 codes";
   if (a.K % 8 || (a.transposed && a.N % 8)) return "a row is no multiple of 8 elements";
   return nullptr;
 }

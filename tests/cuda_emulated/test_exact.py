@@ -44,7 +44,13 @@ def test_lora_linear_of_arguments_off_alignment_is_the_same(M: int, blocksize: i
 @every_dtype
 @pytest.mark.parametrize(
     ("sizes", "quant"),
-    [((72, 128), "nf4-64-nested"), ((40, 96), "fp4-32-nested"), ((64, 96), "nf4-64")],
+    [
+        ((72, 128), "nf4-64-nested"),
+        ((40, 96), "fp4-32-nested"),
+        ((64, 96), "nf4-64"),
+        ((40, 96), "mxfp4-32-nested"),
+        ((72, 160), "nvfp4-16-nested"),
+    ],
     ids=str,
 )
 def test_lora_linear_of_unit_matrices_is_the_4bit_weight(
@@ -235,7 +241,7 @@ def test_decode_of_tiles_that_blocks_share_is_exact(M: int, N: int, K: int, bloc
     assert 1 not in shared and len(shared) > 1
 
 
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested", "mxfp4-32-nested", "nvfp4-16-nested"])
 def test_gemm_moves_x_once_for_each_128_columns_and_w_for_each_64_rows(quant: str) -> None:
     """x once for each 128 columns, W once for each 64 rows, P and Q with them; y once."""
     M, N, K, R = 130, 264, 192, 5
@@ -246,7 +252,8 @@ def test_gemm_moves_x_once_for_each_128_columns_and_w_for_each_64_rows(quant: st
     assert bytes_["read x"] == across * M * K * 2
     if quant:
         assert bytes_["read packed"] == down * N * K // 2
-        assert bytes_["read absmax"] == down * N * K // 32  # two runs of 32 codes have one scale
+        # Two runs of 32 codes have one scale, and a block of 16 has one.
+        assert bytes_["read absmax"] == down * N * K // (16 if quant.startswith("nv") else 32)
     else:
         assert bytes_["read w"] == down * N * K * 2
     assert bytes_["read p"] == across * M * R * 4

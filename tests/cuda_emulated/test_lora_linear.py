@@ -20,7 +20,8 @@ from tests.support.problems import RANK, UNDROPPED, bf16, f16, f32
 BASE_KERNELS = {TWO_PASS: "gemm", COOPERATIVE: "decode"}
 # K, weight: whole runs of codes, two scales in a row of a tile; blocks that straddle rows.
 FORMATS = [(192, "nf4-64-nested"), (192, "nf4-64"), (128, "fp4-32"), (256, "fp4-256-nested")]
-FORMATS += [(96, "nf4-64-nested")]
+FORMATS += [(96, "nf4-64-nested"), (96, "mxfp4-32-nested"), (96, "nvfp4-16-nested")]
+FORMATS += [(160, "nvfp4-16")]
 CODES_4BIT = [
     case
     for M, dtype in ((3, bf16), (70, bf16), (5, f16))

@@ -14,6 +14,7 @@ from lora_kernels.oracle.case import Case, inputs
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.engines import check_norm
+from tests.support.problems import E2M1
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -26,6 +27,15 @@ def test_dora_norm_of_formats_is_within_tolerance(
     dtypes: Any, quant: str, gate: bool, engine: str
 ) -> None:
     check_norm(Case(0, 67, 129, 13, *dtypes, quant=quant, gate=gate))
+
+
+@every_engine
+@pytest.mark.parametrize("K, quant", E2M1)
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_dora_norm_of_e2m1_is_within_tolerance(
+    dtype: torch.dtype, K: int, quant: str, engine: str
+) -> None:
+    check_norm(Case(0, 67, K, 13, dtype, quant=quant))
 
 
 @every_engine

@@ -55,6 +55,7 @@ def some_cases() -> list[HeadCase]:
             replace(case, quant="nf4-64-nested", K=64, dtype=bf16, adapter_dtype=f32),
             replace(case, adapter=False, trained_weight=True, logit_softcap=5.0),
             replace(case, adapter=False, quant="nf4-64", K=64, bias=False),
+            replace(case, quant="nvfp4-16-nested", K=80, dtype=bf16),
             replace(case, ignored=0.0, chunk_rows=None),
             replace(case, autocast=bf16, trained_weight=True),
             replace(case, V=2, label_smoothing=0.3),

@@ -377,7 +377,10 @@ def draw_experts(random: Random, quant: str) -> ExpertsCase:
         rows = [0] * experts
         rows[random.randrange(experts)] = random.choice((1, 21))
     dtype = random.choice((f32, bf16, bf16, f16))
-    N, K, R = random.choice(((64, 192, 8), (192, 64, 8), (80, 128, 16), (48, 96, 5), (33, 47, 3)))
+    shapes = ((64, 192, 8), (192, 64, 8), (80, 128, 16), (48, 96, 5), (33, 47, 3))
+    if "fp4-" in quant and not quant.startswith("fp4"):  # MXFP4 and NVFP4 have whole blocks in rows
+        shapes = ((64, 192, 8), (32, 96, 5))
+    N, K, R = random.choice(shapes)
     names = ["x", "lora_A", "lora_B", "bias"]
     return ExpertsCase(
         rows=tuple(rows),
@@ -417,7 +420,8 @@ def with_views(random: Random) -> Callable[..., Tensor]:
     return call
 
 
-FORMATS = ("", "nf4-64", "fp4-32", "nf4-64-nested", "nf4-32-nested")
+FORMATS = ("", "nf4-64", "fp4-32", "nf4-64-nested", "nf4-32-nested", "nvfp4-16-nested")
+FORMATS += ("mxfp4-32-nested",)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -425,7 +429,7 @@ def test_lora_experts_linear_of_drawn_calls_is_within_tolerance(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = Random(seed)
-    for _ in range(4):
+    for _ in range(5):
         case = draw_experts(random, random.choice(FORMATS))
         budget = random.choice((1, 30_000, 100_000, 1 << 30))
         monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)

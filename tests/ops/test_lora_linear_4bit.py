@@ -21,7 +21,7 @@ from lora_kernels.quantization import codebooks, quantize_4bit
 from tests.ops.engines import engines_in_turn, every_engine, every_native_engine, ways
 from tests.support import exact
 from tests.support.engines import check
-from tests.support.problems import FULL, bf16, f16, f32, with_rank
+from tests.support.problems import E2M1, FULL, bf16, f16, f32, with_rank
 from tests.support.threads import check_interrupted_thread, check_late_threads
 
 every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
@@ -64,6 +64,11 @@ def some_cases() -> list[Case]:
         chosen += [Case(*shape, quant="nf4-64-nested", values="nonnegative", gate=True)]
         chosen += [Case(*shape, quant="nf4-64-nested", x_layout="padded", dy_layout="padded")]
         chosen += [Case(*shape, quant="nf4-64-nested", frozen=("x",))]
+    for M, (K, quant), dtype in itertools.product((1, 3, 9, 33), E2M1, (f32, bf16, f16)):
+        chosen += [Case(M, 65, K, 5, dtype, quant=quant, **(FULL if dtype is bf16 else {}))]
+        chosen += [Case(M, 33, K, 5, dtype, quant=quant, values="nonnegative")]
+    for M, quant, dtype in itertools.product((2, 11, 140), ("mxfp4-32", "nvfp4-16"), (f32, bf16)):
+        chosen += [Case(M, 30, 3232, 5, dtype, quant=f"{quant}-nested", dropout_p=0.1)]
     autocast: dict[str, Any] = {"quant": "nf4-64-nested", "bias": True}
     chosen += [Case(M, 65, 96, 5, f32, f32, bf16, **autocast) for M in (2, 70)]
     chosen += [Case(70, 65, 96, 5, bf16, f32, f16, gate=True, **autocast)]
@@ -162,11 +167,15 @@ def test_lora_linear_of_formats_and_ranks_is_within_tolerance(
 
 @every_engine
 @every_dtype
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "quant"),
+    [*((sizes, "nf4-64-nested") for sizes in SIZES), *(((33, K), quant) for K, quant in E2M1)],
+    ids=str,
+)
 def test_lora_linear_of_unit_matrices_is_the_4bit_weight(
-    sizes: tuple[int, int], dtype: torch.dtype, engine: str
+    sizes: tuple[int, int], quant: str, dtype: torch.dtype, engine: str
 ) -> None:
-    exact.check_reads_out_the_weight(sizes, "nf4-64-nested", dtype)
+    exact.check_reads_out_the_weight(sizes, quant, dtype)
 
 
 @every_native_engine

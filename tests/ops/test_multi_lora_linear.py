@@ -36,6 +36,7 @@ def some_cases() -> list[MultiCase]:
             MultiCase(M, 33, 63, rows="mixed", dtype=f32, base=False, bias=False),
             MultiCase(M, 33, 63, rows="mixed", dtype=bf16, base=False, dropout_p=0.1),
             MultiCase(M, 33, 63, dtype=bf16, quant="nf4-64-nested", values="nonnegative"),
+            MultiCase(M, 33, 112, dtype=bf16, quant="nvfp4-16-nested"),
             MultiCase(M, 33, 63, ranks=(100, 3, 17), dtype=f32),
             *(MultiCase(M, 33, 63, rows="mixed", frozen=(name,)) for name in ("x", "lora_A")),
             MultiCase(M, 33, 63, rows="mixed", frozen=("lora_B", "bias"), dropout_p=0.1),

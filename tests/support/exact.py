@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = UNDROPPED | {"dropout_p": 0.5}
 SOME_OPTIONS: list[dict[str, Any]] = [{}, UNDROPPED, {"dropout_p": 0.5}]
 # Of a 4-bit weight: N and K, type and blocks; rows of whole blocks and others.
 FORMATS = [((65, 128), "nf4-64-nested"), ((33, 96), "fp4-32-nested"), ((33, 63), "nf4-64-nested")]
+FORMATS += [((33, 96), "mxfp4-32-nested"), ((65, 112), "nvfp4-16-nested")]
 FINITE = ("x", "weight", "lora_A", "lora_B", "bias", "column_scale", "dy")
 
 
@@ -177,7 +178,8 @@ def check_reads_out_the_weight(
     weight = quantize_4bit(values, kind, int(blocksize), bool(nested)).to(device)
     A = torch.ones(3, K, dtype=dtype, device=device)
     B = torch.zeros(N, 3, dtype=dtype, device=device)
-    for each in (weight, with_scales_at_a_tie(weight, dtype)) if nested else (weight,):
+    is_double = weight.nested_absmax is not None
+    for each in (weight, with_scales_at_a_tie(weight, dtype)) if is_double else (weight,):
         want = format4bit.dequantize_4bit(
             each.packed, each.scales(), each.code, int(blocksize), each.shape, dtype
         )

@@ -13,7 +13,7 @@ from lora_kernels.oracle.experts_case import ExpertsCase as ExpertsCase
 from tests.support import exact
 from tests.support.assertions import assert_exact
 from tests.support.engines import check as check
-from tests.support.problems import bf16, f16, f32
+from tests.support.problems import E2M1, bf16, f16, f32
 
 ROWS = (3, 0, 1, 20)  # an expert without rows, a single row, more than a few
 SIZES = (33, 47, 3), (64, 128, 8)
@@ -40,6 +40,14 @@ def some_cases(sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[ExpertsCas
         replace(case, N=96, quant="nf4-64-nested", rows=(3, 20, 2, 4), transposed=True),
         replace(case, N=256, quant="nf4-64-nested", adapter_dtype=f32),
         replace(case, N=33, K=47, quant="nf4-64-nested", transposed=True),
+        # Each expert of NVFP4 has a table of scales; 2·40 blocks of MXFP4 are an expert.
+        *(
+            replace(case, quant=quant, transposed=transposed, N=80, K=K, dtype=dtype)
+            for (K, quant), transposed, dtype in itertools.product(E2M1, (False, True), (f32, bf16))
+            if not transposed or quant.startswith("nvfp4")
+        ),
+        replace(case, quant="mxfp4-32-nested", N=96, transposed=True, adapter_dtype=f32),
+        replace(case, quant="nvfp4-16-nested", N=80, adapter_dtype=f32, dropout_p=0.25),
         replace(case, rows=(0, 0, 5), tail=0),
         replace(case, rows=(2, 1), tail=9),
         *(replace(case, frozen=(name,)) for name in ("x", "lora_A", "lora_B", "bias")),

@@ -20,6 +20,8 @@ RANK = 61
 RANKS = (1, 2, 16, 17, 64, 65, 130, 256)
 UNDROPPED: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True}
 FULL: dict[str, Any] = UNDROPPED | {"dropout_p": 0.1}
+# K and the format: scales in bytes and in float32; blocks of 16 that are an even or odd number.
+E2M1 = [(96, "mxfp4-32-nested"), (96, "nvfp4-16-nested"), (160, "mxfp4-32"), (112, "nvfp4-16")]
 # dtype, adapter_dtype, autocast
 DTYPES: list[tuple[Any, ...]] = [
     (f32, None, None),

@@ -17,7 +17,7 @@ SCALED = {"column_scale": True, "bias": True}
 # K, weight: whole blocks, two scales in a row of a tile; blocks that straddle rows; rows of whole
 # words; rows that start within a byte.
 FORMATS = [(128, "nf4-64-nested"), (128, "fp4-32"), (96, "nf4-64-nested"), (72, "fp4-128")]
-FORMATS += [(63, "nf4-64-nested")]
+FORMATS += [(63, "nf4-64-nested"), *problems.E2M1]
 # One row in the last tile, of 16, 64 and 128 rows; one column in the last of 64, 128 and 256.
 LAST_TILES = [(0, 129), (1, 129), (17, 129), (65, 129), (257, 257)]
 # Splits of N in dS, of M in dA and dB: two at least, the last one short.

@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode the weight [N, K], rounded once to `dtype`."""
     (N, K), config = shape, configs.DEQUANTIZE
+    tables = codes.nested_code
+    experts = 1 if tables is None or tables.dim() == 1 else tables.shape[0]
+    N //= experts
+    tiles = triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)
     w = torch.empty(shape, dtype=dtype, device=codes.packed.device)
     launch.run(
         dequantize_kernel,
         config,
-        grid=(triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)),
+        grid=tiles if experts == 1 else (*tiles, experts),
         device=w.device,
         **launch.codes_arguments(codes, K, launch.target(w.device)),
         w_ptr=w,
-        **{"N": N, "K": K, "WIDE": N * K >= 1 << 31},
+        **{"N": N, "K": K, "TABLES": experts > 1, "WIDE": N * K >= 1 << 31},
         **config.blocks,
     )
     return w

@@ -63,10 +63,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adapter only": {"base": False},
     "nf4": {"quant": "nf4-64-nested"},
     "fp4, all": {"quant": "fp4-32", **ALL, "dropout_p": 0.1},
+    "mxfp4": {"quant": "mxfp4-32-nested"},
+    "nvfp4, all": {"quant": "nvfp4-16-nested", **ALL, "dropout_p": 0.1},
     "adapters": {},  # of OTHERS, as are the rest
     "adapters nf4": {"quant": "nf4-64-nested"},
     "experts": {},
     "experts nf4": {"quant": "nf4-64"},
+    "experts nvfp4": {"quant": "nvfp4-16-nested"},
     "head": {},
     "head nf4": {"quant": "nf4-64"},
 }
@@ -259,6 +262,8 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
     elif "quant" in fields:
         shapes = shapes[0], FEW_ROWS, *shapes[2:]
     for M, N, K, R in shapes:
+        if fields.get("quant", "").startswith(("mxfp4", "nvfp4")):  # rows of whole blocks
+            K = K // 32 * 32
         case = Case(M, N, K, R, *dtypes, **fields, device=device)
         for forced in _forced_engines(name, case):
             with cases.engine(forced):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..quantization import codebooks
 from . import (
     dense,
     experts,
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"to spend on what is timed in turns (default: {SECONDS})"
     add("seconds", text, type=models.seconds, metavar="S")
     text = "time the layer over a 4-bit base instead"
-    add("quant", text, instead, choices=["nf4", "fp4"])
+    add("quant", text, instead, choices=codebooks.QUANT_TYPES)
     text = "time DoRA and its row norm, groups, several adapters and hierarchical levels instead, "
     add("variants", text + "on a CPU", instead, action="store_true")
     text = "time LoRA on the experts of mixtures instead, beside transformers' frozen experts and "

@@ -1,10 +1,11 @@
-"""`lora-kernels bench --quant nf4`: the layer over a 4-bit base, bitsandbytes' and a dense one.
+"""`lora-kernels bench --quant nf4`: the layer over a 4-bit base, others' and a dense one.
 
 Decoding, a forward without gradients, for M rows of x, and a training step for the largest M. Cold
 rotates over as many weights as exceed the last-level cache, warm repeats one. Ours is a
 `QLoRALinear`; bitsandbytes' layer is under PEFT's; to the dense GEMM, PyTorch's own calls add LoRA:
-`F.linear(x, W) + s·B(Ax)`. The reference reads the float32 decode, eager the decoded weight, and
-for the dense GEMM the weight itself.
+`F.linear(x, W) + s·B(Ax)`. bitsandbytes lacks MXFP4 and NVFP4: beside them are ours over nested
+NF4, and PEFT's layer over the decoded weight. The reference reads the float32 decode, eager the
+decoded weight, and for the dense GEMM the weight itself.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from ..layers import QLoRALinear
 from ..oracle import reference, tolerance
 from ..oracle.case import kernels
+from ..quantization.codebooks import BITSANDBYTES_TYPES
 from . import baselines, models, timing
 from .baselines import Forward
-from .results import Facts, Row
+from .results import DECODED, NESTED_NF4, Facts, Row
 from .table import Call, Entry, Suite, Tolerance
 
 SHAPES = ((4096, 4096), (4096, 14336), (576, 1536))  # K, N
@@ -48,6 +50,7 @@ def entries_of(
     ours = [_ours(linear, quant_type, A, B) for linear in linears]
     weight = ours[0].weight4bit
     decoded = weight.dequantize(on["dtype"])
+    of_codes = of_nf4 = weight.dequantize(torch.float32)
 
     def eager(weight: Tensor, x: Tensor) -> Tensor:
         args = {"lora_A": A, "lora_B": B, "scaling": SCALING}
@@ -56,7 +59,14 @@ def entries_of(
     layers: dict[str, list[Forward]] = {"ours": [*ours]}
     if device != "cpu":
         layers["ours"] = [partial(_by_kernels, device, layer) for layer in ours]
-    if device == "cpu" or all(map(find_spec, ("bitsandbytes", "peft"))):
+    if quant_type not in BITSANDBYTES_TYPES:
+        nf4 = [_ours(linear, "nf4", A, B) for linear in linears]
+        layers[NESTED_NF4] = [*nf4]
+        of_nf4 = nf4[0].weight4bit.dequantize(torch.float32)
+        if find_spec("peft"):
+            weights = [layer.weight4bit.dequantize(on["dtype"]) for layer in ours[: len(dense)]]
+            layers[DECODED] = [_peft_of_decoded(weight, A, B) for weight in weights]
+    elif device == "cpu" or all(map(find_spec, ("bitsandbytes", "peft"))):
         for mode in ("eval", "train"):
             each = [_peft(linear, quant_type, A, B).train(mode == "train") for linear in linears]
             layers[f"bitsandbytes, {mode}"] = [*each]
@@ -77,12 +87,14 @@ def entries_of(
             for name, forwards in layers.items()
         }
         x64, A64, B64 = (t.detach().double() for t in (x, A, B))
-        of_codes = weight.dequantize(torch.float32)
-        y4, y = (
-            reference.lora_linear(x64, W.detach().double(), A64, B64, SCALING)
-            for W in (of_codes, dense[0].weight)
-        )
-        want = {name: y if name == "dense" else y4 for name in layers}
+        weights_of = {"dense": dense[0].weight, NESTED_NF4: of_nf4, DECODED: decoded}
+        want = {
+            name: reference.lora_linear(
+                x64, weights_of.get(name, of_codes).detach().double(), A64, B64, SCALING
+            )
+            for name in layers
+        }
+        y4 = want["ours"]
         limit = Tolerance(tolerance.rms_error(eager(decoded, x), y4), x.dtype, (K,))
         for name, call in calls.items():
             call.check = partial(limit.check, call.forwards[0], want[name])
@@ -107,6 +119,12 @@ def _peft(linear: nn.Linear, quant_type: str, A: Tensor, B: Tensor) -> Any:
     layer = baselines.peft_layer(baselines.linear_4bit(linear, quant_type), [RANK], SCALING)
     baselines.set_adapter(layer, A, B)
     return layer
+
+
+def _peft_of_decoded(weight: Tensor, A: Tensor, B: Tensor) -> Any:
+    """PEFT's layer over a dense weight, with the shared adapter."""
+    args = {"weight": weight, "lora_A": A, "lora_B": B, "bias": None}
+    return baselines.build_layer(args | {"scaling": SCALING, "dropout_p": 0.0})
 
 
 def _by_kernels(device: str, layer: QLoRALinear, x: Tensor) -> Tensor:

@@ -56,9 +56,11 @@ EQUIVALENT_OF_PEER = {
 # Variant -> its baseline; "PEFT's" for all others.
 VARIANTS = {"row norm": "PEFT's expression", "DoRA": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
 # Variant -> pairs of calls whose ratios are its cost.
+NESTED_NF4, DECODED = "ours, NF4", "PEFT, decoded"  # beside a base in MXFP4 or NVFP4
 COST_RATIOS = {
     "DoRA": (("ours", "LoRA"), ("PEFT's DoRA", "PEFT's LoRA")),
     "16 adapters": (("ours", "ours, 1"), ("PEFT's", "PEFT's, 1")),
+    **dict.fromkeys(("mxfp4", "nvfp4"), (("ours", NESTED_NF4), ("ours", DECODED))),
 }
 WIDTH = 100  # columns of a terminal
 STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
@@ -196,7 +198,8 @@ class Row:
         said = [f"{self.identity}, over {unit}", *self._details()]
         said.append(text_table(lines))
         said += [f"✗ {name}: {what}" for name, what in self.misses.items()]
-        pairs = (pair for pair in COST_RATIOS.get(self.what or "", ()) if {*pair} <= p50.keys())
+        pairs = COST_RATIOS.get(self.what or self.quant_type or "", ())
+        pairs = tuple(pair for pair in pairs if {*pair} <= p50.keys())
         if each := [f"{over} over {under} {p50[over] / p50[under]:.2f}" for over, under in pairs]:
             said.append(", ".join(each))
         return "\n".join(said)

@@ -165,6 +165,20 @@ def test_bench_of_4_bit_layers(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran.status == 1 and "✗ ours: y MISS: rms" in ran.out
 
 
+@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4"])
+def test_bench_of_layers_that_bitsandbytes_lacks(
+    quant: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours beside itself over NF4, and PEFT's layer over the decoded weight."""
+    monkeypatch.setattr(timing, "COLD_BYTES", 1)
+    ran = run("--quant", quant, "--shapes", "3x64x96", *F32)
+    assert ran.status == 0 and [row["mode"] for row in ran.rows] == ["decoding", "decoding", "step"]
+    for row in ran.rows:
+        assert not row["misses"] and row["quant_type"] == quant
+        assert set(row["errors"]) == {"ours", "ours, NF4", "PEFT, decoded", "dense"}
+    assert "ours over ours, NF4 " in ran.out and "ours over PEFT, decoded " in ran.out
+
+
 def test_bench_with_dropout(run: Any, no_overhead: None) -> None:
     ran = run(*SMALL, "--dropout", "0.1")
     assert ran.status == 0 and all("peft" in row["tax"] for row in ran.rows)

@@ -44,6 +44,7 @@ from .oracle.head_case import HeadCase
 from .oracle.multi_case import MultiCase
 from .oracle.tolerance import Comparison
 from .quantization import Weight4bit
+from .quantization.codebooks import E2M1_TYPES
 
 Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter if it differs
 Shapes = tuple[tuple[int, ...], ...]
@@ -262,7 +263,7 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
     elif "quant" in fields:
         shapes = shapes[0], FEW_ROWS, *shapes[2:]
     for M, N, K, R in shapes:
-        if fields.get("quant", "").startswith(("mxfp4", "nvfp4")):  # rows of whole blocks
+        if fields.get("quant", "").startswith(E2M1_TYPES):  # rows of whole blocks
             K = K // 32 * 32
         case = Case(M, N, K, R, *dtypes, **fields, device=device)
         for forced in _forced_engines(name, case):

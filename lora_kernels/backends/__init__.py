@@ -1,4 +1,4 @@
-"""The backends, a package each. `eager` may launch `triton`'s elementwise kernels."""
+"""The backends, a package each. `eager` may launch `triton`'s elementwise kernels and decoder."""
 
 from __future__ import annotations
 

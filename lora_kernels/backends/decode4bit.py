@@ -1,4 +1,8 @@
-"""4-bit weights on any device: decoding, bitsandbytes' kernels, and quantization on the CPU."""
+"""4-bit weights on any device: decoding, bitsandbytes' kernels, and quantization on the CPU.
+
+On a GPU Triton's kernel decodes the types for which it passed its check, else bitsandbytes those
+for which that passed, else PyTorch's ops.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ..core import format4bit
 from ..core.dtypes import DTYPE_NUMBERS
 from ..core.packed4bit import Packed4bit
-from . import workspace
+from . import checked, workspace
 from .cpu import native
 from .library import is_on_gpu_path
 
@@ -94,7 +99,11 @@ def with_plain_scales(weight: Packed4bit) -> Packed4bit:
 
 
 def _library_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Decode with bitsandbytes if its ops passed their check on the device, or `decode`."""
+    """Decode by the first of three decoders that passed its check on the device."""
+    if kernel_reason(weight.packed.device, weight.quant_type, dtype) is None:
+        if checked.is_dispatched(weight.packed):
+            return torch.ops.lora_kernels.decode_4bit(*weight, *shape, dtype)  # type: ignore[no-any-return]
+        return _launch_decoder(*weight, *shape, dtype)
     if dtype in DTYPE_NUMBERS and _is_bitsandbytes(weight):
         return bitsandbytes_dense(weight, shape, dtype)
     return decode(weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype)
@@ -110,7 +119,7 @@ def bitsandbytes_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.
 
 def _is_bitsandbytes(weight: Packed4bit) -> bool:
     """Return True if the format is bitsandbytes' and its ops are used on the device."""
-    return weight.quant_type in ("nf4", "fp4") and bitsandbytes_reason(weight.packed.device) is None
+    return bitsandbytes_reason(weight.packed.device, weight.quant_type) is None
 
 
 def _bitsandbytes_scales(weight: Packed4bit) -> Tensor:
@@ -185,32 +194,73 @@ def has_gemm_4bit() -> bool:
     return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
-# Device type and index -> the reason why bitsandbytes' ops are not used there, or None after they
-# passed `compare_bitsandbytes`.
-bitsandbytes_reasons: dict[tuple[str, int | None], str | None] = {}
+def _launch_decoder(*args: Any) -> Tensor:
+    from .triton import codec
+
+    *fields, N, K, dtype = args
+    return codec.dequantize(Packed4bit(*fields), (N, K), dtype)
+
+
+# The decoder as one op, for modes.
+_LIB = torch.library.Library("lora_kernels", "FRAGMENT")
+_LIB.define(
+    "decode_4bit(Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
+    "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, str quant_type, "
+    "int N, int K, ScalarType dtype) -> Tensor"
+)
+torch.library.register_kernel("lora_kernels::decode_4bit", None, _launch_decoder, lib=_LIB)
+torch.library.register_fake(
+    "lora_kernels::decode_4bit",
+    lambda packed, *args: packed.new_empty(args[-3:-1], dtype=args[-1]),
+    lib=_LIB,
+)
+
+# Type and dtype -> device -> why Triton's kernel does not decode there; None after it passed
+# `compare_decoder`. Each type and dtype is compiled by itself.
+decoder_reasons: dict[tuple[str, torch.dtype], checked.Reasons] = {}
+
+
+def kernel_reason(device: torch.device, quant_type: str, dtype: torch.dtype) -> str | None:
+    """Return why Triton's kernel does not decode weights of the type to `dtype` on this device."""
+    if not is_on_gpu_path(device.type):
+        return "the CPU backend decodes"
+    if torch.compiler.is_compiling():
+        return checked.UNCHECKED
+    reasons = decoder_reasons.setdefault((quant_type, dtype), {})
+    compare = functools.partial(compare_decoder, quant_type, dtype)
+    return checked.kernel_reason(reasons, compare, device, dtype)
+
+
+# Device type and index, and type -> the reason why bitsandbytes' ops are not used, or None after
+# they passed `compare_bitsandbytes`.
+bitsandbytes_reasons: dict[tuple[str, int | None, str], str | None] = {}
 UNCHECKED = "bitsandbytes is unchecked: the first 4-bit call outside of a graph or trace checks it"
 
 
-def _never_compare(device: torch.device) -> str | None:
+def _never_compare(*args: Any) -> str | None:
     return UNCHECKED
 
 
-# Compares bitsandbytes' ops on a device with this package's, and returns that reason. It quantizes
-# a sample, hence `quantization`, which is above this package, sets it.
-compare_bitsandbytes: Callable[[torch.device], str | None] = _never_compare
+# Compare Triton's decoder, or bitsandbytes' ops, with PyTorch's decoding of a type on a device, and
+# return that reason. They quantize samples, hence `quantization`, which is above this package, sets
+# them.
+compare_decoder: Callable[[str, torch.dtype, torch.device], str | None] = _never_compare
+compare_bitsandbytes: Callable[[str, torch.device], str | None] = _never_compare
 
 
-def bitsandbytes_reason(device: torch.device) -> str | None:
-    """Return why bitsandbytes does not decode 4-bit weights on this device, or None if it does.
+def bitsandbytes_reason(device: torch.device, quant_type: str = "nf4") -> str | None:
+    """Return why bitsandbytes does not decode weights of the type on this device, or None.
 
-    The first question about a GPU imports bitsandbytes and compares its ops with this package's,
-    unless a graph is captured or traced at that time.
+    The first question about a GPU and a type imports bitsandbytes and compares its ops with this
+    package's, unless a graph is captured or traced at that time.
     """
+    if quant_type not in ("nf4", "fp4"):
+        return f"bitsandbytes has no {quant_type.upper()}"
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if not is_on_gpu_path(device.type):
         return "the CPU backend decodes"
-    key = (device.type, device.index)
+    key = (device.type, device.index, quant_type)
     if key in bitsandbytes_reasons:
         return bitsandbytes_reasons[key]
     if _is_recorded(device):
@@ -219,7 +269,7 @@ def bitsandbytes_reason(device: torch.device) -> str | None:
     try:
         # Another thread has none of the caller's autocast, modes, transforms and forced backend.
         with ThreadPoolExecutor(1) as thread:
-            found = thread.submit(compare_bitsandbytes, device).result()
+            found = thread.submit(compare_bitsandbytes, quant_type, device).result()
     except BaseException:
         del bitsandbytes_reasons[key]
         raise
@@ -236,12 +286,13 @@ def _is_recorded(device: torch.device) -> bool:
     return workspace.is_capturing(device) or _get_current_dispatch_mode() is not None
 
 
-def decoded_by(device: torch.device) -> str:
-    """Return a clause for `explain` that names the decoder of 4-bit weights on a GPU."""
-    reason = bitsandbytes_reason(device)
-    return (
-        "bitsandbytes decodes" if reason is None else f"PyTorch decodes in three kernels: {reason}"
-    )
+def decoded_by(device: torch.device, quant_type: str, dtype: torch.dtype) -> str:
+    """Return a clause for `explain` that names the decoder of a type to a dtype on a GPU."""
+    if (no_kernel := kernel_reason(device, quant_type, dtype)) is None:
+        return "our kernel decodes"
+    if (reason := bitsandbytes_reason(device, quant_type)) is None:
+        return f"bitsandbytes decodes: {no_kernel}"
+    return f"PyTorch decodes in three kernels: {reason}; {no_kernel}"
 
 
 def encode(

@@ -45,6 +45,7 @@ from ..backends.eager import head
 from ..core.packed4bit import Packed4bit
 from ..ops.head import lora_linear_cross_entropy
 from ..quantization import Weight4bit
+from ..quantization.codebooks import E2M1_TYPES
 from . import experts_traffic, traffic
 from .counter import Traffic, count_layer
 from .results import Facts, Row, versions
@@ -510,6 +511,8 @@ class Count(Suite):
             if cell.base != "nf4" or has_bitsandbytes:
                 for p, (K, N), R in itertools.product(traffic.DROPOUTS, traffic.SHAPES, args.ranks):
                     yield from traffic.count_cell(cell, K, N, R, p)
+        for kind, (K, N), R in itertools.product(E2M1_TYPES, traffic.SHAPES, args.ranks):
+            yield from traffic.count_base(kind, K, N, R)
         for block, cell in itertools.product(BLOCKS, CELLS):
             if cell.base != "nf4" or has_bitsandbytes:
                 yield from count_block(block, cell)
@@ -529,6 +532,9 @@ class Count(Suite):
         for block in BLOCKS:
             found = [row for row in rows if row.what and row.what.startswith(block.title)]
             yield f"{block.title}: {_count_losses(found, 'the best peer', ('bytes', 'peak'))}"
+        bases = [row for row in rows if row.what and row.what.startswith("base ")]
+        lost = _count_losses(bases, "nested NF4", ("bytes", "kernels", "peak"))
+        yield f"bases in MXFP4 and NVFP4: {lost}"
         if (reason := experts_traffic.missing()) is not None:
             yield f"no experts: {reason}"
             return

@@ -198,8 +198,8 @@ class Row:
         said = [f"{self.identity}, over {unit}", *self._details()]
         said.append(text_table(lines))
         said += [f"✗ {name}: {what}" for name, what in self.misses.items()]
-        pairs = COST_RATIOS.get(self.what or self.quant_type or "", ())
-        pairs = tuple(pair for pair in pairs if {*pair} <= p50.keys())
+        ratios = COST_RATIOS.get(self.what or self.quant_type or "", ())
+        pairs = (pair for pair in ratios if {*pair} <= p50.keys())
         if each := [f"{over} over {under} {p50[over] / p50[under]:.2f}" for over, under in pairs]:
             said.append(", ".join(each))
         return "\n".join(said)

@@ -23,9 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..backends.decode4bit import FUSED_ROWS
+from ..layers import QLoRALinear
+from ..quantization import Weight4bit
 from . import baselines, counter
 from .counter import Kernel, Traffic
-from .results import Row
+from .results import NESTED_NF4, Row
 
 ROWS = (1, 16, 512, 8192)  # M
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # K, N
@@ -204,6 +207,50 @@ def count_cell(
             **{"dtype": cell.name, "M": M, "K": K, "N": N, "R": R, "dropout_p": dropout_p},
             strategy=left,
         )
+
+
+def count_base(quant_type: str, K: int, N: int, R: int) -> Iterator[Row]:
+    """Yield the rows of a `QLoRALinear` over MXFP4 or NVFP4: both directions for each of `ROWS`.
+
+    Beside it are the same over nested NF4, and PEFT's layer over the decoded weight. Ours loses
+    where it moves more bytes than over NF4 and the scales that it reads more, launches more kernels
+    or takes a peak that is higher by more than `PEAK_UNIT`. Rows up to `FUSED_ROWS` are not judged:
+    bitsandbytes' GEMM of NF4 decodes inside.
+
+    >>> [row.moved["ours"] for row in count_base("mxfp4", 64, 64, 8)][-2:]
+    [5526720, 7888064]
+    """
+    cell = Cell("bf16, bf16 adapters", _BF16, _BF16)
+    on: Any = {"dtype": _BF16, "lora_dtype": _BF16, "device": "meta"}
+    layers = {
+        name: QLoRALinear(K, N, R, quant_type=kind, **on)
+        for name, kind in (("ours", quant_type), (NESTED_NF4, "nf4"))
+    }
+    scales = [sum(t.nbytes for t in _scales(layer.weight4bit)) for layer in layers.values()]
+    layers |= {"peft": stock(cell, K, N, R)}
+    for M in ROWS:
+        steps = {name: count_step(layer, cell, M, K) for name, layer in layers.items()}
+
+        def judge(counts: dict[str, Traffic], direction: str, M: int = M) -> list[str]:
+            ours, nf4 = counts["ours"], counts[NESTED_NF4]
+            decodings = 1 if direction == DIRECTIONS[0] else 2  # a step decodes in both directions
+            allowed = nf4.bytes + decodings * max(0, scales[0] - scales[1])
+            lost = {
+                "bytes": ours.bytes > allowed,
+                "kernels": ours.kernels > nf4.kernels,
+                "peak": ours.peak > nf4.peak + PEAK_UNIT,
+            }
+            return [name for name in lost if lost[name] and M > FUSED_ROWS]
+
+        what = f"base {quant_type.upper()}"
+        key = {"what": what, "dtype": cell.name, "M": M, "K": K, "N": N, "R": R}
+        yield from count_rows(steps, judge, **key)
+
+
+def _scales(weight: Weight4bit) -> list[Tensor]:
+    """Return what scales are decoded from."""
+    found = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
+    return [t for t in found if t is not None]
 
 
 def count_step(

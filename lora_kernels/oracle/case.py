@@ -33,6 +33,7 @@ from ..core.problem import Layout
 from ..ops.linear import lora_linear
 from ..ops.norm import dora_norm
 from ..quantization import Weight4bit, quantize_4bit
+from ..quantization.codebooks import BITSANDBYTES_TYPES
 from . import reference, tolerance
 from .tolerance import Comparison, unit_roundoff
 
@@ -251,7 +252,8 @@ def _groups(M: int) -> int:
 # in parts.
 GPU_UPCAST_ROWS = 4
 # bitsandbytes' CPU kernel reads wrong scales where a block straddles two rows of the weight.
-_CPU_DECODER = {("cpu", None): "its CPU kernel is wrong where a block straddles rows"}
+_WRONG = "its CPU kernel is wrong where a block straddles rows"
+_CPU_DECODER = {("cpu", None, quant_type): _WRONG for quant_type in BITSANDBYTES_TYPES}
 
 
 class Source:

@@ -208,7 +208,9 @@ def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | Non
             strategy = f"{strategy}, the base GEMM twice"
             reasons.append("PEFT's DoRA drops x for the base GEMM too")
     if plan.base_reason is None and is_linear4bit(layer.base_layer):
-        reasons += _decoder_reasons(choices, x.device)
+        base: Any = layer.base_layer
+        compute_dtype = base.compute_dtype if base.compute_type_is_set else None
+        reasons += _decoder_reasons(choices, x, _base_weight(base), compute_dtype)
     if casts_adapters(layer, x.device.type, x.dtype, x.shape[0]):
         reasons.append(f"adapters are rounded to {x.dtype}")
     return _Way(backend, strategy, reasons)
@@ -264,10 +266,13 @@ def _clauses(choices: Sequence[Choice]) -> list[str]:
     return [clause for choice in choices for clause in choice.reason.split("; ")]
 
 
-def _decoder_reasons(choices: Sequence[Choice], device: torch.device) -> Iterator[str]:
+def _decoder_reasons(
+    choices: Sequence[Choice], x: Tensor, weight: Any, compute_dtype: torch.dtype | None
+) -> Iterator[str]:
     """Yield what decodes the 4-bit weight of a GPU's library GEMMs."""
-    if _backend_state(choices) == LIBRARY and is_on_gpu_path(device.type):
-        yield decoded_by(device)
+    if _backend_state(choices) == LIBRARY and is_on_gpu_path(x.device.type):
+        dtype = base_dtype(x.device.type, x.dtype, compute_dtype)
+        yield decoded_by(x.device, weight.quant_type, dtype)
 
 
 def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
@@ -326,7 +331,8 @@ def row_of_layer(
     for M in rows:
         choice = _choose(x.expand(M, -1), weight, call, layer.compute_dtype)
         reasons = _clauses([choice])
-        reasons += _decoder_reasons([choice], x.device) if is_4bit else ()
+        if is_4bit:
+            reasons += _decoder_reasons([choice], x, weight, layer.compute_dtype)
         ways.append(_Way(choice.backend, choice.strategy, reasons))
     return _row(name, _backend_state(ways), rows, ways)
 
@@ -492,13 +498,16 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
 
 def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
     """Return how the eager backend runs experts on a GPU, and what the host waits for."""
-    device, is_4bit = operands.x.device, isinstance(operands.weight, Packed4bit)
+    device, weight = operands.x.device, operands.weight
+    is_4bit = isinstance(weight, Packed4bit)
     if (why := eager_experts.loop_reason(operands, spec)) is not None:
         decoded = "decoded and multiplied" if is_4bit else "multiplied"
         return f"one expert at a time is {decoded}, and the host waits for the GPU: {why}"
     if (why := eager_experts.waits_reason(device, spec.dtype)) is not None:
         return f"grouped_mm multiplies one expert at a time, and the host waits for the GPU: {why}"
-    decoder = f"; {decoded_by(device)}" * is_4bit
+    decoder = ""
+    if isinstance(weight, Packed4bit):
+        decoder = f"; {decoded_by(device, weight.quant_type, spec.dtype)}"
     return f"grouped_mm multiplies all experts, and the host does not wait{decoder}"
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 BITSANDBYTES_TYPES = ("nf4", "fp4")
-QUANT_TYPES = (*BITSANDBYTES_TYPES, "mxfp4", "nvfp4")
+E2M1_TYPES = ("mxfp4", "nvfp4")
+QUANT_TYPES = (*BITSANDBYTES_TYPES, *E2M1_TYPES)
 _POWERS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # The elements that may share a scale.
 BLOCKSIZES = {"nf4": _POWERS, "fp4": _POWERS, "mxfp4": (32,), "nvfp4": (16,)}

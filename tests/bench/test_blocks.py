@@ -275,6 +275,9 @@ def test_bench_count_has_rows_of_blocks_and_heads(
     ran = run("--count")
     *found, narrow, wide, forward, backward = (row for row in ran.rows if "what" in row)
     assert forward["what"] == backward["what"] == "8 experts 2048→768, top 8"
+    bases = [row for row in found if row["what"].startswith("base ")]
+    found = found[len(bases) :]
+    assert {row["what"] for row in bases} == {"base MXFP4", "base NVFP4"}
     assert len(found) == 2 * len(SMALL) * (len(blocks.ROWS) + 1)
     assert narrow["what"] == wide["what"] == "head and loss" and narrow["moved"] != wide["moved"]
     assert ran.status == any(row["misses"] for row in ran.rows)

@@ -437,7 +437,7 @@ def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> 
 def test_bench_count_prints_and_writes_every_row(small: None, run: Any) -> None:
     ran = run("--count", "--ranks", "16")
     counted = [c for c in CELLS if c.base != "nf4" or find_spec("bitsandbytes") is not None]
-    *layers, _, _ = ran.rows  # and two heads
+    layers = [row for row in ran.rows if "what" not in row]  # not the heads and bases
     assert len(layers) == 2 * len(counted) * len(bench_traffic.DROPOUTS) * len(bench_traffic.ROWS)
     assert set(ran.data["provenance"]) == {"version", "torch", "peft", "bitsandbytes"}
     lost = [row["misses"]["ours"] for row in ran.rows if row["misses"]]
@@ -579,3 +579,23 @@ def test_passes_in_the_docs_are_those_counted() -> None:
     table = Path(bench_traffic.__file__).parents[2].joinpath("benchmarks/KERNELS.md").read_text()
     for name, row in PASSES_OF.items():
         assert f"| {name} | {' | '.join(map(str, row))} |" in table
+
+
+@pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4"])
+def test_count_of_a_base_is_nested_nf4s_and_its_scales(
+    quant_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 8192 rows the bytes differ by those of the scales alone, and no kernel is added."""
+    pytest.importorskip("bitsandbytes")
+    rows = [row for row in bench_traffic.count_base(quant_type, 4096, 1024, 16) if row.M == 8192]
+    elements, block = 4096 * 1024, {"mxfp4": 32, "nvfp4": 16}[quant_type]
+    nested = elements // 64 + elements // 64 // 256 * 4 + 4
+    for row in rows:
+        assert not row.misses
+        more = row.moved["ours"] - row.moved["ours, NF4"]
+        assert more == elements // block - nested
+        assert row.kernels["ours"] == row.kernels["ours, NF4"]
+        assert row.peak_bytes["ours"] == row.peak_bytes["ours, NF4"]
+    monkeypatch.setattr(bench_traffic, "_scales", lambda weight: [])
+    lost = [row.misses for row in bench_traffic.count_base(quant_type, 4096, 1024, 16)]
+    assert lost == [{}] * 6 + [{"ours": "bytes"}] * 2

@@ -48,10 +48,12 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     before = dict(decode4bit.bitsandbytes_reasons)
     if request.param.endswith("bitsandbytes"):
         pytest.importorskip("bitsandbytes")
-        decode4bit.bitsandbytes_reasons.pop(("cpu", None), None)
-        assert decode4bit.bitsandbytes_reason(CPU) is None
+        for quant_type in ("nf4", "fp4"):
+            decode4bit.bitsandbytes_reasons.pop(("cpu", None, quant_type), None)
+            assert decode4bit.bitsandbytes_reason(CPU, quant_type) is None
     else:
-        decode4bit.bitsandbytes_reasons["cpu", None] = "the test says so"
+        for quant_type in ("nf4", "fp4"):
+            decode4bit.bitsandbytes_reasons["cpu", None, quant_type] = "the test says so"
     yield request.param
     decode4bit.bitsandbytes_reasons.clear()
     decode4bit.bitsandbytes_reasons.update(before)
@@ -538,7 +540,7 @@ layer = QLoRALinear.from_linear(torch.nn.Linear(64, 32), r=4, dropout=0.1)
 x = torch.randn(5, 64, requires_grad=True)
 with as_on_gpu(), lora_kernels.backend("eager"):
     layer(x).sum().backward()
-    print(x.grad.shape, decode4bit.decoded_by(x.device))
+    print(x.grad.shape, decode4bit.decoded_by(x.device, "nf4", x.dtype))
 """
 
 

@@ -103,7 +103,7 @@ def test_first_4bit_call_on_a_gpu_has_checked_bitsandbytes(entry, x, no_reasons)
     no_reasons.clear()
     with as_on_gpu(), lora_kernels.backend("eager"):
         call(x)
-    assert no_reasons == {("cpu", None): None}
+    assert no_reasons == {("cpu", None, "nf4"): None}
 
 
 RECORDED = {
@@ -125,7 +125,7 @@ def test_bitsandbytes_is_not_checked_while_a_call_is_recorded(
     no_reasons.clear()
     compare = decode4bit.compare_bitsandbytes
     monkeypatch.setattr(
-        decode4bit, "compare_bitsandbytes", lambda device: asked.append(device) or compare(device)
+        decode4bit, "compare_bitsandbytes", lambda *args: asked.append(args) or compare(*args)
     )
     with as_on_gpu(), lora_kernels.backend("eager"):
         with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
@@ -133,10 +133,11 @@ def test_bitsandbytes_is_not_checked_while_a_call_is_recorded(
             RECORDED[recorded](patch)
             if recorded != "compile":  # which the package's functions follow too
                 call(x)
-            assert decode4bit.decoded_by(x.device).endswith(decode4bit.UNCHECKED)
+            assert decode4bit.UNCHECKED in decode4bit.decoded_by(x.device, "nf4", bf16)
         assert not asked and not no_reasons
         call(x)
-        assert asked == [x.device] and decode4bit.decoded_by(x.device) == "bitsandbytes decodes"
+        said = decode4bit.decoded_by(x.device, "nf4", bf16)
+        assert asked == [("nf4", x.device)] and said.startswith("bitsandbytes decodes: no Triton")
         call(x)
         assert len(asked) == 1
 
@@ -145,14 +146,14 @@ def test_check_of_bitsandbytes_has_nothing_of_the_caller_s_in_force(x, no_reason
     call = call_of_weight()
     with as_on_gpu(), torch.autocast("cpu", bf16), torch.inference_mode(), torch.device("meta"):
         call(x)
-    assert no_reasons == {("cpu", None): None}
+    assert no_reasons == {("cpu", None, "nf4"): None}
     no_reasons.clear()
     with as_on_gpu(), lora_kernels.backend("triton"):  # which cannot take the sample
         assert decode4bit.bitsandbytes_reason(x.device) is None
 
 
 def test_check_of_bitsandbytes_that_raises_is_made_again(x, no_reasons, monkeypatch):
-    def compare(device):
+    def compare(quant_type, device):
         raise MemoryError
 
     call = call_of_op()
@@ -162,7 +163,7 @@ def test_check_of_bitsandbytes_that_raises_is_made_again(x, no_reasons, monkeypa
             call(x)
         assert not no_reasons
         call(x)
-    assert no_reasons == {("cpu", None): None}
+    assert no_reasons == {("cpu", None, "nf4"): None}
 
 
 def test_bitsandbytes_reason_of_a_cpu_asks_nothing(no_reasons):
@@ -185,8 +186,8 @@ def test_bitsandbytes_reason_is_of_one_gpu(no_reasons, monkeypatch):
     """A device without an index is the current one."""
     asked = []
 
-    def compare(device):
-        asked.append(device)
+    def compare(quant_type, device):
+        asked.append((quant_type, device))
         return "no kernel image" if device.index else None
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -196,7 +197,43 @@ def test_bitsandbytes_reason_is_of_one_gpu(no_reasons, monkeypatch):
         device = torch.device("cuda") if index is None else torch.device("cuda", index)
         found = decode4bit.bitsandbytes_reason(device)
         assert found == (None if index == 0 else "no kernel image")
-    assert asked == [torch.device("cuda", 1), torch.device("cuda", 0)]
+    assert asked == [("nf4", torch.device("cuda", 1)), ("nf4", torch.device("cuda", 0))]
+
+
+def test_bitsandbytes_reason_is_of_one_type(no_reasons, monkeypatch):
+    """A difference in FP4 leaves NF4, and the formats that bitsandbytes lacks ask nothing."""
+    wrong = {"fp4": "a code of fp4 differs"}
+    monkeypatch.setattr(decode4bit, "compare_bitsandbytes", lambda kind, device: wrong.get(kind))
+    cpu = torch.device("cpu")
+    with as_on_gpu():
+        assert decode4bit.bitsandbytes_reason(cpu, "nf4") is None
+        assert decode4bit.bitsandbytes_reason(cpu, "fp4") == "a code of fp4 differs"
+        for kind in ("mxfp4", "nvfp4"):
+            said = f"bitsandbytes has no {kind.upper()}"
+            assert decode4bit.bitsandbytes_reason(cpu, kind) == said
+            assert decode4bit.decoded_by(cpu, kind, bf16).startswith(
+                f"PyTorch decodes in three kernels: {said}"
+            )
+    assert set(no_reasons) == {("cpu", None, "nf4"), ("cpu", None, "fp4")}
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_formats_that_bitsandbytes_lacks_never_reach_its_ops(kind, no_reasons, monkeypatch):
+    """Linear layers and stacks of experts, of few rows and many."""
+
+    def fail(*args):
+        raise AssertionError("bitsandbytes was called")
+
+    for name in ("bitsandbytes_dense", "bitsandbytes_gemm", "_bitsandbytes_scales"):
+        monkeypatch.setattr(decode4bit, name, fail)
+    weight = quantize_4bit(torch.randn(64, 128, dtype=bf16), kind)
+    A, B = (torch.ones(*shape, dtype=bf16) for shape in ((3, 128), (64, 3)))
+    with as_on_gpu(), lora_kernels.backend("eager"):
+        for M in (1, 40):
+            x = torch.randn(M, 128, dtype=bf16, requires_grad=True)
+            lora_linear(x, weight, A, B).sum().backward()
+        decode4bit.with_plain_scales(weight.codes)
+    assert not no_reasons
 
 
 @pytest.mark.parametrize("M", [1, 128])

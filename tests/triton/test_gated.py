@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import OutOfResources
 
 import lora_kernels
-from lora_kernels.backends.eager import checked
+from lora_kernels.backends import checked
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.eager.blocks import Layer
 from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
@@ -101,7 +101,7 @@ def test_kernels_pass_their_check() -> None:
     eager_mlp.kernel_reasons.clear()
     assert eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16) is None
     reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.float64)
-    assert reason == "Triton's elementwise kernels do not take torch.float64"
+    assert reason == "Triton's kernels do not take torch.float64"
 
 
 @every_dtype
@@ -231,7 +231,7 @@ FAULTS: dict[str, tuple[Callable[..., None], str]] = {
     "where the activation saturates": (saturated, "silu in torch.float32 differs from PyTorch's"),
     "the other GELU": (of_tanh, "gelu_tanh in torch.float32 "),
     "wrong in place": (overwriting, "makes other bits in place"),
-    "an exception": (failing, "Triton's elementwise kernels raised RuntimeError: no kernel image"),
+    "an exception": (failing, "Triton's kernels raised RuntimeError: no kernel image"),
     "an exception of Triton's": (unlaunchable, "raised OutOfResources: out of resource"),
 }
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.problem import KERNEL_DTYPES
-from . import checked
+from .. import checked
 from . import linear as eager
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

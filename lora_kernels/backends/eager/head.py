@@ -48,9 +48,8 @@ from ...core.call import (
 from ...core.dropout import dropout_mask
 from ...core.dtypes import stat_dtype
 from ...core.problem import KERNEL_DTYPES
-from .. import triton
+from .. import checked, triton
 from ..library import is_on_gpu_path, mm_fp32
-from . import checked
 
 Linear = Callable[[Operands, Spec], tuple[Tensor, Saved]]
 LinearBackward = Callable[[Tensor, Operands, Saved, Spec, Needs], Grads]

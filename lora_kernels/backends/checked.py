@@ -1,4 +1,4 @@
-"""Triton kernels of the eager backend, compared with PyTorch's ops before a device uses them."""
+"""Triton kernels that are compared with PyTorch's ops before a device uses them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ...core.problem import KERNEL_DTYPES
-from .. import triton, workspace
+from ..core.problem import KERNEL_DTYPES
+from . import triton, workspace
 
-UNCHECKED = "Triton's elementwise kernels are unchecked: the first call outside of a graph does it"
+UNCHECKED = "Triton's kernels are unchecked: the first call outside of a graph does it"
 # Device type and index -> why the kernels are not used there; None after they passed.
 Reasons = dict[tuple[str, int | None], str | None]
 
@@ -35,7 +35,7 @@ def kernel_reason(
         dtype: of the tensors.
     """
     if dtype not in KERNEL_DTYPES:
-        return f"Triton's elementwise kernels do not take {dtype}"
+        return f"Triton's kernels do not take {dtype}"
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     key = (device.type, device.index)
@@ -57,7 +57,7 @@ def _compare(compare: Callable[[torch.device], str | None], device: torch.device
     try:
         return compare(device)
     except Exception as error:  # whatever the compiler or the driver raises
-        return f"Triton's elementwise kernels raised {type(error).__name__}: {error}"
+        return f"Triton's kernels raised {type(error).__name__}: {error}"
 
 
 def _unavailable_reason(device: torch.device) -> str | None:

@@ -14,6 +14,7 @@ import lora_kernels
 from lora_kernels import info, verify
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, constraints, launch
+from lora_kernels.backends.cuda import linear as cuda_linear
 from lora_kernels.backends.launches import Plan, planned
 from lora_kernels.choice import choose as selection
 from lora_kernels.core import device
@@ -153,6 +154,30 @@ def test_kernel_of_rows_that_fit_should_refuse_raises(
             lora_kernels.lora_linear(x, W, A, B)
 
 
+@pytest.mark.parametrize(("quant_type", "size"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_decode_refuses_blocks_under_64_and_says_so(quant_type: str, size: int) -> None:
+    weight = quantize_4bit(torch.ones(8, 64, dtype=bf16), quant_type)
+    x, A, B = (torch.ones(*shape, dtype=bf16) for shape in ((3, 64), (2, 64), (8, 2)))
+    want = f"cannot run here: blocks of {size} codes are less than 64"
+    with lora_kernels.backend("cuda", COOPERATIVE), pytest.raises(RuntimeError, match=want):
+        lora_kernels.lora_linear(x, weight, A, B)
+
+
+def test_gemm_of_blocks_under_16_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads a scale for each half of a run of 32 codes."""
+    monkeypatch.setattr(
+        cuda_linear, "codes", lambda c, shape: launch.codes(c and c._replace(blocksize=8), shape)
+    )
+    weight = quantize_4bit(torch.ones(8, 64, dtype=bf16), "nvfp4")
+    x, A, B = (torch.ones(*shape, dtype=bf16) for shape in ((33, 64), (2, 64), (8, 2)))
+    with (
+        lora_kernels.backend("cuda", TWO_PASS),
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="gemm: the weight's blocks have less than 16 codes"),
+    ):
+        lora_kernels.lora_linear(x, weight, A, B)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_verify_judges_each_option_that_the_backend_takes(
     strategy: str, monkeypatch: pytest.MonkeyPatch
@@ -163,7 +188,8 @@ def test_verify_judges_each_option_that_the_backend_takes(
     lines = {name: verify.judge_option(verify.SHAPES, dtypes, name, engine) for name in OPTIONS}
     judged = {name: line[0]["ok"] for name, line in lines.items() if line is not None}
     want = ["plain", "bias", "gate", "column scale", "everything", "nf4"]
-    want += ["fp4, all"] * (strategy == TWO_PASS)  # in blocks that cooperative does not take
+    # In blocks that cooperative does not take.
+    want += ["fp4, all", "mxfp4", "nvfp4, all"] * (strategy == TWO_PASS)
     assert judged == dict.fromkeys(want, True)
 
 

@@ -49,3 +49,22 @@ def test_merge_suite_fails_if_ours_changes_the_base() -> None:
 def test_merge_suite_takes_another_length_for_a_change() -> None:
     (a, b) = (merges.stored(merges.build(base, "cpu")) for base in merges.BASES[:2])
     assert merges.differing(a[0], a[0]) == 0 and merges.differing(a[0], b[0]) == a[0].numel()
+
+
+def test_merge_suite_times_calls_of_models_that_are_not_merged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing would be left for a call to merge."""
+    monkeypatch.setattr(merges, "SIZE", 128)
+    monkeypatch.setattr(merges, "LAYERS", 2)
+    merged: list[int] = []
+
+    def interleave(calls: Any, **_: Any) -> dict[str, float]:
+        for call in calls.values():
+            (model,) = call.args
+            merged.append(sum(getattr(each, "merged", False) for each in model.modules()))
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(merges.timing, "interleave", interleave)
+    merges.row_of(merges.BASES[0], "cpu", 0.01)
+    assert merged == [0] * 4

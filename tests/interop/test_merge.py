@@ -266,6 +266,22 @@ def test_exact_merge_of_4_bits_copies_packed_bytes_and_scales() -> None:
     assert up.weight.module is up
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4 in bfloat16 storage"])
+def test_exact_merge_of_4_bits_gives_the_parameter_s_attributes_back(kind: str) -> None:
+    """Each attribute has in one of the kinds another value than bitsandbytes' default."""
+    model = fuse(make(kind), exact_merge="host")
+
+    def attributes() -> dict[str, Any]:
+        weight = model.get_base_model().up.base_layer.weight
+        found = {name: value for name, value in vars(weight).items() if name != "quant_state"}
+        return found | {"class": type(weight), "requires_grad": weight.requires_grad}
+
+    before = attributes()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert attributes() == before and before["module"] is model.get_base_model().up.base_layer
+
+
 def test_exact_merge_of_a_later_adapter_keeps_the_first_copy() -> None:
     model = mlp(bf16)
     add_adapter(model)
@@ -308,6 +324,45 @@ def test_exact_merge_of_tied_weights_copies_them_once(
     assert not copies(model)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_fuse_again_with_exact_merge_follows_the_ties_of_today(ties: bool) -> None:
+    """A tied layer's base comes back with the last layer, and an untied one's at once."""
+    model = fuse(tied(bf16), exact_merge="host")
+    head, embedding = model.get_base_model().lm_head, model.get_base_model().model.embed_tokens
+    shared = head.base_layer.weight
+    head.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    fuse(model, exact_merge="host")
+    if ties:
+        head.base_layer.weight = shared
+        fuse(model, exact_merge="host")
+    before = base_bytes(model)
+    model.merge_adapter()
+    head.unmerge()
+    assert torch.equal(base_bytes(model)["lm_head.weight"], before["lm_head.weight"]) is not ties
+    embedding.unmerge()
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+@pytest.mark.parametrize("first", ["embed_tokens", "lm_head"])
+def test_exact_merge_over_a_tied_weight_that_raises_keeps_the_first_layer_s(first: str) -> None:
+    model = fuse(tied(bf16), exact_merge="host")
+    before, base = base_bytes(model), model.get_base_model()
+    one, other = base.model.embed_tokens, base.lm_head
+    if first == "lm_head":
+        one, other = other, one
+    with torch.no_grad():
+        next(iter((other.lora_B or other.lora_embedding_B).parameters())).fill_(torch.nan)
+    one.merge()
+    merged = base_bytes(model)
+    with pytest.raises(ValueError, match="NaN"):
+        other.merge(safe_merge=True)
+    assert_base(model, merged)
+    one.unmerge()
+    assert_base(model, before)
+    assert not copies(model)
+
+
 def test_exact_merge_of_views_of_one_storage_copies_them_once() -> None:
     """Parameters of their own, over the same memory."""
     model = mlp(bf16, target_modules=["up", "down"], linear=lambda K, N, **kwargs: nn.Linear(8, 8))
@@ -339,11 +394,15 @@ def test_exact_merge_of_slices_of_one_storage_are_not_tied() -> None:
     assert not torch.equal(after["down.weight"], before["down.weight"])
 
 
-def test_exact_merge_of_overlapping_weights_raises() -> None:
-    model = mlp(bf16)
+@pytest.mark.parametrize("how", ["a part", "transposed"])
+def test_exact_merge_of_overlapping_weights_raises(how: str) -> None:
+    model = mlp(bf16, linear=lambda K, N, **kwargs: nn.Linear(8, 8))
     base = model.get_base_model()
     up, down = base.up.base_layer, base.down.base_layer
-    down.weight.data = up.weight.data.flatten()[3 : 3 + down.weight.numel()].view_as(down.weight)
+    if how == "a part":
+        down.weight = nn.Parameter(up.weight.data[2:5], requires_grad=False)
+    else:
+        down.weight = nn.Parameter(up.weight.data.t(), requires_grad=False)
     with pytest.raises(ValueError, match=r"exact_merge: got bases of shapes .* that overlap"):
         fuse(model, exact_merge="host")
     assert type(base.up).__name__ == "Linear"
@@ -477,9 +536,10 @@ def test_merge_of_an_adapter_that_the_layer_lacks_makes_no_copy(
     assert kept == ["base_model.model.down"] and model.get_base_model().down.merged
 
 
-def test_exact_merge_turned_off_while_merged_gives_the_base_back() -> None:
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "tied"])  # fused, left to PEFT, of one base
+def test_exact_merge_turned_off_while_merged_gives_the_base_back(kind: str) -> None:
     for off in (fuse, unfuse):
-        model = fuse(mlp(bf16), exact_merge="host")
+        model = fuse(make(kind), exact_merge="host")
         before = base_bytes(model)
         model.merge_adapter()
         off(model)
@@ -617,11 +677,16 @@ def unloaded(model: Any, **how: Any) -> dict[str, Tensor]:
 
 
 def everything(model: Any) -> dict[str, Any]:
-    """All bytes of the model, and the objects that its parameters are."""
+    """All bytes of the model, and the objects that its parameters, states and caches are."""
     tensors = {name: t.clone() for name, t in model.state_dict().items()}
     states = {name: vars(m).get("quant_state") for name, m in model.named_modules()}
     parameters = dict(model.named_parameters())
-    return {"tensors": tensors, "parameters": parameters, "states": states}
+    caches = {
+        f"{name}.{key}": cached
+        for name, module in model.named_modules()
+        for key, cached in getattr(module, "_caches", {}).items()
+    }
+    return {"tensors": tensors, "parameters": parameters, "states": states, "caches": caches}
 
 
 def assert_untouched(model: Any, before: dict[str, Any]) -> None:
@@ -631,7 +696,7 @@ def assert_untouched(model: Any, before: dict[str, Any]) -> None:
 
 
 def assert_same_objects(after: dict[str, Any], before: dict[str, Any]) -> None:
-    for kind in ("parameters", "states"):
+    for kind in ("parameters", "states", "caches"):
         assert after[kind].keys() == before[kind].keys()
         assert all(after[kind][name] is found for name, found in before[kind].items())
 
@@ -671,10 +736,18 @@ def test_merged_weights_of_a_merged_model_merge_the_rest() -> None:
     assert_untouched(model, before)
 
 
-def test_merged_weights_of_modules_to_save_are_the_trained_ones() -> None:
+@pytest.mark.parametrize("active", ["default", "second", "without"])
+def test_merged_weights_of_modules_to_save_are_the_active_adapter_s(active: str) -> None:
+    """They are the base's own under an adapter that saves none."""
     model = add_lora(llama(bf16), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    add_adapter(model)
+    add_adapter(model, "without", modules_to_save=None)
+    heads = model.get_base_model().lm_head.modules_to_save
     with torch.no_grad():
-        model.get_base_model().lm_head.modules_to_save["default"].weight.add_(1.0)
+        for i, head in enumerate(heads.values()):
+            head.weight.add_(i + 1.0)
+    assert len(heads) == 2
+    model.set_adapter(active)
     assert_bytes(dict(merged_weights(model)), unloaded(model))
 
 
@@ -731,6 +804,17 @@ def test_merged_weights_hold_at_most_a_layer_at_a_time() -> None:
     assert many <= one + 4096 and one <= 3 * 128 * 128 * 4 + 8192
 
 
+def test_merges_of_multihead_attention_raise() -> None:
+    """PEFT merges and unmerges it in every forward."""
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8)})
+    model = add_lora(base, target_modules=["attention", "up"])
+    with pytest.raises(ValueError, match=r"exact_merge: got .*attention, an nn.MultiheadAttention"):
+        fuse(model, exact_merge="host")
+    with pytest.raises(ValueError, match=r"model: got attention, an nn.MultiheadAttention"):
+        merged_weights(model)
+    assert not [each for each in model.modules() if "exact_merge" in vars(each)]
+
+
 def test_merged_weights_of_offloaded_weights_raise() -> None:
     model = mlp(bf16)
     base = model.get_base_model().up.base_layer
@@ -769,15 +853,18 @@ def sharing(dtype: torch.dtype, std: float) -> Any:
     return model.float() if dtype is f32 else model
 
 
+@pytest.mark.parametrize("dtype", [bf16, torch.float16, f32])
 @pytest.mark.parametrize("units", [0.1, 0.2, 0.3, 0.5, 1.0])
-def test_check_gives_the_share_of_an_update_that_bfloat16_keeps(units: float) -> None:
+def test_check_gives_the_share_of_an_update_that_a_dtype_keeps(
+    units: float, dtype: torch.dtype
+) -> None:
     """Σ_k φ(k + ½; s) for normal updates of s units. An update is a sum of 64 products, which are
     not quite normal; their number is 98,304."""
-    model = sharing(bf16, units * 2**-7)
+    model = sharing(dtype, units * torch.finfo(dtype).eps)
     k = torch.arange(-40, 40, dtype=torch.float64) + 0.5
     want = float(torch.exp(-0.5 * (k / units) ** 2).sum() / (units * (2 * torch.pi) ** 0.5))
-    (row,) = check(model, torch.randn(4, 384, dtype=bf16)).kept
-    assert (row.target, row.kind, row.layers) == ("bfloat16", "0", 1)
+    (row,) = check(model, torch.randn(4, 384, dtype=dtype)).kept
+    assert (row.target, row.kind, row.layers) == (str(dtype).removeprefix("torch."), "0", 1)
     assert row.share == pytest.approx(want, abs=0.04)
 
 
@@ -872,3 +959,45 @@ def test_share_of_several_doras_over_4_bits_is_left_out() -> None:
         add_layer(tally, name, layer)
     assert not tally.rows()
     assert_untouched(model, state)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_kept_share_of_a_weight_in_chunks_is_that_of_the_whole(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mlp(bf16)
+    rows = []
+    for size in (1 << 22, chunk):
+        monkeypatch.setattr("lora_kernels.peft.kept._CHUNK", size)
+        tally = Tally()
+        for name, layer, _ in lora_layers(model):
+            add_layer(tally, name, layer)
+        rows.append(tally.rows())
+    for whole, parts in zip(*rows, strict=True):
+        assert whole[:3] == parts[:3] and whole.layers == 1
+        assert whole[3:] == pytest.approx(parts[3:], rel=1e-12)
+
+
+@pytest.mark.parametrize("update", [0.0, torch.inf, torch.nan])
+def test_tally_has_no_row_of_an_update_without_a_share(update: float) -> None:
+    tally, before = Tally(), torch.ones(3)
+    exact = torch.tensor([1.0, 1.0, 1.0 + update])
+    tally.add("float32", "up", before, exact, exact)
+    assert not tally.rows()
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts", "experts in 4 bits", "nf4"])
+def test_share_of_a_layer_that_lacks_an_active_adapter_is_that_of_its_own(kind: str) -> None:
+    model = make(kind, f32)
+
+    def rows() -> dict[str, Any]:
+        tally = Tally()
+        for name, layer, _ in lora_layers(model):
+            add_layer(tally, name, layer)
+        return {row.kind: row for row in tally.rows()}
+
+    alone, other = rows(), "q_proj" if kind.startswith("experts") else "down"
+    add_adapter(model, target_modules={other}, target_parameters=None)
+    activate(model, "default", "second")
+    names, both = alone.keys() - {other}, rows()
+    assert names and {n: both.get(n) for n in names} == {n: alone[n] for n in names}

@@ -107,7 +107,8 @@ def add_layer(tally: Tally, name: str, layer: Any) -> None:
         name = layer.parameter_name
     else:
         weight = base._parameters.get("weight")
-        is_sum = len(layer.active_adapters) == 1 or not layer.lora_variant
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        is_sum = len(names) == 1 or not layer.lora_variant
         if weight is None or not (is_plain(weight) or (is_params4bit(weight) and is_sum)):
             return
     before = _decoded(layer)

@@ -986,7 +986,7 @@ def test_tally_has_no_row_of_an_update_without_a_share(update: float) -> None:
     assert not tally.rows()
 
 
-@pytest.mark.parametrize("kind", ["linear", "experts", "experts in 4 bits", "nf4"])
+@pytest.mark.parametrize("kind", ["linear", "experts", "experts in 4 bits", "nf4", "nf4 dora"])
 def test_share_of_a_layer_that_lacks_an_active_adapter_is_that_of_its_own(kind: str) -> None:
     model = make(kind, f32)
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners import lora
-from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -160,10 +159,9 @@ def _exact_sum(layer: Any, before: Tensor) -> Tensor:
     N, K = before.shape
     dense = nn.Linear(K, N, bias=base.bias is not None, device="meta")
     dense.weight, dense.bias = nn.Parameter(before, requires_grad=False), base.bias
-    merge = SVDLinear.merge if isinstance(layer, AdaLoraLayer) else lora.Linear.merge
     layer.base_layer = dense
     try:
-        with merged_copies([layer], written(layer), dtype=wide, merge=merge):
+        with merged_copies([layer], written(layer), dtype=wide, merge=lora.Linear.merge):
             return dense.weight.detach()
     finally:
         layer.base_layer = base

@@ -16,6 +16,7 @@ from ..ops.arguments import check_finite, check_probability
 from ..ops.experts import lora_experts_linear
 from ..quantization import Weight4bit
 from ..quantization.codebooks import BITSANDBYTES_TYPES
+from ..quantization.tensor4bit import Tensor4bit
 
 UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 
@@ -132,7 +133,7 @@ class LoRAExperts(nn.Module):
         for name in projections(experts):
             weight = stack(experts, name)
             E, N, K = weight.shape
-            if cast(Any, experts).is_transposed:
+            if has_transposed_stack(experts, name):
                 N, K = K, N
             like = torch.empty(0, device=weight.device, dtype=torch.float32)
             self.lora_A[name] = nn.Parameter(like.new_empty(E, r, K))
@@ -234,13 +235,25 @@ def has_quantized_experts(model: nn.Module) -> bool:
 
 
 def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
-    """Return the weights [E, .., ..] of one projection; 4-bit weights stay packed."""
+    """Return the weights of one projection; 4-bit weights stay packed.
+
+    They are [E, out-features, in-features], or if `has_transposed_stack` [E, in-, out-features].
+    """
     if not is_quantized(experts, name):
-        return experts.get_parameter(name)
+        weight = experts.get_parameter(name)
+        return weight.read() if isinstance(weight, Tensor4bit) else weight
     from ..quantization.bitsandbytes import cached_weight
 
     found = cast(Any, experts).parametrizations[name]
     return cached_weight(found.original, found[0].quant_state)
+
+
+def has_transposed_stack(experts: nn.Module, name: str) -> bool:
+    """Return True if the `stack` of a projection is [E, in-features, out-features]."""
+    weight = experts._parameters.get(name)
+    # A Tensor4bit may have packed the transpose of the parameter.
+    is_turned = isinstance(weight, Tensor4bit) and weight.is_transposed
+    return bool(cast(Any, experts).is_transposed) != is_turned
 
 
 def quantize_experts(
@@ -272,7 +285,8 @@ def quantize_experts(
         raise ValueError(f"model: got {type(model).__name__} without experts modules")
     for module in modules:
         for name in projections(module):
-            if not is_quantized(module, name):
+            is_packed = isinstance(module._parameters.get(name), Tensor4bit)
+            if not is_packed and not is_quantized(module, name):
                 replace_parameter_4bit(
                     module,
                     name,
@@ -422,6 +436,6 @@ def _project(
     with context.no_autocast(x):
         return lora_experts_linear(
             *(x.to(weight.dtype), weight, lora_A, lora_B, offsets, scaling, bias),
-            is_transposed=module.is_transposed,
+            is_transposed=has_transposed_stack(experts, name),
             dropout_p=dropout_p,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization import Weight4bit
+from ..quantization.tensor4bit import Tensor4bit
 from .modules import is_conv1d, is_linear4bit
 
 
@@ -37,4 +38,8 @@ def readable_weight(base: nn.Module, x: Tensor) -> tuple[Tensor | Weight4bit, to
         from .base4bit import readable_weight4bit  # imports bitsandbytes, hence not at the top
 
         return readable_weight4bit(base, x)
-    return base_weight(base), None
+    weight = base_weight(base)
+    if isinstance(weight, Tensor4bit):
+        # No kernel decodes to float64.
+        return weight.dequantize() if x.dtype is torch.float64 else weight.read(), None
+    return weight, None

@@ -18,6 +18,7 @@ from ..backends import library
 from ..backends.eager.blocks import Layer
 from ..ops import blocks, direct
 from ..quantization import Weight4bit
+from ..quantization.tensor4bit import Tensor4bit
 from .adapters import casts_adapters, dropout_p, gate_of, weight_of
 from .base import readable_weight
 from .modules import LINEAR_FORWARD, library_forward, patched_reason
@@ -95,6 +96,10 @@ def call(layer: Any, x: Tensor) -> Tensor | None:
         if found is None:
             return None
         weight, dtype = found
+    elif type(weight) is Tensor4bit:
+        if x.dtype is torch.float64:
+            return None
+        weight = weight.weight4bit.codes
     if x.is_cpu and not library.emulates_gpu:
         return direct.call(x, weight, lora_A, lora_B, bias, scaling, p, dtype)
     casts = layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype, _rows(x))
@@ -212,6 +217,8 @@ def _make_any_block(
             if codes is None:
                 return None
             weight, compute_dtype = codes
+        elif type(weight) is Tensor4bit:
+            weight = weight.weight4bit.codes
         states.append(state)
         found.append(Layer(weight, lora_A, lora_B, bias, scaling, gate))
         compute_dtypes.append(compute_dtype)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import context
+from ..quantization.tensor4bit import Tensor4bit
 from .adapters import (
     ALORA,
     KASA,
@@ -306,7 +307,7 @@ def tensor_reason(device: torch.device, dim: int = 2, **tensors: Any) -> str | N
     for name, tensor in tensors.items():
         if tensor is None:
             return f"its {name} is no parameter, as under FSDP1 or in a replica of DataParallel"
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+        if type(tensor) not in (nn.Parameter, Tensor, Tensor4bit):
             return f"its {name} is a {type(tensor).__name__}"
         if tensor.device != device:
             return f"its {name} is on {tensor.device}, x on {device}"

@@ -22,6 +22,7 @@ from ..layers.experts import (
     unsupported_reason,
 )
 from ..ops.context import unfused_context
+from ..quantization.tensor4bit import Tensor4bit
 from .eligibility import has_hooks, replaced_reason
 from .linear import Fused
 from .modules import hooks_of, patched_reason
@@ -116,7 +117,7 @@ def experts_reason(wrapper: Any, device: torch.device) -> str | None:
             return f"a hook or another forward sits on its {type(each).__name__}"
     factors = [m[name].weight for w in wrappers for m in (w.lora_A, w.lora_B) for name in m]
     for t in (*_stacks(base), *factors):
-        if type(t) not in (nn.Parameter, Tensor):
+        if type(t) not in (nn.Parameter, Tensor, Tensor4bit):
             return f"it has a {type(t).__name__}"
         if t.device != device:
             return f"it has a tensor on {t.device}, x on {device}"

@@ -21,10 +21,11 @@ from ..core.call import ExpertsOperands, ExpertsSpec, MultiOperands, MultiSpec, 
 from ..core.packed4bit import Packed4bit
 from ..core.problem import Choice, Problem
 from ..layers import LoRAEmbedding, LoRALayer
-from ..layers.experts import stack
+from ..layers.experts import has_transposed_stack, stack
 from ..ops import context, experts, linear, multi
 from ..ops.arguments import FLOATS, base_dtype
 from ..quantization import Weight4bit
+from ..quantization.tensor4bit import Tensor4bit
 from .adalora import FusedSVD
 from .adapters import (
     Call,
@@ -207,10 +208,11 @@ def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | Non
         if todo[0].dropout_p:
             strategy = f"{strategy}, the base GEMM twice"
             reasons.append("PEFT's DoRA drops x for the base GEMM too")
-    if plan.base_reason is None and is_linear4bit(layer.base_layer):
-        base: Any = layer.base_layer
-        compute_dtype = base.compute_dtype if base.compute_type_is_set else None
-        reasons += _decoder_reasons(choices, x, _base_weight(base), compute_dtype)
+    base: Any = layer.base_layer
+    weight = _base_weight(base) if plan.base_reason is None else None
+    if isinstance(weight, Weight4bit):
+        is_set = is_linear4bit(base) and base.compute_type_is_set
+        reasons += _decoder_reasons(choices, x, weight, base.compute_dtype if is_set else None)
     if casts_adapters(layer, x.device.type, x.dtype, x.shape[0]):
         reasons.append(f"adapters are rounded to {x.dtype}")
     return _Way(backend, strategy, reasons)
@@ -307,7 +309,8 @@ def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
         from .base4bit import weight4bit  # imports bitsandbytes, hence not at the top
 
         return weight4bit(base)
-    return base_weight(base)
+    weight = base_weight(base)
+    return weight.read() if isinstance(weight, Tensor4bit) else weight
 
 
 def row_of_layer(
@@ -474,7 +477,8 @@ def _other_backend_reason(layer: Any, x: Tensor) -> str | None:
 def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     base = layer.get_base_layer()
     weight = stack(base, layer.parameter_name)
-    device, dtype, is_transposed = weight.device, weight.dtype, base.is_transposed
+    device, dtype = weight.device, weight.dtype
+    is_transposed = has_transposed_stack(base, layer.parameter_name)
     reason = experts_reason(layer, device)
     if reason is not None:
         return _unfused_row(name, reason)

@@ -1,0 +1,121 @@
+"""gpt-oss in MXFP4, as its checkpoint holds it, without transformers' `kernels` package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+
+from ..quantization import Weight4bit
+from ..quantization.tensor4bit import Tensor4bit
+
+_BYTES_PER_ELEMENT = 17 / 32  # half a byte of code, and a byte of scale for 32 of them
+
+
+@contextmanager
+def packed_mxfp4() -> Iterator[None]:
+    """Load checkpoints in MXFP4 (gpt-oss) packed inside the context, to train adapters on them.
+
+    `from_pretrained` then keeps the experts in 4 bits, on CPUs and GPUs, and without transformers'
+    `kernels` package. Without the context transformers decodes them, 13 GB to 40 GB for
+    gpt-oss-20b, or keeps them in a form that does not train. The modules are the usual ones. Each
+    of the experts' parameters is a `Tensor4bit` of the usual dtype and shape, [E, K, N]. Any code
+    can read it, and decodes it for the moment. So PEFT's `target_parameters` finds it, and a PEFT
+    model is right with `fuse` and without it. `fuse` reads the 4 bits in the kernels. transformers'
+    Trainer accepts the model.
+
+    `quantization_config=Mxfp4Config(dequantize=True)` decodes as before. Adapters are saved as
+    usual; the model itself cannot be saved, and merging into it raises an error. Tensor and expert
+    parallelism are refused, and FSDP2 shards decoded experts. The context is the whole process's.
+
+    Raises ImportError if the installed transformers has no such hook; 5.24 has it.
+
+    >>> from transformers import AutoModelForCausalLM
+    >>> from lora_kernels.integrations import packed_mxfp4
+    >>> with packed_mxfp4():  # doctest: +SKIP
+    ...     model = AutoModelForCausalLM.from_pretrained("openai/gpt-oss-20b")
+    """
+    if not hasattr(Mxfp4HfQuantizer, "get_load_operations"):
+        raise ImportError("packed_mxfp4: got an older transformers, want 5.24 or newer")
+    known = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
+    auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = PackedMxfp4Quantizer
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = known
+
+
+class Pack(ConversionOps):
+    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint, as a parameter [E, K, N]."""
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer  # transformers casts no tensor for an op with it
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, nn.Parameter]:
+        kinds = {key.rpartition("_")[2]: value for key, value in input_dict.items()}
+        blocks, scales = (
+            value[0] if isinstance(value, list) else value
+            for value in (kinds.get("blocks"), kinds.get("scales"))
+        )
+        if blocks is None or scales is None:
+            raise ValueError(
+                f"{full_layer_name}: got {sorted(input_dict)} in the checkpoint, want blocks and "
+                "scales"
+            )
+        expected = model.get_parameter(full_layer_name)
+        if isinstance(expected, DTensor):
+            raise NotImplementedError(
+                f"{full_layer_name}: got tensor or expert parallelism, which packed MXFP4 lacks: "
+                "load it outside of packed_mxfp4()"
+            )
+        packed = Tensor4bit(Weight4bit.from_mxfp4(blocks, scales, expected.dtype), True)
+        return {full_layer_name: nn.Parameter(packed, requires_grad=False)}
+
+
+class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
+    """transformers' quantizer with `Pack` in place of its kernels' modules and weights."""
+
+    @property
+    def is_packed(self) -> bool:
+        return self.pre_quantized and not self.quantization_config.dequantize
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.is_packed:
+            super().validate_environment(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return not self.is_packed and super().param_needs_quantization(model, param_name, **kwargs)
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        is_packed = self.is_packed and param_name.endswith(tuple(self.serialized_names))
+        return (
+            _BYTES_PER_ELEMENT
+            if is_packed
+            else super().param_element_size(model, param_name, param)
+        )
+
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if not self.is_packed:
+            super()._process_model_before_weight_loading(model, *args, **kwargs)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        known: dict[str, Any] = super().get_load_operations()  # type: ignore[no-untyped-call]
+        return known | {"deserialize": Pack}
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True

@@ -17,6 +17,7 @@ from .frozen import StreamedLinear
 from .linear import FusedLinear
 from .merge import merged_weights
 from .mixed_batch import row_adapters
+from .packed import keep_packed
 from .report import Explanation, explain
 from .swap import fuse, unfuse
 
@@ -32,6 +33,7 @@ __all__ = [
     "check",
     "explain",
     "fuse",
+    "keep_packed",
     "merged_weights",
     "row_adapters",
     "unfuse",

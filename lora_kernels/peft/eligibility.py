@@ -41,6 +41,7 @@ from .modules import (
     library_forward,
     patched_reason,
 )
+from .packed import quantizes_input
 from .zero3 import is_gathered, is_partitioned
 
 _CONV1D_FORWARD = library_forward(Conv1D)
@@ -292,6 +293,8 @@ def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
         return "nn.Linear.forward was replaced"
     if conv1d and type(module).forward is not _CONV1D_FORWARD:
         return "Conv1D.forward was replaced"
+    if quantizes_input(module):
+        return "compressed-tensors rounds its x or y too"
     if "forward" in module.__dict__ and (reason := patched_reason(module)):
         return reason
     weight = module._parameters.get("weight")

@@ -104,11 +104,16 @@ def has_fresh_result(module: nn.Module) -> bool:
         return False
     if _defined_in(cls.forward) != cls.__module__:
         return False
-    if _defined_in(module.__dict__.get("forward")) == _COMPRESSED_FORWARD:
+    if is_compressed_forward(module.__dict__.get("forward")):
         return cls is nn.Linear or _is_listed(cls)
     if patched_reason(module) is not None:
         return False
     return _is_listed(type(module._parameters.get("weight")) if cls is nn.Linear else cls)
+
+
+def is_compressed_forward(function: Any) -> bool:
+    """Return True if compressed-tensors has given a layer this forward."""
+    return _defined_in(function) == _COMPRESSED_FORWARD
 
 
 def _is_listed(cls: type) -> bool:

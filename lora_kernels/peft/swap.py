@@ -32,6 +32,7 @@ from .loss import fuse_losses, restore_losses
 from .merge import check_exact_merge, check_layers, set_exact_merges
 from .mlp import fuse_mlps, restore_mlps
 from .modules import is_conv1d, is_linear4bit, patched_reason
+from .packed import pack_base
 from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,6 +61,9 @@ def fuse(
     Call `fuse` again after adding layers; it leaves fused layers as they are. A fused layer does
     not call its base, lora_A, lora_B and dropout modules, so global module hooks
     (`register_module_forward_hook`) do not see them.
+
+    Bases of torchao in MXFP4 and NVFP4 are repacked once, which `unfuse` does not undo; see
+    `keep_packed`, which compressed-tensors' need before PEFT.
 
     Args:
         model: a PEFT model.
@@ -108,6 +112,9 @@ def fuse(
     """
     check_qualify(qualify)
     check_exact_merge(exact_merge)
+    for _, layer, _ in lora_layers(model):
+        if not isinstance(layer, ParamWrapper):
+            pack_base(layer.get_base_layer())
     layers = list(lora_layers(model))
     if not layers and not loss:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")

@@ -1,0 +1,147 @@
+"""Linear layers of compressed-tensors and torchao in MXFP4 and NVFP4, read as `Weight4bit`.
+
+Their libraries are not imported: attributes tell what a layer is. Both pack the even element in the
+low nibble, and torchao swizzles scales, so that a weight is repacked once. Nothing keeps the former
+tensors. Read in compressed-tensors 0.20 and torchao 0.18.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..quantization import Weight4bit
+from ..quantization.tensor4bit import Tensor4bit
+from .modules import hooks_of, is_compressed_forward
+
+# What compressed-tensors adds to an nn.Linear: parameters, and attributes of the instance.
+_PARAMETERS = ("weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point")
+_ATTRIBUTES = ("quantization_scheme", "quantization_status", "quantization_enabled", "forward")
+_TORCHAO = "torchao.prototype.mx_formats."
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def keep_packed(model: Model) -> Model:
+    """Let adapters train over linear layers of compressed-tensors or torchao in MXFP4 and NVFP4.
+
+    Call it on the loaded model, before PEFT and before the first forward. PEFT wants a `weight`,
+    and compressed-tensors' layers have one only after the model's first forward, which decodes it
+    whole. Here each layer becomes an `nn.Linear` whose weight is a `Tensor4bit`. The weights are
+    repacked one by one, and not decoded. Any code can read them, and decodes one for the moment;
+    `fuse` reads the 4 bits in the kernels. Layers that round x too are left as they are.
+
+    Returns the model. Raises ValueError if it has no such layer.
+
+    >>> from lora_kernels.peft import keep_packed
+    >>> keep_packed(nn.Sequential(nn.Linear(32, 32)))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: model: got no linear layer in MXFP4 or NVFP4 of compressed-tensors or torchao, ...
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
+    if not sum([pack_base(module) for module in model.modules()]):
+        raise ValueError(
+            "model: got no linear layer in MXFP4 or NVFP4 of compressed-tensors or torchao, want "
+            "one that does not round x, before a forward has decoded it"
+        )
+    for module in model.modules():
+        hook = vars(module).get("ct_decompress_hook")
+        if hook is None or any("quantization_scheme" in vars(each) for each in module.modules()):
+            continue
+        # It has nothing left to decode, and would give every module a forward that offloads.
+        hook.remove()
+        del module.ct_decompress_hook
+    return model
+
+
+def pack_base(base: Any) -> bool:
+    """Give an nn.Linear of compressed-tensors or torchao a `Tensor4bit`, if its weight is 4-bit.
+
+    Returns whether it did. Layers that quantize x too are left, since their result is another, and
+    so are layers with hooks. compressed-tensors decodes the others in the model's first forward.
+    """
+    if type(base) is not nn.Linear or any(hooks_of(base)):
+        return False
+    weight = _read_compressed(base)
+    if weight is not None:
+        for name in _PARAMETERS:
+            base._parameters.pop(name, None)
+        for name in _ATTRIBUTES:
+            vars(base).pop(name, None)
+    else:
+        weight = _read_torchao(base)
+    if weight is None:
+        return False
+    base._parameters["weight"] = nn.Parameter(Tensor4bit(weight), requires_grad=False)
+    return True
+
+
+def quantizes_input(base: Any) -> bool:
+    """Return True if compressed-tensors rounds x, without a gradient, or y of a linear layer."""
+    scheme = vars(base).get("quantization_scheme")
+    names = "input_activations", "output_activations"
+    return any(getattr(scheme, name, None) is not None for name in names)
+
+
+def _read_compressed(base: nn.Linear) -> Weight4bit | None:
+    packed, scale = (base._parameters.get(name) for name in _PARAMETERS[:2])
+    global_scale = base._parameters.get("weight_global_scale")
+    format = getattr(vars(base).get("quantization_scheme"), "weights", None)
+    if packed is None or scale is None or format is None or quantizes_input(base):
+        return None
+    kind = format.num_bits, format.type, format.symmetric, format.actorder
+    if kind != (4, "float", True, None) or vars(base).get("quantization_status") != "compressed":
+        return None
+    if "forward" in vars(base) and not is_compressed_forward(vars(base)["forward"]):
+        return None
+    try:  # it decodes to bfloat16, whatever the model's dtype
+        if format.group_size == 32 and global_scale is None:
+            return Weight4bit.from_mxfp4(packed, scale)
+        return Weight4bit.from_nvfp4(
+            packed, scale, global_scale, global_op=None if global_scale is None else "divide"
+        )
+    except (TypeError, ValueError):  # another layout
+        return None
+
+
+def _read_torchao(base: nn.Linear) -> Weight4bit | None:
+    weight: Any = base._parameters.get("weight")
+    cls = type(weight)
+    if not cls.__module__.startswith(_TORCHAO) or cls.__name__ not in ("MXTensor", "NVFP4Tensor"):
+        return None
+    if weight.act_quant_kwargs is not None or not weight.qdata.is_contiguous():
+        return None
+    scale: Tensor = weight.scale.detach()
+    if weight.is_swizzled_scales:
+        scale = unswizzle(scale, weight.shape[0], weight.shape[1] // weight.block_size)
+    try:
+        if cls.__name__ == "MXTensor":
+            is_fp4 = str(weight.elem_dtype) == "torch.float4_e2m1fn_x2"
+            return Weight4bit.from_mxfp4(weight.qdata, scale, weight.orig_dtype) if is_fp4 else None
+        return Weight4bit.from_nvfp4(
+            weight.qdata,
+            scale,
+            weight.per_tensor_scale,
+            global_op=None if weight.per_tensor_scale is None else "multiply",
+            # Older releases multiply both scales in the weight's dtype.
+            scale_dtype=weight.get_hp_scales().dtype,
+            dtype=weight.orig_dtype,
+        )
+    except (TypeError, ValueError):  # another layout
+        return None
+
+
+def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """Return scales [rows, columns] that lie in blocks of 128 × 4, as tensor cores read them.
+
+    In a block, row 32·i + j is 4 bytes at 16·j + 4·i. Blocks of rows and columns are padded.
+
+    >>> unswizzle(torch.arange(512).to(torch.uint8), 128, 4)[[0, 1, 32], 0].tolist()
+    [0, 16, 4]
+    """
+    row_blocks, column_blocks = -(-rows // 128), -(-columns // 4)
+    blocks = scales.reshape(-1).view(torch.uint8).view(row_blocks, column_blocks, 32, 4, 4)
+    whole = blocks.permute(0, 3, 2, 1, 4).reshape(row_blocks * 128, column_blocks * 4)
+    return whole[:rows, :columns].contiguous().view(scales.dtype)

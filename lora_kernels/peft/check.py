@@ -28,6 +28,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get
 from torch import Tensor, nn
 
 from .base import missing_layers
+from .eligibility import unreadable_reason
 from .kept import Kept, Tally, add_layer, format_kept
 from .merge import as_peft
 from .modules import is_linear4bit
@@ -53,7 +54,7 @@ class CheckRow(NamedTuple):
 
     Attributes:
         layer: its name.
-        gradient: a gradient reaches each trainable matrix of the adapter.
+        gradient: a gradient reaches each trainable matrix of the adapter, and passes the base.
         effect: the adapter changes the module's output.
         scaling: the scaling is that of the configuration.
         merge: merging by PEFT gives the unmerged output within the merge's rounding.
@@ -142,7 +143,8 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
     """Check that each active adapter of a PEFT model trains, works, merges, saves and loads.
 
     The model may be fused or not. For each LoRA layer: a gradient reaches the adapter's matrices in
-    a training step, also once lora_B is no longer 0; the adapter changes the layer's output; its
+    a training step, also once lora_B is no longer 0, and passes the base to the layers before it,
+    which some inference-only formats stop; the adapter changes the layer's output; its
     scaling is the configuration's; merging gives the unmerged output within rounding; the file that
     PEFT saves has the adapter's keys and loads to the same bits; and experts' lora_B has the order
     that PEFT reads. Each target in the configuration has to match a module.
@@ -574,7 +576,9 @@ def _check_gradients(
                     p.requires_grad_(True)
                 if p.requires_grad and (adapter, kind[-1]) not in frozen:
                     wanted.append((each, kind, p))
-    with torch.enable_grad():
+    with torch.enable_grad(), ExitStack() as stack:
+        for each in layers:
+            _watch_base(each, stack)
         loss = _loss(_call(model, batch))
         if loss.requires_grad:
             loss.backward()
@@ -587,6 +591,30 @@ def _check_gradients(
             each.is_wrong("gradient", f"no gradient reaches {kind}")
         else:
             each.is_wrong("gradient", "the batch does not reach it")
+
+
+def _watch_base(each: _Layer, stack: ExitStack) -> None:
+    """Note a base that is called and whose result has no graph, though x needs a gradient."""
+    base, factors = each.layer.get_base_layer(), [each.factors(name) for name in each.names]
+    device = next((p.device for found in factors for p in found.values()), None)
+    if isinstance(each.layer, ParamWrapper) or isinstance(base, nn.Embedding) or device is None:
+        return
+    if unreadable_reason(base, device) is None:
+        return  # it is not called
+
+    def watch(module: nn.Module, args: Any, y: Any) -> Any:
+        if not (isinstance(y, Tensor) and args and isinstance(args[0], Tensor)):
+            return None
+        if y.requires_grad or not args[0].requires_grad:
+            return None
+        each.is_wrong(
+            "gradient",
+            f"its base {type(module).__name__} passes no gradient on: gradients of the layers "
+            "before it lack the base's part",
+        )
+        return y.detach().requires_grad_()  # for which a fused layer does not raise
+
+    stack.callback(base.register_forward_hook(watch).remove)
 
 
 def _check_outputs(model: Any, layers: Sequence[_Layer], batch: Any) -> float:

@@ -526,6 +526,28 @@ def test_check_accepts_lora_fa_and_says_what_is_frozen() -> None:
     assert found.ok and {row.reason for row in found.rows} == {"lora_A is frozen in every layer"}
 
 
+class FbgemmFp8Linear(nn.Linear):
+    """A layer for inference, whose result has no graph."""
+
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+@either
+def test_check_finds_a_base_that_passes_no_gradient_on(fused: bool) -> None:
+    """PEFT leaves out its part of the gradients before it in silence; a fused layer raises."""
+    model = add_lora(MLP())
+    for name in ("up", "down"):  # nothing before up needs a gradient
+        getattr(model.base_model.model, name).base_layer.__class__ = FbgemmFp8Linear
+    found = check(fuse(model) if fused else model, batch(f32))
+    up, down = found.rows
+    assert up.ok and "merge" not in up.reason, str(found)
+    assert down.gradient == "✗" and down.reason.startswith("its base FbgemmFp8Linear passes no ")
+    assert [down.effect, down.scaling, down.merge, down.file] == ["✓"] * 4
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_check_finds_a_gradient_that_is_not_finite() -> None:
     model = mlp(f32)
     model.base_model.model.down.base_layer.weight.data[0, 0] = torch.nan

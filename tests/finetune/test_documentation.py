@@ -23,6 +23,7 @@ import torch
 from lora_kernels import cli
 from tests.finetune.tiny import bert, llama, save_model, squares, tokenizer, write_lines
 from tests.support.emulator import emulator_unavailable_reason
+from tests.support.gpt_oss import TINY, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [
@@ -61,6 +62,7 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("SmolLM2-135M", "SmolLM2-135M-Instruct"):
         save_model(folder / "HuggingFaceTB" / name, llama())
     save_model(folder / "all-MiniLM-L6-v2", bert(), tokenizer(None))
+    write_checkpoint(folder / "openai" / "gpt-oss-20b", **TINY)
     for name in ("chat", "law", "code"):
         write_lines(folder / f"{name}.jsonl", squares(8))
     mail = [

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config, Trainer, TrainingArg
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers import auto
 
+pytest.importorskip("transformers.core_model_loading")
 from lora_kernels.integrations import FuseCallback, packed_mxfp4
 from lora_kernels.integrations.mxfp4 import Pack
 from lora_kernels.layers import quantize_experts
@@ -28,20 +29,6 @@ from tests.support.assertions import assert_as_exact, assert_bitwise_equal, asse
 from tests.support.peft_models import in_float64, loss_and_gradients
 from tests.support.processes import run_python
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 IDS = torch.randint(3, 64, (2, 17), generator=torch.Generator().manual_seed(2))
 BATCH = {"input_ids": IDS, "labels": IDS}
 
@@ -49,7 +36,7 @@ BATCH = {"input_ids": IDS, "labels": IDS}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpt_oss")
-    gpt_oss.write_checkpoint(folder, **SIZES)
+    gpt_oss.write_checkpoint(folder, **gpt_oss.TINY)
     return folder
 
 

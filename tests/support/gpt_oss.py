@@ -38,6 +38,21 @@ WIDTHS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Two layers of 8 experts.
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 

@@ -12,9 +12,11 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
+from ..layers.experts import DOWN, GATE_UP
 from ..quantization import Weight4bit
 from ..quantization.tensor4bit import Tensor4bit
 
+PROJECTIONS = GATE_UP, DOWN
 _BYTES_PER_ELEMENT = 17 / 32  # half a byte of code, and a byte of scale for 32 of them
 
 
@@ -34,15 +36,11 @@ def packed_mxfp4() -> Iterator[None]:
     usual; the model itself cannot be saved, and merging into it raises an error. Tensor and expert
     parallelism are refused, and FSDP2 shards decoded experts. The context is the whole process's.
 
-    Raises ImportError if the installed transformers has no such hook; 5.24 has it.
-
     >>> from transformers import AutoModelForCausalLM
     >>> from lora_kernels.integrations import packed_mxfp4
     >>> with packed_mxfp4():  # doctest: +SKIP
     ...     model = AutoModelForCausalLM.from_pretrained("openai/gpt-oss-20b")
     """
-    if not hasattr(Mxfp4HfQuantizer, "get_load_operations"):
-        raise ImportError("packed_mxfp4: got an older transformers, want 5.24 or newer")
     known = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
     auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = PackedMxfp4Quantizer
     try:
@@ -95,7 +93,7 @@ class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
         return not self.is_packed and super().param_needs_quantization(model, param_name, **kwargs)
 
     def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-        is_packed = self.is_packed and param_name.endswith(tuple(self.serialized_names))
+        is_packed = self.is_packed and param_name.endswith(PROJECTIONS)
         return (
             _BYTES_PER_ELEMENT
             if is_packed
@@ -106,9 +104,11 @@ class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
         if not self.is_packed:
             super()._process_model_before_weight_loading(model, *args, **kwargs)
 
-    def get_load_operations(self) -> dict[str, Any]:
-        known: dict[str, Any] = super().get_load_operations()  # type: ignore[no-untyped-call]
-        return known | {"deserialize": Pack}
+    def get_weight_conversions(self) -> Any:
+        conversions: Any = super().get_weight_conversions()  # type: ignore[no-untyped-call]
+        for each in conversions if self.is_packed else ():
+            each.operations = [Pack(self)]
+        return conversions
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         return None, {}

@@ -14,7 +14,7 @@ from torch.nn import functional
 from ..ops import context
 from ..ops.arguments import check_finite, check_probability
 from ..ops.experts import lora_experts_linear
-from ..quantization import Weight4bit
+from ..quantization import Weight4bit, tensor4bit
 from ..quantization.codebooks import BITSANDBYTES_TYPES
 from ..quantization.tensor4bit import Tensor4bit
 
@@ -241,7 +241,7 @@ def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
     """
     if not is_quantized(experts, name):
         weight = experts.get_parameter(name)
-        return weight.read() if isinstance(weight, Tensor4bit) else weight
+        return tensor4bit.read(weight) if isinstance(weight, Tensor4bit) else weight
     from ..quantization.bitsandbytes import cached_weight
 
     found = cast(Any, experts).parametrizations[name]

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..quantization import Weight4bit
+from ..quantization import Weight4bit, tensor4bit
 from ..quantization.tensor4bit import Tensor4bit
 from .modules import is_conv1d, is_linear4bit
 
@@ -41,5 +41,5 @@ def readable_weight(base: nn.Module, x: Tensor) -> tuple[Tensor | Weight4bit, to
     weight = base_weight(base)
     if isinstance(weight, Tensor4bit):
         # No kernel decodes to float64.
-        return weight.dequantize() if x.dtype is torch.float64 else weight.read(), None
+        return weight.dequantize() if x.dtype is torch.float64 else tensor4bit.read(weight), None
     return weight, None

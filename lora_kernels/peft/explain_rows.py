@@ -24,7 +24,7 @@ from ..layers import LoRAEmbedding, LoRALayer
 from ..layers.experts import has_transposed_stack, stack
 from ..ops import context, experts, linear, multi
 from ..ops.arguments import FLOATS, base_dtype
-from ..quantization import Weight4bit
+from ..quantization import Weight4bit, tensor4bit
 from ..quantization.tensor4bit import Tensor4bit
 from .adalora import FusedSVD
 from .adapters import (
@@ -310,7 +310,7 @@ def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
 
         return weight4bit(base)
     weight = base_weight(base)
-    return weight.read() if isinstance(weight, Tensor4bit) else weight
+    return tensor4bit.read(weight) if isinstance(weight, Tensor4bit) else weight
 
 
 def row_of_layer(

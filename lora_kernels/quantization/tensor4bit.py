@@ -80,13 +80,6 @@ class Tensor4bit(Tensor):
         dense = self.weight4bit.dequantize(dtype or self.dtype)
         return dense.mT if self.is_transposed else dense
 
-    def read(self) -> Weight4bit:
-        """Return the weight, with the tensor's dtype unless that is float64."""
-        weight = self.weight4bit  # which `tensor.data = ...` does not replace
-        if self.dtype in (weight.dtype, torch.float64):
-            return weight
-        return dataclasses.replace(weight, dtype=self.dtype)
-
     def replace(self, dtype: torch.dtype | None = None, **inner: Any) -> Tensor4bit:
         """Return a tensor with another dtype, or of other tensors."""
         weight = dataclasses.replace(self.weight4bit, **inner) if inner else self.weight4bit
@@ -130,6 +123,15 @@ class Tensor4bit(Tensor):
                 )
         args, kwargs = tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def read(tensor: Tensor4bit) -> Weight4bit:
+    """Return the weight, with the tensor's dtype unless that is float64."""
+    # No method: Dynamo takes a tensor's methods for ops.
+    weight = tensor.weight4bit  # which `tensor.data = ...` does not replace
+    if tensor.dtype in (weight.dtype, torch.float64):
+        return weight
+    return dataclasses.replace(weight, dtype=tensor.dtype)
 
 
 for _name in _INNER:

@@ -68,6 +68,7 @@ def heavier_reason(layer: Any) -> str | None:
         return None  # an aLoRA's bytes depend on the rows in which it is active
     four_bit = is_linear4bit(base)
     dtype = (base.compute_dtype or torch.bfloat16) if four_bit else base.weight.dtype
+    four_bit = four_bit or isinstance(base.weight, Tensor4bit)
     A = layer.lora_A[names[0]]
     is_wide = getattr(A, "weight", A).dtype.itemsize > dtype.itemsize
     has_dropout = any(getattr(layer.lora_dropout[name], "p", 0.0) for name in names)

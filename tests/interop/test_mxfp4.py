@@ -120,6 +120,18 @@ def test_packed_checkpoint_trains_as_peft_over_the_decoded_one(checkpoint: Path)
     assert all(type(experts.gate_up_proj) is Tensor4bit for experts in experts_of(packed))
 
 
+def test_packed_checkpoint_on_a_gpus_path_trains_as_peft_over_the_decoded_one(
+    checkpoint: Path, gpu_path: None
+) -> None:
+    packed, decoded, seeds = adapted(load(checkpoint)), adapted(load_decoded(checkpoint)), range(4)
+    fuse(packed)
+    assert {row.backend for row in explain(packed).rows} == {"eager"}
+    gots = [loss_and_gradients(start(packed, seed), IDS) for seed in seeds]
+    peft = [loss_and_gradients(start(decoded, seed), IDS) for seed in seeds]
+    refs = [loss_and_gradients(exact(start(decoded, seed)), IDS) for seed in seeds]
+    assert_as_exact(gots, refs, peft)
+
+
 @pytest.mark.slow
 def test_fused_packed_model_compiled_whole_equals_itself(checkpoint: Path) -> None:
     model = fuse(adapted(load(checkpoint, dtype=torch.float32)))

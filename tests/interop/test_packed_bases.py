@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels.peft import check, explain, fuse, keep_packed, unfuse
 from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
@@ -23,12 +24,22 @@ from lora_kernels.quantization import Weight4bit, quantize_4bit
 from lora_kernels.quantization.e2m1 import swap_nibbles
 from lora_kernels.quantization.tensor4bit import Tensor4bit
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal
-from tests.support.peft_models import MLP, randomize
+from tests.support.peft_models import MLP, loss_and_gradients, randomize
 
 SIZES = (96, 192, 64)  # rows and columns of scales that torchao's swizzled blocks pad
 bf16 = torch.bfloat16
 X = torch.randn(3, 11, SIZES[0], generator=torch.Generator().manual_seed(0)).to(bf16)
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA_IDS = torch.randint(64, (3, 29), generator=torch.Generator().manual_seed(0))
 
 Decoded = dict[str, Tensor]  # by the name of the layer, as its library decodes it
 
@@ -284,6 +295,42 @@ def test_packed_layers_on_a_gpus_path_train_as_those_decoded(
     got = [step(model, seed) for seed in seeds]
     peft, refs = decoded_steps(decoded, seeds)
     assert_as_exact(got, refs, peft)
+
+
+def decoder_of(quant_type: str, is_packed: bool, **options: Any) -> Any:
+    """A Llama of two layers with adapters, whose linear layers are 4-bit or decoded."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA)).to(bf16)
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            weight = Tensor4bit(quantize_4bit(linear.weight.detach(), quant_type))
+            held = weight if is_packed else weight.dequantize()
+            linear.weight = nn.Parameter(held, requires_grad=False)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **options))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4"])
+def test_blocks_over_packed_layers_train_as_those_decoded(
+    quant_type: str, use_dora: bool, gpu_path: None
+) -> None:
+    """q, k and v in one call, and the gated MLP in one; DoRA layer by layer."""
+
+    def step(model: Any, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_A" in name or "lora_B" in name:
+                    p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+        return loss_and_gradients(model, LLAMA_IDS)
+
+    stock = decoder_of(quant_type, False, use_dora=use_dora)
+    fused = fuse(decoder_of(quant_type, True, use_dora=use_dora))
+    exact = copy.deepcopy(stock).double()
+    strategies = {row.strategy for row in explain(fused).blocks}
+    assert ("one block" in strategies) is not use_dora
+    assert any("one call for q_proj, k_proj" in each for each in strategies) is not use_dora
+    assert_as_exact(*([step(model, seed) for seed in range(4)] for model in (fused, exact, stock)))
 
 
 @pytest.mark.parametrize("name", ["like torchao, NVFP4", "like torchao, MXFP4", "torchao, NVFP4"])

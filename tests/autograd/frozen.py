@@ -155,5 +155,6 @@ def check_experts(frozen: Sequence[str], dropout_p: float) -> None:
 
 
 SORTED, SCATTERED = [0, 0, 1, 1, -1, 2], [2, 0, -1, 0, 1, 2]
-every_multi = list(itertools.product((SORTED, SCATTERED), FROZEN, (0.0, 0.25)))
+SOME = [("lora_A1",), ("lora_B0",), ("lora_A0", "lora_B1")]  # of one adapter beside others
+every_multi = list(itertools.product((SORTED, SCATTERED), [*FROZEN, *SOME], (0.0, 0.25)))
 every_experts = list(itertools.product(FROZEN, (0.0, 0.25)))

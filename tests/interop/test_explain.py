@@ -115,6 +115,20 @@ def test_assert_fused_with_a_layer_in_another_state_raises(state: str, kernels: 
         Explanation(rows).assert_fused(kernels=kernels)
 
 
+@pytest.mark.parametrize("state", [KERNELS, LIBRARY, TORCH])
+def test_assert_fused_of_a_loss_without_lora_layers_is_about_the_loss(state: str) -> None:
+    """Of a model whose whole weights train."""
+    explanation = Explanation([], losses=[Row("loss", state, "cpu", "", "why")])
+    for kernels in (False, True):
+        if state == TORCH or (state == LIBRARY and kernels):
+            with pytest.raises(RuntimeError, match=rf"loss: {state} \(cpu\): why"):
+                explanation.assert_fused(kernels)
+        else:
+            explanation.assert_fused(kernels)
+    with pytest.raises(RuntimeError, match="nothing to fuse"):
+        Explanation([]).assert_fused()
+
+
 def test_summary_counts_the_streamed_layers() -> None:
     linears = [Row(n, s, "", "", "") for n, s in (("a", KERNELS), ("b", TORCH))]
     summary = str(Explanation([], linears=linears)).splitlines()[-1]
@@ -263,6 +277,19 @@ def test_explain_says_how_a_layer_is_called(kind: str) -> None:
     with lora_kernels.backend("eager"):
         row = explain(fuse(model.train())).rows[0]
     assert [row.state, row.strategy, row.reason] == want
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_explain_says_that_a_factor_is_frozen_if_it_is_in_every_adapter(name: str) -> None:
+    """The forward saves what the gradient of one adapter's factor reads."""
+    model = activate(two_adapters(mlp(torch.float32)), "default", "second")
+    fuse(model.train())
+    for adapter in model.peft_config:
+        assert FROZEN not in explain(model).rows[0].reason
+        for key, p in model.named_parameters():
+            if f"{name}.{adapter}." in key:
+                p.requires_grad_(False)
+    assert f"{name} {FROZEN}" in explain(model).rows[0].reason
 
 
 @pytest.mark.parametrize(

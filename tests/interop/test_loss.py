@@ -18,9 +18,11 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from lora_kernels.core.problem import Choice
+from lora_kernels.ops import linear
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 from lora_kernels.peft import loss as losses
-from lora_kernels.peft.explain_rows import KERNELS, TORCH
+from lora_kernels.peft.explain_rows import KERNELS, LIBRARY, TORCH
 from tests.support.assertions import assert_as_exact
 from tests.support.peft_models import (
     ALPHA,
@@ -416,6 +418,27 @@ def test_explain_and_json_have_the_loss() -> None:
     (row,) = explain(model, x_dtype=torch.float64).losses
     assert "float64 goes with float64 alone" in row.reason
     assert explain(unfuse(model)).losses == []
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_explain_names_the_backend_that_computes_the_loss(
+    dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head's dropout has a mask of rows, which the eager backend alone takes."""
+    model = fuse(adapted(causal_model(), ["lm_head"], lora_dropout=dropout_p).train(), loss=True)
+    found, choose = set(), linear.choose
+
+    def record(*args: Any) -> Choice:
+        choice = choose(*args)
+        found.add(choice.backend)
+        return choice
+
+    monkeypatch.setattr(linear, "choose", record)
+    step(model)
+    monkeypatch.undo()
+    (row,) = explain(model).losses
+    assert found == {row.backend} and (row.state == LIBRARY) == ("eager" in found)
+    assert found == {"eager"} or not dropout_p
 
 
 def test_loss_of_a_subclass_with_the_same_forward_needs_no_logits() -> None:

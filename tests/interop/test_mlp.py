@@ -281,6 +281,24 @@ def test_mlp_of_liger_is_a_block_with_pefts_gradients(name: str, on_class: bool,
     assert len(runs) == 2
 
 
+@pytest.mark.parametrize("on_class", [True, False])
+def test_mlp_of_liger_whose_forward_was_replaced_keeps_it(
+    on_class: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Liger's class has another forward, which a block would leave out."""
+    liger = liger_mlp("swiglu LigerSwiGLUMLP")
+    monkeypatch.setattr(liger, "forward", lambda m, x: m.down_proj(m.up_proj(x)))
+    model = adapted(transformers_mlp())
+    if on_class:
+        parent_of(model).__class__ = liger
+    else:
+        patch(model, liger)
+    (row,) = mlp_rows(fuse(model))
+    assert row.reason.endswith("forward was replaced")
+    parent, x = parent_of(model), input_of()
+    assert torch.equal(model(x), parent.down_proj(parent.up_proj(x)))
+
+
 def test_unfuse_gives_liger_its_forward_back() -> None:
     liger = liger_mlp("swiglu LigerSwiGLUMLP")
     model = adapted(transformers_mlp())

@@ -14,7 +14,7 @@ from lora_kernels.oracle.case import Case
 from tests.ops.engines import every_engine, every_native_engine, every_thread_count, ways
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import exact
-from tests.support.assertions import assert_exact
+from tests.support.assertions import assert_close_derived, assert_exact
 from tests.support.exact import integers
 from tests.support.problems import FULL, bf16, f16, f32
 
@@ -32,6 +32,24 @@ def test_lora_linear_of_integers_is_exact(
 ) -> None:
     """Sums that even bfloat16 holds."""
     exact.check(integers(*shape, dtype=dtype, **options), narrow=True)
+
+
+@every_engine
+@pytest.mark.parametrize("M", [1, 9, 70])
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
+def test_lora_linear_of_a_float32_adapter_takes_a_column_scale_of_all_bits(
+    dtype: torch.dtype, M: int, engine: str
+) -> None:
+    """c ⊙ dY beside 16-bit activations: in 16 bits c is 1, and dA and dB are 2⁻¹² too small.
+
+    Two 16-bit parts of a float32, on a GPU or in AMX tiles, hold it to 2⁻¹⁷.
+    """
+    args = exact.inputs(integers(M, 33, 31, 5, dtype=dtype, adapter_dtype=f32, **exact.UNDROPPED))
+    scale = torch.full_like(args["column_scale"], 1 + 2.0**-12, dtype=f32)
+    args["column_scale"] = scale.requires_grad_()
+    got, want = cases.run(lora_kernels.lora_linear, args), cases.oracle(args)
+    for name in ("dA", "dB", "dg"):
+        assert_close_derived(got[name], want[name].float(), rtol=2.0**-14)
 
 
 @pytest.mark.proof

@@ -322,7 +322,7 @@ def test_ops_of_4bit_weights_compile_and_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_4bit.default, forward)
     y, p, *_ = torch.ops.lora_kernels.lora_linear_4bit.default(*forward)
     needs = False, True, True, True, True, False, False
-    backward = torch.ones_like(y), *operands, None, args["rng"], None, p, None, *options, *needs
+    backward = torch.ones_like(y), p, None, *operands, None, args["rng"], None, *options, *needs
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_backward_4bit.default, backward)
 
     compiled = torch.compile(lora_kernels.lora_linear, fullgraph=True, dynamic=True)

@@ -112,7 +112,7 @@ HOST_MODES = {
     "no_grad": "no gradients",
     "one_row": "one row",
 }
-EXPERTS_PEERS = ("ours, NF4", "ours", "peft")
+EXPERTS_PEERS = ("ours, NF4", "ours", "peft", "peft, unfolded", "unsloth", "axolotl")
 # Parts of a user's step, by the first word of `Row.what`.
 STEPS = {
     "qkv": "q, k, v of 4096, 1024, 1024",
@@ -455,7 +455,31 @@ def experts_rows(rows: list[Row]) -> Cells:
     for row in rows:
         steps.setdefault((row["what"], str(row["M"])), []).append(row)
     for key, directions in steps.items():
-        yield *key, *(step_cell(directions, name) for name in EXPERTS_PEERS)
+        yield *key, *(experts_cell(directions, name) for name in EXPERTS_PEERS)
+
+
+def experts_cell(directions: list[Row], name: str) -> str:
+    """`step_cell` with the step's TFLOP."""
+    flops = sum(row["flops"][name] for row in directions) / 1e12
+    return f"{step_cell(directions, name)} / {flops:.3g}"
+
+
+def experts_range(rows: list[Row]) -> str:
+    """The range of the ratio of a step's bytes, ours over a dense stack, to each peer's."""
+    steps = [
+        {m: {n: a[m][n] + b[m][n] for n in a[m]} for m in ("moved", "flops")}
+        for a, b in zip(rows[::2], rows[1::2], strict=True)
+    ]
+
+    def ratios(measure: str, peer: str) -> str:
+        found = sorted(step[measure]["ours"] / step[measure][peer] for step in steps)
+        return f"{found[0]:.2f} to {found[-1]:.2f}"
+
+    return (
+        f"ours move {ratios('moved', 'peft')} of PEFT's bytes, {ratios('moved', 'unsloth')} of "
+        f"Unsloth's, and {ratios('moved', 'axolotl')} of axolotl's, with "
+        f"{ratios('flops', 'axolotl')} of axolotl's FLOPs"
+    )
 
 
 def host_head() -> str:
@@ -584,6 +608,7 @@ TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
     *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, experts_rows),
+    experts_range,
     *(host_head, host_rows, commit),
 )
 

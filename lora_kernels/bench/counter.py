@@ -18,6 +18,7 @@ One op is one kernel, except that:
   backward).
 - Dropout is `native_dropout`, which CUDA runs in training. On meta, PyTorch would run several ops.
 - An op of this package is what its eager implementation runs, or the kernel that it launches.
+- FLOPs are those of GEMMs, of `embedding_bag`'s sums none.
 - `bitsandbytes::gemm_4bit` is its fused kernel or the ops it falls back to, whichever bitsandbytes
   chooses on an H100.
 - Autograd adds two gradients of one tensor in place, into the first that arrives. Under a dispatch
@@ -32,7 +33,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -70,6 +71,11 @@ _GATHERS = {"embedding", "gather", "index", "index_select", "take"}
 _SCATTERS = {"scatter_", "scatter_add_"}
 _READS_TWICE = {"cross_entropy_"}
 _ADDS_TO_SELF = {"addbmm", "addmm", "addmv", "addr", "baddbmm"}
+# GEMMs, and the names of their factors [.., M, K] and [.., K, N].
+_GEMMS = {
+    "_grouped_mm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
+    "bmm": ("self", "mat2"), "mm": ("self", "mat2"),
+}  # fmt: skip
 # The functions that autocast casts, as far as layers call them.
 _AUTOCAST = {
     F.linear, torch.addmm, torch.baddbmm, torch.bmm, torch.matmul, torch.mm, Tensor.matmul,
@@ -85,12 +91,14 @@ class Traffic(NamedTuple):
         written: bytes written.
         kernels: kernels launched.
         peak: the most bytes that storages took at one time, of those that the call allocated.
+        flops: multiplications and additions of GEMMs.
     """
 
     read: int
     written: int
     kernels: int
     peak: int
+    flops: int = 0
 
     @property
     def bytes(self) -> int:
@@ -99,11 +107,12 @@ class Traffic(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Entry of a log: the op that a kernel runs, and the bytes that it reads and writes."""
+    """Entry of a log: the op that a kernel runs, the bytes that it reads and writes, its FLOPs."""
 
     op: str
     read: int
     written: int
+    flops: int = 0
 
     def __str__(self) -> str:
         return f"{self.read / 1e6:10.3f} MB read {self.written / 1e6:10.3f} MB written  {self.op}"
@@ -119,7 +128,7 @@ def count(call: Callable[[], object], log: list[Kernel] | None = None) -> Traffi
     >>> x = torch.empty(8, 16, device="meta")
     >>> log = []
     >>> count(lambda: (x + x).t().mul_(2.0), log)
-    Traffic(read=1024, written=1024, kernels=2, peak=512)
+    Traffic(read=1024, written=1024, kernels=2, peak=512, flops=0)
     >>> [kernel.op for kernel in log]
     ['aten.add.Tensor', 'aten.mul_.Tensor']
     """
@@ -149,7 +158,7 @@ def count_layer(
     >>> x, w = (torch.empty(4, 4, device="meta", requires_grad=True) for _ in range(2))
     >>> forward, backward = count_layer(lambda: x @ w, [x, w])
     >>> forward
-    Traffic(read=128, written=64, kernels=1, peak=64)
+    Traffic(read=128, written=64, kernels=1, peak=64, flops=128)
     >>> backward.bytes, backward.peak  # two GEMMs; y, dx and dw
     (384, 192)
     """
@@ -187,7 +196,8 @@ class _Counter(TorchDispatchMode):
         """Return the traffic of the latest run."""
         kernels = self._log[self._start :]
         read, written = sum(k.read for k in kernels), sum(k.written for k in kernels)
-        return Traffic(read, written, len(kernels), self._peak)
+        flops = sum(k.flops for k in kernels)
+        return Traffic(read, written, len(kernels), self._peak, flops)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -286,7 +296,20 @@ def _kernels(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> list
     if name == "_grouped_mm" and given["mat2"].dim() == 3:
         (rows, _), stack = given["self"].shape, given["mat2"]
         read_bytes -= _bytes([stack]) * max(0, stack.shape[0] - rows) // stack.shape[0]
-    return [*kernels, Kernel(str(func), read_bytes, written_bytes)]
+    return [*kernels, Kernel(str(func), read_bytes, written_bytes, _flops(name, given))]
+
+
+def _flops(name: str, given: dict[str, Any]) -> int:
+    """Return the FLOPs of an op; 0 for what is no GEMM.
+
+    A kernel of a peer has an argument of that name.
+    """
+    if isinstance(given.get("flops"), int):
+        return cast(int, given["flops"])
+    if (factors := _GEMMS.get(name.removesuffix("_"))) is None:
+        return 0
+    first, second = (given[factor] for factor in factors)
+    return 2 * int(first.numel()) * int(second.shape[-1])
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 (transformers' `grouped_mm`) and PEFT's.
 
 The layers have the shapes of well-known models, scaled to a CPU. "decoding" is one token without
-gradients.
+gradients. "4 tenants" is a step in which each quarter of the tokens has an adapter of its own, of
+equal weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ..oracle.case import dtype_name
 from .results import FROZEN, Facts, Row
 from .table import Entry, Suite, held_to, layer_call
 
-RANK, ALPHA, TOKENS = 16, 32, 512
+RANK, ALPHA, TOKENS, TENANTS = 16, 32, 512, 4
 
 
 class Shape(NamedTuple):
@@ -49,12 +50,13 @@ def experts_module(shape: Shape, dtype: torch.dtype) -> Any:
 
     name = shape.model
     of = f"transformers.models.{name}"
-    camel = {"gpt_oss": "GptOss", "qwen3_moe": "Qwen3Moe"}.get(name, name.capitalize())
+    camel = "".join(part.capitalize() for part in name.split("_"))
     config = getattr(importlib.import_module(f"{of}.configuration_{name}"), f"{camel}Config")(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         moe_intermediate_size=shape.intermediate,
         num_experts=shape.experts,
+        n_routed_experts=shape.experts,
         num_local_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
     )
@@ -85,6 +87,30 @@ def adapted(experts: nn.Module) -> nn.Module:
     return found
 
 
+class Tenants(nn.Module):
+    """Experts with several adapters, called with as many equal runs of tokens."""
+
+    def __init__(self, experts: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.experts, self.names = experts, names
+
+    def forward(self, *args: Any) -> Any:
+        return self.experts(*args, adapter_names=self.names)
+
+
+def tenants(experts: nn.Module) -> Tenants:
+    """Return PEFT's experts as `fuse` makes them, with three adapters more that equal the first."""
+    from ..peft.experts import wrappers_of
+
+    names = ["default", *(f"tenant{i}" for i in range(1, TENANTS))]
+    for wrapper in wrappers_of(experts):
+        for factors in (wrapper.lora_A, wrapper.lora_B):
+            for name in names[1:]:
+                factors[name] = copy.deepcopy(factors["default"])
+        wrapper.scaling.update(dict.fromkeys(names, wrapper.scaling["default"]))
+    return Tenants(fused(experts), names)
+
+
 def fused(experts: nn.Module) -> nn.Module:
     """Return PEFT's experts as `fuse` makes them."""
     from ..peft import fuse
@@ -97,22 +123,25 @@ def entries_of(shape: Shape, dtype: torch.dtype) -> Iterator[Entry]:
     base = experts_module(shape, dtype)
     peft = adapted(copy.deepcopy(base))
     ours, quantized = fused(copy.deepcopy(peft)), fused(copy.deepcopy(peft))
+    several = tenants(copy.deepcopy(peft))
     quantize_experts(quantized, double_quant=False)
     layers = {FROZEN: base, "ours": ours, "ours, NF4": quantized, "peft": peft}
+    four = f"ours, {TENANTS} tenants"
     oracle, of_codes = _oracle(peft), _oracle(peft)
     _decode(of_codes, base)
     for tokens, mode in ((TOKENS, "step"), (1, "decoding")):
         x = torch.randn(tokens, shape.hidden, dtype=dtype).requires_grad_()
         weights, index = torch.rand(tokens, shape.experts).topk(shape.top_k)
         weights = (weights / weights.sum(1, keepdim=True)).to(dtype)
+        called = layers | ({four: several} if mode == "step" else {})
         calls = {
             name: layer_call(layer, x, torch.randn_like(x), args=(index, weights))
-            for name, layer in layers.items()
+            for name, layer in called.items()
         }
         with torch.no_grad():
             wide = x.double(), index, weights.double()
             y, y4 = oracle(*wide), of_codes(*wide)
-            want = {"ours": y, "peft": y, "ours, NF4": y4}
+            want = {name: y4 if "NF4" in name else y for name in called if name != FROZEN}
             held_to(calls, want, "peft", dtype, (shape.hidden, shape.intermediate))
         key = Row(
             what=f"experts {shape.model} {shape.experts} top {shape.top_k}",

@@ -83,8 +83,8 @@ class Row:
         dtype: of x and the weight; in words, with the adapter's, in a row that was counted.
         seconds: times of each call.
         device_seconds: the GPU's times of each call, beside the host's.
-        moved, kernels: bytes that each call reads and writes on a GPU, and kernels that it
-            launches, in a row that was counted.
+        moved, kernels, flops: bytes that each call reads and writes on a GPU, kernels that it
+            launches, and FLOPs of its GEMMs, in a row that was counted.
         errors: rms of y, relative to float64.
         misses: for each call whose results miss the tolerance, by how much; in a row that was
             counted, or of the host's time, the measures in which ours loses.
@@ -113,6 +113,7 @@ class Row:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     misses: dict[str, str] = field(default_factory=dict)
     judged: Sequence[str] | None = None

@@ -116,7 +116,8 @@ def losses(cell: Cell, M: int, dropout_p: float, ours: Traffic, peft: Traffic) -
 def both(first: Traffic, second: Traffic) -> Traffic:
     """Return the traffic of one call after the other."""
     read, written, kernels = (a + b for a, b in zip(first[:3], second[:3], strict=True))
-    return Traffic(read, written, kernels, max(first.peak, second.peak))
+    peak = max(first.peak, second.peak)
+    return Traffic(read, written, kernels, peak, first.flops + second.flops)
 
 
 def stock(cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0, device: str = "meta") -> Any:

@@ -153,10 +153,11 @@ class ExpertsOperands(NamedTuple):
     Args:
         x: [M, K].
         weight: W [E, N, K], dense with any strides, or packed in 4 bits as one matrix of E·N rows
-            (E·K if `ExpertsSpec.transposed`).
-        lora_A: [E, R, K]; R is 0 for experts without adapters.
-        lora_B: [E, N, R], any strides.
-        offsets: [E], one past each expert's last row. Later rows belong to no expert.
+            (E·K if `ExpertsSpec.transposed`). None for the low-rank update alone.
+        lora_A: [G, R, K] of the groups, which are E·T pairs of expert and tenant, or the experts;
+            R is 0 for experts without adapters.
+        lora_B: [G, N, R], any strides.
+        offsets: [G], one past each group's last row. Later rows belong to no expert.
         bias: [E, N] or None. The backward gets None.
         rng, mask: as in `Operands`; the mask's rows are those of the sorted x.
     """
@@ -174,7 +175,10 @@ class ExpertsOperands(NamedTuple):
 class ExpertsSpec(NamedTuple):
     """The other arguments, as in `Spec`.
 
-    transposed: whether a 4-bit weight is packed as [E, K, N].
+    Args:
+        transposed: whether a 4-bit weight is packed as [E, K, N].
+        has_tail: whether rows of no expert may follow the last expert's.
+        tenants: T, the groups of an expert.
     """
 
     scaling: float
@@ -182,6 +186,8 @@ class ExpertsSpec(NamedTuple):
     dtype: torch.dtype
     y_dtype: torch.dtype
     transposed: bool = False
+    has_tail: bool = True
+    tenants: int = 1
 
 
 class ExpertsNeeds(NamedTuple):

@@ -22,11 +22,12 @@ UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 
 
 class ExpertsAdapter(NamedTuple):
-    """The adapter of one projection.
+    """The adapter of one projection, or with T tenants their adapters.
 
     Args:
-        lora_A: [E, R, in-features].
-        lora_B: [E, out-features, R], any strides.
+        lora_A: [E, R, in-features], with tenants [E·T, R, in-features], an expert's next to each
+            other.
+        lora_B: [E, out-features, R] or [E·T, out-features, R], any strides.
         scaling: alpha / r.
         dropout_p: probability of zeroing an element of the projection's input.
     """
@@ -345,22 +346,37 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
-        rows = dy.index_select(0, place).view(place.shape[0] // ctx.k, ctx.k, dy.shape[1])
-        return rows.sum(1), None, None, None
+        bags = place.view(place.shape[0] // ctx.k, ctx.k)
+        return functional.embedding_bag(bags, dy, mode="sum"), None, None, None
 
 
-class _Permute(torch.autograd.Function):
-    """Gather rows `order` of x; `place` is the inverse permutation."""
+class _Combine(torch.autograd.Function):
+    """Add the k rows of each token with their weights: y_t = Σ_j weights[t, j] · x[place[t, j]].
+
+    One kernel a direction, which reads each row once, and no row is rounded on the way. x [T·k, H]
+    and weights [T, k] have one dtype; `place` is the inverse permutation of `order`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.index_select(0, order)
+    def forward(ctx: Any, x: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights, order, place)
+        bags = place.view(weights.shape)
+        return functional.embedding_bag(bags, x, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
-        return dy.index_select(0, place), None, None
+        x, weights, order, place = ctx.saved_tensors
+        k, dx, dweights = weights.shape[1], None, None
+        if ctx.needs_input_grad[0]:
+            # Bags of one row: the gather and the product in one kernel.
+            bags, factors = (order // k)[:, None], weights.reshape(-1)[order][:, None]
+            dx = functional.embedding_bag(bags, dy, mode="sum", per_sample_weights=factors)
+        if x is not None:
+            rows = torch.arange(place.shape[0], dtype=place.dtype, device=place.device)
+            dweights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                dy.contiguous(), x, place, rows[::k].contiguous(), rows // k, 0
+            ).view(weights.shape)
+        return dx, dweights, None, None
 
 
 def experts_forward(
@@ -369,6 +385,7 @@ def experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     adapters: Mapping[str, ExpertsAdapter] | None = None,
+    tenants: Tensor | None = None,
 ) -> Tensor:
     """Compute the experts of each token and add them with their routing weights.
 
@@ -380,6 +397,9 @@ def experts_forward(
             on a CPU alone, because reading them would synchronize a GPU.
         top_k_weights: [T, k].
         adapters: by the name of the projection. A projection may have none.
+        tenants: int64 [T], each token's tenant, if the adapters are those of several; the number of
+            tenants is that of lora_A's matrices for an expert. The rows of x are then sorted by
+            expert and tenant.
 
     Returns:
         [T, H] in hidden_states' dtype. The result is deterministic.
@@ -397,17 +417,22 @@ def experts_forward(
     if top_k_weights.shape != top_k_index.shape:
         got = list(top_k_weights.shape)
         raise ValueError(f"top_k_weights: got shape {got}, want top_k_index's [{T}, {k}]")
+    count = 1  # groups of an expert
+    if tenants is not None and adapters:
+        count = max(each.lora_A.shape[0] for each in adapters.values()) // module.num_experts
+        top_k_index = top_k_index * count + tenants[:, None]
+    groups = module.num_experts * count
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
     is_readable = chosen.is_cpu and chosen.numel() and context.can_bypass_dispatcher(chosen)
     if is_readable and (least := chosen[0].item()) < 0:
         raise ValueError(
-            f"top_k_index: got {least}, want 0 to {module.num_experts - 1}, or more for experts "
-            "of other devices"
+            f"top_k_index: got {least // count}, want 0 to {module.num_experts - 1}, or more for "
+            "experts of other devices"
         )
     place = torch.empty_like(order).scatter_(
         0, order, torch.arange(T * k, dtype=order.dtype, device=order.device)
     )
-    numbers = torch.arange(module.num_experts, dtype=chosen.dtype, device=chosen.device)
+    numbers = torch.arange(groups, dtype=chosen.dtype, device=chosen.device)
     offsets = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
     up, down = projections(experts)
     x = _project(experts, up, _Gather.apply(hidden_states, order, place, k), offsets, adapters)
@@ -415,9 +440,10 @@ def experts_forward(
     x = _project(experts, down, x, offsets, adapters)
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
-    rows: Tensor = _Permute.apply(x, place, order).view(T, k, x.shape[1])
-    weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
-    return (rows * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+    weights = top_k_weights.masked_fill(top_k_index >= groups, 0)
+    dtype = torch.promote_types(x.dtype, weights.dtype)
+    y: Tensor = _Combine.apply(x.to(dtype), weights.to(dtype), order, place)
+    return y.to(hidden_states.dtype)
 
 
 def _project(
@@ -431,6 +457,9 @@ def _project(
     weight = stack(experts, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     lora_A, lora_B, scaling, dropout_p = adapter or (None, None, 1.0, 0.0)
+    if adapter is None:
+        step = offsets.shape[0] // module.num_experts
+        offsets = offsets[step - 1 :: step]
     # Compute in the weight's dtype, as transformers' grouped_mm does. autocast would copy the
     # weights of all experts.
     with context.no_autocast(x):
@@ -438,4 +467,6 @@ def _project(
             *(x.to(weight.dtype), weight, lora_A, lora_B, offsets, scaling, bias),
             is_transposed=has_transposed_stack(experts, name),
             dropout_p=dropout_p,
+            # transformers says whether experts of other devices can be chosen.
+            has_tail=getattr(module, "_is_expert_parallel", True),
         )

@@ -66,30 +66,40 @@ def lora_experts_linear(
     rng: Tensor | None = None,
     dropout_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    has_tail: bool = True,
 ) -> Tensor:
     """Apply each expert's frozen linear layer and adapter, for rows sorted by expert:
 
         y_m = W_e·x_m + scaling · B_e·(A_e·D(x)_m) + bias_e,    offsets[e-1] <= m < offsets[e]
 
-    Neither direction copies a dense weight, and W + scaling·B·A is not computed. A 4-bit weight is
-    decoded one expert at a time, or on a GPU in pieces of at most 256 MiB.
+    Several tenants may share the experts, each with an adapter of its own in every expert. Their
+    rows are then sorted by expert and tenant: e counts the pairs for A, B and the offsets, and the
+    base GEMM runs once for all tenants of an expert. A NaN of a tenant stays in its rows and in its
+    adapter.
+
+    On a CPU neither direction copies a dense weight. On a GPU W + scaling·B·A of all experts is
+    computed where that moves fewer bytes and takes fewer FLOPs: from 2·E·N·K / (N + K) rows on,
+    with one tenant and without dropout. A 4-bit weight is decoded one expert at a time, or on a GPU
+    in pieces of at most 256 MiB.
 
     Args:
         x: [M, K], float32, bfloat16, float16 or float64.
         weight: [E, N, K], frozen, with any strides, in x's dtype unless autocast is on; or a
             `Weight4bit` of that shape.
-        lora_A: [E, R, K]. None, like lora_B: no adapters.
-        lora_B: [E, N, R], any strides. PEFT's weights [N, R·E] are
+        lora_A: [E, R, K], with T tenants [E·T, R, K]. None, like lora_B: no adapters.
+        lora_B: [E, N, R] or [E·T, N, R], any strides. PEFT's weights [N, R·E] are
             `weight.view(N, R, E).permute(2, 0, 1)`.
-        offsets: int32 or int64 [E], ascending: one past each expert's last row, as in
-            `torch.nn.functional.grouped_mm`. Rows from offsets[-1] on belong to no expert, and y
-            is zero. The values are checked on the CPU alone, because reading them would synchronize
-            a GPU.
+        offsets: int32 or int64 [E] or [E·T], ascending: one past the last row of each expert, as in
+            `torch.nn.functional.grouped_mm`, or of each pair, all tenants of an expert one after
+            the other. Rows from offsets[-1] on belong to no expert, and y is zero. The values are
+            checked on the CPU alone, because reading them would synchronize a GPU.
         scaling: alpha / r.
         bias: [E, N] or None.
         is_transposed: whether `weight` is [E, K, N].
         dropout_p, rng, dropout_mask, compute_dtype: as in `lora_linear`. The mask's rows are those
             of x.
+        has_tail: whether rows of no expert may follow. False promises that offsets[-1] is M, and
+            saves a GPU two passes over y and over dx: without zeros, such rows would be undefined.
 
     Returns:
         y [M, N], in autocast's dtype if autocast is enabled for x's device, else in x's.
@@ -121,7 +131,8 @@ def lora_experts_linear(
         lora_A, lora_B = x.new_empty(E, 0, K), x.new_empty(E, N, 0)
     else:
         _check_experts_adapter(x, lora_A, lora_B, (E, N, K))
-    _check_offsets(offsets, E, x)
+    tenants = lora_A.shape[0] // E
+    _check_offsets(offsets, E * tenants, x)
     device_type, _ = context.device_of(x)
     cast_dtype = context.autocast_dtype(device_type, x.dtype)
     y_dtype = cast_dtype or x.dtype
@@ -139,9 +150,8 @@ def lora_experts_linear(
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         base = None if base is None else base.to(y_dtype)
     dropout_p, rng, mask = check_dropout(x, dropout_p, rng, dropout_mask)
-    spec = ExpertsSpec(
-        check_number("scaling", scaling), dropout_p, dtype, y_dtype, bool(is_transposed)
-    )
+    others = bool(is_transposed), bool(has_tail), tenants
+    spec = ExpertsSpec(check_number("scaling", scaling), dropout_p, dtype, y_dtype, *others)
     frozen = codes[:PACKED4BIT_TENSORS] or (base,)
     operand = Packed4bit(*codes) if codes else base
     operands = ExpertsOperands(x, operand, lora_A, lora_B, offsets, bias, rng, mask)
@@ -160,12 +170,14 @@ def _check_experts_adapter(
     E, N, K = sizes
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_tensor(name, t)
-    if lora_A.dim() != 3 or lora_A.shape[::2] != (E, K) or lora_A.shape[1] < 1:
+    is_3d = lora_A.dim() == 3 and 0 not in lora_A.shape
+    if not is_3d or lora_A.shape[0] % E or lora_A.shape[2] != K:
         raise ValueError(
-            f"lora_A: got shape {list(lora_A.shape)}, want [{E}, R, {K}] with R at least 1"
+            f"lora_A: got shape {list(lora_A.shape)}, want [{E}, R, {K}] with R at least 1, or "
+            f"[{E}·T, R, {K}] for T tenants"
         )
-    if lora_B.shape != (E, N, lora_A.shape[1]):
-        want = f"[{E}, {N}, {lora_A.shape[1]}]"
+    if lora_B.shape != (lora_A.shape[0], N, lora_A.shape[1]):
+        want = f"[{lora_A.shape[0]}, {N}, {lora_A.shape[1]}]"
         raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want {want}")
     check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
     check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
@@ -315,7 +327,7 @@ _EXPERTS = define(
     "lora_experts",
     "(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor offsets, Tensor? bias, "
     "Tensor? rng, Tensor? mask, float scaling, float dropout_p, ScalarType dtype, "
-    'ScalarType y_dtype, bool transposed, *, str choice="") -> '
+    'ScalarType y_dtype, bool transposed, bool has_tail, int tenants, *, str choice="") -> '
     "(Tensor y, Tensor p, Tensor mask)",
     _lora_experts,
     _lora_experts_fake,
@@ -340,13 +352,13 @@ def _lora_experts_backward(
 def _lora_experts_backward_fake(
     dy: Tensor, p: Tensor, *args: Any, choice: str = ""
 ) -> tuple[Tensor, ...]:
-    operands, _, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
+    operands, spec, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
     x, lora_A, lora_B = operands.x, operands.lora_A, operands.lora_B
     return (
         new_grad(needs.x, x.shape, x.dtype, x),
         new_grad(needs.lora_A, lora_A.shape, lora_A.dtype, x),
         new_grad(needs.lora_B, lora_B.shape, lora_B.dtype, x),
-        new_grad(needs.bias, lora_B.shape[:2], p.dtype, x),
+        new_grad(needs.bias, (lora_B.shape[0] // spec.tenants, lora_B.shape[1]), p.dtype, x),
     )
 
 
@@ -354,8 +366,8 @@ _BACKWARD = define(
     "lora_experts_backward",
     "(Tensor dy, Tensor p, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, "
     "Tensor offsets, Tensor? bias, Tensor? rng, Tensor? mask, float scaling, float dropout_p, "
-    "ScalarType dtype, ScalarType y_dtype, bool transposed, bool need_x, bool need_lora_A, "
-    'bool need_lora_B, bool need_bias, *, str choice="") -> '
+    "ScalarType dtype, ScalarType y_dtype, bool transposed, bool has_tail, int tenants, "
+    'bool need_x, bool need_lora_A, bool need_lora_B, bool need_bias, *, str choice="") -> '
     "(Tensor grad_x, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)",
     _lora_experts_backward,
     _lora_experts_backward_fake,

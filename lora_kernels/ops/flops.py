@@ -99,6 +99,7 @@ def _multi_backward(*args: Any, **__: Any) -> int:
 
 
 def _experts(x: Shape, weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
+    # Of the low-rank update: W + s·B·A is computed only where that takes fewer.
     return _flops(x[0], A[2], B[1], A[1], weight is not None)
 
 

@@ -26,6 +26,7 @@ def plain_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
         weight = weight.dequantize(dtype)
     weight = weight.mT if is_transposed else weight
     A, B, bias = others["lora_A"], others["lora_B"], others["bias"]
+    weight, bias = (_of_groups(t, A) for t in (weight, bias))
     wide = torch.promote_types(dtype, A.dtype)
     dropped = cases.masked(x, others["rng"], others["dropout_p"]).to(wide)
     parts, start = [], 0
@@ -43,6 +44,25 @@ def narrow_pytorch(**args: Any) -> Tensor:
     return plain_pytorch(**{**args, **narrow})
 
 
+def folded_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
+    """Compute the layer by W + s·B·A in x's dtype, as PEFT does."""
+    dtype = others["x"].dtype
+    weight = weight.dequantize(dtype) if isinstance(weight, Weight4bit) else weight
+    A, B = (others[name].to(dtype) for name in ("lora_A", "lora_B"))
+    folded = torch.baddbmm(weight.mT if is_transposed else weight, B, A, alpha=others["scaling"])
+    parts, start = [], 0
+    for e, stop in enumerate(others["offsets"].tolist()):
+        y = others["x"][start:stop] @ folded[e].T
+        parts.append(y if others["bias"] is None else y + others["bias"][e])
+        start = stop
+    return torch.cat([*parts, y.new_zeros(others["x"].shape[0] - start, folded.shape[1])])
+
+
+def _of_groups(t: Any, lora_A: Tensor) -> Any:
+    """Repeat what an expert has for each of its tenants."""
+    return None if t is None else t.repeat_interleave(lora_A.shape[0] // t.shape[0], 0)
+
+
 @dataclass(frozen=True)
 class ExpertsCase(AnyCase):
     """A call of `lora_experts_linear`.
@@ -52,7 +72,7 @@ class ExpertsCase(AnyCase):
     True
     """
 
-    rows: tuple[int, ...]  # of each expert
+    rows: tuple[int, ...]  # of each expert, or of each expert's tenants
     N: int
     K: int
     R: int
@@ -62,6 +82,7 @@ class ExpertsCase(AnyCase):
     transposed: bool = False
     bias: bool = True
     peft_layout: bool = False  # of lora_B
+    tenants: int = 1
 
     op = staticmethod(lora_experts_linear)
 
@@ -70,26 +91,37 @@ class ExpertsCase(AnyCase):
         return sum(self.rows) + self.tail
 
     @property
+    def experts(self) -> int:
+        return len(self.rows) // self.tenants
+
+    @property
+    def is_folded(self) -> bool:
+        """True if the engine in force computes W + s·B·A."""
+        if self.tenants > 1 or self.dropout_p or not self.is_grouped:
+            return False
+        return 2 * self.experts * self.N * self.K < self.M * (self.N + self.K)
+
+    @property
     def is_grouped(self) -> bool:
         """True if the engine in force runs the case in GEMMs of all experts."""
         if selection.forced_backend() != "eager" or not library.is_on_gpu_path("cpu"):
             return False
-        if self.quant and len(self.rows) > self.M:
+        if self.quant and self.experts > self.M:
             return self.N * self.K % int(self.quant.split("-")[1]) == 0
         if self.quant and self.dtype is not torch.bfloat16:
             return False
         return all(n * self.dtype.itemsize % ALIGNED == 0 for n in (self.N, self.K, self.R))
 
     def draw(self, source: Source) -> dict[str, Any]:
-        E, M, N, K, R = len(self.rows), self.M, self.N, self.K, self.R
+        E, G, M, N, K, R = self.experts, len(self.rows), self.M, self.N, self.K, self.R
         adapter = self.adapter_dtype or self.dtype
         shape = (E, K, N) if self.transposed else (E, N, K)
         weight = source.weight(shape, K**-0.5, self.dtype)
-        lora_B = source((N, R, E) if self.peft_layout else (E, N, R), R**-0.5, adapter)
+        lora_B = source((N, R, G) if self.peft_layout else (G, N, R), R**-0.5, adapter)
         return {
             "x": source((M, K), 1.0, self.dtype),
             "weight": weight,
-            "lora_A": source((E, R, K), K**-0.5, adapter),
+            "lora_A": source((G, R, K), K**-0.5, adapter),
             "lora_B": lora_B.permute(2, 0, 1) if self.peft_layout else lora_B,
             "offsets": torch.tensor(self.rows).cumsum(0).to(self.device),
             "scaling": 2.0 if self.values == "integers" else 1.25,
@@ -102,10 +134,13 @@ class ExpertsCase(AnyCase):
     def equation(*, weight: Tensor, is_transposed: bool, **others: Any) -> Tensor:
         """The reference, which knows one layout."""
         weight = weight.mT if is_transposed else weight
+        weight, others["bias"] = (_of_groups(t, others["lora_A"]) for t in (weight, others["bias"]))
         return reference.lora_experts_linear(weight=weight, **others)
 
     @property
     def eager(self) -> Callable[..., Tensor]:  # type: ignore[override]
+        if self.is_folded:
+            return folded_pytorch
         return narrow_pytorch if self.is_grouped else plain_pytorch
 
     def allowances(self) -> Allowances:

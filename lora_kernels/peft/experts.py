@@ -2,17 +2,19 @@
 
 PEFT nests one wrapper for each parameter of an experts module, and writes W + s·B·A of all experts
 in every forward. The fused outermost wrapper passes the factors of all wrappers to
-`experts_forward` instead. It calls neither the inner wrappers nor the module.
+`experts_forward` instead. It calls neither the inner wrappers nor the module. Rows that name their
+adapters, which PEFT refuses over experts, make one call too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..layers.experts import (
     ExpertsAdapter,
@@ -35,12 +37,18 @@ class FusedParamWrapper(Fused, ParamWrapper):
     """PEFT's wrapper of an experts' parameter, computed without the effective weights."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs or len(args) != 2 or experts_reason(self, x.device) is not None:
+        names, others = kwargs.get("adapter_names"), kwargs.keys() - {"adapter_names"}
+        if others or len(args) != 2 or experts_reason(self, x.device, names) is not None:
             return ParamWrapper.forward(self, x, *args, **kwargs)
-        wrappers = wrappers_of(self)
-        found = {each.parameter_name: active_adapter(each) for each in wrappers}
+        wrappers, tenants = wrappers_of(self), None
+        if names is None:
+            found = {each.parameter_name: active_adapter(each) for each in wrappers}
+        else:
+            present = list(dict.fromkeys(names))
+            found = {each.parameter_name: adapters_by_tenant(each, present) for each in wrappers}
+            tenants = _tenant_of_tokens(names, present, x)
         adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
-        return experts_forward(wrappers[-1].base_layer, x, *args, adapters)
+        return experts_forward(wrappers[-1].base_layer, x, *args, adapters, tenants)
 
 
 # PEFT recognizes its wrapper by the class name when another adapter is added.
@@ -73,6 +81,38 @@ def active_adapter(wrapper: Any) -> ExpertsAdapter | None:
     return ExpertsAdapter(lora_A, lora_B, 1.0)
 
 
+def adapters_by_tenant(wrapper: Any, names: Sequence[str]) -> ExpertsAdapter | None:
+    """Return the adapters of that order for each expert; None if the wrapper has none of them.
+
+    They are copied into one tensor, to the largest rank. Zeros stand for a name that the wrapper
+    does not have, as PEFT's "__base__".
+    """
+    parts = [_factors(wrapper, name) if name in wrapper.lora_A else None for name in names]
+    if (like := next(filter(None, parts), None)) is None:
+        return None
+    rank = max(part.lora_A.shape[1] for part in parts if part is not None)
+    As, Bs = [], []
+    for part in parts:
+        A, B, scaling, _ = part or (like.lora_A[:, :0], like.lora_B[:, :, :0], like.scaling, 0.0)
+        if scaling != like.scaling:
+            B = B * (scaling / like.scaling)
+        if more := rank - A.shape[1]:
+            A, B = functional.pad(A, (0, 0, 0, more)), functional.pad(B, (0, more))
+        As.append(A)
+        Bs.append(B)
+    lora_A, lora_B = (torch.stack(each, dim=1).flatten(0, 1) for each in (As, Bs))
+    return ExpertsAdapter(lora_A, lora_B, like.scaling)
+
+
+def _tenant_of_tokens(names: Sequence[str], present: Sequence[str], x: Tensor) -> Tensor:
+    """Return the tenant of each token [T], whose batch has one name a row."""
+    rows, tokens = len(names), x.shape[0]
+    if tokens % rows:
+        raise ValueError(f"adapter_names: got {rows} for {tokens} tokens, want one a row of x")
+    index = torch.tensor([present.index(name) for name in names]).to(x.device)
+    return index.repeat_interleave(tokens // rows, output_size=tokens)
+
+
 def _factors(wrapper: Any, name: str) -> ExpertsAdapter:
     """Return views of one adapter's weights as [E, r, in] and [E, out, r]."""
     A, B, E = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
@@ -96,12 +136,19 @@ def wrapper_reason(wrapper: Any) -> str | None:
     return replaced_reason(FusedParamWrapper) or patched_reason(wrapper) or patched_reason(base)
 
 
-def experts_reason(wrapper: Any, device: torch.device) -> str | None:
-    """Return why a fused wrapper runs PEFT's forward for x on this device."""
+def experts_reason(
+    wrapper: Any, device: torch.device, names: Sequence[str] | None = None
+) -> str | None:
+    """Return why a fused wrapper runs PEFT's forward for x on this device.
+
+    names: the adapter of each row, for which PEFT's forward raises.
+    """
     if (around := unfused_context()) is not None:
         return around
     wrappers = wrappers_of(wrapper)
-    if not any(map(active_names, wrappers)):
+    if names is not None and any(each.disable_adapters or each.merged for each in wrappers):
+        return "adapters are disabled or merged, where rows name their own"
+    if names is None and not any(map(active_names, wrappers)):
         if any(each.merged for each in wrappers) and not wrapper.disable_adapters:
             return "adapters are merged: the base layer's own forward"
         disabled = wrapper.disable_adapters
@@ -135,10 +182,20 @@ def _stacks(base: nn.Module) -> Iterable[Tensor]:
             yield base.get_parameter(name)
 
 
+# Hooks of these modules do not matter to a call without the inner wrappers: bitsandbytes' cache of
+# decoded parameters, and what adds the adapters' names to a layer's arguments.
+_KNOWN_HOOKS = (
+    "bitsandbytes.nn.parametrize",
+    "lora_kernels.peft.mixed_batch",
+    "peft.tuners.lora.model",
+)
+
+
 def _foreign_hooks(module: nn.Module) -> Iterable[Any]:
-    """Yield the module's hooks, except those of bitsandbytes' cache of decoded parameters, and
-    those by which ZeRO-3 gathers what is gathered already."""
+    """Yield the module's hooks, except those of `_KNOWN_HOOKS`, and those by which ZeRO-3 gathers
+    what is gathered already."""
     for hooks in hooks_of(module) if has_hooks(module) else ():
         for hook in hooks.values():
-            if getattr(hook, "__module__", None) != "bitsandbytes.nn.parametrize":
+            function = getattr(hook, "func", hook)  # PEFT's is a partial function
+            if getattr(function, "__module__", None) not in _KNOWN_HOOKS:
                 yield hook

@@ -496,7 +496,7 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     choice = experts.choose(operands, spec)
     reason = f"experts; {choice.reason}"
     if choice.is_eager and is_on_gpu_path(device.type):
-        reason += f"; {_experts_clause(operands, spec)}"
+        reason += f"; {_experts_clause(operands, spec)}{_fold_clause(operands, spec)}"
     return Row(name, _backend_state([choice]), choice.backend, choice.strategy, reason)
 
 
@@ -513,6 +513,13 @@ def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
     if isinstance(weight, Packed4bit):
         decoder = f"; {decoded_by(device, weight.quant_type, spec.dtype)}"
     return f"grouped_mm multiplies all experts, and the host does not wait{decoder}"
+
+
+def _fold_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
+    """Return in which order the eager backend computes experts on a GPU."""
+    if (least := eager_experts.fold_rows(operands, spec)) is None:
+        return ""
+    return f"; from {least:,} rows of experts on, W + s·B·A, with fewer bytes and FLOPs"
 
 
 def _embedding_row(name: str) -> Row:

@@ -269,12 +269,13 @@ def test_bench_count_has_rows_of_blocks_and_heads(
     monkeypatch.setattr(traffic, "CELLS", traffic.CELLS[:1])
     monkeypatch.setattr(blocks, "BLOCKS", SMALL)
     monkeypatch.setattr(blocks, "CELLS", CELLS[:1])
-    monkeypatch.setattr(experts_traffic, "EXPERTS", (8,))
+    monkeypatch.setattr(experts_traffic, "SHAPES", experts_traffic.SHAPES[6:7])
     monkeypatch.setattr(experts_traffic, "TOKENS", (1,))
     monkeypatch.setattr(blocks, "HEAD", (64, 128, 512))
     ran = run("--count")
-    *found, narrow, wide, forward, backward = (row for row in ran.rows if "what" in row)
-    assert forward["what"] == backward["what"] == "8 experts 2048→768, top 8"
+    *found, narrow, wide, forward, backward, _, again = (r for r in ran.rows if "what" in r)
+    assert forward["what"] == backward["what"] == "qwen3_moe, 8 experts 2048→768, top 2"
+    assert again["what"] == f"{forward['what']}, checkpointed"
     bases = [row for row in found if row["what"].startswith("base ")]
     found = found[len(bases) :]
     assert {row["what"] for row in bases} == {"base MXFP4", "base NVFP4"}
@@ -289,7 +290,8 @@ def test_bench_count_has_rows_of_blocks_and_heads(
     file = tmp_path / "traffic.json"
     file.write_text(json.dumps({"count": ran.data}))
     monkeypatch.setattr(report, "JSON_TRAFFIC", file)
-    assert table in report.render("RESULTS.md.j2", report.runs())
+    page = report.render("RESULTS.md.j2", report.runs())
+    assert table in page and "| qwen3_moe, 8 experts 2048→768, top 2, checkpointed | 1 | " in page
 
 
 # ---- Full size: M = 8192, bf16 ----

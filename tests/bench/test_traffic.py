@@ -339,7 +339,7 @@ def test_count_layer_nf4_falls_back_to_dense_weight_for_many_rows() -> None:
         ),
         Kernel("aten.add.Tensor", 4 * scales + 4, 4 * scales),
         Kernel("bitsandbytes.dequantize_4bit.default", codes + 4 * scales, 2 * n * k),
-        Kernel("aten.mm.default", 2 * (600 * k + n * k), 2 * 600 * n),
+        Kernel("aten.mm.default", 2 * (600 * k + n * k), 2 * 600 * n, 2 * 600 * n * k),
     ]
     # x, both scales, the dense weight and y.
     assert found.peak == 2 * 600 * k + 8 * scales + 2 * n * k + 2 * 600 * n
@@ -397,7 +397,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers, which take a second, no blocks, a small head, and no experts."""
     monkeypatch.setattr(blocks, "BLOCKS", ())
     monkeypatch.setattr(blocks, "HEAD", (64, 128, 512))
-    monkeypatch.setattr(experts_traffic, "EXPERTS", ())
+    monkeypatch.setattr(experts_traffic, "SHAPES", ())
     monkeypatch.setattr(bench_traffic, "SHAPES", ((128, 256),))
 
 

@@ -34,7 +34,7 @@ from lora_kernels.layers import Experts, adaptable_experts, quantize_experts
 from lora_kernels.layers.experts import stack
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle import tolerance
-from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft import explain, fuse, row_adapters, unfuse
 from lora_kernels.peft.experts import FusedParamWrapper, experts_reason
 from lora_kernels.peft.explain_rows import KERNELS
 from lora_kernels.quantization import Weight4bit
@@ -66,6 +66,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)),
 }
+MODULES = {"qwen3": "qwen3_moe"}  # transformers' modules of other names
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 EXPERTS = "layers.0.mlp.experts"
 
@@ -176,6 +177,186 @@ def test_fused_experts_with_several_active_adapters_are_peft_s() -> None:
     assert_as_exact(got, step(exact(model)), step(unfuse(model)))
 
 
+def folded_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that gets False from each folded forward, and True from each folded backward."""
+    calls: list[bool] = []
+    fold_ = eager_experts._fold_
+    monkeypatch.setattr(
+        eager_experts, "_fold_", lambda *args: calls.append(args[-1]) or fold_(*args)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("order", ["low-rank", "folded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_both_orders_of_experts_on_a_gpu_s_path_train_as_peft_s(
+    name: str, dtype: torch.dtype, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three SGD steps on a layer's experts: y, and each parameter's update, beside float64. Plain,
+    and checkpointed in both ways."""
+    least = {"low-rank": 1 << 30, "folded": 1}[order]
+    monkeypatch.setattr(eager_experts, "fold_rows", lambda *_: least)
+    calls = folded_calls(monkeypatch)
+    ours: dict[bool | None, dict[str, list[Tensor]]] = {None: {}, False: {}, True: {}}
+    others: dict[str, dict[str, list[Tensor]]] = {"oracle": {}, "peft": {}}
+    for seed in range(2):
+        layers, inputs = experts_to_train(name, dtype, seed)
+        for kind, pool in others.items():
+            pool_results(pool, train(layers[kind], inputs))
+        for reentrant, pool in ours.items():
+            calls.clear()
+            pool_results(pool, train(copy.deepcopy(layers["ours"]), inputs, reentrant))
+            backwards = 2 * 3 if order == "folded" else 0
+            forwards = backwards * (1 if reentrant is None else 2)
+            assert [calls.count(False), calls.count(True)] == [forwards, backwards]
+    for pool in ours.values():
+        assert_close_to_reference(pool, *others.values(), lambda *_: tolerance.unit_roundoff(dtype))
+
+
+def pool_results(pool: dict[str, list[Tensor]], found: dict[str, Tensor]) -> None:
+    for key, t in found.items():
+        pool.setdefault(key, []).append(t)
+
+
+def experts_to_train(name: str, dtype: torch.dtype, seed: int) -> tuple[dict[str, Any], Any]:
+    """Return a layer's experts, fused, in float64 and as PEFT has them, and the steps' inputs."""
+    torch.manual_seed(seed)
+    shape = Shape(MODULES.get(name, name), 4, 2, 64, 64)
+    peft: Any = adapted(experts_module(shape, dtype)).to(dtype)
+    ours, oracle = copy.deepcopy(peft), copy.deepcopy(peft).double()
+    oracle.get_base_layer().config._experts_implementation = "eager"
+    fuse(nn.ModuleDict({"experts": ours}))
+    x, dy = torch.randn(2, 3, 40, 64).to(dtype)
+    weights, index = torch.rand(3, 40, 4).topk(2)
+    steps = list(zip(x, index, weights.to(dtype), dy * 1e-3, strict=True))
+    return {"ours": ours, "oracle": oracle, "peft": peft}, steps
+
+
+def train(layer: Any, steps: Any, reentrant: bool | None = None) -> dict[str, Tensor]:
+    """Return y of the last step and each adapter's update; None for no checkpointing."""
+    adapters = {n: p for n, p in layer.named_parameters() if "lora_" in n}
+    before = {n: p.detach().clone() for n, p in adapters.items()}
+    optimizer, dtype = torch.optim.SGD(adapters.values(), lr=1.0), next(iter(before.values())).dtype
+    for x, index, weights, dy in steps:
+        rows, weights = x.to(dtype).requires_grad_(), weights.to(dtype)
+        with as_on_gpu(), lora_kernels.backend("eager"):
+            if reentrant is None:
+                y = layer(rows, index, weights)
+            else:
+                y = checkpoint(layer, rows, index, weights, use_reentrant=reentrant)
+            y.backward(dy.to(dtype))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"y": y.detach(), **{n: (p - before[n]).detach() for n, p in adapters.items()}}
+
+
+def routed(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, experts and weights of tokens that all go to the first expert."""
+    return torch.ones(tokens, 32), torch.zeros(tokens, 1).long(), torch.ones(tokens, 1)
+
+
+TENANTS = ("law", "code", "bank", "mail")
+
+
+def make_tenants(
+    name: str, ranks: tuple[int, ...] = (4, 4, 4, 4), parameters: tuple[str, ...] = BOTH
+) -> PeftModel:
+    torch.manual_seed(0)
+    options = [config(*parameters, r=rank, lora_alpha=2 * rank + i) for i, rank in enumerate(ranks)]
+    model = get_peft_model(MODELS[name](), options[0], adapter_name=TENANTS[0])
+    for tenant, each in zip(TENANTS[1:], options[1:], strict=True):
+        model.add_adapter(tenant, each)
+    for parameter, p in model.named_parameters():
+        p.requires_grad_("lora_" in parameter)
+    return start(model)
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_four_tenants_in_one_batch_over_experts_equal_four_runs(
+    name: str, quantized: bool, where: str
+) -> None:
+    """Of three SGD steps in one batch, beside those of each tenant alone; ranks differ."""
+    model = make_tenants(name, (4, 8, 4, 2))
+    fuse(quantize_experts(model) if quantized else model)
+    alone = copy.deepcopy(model)
+    names = ["code", "law", "mail", "code", "__base__", "bank", "law"]
+    x = ids(len(names), 9)
+
+    def train(model: Any, rows: list[int], *tenants: str) -> None:
+        weights = [p for n, p in model.named_parameters() if n.split(".")[-2] in tenants]
+        optimizer = torch.optim.SGD(weights, lr=0.1)
+        for _ in range(3):
+            with row_adapters(model, [names[row] for row in rows]):
+                y = model(input_ids=x[rows]).logits
+            torch.nn.functional.cross_entropy(
+                y.flatten(0, 1), x[rows].flatten(), reduction="sum"
+            ).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with as_on_gpu() if where == "gpu" else nullcontext():
+        train(model, [*range(len(names))], *TENANTS)
+        for tenant in TENANTS:
+            train(alone, [row for row, each in enumerate(names) if each == tenant], tenant)
+    before = dict(make_tenants(name, (4, 8, 4, 2)).named_parameters())
+    for (key, got), want in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if "lora_" in key:
+            scale = (want - before[key]).abs().max().item()
+            assert scale > 0
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3 * scale)
+
+
+def test_a_tenant_s_nan_over_experts_stays_there_and_absent_tenants_get_no_gradient() -> None:
+    model = fuse(make_tenants("qwen3"))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "experts" in key and ".code." in key:
+                p.fill_(torch.nan)
+    names, x, results = ["law", "code", "law"], ids(3, 9), []
+    for each in (model, twin):
+        with row_adapters(each, names):
+            y = each(input_ids=x).logits
+        y[[0, 2]].sum().backward()
+        results.append((y.detach(), {n: p.grad for n, p in each.named_parameters()}))
+    (y, grads), (want, wants) = results
+    # NaN moves the other tenant's tokens to other experts, whose GEMMs then have other sizes.
+    torch.testing.assert_close(y[[0, 2]], want[[0, 2]])
+    assert y[1].isnan().all()
+    for key in grads:
+        if ".law." in key:
+            torch.testing.assert_close(grads[key], wants[key])
+        if ".bank." in key or ".mail." in key:
+            assert grads[key] is None
+
+
+@pytest.mark.parametrize("parameters", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "up", "down"])
+def test_adapter_names_over_experts_run_in_evaluation_and_refuse_what_peft_refuses(
+    parameters: tuple[str, ...],
+) -> None:
+    model = fuse(make_tenants("mixtral", parameters=parameters)).eval()
+    names, x = ["law", "__base__", "mail"], ids(3, 9)
+    with torch.no_grad():
+        got = model(input_ids=x, adapter_names=names).logits
+        for row, tenant in enumerate(names):
+            model.set_adapter("law" if tenant == "__base__" else tenant)
+            around = model.disable_adapter() if tenant == "__base__" else nullcontext()
+            with around:
+                want = model(input_ids=x[row : row + 1]).logits[0]
+            torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+    wrapper = fused_wrappers(model)[0]
+    with pytest.raises(ValueError, match="got 2 for 9 tokens, want one a row"):
+        wrapper(
+            torch.ones(9, 32), torch.zeros(9, 1).long(), torch.ones(9, 1), adapter_names=names[:2]
+        )
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="mixed adapter batches"):
+        wrapper(*routed(3), adapter_names=names)
+
+
 def test_fused_experts_disabled_or_merged_are_peft_s() -> None:
     model = make("gpt_oss").eval()
     with torch.no_grad():
@@ -269,17 +450,22 @@ def test_explain_of_experts_on_a_gpu_says_whether_the_host_waits(name: str) -> N
     no_kernel = "PyTorch's kernel for all experts takes bfloat16, not torch.float32"
     waits = "one expert at a time is {}, and the host waits for the GPU: "
     waits_not = "grouped_mm multiplies all experts, and the host does not wait"
-    (dense,) = reasons(8, torch.bfloat16, False)
-    assert dense == waits_not
-    (four_bit,) = reasons(8, torch.bfloat16, True)
-    assert four_bit.startswith(f"{waits_not}; ") and "decodes" in four_bit
+    # The projections of MODELS' sizes have 2·E·N·K / (N + K) of these rows.
+    folds = "; from {} rows of experts on, W + s·B·A, with fewer bytes and FLOPs"
+    least = {"mixtral": {193, 154}, "gpt_oss": {193, 154}}[name]
+    dense = reasons(8, torch.bfloat16, False)
+    assert dense == {waits_not + folds.format(rows) for rows in least}
+    for four_bit in reasons(8, torch.bfloat16, True):
+        assert four_bit.startswith(f"{waits_not}; ") and "decodes" in four_bit
+        assert four_bit.endswith(tuple(folds.format(rows) for rows in least))
     for reason in reasons(5, torch.bfloat16, True):
         assert reason.startswith(waits.format("decoded and multiplied") + "grouped_mm needs rows")
     for reason in reasons(5, torch.bfloat16, False):
         assert reason.startswith(waits.format("multiplied") + "grouped_mm needs rows of 16 bytes")
     assert reasons(8, torch.float32, True) == {waits.format("decoded and multiplied") + no_kernel}
     by_torch = "grouped_mm multiplies one expert at a time, and the host waits for the GPU: "
-    assert reasons(8, torch.float32, False) == {by_torch + no_kernel}
+    found = {by_torch + no_kernel + folds.format(rows) for rows in least}
+    assert reasons(8, torch.float32, False) == found
 
 
 @pytest.mark.parametrize("budget", [1, 1 << 30])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lora_kernels
+from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.layers import (
     Experts,
     LoRAExperts,
@@ -30,14 +32,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(**options: Any) -> LoRAExperts:
+def make(r: int = R, **options: Any) -> LoRAExperts:
     torch.manual_seed(0)
     experts = Experts(E, H, INNER, **options)
     with torch.no_grad():
         for name, p in experts.named_parameters():
             if name.endswith("bias"):
                 p.normal_()
-    layer = LoRAExperts(experts, r=R, alpha=5.0)
+    layer = LoRAExperts(experts, r=r, alpha=5.0)
     with torch.no_grad():
         for lora_B in layer.lora_B.values():
             lora_B.normal_(std=0.3)
@@ -114,13 +116,31 @@ def test_lora_experts_equals_a_loop_over_tokens(kind: str) -> None:
 def test_lora_experts_skips_experts_of_other_devices() -> None:
     """Numbers of E and more: no contribution, no gradient, whatever their weight is."""
     x, index, weights = routed()
-    index[2, 1] = E
-    index[5] = E + 3
+    index[2, 1] = E + 3
+    index[5] = E
     weights[5] = torch.inf
     layer = make(bias=True)
     assert_matches_the_loop(layer, x, index, weights)
     got = results(layer, layer, x, index, weights)
     assert not got["y"][5].any() and not got["x"][5].any() and not got["weights"][5].any()
+
+
+@pytest.mark.parametrize("flag", [None, True, False])  # transformers' of expert parallelism
+def test_lora_experts_on_a_gpu_s_path_skip_experts_of_other_devices(flag: bool | None) -> None:
+    """Uninitialized rows are NaN. A module without expert parallelism has no such rows."""
+    x, index, weights = routed()
+    layer = make(r=4, bias=True)
+    if flag is not None:
+        cast(Any, layer.experts)._is_expert_parallel = flag
+    if flag is not False:
+        index[5], weights[5] = E, torch.inf
+    torch.use_deterministic_algorithms(True)
+    try:
+        with as_on_gpu(), lora_kernels.backend("eager"):
+            got = results(layer, layer, x, index, weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_as_exact(got, *by_loop(layer, x, index, weights))
 
 
 def test_lora_experts_without_tokens_returns_none_and_zero_gradients() -> None:

@@ -22,7 +22,15 @@ from lora_kernels.oracle.case import give_mask, judge, run
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import engines_in_turn, every_engine, every_native_engine, every_thread_count
 from tests.support.engines import assert_near
-from tests.support.experts import ROWS, ExpertsCase, check, check_exact, inputs, some_cases
+from tests.support.experts import (
+    ROWS,
+    ExpertsCase,
+    check,
+    check_exact,
+    folded_cases,
+    inputs,
+    some_cases,
+)
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -73,6 +81,86 @@ def test_lora_experts_linear_rows_of_no_expert_are_zeros_whatever_x_is(N: int, e
     want, got = run(lora_experts_linear, args), run(lora_experts_linear, spoiled)
     assert not got["y"][5:].any() and not got["dx"][5:].any()
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("case", folded_cases(), ids=str)
+def test_folded_experts_are_so_in_both_directions_and_not_with_fewer_rows(
+    case: ExpertsCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folded: list[Any] = []
+    fold_ = eager_experts._fold_
+    monkeypatch.setattr(eager_experts, "_fold_", lambda *a: folded.append(a) or fold_(*a))
+    N, K, E = case.N, case.K, case.experts
+    with cases.engine("eager-gpu"):
+        assert case.is_folded
+        run(lora_experts_linear, inputs(case))
+        assert [backward for *_, backward in folded] == [False, True][: 2 - ("x" in case.frozen)]
+        fewer = replace(case, rows=(2 * E * N * K // (N + K) - case.tail, *[0] * (E - 1)))
+        assert not fewer.is_folded
+        run(lora_experts_linear, inputs(fewer))
+        run(lora_experts_linear, give_mask(inputs(replace(case, dropout_p=0.5))))
+        assert len(folded) == 2 - ("x" in case.frozen)
+        run(lora_experts_linear, inputs(replace(fewer, tail=case.tail + 1)))
+        assert len(folded) == 2 * (2 - ("x" in case.frozen))
+
+
+@every_engine
+@pytest.mark.parametrize("case", [ExpertsCase(ROWS, 64, 128, 8, tail=0), folded_cases()[4]])
+def test_lora_experts_linear_without_a_tail_has_the_same_bits(
+    case: ExpertsCase, engine: str
+) -> None:
+    args = inputs(case)
+    want, got = (run(lora_experts_linear, {**args, "has_tail": flag}) for flag in (True, False))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@every_engine
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+def test_four_tenants_of_experts_equal_four_calls(quant: str, engine: str) -> None:
+    """Each tenant's results are within the tolerance of a call alone, as of all four together."""
+    rows = (3, 1, 0, 9, 20, 0, 4, 2)
+    case = ExpertsCase(rows, 64, 128, 8, dtype=bf16, tail=0, tenants=4, quant=quant)
+    args = inputs(case)
+    got = run(lora_experts_linear, args)
+    group = torch.arange(8).repeat_interleave(torch.tensor(rows))
+    total = torch.zeros(2, 64, dtype=got["dbias"].dtype)
+    for tenant in range(4):
+        own, groups = group % 4 == tenant, slice(tenant, None, 4)
+        alone = {name: args[name] for name in ("weight", "scaling", "is_transposed", "bias")}
+        alone |= {name: args[name].detach()[own] for name in ("x", "dy")}
+        alone |= {name: args[name].detach()[groups] for name in ("lora_A", "lora_B")}
+        alone["offsets"] = torch.tensor(rows)[groups].cumsum(0)
+        for name in ("x", "lora_A", "lora_B"):
+            alone[name].requires_grad_()
+        found = run(lora_experts_linear, alone)
+        mine = {name: got[name][own] for name in ("y", "dx")}
+        mine |= {name: got[name][groups] for name in ("dA", "dB")}
+        for name, t in mine.items():  # sums in another order
+            torch.testing.assert_close(t, found[name], rtol=2**-6, atol=2**-5)
+        total += found["dbias"]
+    torch.testing.assert_close(got["dbias"], total, rtol=2**-6, atol=2**-4)
+
+
+@every_engine
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "dy"])
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+def test_a_nan_of_one_tenant_stays_in_its_rows_and_adapter(
+    quant: str, name: str, engine: str
+) -> None:
+    rows = (3, 2, 4, 0, 5, 2)
+    case = ExpertsCase(rows, 64, 128, 8, dtype=bf16, tenants=3, quant=quant, frozen=("bias",))
+    args, spoiled = inputs(case), inputs(case)
+    group = torch.tensor([*range(6)]).repeat_interleave(torch.tensor(rows))
+    own = torch.cat([group, torch.tensor([9, 9])]) % 3 == 1  # of a tenant with rows of one expert
+    with torch.no_grad():
+        spoiled[name][own if name in ("x", "dy") else slice(1, None, 3)] = torch.nan
+    want, got = run(lora_experts_linear, args), run(lora_experts_linear, spoiled)
+    others = torch.arange(6) % 3 != 1
+    for key in ("y", "dx"):
+        assert torch.equal(got[key][~own], want[key][~own])
+    for key in ("dA", "dB"):
+        assert torch.equal(got[key][others], want[key][others])
+    assert any(got[key].isnan().any() for key in got)
 
 
 @every_engine
@@ -187,7 +275,7 @@ def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
     base = tuple(weight.codes) if quant else (weight,)
     tensors = [args[n].detach() for n in ("x", "lora_A", "lora_B")]
     operands = (tensors[0], *base, *tensors[1:], args["offsets"])
-    spec = 1.25, 0.25, f32, f32, False
+    spec = 1.25, 0.25, f32, f32, False, True, 1
     if not backward:
         return *operands, args["bias"].detach(), args["rng"], None, *spec
     p = torch.randn(7, 8)
@@ -291,7 +379,18 @@ BAD = {
         changed(is_transposed=True),
         r"x: got shape \[7, 5\], want \[M, 4\] for weight \[2, 4, 5\] and is_transposed=True",
     ),
-    "experts_of_A": (changed(lora_A=torch.ones(3, 2, 5)), r"lora_A: got shape \[3, 2, 5\]"),
+    "experts_of_A": (
+        changed(lora_A=torch.ones(3, 2, 5)),
+        r"lora_A: got shape \[3, 2, 5\], want \[2, R, 5\] with R .* \[2·T, R, 5\] for T tenants",
+    ),
+    "tenants_of_B": (
+        changed(lora_A=torch.ones(6, 2, 5)),
+        r"lora_B: got shape \[2, 4, 2\], want \[6, 4, 2\]",
+    ),
+    "tenants_of_offsets": (
+        changed(lora_A=torch.ones(6, 2, 5), lora_B=torch.ones(6, 4, 2)),
+        r"offsets: got shape \[2\], want \[6\]",
+    ),
     "rank_of_B": (
         changed(lora_B=torch.ones(2, 4, 3)),
         r"lora_B: got shape \[2, 4, 3\], want \[2, 4, 2\]",

@@ -91,6 +91,19 @@ def test_a_stack_in_pieces_is_within_tolerance(
     check(case)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_folded_stack_in_pieces_is_within_tolerance(
+    transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each piece takes its own columns of B·A, in both directions."""
+    monkeypatch.setattr(stack4bit, "PIECE_BYTES", 1)
+    rows = (400, 0, 3, 190)
+    case = replace(CASE, rows=rows, N=128, K=128, transposed=transposed, adapter_dtype=f32)
+    assert case.is_folded
+    assert all(len(sizes(case, backward)) > 1 for backward in (False, True))
+    check(case)
+
+
 @pytest.mark.parametrize("rows", [ROWS, (0, 1, 0, 0, 2, 0)], ids=str)
 @pytest.mark.parametrize("budget", [1, 1 << 30])
 def test_a_stack_without_adapters_is_the_base(

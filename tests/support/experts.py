@@ -53,7 +53,36 @@ def some_cases(sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[ExpertsCas
         *(replace(case, frozen=(name,)) for name in ("x", "lora_A", "lora_B", "bias")),
         replace(case, frozen=("lora_A", "lora_B", "bias"), quant="nf4-64"),
     ]
-    return found
+    return found + cases_of_tenants() + folded_cases()
+
+
+def cases_of_tenants() -> list[ExpertsCase]:
+    """Cases of two experts for three tenants, and of an expert without rows of some."""
+    case = ExpertsCase((3, 0, 9, 1, 20, 5), 64, 128, 8, tenants=3)
+    return [
+        case,
+        replace(case, dtype=bf16, adapter_dtype=f32, dropout_p=0.25),
+        replace(case, dtype=f16, transposed=True, peft_layout=True),
+        replace(case, N=33, K=47, R=3, bias=False),
+        replace(case, dtype=bf16, quant="nf4-64-nested", tail=0),
+        replace(case, rows=(0, 1, 0, 0, 0, 1, 0, 0), tenants=2, quant="nf4-64", tail=0),
+        replace(case, dtype=bf16, rows=(0, 0, 0, 0, 7, 0)),
+        *(replace(case, dtype=bf16, frozen=(name,)) for name in ("x", "lora_A", "lora_B", "bias")),
+    ]
+
+
+def folded_cases() -> list[ExpertsCase]:
+    """Cases of so many rows that the eager GPU path computes W + s·B·A."""
+    case = ExpertsCase((30, 0, 1, 50), 16, 8, 8)
+    of_codes = replace(case, rows=(200, 0, 3, 90), N=64, K=64, dtype=bf16, quant="nf4-64")
+    return [
+        *(replace(case, dtype=dtype) for dtype in (f32, bf16, f16)),
+        replace(case, dtype=bf16, adapter_dtype=f32, transposed=True, bias=False),
+        replace(case, dtype=bf16, peft_layout=True, tail=0),
+        *(replace(case, dtype=bf16, frozen=(name,)) for name in ("x", "lora_A", "lora_B", "bias")),
+        of_codes,
+        replace(of_codes, quant="nf4-64-nested", transposed=True, adapter_dtype=f32),
+    ]
 
 
 def check_exact(case: ExpertsCase, blocksize: int = 0) -> None:

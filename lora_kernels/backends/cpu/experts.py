@@ -8,7 +8,7 @@ expert begins a block of codes and of nested scales.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ...core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpe
 from ...core.dtypes import DTYPE_NUMBERS, to_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
-from ..experts import runs, weight_of
+from ..experts import runs, split_tenants, weight_of
 from . import heuristics as cpu_heuristics
 from . import native
 from .linear import FUSED, pack_dropout, pack_rows, pointer, rows_of_any, vector
@@ -28,7 +28,8 @@ class _Stack(NamedTuple):
 
     Args:
         tensor: dense, which owns the memory, or None.
-        matrix, codes: the first expert's, dense or 4-bit; the other is None.
+        matrix, codes: the first expert's, dense or 4-bit; the other is None, and both without a
+            base.
         expert_stride: elements from one expert to the next.
         table_stride: of the codes' scales; 0 if one table serves all experts.
         few_rows: the most rows of an expert for the GEMV kernel.
@@ -46,6 +47,8 @@ class _Stack(NamedTuple):
 
 def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Stack:
     weight, (E, N, _), K = operands.weight, operands.lora_B.shape, operands.x.shape[1]
+    if weight is None:
+        return _Stack(None, None, None, 0, 0, 0, False)
     if isinstance(weight, Packed4bit):
         shape = (E * K, N) if spec.transposed else (E * N, K)
         is_aligned = _is_block_aligned(weight, N * K)
@@ -55,7 +58,6 @@ def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> 
         table = weight.nested_code
         tables = 0 if table is None or table.dim() == 1 else table.stride(0)
         return _Stack(None, None, codes, N * K, tables, few, is_aligned and strategy == FUSED)
-    assert weight is not None
     w = to_dtype(weight, spec.dtype)
     if w.stride(2) != 1 and w.stride(1) != 1:
         w = w.contiguous()
@@ -104,23 +106,33 @@ def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] in spec.y_dtype, zero in rows of no expert; P is float32 [M, R]."""
+    (M, _), (_, N, _) = operands.x.shape, operands.lora_B.shape
+    y = operands.x.new_empty(M, N, dtype=spec.y_dtype)
+    if spec.tenants == 1:
+        return y, _forward(operands, spec, strategy, y)
+    base, adapters = split_tenants(operands, spec)
+    _forward(*base, strategy, y)
+    return y, _forward(*adapters, strategy, y)
+
+
+def _forward(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str, y: Tensor) -> Saved:
+    """Compute y, which without a weight holds the base GEMM and the bias."""
     assert native.module is not None
-    (M, K), (_, N, R) = operands.x.shape, operands.lora_B.shape
+    (M, K), R, weight = operands.x.shape, operands.lora_A.shape[1], operands.weight
     x, x_row = rows_of_any(operands.x, K)
-    xs = to_dtype(x, spec.dtype)
-    y, p = x.new_empty(M, N, dtype=spec.y_dtype), x.new_empty(M, R, dtype=torch.float32)
+    xs, p = to_dtype(x, spec.dtype), x.new_empty(M, R, dtype=torch.float32)
     call = _pack(operands, spec, strategy)
-    if not call.stack.is_fused:
+    if weight is not None and not call.stack.is_fused:
         for e, rows in runs(operands.offsets):
             if rows.stop - rows.start > call.stack.few_rows:
-                w = to_dtype(weight_of(operands, spec, e, spec.dtype), spec.dtype)
+                w = to_dtype(cast(Tensor, weight_of(operands, spec, e, spec.dtype)), spec.dtype)
                 y[rows] = torch.mm(xs[rows], w.t())
     x_rows = pack_rows(x, x_row)
     base_rows = x_rows if xs is x else pack_rows(xs, K)
     few_rows, z = False, 0  # few_rows is decided for each expert; z is for a column scale
     outputs = p.data_ptr(), y.data_ptr(), DTYPE_NUMBERS[y.dtype], z
     native.module.lora_experts(call.layer, call.experts, (x_rows, base_rows, few_rows, *outputs))
-    return y, Saved(p)
+    return Saved(p)
 
 
 def lora_experts_backward(
@@ -132,19 +144,39 @@ def lora_experts_backward(
     strategy: str,
 ) -> ExpertsGrads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
+    dx = operands.x.new_empty(operands.x.shape) if needs.x else None
+    if spec.tenants == 1:
+        return _backward(dy, operands, saved, spec, needs, strategy, dx)
+    base, adapters = split_tenants(operands, spec)
+    of_base = ExpertsNeeds(needs.x, False, False, needs.bias)
+    dbias = _backward(dy, base[0], saved, base[1], of_base, strategy, dx).bias
+    needs = needs._replace(bias=False)
+    grads = _backward(dy, adapters[0], saved, adapters[1], needs, strategy, dx)
+    return grads._replace(bias=dbias)
+
+
+def _backward(
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    strategy: str,
+    dx: Tensor | None,
+) -> ExpertsGrads:
+    """Compute the gradients. dx: None, or dx's memory, which without a weight holds the base's."""
     assert native.module is not None
-    (M, K), (E, N, R) = operands.x.shape, operands.lora_B.shape
+    K, (E, N, R), weight = operands.x.shape[1], operands.lora_B.shape, operands.weight
     x, x_row = rows_of_any(operands.x, K)
     dy, dy_row = rows_of_any(dy, N)
     dz = to_dtype(dy, spec.dtype) if needs.x else dy
-    dx = x.new_empty(M, K) if needs.x else None
     dA = operands.lora_A.new_empty(E, R, K) if needs.lora_A else None
     dB = operands.lora_B.new_empty(E, N, R) if needs.lora_B else None
     dbias = saved.p.new_empty(E, N) if needs.bias else None  # float32, as P
     call = _pack(operands._replace(bias=None), spec, strategy)
-    if dx is not None and not call.stack.is_fused:
+    if dx is not None and weight is not None and not call.stack.is_fused:
         for e, rows in runs(operands.offsets):
-            w = to_dtype(weight_of(operands, spec, e, spec.dtype), spec.dtype)
+            w = to_dtype(cast(Tensor, weight_of(operands, spec, e, spec.dtype)), spec.dtype)
             dx[rows] = torch.mm(dz[rows], w)
     dy_rows = pack_rows(dy, dy_row)
     base_rows = dy_rows if dz is dy else pack_rows(dz, N)

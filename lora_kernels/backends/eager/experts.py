@@ -7,7 +7,8 @@ offsets and multiplies one expert at a time. A 4-bit weight is decoded in pieces
 the host need not wait, and a call with fewer rows than experts decodes those experts alone, by
 `torch.bmm` in place of `grouped_mm`, on any GPU.
 Rounding points: the adapter, P and dS to the dtype of the base GEMM; each gradient from that dtype;
-y after the base GEMM and after the low-rank update.
+y after the base GEMM and after the low-rank update. From `fold_rows` on, W + s·B·A of all experts
+takes the place of the update, and is rounded; P is computed for dB alone.
 
 Otherwise the eager backend's `lora_linear` runs once for each expert, with its rounding points. On
 a GPU the host waits for the offsets. One expert of a 4-bit weight is decoded at a time; the whole
@@ -39,7 +40,7 @@ from ...core.dropout import dropout_mask, dropout_scale
 from ...core.dtypes import stat_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
-from ..experts import runs, weight_of
+from ..experts import runs, split_tenants, weight_of
 from ..library import is_on_gpu_path
 from . import linear as eager
 from .stack4bit import ALIGNED, build_stack, chosen_experts, expert_of_rows, uncut_reason
@@ -66,7 +67,38 @@ def loop_reason(operands: ExpertsOperands, spec: ExpertsSpec) -> str | None:
         return f"grouped_mm takes at most {MOST_GROUPS} experts"
     if isinstance(weight, Packed4bit):
         return waits_reason(x.device, spec.dtype) or uncut_reason(operands, spec)
-    return None if _is_aligned(cast(Tensor, weight)) else "the weight's strides are not aligned"
+    if weight is None or _is_aligned(weight):
+        return None
+    return "the weight's strides are not aligned"
+
+
+def fold_rows(operands: ExpertsOperands, spec: ExpertsSpec) -> int | None:
+    """Return the number of rows from which W + s·B·A of all experts is computed; None for never.
+
+    In elements that a training step moves, and in FLOPs, a GPU's two orders differ in
+
+    - the low-rank update of y and of dx: 4·M·(N + K), written, and added to the base's result by
+      two reads and a write; 2·M·R·(N + K).
+    - W + s·B·A in both directions: 8·E·N·K, a copy of W that a GEMM updates in place; 4·E·N·K·R.
+      Of a 4-bit stack, whose decoded form is updated, 4·E·N·K, and beside it 2·M·(N + K) where
+      pieces of y and dx are copied.
+
+    Both counts are lower from 2·E·N·K / (N + K) rows on, of a stack in one piece the FLOPs alone
+    set this bound. The rest is the same: dA and dB come from P = x·Aᵀ and dY·B. Dropout acts on
+    the adapter's x alone, so W + s·B·A does not exist.
+    """
+    E, N, R = operands.lora_B.shape
+    K = operands.x.shape[1]
+    if not R or spec.dropout_p or operands.weight is None or not is_grouped(operands, spec):
+        return None
+    return 2 * E * N * K // (N + K) + 1
+
+
+def is_folded(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
+    """Return True if a call computes W + s·B·A, alike in the forward, its recomputation and the
+    backward: it depends on sizes and layouts alone."""
+    least = fold_rows(operands, spec) if spec.tenants == 1 else None
+    return least is not None and operands.x.shape[0] >= least
 
 
 def waits_reason(where: torch.device, dtype: torch.dtype) -> str | None:
@@ -118,8 +150,10 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return product
 
 
-def _zero_rows_of_no_expert(t: Tensor, offsets: Tensor) -> Tensor:
+def _zero_rows_of_no_expert(t: Tensor, offsets: Tensor, spec: ExpertsSpec) -> Tensor:
     """Zero the rows after the last expert's in place: `grouped_mm` leaves them undefined."""
+    if not spec.has_tail:
+        return t
     rows = torch.arange(t.shape[0], device=t.device)[:, None]
     return t.masked_fill_(rows >= offsets[-1], 0)
 
@@ -150,30 +184,57 @@ def _add_base(
 
     Args:
         chosen: the experts that are decoded, of `chosen_experts`.
-        update: computes the low-rank update, which is overwritten; None for no adapters.
+        update: computes the low-rank update, which is overwritten; None for no adapters, or if
+            W is W + s·B·A.
     """
     weight, offsets = operands.weight, operands.offsets
+    folds = update is None and is_folded(operands, spec)
+    if weight is None:
+        assert update is not None  # experts without a base have adapters
+        return update()
     if isinstance(weight, Packed4bit):
         stack = build_stack(operands, spec, chosen, backward)
+
+        def decode(piece: slice) -> Tensor:
+            matrices = stack.decode(piece)
+            return _fold_(matrices, operands, spec, piece, backward) if folds else matrices
+
         if len(stack.pieces) > 1:  # the update first: then no piece needs a pass of its own
             width = stack.shape[stack.axis]
             out = a.new_empty(a.shape[0], width) if update is None else update()
             for piece in stack.pieces:
                 part = out[:, piece]
                 put = part.copy_ if update is None else part.add_
-                put(_multiply(a, stack.decode(piece), offsets, chosen))  # no name keeps a piece
+                put(_multiply(a, decode(piece), offsets, chosen))  # no name keeps a piece
             return out
-        base = _multiply(a, stack.decode(stack.pieces[0]), offsets, chosen)
+        base = _multiply(a, decode(stack.pieces[0]), offsets, chosen)
     else:
-        dense = cast(Tensor, weight).to(spec.dtype)
-        base = _grouped_mm(a, dense if backward else dense.mT, offsets)
+        dense = weight.to(spec.dtype, copy=folds)
+        matrices = dense if backward else dense.mT
+        if folds:
+            _fold_(matrices, operands, spec, slice(None), backward)
+        base = _grouped_mm(a, matrices, offsets)
     return base if update is None else base.add_(update())
+
+
+def _fold_(
+    matrices: Tensor, operands: ExpertsOperands, spec: ExpertsSpec, piece: slice, backward: bool
+) -> Tensor:
+    """Add s·B·A to the matrices [E, in, piece of out] of a base GEMM in place."""
+    A, B = (t.to(spec.dtype) for t in (operands.lora_A, operands.lora_B))
+    left, right = (B, A) if backward else (A.mT, B.mT)
+    return matrices.baddbmm_(left, right[:, :, piece], alpha=spec.scaling)
 
 
 def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
+    if spec.tenants > 1:
+        base, adapters = split_tenants(operands, spec)
+        y, _ = lora_experts(*base, strategy)
+        update, saved = lora_experts(*adapters, strategy)
+        return y.add_(update), saved
     x, lora_A, lora_B, bias = operands.x, operands.lora_A, operands.lora_B, operands.bias
     scaling, dropout_p, dtype, y_dtype = spec[:4]
     chosen = chosen_experts(operands, spec) if is_on_gpu_path(x.device.type) else None
@@ -205,19 +266,32 @@ def _grouped_forward(
 ) -> tuple[Tensor, Saved]:
     x, lora_A, lora_B, offsets = operands.x, operands.lora_A, operands.lora_B, operands.offsets
     scaling, dropout_p, dtype, y_dtype = spec[:4]
+    M, R, bias = x.shape[0], lora_A.shape[1], operands.bias
     dropped, factor, drawn = eager.drop(x, dropout_p, operands.rng, operands.mask)
-    p, update = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=stat_dtype(dtype)), None
-    if lora_A.shape[1]:
+    p, update = x.new_zeros(M, R, dtype=stat_dtype(dtype)), None
+    if R:
         A, B = (_of_rows(t, chosen).to(dtype).mT for t in (lora_A, lora_B))
         p = _multiply(dropped.to(dtype), A, offsets, chosen).to(p.dtype)
-        s = (p * (scaling * factor)).to(dtype)
-        p = _zero_rows_of_no_expert(p * factor if factor != 1.0 else p, offsets)
-        update = functools.partial(_multiply, s, B, offsets, chosen)
+        if not is_folded(operands, spec):
+            s = (p * (scaling * factor)).to(dtype)
+            if bias is not None and chosen is None:
+                s, B, bias = *_with_bias(s, B, bias), None
+            update = functools.partial(_multiply, s, B, offsets, chosen)
+        p = _zero_rows_of_no_expert(p * factor if factor != 1.0 else p, offsets, spec)
     del dropped
     y = _add_base(x.to(dtype), operands, spec, chosen, update)
-    if operands.bias is not None:
-        y += operands.bias[expert_of_rows(offsets, x.shape[0]) if chosen is None else chosen]
-    return _zero_rows_of_no_expert(y, offsets).to(y_dtype), Saved(p, None, drawn)
+    if bias is not None:
+        y += bias[expert_of_rows(offsets, M) if chosen is None else chosen]
+    return _zero_rows_of_no_expert(y, offsets, spec).to(y_dtype), Saved(p, None, drawn)
+
+
+def _with_bias(s: Tensor, B: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of the update and the bias: a column of ones in s [M, R], and the bias as
+    a row of B [E, R, N]. Their rows stay aligned. A bias that is gathered takes passes over y."""
+    (M, _), (E, _, N), more = s.shape, B.shape, ALIGNED // s.element_size()
+    columns, rows = s.new_zeros(M, more), B.new_zeros(E, more, N)
+    columns[:, 0], rows[:, 0] = 1, bias
+    return torch.cat([s, columns], 1), torch.cat([B, rows], 1)
 
 
 def _with_plain_scales(operands: ExpertsOperands) -> ExpertsOperands:
@@ -245,6 +319,8 @@ def lora_experts_backward(
     strategy: str,
 ) -> ExpertsGrads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
+    if spec.tenants > 1:
+        return _backward_of_tenants(dy, operands, saved, spec, needs, strategy)
     if is_grouped(operands, spec):
         return _grouped_backward(dy, operands, saved, spec, needs)
     x, lora_A, lora_B = operands.x, operands.lora_A, operands.lora_B
@@ -278,6 +354,25 @@ def lora_experts_backward(
     return ExpertsGrads(dx, dA, dB, dbias)
 
 
+def _backward_of_tenants(
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    strategy: str,
+) -> ExpertsGrads:
+    base, adapters = split_tenants(operands, spec)
+    of_base = ExpertsNeeds(needs.x, False, False, needs.bias)
+    grads_of_base = lora_experts_backward(dy, base[0], saved, base[1], of_base, strategy)
+    needs = needs._replace(bias=False)
+    grads = lora_experts_backward(dy, adapters[0], saved, adapters[1], needs, strategy)
+    dx = grads_of_base.x
+    if dx is not None:
+        dx.add_(cast(Tensor, grads.x))
+    return grads._replace(x=dx, bias=grads_of_base.bias)
+
+
 def _grouped_backward(
     dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
 ) -> ExpertsGrads:
@@ -307,6 +402,7 @@ def _grouped_backward(
             return eager.drop(narrow, dropout_p, rng, mask).x
 
         chosen = chosen_experts(operands, spec)
-        dx = _add_base(dz, operands, spec, chosen, update if R else None, backward=True)
-        dx = _zero_rows_of_no_expert(dx, offsets).to(x.dtype)
+        is_updated = R and not is_folded(operands, spec)
+        dx = _add_base(dz, operands, spec, chosen, update if is_updated else None, backward=True)
+        dx = _zero_rows_of_no_expert(dx, offsets, spec).to(x.dtype)
     return ExpertsGrads(dx, dA, dB, dbias)

@@ -156,7 +156,7 @@ def lora_experts_linear(
     operand = Packed4bit(*codes) if codes else base
     operands = ExpertsOperands(x, operand, lora_A, lora_B, offsets, bias, rng, mask)
     if not torch.is_grad_enabled() and context.can_bypass_dispatcher(*tensors_of(operands)):
-        return lora_experts_direct(operands, spec)[0]
+        return lora_experts_undispatched(operands, spec)[0]
     options = Options(spec, codes[PACKED4BIT_TENSORS:])
     context.refuse_context()
     return LoRAExpertsFunction.apply(  # type: ignore[no-any-return]
@@ -275,7 +275,7 @@ def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | Non
     return selection.choose_experts(problem, requested)
 
 
-def lora_experts_direct(
+def lora_experts_undispatched(
     operands: ExpertsOperands, spec: ExpertsSpec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher, and return y and the tensors for the backward."""
@@ -285,7 +285,7 @@ def lora_experts_direct(
         return BACKENDS[choice.backend].lora_experts(operands, spec, choice.strategy)
 
 
-def lora_experts_backward_direct(
+def lora_experts_backward_undispatched(
     dy: Tensor,
     operands: ExpertsOperands,
     saved: Saved,
@@ -308,7 +308,7 @@ def lora_experts_backward_direct(
 def _lora_experts(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
     operands, spec = split(args, ExpertsOperands, ExpertsSpec)
     chosen = choose(operands, spec, selection.parse_request(choice))
-    y, saved = lora_experts_direct(operands, spec, chosen)
+    y, saved = lora_experts_undispatched(operands, spec, chosen)
     return y, saved.p, or_empty(saved.mask, torch.bool, y)
 
 
@@ -340,7 +340,7 @@ def _lora_experts_backward(
 ) -> tuple[Tensor, ...]:
     operands, spec, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
     chosen = choose(operands, spec, selection.parse_request(choice))
-    grads = lora_experts_backward_direct(dy, operands, Saved(p), spec, needs, chosen)
+    grads = lora_experts_backward_undispatched(dy, operands, Saved(p), spec, needs, chosen)
     return (
         or_empty(grads.x, operands.x.dtype, dy),
         or_empty(grads.lora_A, operands.lora_A.dtype, dy),
@@ -378,7 +378,7 @@ def _call_forward(ctx: Any, operands: ExpertsOperands, spec: ExpertsSpec) -> tup
     """Call the op or its implementation, as `linear.call_forward` does."""
     if context.can_bypass_dispatcher(*tensors_of(operands)):
         ctx.choice = choose(operands, spec)
-        return lora_experts_direct(operands, spec, ctx.choice)
+        return lora_experts_undispatched(operands, spec, ctx.choice)
     ctx.choice = selection.format_request()
     y, p, mask = call_op(_EXPERTS, (), operands, *spec)
     return y, Saved(p, None, mask if draws_mask(operands, spec) else None)
@@ -396,7 +396,7 @@ def _call_backward(
     if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
         dy, *tensors_of(operands), saved.p
     ):
-        return lora_experts_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
+        return lora_experts_backward_undispatched(dy, operands, saved, spec, needs, ctx.choice)
     context.refuse_tangent(dy)
     others = *spec, *needs
     grads = call_op(_BACKWARD, (dy, saved.p), operands, *others, choice=str(ctx.choice))

@@ -215,8 +215,8 @@ def test_kernel_is_compiled_for_the_alignment_of_its_addresses(log: Log, shift: 
 def test_step_between_launches_and_parts_of_results(log: Log) -> None:
     from tests.launches.small_kernel import scaled
 
-    for _ in range(2):
-        x = torch.randn(5, 40)
+    for begin in (0, 2, 0):  # of x in its storage, which is no part of the plan
+        x = torch.randn(7, 40)[begin : begin + 5]
         copy = scaled(x, "a step between")
         assert torch.equal(copy, x.t()) and log.launches[-1][3][0] == copy.data_ptr()
         (first, (columns, nothing)), said = scaled(x, "parts as results")
@@ -417,11 +417,26 @@ def test_profilers_hooks_are_called_at_each_launch(
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("version", "want"),
+    [("3.4.0", True), ("3.9.1+git5", True), ("3.10.0", False), ("4.0", False)],
+)
+def test_known_launchers_are_those_of_the_versions_up_to_3_9(
+    version: str, want: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch.device, "version", lambda distribution: version)
+    assert launch.is_known_launcher.__wrapped__() is want
+
+
+@needs_triton
 def test_nothing_is_launched_while_kernels_are_only_compiled(log: Log) -> None:
     from lora_kernels.backends.triton import launch
 
-    with launch.compile_only(0, 1):
+    with pytest.raises(KeyboardInterrupt), launch.compile_only(0, 1):
         ONE.run()
+        raise KeyboardInterrupt
     assert not log.launches
     ONE.run()
     assert len(log.launches) == 1

@@ -22,7 +22,7 @@ from tests.ops.engines import (
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import problems
 from tests.support.engines import check, check_strided_vectors
-from tests.support.problems import FULL, RANK, UNDROPPED, bf16, f16, f32, with_rank
+from tests.support.problems import FULL, NEEDS, RANK, UNDROPPED, bf16, f16, f32, with_rank
 from tests.support.threads import check_interrupted_thread, check_late_threads
 
 DTYPES = [*problems.DTYPES, (f16, f32, None), (f32, bf16, None), (f32, f32, f16)]
@@ -49,14 +49,6 @@ OPTIONS: list[dict[str, Any]] = [
 # Work for several threads, in chunks that are no multiple of a tile; rows above those at which dB
 # is the sum of partial sums, and few rows with many columns and ranks.
 LARGE = [(130, 257, 100, RANK), (515, 261, 259, RANK), (33, 259, 257, 64), (70, 100, 259, 256)]
-# The arguments that need a gradient: each alone, and each missing.
-ALL = ("x", "lora_A", "lora_B", "rank_gate", "column_scale", "bias")
-NEEDS = [
-    *(tuple(n for n in ALL if n != alone) for alone in ALL),
-    *((missing,) for missing in ("x", "lora_A", "lora_B")),
-    ("lora_A", "lora_B"),
-    ALL,
-]
 
 
 def some_cases() -> list[Case]:

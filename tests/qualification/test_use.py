@@ -237,6 +237,9 @@ def test_table_has_the_times_of_each_point() -> None:
     assert f"{GROUP} 8 3×2 0.5 / 1.0 0.2 / 1.0 0.50 0.50" in rows
     assert f"{OTHER} 32 3×2 0.2 / 1.0* 0.1 / 1.0 0.20" in rows and str(third) in rows
     assert "not captured in a graph: timed in a busy stream" in rows
+    library = [points[1]._replace(eager_forward=events)]  # whose call cannot be captured
+    found = command.table(Verdict(fake_card.KEY, frozenset({GROUP}), points=library))
+    assert "1.0 / 0.2* " in found and "not captured in a graph" in found
     captured = [point for point in points if point.group == GROUP]
     found = command.table(Verdict(fake_card.KEY, frozenset({GROUP}), points=captured))
     assert command.EVENTS not in found

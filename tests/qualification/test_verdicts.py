@@ -346,6 +346,26 @@ def test_choose_of_what_was_not_qualified_is_eager_and_says_why(
     assert choice.backend == "eager" and word in choice.reason, choice.reason
 
 
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        (Layout(columns=True), "weights stored as [K, N] are not part of the qualification"),
+        (
+            Layout(unsupported_reason=constraints.NO_BASE),
+            "calls without a base GEMM are not part of the qualification",
+        ),
+    ],
+    ids=str,
+)
+def test_choose_of_a_layout_that_no_claim_has_is_eager_though_triton_takes_it(
+    layout: Layout, reason: str
+) -> None:
+    points = [timed(TRITON._replace(weight="dense"), 16, 0.5, 0.5)]
+    call = problem(16, four_bit=False)
+    assert choose_after(points, call).backend == "triton"
+    assert choice_reasons(points, call._replace(layout=layout)) == reason
+
+
 def test_choose_says_which_claim_failed() -> None:
     verdicts.set_current(0, replace(VERDICT, passed=frozenset(), failed={DECODE: "memory: NaN"}))
     reason = selection.choose(problem()).reason

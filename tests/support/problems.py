@@ -30,6 +30,14 @@ DTYPES: list[tuple[Any, ...]] = [
     (bf16, f32, None),  # PEFT's default beside a 16-bit model
     (f32, f32, bf16),
 ]
+# What is frozen where each argument alone needs a gradient, and where each does not.
+ALL = ("x", "lora_A", "lora_B", "rank_gate", "column_scale", "bias")
+NEEDS = [
+    *(tuple(n for n in ALL if n != alone) for alone in ALL),
+    *((missing,) for missing in ("x", "lora_A", "lora_B")),
+    ("lora_A", "lora_B"),
+    ALL,
+]
 OPTIONS: list[dict[str, Any]] = [
     {"gate": True},
     {"column_scale": True},
@@ -37,10 +45,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"dropout_p": 0.5},
     {"dropout_p": 1.0},
     {"base": False, "gate": True, "dropout_p": 0.1},
-    {"frozen": ("x",), **FULL},
-    {"frozen": ("x", "lora_A", "rank_gate"), **FULL},
-    {"frozen": ("lora_B",), **FULL},
-    {"frozen": ("lora_A", "lora_B"), **FULL},
+    *({"frozen": frozen, **FULL} for frozen in NEEDS),
 ]
 LAYOUTS = ("padded", "columns", "every_other", "expanded", "3d_swapped")
 

@@ -419,11 +419,12 @@ def test_profilers_hooks_are_called_at_each_launch(
 @needs_triton
 @pytest.mark.parametrize(
     ("version", "want"),
-    [("3.4.0", True), ("3.9.1+git5", True), ("3.10.0", False), ("4.0", False)],
+    [("3.4.0", True), ("3.9.1+git5", True), ("3.10.0", False), ("4.0", False), (None, False)],
 )
 def test_known_launchers_are_those_of_the_versions_up_to_3_9(
-    version: str, want: bool, monkeypatch: pytest.MonkeyPatch
+    version: str | None, want: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A build under another name, such as pytorch-triton, has no version that we know."""
     from lora_kernels.backends.triton import launch
 
     monkeypatch.setattr(launch.device, "version", lambda distribution: version)

@@ -127,8 +127,8 @@ def is_known_launcher() -> bool:
 
     `CompiledKernel.__getitem__` gives it the same in every Triton, and takes 2 µs more a launch.
     """
-    version = device.version("triton") or ""
-    return tuple(int(part) for part in version.split(".")[:2]) <= (3, 9)
+    version = device.version("triton")  # None of a build under another name
+    return version is not None and tuple(map(int, version.split(".")[:2])) <= (3, 9)
 
 
 def has_hooks() -> bool:

@@ -205,7 +205,8 @@ bool read_codes(PyObject* given, int64_t N, int64_t K, Codes4bit& codes) {
   if (!of[0].data || of[0].bits * of[0].elements() < (N * K + 1) / 2 * 8) return false;
   if (!has(1, nested ? 8 : 32, blocks) || !has(2, 32, 16)) return false;
   if (nested && !has(4, 32, 256)) return false;
-  if (is_double && !(nested && has(3, 32, (blocks + nested_block - 1) / nested_block) && has(5, 32, 1)))
+  if (is_double &&
+      !(nested && has(3, 32, (blocks + nested_block - 1) / nested_block) && has(5, 32, 1)))
     return false;
   const auto floats = [&](std::size_t i) { return static_cast<const float*>(of[i].data); };
   // bitsandbytes decodes by the type and ignores the stored codebook: they must agree.

@@ -29,8 +29,8 @@ struct Matrix {
 };
 
 // A 4-bit weight [N, K] in bitsandbytes' layout: codes packed along the flattened rows, the even
-// element in the high nibble; one scale a block of `1 << log2_block` elements, 16 or more, which may
-// straddle rows. Scales in 8 bits are nested_code[absmax[i]], or that * nested_absmax[i >>
+// element in the high nibble; one scale a block of `1 << log2_block` elements, 16 or more, which
+// may straddle rows. Scales in 8 bits are nested_code[absmax[i]], or that * nested_absmax[i >>
 // log2_nested] + offset, rounded twice.
 struct Codes4bit {
   const uint8_t* packed;

@@ -68,12 +68,12 @@ void multi_lora_linear_backward(const Layer& layer, const std::vector<Adapter>& 
 // layer w, codes, a, b and bias are the first expert's, M counts all rows; gate and c are not used.
 struct Experts {
   int64_t count;
-  const int64_t* stops;   // [count], one past each expert's last row, rising
+  const int64_t* stops;          // [count], one past each expert's last row, rising
   int64_t w, table, a, b, bias;  // from one expert to the next, in elements; table: nested_code's
   int64_t da, db;                // the same of the gradients, which are contiguous
-  bool transposed;        // as in Layer
-  int64_t few_rows;       // an expert of no more rows takes few_rows in the forward; 0: none does
-  bool has_base;          // else y and dx hold the base GEMM of the others
+  bool transposed;               // as in Layer
+  int64_t few_rows;  // an expert of no more rows takes few_rows in the forward; 0: none does
+  bool has_base;     // else y and dx hold the base GEMM of the others
 };
 
 // As lora_linear for each expert. Rows of y and P after the last expert's are zeros. Codes must

@@ -155,8 +155,9 @@ LK_DEVICE Factors look_up(const Codes& c, const Scale& s, float offset) {
 //   tile 1 │ unit p │        │    │
 //          └────────┴────────┴─ ─ ┘   Stripes: equal runs of units in this order, one a block.
 //
-//   block 0 ├── stripe ──┤            A stripe may end inside of a tile. Its blocks then store their
-//   block 1              ├── stripe   sums in tile_partials, and the last to come adds all, in order.
+//   block 0 ├── stripe ──┤            A stripe may end inside of a tile. Its blocks then store
+//   their block 1              ├── stripe   sums in tile_partials, and the last to come adds all,
+//   in order.
 //
 //   a warp takes rows g and g + 8 of 16, quad lane t of its chunk of each, four loads ahead:
 //

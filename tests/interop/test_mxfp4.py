@@ -16,7 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers import auto
 
 pytest.importorskip("transformers.core_model_loading")
-from lora_kernels.integrations import FuseCallback, packed_mxfp4
+from lora_kernels.integrations import FuseCallback, mxfp4, packed_mxfp4
 from lora_kernels.integrations.mxfp4 import Pack
 from lora_kernels.layers import quantize_experts
 from lora_kernels.layers.experts import stack
@@ -97,6 +97,30 @@ def test_packed_checkpoint_has_the_bits_of_the_decoded_one(
         assert_bitwise_equal(got + 0, want)
     assert not parameters
     assert_close_derived(packed(IDS).logits, decoded(IDS).logits, layers=8)
+
+
+def test_packed_mxfp4_ends_with_an_error_inside_of_it() -> None:
+    known = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
+    with pytest.raises(MemoryError), packed_mxfp4():
+        raise MemoryError
+    assert auto.AUTO_QUANTIZER_MAPPING["mxfp4"] is known
+
+
+def test_device_map_counts_the_experts_alone_as_4_bit(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    for name, p in model.named_parameters():
+        found = model.hf_quantizer.param_element_size(model, name, p)
+        assert found == (17 / 32 if name.endswith(gpt_oss.PROJECTIONS) else p.element_size()), name
+
+
+def test_sharded_parameter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter is a DTensor here; transformers loads into those on meta."""
+    monkeypatch.setattr(mxfp4, "DTensor", torch.nn.Parameter)
+    files = {"w_blocks": torch.zeros(2, 4, 1, 16).byte(), "w_scales": torch.zeros(2, 4, 1).byte()}
+    for device in ("meta", "cpu"):
+        model = torch.nn.ParameterDict({"w": torch.empty(2, 32, 4, device=device)})
+        with pytest.raises(NotImplementedError, match=r"^w: got tensor or expert parallelism"):
+            Pack(None).convert(files, model, "w")
 
 
 def test_packed_mxfp4_of_a_config_that_asks_to_decode_decodes(checkpoint: Path) -> None:

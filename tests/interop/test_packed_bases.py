@@ -391,6 +391,55 @@ def test_layer_in_another_state_is_left_as_it_is(change: Callable[[Any], Any]) -
     assert hasattr(net, "ct_decompress_hook")
 
 
+def test_hook_that_decodes_stays_while_a_layer_at_any_depth_needs_it() -> None:
+    for change in (decompressed, None):
+        net = net_of()
+        like_compressed_tensors(16)(net)
+        if change is not None:
+            change(net.up)
+        model: Any = nn.Sequential(nn.Sequential(net))
+        model.ct_decompress_hook = model.register_forward_pre_hook(decompress)
+        keep_packed(model)
+        assert hasattr(model, "ct_decompress_hook") is (change is not None)
+        assert bool(model._forward_pre_hooks) is (change is not None)
+
+
+def test_nvfp4_layer_without_a_global_scale_is_read_and_keeps_nothing_else() -> None:
+    net = net_of()
+    like_compressed_tensors(16)(net)
+    for layer in (net.up, net.down):
+        del layer.weight_global_scale
+        zeros = torch.zeros_like(layer.weight_scale, dtype=torch.int8)
+        layer.register_parameter("weight_zero_point", nn.Parameter(zeros, requires_grad=False))
+    want = Weight4bit.from_nvfp4(net.up.weight_packed, net.up.weight_scale).dequantize()
+    keep_packed(net)
+    assert_bitwise_equal(net.up.weight.dequantize(), want)
+    assert set(net.state_dict()) <= {f"{a}.{b}" for a in ("up", "down") for b in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_torchaos_layers_keep_their_dtype(group_size: int, dtype: torch.dtype) -> None:
+    net = net_of()
+    like_torchao(group_size, orig_dtype=dtype)(net)
+    keep_packed(net)
+    assert net.up.weight.dtype is net.up.weight.weight4bit.dtype is dtype
+
+
+def test_scales_that_torchao_multiplies_in_bfloat16_are_rounded() -> None:
+    net = net_of()
+    like_torchao(16, get_hp_scales=lambda: torch.ones(1, dtype=bf16))(net)
+    given: Any = net.up.weight
+    parts = given.qdata, given.row_scales, given.per_tensor_scale
+    exact, rounded = (
+        Weight4bit.from_nvfp4(*parts, global_op="multiply", scale_dtype=dtype).scales()
+        for dtype in (torch.float32, bf16)
+    )
+    keep_packed(net)
+    assert not torch.equal(exact, rounded)
+    assert_bitwise_equal(net.up.weight.weight4bit.scales(), rounded)
+
+
 def test_layer_that_rounds_x_is_called_and_named() -> None:
     """PEFT takes it once the first forward has decoded it."""
     net = net_of()

@@ -21,6 +21,7 @@ from lora_kernels.layers import (
 )
 from lora_kernels.layers.experts import has_quantized_experts, stack, unsupported_reason
 from lora_kernels.quantization import Weight4bit, quantize_4bit
+from lora_kernels.quantization.tensor4bit import Tensor4bit
 from tests.support.assertions import assert_as_exact, assert_close_derived
 
 T, E, H, INNER, R, K = 9, 4, 24, 20, 3, 2
@@ -381,3 +382,26 @@ def test_experts_forward_reads_no_index_of_another_device() -> None:
     layer = LoRAExperts(Experts(E, H, INNER, device="meta"), r=R)
     y = layer(*(t.to("meta") for t in routed()))
     assert y.shape == (T, H) and y.is_meta
+
+
+@pytest.mark.parametrize("is_packed_transposed", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4"])
+def test_experts_in_tensor4bit_are_those_decoded(
+    quant_type: str, is_transposed: bool, is_packed_transposed: bool
+) -> None:
+    """Square weights, whose transpose has the same shape."""
+    torch.manual_seed(0)
+    packed = LoRAExperts(Experts(E, 32, 32, has_gate=False, is_transposed=is_transposed), r=R)
+    for lora_B in packed.lora_B.values():
+        nn.init.normal_(lora_B, std=0.3)
+    decoded = copy.deepcopy(packed)
+    for name in packed.lora_A:
+        weight = packed.experts.get_parameter(name).detach()
+        weight = (weight.mT if is_packed_transposed else weight).contiguous()
+        held = Tensor4bit(quantize_4bit(weight, quant_type), is_packed_transposed)
+        packed.experts._parameters[name] = nn.Parameter(held, requires_grad=False)
+        dense = nn.Parameter(held.dequantize(), requires_grad=False)
+        decoded.experts._parameters[name] = dense
+    x, index, weights = torch.randn(T, 32), torch.randint(E, (T, K)), torch.rand(T, K)
+    assert_close_derived(packed(x, index, weights), decoded(x, index, weights), layers=2)

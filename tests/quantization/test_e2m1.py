@@ -143,6 +143,34 @@ def test_nvfp4_stack_has_a_table_for_each_expert(op: str, decoder: str) -> None:
         assert same_bits(same.nested_code, stack.nested_code)
 
 
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)
+def test_nvfp4_stack_with_one_global_scale_has_one_table(
+    shape: tuple[int, ...], experts: int
+) -> None:
+    packed, scale = nvfp4(experts)
+    factor = torch.tensor(0.0123)
+    one = Weight4bit.from_nvfp4(packed[0], scale[0], factor, global_op="divide").dequantize()
+    stack = Weight4bit.from_nvfp4(packed, scale, factor.view(shape), global_op="divide")
+    assert stack.nested_code.shape == (256,)
+    for each in stack.dequantize():
+        assert_bits(each, one)
+
+
+def test_weights_of_the_same_files_share_no_tables() -> None:
+    """A state that is loaded into one weight leaves the others."""
+    for read, files in ((Weight4bit.from_mxfp4, gpt_oss()), (Weight4bit.from_nvfp4, nvfp4())):
+        one, other = read(*files), read(*files)
+        for name in ("packed", "code", "nested_code"):
+            assert getattr(one, name).data_ptr() != getattr(other, name).data_ptr()
+
+
+def test_codes_are_swapped_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(e2m1, "_PIECE", 7)
+    want = [(byte & 15) << 4 | byte >> 4 for byte in range(256)]
+    assert e2m1.swap_nibbles(ALL_SCALES.view(2, 128)).tolist() == want
+
+
 def test_nvfp4_multiplied_scale_may_be_rounded() -> None:
     packed, scale = nvfp4()
     factor = torch.tensor(0.0123)
@@ -278,6 +306,20 @@ def test_quantize_nvfp4_is_torchaos(dtype: torch.dtype) -> None:
     assert_bits(ours.nested_code, table)
 
 
+def test_quantize_nvfp4_has_the_nearest_scales_that_are_not_subnormal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 64, 48, generator=generator) * torch.logspace(-6, 0, 64)[:, None]
+    weight = quantize_4bit(values, "nvfp4")
+    absmax = values.view(3, -1, 16).abs().amax(2).double()
+    want = absmax / 6 / (absmax.amax(1, keepdim=True) / (448 * 6))
+    want = want.flatten().clamp(2.0**-6, 448)
+    table = torch.tensor([e4m3_value(i) for i in range(127)], dtype=torch.float64)
+    got = table[weight.absmax.long()]
+    assert got.min() == 2.0**-6 and got.max() == 448
+    nearest = (want[:, None] - table).abs().amin(1)
+    assert ((got - want).abs() <= nearest + 1e-6 * want).all()  # float32 is rounded before
+
+
 @pytest.mark.parametrize("quant_type, error", [("mxfp4", 0.25), ("nvfp4", 0.2)])
 def test_quantize_stack_keeps_each_expert(quant_type: str, error: float) -> None:
     """Each expert is quantized as it is alone; an expert of zeros has no influence."""
@@ -289,6 +331,7 @@ def test_quantize_stack_keeps_each_expert(quant_type: str, error: float) -> None
     got = stack.dequantize()
     for e in range(3):
         assert_bits(got[e], quantize_4bit(values[e], quant_type).dequantize())
+        assert_bits(got[e : e + 1], quantize_4bit(values[e : e + 1], quant_type).dequantize())
         assert (got[e] - values[e]).norm() <= error * values[e].norm()
 
 
@@ -439,3 +482,10 @@ def test_from_nvfp4_of_bad_arguments_raises(change: dict, error: type, message: 
         given["scale"] = given["scale"].to(e4m3)
     with pytest.raises(error, match=message):
         Weight4bit.from_nvfp4(**given)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_from_nvfp4_of_one_bad_global_scale_among_others_raises(bad: float) -> None:
+    packed, scale = nvfp4(3)
+    with pytest.raises(ValueError, match=r"global_scale: got \[1.0, .* positive and finite"):
+        Weight4bit.from_nvfp4(packed, scale, torch.tensor([1.0, bad, 2.0]), global_op="divide")

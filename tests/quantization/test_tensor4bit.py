@@ -56,6 +56,44 @@ def test_tensor4bit_looks_like_its_decoded_weight(
     assert "Tensor4bit([" in repr(packed)
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda t: t.transpose(0, 1),
+        lambda t: t.transpose(-1, 0),
+        lambda t: t.transpose(2, -2),
+        lambda t: t.transpose(1, 1),
+        lambda t: t.select(1, 5),
+        lambda t: t.select(-1, -3),
+        lambda t: t.select(-3, 1),
+        lambda t: t.to(torch.int32),
+    ],
+)
+def test_tensor4bit_is_indexed_and_converted_as_its_decoded_weight(
+    op: Any, is_transposed: bool
+) -> None:
+    packed = made(E, N, K, is_transposed=is_transposed)
+    got, want = op(packed), op(packed.dequantize())
+    assert got.shape == want.shape and got.dtype is want.dtype
+    assert torch.equal(got + 0, want + 0)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tensor4bit_made_of_another_or_of_its_parts_is_that(
+    dtype: torch.dtype, is_transposed: bool
+) -> None:
+    """As accelerate copies it, and `torch.compile`."""
+    packed = made(E, N, K, is_transposed=is_transposed).to(dtype)
+    names, rest = packed.__tensor_flatten__()
+    parts = {name: getattr(packed, name) for name in names}
+    unflattened = Tensor4bit.__tensor_unflatten__(parts, rest, None, None)
+    for again in (Tensor4bit(packed), unflattened):
+        assert (again.shape, again.stride()) == (packed.shape, packed.stride())
+        assert_bitwise_equal(again + 0, packed + 0)
+
+
 def test_tensor4bit_saved_for_a_backward_is_packed() -> None:
     """By a linear layer, whose weight PyTorch transposes, and by a grouped GEMM."""
     linear, stack = module_with(made()), made(E, N, K, is_transposed=True)
@@ -109,9 +147,10 @@ def test_tensor4bit_survives_what_modules_do_with_parameters() -> None:
     file = io.BytesIO()
     torch.save(linear.state_dict(), file)
     file.seek(0)
-    again = module_with(made(quant_type="mxfp4"))
+    again = module_with(Tensor4bit(quantize_4bit(torch.ones(N, K).bfloat16(), "mxfp4")))
     again.load_state_dict(torch.load(file, weights_only=False))
     assert_bitwise_equal(again.weight.dequantize(), want)
+    assert_bitwise_equal(linear.weight.dequantize(), want.float())
 
 
 def test_tensor4bit_under_a_parametrization_is_added_to() -> None:

@@ -164,6 +164,18 @@ def test_dequantize_of_e2m1_is_bitwise(
         check_decode(weight, dtype)
 
 
+@pytest.mark.parametrize("quant_type, K", [("mxfp4", 96), ("nvfp4", 16), ("nvfp4", 80)])
+def test_scale_that_is_nan_stays_in_its_row(quant_type: str, K: int, device: str) -> None:
+    """The scales after a row that ends inside of a tile are the next row's."""
+    weight = quantize_4bit(torch.randn(5, K), quant_type)
+    weight.absmax.view(5, -1)[2] = 255 if quant_type == "mxfp4" else 127
+    weight = weight.to(device)
+    x = torch.ones(3, K, device=device)
+    A, B = torch.ones(2, K, device=device), torch.zeros(5, 2, device=device)
+    is_nan = lora_linear(x, weight, A, B).isnan().tolist()
+    assert is_nan == [[False, False, True, False, False]] * 3
+
+
 def test_quantize_with_triton_forced_has_the_bits_of_eager(device: str) -> None:
     values = torch.randn(37, 333, generator=torch.Generator().manual_seed(3)).to(device)
     got = quantize_4bit(values)

@@ -439,7 +439,8 @@ def test_bench_count_prints_and_writes_every_row(small: None, run: Any) -> None:
     counted = [c for c in CELLS if c.base != "nf4" or find_spec("bitsandbytes") is not None]
     layers = [row for row in ran.rows if "what" not in row]  # not the heads and bases
     assert len(layers) == 2 * len(counted) * len(bench_traffic.DROPOUTS) * len(bench_traffic.ROWS)
-    assert set(ran.data["provenance"]) == {"version", "torch", "peft", "bitsandbytes"}
+    names = {"version", "torch", "peft", "bitsandbytes", "commit", "date", "sources"}
+    assert set(ran.data["provenance"]) == names
     lost = [row["misses"]["ours"] for row in ran.rows if row["misses"]]
     assert ran.status == bool(lost)
     lines = ran.out.splitlines()

@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_launches.py --benchmark-columns=min,median,iqr --benchmark-sort=name
 
-"planned" is every call after the first, "planning" plans each anew. Needs no GPU.
-Reading the device and stream is not in it, nor Triton's launcher in C.
+"planned" times a call whose plan is cached. "planning" makes a new plan in each call. No GPU is
+needed. Reading the device and stream is not in it, nor Triton's launcher in C.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def fuse(
         TypeError: `model` is not a module.
         ValueError: `model` has no LoRA or AdaLoRA layer, or with `loss` no causal language model;
             `qualify` or `exact_merge` is another word; with `exact_merge` a layer is merged
-            already, or its base is in a format of which no copy is made, such as 8 bits.
+            already, or its base is in a format that is not copied, such as 8 bits.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))

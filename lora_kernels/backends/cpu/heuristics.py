@@ -24,7 +24,7 @@ AMX_FLOAT_ROWS = 128  # FLOAT_ROWS in csrc/cpu/amx_impl.h
 # in registers or the L1 cache. Measured on AMD families 25 and 26, and with AMX on Intel family 6
 # (benchmarks/NOTES.md). AVX-512 takes more rows of weights of LARGE elements in 4 bits. Beside AMX
 # bfloat16 has its tiles; without vector instructions widening 16 bits costs more than multiplying.
-FEW_ROWS = {"scalar": 4, "avx2": 16, "avx512": 16, "avx512bf16": 16, "amxbf16": 16}
+FEW_ROWS = {"scalar": 4, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 16}
 FEW_ROWS_4BIT = {"scalar": 8, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 11}
 FEW_ROWS_BESIDE_AMX = 6
 LARGE, FEW_ROWS_OF_LARGE = 1 << 24, 32

@@ -100,7 +100,7 @@ def sizes(columns: int, inner: int, **fields: Any) -> dict[str, Any]:
         (Processor("scalar"), f32, {}, {1: FEW, 5: LIBRARY}),
         (Processor("scalar"), bf16, {}, {1: LIBRARY}),
         (Processor("scalar"), bf16, CODES, {1: FEW_4BIT, 9: LIBRARY}),
-        (Processor("avx2"), f32, {}, {1: FEW, 17: LIBRARY}),
+        (Processor("avx2"), f32, {}, {1: FEW, 33: LIBRARY}),
         (Processor("avx2"), bf16, CODES, {1: FEW_4BIT, 33: LIBRARY}),
         (Processor("avx512"), f32, {}, {1: FEW, 17: FUSED}),
         (Processor("avx512"), bf16, {}, {1: FEW, 17: FUSED}),
@@ -239,9 +239,9 @@ def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.Mon
     with lora_kernels.backend("cpu", cpu.FUSED), pytest.raises(RuntimeError, match="avx2"):
         choose()
     with lora_kernels.backend("cpu", cpu.GEMV):
-        assert selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 16)).strategy == cpu.GEMV
-        with pytest.raises(RuntimeError, match="at most 16 rows"):
-            selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 17))
+        assert selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 32)).strategy == cpu.GEMV
+        with pytest.raises(RuntimeError, match="at most 32 rows"):
+            selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 33))
         with pytest.raises(RuntimeError, match="want a dense weight"):
             selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 1, True))
         columns = Problem("cpu", f32, f32, f32, f32, 8, 1, layout=Layout(columns=True))

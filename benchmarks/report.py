@@ -317,12 +317,12 @@ def rows_4bit(data: Row) -> Cells:
             *head,
             f"{ours * 1e3:.3f}",
             *(f"{seconds[n] / ours:.2f}" if n in seconds else "–" for n in CODES_PEERS),
-            peak_share(row, data["provenance"]),
+            flops_share(row, data["provenance"]),
             *(f"{errors[n]:.1e}" if n in errors else "–" for n in ("ours", CODES_PEERS[0])),
         )
 
 
-def peak_share(row: Row, provenance: Row) -> str:
+def flops_share(row: Row, provenance: Row) -> str:
     """Return our multiply-adds a second over the processor's peak in the same run, or –."""
     here = limits(provenance)
     if here is None:
@@ -528,11 +528,12 @@ def cpu_rows(measured: list[Run]) -> Cells:
         yield *key, *(cell(row, name) if row else "–" for row in rows for name in CPU_PEERS)
 
 
-def step_bytes(rows: list[Row]) -> Iterator[tuple[str, str, dict[str, int]]]:
+def step_bytes(rows: list[Row], measure: str = "moved") -> Iterator[tuple[str, str, Row]]:
     """Bytes that a training step on a GPU moves: step, base, and those of each peer.
 
-    Forward and backward, 8192 rows, bf16 adapters.
+    Forward and backward, 8192 rows, bf16 adapters. measure: "peak_bytes" for the peak of memory.
     """
+    combine = max if measure == "peak_bytes" else sum
     counted = [row for row in rows if row["M"] == 8192 and BF16_ADAPTERS.fullmatch(row["dtype"])]
     for step, name in STEPS.items():
         found: dict[str, list[Row]] = {}
@@ -543,9 +544,9 @@ def step_bytes(rows: list[Row]) -> Iterator[tuple[str, str, dict[str, int]]]:
                 )
         for base, directions in found.items():
             moved = {
-                peer: sum(row["moved"][peer] for row in directions)
+                peer: combine(row[measure][peer] for row in directions)
                 for peer in STEP_PEERS
-                if peer in directions[0]["moved"]
+                if peer in directions[0][measure]
             }
             yield name, base, moved
 
@@ -563,23 +564,31 @@ def step_rows(rows: list[Row], gpus: Sequence[DeviceInfo] = ()) -> Cells:
 
 
 def tax_ranges(measured: list[Run]) -> Cells:
-    """A dtype; of its training steps our time over PEFT's, and the LoRA tax of ours and PEFT's.
+    """A dtype, and of its training steps our time over PEFT's, the least and the largest.
 
-    Each is the least and the largest.
+    Then the same beside PEFT's layer with 16-bit adapters, or "" for float32.
     """
     rows = [row for run in measured for row in run.rows_of("step")]
     rows = [row for row in rows if row["R"] == 16 and row["M"] > 1]
     for dtype in dict.fromkeys(row["dtype"] for row in reversed(rows)):
         taxes = [row["tax"] for row in rows if row["dtype"] == dtype]
-        ratios = [tax["ours"] / tax["peft"] for tax in taxes]
-        columns = ratios, *([tax[name] for tax in taxes] for name in ("ours", "peft"))
-        yield dtype, *(f"{min(found):.2f} to {max(found):.2f}" for found in columns)
+        ranges = []
+        for peer in ("peft", "peft, 16-bit adapters"):
+            ratios = [tax["ours"] / tax[peer] for tax in taxes if peer in tax]
+            ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "")
+        yield dtype, *ranges
 
 
 def saved_range(rows: list[Row]) -> str:
     """The least and the largest share of PEFT's bytes that our steps do not move."""
     shares = sorted(1 - of["ours"] / of["peft"] for _, _, of in step_bytes(rows))
     return f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %"
+
+
+def peak_share(rows: list[Row]) -> str:
+    """The largest share of PEFT's peak memory that our steps take."""
+    share = max(of["ours"] / of["peft"] for _, _, of in step_bytes(rows, "peak_bytes"))
+    return f"{100 * share:.0f} %"
 
 
 def overview(measured: list[Run]) -> tuple[str, Callable[[], bytes]]:
@@ -607,7 +616,7 @@ def step_head(gpus: Sequence[DeviceInfo] = ()) -> str:
 TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
-    *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, experts_rows),
+    *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, peak_share, experts_rows),
     experts_range,
     *(host_head, host_rows, commit),
 )

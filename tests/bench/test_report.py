@@ -107,7 +107,7 @@ def test_limits_are_the_processor_s_and_never_one_library_s() -> None:
 def test_share_of_the_peak_above_one_is_marked_and_without_a_peak_is_left_out() -> None:
     row = {"M": 1, "K": 1000, "N": 1000, "R": 0, "mode": "forward", "dtype": "float32"}
     shares = [
-        report.peak_share({**row, "seconds": {"ours": {"p50": p50}}}, limits)
+        report.flops_share({**row, "seconds": {"ours": {"p50": p50}}}, limits)
         for p50, limits in ((1e-3, LIMITS), (4e-4, LIMITS), (1e-3, {**LIMITS, "peak": None}))
     ]
     assert shares == ["50%", "125% ✗", "–"]

@@ -1,25 +1,28 @@
 #pragma once
-// Products in the tile registers of AMX: eight of 16 rows by 64 bytes. A tile of x (16 rows, 32
-// bf16 of the sum) times one of W (16 pairs, 16 columns) is added to 16 x 16 sums in float32 by one
-// instruction; subnormals count as zero. A float32 is the sum of three bf16, of whose nine products
-// the three smallest, under 2^-26 of the whole, are left out. Follows product_impl.h.
+// The fused GEMM in the tile registers of AMX: eight registers of 16 rows by 64 bytes. Follows
+// product_impl.h.
+//
+// One instruction multiplies a tile of x (16 rows, 32 bf16 of the sum) by a tile of W (16 pairs, 16
+// columns) and adds to 16 x 16 sums in float32. Subnormals count as zero. A float32 is split into
+// three bf16 terms, whose sum it is. Of the nine products of two such elements the three smallest,
+// under 2^-26 of the whole, are left out.
 
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t X_ROWS = 16, X_DEPTH = 32;      // of a tile of x
+constexpr int64_t X_ROWS = 16, X_DEPTH = 32;      // in a tile of x
 constexpr int64_t X_TILE = X_ROWS * X_DEPTH;      // elements
-constexpr int64_t TILE_WORDS = 16 * 16;           // of four bytes: two of W's elements, or a sum
+constexpr int64_t TILE_WORDS = 16 * 16;           // words of a tile: pairs of W's elements, or sums
 constexpr int LD_X = X_DEPTH * 2, LD_C = VW * 4;  // bytes from row to row
-constexpr int64_t GROUP = 2 * X_ROWS;             // rows of x that are multiplied together
-constexpr int64_t THIN_ROWS = 32;       // of x, from which on a tile of S is worth being filled
-constexpr int64_t FLOAT_ROWS = 128;     // of x, from which on three bf16 beat float32
-constexpr int64_t X_BYTES = 1 << 20;    // of x in tiles, which stay in L2
-constexpr int64_t SUM_DEPTH = 1024;     // of them, where x is larger
-constexpr int64_t L1_DEPTH = 640;       // of the sum while 32 columns of W stay in L1
-constexpr int64_t TASK_COLUMNS = 4096;  // whose sums wait for the next SUM_DEPTH of x
+constexpr int64_t GROUP_ROWS = 2 * X_ROWS;        // rows of x that are multiplied together
+constexpr int64_t MIN_TILE_ROWS = 32;             // least rows of x that fill a tile of S
+constexpr int64_t MIN_SPLIT_ROWS = 128;  // least rows of x for which three bf16 beat float32
+constexpr int64_t X_L2_BYTES = 1 << 20;  // of x in tiles, which stay in L2
+constexpr int64_t SUM_DEPTH = 1024;      // elements of the sum in X_L2_BYTES if x is larger
+constexpr int64_t L1_DEPTH = 640;        // elements of the sum for which 32 columns of W stay in L1
+constexpr int64_t TASK_COLUMNS = 4096;   // columns whose sums wait for the next SUM_DEPTH
 
-// All eight registers at full size, for as long as it lives; then what was there before.
+// Configures all eight registers at full size; restores the configuration before it at the end.
 class Tiles {
  public:
   Tiles() {
@@ -40,60 +43,64 @@ class Tiles {
   alignas(64) uint8_t before_[64];
 };
 
-// v less the bf16 in the low halves of `words`; nothing of what is not finite, since infinity less
-// itself would be no number.
-LK_INLINE vf less(vf v, __m512i words) {
-  const vf term = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+// Returns v minus the bf16 in the low halves of `terms`; zero where a term is not finite, since
+// infinity minus infinity is NaN.
+LK_INLINE vf residual(vf v, __m512i terms) {
+  const vf term = _mm512_castsi512_ps(_mm512_slli_epi32(terms, 16));
   return _mm512_maskz_sub_ps((__mmask16)~_mm512_fpclass_ps_mask(term, 0x99), v, term);
 }
 
-// to[0 .. 16) = the words of even and odd rounded to bf16, which then are what that has left.
-LK_INLINE void next_term(vf& even, vf& odd, float* to) {
-  store_words(to, even, odd, Pair{});
-  const __m512i words = _mm512_castps_si512(load(to));
-  even = less(even, words);
-  odd = less(odd, _mm512_srli_epi32(words, 16));
+// dst = words of `even` and `odd` rounded to bf16; `even` and `odd` keep the residuals.
+LK_INLINE void split_term(vf& even, vf& odd, float* dst) {
+  store_words(dst, even, odd, bf16x2{});
+  const __m512i terms = _mm512_castps_si512(load(dst));
+  even = residual(even, terms);
+  odd = residual(odd, _mm512_srli_epi32(terms, 16));
 }
 
-// A row of 32 elements in `terms` tiles, whose bf16 sum to it.
-LK_INLINE void row_terms(vf first, vf second, int terms, bf16* to) {
-  for (int term = 0; term < terms; ++term, to += X_TILE) {
+// Splits a row of 32 elements into `terms` tiles, whose bf16 sum to it.
+LK_INLINE void split_row(vf first, vf second, int terms, bf16* dst) {
+  for (int term = 0; term < terms; ++term, dst += X_TILE) {
     const __m256i one = narrow_bf16(first), two = narrow_bf16(second);
-    _mm512_storeu_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1));
-    first = less(first, _mm512_cvtepu16_epi32(one));
-    second = less(second, _mm512_cvtepu16_epi32(two));
+    _mm512_storeu_si512(dst, _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1));
+    first = residual(first, _mm512_cvtepu16_epi32(one));
+    second = residual(second, _mm512_cvtepu16_epi32(two));
   }
 }
 
-// x [M, K] in tiles, one after another along K and then along M, which goes up to a multiple of
-// `rows`; zeros beyond both. A float32 has three tiles, the bf16 whose sum it is.
+// Packs x [M, K] into tiles, in order of K and then of M; zeros beyond both. M is rounded up to a
+// multiple of `rows`. A float32 has three tiles, one a term.
 LK_INLINE int64_t x_tiles(int64_t K) { return (K + X_DEPTH - 1) / X_DEPTH; }
-LK_INLINE void pack_x_row(const bf16* from, int64_t count, bf16* to) {
-  _mm512_storeu_si512(to,
-                      _mm512_maskz_loadu_epi16(count >= X_DEPTH ? ~0u : (1u << count) - 1, from));
+LK_INLINE void pack_x_row(const bf16* src, int64_t count, bf16* dst) {
+  _mm512_storeu_si512(dst,
+                      _mm512_maskz_loadu_epi16(count >= X_DEPTH ? ~0u : (1u << count) - 1, src));
 }
-LK_INLINE void pack_x_row(const float* from, int64_t count, bf16* to) {
-  row_terms(load_n(from, (int)min(W, count)), load_n(from + W, (int)max(0, min(W, count - W))), 3,
-            to);
+LK_INLINE void pack_x_row(const float* src, int64_t count, bf16* dst) {
+  split_row(load_n(src, (int)min(W, count)), load_n(src + W, (int)max(0, min(W, count - W))), 3,
+            dst);
 }
 template <typename T>
-LK_INLINE void pack_x(const T* x, int64_t ld, int64_t M, int64_t K, int64_t rows, bf16* to) {
+LK_INLINE void pack_x(const T* x, int64_t ld, int64_t M, int64_t K, int64_t rows, bf16* dst) {
   constexpr int64_t tiles = sizeof(T) == 4 ? 3 : 1;
   for (int64_t m = 0; m < round_up(M, rows); m += X_ROWS)
-    for (int64_t k = 0; k < K; k += X_DEPTH, to += tiles * X_TILE)
+    for (int64_t k = 0; k < K; k += X_DEPTH, dst += tiles * X_TILE)
       for (int64_t i = 0; i < X_ROWS; ++i)
         pack_x_row(x + min(m + i, M - 1) * ld + k, m + i < M ? min(X_DEPTH, K - k) : 0,
-                   to + i * X_DEPTH);
+                   dst + i * X_DEPTH);
 }
 
-// Registers 0 to 3 are the sums at c, c + right, c + next and c + next + right, whose rows are `ld`
-// bytes apart; zero unless held.
-LK_INLINE void load_sums(const float* c, int64_t right, int64_t next, int ld, bool held) {
-  if (held) {
+// Registers 0 to 3 are a 2 x 2 group of tiles of sums, or 1 x 4 if row_stride is 2 column_stride.
+// `ld`: bytes between rows.
+//   register 0  c                 register 1  c + column_stride
+//   register 2  c + row_stride    register 3  c + row_stride + column_stride
+// They start from zero unless `accumulates`.
+LK_INLINE void load_sums(const float* c, int64_t column_stride, int64_t row_stride, int ld,
+                         bool accumulates) {
+  if (accumulates) {
     _tile_loadd(0, c, ld);
-    _tile_loadd(1, c + right, ld);
-    _tile_loadd(2, c + next, ld);
-    _tile_loadd(3, c + next + right, ld);
+    _tile_loadd(1, c + column_stride, ld);
+    _tile_loadd(2, c + row_stride, ld);
+    _tile_loadd(3, c + row_stride + column_stride, ld);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -101,41 +108,44 @@ LK_INLINE void load_sums(const float* c, int64_t right, int64_t next, int ld, bo
     _tile_zero(3);
   }
 }
-LK_INLINE void store_sums(float* c, int64_t right, int64_t next, int ld) {
+LK_INLINE void store_sums(float* c, int64_t column_stride, int64_t row_stride, int ld) {
   _tile_stored(0, c, ld);
-  _tile_stored(1, c + right, ld);
-  _tile_stored(2, c + next, ld);
-  _tile_stored(3, c + next + right, ld);
+  _tile_stored(1, c + column_stride, ld);
+  _tile_stored(2, c + row_stride, ld);
+  _tile_stored(3, c + row_stride + column_stride, ld);
 }
 
-// The rank update's factors: a word of S is a rank's two bf16, one of Q an element twice ---------
+// The rank update's factors ----------------------------------------------------------------------
 
-// S of 32 rows.
-LK_INLINE void split_rows(const ExpandArgs& a, int64_t m0, int64_t blocks, float* to) {
-  for (int64_t m = m0; m < m0 + GROUP; ++m)
+// A word of S is the two bf16 terms of an element; a word of Q is one bf16 twice.
+
+// Packs S of 32 rows.
+LK_INLINE void split_rows(const ExpandArgs& a, int64_t m0, int64_t blocks, float* dst) {
+  for (int64_t m = m0; m < m0 + GROUP_ROWS; ++m)
     for (int64_t block = 0; block < blocks; ++block) {
-      const int rest = m < a.M ? (int)min(16, a.R - block * 16) : 0;
-      vf v = load_n(a.s + min(m, a.M - 1) * a.lds + block * 16, rest);
+      const int valid = m < a.M ? (int)min(16, a.R - block * 16) : 0;
+      vf v = load_n(a.s + min(m, a.M - 1) * a.lds + block * 16, valid);
       v = mul(v, splat(a.alpha));
-      if (a.gate) v = mul(v, load_n(a.gate + block * 16, rest));
+      if (a.gate) v = mul(v, load_n(a.gate + block * 16, valid));
       const __m512i high = _mm512_cvtepu16_epi32(narrow_bf16(v));
-      const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(less(v, high)));
-      store(to + ((m - m0) / X_ROWS * blocks + block) * TILE_WORDS + m % X_ROWS * 16,
+      const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(residual(v, high)));
+      store(dst + ((m - m0) / X_ROWS * blocks + block) * TILE_WORDS + m % X_ROWS * 16,
             _mm512_castsi512_ps(_mm512_or_si512(high, _mm512_slli_epi32(low, 16))));
     }
 }
 
-// Q[0 .. R up to 16, n0 .. n0 + 64), term after term.
-LK_INLINE void pack_twice(const ExpandArgs& a, int64_t n0, int terms, float* wide, float* to) {
+// Packs Q[0 .. R up to 16, n0 .. n0 + 64), one term after another.
+LK_INLINE void pack_duplicated(const ExpandArgs& a, int64_t n0, int terms, float* panel,
+                               float* dst) {
   const int64_t R4 = round_up(a.R, 4), R16 = round_up(a.R, 16);
-  pack(a.q, a.R, n0, min(VW, a.N - n0), VW, 1.0f, nullptr, nullptr, wide, VW, wide + R16 * VW);
+  pack(a.q, a.R, n0, min(VW, a.N - n0), VW, 1.0f, nullptr, nullptr, panel, VW, panel + R16 * VW);
   for (int64_t i = 0; i < R16 * VW; i += W) {
-    vf left = i < R4 * VW ? load(wide + i) : zero();
+    vf remainder = i < R4 * VW ? load(panel + i) : zero();
     for (int term = 0; term < terms; ++term) {
-      const __m512i word = _mm512_cvtepu16_epi32(narrow_bf16(left));
-      store(to + term * R16 * VW + i,
+      const __m512i word = _mm512_cvtepu16_epi32(narrow_bf16(remainder));
+      store(dst + term * R16 * VW + i,
             _mm512_castsi512_ps(_mm512_or_si512(word, _mm512_slli_epi32(word, 16))));
-      left = less(left, word);
+      remainder = residual(remainder, word);
     }
   }
 }
@@ -157,21 +167,22 @@ LK_INLINE void rank_2x2(const float* s, const float* q, int64_t blocks, int term
   }
 }
 
-// The product ------------------------------------------------------------------------------------
+// The GEMM ---------------------------------------------------------------------------------------
 
-// Registers 0 to 3 += two rows of tiles of x, `ld` elements apart, times two columns of W's tiles,
-// `apart` words apart, all `steps` deep. W's come from L1, which x's, being read once, stay out of.
-// Of three terms each the small products come first, so that the sum is rounded at its own size as
-// often as one of float32.
+// Registers 0 to 3 += two rows of tiles of x, x_stride elements apart, times two columns of W's
+// tiles, w_stride words apart, over `steps` tiles. W's tiles come from L1; x's bypass it, since
+// they are read once. Of three terms, the small products are added first, so that the sum is
+// rounded at full size as often as a float32 sum.
 template <int TERMS>
-LK_INLINE void tiles_2x2(const bf16* x, int64_t ld, int64_t steps, const float* w, int64_t apart) {
+LK_INLINE void tiles_2x2(const bf16* x, int64_t x_stride, int64_t steps, const float* w,
+                         int64_t w_stride) {
 #define LK_X(term)                                   \
   _tile_stream_loadd(4, xs + (term) * X_TILE, LD_X); \
-  _tile_stream_loadd(5, xs + ld + (term) * X_TILE, LD_X);
+  _tile_stream_loadd(5, xs + x_stride + (term) * X_TILE, LD_X);
 #define LK_W(term)                                \
   _tile_loadd(6, ws + (term) * TILE_WORDS, LD_X); \
-  _tile_loadd(7, ws + apart + (term) * TILE_WORDS, LD_X);
-#define LK_PRODUCTS        \
+  _tile_loadd(7, ws + w_stride + (term) * TILE_WORDS, LD_X);
+#define LK_MULTIPLY        \
   _tile_dpbf16ps(0, 4, 6); \
   _tile_dpbf16ps(1, 4, 7); \
   _tile_dpbf16ps(2, 5, 6); \
@@ -182,175 +193,185 @@ LK_INLINE void tiles_2x2(const bf16* x, int64_t ld, int64_t steps, const float* 
     for (int64_t s = 0; s < steps; ++s, xs += TERMS * X_TILE, ws += TERMS * TILE_WORDS) {
       LK_X(0)
       LK_W(2)
-      LK_PRODUCTS LK_W(1) LK_PRODUCTS LK_X(1) LK_PRODUCTS LK_W(0) LK_PRODUCTS LK_X(2) LK_PRODUCTS
+      LK_MULTIPLY LK_W(1) LK_MULTIPLY LK_X(1) LK_MULTIPLY LK_W(0) LK_MULTIPLY LK_X(2) LK_MULTIPLY
     }
   xs = x;
   ws = w;
   for (int64_t s = 0; s < steps; ++s, xs += TERMS * X_TILE, ws += TERMS * TILE_WORDS) {
-    LK_X(0) LK_W(0) LK_PRODUCTS
+    LK_X(0) LK_W(0) LK_MULTIPLY
   }
 #undef LK_X
 #undef LK_W
-#undef LK_PRODUCTS
+#undef LK_MULTIPLY
 }
 
-// The same of one row of tiles of x and four columns of W's.
+// tiles_2x2 for one row of tiles of x and four columns of W's tiles.
 template <int TERMS>
-LK_INLINE void tiles_1x4(const bf16* x, int64_t steps, const float* w, int64_t apart) {
+LK_INLINE void tiles_1x4(const bf16* x, int64_t steps, const float* w, int64_t w_stride) {
 #define LK_X(term) _tile_loadd(4, xs + (term) * X_TILE, LD_X);
-#define LK_PRODUCTS(term)                                     \
-  _tile_loadd(5, ws + (term) * TILE_WORDS, LD_X);             \
-  _tile_loadd(6, ws + apart + (term) * TILE_WORDS, LD_X);     \
-  _tile_dpbf16ps(0, 4, 5);                                    \
-  _tile_dpbf16ps(1, 4, 6);                                    \
-  _tile_loadd(5, ws + 2 * apart + (term) * TILE_WORDS, LD_X); \
-  _tile_loadd(6, ws + 3 * apart + (term) * TILE_WORDS, LD_X); \
-  _tile_dpbf16ps(2, 4, 5);                                    \
+#define LK_MULTIPLY(term)                                        \
+  _tile_loadd(5, ws + (term) * TILE_WORDS, LD_X);                \
+  _tile_loadd(6, ws + w_stride + (term) * TILE_WORDS, LD_X);     \
+  _tile_dpbf16ps(0, 4, 5);                                       \
+  _tile_dpbf16ps(1, 4, 6);                                       \
+  _tile_loadd(5, ws + 2 * w_stride + (term) * TILE_WORDS, LD_X); \
+  _tile_loadd(6, ws + 3 * w_stride + (term) * TILE_WORDS, LD_X); \
+  _tile_dpbf16ps(2, 4, 5);                                       \
   _tile_dpbf16ps(3, 4, 6);
   const bf16* xs = x;
   const float* ws = w;
   if constexpr (TERMS == 3)
     for (int64_t s = 0; s < steps; ++s, xs += TERMS * X_TILE, ws += TERMS * TILE_WORDS) {
       LK_X(0)
-      LK_PRODUCTS(2) LK_PRODUCTS(1) LK_X(1) LK_PRODUCTS(1) LK_PRODUCTS(0) LK_X(2) LK_PRODUCTS(0)
+      LK_MULTIPLY(2) LK_MULTIPLY(1) LK_X(1) LK_MULTIPLY(1) LK_MULTIPLY(0) LK_X(2) LK_MULTIPLY(0)
     }
   xs = x;
   ws = w;
   for (int64_t s = 0; s < steps; ++s, xs += TERMS * X_TILE, ws += TERMS * TILE_WORDS) {
-    LK_X(0) LK_PRODUCTS(0)
+    LK_X(0) LK_MULTIPLY(0)
   }
 #undef LK_X
-#undef LK_PRODUCTS
+#undef LK_MULTIPLY
 }
 
-// Sums of a group of rows and VW columns lie in tiles, two a column of tiles.
-constexpr int64_t SUMS = GROUP * VW, RIGHT = 2 * TILE_WORDS, BELOW = TILE_WORDS;
+// Sums of a group of rows and VW columns, in this order of tiles:
+//                 columns 0 ..  16 ..  32 ..  48 ..
+//   rows 0 ..             0      2      4      6
+//   rows 16 ..            1      3      5      7
+constexpr int64_t SUMS = GROUP_ROWS * VW, RIGHT = 2 * TILE_WORDS, BELOW = TILE_WORDS;
 LK_INLINE float* sum_at(float* c, int64_t row, int64_t v) {
   return c + v * RIGHT + row / X_ROWS * BELOW + row % X_ROWS * W;
 }
 
-// Part of W: `depth` elements of the sum from k on, `wide` columns from n on. Laid out, a column
-// of tiles has the whole depth before the next; zeros beyond both.
+// A slab of W: the elements [k, k + depth) of the sum by the columns [n, n + width). It is packed
+// into columns of tiles of the whole depth, one after another; zeros beyond both.
 struct Slab {
-  int64_t k, depth, n, wide;
+  int64_t k, depth, n, width;
 };
 
-// Whether the sum runs along W's rows, as dx's does.
-LK_INLINE bool along_rows(const ProductArgs& a) { return a.codes ? !a.k_inner : a.w.col == 1; }
+// True if W is contiguous along its columns n, as for dx.
+LK_INLINE bool is_n_contiguous(const ProductArgs& a) { return a.codes ? !a.k_inner : a.w.col == 1; }
 
-// A row of W at a time where the sum runs along them, for rows may lie pages apart.
-LK_INLINE void lay(const ProductArgs& a, const Slab& slab, float* to, float* decoded) {
-  const int64_t columns = min(slab.wide, a.update.N - slab.n);
-  const int64_t step = along_rows(a) ? X_DEPTH : slab.depth;
-  const Layout at{W, x_tiles(slab.depth) * TILE_WORDS};
+// Packs a slab of W. If W is contiguous along n, one row of tiles at a time, since rows may lie
+// pages apart.
+LK_INLINE void pack_slab(const ProductArgs& a, const Slab& slab, float* dst, float* decoded) {
+  const int64_t columns = min(slab.width, a.update.N - slab.n);
+  const int64_t step = is_n_contiguous(a) ? X_DEPTH : slab.depth;
+  const PanelLayout layout{W, x_tiles(slab.depth) * TILE_WORDS};
   if (slab.depth % X_DEPTH)
-    for (int64_t n = 0; n < slab.wide; n += W)
-      for (int64_t i = at.apart - TILE_WORDS; i < at.apart; i += W)
-        store(to + n / W * at.apart + i, zero());
+    for (int64_t n = 0; n < slab.width; n += W)
+      for (int64_t i = layout.vector_stride - TILE_WORDS; i < layout.vector_stride; i += W)
+        store(dst + n / W * layout.vector_stride + i, zero());
   for (int64_t k = 0; k < slab.depth; k += step)
     for (int64_t n = 0; n < columns; n += VW) {
       const int64_t depth = min(step, slab.depth - k), count = min(VW, columns - n);
-      float* const out = to + n / W * at.apart + k / 2 * W;
+      float* const panel = dst + n / W * layout.vector_stride + k / 2 * W;
       if (a.codes)
-        pack_codes<Pair>(*a.codes, a.k_inner, slab.k + k, depth, slab.n + n, count, out, at,
-                         decoded);
+        pack_codes<bf16x2>(*a.codes, a.k_inner, slab.k + k, depth, slab.n + n, count, panel, layout,
+                           decoded);
       else
-        pack_words<Pair, bf16>(a.w, slab.k + k, depth, slab.n + n, count, out, at);
+        pack_words<bf16x2, bf16>(a.w, slab.k + k, depth, slab.n + n, count, panel, layout);
     }
 }
 
-// The same of float32, in three tiles for each; `decoded` has room for PART more rows.
-constexpr int64_t PART = 128;
-LK_INLINE void lay_terms(const ProductArgs& a, const Slab& slab, float* to, float* decoded) {
-  const int64_t columns = min(slab.wide, a.update.N - slab.n);
-  const int64_t apart = x_tiles(slab.depth) * 3 * TILE_WORDS;
-  const int64_t step = along_rows(a) ? X_DEPTH : PART;
-  float* const wide = decoded + PART * VW;
+// pack_slab for float32, whose elements have three tiles. `decoded` has room for SPLIT_DEPTH more
+// rows.
+constexpr int64_t SPLIT_DEPTH = 128;
+LK_INLINE void pack_slab_terms(const ProductArgs& a, const Slab& slab, float* dst, float* decoded) {
+  const int64_t columns = min(slab.width, a.update.N - slab.n);
+  const int64_t w_stride = x_tiles(slab.depth) * 3 * TILE_WORDS;
+  const int64_t step = is_n_contiguous(a) ? X_DEPTH : SPLIT_DEPTH;
+  float* const panel = decoded + SPLIT_DEPTH * VW;
   for (int64_t k = 0; k < slab.depth; k += step)
     for (int64_t n = 0; n < columns; n += VW) {
       const int64_t depth = min(step, slab.depth - k), count = min(VW, columns - n);
       if (a.codes)
-        pack_codes<float>(*a.codes, a.k_inner, slab.k + k, depth, slab.n + n, count, wide, Layout{},
-                          decoded);
+        pack_codes<float>(*a.codes, a.k_inner, slab.k + k, depth, slab.n + n, count, panel,
+                          PanelLayout{}, decoded);
       else
-        pack_words<float, float>(a.w, slab.k + k, depth, slab.n + n, count, wide, Layout{});
+        pack_words<float, float>(a.w, slab.k + k, depth, slab.n + n, count, panel, PanelLayout{});
       for (int64_t i = depth * VW; i < round_up(depth, X_DEPTH) * VW; i += W)
-        store(wide + i, zero());
+        store(panel + i, zero());
       for (int64_t v = 0; v < V; ++v) {
-        float* const column = to + (n / W + v) * apart + k / X_DEPTH * 3 * TILE_WORDS;
+        float* const column = dst + (n / W + v) * w_stride + k / X_DEPTH * 3 * TILE_WORDS;
         for (int64_t pair = 0; pair < x_tiles(depth) * 16; ++pair) {
-          vf even = load(wide + 2 * pair * VW + v * W),
-             odd = load(wide + (2 * pair + 1) * VW + v * W);
+          vf even = load(panel + 2 * pair * VW + v * W),
+             odd = load(panel + (2 * pair + 1) * VW + v * W);
           float* const words = column + pair / 16 * 3 * TILE_WORDS + pair % 16 * W;
-          for (int term = 0; term < 3; ++term) next_term(even, odd, words + term * TILE_WORDS);
+          for (int term = 0; term < 3; ++term) split_term(even, odd, words + term * TILE_WORDS);
         }
       }
     }
 }
 
-// How a product of elements of TERMS bf16 is cut: into tasks of `rows` of x by some panels of
-// `wide` columns. A task passes over `depth` of the sum at a time.
+// The blocking of a GEMM whose elements have TERMS bf16: a task is `rows` of x by some panels of
+// `width` columns. It passes over `depth` elements of the sum at a time.
 template <int TERMS>
-struct Cut {
-  int64_t pauses, depth, rows, wide, slab_depth, panels, column_blocks, tasks, chunks;
+struct Blocking {
+  int64_t depth_blocks, depth, rows, width, slab_depth, panels, column_blocks, tasks, chunks;
 
-  explicit Cut(const ProductArgs& a) {
+  explicit Blocking(const ProductArgs& a) {
     const ExpandArgs& u = a.update;
-    const bool small = u.M * u.N * a.K < SMALL;
-    const int64_t threads = small ? 1 : u.threads;
-    const bool fits = round_up(u.M, GROUP) * round_up(a.K, 128) * 2 * TERMS <= X_BYTES;
-    pauses = fits ? 1 : (a.K * TERMS + SUM_DEPTH - 1) / SUM_DEPTH;
-    depth = round_up((a.K + pauses - 1) / pauses, 128);  // where codes are transposed at once
-    slab_depth = min(depth, TERMS > 1 ? 384 : along_rows(a) ? 512 : 1024);
-    wide = !along_rows(a) ? VW : TERMS > 1 || u.N < 2048 ? 2 * VW : 4 * VW;
-    while (wide > VW && u.N < wide * threads) wide /= 2;
-    panels = (u.N + wide - 1) / wide;
-    // As few blocks of rows as fit, since each lays all of W; but every thread has a task, and
-    // with several blocks all threads have as many.
-    const int64_t most = max(GROUP, X_BYTES / (2 * TERMS * depth) / GROUP * GROUP);
-    int64_t blocks = max((u.M + most - 1) / most, (threads + panels - 1) / panels);
+    const bool is_serial = u.M * u.N * a.K < SMALL;
+    const int64_t threads = is_serial ? 1 : u.threads;
+    const bool fits = round_up(u.M, GROUP_ROWS) * round_up(a.K, 128) * 2 * TERMS <= X_L2_BYTES;
+    depth_blocks = fits ? 1 : (a.K * TERMS + SUM_DEPTH - 1) / SUM_DEPTH;
+    // Codes are transposed 128 at a time.
+    depth = round_up((a.K + depth_blocks - 1) / depth_blocks, 128);
+    slab_depth = min(depth, TERMS > 1 ? 384 : is_n_contiguous(a) ? 512 : 1024);
+    width = !is_n_contiguous(a) ? VW : TERMS > 1 || u.N < 2048 ? 2 * VW : 4 * VW;
+    while (width > VW && u.N < width * threads) width /= 2;
+    panels = (u.N + width - 1) / width;
+    // Each block of rows packs all of W, so there are as few as fit. But every thread has a task,
+    // and with several blocks all threads have equally many.
+    const int64_t max_rows =
+        max(GROUP_ROWS, X_L2_BYTES / (2 * TERMS * depth) / GROUP_ROWS * GROUP_ROWS);
+    int64_t blocks = max((u.M + max_rows - 1) / max_rows, (threads + panels - 1) / panels);
     if (blocks > threads) blocks = round_up(blocks, threads);
-    rows = round_up((u.M + blocks - 1) / blocks, GROUP);
+    rows = round_up((u.M + blocks - 1) / blocks, GROUP_ROWS);
     blocks = (u.M + rows - 1) / rows;
-    column_blocks = (panels * wide + TASK_COLUMNS - 1) / TASK_COLUMNS;
+    column_blocks = (panels * width + TASK_COLUMNS - 1) / TASK_COLUMNS;
     while (column_blocks < panels && blocks * column_blocks % threads) ++column_blocks;
-    pauses = (a.K + depth - 1) / depth;
+    depth_blocks = (a.K + depth - 1) / depth;
     tasks = blocks * column_blocks;
     chunks = min(threads, tasks);
   }
 };
 
-// As product_of, of bf16 (one term) or float32 (three). The rank update is made in tiles, ahead of
-// the sum, but where y shows more of S's bits than its two terms have, or a tile would stay empty.
-// Tested by tests/ops.
+// gemm_of for bf16 (one term) or float32 (three). The rank update runs in tiles before the base
+// GEMM, with two exceptions: y in float32 would show that S has two terms only, and few rows of x
+// would leave tiles empty. Tested by tests/ops.
 template <int TERMS>
-struct TileProduct {
+struct TileGemm {
   using Element = std::conditional_t<TERMS == 3, float, bf16>;
   const ProductArgs& a;
   const ExpandArgs& u = a.update;
-  const Cut<TERMS> cut{a};
-  const bool tiled = TERMS == 1 && u.dtype == DType::bf16 && u.R && u.M >= THIN_ROWS;
-  const bool masked = tiled && u.dropout.rng;
-  const Philox generator = philox(u.dropout);
-  const int64_t blocks = (u.R + 15) / 16, groups = cut.rows / GROUP, R16 = blocks * 16;
+  const Blocking<TERMS> blocking{a};
+  const bool is_rank_tiled = TERMS == 1 && u.dtype == DType::bf16 && u.R && u.M >= MIN_TILE_ROWS;
+  const bool has_dropout = is_rank_tiled && u.dropout.rng;
+  const Philox generator = make_philox(u.dropout);
+  const int64_t blocks = (u.R + 15) / 16, groups = blocking.rows / GROUP_ROWS, R16 = blocks * 16;
   const int terms = u.q.dtype == DType::bf16 ? 1 : 2;
   // Floats of each region of a thread's scratch memory.
-  const int64_t x_floats = cut.rows * cut.depth / 2 * TERMS,
-                w_floats = cut.slab_depth / 2 * cut.wide * TERMS;
-  const int64_t q_floats = tiled ? R16 * VW * terms : round_up(u.R, 4) * VW;
-  const int64_t all_q = cut.wide / VW * q_floats;
+  const int64_t x_floats = blocking.rows * blocking.depth / 2 * TERMS,
+                w_floats = blocking.slab_depth / 2 * blocking.width * TERMS;
+  const int64_t q_floats = is_rank_tiled ? R16 * VW * terms : round_up(u.R, 4) * VW;
+  const int64_t panel_q_floats = blocking.width / VW * q_floats;
   const int64_t staging = R16 * VW + round_up(staging_floats(VW, u.R), W);
-  const int64_t s_floats = 2 * blocks * TILE_WORDS, all_s = tiled ? groups * s_floats : 0;
-  const int64_t panel_sums = cut.wide / VW * groups * SUMS;
-  const int64_t waiting =
-      cut.pauses > 1 ? (cut.panels + cut.column_blocks - 1) / cut.column_blocks : 1;
-  const int64_t decoded_floats = TERMS == 3 ? 2 * PART * VW + SUMS
-                                 : a.codes  ? cut.slab_depth * VW
+  const int64_t s_floats = 2 * blocks * TILE_WORDS,
+                all_s_floats = is_rank_tiled ? groups * s_floats : 0;
+  const int64_t panel_sums = blocking.width / VW * groups * SUMS;
+  const int64_t waiting_panels =
+      blocking.depth_blocks > 1
+          ? (blocking.panels + blocking.column_blocks - 1) / blocking.column_blocks
+          : 1;
+  const int64_t decoded_floats = TERMS == 3 ? 2 * SPLIT_DEPTH * VW + SUMS
+                                 : a.codes  ? blocking.slab_depth * VW
                                             : 0;
-  const int64_t chunk_floats =
-      x_floats + w_floats + all_q + staging + all_s + waiting * panel_sums + decoded_floats;
+  const int64_t chunk_floats = x_floats + w_floats + panel_q_floats + staging + all_s_floats +
+                               waiting_panels * panel_sums + decoded_floats;
 
-  // S Q of a group by VW columns, kept where the mask says.
+  // c = mask(S Q) for a group of rows by VW columns.
   void masked_sums(int64_t m, int64_t m1, int64_t n, const float* s, const float* q,
                    float* c) const {
     for (int64_t v = 0; v < V; v += 2) {
@@ -358,137 +379,137 @@ struct TileProduct {
       rank_2x2(s, q + v * W, blocks, terms);
       store_sums(sum_at(c, 0, v), RIGHT, BELOW, LD_X);
     }
-    for (int64_t i = 0; i < min(GROUP, m1 - m); ++i) {
-      const uint64_t bits = keep64(generator, m + i, n);
+    for (int64_t i = 0; i < min(GROUP_ROWS, m1 - m); ++i) {
+      const uint64_t bits = dropout_bits64(generator, m + i, n);
       for (int64_t v = 0; v < V; ++v)
-        store(sum_at(c, i, v), keep(load(sum_at(c, i, v)), bits >> v * W));
+        store(sum_at(c, i, v), mask_lanes(load(sum_at(c, i, v)), bits >> v * W));
     }
   }
 
-  // Asks for the lines of y that a group's sums will go to, which are pages apart.
-  void ask(int64_t m, int64_t m1, int64_t n) const {
+  // Prefetches the lines of y that a group's sums will be written to; they lie pages apart.
+  void prefetch_y(int64_t m, int64_t m1, int64_t n) const {
     const int64_t bytes = u.dtype == DType::f32 ? 4 : 2;
-    for (int64_t i = m; i < min(m1, m + GROUP); ++i)
+    for (int64_t i = m; i < min(m1, m + GROUP_ROWS); ++i)
       for (int64_t at = 0; at < VW * bytes; at += 64)
         __builtin_prefetch(static_cast<char*>(u.y) + (i * u.ldy + n) * bytes + at, 1);
   }
 
-  // From a group's sums of VW columns to y.
-  void finish(int64_t m, int64_t m1, int64_t n, const float* q, float* c) const {
-    for (int64_t i = m; i < min(m1, m + GROUP); i += Y_ROWS) {
+  // Writes a group's sums of VW columns to y.
+  void epilogue(int64_t m, int64_t m1, int64_t n, const float* q, float* c) const {
+    for (int64_t i = m; i < min(m1, m + GROUP_ROWS); i += Y_ROWS) {
       const int64_t count = min(Y_ROWS, m1 - i), n1 = min(n + VW, u.N);
       vf acc[Y_ROWS][V];
-      if (tiled)
+      if (is_rank_tiled)
         LK_UNROLL for (int j = 0; j < Y_ROWS; ++j) LK_UNROLL for (int v = 0; v < V; ++v) acc[j][v] =
             zero();
       else
         masked_rank_tile(u, generator, i, count, n, q, acc);
       const auto sum = [&](int j, int v, int = W) { return load(sum_at(c, i - m + j, v)); };
-      with_type(u.dtype,
-                [&](auto type) { finish_tile<decltype(type)>(u, i, count, n, n1, acc, sum); });
+      dispatch_dtype(
+          u.dtype, [&](auto type) { epilogue_tile<decltype(type)>(u, i, count, n, n1, acc, sum); });
     }
   }
 
-  // A panel of columns by rows [m0, m1): their sums over x's elements from k0 to k1, which follow
-  // those in `sums`, and y where these are the last.
-  void panel(int64_t m0, int64_t m1, int64_t k0, int64_t k1, int64_t n0, const bf16* x, float* w,
-             float* q, float* narrow, const float* s, float* sums, float* decoded) const {
-    const int64_t n1 = min(n0 + cut.wide, u.N), ld = x_tiles(k1 - k0) * TERMS * X_TILE;
-    if (tiled ? k0 == 0 : k1 == a.K)
+  // Adds x[m0 .. m1, k0 .. k1) times a panel of columns to `sums`. Writes y after the last k.
+  void run_panel(int64_t m0, int64_t m1, int64_t k0, int64_t k1, int64_t n0, const bf16* x,
+                 float* w, float* q, float* staging_q, const float* s, float* sums,
+                 float* decoded) const {
+    const int64_t n1 = min(n0 + blocking.width, u.N), ld = x_tiles(k1 - k0) * TERMS * X_TILE;
+    if (is_rank_tiled ? k0 == 0 : k1 == a.K)
       for (int64_t n = n0; n < n1; n += VW) {
-        float* const to = q + (n - n0) / VW * q_floats;
-        if (tiled)
-          pack_twice(u, n, terms, narrow, to);
+        float* const dst = q + (n - n0) / VW * q_floats;
+        if (is_rank_tiled)
+          pack_duplicated(u, n, terms, staging_q, dst);
         else
-          pack(u.q, u.R, n, min(VW, u.N - n), VW, u.alpha, u.gate, nullptr, to, VW, narrow);
+          pack(u.q, u.R, n, min(VW, u.N - n), VW, u.alpha, u.gate, nullptr, dst, VW, staging_q);
       }
-    for (int64_t k = k0; k < k1; k += cut.slab_depth) {
-      const Slab slab{k, min(cut.slab_depth, k1 - k), n0, cut.wide};
+    for (int64_t k = k0; k < k1; k += blocking.slab_depth) {
+      const Slab slab{k, min(blocking.slab_depth, k1 - k), n0, blocking.width};
       if constexpr (TERMS == 3)
-        lay_terms(a, slab, w, decoded);
+        pack_slab_terms(a, slab, w, decoded);
       else
-        lay(a, slab, w, decoded);
-      const int64_t steps = x_tiles(slab.depth), apart = steps * TERMS * TILE_WORDS;
+        pack_slab(a, slab, w, decoded);
+      const int64_t steps = x_tiles(slab.depth), w_stride = steps * TERMS * TILE_WORDS;
       const int64_t stages = (slab.depth * TERMS + L1_DEPTH - 1) / L1_DEPTH;
       for (int64_t stage = 0; stage < stages; ++stage) {
         const int64_t s0 = steps * stage / stages, s1 = steps * (stage + 1) / stages;
-        const bool starts = k == 0 && s0 == 0, ends = k + slab.depth == a.K && s1 == steps;
+        const bool is_first = k == 0 && s0 == 0, is_last = k + slab.depth == a.K && s1 == steps;
         for (int64_t n = n0; n < n1; n += 2 * W)
-          for (int64_t m = m0; m < m1; m += GROUP) {
-            const int64_t group = (m - m0) / GROUP, column = (n - n0) / VW, half = n % VW;
+          for (int64_t m = m0; m < m1; m += GROUP_ROWS) {
+            const int64_t group = (m - m0) / GROUP_ROWS, column = (n - n0) / VW, half = n % VW;
             float* const c = sums + (column * groups + group) * SUMS;
             const float* const sm = s + group * s_floats;
             const float* const qn = q + column * q_floats;
             const bf16* const xm = x + 2 * group * ld + ((k - k0) / X_DEPTH + s0) * TERMS * X_TILE;
-            const float* const wn = w + (n - n0) / W * apart + s0 * TERMS * TILE_WORDS;
-            const bool wide_rows = tiled || m + X_ROWS < m1;
-            if (starts && masked && !half) masked_sums(m, m1, n, sm, qn, c);
-            // Sums of float32 are short and added by themselves.
-            const bool held = TERMS == 1 && (!starts || masked);
-            float* const cn = sum_at(TERMS == 1 ? c : decoded + 2 * PART * VW, 0, half / W);
-            if (ends && !half) ask(m, m1, n);
-            if (wide_rows) {
-              load_sums(cn, RIGHT, BELOW, LD_X, held);
-              if (tiled && !held) rank_2x2(sm, qn + half, blocks, terms);
-              tiles_2x2<TERMS>(xm, ld, s1 - s0, wn, apart);
+            const float* const wn = w + (n - n0) / W * w_stride + s0 * TERMS * TILE_WORDS;
+            const bool is_full_group = is_rank_tiled || m + X_ROWS < m1;
+            if (is_first && has_dropout && !half) masked_sums(m, m1, n, sm, qn, c);
+            // Sums of float32 are short chains, added to `c` afterwards.
+            const bool accumulates = TERMS == 1 && (!is_first || has_dropout);
+            float* const cn = sum_at(TERMS == 1 ? c : decoded + 2 * SPLIT_DEPTH * VW, 0, half / W);
+            if (is_last && !half) prefetch_y(m, m1, n);
+            if (is_full_group) {
+              load_sums(cn, RIGHT, BELOW, LD_X, accumulates);
+              if (is_rank_tiled && !accumulates) rank_2x2(sm, qn + half, blocks, terms);
+              tiles_2x2<TERMS>(xm, ld, s1 - s0, wn, w_stride);
               store_sums(cn, RIGHT, BELOW, LD_X);
             } else if (!half) {
-              load_sums(cn, RIGHT, 2 * RIGHT, LD_X, held);
-              tiles_1x4<TERMS>(xm, s1 - s0, wn, apart);
+              load_sums(cn, RIGHT, 2 * RIGHT, LD_X, accumulates);
+              tiles_1x4<TERMS>(xm, s1 - s0, wn, w_stride);
               store_sums(cn, RIGHT, 2 * RIGHT, LD_X);
             }
-            if (TERMS == 3 && (wide_rows || !half)) {
-              float* const to = sum_at(c, 0, half / W);
-              for (int64_t v = 0; v < (wide_rows ? 2 : 4); ++v)
-                for (int64_t i = v * RIGHT; i < v * RIGHT + (wide_rows ? RIGHT : BELOW); i += W)
-                  store(to + i, starts ? load(cn + i) : add(load(to + i), load(cn + i)));
+            if (TERMS == 3 && (is_full_group || !half)) {
+              float* const dst = sum_at(c, 0, half / W);
+              for (int64_t v = 0; v < (is_full_group ? 2 : 4); ++v)
+                for (int64_t i = v * RIGHT; i < v * RIGHT + (is_full_group ? RIGHT : BELOW); i += W)
+                  store(dst + i, is_first ? load(cn + i) : add(load(dst + i), load(cn + i)));
             }
-            if (ends && (half || n + 2 * W >= n1)) finish(m, m1, n - half, qn, c);
+            if (is_last && (half || n + 2 * W >= n1)) epilogue(m, m1, n - half, qn, c);
           }
       }
     }
   }
 
-  void task(int64_t i, float* own) const {
-    bf16* const x = reinterpret_cast<bf16*>(own);
-    float* const w = own + x_floats;
+  void run_task(int64_t i, float* buffer) const {
+    bf16* const x = reinterpret_cast<bf16*>(buffer);
+    float* const w = buffer + x_floats;
     float* const q = w + w_floats;
-    float* const narrow = q + all_q;
-    float* const s = narrow + staging;
-    float* const sums = s + all_s;
-    float* const decoded = sums + waiting * panel_sums;
-    const int64_t m0 = i / cut.column_blocks * cut.rows, m1 = min(u.M, m0 + cut.rows),
-                  column_block = i % cut.column_blocks;
-    const int64_t first = cut.panels * column_block / cut.column_blocks,
-                  last = cut.panels * (column_block + 1) / cut.column_blocks;
-    for (int64_t m = m0; tiled && m < m1; m += GROUP)
-      split_rows(u, m, blocks, s + (m - m0) / GROUP * s_floats);
-    for (int64_t k0 = 0; k0 < a.K; k0 += cut.depth) {
-      const int64_t k1 = min(k0 + cut.depth, a.K);
+    float* const staging_q = q + panel_q_floats;
+    float* const s = staging_q + staging;
+    float* const sums = s + all_s_floats;
+    float* const decoded = sums + waiting_panels * panel_sums;
+    const int64_t m0 = i / blocking.column_blocks * blocking.rows,
+                  m1 = min(u.M, m0 + blocking.rows), column_block = i % blocking.column_blocks;
+    const int64_t first = blocking.panels * column_block / blocking.column_blocks,
+                  last = blocking.panels * (column_block + 1) / blocking.column_blocks;
+    for (int64_t m = m0; is_rank_tiled && m < m1; m += GROUP_ROWS)
+      split_rows(u, m, blocks, s + (m - m0) / GROUP_ROWS * s_floats);
+    for (int64_t k0 = 0; k0 < a.K; k0 += blocking.depth) {
+      const int64_t k1 = min(k0 + blocking.depth, a.K);
       pack_x(static_cast<const Element*>(a.x.data) + m0 * a.x.row + k0, a.x.row, m1 - m0, k1 - k0,
-             tiled ? GROUP : X_ROWS, x);
+             is_rank_tiled ? GROUP_ROWS : X_ROWS, x);
       for (int64_t p = first; p < last; ++p)
-        panel(m0, m1, k0, k1, p * cut.wide, x, w, q, narrow, s,
-              sums + (cut.pauses > 1 ? p - first : 0) * panel_sums, decoded);
+        run_panel(m0, m1, k0, k1, p * blocking.width, x, w, q, staging_q, s,
+                  sums + (blocking.depth_blocks > 1 ? p - first : 0) * panel_sums, decoded);
     }
   }
 
   void run() const {
-    Scratch scratch(cut.chunks * chunk_floats * 4);
-    parallel(u.threads, cut.chunks, [&](int64_t chunk) {
+    Scratch scratch(blocking.chunks * chunk_floats * 4);
+    parallel_for(u.threads, blocking.chunks, [&](int64_t chunk) {
       const Tiles registers;
-      float* const own = static_cast<float*>(scratch.data) + chunk * chunk_floats;
-      for (int64_t i = chunk; i < cut.tasks; i += cut.chunks) task(i, own);
+      float* const buffer = static_cast<float*>(scratch.data) + chunk * chunk_floats;
+      for (int64_t i = chunk; i < blocking.tasks; i += blocking.chunks) run_task(i, buffer);
     });
   }
 };
 
-void product_of_tiles(const ProductArgs& a) {
+void gemm_tiles(const ProductArgs& a) {
   if (!a.update.M || !a.update.N) return;
   if (a.x.dtype == DType::bf16)
-    TileProduct<1>{a}.run();
-  else if (a.x.dtype == DType::f32 && a.update.M >= FLOAT_ROWS)
-    TileProduct<3>{a}.run();
+    TileGemm<1>{a}.run();
+  else if (a.x.dtype == DType::f32 && a.update.M >= MIN_SPLIT_ROWS)
+    TileGemm<3>{a}.run();
   else
     kernels_avx512bf16.product(a);
 }

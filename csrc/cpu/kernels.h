@@ -17,7 +17,7 @@ struct f16 {
   uint16_t bits;
 };
 
-struct Pair {  // two neighbours along a sum, which one instruction multiplies and adds
+struct bf16x2 {  // two neighbours along a sum, which one instruction multiplies and adds
   bf16 first, second;
 };
 
@@ -193,7 +193,7 @@ void use_openmp(uintptr_t parallel, uintptr_t thread_num, uintptr_t num_threads)
 void arrive(int* arrived);
 void await(const int* arrived, int count);
 // Adds count to *next and returns its value before; atomic among a run's threads.
-int64_t take(int64_t* next, int64_t count);
+int64_t fetch_add(int64_t* next, int64_t count);
 
 // Scratch memory, 64-byte aligned; throws std::bad_alloc. Taken before threads start, but where
 // each has adapters of its own (layer.cpp).

@@ -16,8 +16,7 @@ void row_norm_as_avx512(const RowNormArgs& a) { kernels_avx512.row_norm(a); }
 
 }  // namespace
 
-extern const Kernels kernels_amxbf16 = {shrink_tiles,     expand_tiles,       backward_pair_tiles,
-                                        grad_a_tiles,     quantize_as_avx512, dequantize_as_avx512,
-                                        few_rows_widened, row_norm_as_avx512, product_of_tiles,
-                                        multiply_add};
+extern const Kernels kernels_amxbf16 = {
+    shrink_tiles,         expand_tiles, backward_pair_tiles, grad_a_tiles, quantize_as_avx512,
+    dequantize_as_avx512, gemv_widened, row_norm_as_avx512,  gemm_tiles,   multiply_add};
 }  // namespace lora_kernels

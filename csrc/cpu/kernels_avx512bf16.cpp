@@ -24,6 +24,6 @@ extern const Kernels kernels_avx512bf16 = {shrink,
                                            dequantize_as_avx512,
                                            few_rows,
                                            row_norm_as_avx512,
-                                           product,
+                                           gemm,
                                            multiply_add};
 }  // namespace lora_kernels

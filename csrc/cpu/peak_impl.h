@@ -1,13 +1,13 @@
 #pragma once
-// The most multiply-adds that a unit's instructions reach: independent chains of them in registers,
-// which wait for no memory. The limit of a roofline, whatever a library reaches.
+// The peak of a unit's multiply-adds: independent chains of them in registers, without memory. It
+// is the compute limit of a roofline.
 
 namespace lora_kernels {
 namespace {
 
-constexpr int CHAINS = 12;  // a multiply-add takes 4 to 6 cycles, and two of them begin in each
+constexpr int CHAINS = 12;  // latency of 4 to 6 cycles, two multiply-adds a cycle
 
-// Applies `step` to each of the sums, as often as `rounds` points to.
+// Applies `step` to each of the sums, *rounds times.
 template <typename Step>
 LK_INLINE void run_chains(const void* rounds, Step step) {
   vf sums[CHAINS];
@@ -18,19 +18,19 @@ LK_INLINE void run_chains(const void* rounds, Step step) {
   for (int i = 0; i < CHAINS; ++i) {
     float out[W];
     store(out, sums[i]);
-    asm volatile("" : : "r"(out) : "memory");  // as if it was read
+    asm volatile("" : : "r"(out) : "memory");  // keeps the stores
   }
 }
 
 void chains_of_fma(void* rounds, int, int) {
-  const vf half = splat(0.5f), one = splat(1.0f);  // sums tend to 2
+  const vf half = splat(0.5f), one = splat(1.0f);  // sums converge to 2
   run_chains(rounds, [=](vf sum) { return fma(sum, half, one); });
 }
 
 #ifdef __AMX_BF16__
 constexpr int64_t PAIR_FLOPS = 4 * 2 * X_ROWS * X_DEPTH * W;  // a round
 void chains_of_pairs(void* rounds, int, int) {
-  const Tiles tiles;  // of zeros
+  const Tiles tiles;  // registers hold zeros
   for (int64_t left = *static_cast<const int64_t*>(rounds); left; --left) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -49,7 +49,7 @@ constexpr int64_t PAIR_FLOPS = CHAINS * 2 * W;
 constexpr ThreadFn chains_of_pairs = chains_of_fma;  // bfloat16 is multiplied as float32
 #endif
 
-// On each of the threads, `rounds` rounds of chains; returns the FLOPs of all threads.
+// Runs `rounds` rounds of chains on each thread. Returns the FLOPs of all threads.
 double multiply_add(DType dtype, int64_t rounds, int threads) {
   const bool pairs = dtype == DType::bf16;
   run_threads(threads, pairs ? chains_of_pairs : chains_of_fma, &rounds);

@@ -1,56 +1,63 @@
-// The frame of the layer for a few rows of x: the weight's rows pass once, dotted unpacked with
-// all of x's; and the dots of a dense weight. Follows kernels_impl.h.
+// GEMV: the layer for a few rows of x. Each row of the weight is read once, unpacked, and dotted
+// with all rows of x. This file holds the loop over the weight, and the dots of a dense weight.
+// Follows kernels_impl.h.
 //
-// Several rows of the weight share what is loaded of x, one of each of STREAMS, into which a
-// thread's rows are divided: in a stream they follow each other, so that the processor asks ahead.
+// A thread divides its rows of the weight into STREAMS contiguous parts:
+//   stream 0    row n,              n + 1, ...
+//   stream 1    row n + stride,     n + stride + 1, ...
+//   stream 2    row n + 2 stride,   ...
+//   stream 3    row n + 3 stride,   ...
+// It takes a row of each stream at a time. These rows share the loads of x, and each stream is
+// contiguous, which the hardware's prefetcher follows.
 
 namespace lora_kernels {
 namespace {
 
-constexpr int STREAMS = 4;       // as many as `sum_lanes` takes
-constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes prefetched before their turn
-constexpr int PASS = 6;          // rows of x that share what is loaded of decoded or dense rows
-constexpr int64_t BLOCK = 16;    // rows of each stream that a thread takes at a time
-constexpr int64_t HELPED = 4;    // threads whose rows it takes, its own first
+constexpr int STREAMS = 4;                // as many as `sum_lanes` adds at once
+constexpr int64_t PREFETCH_BYTES = 1024;  // prefetch distance in a stream
+constexpr int PASS_ROWS = 6;              // rows of x that share loads of dense or decoded rows
+constexpr int64_t STOLEN_ROWS = 16;       // rows of each stream taken from a queue at a time
+constexpr int64_t VICTIMS = 4;            // threads whose queues a thread visits, its own first
 
-// Rows of a dense weight, or of one in memory, that are dotted side by side with M of x: nothing
-// else wants registers than what is loaded.
+// Rows of a dense or decoded weight that are dotted at once with M rows of x. Sums and loads are
+// all that takes registers.
 template <int M>
-constexpr int DENSE_SIDE_BY_SIDE = 8 * M <= 3 * W   ? 4
-                                   : 4 * M <= 3 * W ? 2
-                                                    : 1;
+constexpr int DENSE_TILE_ROWS = 8 * M <= 3 * W   ? 4
+                                : 4 * M <= 3 * W ? 2
+                                                 : 1;
 
-// M rows of x, taken in passes of nearly as many each, `most` at most.
+// Divides M rows of x into passes of max_rows at most, whose sizes differ by one at most.
 struct Passes {
-  int64_t M, fewer, longer;  // rows of a shorter pass, and of all those before it
-  Passes(int64_t M, int64_t most) : M(M) {
-    const int64_t passes = (M + most - 1) / most;
-    fewer = M / passes;
-    longer = M % passes * (fewer + 1);
+  int64_t M, short_pass, short_begin;  // rows of a shorter pass; the first row of these
+  Passes(int64_t M, int64_t max_rows) : M(M) {
+    const int64_t passes = (M + max_rows - 1) / max_rows;
+    short_pass = M / passes;
+    short_begin = M % passes * (short_pass + 1);
   }
-  // f(first row, rows) for all passes.
+  // Calls f(first row, rows) for all passes.
   template <typename F>
-  [[gnu::always_inline]] void each(const F& f) const {
-    for (int64_t m = 0, rows; m < M; m += rows) f(m, rows = fewer + (m < longer));
+  [[gnu::always_inline]] void for_each(const F& f) const {
+    for (int64_t m = 0, rows; m < M; m += rows) f(m, rows = short_pass + (m < short_begin));
   }
 };
 
-// sums[i * lds + g * apart] += the sum of total[g][i]'s lanes, or = where it is the first.
+// sums[i * lds + g * stream_stride] = or, unless is_first, += the sum of the lanes of total[g][i].
+// stream_stride 0: stream 0 alone.
 template <int M>
-LK_INLINE void add_sums(const vf total[STREAMS][M], bool first, int64_t apart, float* sums,
-                        int64_t lds) {
+LK_INLINE void store_sums(const vf total[STREAMS][M], bool is_first, int64_t stream_stride,
+                          float* sums, int64_t lds) {
   LK_UNROLL for (int i = 0; i < M; ++i) {
-    const vf of_x[STREAMS] = {total[0][i], total[1][i], total[2][i], total[3][i]};
-    float of_stream[STREAMS];
-    sum_lanes(of_x, of_stream);
-    for (int g = 0; g < (apart ? STREAMS : 1); ++g) {
-      float& sum = sums[i * lds + g * apart];
-      sum = first ? of_stream[g] : sum + of_stream[g];
+    const vf x_sums[STREAMS] = {total[0][i], total[1][i], total[2][i], total[3][i]};
+    float stream_sums[STREAMS];
+    sum_lanes(x_sums, stream_sums);
+    for (int g = 0; g < (stream_stride ? STREAMS : 1); ++g) {
+      float& sum = sums[i * lds + g * stream_stride];
+      sum = is_first ? stream_sums[g] : sum + stream_sums[g];
     }
   }
 }
 
-// total[g][i] = lanes that add up to x[i] · w[g], for K elements.
+// The lanes of total[g][i] sum to x[i] · w[g] over K elements.
 template <int J, int M, typename Word, typename T>
 LK_INLINE void dot_rows(const T* const w[J], const T* const x[M], int64_t K, vf total[J][M]) {
   constexpr int64_t E = W * ELEMENTS<Word>;
@@ -61,7 +68,7 @@ LK_INLINE void dot_rows(const T* const w[J], const T* const x[M], int64_t K, vf 
     const auto step = [&](int64_t count) __attribute__((always_inline)) {
       vf wv[J];
       LK_UNROLL for (int g = 0; g < J; ++g) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w[g] + k) + AHEAD, 0, 3);
+        __builtin_prefetch(reinterpret_cast<const char*>(w[g] + k) + PREFETCH_BYTES, 0, 3);
         wv[g] = load_words(w[g] + k, count, Word{});
       }
       LK_UNROLL for (int i = 0; i < M; ++i) {
@@ -79,62 +86,66 @@ LK_INLINE void dot_rows(const T* const w[J], const T* const x[M], int64_t K, vf 
   }
 }
 
-// A dense weight, its elements multiplied as words, as `few_rows_of` takes one: the scratch memory
-// and the tables that each thread needs, the first of a row's bytes, and dots(tables, n, end,
-// apart, own, sums, lds): sums[m * lds + i + g * apart] = x[m] · row n + i + g * apart, for all n +
-// i < end, all streams g and all rows m of x.
+// A dense weight for `gemv_streams`, which needs these members of each kind of rows:
+//
+// scratch_floats  the scratch memory of a thread
+// row(n)          the address of row n, which is prefetched
+// tables()        look-up tables, made once a thread
+// dots(tables, n, end, stream_stride, buffer, sums, lds)
+//                 sums[m * lds + i + g * stream_stride] = x[m] · row (n + i + g * stream_stride),
+//                 for n + i < end, all streams g and all rows m of x
 template <typename Word, typename T>
 struct DenseRows {
   const Matrix &w, &x;
   int64_t K;
   Passes passes;
-  int64_t floats = 0;
-  struct None {};
+  int64_t scratch_floats = 0;
+  struct NoTables {};
 
   const T* row(int64_t n) const { return static_cast<const T*>(w.data) + n * w.col; }
-  None tables() const { return {}; }
+  NoTables tables() const { return {}; }
 
   template <int Rows>
-  [[gnu::always_inline]] void dots_of(int64_t n, int64_t m, int64_t apart, float* sums,
-                                      int64_t lds) const {
-    constexpr int J = DENSE_SIDE_BY_SIDE<Rows>;
-    const T* of_w[STREAMS];
-    const T* of_x[Rows];
-    for (int64_t g = 0; g < STREAMS; ++g) of_w[g] = row(n + g * apart);
-    for (int64_t i = 0; i < Rows; ++i) of_x[i] = static_cast<const T*>(x.data) + (m + i) * x.row;
+  [[gnu::always_inline]] void dot_pass(int64_t n, int64_t m, int64_t stream_stride, float* sums,
+                                       int64_t lds) const {
+    constexpr int J = DENSE_TILE_ROWS<Rows>;
+    const T* w_rows[STREAMS];
+    const T* x_rows[Rows];
+    for (int64_t g = 0; g < STREAMS; ++g) w_rows[g] = row(n + g * stream_stride);
+    for (int64_t i = 0; i < Rows; ++i) x_rows[i] = static_cast<const T*>(x.data) + (m + i) * x.row;
     vf total[STREAMS][Rows];
-    for (int g = 0; g < STREAMS; g += J) dot_rows<J, Rows, Word>(of_w + g, of_x, K, total + g);
-    add_sums<Rows>(total, true, apart, sums + m * lds, lds);
+    for (int g = 0; g < STREAMS; g += J) dot_rows<J, Rows, Word>(w_rows + g, x_rows, K, total + g);
+    store_sums<Rows>(total, true, stream_stride, sums + m * lds, lds);
   }
 
-  [[gnu::noinline]] void dots(const None&, int64_t n, int64_t end, int64_t apart, float*,
-                              float* sums, int64_t lds) const {
+  [[gnu::noinline]] void dots(const NoTables&, int64_t n, int64_t end, int64_t stream_stride,
+                              float*, float* sums, int64_t lds) const {
     for (; n < end; ++n, ++sums)
-      passes.each([&](int64_t m, int64_t rows) {
+      passes.for_each([&](int64_t m, int64_t rows) {
 #define LK_ROWS(r) \
-  if (rows == r) dots_of<r>(n, m, apart, sums, lds);
+  if (rows == r) dot_pass<r>(n, m, stream_stride, sums, lds);
         LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6)
 #undef LK_ROWS
       });
   }
 };
 
-// P's ranks from r0 to r1.
-[[gnu::noinline]] void some_ranks(const ShrinkArgs& a, int64_t r0, int64_t r1) {
-  with_type(a.x.dtype, [&](auto type) {
+// P for the ranks [r0, r1).
+[[gnu::noinline]] void shrink_ranks(const ShrinkArgs& a, int64_t r0, int64_t r1) {
+  dispatch_dtype(a.x.dtype, [&](auto type) {
     for (int64_t m = 0; m < a.M; m += DOT_ROWS)
       shrink_tile<decltype(type)>(a, m, min(DOT_ROWS, a.M - m), r0, r1, {}, nullptr);
   });
 }
 
-// y's columns from n0 to n1 from their sums, row after row.
-[[gnu::noinline]] void finish_rows(const ExpandArgs& u, int64_t n0, int64_t n1, const float* sums,
-                                   float* panel, float* staging) {
+// y for the columns [n0, n1), from their sums.
+[[gnu::noinline]] void epilogue_rows(const ExpandArgs& u, int64_t n0, int64_t n1, const float* sums,
+                                     float* panel, float* staging) {
   const int64_t rows = n1 - n0;
-  const auto sums_of = [&](int64_t m, int64_t n, int rest) {
-    return some(sums + m * rows + n - n0, rest);
+  const auto sums_of = [&](int64_t m, int64_t n, int valid) {
+    return load_partial(sums + m * rows + n - n0, valid);
   };
-  if (unpacked(u)) {
+  if (uses_unpacked_q(u)) {
     expand_unpacked(u, n0, n1, sums_of);
     return;
   }
@@ -146,61 +157,65 @@ struct DenseRows {
       for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.lds;
       vf acc[Y_ROWS][V];
       rank_tile(s, u.R, panel, VW, acc);
-      with_type(u.dtype, [&](auto type) {
-        finish_tile<decltype(type)>(u, m, count, n, n1, acc, [&](int i, int v, int rest) {
-          return sums_of(m + i, n + v * W, rest);
+      dispatch_dtype(u.dtype, [&](auto type) {
+        epilogue_tile<decltype(type)>(u, m, count, n, n1, acc, [&](int i, int v, int valid) {
+          return sums_of(m + i, n + v * W, valid);
         });
       });
     }
   }
 }
 
-// Threads divide P's ranks and then the weight's rows, which they stream. At last they steal what
-// is left of the next threads' rows: memory is not as fast for one as for another, and not for the
-// same one each time. P is waited for with the sums, and consumed last.
+// 1. Threads divide P's ranks.
+// 2. Threads divide the weight's rows. A thread that has finished its own steals rows from the next
+//    threads, because memory is slower for some threads than for others, and not always for the
+//    same ones.
+// 3. After a barrier, each thread runs the epilogue of its own columns, which reads all of P.
 template <typename Rows>
-LK_INLINE void few_rows_of(const FewRowsArgs& a, const Rows& weight) {
+LK_INLINE void gemv_streams(const FewRowsArgs& a, const Rows& weight) {
   const ExpandArgs& u = a.update;
   const int64_t M = u.M, K = a.shrink.K, R = u.R;
   const int64_t threads = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
   const int64_t panel_floats = round_up(R, 4) * VW;
-  const int64_t taken_floats = 16;  // a cache line for how many rows of each stream are taken
+  const int64_t counter_floats = 16;  // a cache line for the next row of the queue
   const int64_t thread_floats =
-      round_up(weight.floats + panel_floats + staging_floats(VW, R), 16) + taken_floats;
-  // A thread's sums lie behind those of the rows before it: so there is room for fewer threads,
-  // with more rows each, than requested.
+      round_up(weight.scratch_floats + panel_floats + staging_floats(VW, R), 16) + counter_floats;
+  // The sums of a thread's rows lie behind those of all rows before them. So the memory fits any
+  // smaller number of threads too, in case fewer run than requested.
   Scratch scratch((threads * thread_floats + M * u.N) * 4);
   float* const all_sums = static_cast<float*>(scratch.data) + threads * thread_floats;
-  const auto taken_of = [&](int64_t thread) {
+  const auto next_row_of = [&](int64_t thread) {
     return reinterpret_cast<int64_t*>(static_cast<float*>(scratch.data) + thread * thread_floats);
   };
-  for (int64_t thread = 0; thread < threads; ++thread) *taken_of(thread) = 0;
-  const bool masked = a.shrink.dropout.rng;
-  if (masked) shrink(a.shrink);
+  for (int64_t thread = 0; thread < threads; ++thread) *next_row_of(thread) = 0;
+  const bool has_dropout = a.shrink.dropout.rng;
+  if (has_dropout) shrink(a.shrink);
   int arrived = 0;
-  together((int)threads, [&](int64_t thread, int64_t threads) {
+  parallel_region((int)threads, [&](int64_t thread, int64_t threads) {
     const int64_t n0 = u.N * thread / threads, n1 = u.N * (thread + 1) / threads, rows = n1 - n0;
-    float* const own = static_cast<float*>(scratch.data) + thread * thread_floats + taken_floats;
-    float *const panel = own + weight.floats, *const staging = panel + panel_floats,
+    float* const buffer =
+        static_cast<float*>(scratch.data) + thread * thread_floats + counter_floats;
+    float *const panel = buffer + weight.scratch_floats, *const staging = panel + panel_floats,
                  *const sums = all_sums + n0 * M;
     for (int64_t g = 0; g < STREAMS; ++g)
-      for (int64_t i = 0; i < AHEAD; i += 64)
+      for (int64_t i = 0; i < PREFETCH_BYTES; i += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(weight.row(n0 + g * (rows / STREAMS))) + i,
                            0, 3);
-    if (!masked) some_ranks(a.shrink, R * thread / threads, R * (thread + 1) / threads);
+    if (!has_dropout) shrink_ranks(a.shrink, R * thread / threads, R * (thread + 1) / threads);
     const auto tables = weight.tables();
-    // Rows that are left over are taken STREAMS times each.
-    weight.dots(tables, n1 - rows % STREAMS, n1, 0, own, sums + rows - rows % STREAMS, rows);
-    for (int64_t turn = 0; turn < min(threads, HELPED); ++turn) {
-      const int64_t of = (thread + turn) % threads;
-      const int64_t n0 = u.N * of / threads, rows = u.N * (of + 1) / threads - n0;
-      for (int64_t i, end = rows / STREAMS; (i = take(taken_of(of), BLOCK)) < end;)
-        weight.dots(tables, n0 + i, n0 + min(i + BLOCK, end), end, own, all_sums + n0 * M + i,
-                    rows);
+    // The rows that STREAMS does not divide, one at a time.
+    weight.dots(tables, n1 - rows % STREAMS, n1, 0, buffer, sums + rows - rows % STREAMS, rows);
+    for (int64_t i_victim = 0; i_victim < min(threads, VICTIMS); ++i_victim) {
+      const int64_t victim = (thread + i_victim) % threads;
+      const int64_t n0 = u.N * victim / threads, rows = u.N * (victim + 1) / threads - n0;
+      for (int64_t i, end = rows / STREAMS;
+           (i = fetch_add(next_row_of(victim), STOLEN_ROWS)) < end;)
+        weight.dots(tables, n0 + i, n0 + min(i + STOLEN_ROWS, end), end, buffer,
+                    all_sums + n0 * M + i, rows);
     }
     arrive(&arrived);
     await(&arrived, (int)threads);
-    finish_rows(u, n0, n1, sums, panel, staging);
+    epilogue_rows(u, n0, n1, sums, panel, staging);
   });
 }
 

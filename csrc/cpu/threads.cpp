@@ -49,7 +49,7 @@ void run_threads(int threads, ThreadFn fn, void* context) {
 
 void arrive(int* arrived) { __atomic_fetch_add(arrived, 1, __ATOMIC_RELEASE); }
 
-int64_t take(int64_t* next, int64_t count) {
+int64_t fetch_add(int64_t* next, int64_t count) {
   return __atomic_fetch_add(next, count, __ATOMIC_RELAXED);
 }
 

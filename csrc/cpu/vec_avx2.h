@@ -1,4 +1,4 @@
-// One AVX2 register of floats, and how 16-bit elements enter and leave it.
+// The vector type of AVX2: one register of 8 floats, and its loads and stores of 16-bit elements.
 #pragma once
 #include <immintrin.h>
 
@@ -23,7 +23,7 @@ LK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 LK_INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 LK_INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 
-LK_INLINE __m128i narrow_bf16(vf v) {  // to nearest, ties to even; a NaN stays one
+LK_INLINE __m128i narrow_bf16(vf v) {  // to nearest, ties to even; a NaN stays a NaN
   const __m256i u = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
@@ -45,7 +45,7 @@ LK_INLINE void store(f16* p, vf v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// The first n < W elements; the rest reads as zero and is not written.
+// The first n < W elements. The other lanes are loaded as zero and not stored.
 template <typename T>
 LK_INLINE vf load_n(const T* p, int n) {
   T buffer[W] = {};
@@ -59,7 +59,7 @@ LK_INLINE void store_n(T* p, vf v, int n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
-LK_INLINE vf keep(vf v, uint64_t bits) {
+LK_INLINE vf mask_lanes(vf v, uint64_t bits) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)(bits & 0xff)), lane);
   return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
@@ -72,33 +72,34 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
 }
 
 template <typename T>
-LK_INLINE void store_exactly(T* p, vf v) {
+LK_INLINE void store_ieee(T* p, vf v) {
   store(p, v);
 }
 
-// The 16 values of a code, and W of them for W/2 bytes, the even element in the high nibble.
+// A codebook of 16 values, and the values of W codes in W/2 bytes, the even element in the high
+// nibble.
 struct Table {
   __m256 low, high;
 };
-LK_INLINE Table table(const float* code) {
+LK_INLINE Table load_table(const float* code) {
   return {_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8)};
 }
-LK_INLINE vf look_up(const Table& t, __m256i index) {
-  const __m256 low = _mm256_permutevar8x32_ps(t.low, index),  // takes three bits of an index
+LK_INLINE vf lookup(const Table& t, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(t.low, index),  // reads three bits of an index
       high = _mm256_permutevar8x32_ps(t.high, index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
-LK_INLINE vf look_up(const Table& t, const uint8_t* p) {
+LK_INLINE vf lookup(const Table& t, const uint8_t* p) {
   int word;
   std::memcpy(&word, p, 4);
   const __m128i b = _mm_cvtsi32_si128(word);
   const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
-  return look_up(t, _mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0)));
+  return lookup(t, _mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0)));
 }
-// A table of 256 floats, or null, and its elements at 2 W indices.
+// A codebook of 256 values, or null, and the values of 2 W codes.
 using Table256 = const float*;
-LK_INLINE Table256 table_256(const float* from) { return from; }
-LK_INLINE void look_up_both(Table256 t, const uint8_t* p, vf out[2]) {
+LK_INLINE Table256 load_table_256(const float* src) { return src; }
+LK_INLINE void lookup_2w(Table256 t, const uint8_t* p, vf out[2]) {
   for (int i = 0; i < 2; ++i)
     out[i] = _mm256_i32gather_ps(
         t, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + i * W))), 4);
@@ -116,34 +117,34 @@ LK_INLINE void mul_hi_lo(uint32_t m, vu b, vu& hi, vu& lo) {
   hi = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
   lo = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
 }
-LK_INLINE uint64_t at_least(vu a, uint32_t threshold) {  // one bit a lane
+LK_INLINE uint64_t compare_ge(vu a, uint32_t threshold) {  // one bit a lane
   const __m256i enough = _mm256_cmpeq_epi32(_mm256_max_epu32(a, splat_u(threshold)), a);
   return (uint64_t)_mm256_movemask_ps(_mm256_castsi256_ps(enough));
 }
-// Bit i of a, b, c, d to bits 4i, 4i+1, 4i+2, 4i+3.
-LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+// Moves bit i of a, b, c, d to bits 4i, 4i + 1, 4i + 2, 4i + 3.
+LK_INLINE uint64_t interleave_bits(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   return _pdep_u64(a, 0x11111111u) | _pdep_u64(b, 0x22222222u) | _pdep_u64(c, 0x44444444u) |
          _pdep_u64(d, 0x88888888u);
 }
 
-// The operations of few_rows_impl.h, as in vec_avx512.h.
+// The functions for few_rows_impl.h; vec_avx512.h describes them.
 LK_INLINE vu load_codes(const uint8_t* p, int filled) {
   if (filled == W) return _mm256_loadu_si256((const __m256i*)p);
   uint8_t bytes[4 * W] = {};
   std::memcpy(bytes, p, 4 * (size_t)filled);
   return _mm256_loadu_si256((const __m256i*)bytes);
 }
-LK_INLINE vf look_up(const Table& t, vu codes, int j) {
-  return look_up(t, _mm256_srli_epi32(codes, 4 * (j ^ 1)));
+LK_INLINE vf lookup(const Table& t, vu codes, int j) {
+  return lookup(t, _mm256_srli_epi32(codes, 4 * (j ^ 1)));
 }
 LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
   const vu element =
       _mm256_add_epi32(_mm256_slli_epi32(lanes_from(0), 3), splat_u((uint32_t)offset));
   return _mm256_srl_epi32(element, _mm_cvtsi32_si128(log2_block));
 }
-LK_INLINE vf pick(const float* scales, vu lanes, int filled) {
+LK_INLINE vf gather_scales(const float* scales, vu lanes, int filled) {
   const vf v = _mm256_permutevar8x32_ps(load(scales), lanes);
-  return filled == W ? v : keep(v, (1u << filled) - 1);
+  return filled == W ? v : mask_lanes(v, (1u << filled) - 1);
 }
 
 }  // namespace

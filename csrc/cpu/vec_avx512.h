@@ -1,4 +1,5 @@
-// One AVX-512 register of floats, and how 16-bit elements enter and leave it.
+// The vector type of AVX-512: one register of 16 floats, and its loads and stores of 16-bit
+// elements.
 #pragma once
 #include <immintrin.h>
 
@@ -25,8 +26,8 @@ LK_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 LK_INLINE vf widen_bf16(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
-// To nearest, ties to even; a NaN stays one.
-LK_INLINE __m256i narrow_bf16_exactly(vf v) {
+// To nearest, ties to even; a NaN stays a NaN.
+LK_INLINE __m256i narrow_bf16_ieee(vf v) {
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
@@ -37,7 +38,7 @@ LK_INLINE __m256i narrow_bf16_exactly(vf v) {
 #ifdef __AVX512BF16__
 LK_INLINE __m256i narrow_bf16(vf v) { return (__m256i)_mm512_cvtneps_pbh(v); }  // subnormals to 0
 #else
-LK_INLINE __m256i narrow_bf16(vf v) { return narrow_bf16_exactly(v); }
+LK_INLINE __m256i narrow_bf16(vf v) { return narrow_bf16_ieee(v); }
 #endif
 
 LK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
@@ -49,33 +50,31 @@ LK_INLINE void store(f16* p, vf v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// With subnormals, which a decoded weight may have.
+// Keeps subnormals, which a decoded weight may have.
 template <typename T>
-LK_INLINE void store_exactly(T* p, vf v) {
+LK_INLINE void store_ieee(T* p, vf v) {
   store(p, v);
 }
-LK_INLINE void store_exactly(bf16* p, vf v) {
-  _mm256_storeu_si256((__m256i*)p, narrow_bf16_exactly(v));
-}
+LK_INLINE void store_ieee(bf16* p, vf v) { _mm256_storeu_si256((__m256i*)p, narrow_bf16_ieee(v)); }
 
-// The first n < W elements; the rest reads as zero and is not written.
-LK_INLINE __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
-LK_INLINE vf load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+// The first n < W elements. The other lanes are loaded as zero and not stored.
+LK_INLINE __mmask16 tail_mask(int n) { return (__mmask16)((1u << n) - 1); }
+LK_INLINE vf load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(tail_mask(n), p); }
 LK_INLINE vf load_n(const bf16* p, int n) {
-  return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+  return widen_bf16(_mm256_maskz_loadu_epi16(tail_mask(n), p));
 }
 LK_INLINE vf load_n(const f16* p, int n) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(tail_mask(n), p));
 }
-LK_INLINE void store_n(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+LK_INLINE void store_n(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, tail_mask(n), v); }
 LK_INLINE void store_n(bf16* p, vf v, int n) {
-  _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(v));
+  _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_bf16(v));
 }
 LK_INLINE void store_n(f16* p, vf v, int n) {
-  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_mask_storeu_epi16(p, tail_mask(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-LK_INLINE vf keep(vf v, uint64_t bits) { return _mm512_maskz_mov_ps((__mmask16)bits, v); }
+LK_INLINE vf mask_lanes(vf v, uint64_t bits) { return _mm512_maskz_mov_ps((__mmask16)bits, v); }
 
 // out[i] = the sum of v[i]'s lanes, four registers at once.
 LK_INLINE void sum_lanes(const vf v[4], float* out) {
@@ -86,37 +85,38 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
-// The 16 values of a code, and W of them for W/2 bytes, the even element in the high nibble.
+// A codebook of 16 values, and the values of W codes in W/2 bytes, the even element in the high
+// nibble.
 using Table = __m512;
-LK_INLINE Table table(const float* code) { return _mm512_loadu_ps(code); }
-LK_INLINE vf look_up(Table t, const uint8_t* p) {
+LK_INLINE Table load_table(const float* code) { return _mm512_loadu_ps(code); }
+LK_INLINE vf lookup(Table t, const uint8_t* p) {
   const __m128i b = _mm_loadl_epi64((const __m128i*)p);
   const __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
   const __m512i shift = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
-  return _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shift), t);  // takes four bits of an index
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shift), t);  // reads four bits of an index
 }
-// The even and the odd ones of the 2 W elements in W bytes.
-LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
+// The values of the 2 W codes in W bytes, even and odd elements apart.
+LK_INLINE void lookup_2w(Table t, const uint8_t* p, vf& even, vf& odd) {
   const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   even = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), t);
   odd = _mm512_permutexvar_ps(b, t);
 }
 
-// A table of 256 floats, their low words apart from the high ones, or null; and its elements at 2 W
-// indices, in a quarter of the time that a gather takes on AMD family 25.
+// A codebook of 256 values, or null, stored as low and high 16-bit words, and the values of 2 W
+// codes. On AMD family 25 a gather would take four times as long.
 struct Table256 {
   alignas(64) uint16_t low[256], high[256];
 };
-LK_INLINE Table256 table_256(const float* from) {
+LK_INLINE Table256 load_table_256(const float* src) {
   Table256 t;
-  for (int i = 0; from && i < 256; i += W) {
-    const vu v = _mm512_castps_si512(_mm512_loadu_ps(from + i));
+  for (int i = 0; src && i < 256; i += W) {
+    const vu v = _mm512_castps_si512(_mm512_loadu_ps(src + i));
     _mm256_storeu_si256((__m256i*)(t.low + i), _mm512_cvtepi32_epi16(v));
     _mm256_storeu_si256((__m256i*)(t.high + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
   }
   return t;
 }
-LK_INLINE vu look_up_words(const uint16_t* t, vu index, __mmask32 bit6, __mmask32 bit7) {
+LK_INLINE vu lookup_words(const uint16_t* t, vu index, __mmask32 bit6, __mmask32 bit7) {
   vu quarter[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
@@ -125,14 +125,15 @@ LK_INLINE vu look_up_words(const uint16_t* t, vu index, __mmask32 bit6, __mmask3
   return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, quarter[0], quarter[1]),
                                  _mm512_mask_blend_epi16(bit6, quarter[2], quarter[3]));
 }
-LK_INLINE void look_up_both(const Table256& t, const uint8_t* p, vf out[2]) {
+LK_INLINE void lookup_2w(const Table256& t, const uint8_t* p, vf out[2]) {
   const vu words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)),
-           // so that pairs of words, joined within 128 bits, come out in order
+           // unpacklo and unpackhi join words within 128 bits. This order makes their results
+           // contiguous.
       index = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), words);
   const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64)),
                   bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
-  const vu low = look_up_words(t.low, index, bit6, bit7),
-           high = look_up_words(t.high, index, bit6, bit7);
+  const vu low = lookup_words(t.low, index, bit6, bit7),
+           high = lookup_words(t.high, index, bit6, bit7);
   out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
   out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
 }
@@ -180,23 +181,26 @@ LK_INLINE void mul_hi_lo(uint32_t m, vu b, vu& hi, vu& lo) {
   hi = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
   lo = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
 }
-LK_INLINE uint64_t at_least(vu a, uint32_t threshold) {  // one bit a lane
+LK_INLINE uint64_t compare_ge(vu a, uint32_t threshold) {  // one bit a lane
   return _mm512_cmpge_epu32_mask(a, splat_u(threshold));
 }
-// Bit i of a, b, c, d to bits 4i, 4i+1, 4i+2, 4i+3.
-LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+// Moves bit i of a, b, c, d to bits 4i, 4i + 1, 4i + 2, 4i + 3.
+LK_INLINE uint64_t interleave_bits(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   return _pdep_u64(a, 0x1111111111111111u) | _pdep_u64(b, 0x2222222222222222u) |
          _pdep_u64(c, 0x4444444444444444u) | _pdep_u64(d, 0x8888888888888888u);
 }
 
-// The operations of few_rows_impl.h: W times eight codes of 4 bits, where the first `filled` eights
-// exist and zeros follow; the values of code j of each eight; the blocks that the eights lie in,
-// counted from that of the first, which is `offset` elements behind its block's first; and the
-// scales of the filled lanes.
+// The functions for few_rows_impl.h. A lane holds eight neighbouring 4-bit codes.
+//
+// load_codes     W lanes of codes, of which the first `filled` exist; zeros after them
+// lookup         the values of code j of each lane
+// lane_blocks    each lane's block, counted from that of lane 0, `offset` elements after whose
+//                beginning lane 0 begins
+// gather_scales  the scales of these blocks; zeros from lane `filled` on
 LK_INLINE vu load_codes(const uint8_t* p, int filled) {
-  return filled == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(first(filled), p);
+  return filled == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(tail_mask(filled), p);
 }
-LK_INLINE vf look_up(const Table& t, vu codes, int j) {
+LK_INLINE vf lookup(const Table& t, vu codes, int j) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * (j ^ 1)), t);
 }
 LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
@@ -204,8 +208,8 @@ LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
       _mm512_add_epi32(_mm512_slli_epi32(lanes_from(0), 3), splat_u((uint32_t)offset));
   return _mm512_srl_epi32(element, _mm_cvtsi32_si128(log2_block));
 }
-LK_INLINE vf pick(const float* scales, vu lanes, int filled) {
-  return _mm512_maskz_permutexvar_ps(first(filled), lanes, load(scales));
+LK_INLINE vf gather_scales(const float* scales, vu lanes, int filled) {
+  return _mm512_maskz_permutexvar_ps(tail_mask(filled), lanes, load(scales));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Four floats in the compiler's own vector type: what every processor can run.
+// The vector type of any processor: four floats in the compiler's own vector type.
 #pragma once
 #include <cstring>
 
@@ -36,35 +36,37 @@ LK_INLINE float float_of(uint32_t u) {
 LK_INLINE float widen(float a) { return a; }
 LK_INLINE float widen(bf16 a) { return float_of((uint32_t)a.bits << 16); }
 LK_INLINE float widen(f16 a) {
-  const uint32_t sign = (uint32_t)(a.bits & 0x8000) << 16, rest = a.bits & 0x7fffu;
-  if (rest < 0x0400) return float_of(sign | bits_of((float)rest * 0x1p-24f));  // subnormal, zero
-  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  return float_of(sign | ((rest << 13) + ((127u - 15u) << 23)));
+  const uint32_t sign = (uint32_t)(a.bits & 0x8000) << 16, magnitude = a.bits & 0x7fffu;
+  if (magnitude < 0x0400)
+    return float_of(sign | bits_of((float)magnitude * 0x1p-24f));  // subnormal, zero
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  return float_of(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
 }
 
-LK_INLINE void narrow(float& to, float a) { to = a; }
-LK_INLINE void narrow(bf16& to, float a) {  // to nearest, ties to even; a NaN stays one
+LK_INLINE void narrow(float& dst, float a) { dst = a; }
+LK_INLINE void narrow(bf16& dst, float a) {  // to nearest, ties to even; a NaN stays a NaN
   const uint32_t u = bits_of(a);
   const bool nan = (u & 0x7fffffff) > 0x7f800000;
-  to.bits = (uint16_t)((nan ? u | 0x00400000 : u + 0x7fff + (u >> 16 & 1)) >> 16);
+  dst.bits = (uint16_t)((nan ? u | 0x00400000 : u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
-LK_INLINE void narrow(f16& to, float a) {
-  const uint32_t u = bits_of(a), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+LK_INLINE void narrow(f16& dst, float a) {
+  const uint32_t u = bits_of(a), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
   uint32_t h;
-  if (rest > 0x7f800000) {
-    h = 0x7e00 | (rest >> 13 & 0x1ff);
-  } else if (rest >= 0x477ff000) {  // 65520 and above round to infinity
+  if (magnitude > 0x7f800000) {
+    h = 0x7e00 | (magnitude >> 13 & 0x1ff);
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
     h = 0x7c00;
-  } else if (rest < 0x38800000) {  // below 2^-14: adding 0.5 leaves round(a * 2^24) in the low bits
-    h = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
+  } else if (magnitude < 0x38800000) {
+    // Below 2^-14, adding 0.5 leaves round(a * 2^24) in the low bits.
+    h = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   } else {
-    h = (rest + 0xfff + (rest >> 13 & 1) - ((127u - 15u) << 23)) >> 13;
+    h = (magnitude + 0xfff + (magnitude >> 13 & 1) - ((127u - 15u) << 23)) >> 13;
   }
-  to.bits = (uint16_t)(sign | h);
+  dst.bits = (uint16_t)(sign | h);
 }
 
-// The first n elements; the rest reads as zero and is not written. Loops that widen or
-// round single elements are out of line: inlined they were half of this unit.
+// The first n elements. The other lanes are loaded as zero and not stored. Loops that widen or
+// round single elements are not inlined: inlined they were half of this unit.
 template <typename T>
 [[gnu::noinline]] vf load_n(const T* p, int n) {
   vf v = zero();
@@ -90,7 +92,7 @@ template <typename T>
   for (int i = 0; i < W; ++i) narrow(p[i], v[i]);
 }
 
-LK_INLINE vf keep(vf v, uint64_t bits) {
+LK_INLINE vf mask_lanes(vf v, uint64_t bits) {
   for (int i = 0; i < W; ++i) v[i] = bits >> i & 1 ? v[i] : 0.0f;
   return v;
 }
@@ -101,21 +103,22 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
 }
 
 template <typename T>
-LK_INLINE void store_exactly(T* p, vf v) {
+LK_INLINE void store_ieee(T* p, vf v) {
   store(p, v);
 }
 
-// The 16 values of a code, and W of them for W/2 bytes, the even element in the high nibble.
+// A codebook of 16 values, and the values of W codes in W/2 bytes, the even element in the high
+// nibble.
 using Table = const float*;
-LK_INLINE Table table(const float* code) { return code; }
-LK_INLINE vf look_up(Table t, const uint8_t* p) {
+LK_INLINE Table load_table(const float* code) { return code; }
+LK_INLINE vf lookup(Table t, const uint8_t* p) {
   return vf{t[p[0] >> 4], t[p[0] & 15], t[p[1] >> 4], t[p[1] & 15]};
 }
 
-// A table of 256 floats, or null, and its elements at 2 W indices.
+// A codebook of 256 values, or null, and the values of 2 W codes.
 using Table256 = const float*;
-LK_INLINE Table256 table_256(const float* from) { return from; }
-LK_INLINE void look_up_both(Table256 t, const uint8_t* p, vf out[2]) {
+LK_INLINE Table256 load_table_256(const float* src) { return src; }
+LK_INLINE void lookup_2w(Table256 t, const uint8_t* p, vf out[2]) {
   for (int i = 0; i < 2; ++i, p += W) out[i] = vf{t[p[0]], t[p[1]], t[p[2]], t[p[3]]};
 }
 
@@ -130,13 +133,13 @@ LK_INLINE void mul_hi_lo(uint32_t m, vu b, vu& hi, vu& lo) {
           (uint32_t)(product[3] >> 32)};
   lo = vu{(uint32_t)product[0], (uint32_t)product[1], (uint32_t)product[2], (uint32_t)product[3]};
 }
-LK_INLINE uint64_t at_least(vu a, uint32_t threshold) {  // one bit a lane
+LK_INLINE uint64_t compare_ge(vu a, uint32_t threshold) {  // one bit a lane
   uint64_t bits = 0;
   for (int i = 0; i < W; ++i) bits |= (uint64_t)(a[i] >= threshold) << i;
   return bits;
 }
-// Bit i of a, b, c, d to bits 4i, 4i+1, 4i+2, 4i+3.
-LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+// Moves bit i of a, b, c, d to bits 4i, 4i + 1, 4i + 2, 4i + 3.
+LK_INLINE uint64_t interleave_bits(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   uint64_t bits = 0;
   for (int i = 0; i < W; ++i)
     bits |= (a >> i & 1) << 4 * i | (b >> i & 1) << (4 * i + 1) | (c >> i & 1) << (4 * i + 2) |
@@ -144,13 +147,13 @@ LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   return bits;
 }
 
-// The operations of few_rows_impl.h, as in vec_avx512.h.
+// The functions for few_rows_impl.h; vec_avx512.h describes them.
 LK_INLINE vu load_codes(const uint8_t* p, int filled) {
   vu codes = splat_u(0);
   std::memcpy(&codes, p, 4 * (size_t)filled);
   return codes;
 }
-LK_INLINE vf look_up(Table t, vu codes, int j) {
+LK_INLINE vf lookup(Table t, vu codes, int j) {
   const vu index = codes >> 4 * (j ^ 1) & 15;
   return vf{t[index[0]], t[index[1]], t[index[2]], t[index[3]]};
 }
@@ -159,7 +162,7 @@ LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
   for (int i = 0; i < W; ++i) blocks[i] = (uint32_t)((8 * i + offset) >> log2_block);
   return blocks;
 }
-LK_INLINE vf pick(const float* scales, vu lanes, int filled) {
+LK_INLINE vf gather_scales(const float* scales, vu lanes, int filled) {
   vf v = zero();
   for (int i = 0; i < filled; ++i) v[i] = scales[lanes[i]];
   return v;

@@ -19,7 +19,7 @@ from . import native
 # oneDNN has AMX and this build's kernels do not, torch.mm runs every bfloat16 GEMM.
 MKL_GEMM = 280_000_000
 AMX_GEMM, AMX_ROWS = 10_000_000_000, 512
-AMX_FLOAT_ROWS = 128  # FLOAT_ROWS in csrc/cpu/amx_impl.h
+AMX_FLOAT_ROWS = 128  # MIN_SPLIT_ROWS in csrc/cpu/amx_impl.h
 # The most rows of x for which the GEMV kernel reads the weight once: dense, and 4-bit codes decoded
 # in registers or the L1 cache. Measured on AMD families 25 and 26, and with AMX on Intel family 6
 # (benchmarks/NOTES.md). AVX-512 takes more rows of weights of LARGE elements in 4 bits. Beside AMX

@@ -1,6 +1,6 @@
-// Python's view of the CPU kernels: addresses, sizes, strides in elements and a thread count. Each
-// struct is a tuple of its fields. Shapes and dtypes are the caller's business
-// (lora_kernels/backends/cpu/linear.py, after lora_kernels/ops has checked them).
+// The bindings of the CPU kernels: they take addresses, sizes, strides in elements and a thread
+// count. Each struct is a tuple of its fields. The caller, lora_kernels/backends/cpu/linear.py, is
+// responsible for shapes and dtypes, which lora_kernels/ops has checked.
 #include "bindings.h"
 
 #include <new>
@@ -11,8 +11,8 @@
 #include "cpu/fingerprint.h"
 
 #ifdef __GLIBCXX__
-// The containers of GCC 11 and newer call this. The libstdc++ of older systems, on which a portable
-// wheel runs, has no such function, so this library has one of its own.
+// The containers of GCC 11 and newer call this function. The libstdc++ of older systems, on which a
+// portable wheel runs, lacks it, so this library defines it.
 namespace std {
 void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 }  // namespace std
@@ -21,7 +21,7 @@ void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 namespace lora_kernels {
 namespace {
 
-const char* const CODES = "lora_kernels.Codes4bit";
+const char* const CODES_CAPSULE = "lora_kernels.Codes4bit";
 
 }  // namespace
 
@@ -30,10 +30,10 @@ namespace python {
 template <>
 const Codes4bit* convert(const Value& from) {
   if (from.object == Py_None) return nullptr;
-  if (!PyCapsule_IsValid(from.object, CODES))
+  if (!PyCapsule_IsValid(from.object, CODES_CAPSULE))
     fail(PyExc_TypeError, "%s: got %R, want what Codes4bit returns", from.name,
          Py_TYPE(from.object));
-  return static_cast<const Codes4bit*>(PyCapsule_GetPointer(from.object, CODES));
+  return static_cast<const Codes4bit*>(PyCapsule_GetPointer(from.object, CODES_CAPSULE));
 }
 
 template <>
@@ -160,11 +160,10 @@ using namespace python;
 Object codes_4bit(Arguments& in) {
   auto codes = std::make_unique<Codes4bit>(read<Codes4bit>(in));
   in.finish();
-  return build_capsule(std::move(codes), CODES);
+  return build_capsule(std::move(codes), CODES_CAPSULE);
 }
 
-// The entries raise RuntimeError where a kernel would follow its arguments into a segmentation
-// fault.
+// The entries raise RuntimeError for arguments with which a kernel would read invalid memory.
 
 void require_memory(const char* name, const void* data, int64_t elements) {
   if (!data && elements > 0)
@@ -183,7 +182,7 @@ void require_adapter(const Matrix& a, const Matrix& b, int64_t N, int64_t K, int
   require_memory("lora_B", b.data, N * R);
 }
 
-// Without w and codes y, in the backward dx, holds the base GEMM.
+// Without w and codes, y holds the base GEMM; in the backward dx does.
 bool has_base(const Layer& l) { return l.w.data || l.codes; }
 
 void require_rows(const Layer& l, const Forward& f) {
@@ -212,7 +211,8 @@ void require(const Layer& l, const Direction& d) {
 template <typename Direction>
 void require(const Layer& l, const std::vector<Adapter>& adapters, const Direction& d) {
   require_rows(l, d);
-  for (const Adapter& each : adapters) require_adapter(each.a, each.b, l.N, l.K, each.R);
+  for (const Adapter& adapter : adapters)
+    require_adapter(adapter.a, adapter.b, l.N, l.K, adapter.R);
   require_product(runs_product(l, d));
 }
 
@@ -226,7 +226,7 @@ void require(const Layer& l, const Experts& x, const Direction& d) {
 
 using Adapters = std::vector<Adapter>;
 
-// `function` after its arguments are checked.
+// Calls `function` after `require` has checked its arguments.
 template <auto function, typename... T>
 void checked(const T&... arguments) {
   require(arguments...);
@@ -246,12 +246,12 @@ Object fingerprint_of(Arguments& in) {
   const int threads = in("threads");
   in.finish();
   require_memory("data", data, bytes);
-  uint64_t found;
+  uint64_t result;
   {
     WithoutGil released;
-    found = fingerprint(data, bytes, threads);
+    result = fingerprint(data, bytes, threads);
   }
-  return steal_reference(PyLong_FromUnsignedLongLong(found));
+  return steal_reference(PyLong_FromUnsignedLongLong(result));
 }
 
 Object quantize(Arguments& in) {
@@ -292,13 +292,13 @@ Object dequantize(Arguments& in) {
 }
 
 Object use_isa_named(Arguments& in) {
-  const Value given = in("isa");
+  const Value requested = in("isa");
   in.finish();
-  const std::string name = convert<const char*>(given);
+  const std::string name = convert<const char*>(requested);
   for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amxbf16})
     if (name == isa_name(isa)) return steal_reference(PyUnicode_FromString(isa_name(use_isa(isa))));
   fail(PyExc_ValueError, "isa: got %R, want scalar, avx2, avx512, avx512bf16 or amxbf16",
-       given.object);
+       requested.object);
 }
 
 Object multiply_add(Arguments& in) {

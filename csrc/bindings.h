@@ -1,4 +1,4 @@
-// What bindings.cpp and direct.cpp read and define for each other.
+// Functions shared by bindings.cpp and direct.cpp.
 #pragma once
 #include "common/python.h"
 #include "cpu/layer.h"

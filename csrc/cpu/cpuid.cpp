@@ -8,7 +8,7 @@
 #include <unistd.h>
 #endif
 
-// setup.py defines them; a set whose unit it left out is 0.
+// setup.py defines these. A set whose unit was not compiled is 0.
 #ifndef LORA_KERNELS_HAVE_AVX2
 #define LORA_KERNELS_HAVE_AVX2 0
 #endif
@@ -42,12 +42,12 @@ constexpr std::uint64_t kZmmState = kYmmState | bit(5) | bit(6) | bit(7);
 constexpr std::uint64_t kTileState = bit(17) | bit(18);
 
 template <typename T>
-bool has(T word, T wanted) {
-  return (word & wanted) == wanted;
+bool has_all(T word, T mask) {
+  return (word & mask) == mask;
 }
 
-// Linux gives a process the tile registers when it asks, once for all of its threads.
-bool may_use_tiles() {
+// Linux grants the tile registers on request, once for all threads of a process.
+bool request_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr long kReqXcompPerm = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kReqXcompPerm, kTileData) == 0;
@@ -71,8 +71,8 @@ CpuFeatures read_cpu_features() {
       features.leaf7_1_eax = eax;
     }
   }
-  // xgetbv faults unless the system has switched xsave on. The intrinsic would need -mxsave.
-  if (has(features.leaf1_ecx, kOsxsave)) {
+  // xgetbv faults unless the system has enabled xsave. The intrinsic would need -mxsave.
+  if (has_all(features.leaf1_ecx, kOsxsave)) {
     std::uint32_t low = 0, high = 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     features.xcr0 = (std::uint64_t{high} << 32) | low;
@@ -93,26 +93,26 @@ bool is_intel() {
 }
 
 Isa isa_of(const CpuFeatures& features) {
-  // The lists follow setup.py's flags: every feature that a unit is compiled for is required here.
-  if (!has(features.leaf1_ecx, kOsxsave | kAvx | kFma | kF16c) ||
-      !has(features.leaf7_ebx, kAvx2 | kBmi2) || !has(features.xcr0, kYmmState)) {
+  // These lists mirror setup.py's flags: every feature that a unit is compiled for is required.
+  if (!has_all(features.leaf1_ecx, kOsxsave | kAvx | kFma | kF16c) ||
+      !has_all(features.leaf7_ebx, kAvx2 | kBmi2) || !has_all(features.xcr0, kYmmState)) {
     return Isa::scalar;
   }
-  if (!has(features.leaf7_ebx, kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl) ||
-      !has(features.xcr0, kZmmState)) {
+  if (!has_all(features.leaf7_ebx, kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl) ||
+      !has_all(features.xcr0, kZmmState)) {
     return Isa::avx2;
   }
-  if (!has(features.leaf7_1_eax, kAvx512bf16)) return Isa::avx512;
+  if (!has_all(features.leaf7_1_eax, kAvx512bf16)) return Isa::avx512;
   return has_amx_bf16(features) ? Isa::amxbf16 : Isa::avx512bf16;
 }
 
 bool has_amx_bf16(const CpuFeatures& features) {
-  return has(features.leaf7_edx, kAmxBf16 | kAmxTile) && has(features.xcr0, kTileState);
+  return has_all(features.leaf7_edx, kAmxBf16 | kAmxTile) && has_all(features.xcr0, kTileState);
 }
 
 Isa detect_isa() {
   const Isa isa = isa_of(read_cpu_features());
-  return isa == Isa::amxbf16 && !may_use_tiles() ? Isa::avx512bf16 : isa;
+  return isa == Isa::amxbf16 && !request_tiles() ? Isa::avx512bf16 : isa;
 }
 
 bool isa_built(Isa isa) {

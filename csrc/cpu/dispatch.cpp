@@ -3,10 +3,10 @@
 namespace lora_kernels {
 namespace {
 
-const Kernels* in_use = &kernels_scalar;
-Isa in_use_isa = Isa::scalar;
+const Kernels* current = &kernels_scalar;
+Isa current_isa = Isa::scalar;
 
-const Kernels* table(Isa isa) {
+const Kernels* kernels_of(Isa isa) {
 #if LORA_KERNELS_HAVE_AMXBF16
   if (isa == Isa::amxbf16) return &kernels_amxbf16;
 #endif
@@ -30,16 +30,16 @@ const char* isa_name(Isa isa) {
 }
 
 Isa use_isa(Isa cap) {
-  const Isa offered = detect_isa();
-  int isa = static_cast<int>(cap < offered ? cap : offered);
+  const Isa detected = detect_isa();
+  int isa = static_cast<int>(cap < detected ? cap : detected);
   while (!isa_built(static_cast<Isa>(isa))) --isa;  // scalar is always built
-  in_use_isa = static_cast<Isa>(isa);
-  in_use = table(in_use_isa);
-  return in_use_isa;
+  current_isa = static_cast<Isa>(isa);
+  current = kernels_of(current_isa);
+  return current_isa;
 }
 
-const Kernels& kernels() { return *in_use; }
+const Kernels& kernels() { return *current; }
 
-Isa isa_in_use() { return in_use_isa; }
+Isa isa_in_use() { return current_isa; }
 
 }  // namespace lora_kernels

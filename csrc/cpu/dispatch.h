@@ -7,12 +7,12 @@ namespace lora_kernels {
 
 const char* isa_name(Isa isa);
 
-// The best set that the processor offers, the library holds, and `cap` allows.
+// Selects the best set that the processor supports, the library holds, and `cap` allows.
 Isa use_isa(Isa cap);
 
 const Kernels& kernels();
 
-// The set of the table in use.
+// The instruction set of the table in use.
 Isa isa_in_use();
 
 }  // namespace lora_kernels

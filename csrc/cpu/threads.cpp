@@ -2,9 +2,9 @@
 //
 // This library links no OpenMP runtime: a second one would spin on the same cores as torch's.
 // Python passes the addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in the
-// runtime that torch has loaded; GNU's, LLVM's and Intel's export all three. dlsym here would
-// require glibc 2.34. An exception in a thread, which memory that runs out would raise, ends the
-// process.
+// runtime that torch has loaded. GNU's, LLVM's and Intel's runtimes export all three. dlsym here
+// would require glibc 2.34. An exception in a thread ends the process. Allocation failures would
+// raise one.
 #include <sched.h>
 
 #include <cstdlib>

@@ -171,8 +171,8 @@ void require_memory(const char* name, const void* data, int64_t elements) {
                              std::to_string(elements) + " elements");
 }
 
-void require_product(bool is_called) {
-  if (is_called && !kernels().product)
+void require_gemm(bool is_called) {
+  if (is_called && !kernels().gemm)
     throw std::runtime_error(std::string("strategy: got fused, want another: ") +
                              isa_name(isa_in_use()) + " has no fused GEMM");
 }
@@ -198,14 +198,14 @@ void require_rows(const Layer& l, const Backward& g) {
   if (g.db) require_memory("p", g.p, l.M * l.R);
 }
 
-bool runs_product(const Layer& l, const Forward& f) { return has_base(l) && !f.few_rows; }
-bool runs_product(const Layer& l, const Backward& g) { return has_base(l) && g.dx; }
+bool runs_gemm(const Layer& l, const Forward& f) { return has_base(l) && !f.few_rows; }
+bool runs_gemm(const Layer& l, const Backward& g) { return has_base(l) && g.dx; }
 
 template <typename Direction>
 void require(const Layer& l, const Direction& d) {
   require_rows(l, d);
   require_adapter(l.a, l.b, l.N, l.K, l.R);
-  require_product(runs_product(l, d));
+  require_gemm(runs_gemm(l, d));
 }
 
 template <typename Direction>
@@ -213,7 +213,7 @@ void require(const Layer& l, const std::vector<Adapter>& adapters, const Directi
   require_rows(l, d);
   for (const Adapter& adapter : adapters)
     require_adapter(adapter.a, adapter.b, l.N, l.K, adapter.R);
-  require_product(runs_product(l, d));
+  require_gemm(runs_gemm(l, d));
 }
 
 template <typename Direction>
@@ -221,7 +221,7 @@ void require(const Layer& l, const Experts& x, const Direction& d) {
   require_rows(l, d);
   require_adapter(l.a, l.b, l.N, l.K, l.R);
   require_memory("offsets", x.stops, x.count);
-  require_product(x.has_base);
+  require_gemm(x.has_base);
 }
 
 using Adapters = std::vector<Adapter>;
@@ -260,8 +260,8 @@ Object quantize(Arguments& in) {
                           .n = in("n"),
                           .log2_block = log2_of(in("blocksize")),
                           .thresholds = in("thresholds"),
-                          .order = in("order"),
-                          .smallest = in("smallest"),
+                          .bin_codes = in("order"),
+                          .min_scale = in("smallest"),
                           .packed = in("packed"),
                           .absmax = in("absmax"),
                           .threads = in("threads")};
@@ -280,7 +280,7 @@ Object dequantize(Arguments& in) {
                             .rows = in("rows"),
                             .k0 = in("k0"),
                             .cols = in("columns"),
-                            .to = in("to"),
+                            .out = in("to"),
                             .dtype = in("dtype"),
                             .ld = in("ld"),
                             .threads = in("threads")};

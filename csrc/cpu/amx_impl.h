@@ -250,11 +250,13 @@ struct Slab {
 };
 
 // True if W is contiguous along its columns n, as for dx.
-LK_INLINE bool is_n_contiguous(const ProductArgs& a) { return a.codes ? !a.k_inner : a.w.col == 1; }
+LK_INLINE bool is_n_contiguous(const GemmArgs& a) {
+  return a.codes ? !a.is_transposed : a.w.col == 1;
+}
 
 // Packs a slab of W. If W is contiguous along n, one row of tiles at a time, since rows may lie
 // pages apart.
-LK_INLINE void pack_slab(const ProductArgs& a, const Slab& slab, float* dst, float* decoded) {
+LK_INLINE void pack_slab(const GemmArgs& a, const Slab& slab, float* dst, float* decoded) {
   const int64_t columns = min(slab.width, a.update.N - slab.n);
   const int64_t step = is_n_contiguous(a) ? X_DEPTH : slab.depth;
   const PanelLayout layout{W, x_tiles(slab.depth) * TILE_WORDS};
@@ -267,8 +269,8 @@ LK_INLINE void pack_slab(const ProductArgs& a, const Slab& slab, float* dst, flo
       const int64_t depth = min(step, slab.depth - k), count = min(VW, columns - n);
       float* const panel = dst + n / W * layout.vector_stride + k / 2 * W;
       if (a.codes)
-        pack_codes<bf16x2>(*a.codes, a.k_inner, slab.k + k, depth, slab.n + n, count, panel, layout,
-                           decoded);
+        pack_codes<bf16x2>(*a.codes, a.is_transposed, slab.k + k, depth, slab.n + n, count, panel,
+                           layout, decoded);
       else
         pack_words<bf16x2, bf16>(a.w, slab.k + k, depth, slab.n + n, count, panel, layout);
     }
@@ -277,7 +279,7 @@ LK_INLINE void pack_slab(const ProductArgs& a, const Slab& slab, float* dst, flo
 // pack_slab for float32, whose elements have three tiles. `decoded` has room for SPLIT_DEPTH more
 // rows.
 constexpr int64_t SPLIT_DEPTH = 128;
-LK_INLINE void pack_slab_terms(const ProductArgs& a, const Slab& slab, float* dst, float* decoded) {
+LK_INLINE void pack_slab_terms(const GemmArgs& a, const Slab& slab, float* dst, float* decoded) {
   const int64_t columns = min(slab.width, a.update.N - slab.n);
   const int64_t w_stride = x_tiles(slab.depth) * 3 * TILE_WORDS;
   const int64_t step = is_n_contiguous(a) ? X_DEPTH : SPLIT_DEPTH;
@@ -286,7 +288,7 @@ LK_INLINE void pack_slab_terms(const ProductArgs& a, const Slab& slab, float* ds
     for (int64_t n = 0; n < columns; n += VW) {
       const int64_t depth = min(step, slab.depth - k), count = min(VW, columns - n);
       if (a.codes)
-        pack_codes<float>(*a.codes, a.k_inner, slab.k + k, depth, slab.n + n, count, panel,
+        pack_codes<float>(*a.codes, a.is_transposed, slab.k + k, depth, slab.n + n, count, panel,
                           PanelLayout{}, decoded);
       else
         pack_words<float, float>(a.w, slab.k + k, depth, slab.n + n, count, panel, PanelLayout{});
@@ -310,7 +312,7 @@ template <int TERMS>
 struct Blocking {
   int64_t depth_blocks, depth, rows, width, slab_depth, panels, column_blocks, tasks, chunks;
 
-  explicit Blocking(const ProductArgs& a) {
+  explicit Blocking(const GemmArgs& a) {
     const ExpandArgs& u = a.update;
     const bool is_serial = u.M * u.N * a.K < SMALL;
     const int64_t threads = is_serial ? 1 : u.threads;
@@ -344,7 +346,7 @@ struct Blocking {
 template <int TERMS>
 struct TileGemm {
   using Element = std::conditional_t<TERMS == 3, float, bf16>;
-  const ProductArgs& a;
+  const GemmArgs& a;
   const ExpandArgs& u = a.update;
   const Blocking<TERMS> blocking{a};
   const bool is_rank_tiled = TERMS == 1 && u.dtype == DType::bf16 && u.R && u.M >= MIN_TILE_ROWS;
@@ -504,14 +506,14 @@ struct TileGemm {
   }
 };
 
-void gemm_tiles(const ProductArgs& a) {
+void gemm_tiles(const GemmArgs& a) {
   if (!a.update.M || !a.update.N) return;
   if (a.x.dtype == DType::bf16)
     TileGemm<1>{a}.run();
   else if (a.x.dtype == DType::f32 && a.update.M >= MIN_SPLIT_ROWS)
     TileGemm<3>{a}.run();
   else
-    kernels_avx512bf16.product(a);
+    kernels_avx512bf16.gemm(a);
 }
 
 }  // namespace

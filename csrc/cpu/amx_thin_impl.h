@@ -423,10 +423,10 @@ void expand_tiles(const ExpandArgs& a) {
 }
 
 // `gemv` without pairs: Intel's processors take as long for a pair of bf16 as for two float32.
-void gemv_widened(const FewRowsArgs& a) {
-  FewRowsArgs widened = a;
-  widened.pairs = false;
-  kernels_avx512bf16.few_rows(widened);
+void gemv_widened(const GemvArgs& a) {
+  GemvArgs widened = a;
+  widened.allows_pairs = false;
+  kernels_avx512bf16.gemv(widened);
 }
 
 }  // namespace

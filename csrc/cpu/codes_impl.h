@@ -129,7 +129,7 @@ LK_INLINE void encode(const QuantizeArgs& a, const float* values, uint8_t* packe
   for (int t = 0; t < 15; ++t)
     for (int64_t i = 0; i < ENCODE_WIDTH; ++i) bin[i] += values[i] > a.thresholds[t];
   for (int64_t i = 0; i < ENCODE_WIDTH; i += 2)
-    packed[i / 2] = (uint8_t)(a.order[bin[i]] << 4 | a.order[bin[i + 1]]);
+    packed[i / 2] = (uint8_t)(a.bin_codes[bin[i]] << 4 | a.bin_codes[bin[i + 1]]);
 }
 
 // Quantizes in about 30 instructions for W elements, so reading the weight is the bound. The bits
@@ -146,7 +146,7 @@ LK_INLINE void encode(const QuantizeArgs& a, const float* values, uint8_t* packe
         const int64_t first = b * size, count = min(size, a.n - first);
         copy_masked(static_cast<const T*>(a.weight) + first, values, count, size, nullptr, 0, 0);
         float absmax = abs_max(values, count);
-        const float scale = absmax < a.smallest ? a.smallest : absmax;  // NaN stays
+        const float scale = absmax < a.min_scale ? a.min_scale : absmax;  // NaN stays
         if (count == size) {
           const float reciprocal = 1.0f / scale;
           for (int64_t i = 0; i < size; ++i) values[i] *= reciprocal;
@@ -179,7 +179,7 @@ LK_INLINE void encode(const QuantizeArgs& a, const float* values, uint8_t* packe
     const int64_t chunks = a.rows * a.cols < SMALL ? 1 : min(a.threads, a.rows);
     parallel_for(a.threads, chunks, [&](int64_t chunk) {
       for (int64_t i = a.rows * chunk / chunks; i < a.rows * (chunk + 1) / chunks; ++i)
-        decode_row(a.codes, t, a.n0 + i, a.k0, a.cols, static_cast<T*>(a.to) + i * a.ld);
+        decode_row(a.codes, t, a.n0 + i, a.k0, a.cols, static_cast<T*>(a.out) + i * a.ld);
     });
   });
 }

@@ -372,7 +372,7 @@ LK_INLINE Passes coded_passes(int64_t M, int64_t K) {
 }
 
 template <typename Word, typename X, typename T>
-LK_INLINE void gemv_coded(const FewRowsArgs& a, const T& code, const X* x, int64_t ldx,
+LK_INLINE void gemv_coded(const GemvArgs& a, const T& code, const X* x, int64_t ldx,
                           const Passes& passes) {
   if (uses_decoded_path<X>(passes.M, a.shrink.K))
     gemv_streams(a, DecodedRows<Word, X, T>{*a.codes, code, x, ldx, passes});
@@ -384,7 +384,7 @@ LK_INLINE void gemv_coded(const FewRowsArgs& a, const T& code, const X* x, int64
 // in float32; y and z round once. Codes keep at least 17 bits until the sum, with one exception:
 // for three rows of bf16 or more on avx512bf16, code times scale is rounded to bf16. Reads each
 // byte of the weight once from memory. Tested by tests/ops.
-void few_rows(const FewRowsArgs& a) {
+void gemv(const GemvArgs& a) {
   const int64_t M = a.update.M, K = a.shrink.K;
   if (!M) return;
   if (!a.codes) {
@@ -398,7 +398,7 @@ void few_rows(const FewRowsArgs& a) {
   const int64_t ldx = round_up(K, CHUNK_CODES);
   Scratch scratch(M * ldx * 4);
 #ifdef LK_BF16_PAIRS
-  if (a.pairs && a.x.dtype == DType::bf16 && K % 8 == 0) {
+  if (a.allows_pairs && a.x.dtype == DType::bf16 && K % 8 == 0) {
     bf16* const x = static_cast<bf16*>(scratch.data);
     const Passes passes = coded_passes<bf16>(M, K);
     for_each_row(passes, ldx, [&](int64_t m, int64_t at, int64_t stride) {

@@ -1,13 +1,14 @@
-// The CPU kernels' interface: one table of functions per instruction set, plain arguments.
+// The interface of the CPU kernels: a table of functions for each instruction set, with plain
+// arguments.
 //
-// No function is defined here: a function shared by units that are compiled with different
-// instruction sets may be taken from any of them by the linker.
+// No function is defined here. The units are compiled for different instruction sets, and the
+// linker may take a function that they share from any of them.
 #pragma once
 #include <cstdint>
 
 namespace lora_kernels {
 
-constexpr int64_t SMALL = 1 << 16;  // multiply-adds below which a second thread costs more
+constexpr int64_t SMALL = 1 << 16;  // multiply-adds for which one thread is faster than two
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 struct bf16 {
@@ -17,37 +18,40 @@ struct f16 {
   uint16_t bits;
 };
 
-struct bf16x2 {  // two neighbours along a sum, which one instruction multiplies and adds
+// Two neighbours along a sum, which one instruction multiplies and adds.
+struct bf16x2 {
   bf16 first, second;
 };
 
-// A matrix whose columns are contiguous unless col says otherwise; strides in elements.
+// Strides are in elements. Columns are contiguous (col 1) unless said otherwise.
 struct Matrix {
   const void* data;
   DType dtype;
   int64_t row, col;
 };
 
-// A 4-bit weight [N, K] in bitsandbytes' layout: codes packed along the flattened rows, the even
-// element in the high nibble; one scale a block of `1 << log2_block` elements, 16 or more, which
-// may straddle rows. Scales in 8 bits are nested_code[absmax[i]], or that * nested_absmax[i >>
-// log2_nested] + offset, rounded twice.
+// A 4-bit weight [N, K] in bitsandbytes' layout. Codes are packed along the flattened rows, the
+// even element in the high nibble. Each block of 1 << log2_block elements, 16 or more, has a scale.
+// Blocks may straddle rows. The scale of block i is one of
+//   absmax[i]                                           in float
+//   nested_code[absmax[i]]                              without nested_absmax
+//   nested_code[absmax[i]] * nested_absmax[i >> log2_nested] + offset, rounded twice
 struct Codes4bit {
   const uint8_t* packed;
   const float* code;                                  // [16]
-  const void* absmax;                                 // float, or uint8 where there is nested_code
+  const void* absmax;                                 // float; uint8 with nested_code
   const float *nested_code, *nested_absmax, *offset;  // [256] and [1], or null
   int log2_block, log2_nested;
   int64_t N, K;
 };
 
 struct Dropout {
-  const int64_t* rng = nullptr;  // seed, offset; null: keep everything
+  const int64_t* rng = nullptr;  // seed, offset; null: no dropout
   uint32_t threshold = 0;
-  const int64_t* rows = nullptr;  // which row of the mask each row has; null: its own
+  const int64_t* rows = nullptr;  // row of the mask of each row; null: the same row
 };
 
-// P[M, R] = scale * (mask(X) A^T); rows of P, S, dS and D lie lds elements apart, here and below.
+// P[M, R] = scale * (mask(X) A^T). Here and below, rows of P, S, dS and D lie lds elements apart.
 struct ShrinkArgs {
   Matrix x, a;
   int64_t M, K, R;
@@ -58,8 +62,9 @@ struct ShrinkArgs {
   int threads;
 };
 
-// Y[M, N] = c * (Y + alpha * mask((S * gate) Q)) + bias in place; Z, where given, gets the inner
-// bracket. Q[r, n] has any strides: B^T in the forward, A in the backward. gate: [R] or null.
+// Y[M, N] = c * (Y + alpha * mask((S * gate) Q)) + bias in place. Z gets what c multiplies, unless
+// it is null. Q[r, n] has any strides: it is B^T in the forward, A in the backward. gate: [R] or
+// null.
 struct ExpandArgs {
   void* y;
   DType dtype;
@@ -75,20 +80,19 @@ struct ExpandArgs {
   int threads;
 };
 
-// Y[M, N] = c * (X W + alpha * mask((S * gate) Q)) + bias: as ExpandArgs, with the product in place
-// of what Y held. W[k, n] has X's dtype and is contiguous along k (row 1) or along n (col 1);
-// given as codes, it is their transpose where k_inner (the forward), else the codes' own [N, K]
-// (dx).
-struct ProductArgs {
+// Y[M, N] = c * (X W + alpha * mask((S * gate) Q)) + bias, with the other arguments of ExpandArgs.
+// W[k, n] has X's dtype, and is contiguous along k (row 1) or along n (col 1). A 4-bit W is given
+// as codes: W is their transpose if is_transposed (the forward), else W is stored as codes (dx).
+struct GemmArgs {
   Matrix x, w;
   const Codes4bit* codes;  // or null
-  bool k_inner;
+  bool is_transposed;
   int64_t K;
   ExpandArgs update;
 };
 
-// dS[M, R] = ds_scale * (dZ B), dB[N, R] = db_scale * (dZ^T S) * gate, dc[N] = sum_m dY * Z,
-// dbias[N] = sum_m dY, with dZ = c * dY; null outputs are not computed.
+// dS[M, R] = ds_scale * (dZ B), dB[N, R] = db_scale * (dZ^T S) * gate, dc[N] = sum_m dY * Z and
+// dbias[N] = sum_m dY, with dZ = c * dY. Null outputs are not computed.
 struct BackwardPairArgs {
   Matrix dy, b;
   int64_t M, N, R;
@@ -116,46 +120,47 @@ struct GradAArgs {
   int threads;
 };
 
-// Codes and scales of a contiguous weight of n finite elements, in Codes4bit's layout: the element
-// over its block's largest magnitude lies above `codes` of the 15 thresholds, and is coded as
-// order[codes]. A whole block is multiplied by the reciprocal; a short last one is divided, its
-// scale raised to the smallest one, which is what bitsandbytes does.
+// Quantizes n finite elements of a contiguous weight to Codes4bit's layout. The scale of a block is
+// its largest magnitude. An element divided by it lies above `bin` of the 15 thresholds and gets
+// the code bin_codes[bin]. As in bitsandbytes, whole blocks are multiplied by the reciprocal of the
+// scale. A short last block is divided, and its scale is min_scale or more.
 struct QuantizeArgs {
   const void* weight;
   DType dtype;
   int64_t n;
   int log2_block;
-  const float* thresholds;  // [15], rising
-  const uint8_t* order;     // [16]
-  float smallest;           // scale
+  const float* thresholds;   // [15], rising
+  const uint8_t* bin_codes;  // [16]
+  float min_scale;
   uint8_t* packed;
   float* absmax;
   int threads;
 };
 
-// to[rows, cols] (rows ld apart) = the weight's rows from n0 and columns from k0 on, each element
-// its code times its scale in float32, rounded once to dtype.
+// out[i, j] = W[n0 + i, k0 + j] for `rows` rows, ld elements apart, of `cols` columns. An element
+// is its code times its scale in float32, rounded once to dtype.
 struct DequantizeArgs {
   Codes4bit codes;
   int64_t n0, rows, k0, cols;
-  void* to;
+  void* out;
   DType dtype;
   int64_t ld;
   int threads;
 };
 
-// The layer for a few rows of x: P by ShrinkArgs, then ExpandArgs' equation of it with X W^T in
-// place of what Y held. Q is B^T. x is what the product takes, in its dtype; W[k, n] has that dtype
-// too and is contiguous along k, or is given as codes, decoded in registers or the L1 cache.
-struct FewRowsArgs {
+// The layer for a few rows of x: P by ShrinkArgs, then Y = c * (X W + alpha * mask((P * gate) Q)) +
+// bias with Q = B^T. x and W[k, n] have the dtype of the base GEMM. W is contiguous along k, or is
+// given as codes, which are decoded in registers or in the L1 cache.
+struct GemvArgs {
   Matrix x, w;
   const Codes4bit* codes;  // or null
   ShrinkArgs shrink;
   ExpandArgs update;
-  bool pairs = true;  // bf16 beside codes may be multiplied as pairs, where a unit has these
+  bool allows_pairs = true;  // of bf16, for x with codes, if the unit has them
 };
 
-// norm[N] = the norms of the rows of W + scaling * (B * gate) A: W's rows contiguous, or codes.
+// norm[n] = the norm of row n of W + scaling * (B * gate) A. W has contiguous rows, or is given as
+// codes.
 struct RowNormArgs {
   Matrix w;
   const Codes4bit* codes;  // or null
@@ -174,29 +179,30 @@ struct Kernels {
   void (*grad_a)(const GradAArgs&);
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
-  void (*few_rows)(const FewRowsArgs&);
+  void (*gemv)(const GemvArgs&);
   void (*row_norm)(const RowNormArgs&);
-  void (*product)(const ProductArgs&);  // null if the unit has no GEMM of its own
+  void (*gemm)(const GemmArgs&);  // null if the unit has no GEMM of its own
   double (*multiply_add)(DType, int64_t rounds, int threads);  // see peak_impl.h
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512bf16,
     kernels_amxbf16;
 
-// threads.cpp: run fn(context, thread, threads) on every thread of torch's own pool.
+// Runs fn(context, thread, threads) on the threads of torch's pool. In threads.cpp, as all below.
 using ThreadFn = void (*)(void* context, int thread, int threads);
 void run_threads(int threads, ThreadFn fn, void* context);
-// Addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads; without them all runs on one
-// thread.
+// Sets the addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads. Until then
+// everything runs on one thread.
 void use_openmp(uintptr_t parallel, uintptr_t thread_num, uintptr_t num_threads);
-// Among threads of one run: count one more that has come so far; wait until `count` of them have.
+// A barrier among the threads of one run: `arrive` counts a thread, `await` waits until `count`
+// threads have arrived.
 void arrive(int* arrived);
 void await(const int* arrived, int count);
-// Adds count to *next and returns its value before; atomic among a run's threads.
+// Adds `count` to *next, atomically among the threads of a run, and returns the value before.
 int64_t fetch_add(int64_t* next, int64_t count);
 
-// Scratch memory, 64-byte aligned; throws std::bad_alloc. Taken before threads start, but where
-// each has adapters of its own (layer.cpp).
+// Scratch memory, aligned to 64 bytes; throws std::bad_alloc. It is allocated before threads start,
+// except by threads that run adapters of their own (layer.cpp).
 void* scratch_alloc(int64_t bytes);
 void scratch_free(void* p);
 

@@ -10,6 +10,6 @@
 
 namespace lora_kernels {
 extern const Kernels kernels_avx2 = {shrink,   expand,      backward_pair, grad_a,
-                                     quantize, dequantize,  few_rows,      row_norm,
+                                     quantize, dequantize,  gemv,          row_norm,
                                      nullptr,  multiply_add};  // no fused GEMM: torch.mm runs it
 }

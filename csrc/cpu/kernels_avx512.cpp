@@ -8,6 +8,6 @@
 #include "peak_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512 = {shrink,     expand,   backward_pair, grad_a, quantize,
-                                       dequantize, few_rows, row_norm,      gemm,   multiply_add};
+extern const Kernels kernels_avx512 = {shrink,     expand, backward_pair, grad_a, quantize,
+                                       dequantize, gemv,   row_norm,      gemm,   multiply_add};
 }

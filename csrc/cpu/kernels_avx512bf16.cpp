@@ -22,7 +22,7 @@ extern const Kernels kernels_avx512bf16 = {shrink,
                                            grad_a,
                                            quantize_as_avx512,
                                            dequantize_as_avx512,
-                                           few_rows,
+                                           gemv,
                                            row_norm_as_avx512,
                                            gemm,
                                            multiply_add};

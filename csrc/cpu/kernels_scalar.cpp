@@ -7,6 +7,6 @@
 #include "peak_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_scalar = {shrink,     expand,   backward_pair, grad_a,  quantize,
-                                       dequantize, few_rows, row_norm,      nullptr, multiply_add};
+extern const Kernels kernels_scalar = {shrink,     expand, backward_pair, grad_a,  quantize,
+                                       dequantize, gemv,   row_norm,      nullptr, multiply_add};
 }

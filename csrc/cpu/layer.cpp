@@ -82,12 +82,12 @@ void input_gradient(const Layer& l, const Backward& g, const float* ds) {
                           .dropout = l.dropout,
                           .threads = l.threads};
   if (has_base(l))
-    kernels().product({.x = g.dz,
-                       .w = l.w,
-                       .codes = l.codes,
-                       .k_inner = l.transposed,
-                       .K = l.N,
-                       .update = update});
+    kernels().gemm({.x = g.dz,
+                    .w = l.w,
+                    .codes = l.codes,
+                    .is_transposed = l.transposed,
+                    .K = l.N,
+                    .update = update});
   else
     kernels().expand(update);
 }
@@ -129,17 +129,17 @@ void lora_linear(const Layer& l, const Forward& f) {
                           .z = f.z,
                           .threads = l.threads};
   if (f.few_rows) {
-    kernels().few_rows({.x = f.xs, .w = w, .codes = l.codes, .shrink = shrink, .update = update});
+    kernels().gemv({.x = f.xs, .w = w, .codes = l.codes, .shrink = shrink, .update = update});
     return;
   }
   kernels().shrink(shrink);
   if (has_base(l))
-    kernels().product({.x = f.xs,
-                       .w = w,
-                       .codes = l.codes,
-                       .k_inner = !l.transposed,
-                       .K = l.K,
-                       .update = update});
+    kernels().gemm({.x = f.xs,
+                    .w = w,
+                    .codes = l.codes,
+                    .is_transposed = !l.transposed,
+                    .K = l.K,
+                    .update = update});
   else
     kernels().expand(update);
 }

@@ -168,19 +168,20 @@ LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64
 // pack_words for a 4-bit weight. `decoded` has room for a panel that is decoded before it is
 // packed.
 template <typename Word>
-LK_INLINE void pack_codes(const Codes4bit& w, bool k_inner, int64_t k0, int64_t depth, int64_t n0,
-                          int64_t count, float* dst, const PanelLayout& layout, float* decoded) {
+LK_INLINE void pack_codes(const Codes4bit& w, bool is_transposed, int64_t k0, int64_t depth,
+                          int64_t n0, int64_t count, float* dst, const PanelLayout& layout,
+                          float* decoded) {
   using E = std::conditional_t<ELEMENTS<Word> == 2, bf16, float>;
   E* const panel = reinterpret_cast<E*>(decoded);
   const Table t = load_table(w.code);
   const DType dtype = ELEMENTS<Word> == 2 ? DType::bf16 : DType::f32;
-  if (k_inner && w.K % 8 == 0) {
+  if (is_transposed && w.K % 8 == 0) {
     pack_codes_k<Word>(w, k0, depth, n0, count, dst, layout, decoded,
                        (k0 + depth < w.K ? depth : VW * w.K - k0) / 2);
-  } else if (!k_inner && w.K % (2 * W) == 0 && count == VW) {
+  } else if (!is_transposed && w.K % (2 * W) == 0 && count == VW) {
     pack_codes_n<Word>(w, k0, depth, n0, dst, layout,
                        (k0 + depth < w.N ? depth * w.K : VW - k0 * w.K) / 2);
-  } else if (k_inner) {
+  } else if (is_transposed) {
     const int64_t ld = round_up(depth, 2 * W);
     for (int64_t i = 0; i < count; ++i) decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
     pack_words<Word, E>({.data = panel, .dtype = dtype, .row = 1, .col = ld}, 0, depth, 0, count,
@@ -211,7 +212,7 @@ struct PrefetchLines {
 // The lines of the panel after the one at k and n0. That one is `depth` deep, and no panel deeper
 // than max_depth.
 template <typename T>
-LK_INLINE PrefetchLines next_panel_lines(const ProductArgs& a, int64_t k, int64_t depth, int64_t n0,
+LK_INLINE PrefetchLines next_panel_lines(const GemmArgs& a, int64_t k, int64_t depth, int64_t n0,
                                          int64_t max_depth) {
   const Matrix& w = a.w;
   const bool is_same_columns = k + depth < a.K;
@@ -286,7 +287,7 @@ LK_INLINE void masked_rank_tile(const ExpandArgs& u, const Philox& generator, in
 // pairs start from mask(S Q). For float32, mask(S Q) is a sum of its own: a chain that started from
 // it would round more often than two separate GEMMs do.
 template <typename Word, typename T>
-LK_INLINE void gemm_block(const ProductArgs& a, const Philox& generator, int64_t m0, int64_t m1,
+LK_INLINE void gemm_block(const GemmArgs& a, const Philox& generator, int64_t m0, int64_t m1,
                           int64_t n0, int64_t step, const float* q, float* panel, float* rows,
                           float* C, float* decoded) {
   constexpr int64_t E = ELEMENTS<Word>;
@@ -295,7 +296,8 @@ LK_INLINE void gemm_block(const ProductArgs& a, const Philox& generator, int64_t
   for (int64_t k = 0; k < a.K; k += step * E) {
     const int64_t depth = min(step * E, a.K - k), next = k + depth;
     if (a.codes)
-      pack_codes<Word>(*a.codes, a.k_inner, k, depth, n0, n1 - n0, panel, PanelLayout{}, decoded);
+      pack_codes<Word>(*a.codes, a.is_transposed, k, depth, n0, n1 - n0, panel, PanelLayout{},
+                       decoded);
     else
       pack_words<Word, T>(a.w, k, depth, n0, n1 - n0, panel, PanelLayout{});
     PrefetchLines lines = next_panel_lines<T>(a, k, depth, n0, step * E);
@@ -335,7 +337,7 @@ LK_INLINE void gemm_block(const ProductArgs& a, const Philox& generator, int64_t
 // ones. Rows of W that lie a multiple of a page apart share few sets of L2, where the lines of a
 // deep panel would evict one another.
 template <typename Word, typename T>
-LK_INLINE int64_t panel_words(const ProductArgs& a) {
+LK_INLINE int64_t panel_words(const GemmArgs& a) {
   const bool has_set_conflicts = a.w.col == 1 && a.w.row * (int64_t)sizeof(T) % 4096 == 0;
   const int64_t max_words =
       has_set_conflicts || a.codes ? min(CHAIN<Word>, SHALLOW_PANEL_WORDS) : CHAIN<Word>;
@@ -352,7 +354,7 @@ LK_INLINE int64_t panel_words(const ProductArgs& a) {
 // of up to CHAIN words, then the sum of these. y and z round once. Results do not depend on the
 // number of threads. Tested by tests/ops.
 template <typename Word, typename T>
-LK_INLINE void gemm_of(const ProductArgs& a) {
+LK_INLINE void gemm_of(const GemmArgs& a) {
   const ExpandArgs& u = a.update;
   constexpr int64_t block = BLOCK_ROWS / Y_ROWS;
   const int64_t panels = (u.N + VW - 1) / VW, tiles = (u.M + Y_ROWS - 1) / Y_ROWS;
@@ -386,7 +388,7 @@ LK_INLINE void gemm_of(const ProductArgs& a) {
   });
 }
 
-[[maybe_unused]] void gemm(const ProductArgs& a) {
+[[maybe_unused]] void gemm(const GemmArgs& a) {
   dispatch_dtype(a.x.dtype, [&](auto type) {
     using T = decltype(type);
     gemm_of<WordOf<T>, T>(a);

@@ -172,7 +172,7 @@ struct DenseRows {
 //    same ones.
 // 3. After a barrier, each thread runs the epilogue of its own columns, which reads all of P.
 template <typename Rows>
-LK_INLINE void gemv_streams(const FewRowsArgs& a, const Rows& weight) {
+LK_INLINE void gemv_streams(const GemvArgs& a, const Rows& weight) {
   const ExpandArgs& u = a.update;
   const int64_t M = u.M, K = a.shrink.K, R = u.R;
   const int64_t threads = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);

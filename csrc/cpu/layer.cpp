@@ -11,9 +11,8 @@
 namespace lora_kernels {
 namespace {
 
-// dg[r] = scaling * sum_m dS * P if requested; then dS becomes the gradient of mask(x)
-// A^T.
-void through_gate(const Layer& layer, const float* p, float* ds, float* dg) {
+// dg[r] = scaling * sum_m dS * P, unless dg is null. Then ds becomes the gradient of mask(x) A^T.
+void gate_backward(const Layer& layer, const float* p, float* ds, float* dg) {
   const int64_t M = layer.M, R = layer.R;
   std::vector<double> sums(static_cast<size_t>(R));
   for (int64_t m = 0; m < M; ++m)
@@ -32,7 +31,7 @@ Matrix transposed(const Matrix& m) {
 
 bool has_base(const Layer& l) { return l.w.data || l.codes; }
 
-// The gradients but dx, for which dS [M, R] is left in ds.
+// Computes the gradients except dx, which needs dS [M, R]: it is left in ds.
 void adapter_gradients(const Layer& l, const Backward& g, float* ds) {
   if (ds || g.db || g.dc || g.dbias)
     kernels().backward_pair({.dy = g.dy,
@@ -44,7 +43,8 @@ void adapter_gradients(const Layer& l, const Backward& g, float* ds) {
                              .gate = l.gate,
                              .c = l.c,
                              .z = g.z,
-                             // The gate's gradient wants dS itself; else it is scaled at once.
+                             // The gate's gradient needs dS itself. Without a gate, dS is scaled at
+                             // once.
                              .ds_scale = l.gate ? 1.0f : l.scaling * l.keep_scale,
                              .db_scale = l.scaling,
                              .ds = ds,
@@ -54,7 +54,7 @@ void adapter_gradients(const Layer& l, const Backward& g, float* ds) {
                              .dc = g.dc,
                              .dbias = g.dbias,
                              .threads = l.threads});
-  if (l.gate && ds) through_gate(l, g.p, ds, g.dg);
+  if (l.gate && ds) gate_backward(l, g.p, ds, g.dg);
   if (g.da)
     kernels().grad_a({.x = g.x,
                       .M = l.M,
@@ -94,9 +94,9 @@ void input_gradient(const Layer& l, const Backward& g, const float* ds) {
 
 using Scratch = std::unique_ptr<void, void (*)(void*)>;
 
-Scratch scratch_of(const Layer& l, bool wanted) {
+Scratch allocate_ds(const Layer& l, bool is_needed) {
   const int64_t bytes = l.M * l.lds * static_cast<int64_t>(sizeof(float));
-  return {wanted ? scratch_alloc(bytes) : nullptr, scratch_free};
+  return {is_needed ? scratch_alloc(bytes) : nullptr, scratch_free};
 }
 
 }  // namespace
@@ -145,7 +145,7 @@ void lora_linear(const Layer& l, const Forward& f) {
 }
 
 void lora_linear_backward(const Layer& l, const Backward& g) {
-  const Scratch scratch = scratch_of(l, g.dx || g.da || g.dg);
+  const Scratch scratch = allocate_ds(l, g.dx || g.da || g.dg);
   float* const ds = static_cast<float*>(scratch.get());
   adapter_gradients(l, g, ds);
   if (g.dx) input_gradient(l, g, ds);
@@ -170,7 +170,7 @@ Dropout rows_from(const Dropout& d, int64_t m) {
   return {.rng = d.rng, .threshold = d.threshold, .rows = d.rows ? d.rows + m : nullptr};
 }
 
-// f(thread, threads) on every thread.
+// Calls f(thread, threads) on every thread.
 template <typename F>
 void on_threads(int threads, const F& f) {
   run_threads(
@@ -178,16 +178,17 @@ void on_threads(int threads, const F& f) {
       const_cast<F*>(&f));
 }
 
-// Whether the adapters are shared out among threads, in place of the threads among one's rows.
-bool shared(const Layer& l, const std::vector<Adapter>& adapters) {
+// True if threads divide the adapters; false if they divide each adapter's rows.
+bool is_split_by_adapter(const Layer& l, const std::vector<Adapter>& adapters) {
   const auto count = static_cast<int64_t>(adapters.size());
   return l.threads > 1 && count >= 2 * l.threads && l.M * (l.K + l.N) * l.R >= SMALL;
 }
 
-// f(adapter, first row, one past the last, threads) until all rows of all adapters are done.
+// Calls f(adapter, first row, one past the last, threads) for segments that cover all rows of all
+// adapters.
 template <typename F>
-void each_piece(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
-  if (!shared(l, adapters)) {
+void for_each_segment(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
+  if (!is_split_by_adapter(l, adapters)) {
     for (const Adapter& d : adapters) f(d, d.start, d.stop, l.threads);
     return;
   }
@@ -200,45 +201,45 @@ void each_piece(const Layer& l, const std::vector<Adapter>& adapters, const F& f
   });
 }
 
-// f(item) for all items, each on one thread: the most expensive go first, each to the thread that
-// has the least cost by then, so that no result depends on which thread is faster.
+// Calls f(item) for all items, each on one thread. Items go in order of cost to the thread with the
+// least cost so far. So no result depends on which thread is faster.
 template <typename T, typename Cost, typename F>
 void distribute(int threads, std::vector<T> items, const Cost& cost, const F& f) {
   std::stable_sort(items.begin(), items.end(),
                    [&](const T& a, const T& b) { return cost(a) > cost(b); });
   on_threads(threads, [&](int thread, int count) {
     std::vector<int64_t> load(static_cast<size_t>(count));
-    for (const T& each : items) {
+    for (const T& item : items) {
       const auto least = std::min_element(load.begin(), load.end());
-      *least += cost(each);
-      if (least - load.begin() == thread) f(each);
+      *least += cost(item);
+      if (least - load.begin() == thread) f(item);
     }
   });
 }
 
-// f(adapter, threads), one thread an adapter where there are many.
+// Calls f(adapter, threads) for all adapters: on one thread each, if there are many.
 template <typename F>
-void each_adapter(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
-  if (!shared(l, adapters)) {
+void for_each_adapter(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
+  if (!is_split_by_adapter(l, adapters)) {
     for (const Adapter& d : adapters) f(d, l.threads);
     return;
   }
-  std::vector<const Adapter*> order;
-  for (const Adapter& d : adapters) order.push_back(&d);
+  std::vector<const Adapter*> items;
+  for (const Adapter& d : adapters) items.push_back(&d);
   distribute(
-      l.threads, order, [](const Adapter* d) { return d->stop - d->start; },
+      l.threads, items, [](const Adapter* d) { return d->stop - d->start; },
       [&](const Adapter* d) { f(*d, 1); });
 }
 
-// The base alone.
+// The layer's base GEMM.
 Layer without_adapter(Layer l) {
   l.R = 0;
   l.dropout = {};
   return l;
 }
 
-// The rows [m0, m1) of an adapter's, without the base.
-Layer piece(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, int threads) {
+// The layer of one adapter and the rows [m0, m1) of x, without the base.
+Layer adapter_layer(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, int threads) {
   return {.w = {},
           .codes = nullptr,
           .M = m1 - m0,
@@ -258,19 +259,19 @@ Layer piece(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, int thread
 
 void multi_lora_linear(const Layer& l, const std::vector<Adapter>& adapters, const Forward& f) {
   if (has_base(l) || f.few_rows) lora_linear(without_adapter(l), f);
-  each_piece(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
-    lora_linear(piece(l, d, m0, m1, threads), {.x = rows_from(f.x, m0),
-                                               .xs = {},
-                                               .few_rows = false,
-                                               .p = f.p + m0 * l.lds,
-                                               .y = rows_from(f.y, f.dtype, m0 * l.N),
-                                               .dtype = f.dtype});
+  for_each_segment(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
+    lora_linear(adapter_layer(l, d, m0, m1, threads), {.x = rows_from(f.x, m0),
+                                                       .xs = {},
+                                                       .few_rows = false,
+                                                       .p = f.p + m0 * l.lds,
+                                                       .y = rows_from(f.y, f.dtype, m0 * l.N),
+                                                       .dtype = f.dtype});
   });
 }
 
 void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adapters,
                                 const Backward& g) {
-  const Scratch scratch = scratch_of(l, true);
+  const Scratch scratch = allocate_ds(l, true);
   float* const all_ds = static_cast<float*>(scratch.get());
   const auto rows = [&](int64_t m, const Adapter& d) {
     return Backward{.dy = rows_from(g.dy, m),
@@ -281,14 +282,14 @@ void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adap
                     .da = d.da,
                     .db = d.db};
   };
-  each_adapter(l, adapters, [&](const Adapter& d, int threads) {
+  for_each_adapter(l, adapters, [&](const Adapter& d, int threads) {
     float* const ds = g.dx || d.da ? all_ds + d.start * l.lds : nullptr;
-    adapter_gradients(piece(l, d, d.start, d.stop, threads), rows(d.start, d), ds);
+    adapter_gradients(adapter_layer(l, d, d.start, d.stop, threads), rows(d.start, d), ds);
   });
   if (!g.dx) return;
   if (has_base(l)) input_gradient(without_adapter(l), g, nullptr);
-  each_piece(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
-    input_gradient(piece(l, d, m0, m1, threads), rows(m0, d), all_ds + m0 * l.lds);
+  for_each_segment(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
+    input_gradient(adapter_layer(l, d, m0, m1, threads), rows(m0, d), all_ds + m0 * l.lds);
   });
 }
 

@@ -1,4 +1,4 @@
-// One call a direction: which kernels a layer's forward and backward run, in which order.
+// The forward and the backward of layers: the kernels that one call runs, in order.
 #pragma once
 #include <vector>
 
@@ -6,34 +6,34 @@
 
 namespace lora_kernels {
 
-// y = c * (x W^T + ((mask(x) A^T) * gate) B^T * scaling * keep_scale) + bias. w [N, K] is
-// contiguous one way or the other; where w.data is null, y (in the backward dx) holds the base
-// product already.
+// y = c * (x W^T + ((mask(x) A^T) * gate) B^T * scaling * keep_scale) + bias. Rows or columns of w
+// [N, K] are contiguous. If w.data and codes are null, y (in the backward dx) holds the base GEMM
+// before the call.
 struct Layer {
   Matrix w;
-  const Codes4bit* codes;  // w as codes, or null
+  const Codes4bit* codes;  // a 4-bit w, or null
   int64_t M, K, N, R;
-  int64_t lds;    // from one row of P to the next, R or more
+  int64_t lds;    // distance of P's rows, R or more
   Matrix a, b;    // a: [R, K] with contiguous rows; b: [N, R], any strides
   float scaling;  // alpha / r
   const float *gate = nullptr, *c = nullptr, *bias = nullptr;
   Dropout dropout;
   float keep_scale;  // 1 / (1 - p)
   int threads;
-  bool transposed = false;  // codes are of W's transpose [K, N]
+  bool transposed = false;  // the codes are [K, N]: W's transpose
 };
 
-// P[M, R] = keep_scale * mask(x) A^T, y, and where z is given the bracket that c multiplies.
+// Outputs: P[M, R] = keep_scale * mask(x) A^T, y, and z, which is what c multiplies, unless null.
 struct Forward {
-  Matrix x, xs;   // xs: x in the dtype of the base GEMM
-  bool few_rows;  // of x, for which w is read once
+  Matrix x, xs;   // xs: x in the base GEMM's dtype
+  bool few_rows;  // GEMV: w is read once for all rows
   float* p;
   void* y;
   DType dtype;
   void* z = nullptr;
 };
 
-// Gradients whose pointers are null are not computed. dz is c * dy; z as kept by the forward.
+// Gradients whose pointers are null are not computed. dz is c * dy. z is the forward's.
 struct Backward {
   Matrix dy, dz, x;
   const float* p;
@@ -45,7 +45,7 @@ struct Backward {
 void lora_linear(const Layer& layer, const Forward& f);
 void lora_linear_backward(const Layer& layer, const Backward& g);
 
-// One of several adapters, and the rows [start, stop) of x that are its own.
+// One of several adapters, for the rows [start, stop) of x.
 struct Adapter {
   int64_t start, stop;
   Matrix a, b;    // as in Layer
@@ -54,13 +54,13 @@ struct Adapter {
   void *da, *db;  // their gradients, in their dtypes; not computed where null
 };
 
-// As lora_linear, with an adapter of its own for each row of x that has one, and without gate and
-// c. Of the layer R is the largest rank; a, b and scaling are not used. Where there is no base, y
-// holds the base GEMM and the bias, in the backward dx the base GEMM. Rows of P hold an
-// adapter's ranks and nothing that is read after them.
+// lora_linear with an adapter for each row of x that has one, without gate and c. layer.R is the
+// largest rank; layer.a, b and scaling are not used. Without a base, y holds the base GEMM and the
+// bias before the call, and dx the base GEMM. A row of P holds as many ranks as its adapter has;
+// the others are not read.
 void multi_lora_linear(const Layer& layer, const std::vector<Adapter>& adapters, const Forward& f);
 
-// Of Backward dy, dz, x, p and dx; the adapters' gradients are where Adapter says.
+// Reads dy, dz, x and p of Backward and writes dx. The adapters' gradients are in `adapters`.
 void multi_lora_linear_backward(const Layer& layer, const std::vector<Adapter>& adapters,
                                 const Backward& g);
 

@@ -172,7 +172,7 @@ Dropout rows_from(const Dropout& d, int64_t m) {
 
 // Calls f(thread, threads) on every thread.
 template <typename F>
-void on_threads(int threads, const F& f) {
+void parallel_region(int threads, const F& f) {
   run_threads(
       threads, [](void* p, int thread, int count) { (*static_cast<const F*>(p))(thread, count); },
       const_cast<F*>(&f));
@@ -192,7 +192,7 @@ void for_each_segment(const Layer& l, const std::vector<Adapter>& adapters, cons
     for (const Adapter& d : adapters) f(d, d.start, d.stop, l.threads);
     return;
   }
-  on_threads(l.threads, [&](int thread, int threads) {
+  parallel_region(l.threads, [&](int thread, int threads) {
     const int64_t first = l.M * thread / threads, last = l.M * (thread + 1) / threads;
     for (const Adapter& d : adapters) {
       const int64_t m0 = std::max(d.start, first), m1 = std::min(d.stop, last);
@@ -207,7 +207,7 @@ template <typename T, typename Cost, typename F>
 void distribute(int threads, std::vector<T> items, const Cost& cost, const F& f) {
   std::stable_sort(items.begin(), items.end(),
                    [&](const T& a, const T& b) { return cost(a) > cost(b); });
-  on_threads(threads, [&](int thread, int count) {
+  parallel_region(threads, [&](int thread, int count) {
     std::vector<int64_t> load(static_cast<size_t>(count));
     for (const T& item : items) {
       const auto least = std::min_element(load.begin(), load.end());
@@ -304,7 +304,7 @@ Matrix elements_from(const Matrix& m, int64_t elements) {
       .data = rows_from(m.data, m.dtype, elements), .dtype = m.dtype, .row = m.row, .col = m.col};
 }
 
-// The codes of the expert that begins at `element` of a stack.
+// The codes of a stack from `element` on, where an expert begins.
 Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
   Codes4bit w = stack;
   const int64_t block = element >> w.log2_block;
@@ -318,83 +318,83 @@ Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
   return w;
 }
 
-// The e-th expert's rows of a layer.
+// Expert e, with the rows [start, start + rows) of x.
 struct Expert {
   int64_t e, start, rows;
 };
 
-// f(expert, threads) for the experts that have rows. One with more than half a thread's share of
-// the work takes all threads; the others take one thread each.
+// Calls f(expert, threads) for the experts that have rows. An expert with more than half a thread's
+// share of the work takes all threads; the others take one thread each.
 template <typename F>
-void each_expert(const Layer& l, const Experts& x, const F& f) {
-  constexpr int64_t WEIGHT = 16;  // rows that cost as much as reading a weight (an estimate)
+void for_each_expert(const Layer& l, const Experts& x, const F& f) {
+  constexpr int64_t WEIGHT_ROWS = 16;  // rows that cost as much as reading a weight (an estimate)
   std::vector<Expert> small;
   std::vector<Expert> large;
   int64_t work = 0;
   for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++])
     if (x.stops[e] > start) {
       small.push_back({e, start, x.stops[e] - start});
-      work += x.stops[e] - start + WEIGHT;
+      work += x.stops[e] - start + WEIGHT_ROWS;
     }
-  const bool alone = l.threads == 1 || work * l.K * l.N < SMALL;
-  if (!alone) {
-    const auto is_small = [&](const Expert& each) {
-      return 2 * l.threads * (each.rows + WEIGHT) <= work;
+  const bool is_serial = l.threads == 1 || work * l.K * l.N < SMALL;
+  if (!is_serial) {
+    const auto is_small = [&](const Expert& expert) {
+      return 2 * l.threads * (expert.rows + WEIGHT_ROWS) <= work;
     };
-    const auto from = std::stable_partition(small.begin(), small.end(), is_small);
-    large.assign(from, small.end());
-    small.erase(from, small.end());
-    for (const Expert& each : large) f(each, l.threads);
+    const auto first_large = std::stable_partition(small.begin(), small.end(), is_small);
+    large.assign(first_large, small.end());
+    small.erase(first_large, small.end());
+    for (const Expert& expert : large) f(expert, l.threads);
   }
-  if (alone || small.size() < 2) {
-    for (const Expert& each : small) f(each, alone ? 1 : l.threads);
+  if (is_serial || small.size() < 2) {
+    for (const Expert& expert : small) f(expert, is_serial ? 1 : l.threads);
     return;
   }
   distribute(
-      l.threads, small, [](const Expert& each) { return each.rows + WEIGHT; },
-      [&](const Expert& each) { f(each, 1); });
+      l.threads, small, [](const Expert& expert) { return expert.rows + WEIGHT_ROWS; },
+      [&](const Expert& expert) { f(expert, 1); });
 }
 
-// `codes` has room for the expert's.
-Layer layer_of(const Layer& l, const Experts& x, const Expert& at, bool base, Codes4bit* codes,
-               int threads) {
-  Layer one = l;
-  one.w = base ? elements_from(l.w, at.e * x.w) : Matrix{};
-  if (base && l.codes) {
-    *codes = codes_from(*l.codes, at.e * x.w);
-    if (x.table) codes->nested_code += at.e * x.table;
+// The layer of one expert. *codes gets the expert's codes, to which the layer points.
+Layer expert_layer(const Layer& l, const Experts& x, const Expert& expert, bool with_base,
+                   Codes4bit* codes, int threads) {
+  Layer layer = l;
+  layer.w = with_base ? elements_from(l.w, expert.e * x.w) : Matrix{};
+  if (with_base && l.codes) {
+    *codes = codes_from(*l.codes, expert.e * x.w);
+    if (x.table) codes->nested_code += expert.e * x.table;
   }
-  one.codes = base && l.codes ? codes : nullptr;
-  one.M = at.rows;
-  one.a = elements_from(l.a, at.e * x.a);
-  one.b = elements_from(l.b, at.e * x.b);
-  one.bias = l.bias ? l.bias + at.e * x.bias : nullptr;
-  one.dropout = rows_from(l.dropout, at.start);
-  one.threads = threads;
-  one.transposed = x.transposed;
-  return one;
+  layer.codes = with_base && l.codes ? codes : nullptr;
+  layer.M = expert.rows;
+  layer.a = elements_from(l.a, expert.e * x.a);
+  layer.b = elements_from(l.b, expert.e * x.b);
+  layer.bias = l.bias ? l.bias + expert.e * x.bias : nullptr;
+  layer.dropout = rows_from(l.dropout, expert.start);
+  layer.threads = threads;
+  layer.transposed = x.transposed;
+  return layer;
 }
 
-// Copies B of the experts that have rows to to[e, N, R], rows [first, last) of each. A cache line
-// holds one element of several experts, so that each block of lines is read once for all of them.
+// Copies B of the experts that have rows to dst[e, N, R], rows [first, last) of each. A cache line
+// holds one element of several experts, so each block of lines is read once for all of them.
 template <typename T>
-void gather_rows(const Layer& l, const Experts& x, int64_t first, int64_t last, T* to) {
-  constexpr int64_t BLOCK = 128;  // elements; with E = 128 in 16 bits their lines take 32 KB
-  const T* const from = static_cast<const T*>(l.b.data);
-  const int64_t step = std::max<int64_t>(1, BLOCK / l.R);
+void gather_rows(const Layer& l, const Experts& x, int64_t first, int64_t last, T* dst) {
+  constexpr int64_t BLOCK_ELEMENTS = 128;  // with E = 128 in 16 bits their lines take 32 KB
+  const T* const src = static_cast<const T*>(l.b.data);
+  const int64_t step = std::max<int64_t>(1, BLOCK_ELEMENTS / l.R);
   for (int64_t n0 = first; n0 < last; n0 += step) {
     const int64_t n1 = std::min(last, n0 + step);
     for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++]) {
       if (x.stops[e] == start) continue;
-      T* out = to + (e * l.N + n0) * l.R;
+      T* out = dst + (e * l.N + n0) * l.R;
       for (int64_t n = n0; n < n1; ++n)
-        for (int64_t r = 0; r < l.R; ++r) *out++ = from[e * x.b + n * l.b.row + r * l.b.col];
+        for (int64_t r = 0; r < l.R; ++r) *out++ = src[e * x.b + n * l.b.row + r * l.b.col];
     }
   }
 }
 
-// Replaces B by a contiguous copy of what the experts with rows need, if neither of its last two
-// strides is 1: PEFT's innermost index is the expert. Returns the memory of the copy.
+// If neither of B's last two strides is 1, replaces B by a contiguous copy for the experts that
+// have rows. In PEFT, the innermost index is the expert's. Returns the memory of the copy.
 Scratch gather_b(Layer* l, Experts* x) {
   const int64_t size = l->N * l->R;
   if (!size || l->b.row == 1 || l->b.col == 1) return {nullptr, scratch_free};
@@ -402,7 +402,7 @@ Scratch gather_b(Layer* l, Experts* x) {
   int64_t experts = 0;
   for (int64_t e = 0, start = 0; e < x->count; start = x->stops[e++])
     experts += x->stops[e] > start;
-  on_threads(experts * size < SMALL ? 1 : l->threads, [&](int thread, int count) {
+  parallel_region(experts * size < SMALL ? 1 : l->threads, [&](int thread, int count) {
     const int64_t first = l->N * thread / count, last = l->N * (thread + 1) / count;
     if (l->b.dtype == DType::f32)
       gather_rows(*l, *x, first, last, static_cast<uint32_t*>(copy.get()));
@@ -414,27 +414,27 @@ Scratch gather_b(Layer* l, Experts* x) {
   return copy;
 }
 
-void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row) {
+void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t ld) {
   if (data && first < last)
-    std::memset(static_cast<char*>(data) + first * row * size_of(dtype), 0,
-                static_cast<size_t>((last - first) * row * size_of(dtype)));
+    std::memset(static_cast<char*>(data) + first * ld * size_of(dtype), 0,
+                static_cast<size_t>((last - first) * ld * size_of(dtype)));
 }
 
 }  // namespace
 
 void lora_experts(Layer l, Experts x, const Forward& f) {
   const Scratch copy = gather_b(&l, &x);
-  each_expert(l, x, [&](const Expert& at, int threads) {
+  for_each_expert(l, x, [&](const Expert& expert, int threads) {
     Codes4bit codes;
-    const bool few_rows = at.rows <= x.few_rows;
-    const Layer one = layer_of(l, x, at, few_rows || x.has_base, &codes, threads);
-    Forward own = f;
-    own.x = rows_from(f.x, at.start);
-    own.xs = rows_from(f.xs, at.start);
-    own.few_rows = few_rows;
-    own.p = f.p + at.start * l.lds;
-    own.y = rows_from(f.y, f.dtype, at.start * l.N);
-    lora_linear(one, own);
+    const bool few_rows = expert.rows <= x.few_rows;
+    const Layer layer = expert_layer(l, x, expert, few_rows || x.has_base, &codes, threads);
+    Forward forward = f;
+    forward.x = rows_from(f.x, expert.start);
+    forward.xs = rows_from(f.xs, expert.start);
+    forward.few_rows = few_rows;
+    forward.p = f.p + expert.start * l.lds;
+    forward.y = rows_from(f.y, f.dtype, expert.start * l.N);
+    lora_linear(layer, forward);
   });
   const int64_t last = x.stops[x.count - 1];
   zero_rows(f.y, f.dtype, last, l.M, l.N);
@@ -443,19 +443,19 @@ void lora_experts(Layer l, Experts x, const Forward& f) {
 
 void lora_experts_backward(Layer l, Experts x, const Backward& g) {
   const Scratch copy = gather_b(&l, &x);
-  each_expert(l, x, [&](const Expert& at, int threads) {
+  for_each_expert(l, x, [&](const Expert& expert, int threads) {
     Codes4bit codes;
-    const Layer one = layer_of(l, x, at, x.has_base, &codes, threads);
-    Backward own = g;
-    own.dy = rows_from(g.dy, at.start);
-    own.dz = rows_from(g.dz, at.start);
-    own.x = rows_from(g.x, at.start);
-    own.p = g.p + at.start * l.lds;
-    own.dx = rows_from(g.dx, g.x.dtype, at.start * l.K);
-    own.da = rows_from(g.da, l.a.dtype, at.e * x.da);
-    own.db = rows_from(g.db, l.b.dtype, at.e * x.db);
-    own.dbias = g.dbias ? g.dbias + at.e * l.N : nullptr;
-    lora_linear_backward(one, own);
+    const Layer layer = expert_layer(l, x, expert, x.has_base, &codes, threads);
+    Backward backward = g;
+    backward.dy = rows_from(g.dy, expert.start);
+    backward.dz = rows_from(g.dz, expert.start);
+    backward.x = rows_from(g.x, expert.start);
+    backward.p = g.p + expert.start * l.lds;
+    backward.dx = rows_from(g.dx, g.x.dtype, expert.start * l.K);
+    backward.da = rows_from(g.da, l.a.dtype, expert.e * x.da);
+    backward.db = rows_from(g.db, l.b.dtype, expert.e * x.db);
+    backward.dbias = g.dbias ? g.dbias + expert.e * l.N : nullptr;
+    lora_linear_backward(layer, backward);
   });
   for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++])
     if (x.stops[e] == start) {

@@ -38,7 +38,10 @@ const Codes4bit* convert(const Value& from) {
 
 template <>
 Matrix read(Arguments& in) {
-  return {.data = in("data"), .dtype = in("dtype"), .row = in("row"), .col = in("column")};
+  return {.data = in("data"),
+          .dtype = in("dtype"),
+          .row_stride = in("row"),
+          .col_stride = in("column")};
 }
 
 template <>

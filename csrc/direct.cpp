@@ -87,10 +87,10 @@ struct View {
     return true;
   }
   Matrix matrix() const {
-    return {.data = data, .dtype = dtype, .row = strides[0], .col = strides[1]};
+    return {.data = data, .dtype = dtype, .row_stride = strides[0], .col_stride = strides[1]};
   }
   Matrix rows(int64_t columns) const {  // of a contiguous tensor
-    return {.data = data, .dtype = dtype, .row = columns, .col = 1};
+    return {.data = data, .dtype = dtype, .row_stride = columns, .col_stride = 1};
   }
 };
 
@@ -463,7 +463,7 @@ Object direct_backward(Arguments& in) {
   Object dx, dA, dB, dbias, cast;
   Backward g{.dy = dy_view.rows(l.N),
              .dz = need_x ? operands.cast(dy, dy_view, l.N, cast) : dy_view.rows(l.N),
-             .x = {.data = x_view.data, .dtype = dy_view.dtype, .row = l.K, .col = 1},
+             .x = {.data = x_view.data, .dtype = dy_view.dtype, .row_stride = l.K, .col_stride = 1},
              .p = static_cast<const float*>(p_view.data)};
   if (need_x && is_dx_fused) {
     dx = new_empty(dy, sizes_of(dy_view, l.K));

@@ -251,7 +251,7 @@ struct Slab {
 
 // True if W is contiguous along its columns n, as for dx.
 LK_INLINE bool is_n_contiguous(const GemmArgs& a) {
-  return a.codes ? !a.is_transposed : a.w.col == 1;
+  return a.codes ? !a.is_transposed : a.w.col_stride == 1;
 }
 
 // Packs a slab of W. If W is contiguous along n, one row of tiles at a time, since rows may lie
@@ -488,8 +488,8 @@ struct TileGemm {
       split_rows(u, m, blocks, s + (m - m0) / GROUP_ROWS * s_floats);
     for (int64_t k0 = 0; k0 < a.K; k0 += blocking.depth) {
       const int64_t k1 = min(k0 + blocking.depth, a.K);
-      pack_x(static_cast<const Element*>(a.x.data) + m0 * a.x.row + k0, a.x.row, m1 - m0, k1 - k0,
-             is_rank_tiled ? GROUP_ROWS : X_ROWS, x);
+      pack_x(static_cast<const Element*>(a.x.data) + m0 * a.x.row_stride + k0, a.x.row_stride,
+             m1 - m0, k1 - k0, is_rank_tiled ? GROUP_ROWS : X_ROWS, x);
       for (int64_t p = first; p < last; ++p)
         run_panel(m0, m1, k0, k1, p * blocking.width, x, w, q, staging_q, s,
                   sums + (blocking.depth_blocks > 1 ? p - first : 0) * panel_sums, decoded);

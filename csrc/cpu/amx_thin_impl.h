@@ -92,10 +92,10 @@ void dots(const DotsArgs& a) {
       const int64_t r0 = i / packs * 16, s0 = i % packs * 4, k0 = s0 * X_DEPTH;
       const int64_t depth = min(pack_depth, a.K - k0), s1 = min(s0 + 4, steps);
       const Matrix q{
-          .data = static_cast<const char*>(a.q.data) + k0 * a.q.row * bytes_of(a.q.dtype),
+          .data = static_cast<const char*>(a.q.data) + k0 * a.q.row_stride * bytes_of(a.q.dtype),
           .dtype = a.q.dtype,
-          .row = a.q.row,
-          .col = a.q.col};
+          .row_stride = a.q.row_stride,
+          .col_stride = a.q.col_stride};
       pack(q, depth, r0, min(16, a.R - r0), 16, 1.0f, a.gate ? a.gate + k0 : nullptr, nullptr,
            panel_f32, 16, panel_f32 + pack_depth * 16);
       for (int64_t k = round_up(depth, 4); k < (s1 - s0) * X_DEPTH; ++k)
@@ -119,13 +119,14 @@ void dots(const DotsArgs& a) {
     for (int64_t row_block = row_blocks * chunk / chunks;
          row_block < row_blocks * (chunk + 1) / chunks; ++row_block) {
       const int64_t m0 = row_block * height, count = min(height, a.M - m0);
-      const bf16* src = x + m0 * a.x.row;
-      int64_t ld = a.x.row;
+      const bf16* src = x + m0 * a.x.row_stride;
+      int64_t ld = a.x.row_stride;
       if (a.dropout.rng || count < height || a.K < K32) {
         ld = round_up(K32, 64);
         for (int64_t i = 0; i < height; ++i)
-          copy_masked(src + min(i, count - 1) * a.x.row, masked_x + i * ld, i < count ? a.K : 0, ld,
-                      a.dropout.rng ? &generator : nullptr, m0 + min(i, count - 1), 0);
+          copy_masked(src + min(i, count - 1) * a.x.row_stride, masked_x + i * ld,
+                      i < count ? a.K : 0, ld, a.dropout.rng ? &generator : nullptr,
+                      m0 + min(i, count - 1), 0);
         src = masked_x;
       }
       for (int64_t block = 0; block < blocks; ++block) {
@@ -181,8 +182,10 @@ LK_INLINE void outers(const OutersArgs& a, const Then& consume) {
   parallel_for(a.threads, pack_chunks, [&](int64_t t) {
     float* const panel_f32 = pack_scratch + t * pack_floats;
     for (int64_t s = steps * t / pack_chunks; s < steps * (t + 1) / pack_chunks; ++s) {
-      const Matrix q{
-          .data = a.d, .dtype = DType::f32, .row = 1, .col = a.ld_d};  // its rows are ranks
+      const Matrix q{.data = a.d,
+                     .dtype = DType::f32,
+                     .row_stride = 1,
+                     .col_stride = a.ld_d};  // its rows are ranks
       pack(q, a.R, s * 32, min(32, a.M - s * 32), 32, 1.0f, nullptr, nullptr, panel_f32, 32,
            panel_f32 + R16 * 32);
       for (int64_t r = R4; r < R16; ++r)
@@ -209,7 +212,7 @@ LK_INLINE void outers(const OutersArgs& a, const Then& consume) {
           const bf16* row[2] = {x, nullptr};
           const int64_t left = m0 + j < a.M ? count : 0;
           for (int64_t i = 0; i < 2 && m0 + j + i < a.M; ++i) {
-            row[i] = x + (m0 + j + i) * a.x.row + n0;
+            row[i] = x + (m0 + j + i) * a.x.row_stride + n0;
             __builtin_prefetch(row[i] + 64, 0, 2), __builtin_prefetch(row[i] + 96, 0, 2);
             if (!a.dropout.rng) continue;
             copy_masked(row[i], masked_x + i * 64, count, 64, &generator, m0 + j + i, n0);
@@ -267,14 +270,14 @@ LK_INLINE void outers(const OutersArgs& a, const Then& consume) {
 // The kernels -----------------------------------------------------------------------------------
 
 LK_INLINE bool can_use_tiles(const Matrix& x, int64_t M, int64_t R) {
-  return x.dtype == DType::bf16 && x.col == 1 && M >= MIN_TILE_ROWS && R > 0;
+  return x.dtype == DType::bf16 && x.col_stride == 1 && M >= MIN_TILE_ROWS && R > 0;
 }
 
 // `shrink` with Q = A^T.
 void shrink_tiles(const ShrinkArgs& a) {
   if (!can_use_tiles(a.x, a.M, a.R)) return kernels_avx512bf16.shrink(a);
   dots({.x = a.x,
-        .q = {.data = a.a.data, .dtype = a.a.dtype, .row = 1, .col = a.a.row},
+        .q = {.data = a.a.data, .dtype = a.a.dtype, .row_stride = 1, .col_stride = a.a.row_stride},
         .gate = nullptr,
         .M = a.M,
         .K = a.K,

@@ -402,8 +402,8 @@ void gemv(const GemvArgs& a) {
     bf16* const x = static_cast<bf16*>(scratch.data);
     const Passes passes = coded_passes<bf16>(M, K);
     for_each_row(passes, ldx, [&](int64_t m, int64_t at, int64_t stride) {
-      interleave_x_bf16(static_cast<const bf16*>(a.x.data) + m * a.x.row, K, M <= MAX_HIGH_LOW_ROWS,
-                        x + at, stride);
+      interleave_x_bf16(static_cast<const bf16*>(a.x.data) + m * a.x.row_stride, K,
+                        M <= MAX_HIGH_LOW_ROWS, x + at, stride);
     });
     gemv_coded<bf16x2>(a, bf16x2_tables(codes.code), x, ldx, passes);
     return;
@@ -414,7 +414,7 @@ void gemv(const GemvArgs& a) {
   dispatch_dtype(a.x.dtype, [&](auto type) {
     using T = decltype(type);
     for_each_row(passes, ldx, [&](int64_t m, int64_t at, int64_t stride) {
-      interleave_x(static_cast<const T*>(a.x.data) + m * a.x.row, K, x + at, stride);
+      interleave_x(static_cast<const T*>(a.x.data) + m * a.x.row_stride, K, x + at, stride);
     });
   });
   gemv_coded<float>(a, load_table(codes.code), x, ldx, passes);

@@ -23,11 +23,11 @@ struct bf16x2 {
   bf16 first, second;
 };
 
-// Strides are in elements. Columns are contiguous (col 1) unless said otherwise.
+// Strides are in elements. Columns are contiguous (col_stride 1) unless said otherwise.
 struct Matrix {
   const void* data;
   DType dtype;
-  int64_t row, col;
+  int64_t row_stride, col_stride;
 };
 
 // A 4-bit weight [N, K] in bitsandbytes' layout. Codes are packed along the flattened rows, the
@@ -81,8 +81,9 @@ struct ExpandArgs {
 };
 
 // Y[M, N] = c * (X W + alpha * mask((S * gate) Q)) + bias, with the other arguments of ExpandArgs.
-// W[k, n] has X's dtype, and is contiguous along k (row 1) or along n (col 1). A 4-bit W is given
-// as codes: W is their transpose if is_transposed (the forward), else W is stored as codes (dx).
+// W[k, n] has X's dtype, and is contiguous along k (row_stride 1) or along n (col_stride 1). A
+// 4-bit W is given as codes: W is their transpose if is_transposed (the forward), else W is stored
+// as codes (dx).
 struct GemmArgs {
   Matrix x, w;
   const Codes4bit* codes;  // or null

@@ -282,13 +282,13 @@ LK_INLINE void transpose_4x4(const float* src, int64_t ld_src, float* dst, int64
   const int64_t R4 = round_up(R, 4);
   dispatch_dtype(q.dtype, [&](auto type) {
     using T = decltype(type);
-    const T* base = static_cast<const T*>(q.data) + n0 * q.col;
-    if (q.col == 1) {
+    const T* base = static_cast<const T*>(q.data) + n0 * q.col_stride;
+    if (q.col_stride == 1) {
       for (int64_t r = 0; r < R; ++r) {
         const vf factor = splat(gate ? alpha * gate[r] : alpha);
         for (int64_t n = 0; n < count; n += W) {
           const int valid = (int)min(W, count - n);
-          const T* p = base + r * q.row + n;
+          const T* p = base + r * q.row_stride + n;
           store_n(dst + r * ld + n, mul(factor, valid == W ? load(p) : load_n(p, valid)), valid);
         }
       }
@@ -299,12 +299,12 @@ LK_INLINE void transpose_4x4(const float* src, int64_t ld_src, float* dst, int64
           const int valid = (int)max(0, min(W, R - r));
           vf v = zero();
           if (n < count && valid > 0) {
-            const T* p = base + n * q.col + r * q.row;
-            if (q.row == 1) {
+            const T* p = base + n * q.col_stride + r * q.row_stride;
+            if (q.row_stride == 1) {
               v = valid == W ? load(p) : load_n(p, valid);
             } else {
               float lanes[W] = {};
-              for (int i = 0; i < valid; ++i) lanes[i] = load_scalar(p + i * q.row);
+              for (int i = 0; i < valid; ++i) lanes[i] = load_scalar(p + i * q.row_stride);
               v = load(lanes);
             }
           }
@@ -348,7 +348,7 @@ LK_INLINE void shrink_tile(const ShrinkArgs& a, int64_t m, int64_t count, int64_
   const TX* rows[DOT_ROWS];
   for (int64_t i = 0; i < DOT_ROWS; ++i) {
     const int64_t row = m + min(i, count - 1);  // a short tile repeats its last row
-    rows[i] = static_cast<const TX*>(a.x.data) + row * a.x.row;
+    rows[i] = static_cast<const TX*>(a.x.data) + row * a.x.row_stride;
     if (a.dropout.rng && i < count)
       copy_masked(rows[i], masked_x + i * K64, a.K, K64, &generator, row, 0);
     if (a.dropout.rng) rows[i] = masked_x + min(i, count - 1) * K64;
@@ -358,7 +358,7 @@ LK_INLINE void shrink_tile(const ShrinkArgs& a, int64_t m, int64_t count, int64_
     const TA* A = static_cast<const TA*>(a.a.data);
     for (int64_t r = r0; r < r1; r += 4) {
       const TA* ranks[4];
-      for (int64_t j = 0; j < 4; ++j) ranks[j] = A + min(r + j, r1 - 1) * a.a.row;
+      for (int64_t j = 0; j < 4; ++j) ranks[j] = A + min(r + j, r1 - 1) * a.a.row_stride;
       float out[DOT_ROWS][4];
       if (count == 1)
         dot<1>(rows, ranks, a.K, out);
@@ -513,7 +513,8 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
 // True if packing Q would cost more than the update, as for one or two rows. Columns of Q that are
 // contiguous along the ranks are dotted with S; otherwise S scales Q's rows, which are added.
 LK_INLINE bool uses_unpacked_q(const ExpandArgs& a) {
-  return a.M <= MAX_UNPACKED_ROWS && (a.q.row == 1 || a.q.col == 1) && !a.gate && !a.dropout.rng;
+  return a.M <= MAX_UNPACKED_ROWS && (a.q.row_stride == 1 || a.q.col_stride == 1) && !a.gate &&
+         !a.dropout.rng;
 }
 
 // sums[m][j] = (S Q)[m, n + j] for all rows of S and n + j < n1.
@@ -522,23 +523,23 @@ template <typename TQ>
                                           float (*sums)[PANEL_COLUMNS]) {
   const TQ* const q = static_cast<const TQ*>(a.q.data);
   for (int64_t m = 0; m < a.M; ++m) {
-    for (int64_t j = 0; a.q.row != 1 && j < n1 - n; j += VW) {
+    for (int64_t j = 0; a.q.row_stride != 1 && j < n1 - n; j += VW) {
       vf sum[V];
       LK_UNROLL for (int v = 0; v < V; ++v) sum[v] = zero();
       for (int64_t r = 0; r < a.R; ++r) {
         const vf s = splat(a.s[m * a.lds + r]);
-        const TQ* row = q + r * a.q.row + n + j;
+        const TQ* row = q + r * a.q.row_stride + n + j;
         const int64_t remaining = n1 - n - j;
         LK_UNROLL for (int v = 0; v < V; ++v) sum[v] =
             fma(s, load_partial(row + v * W, (int)max(0, min(W, remaining - v * W))), sum[v]);
       }
       LK_UNROLL for (int v = 0; v < V; ++v) store(sums[m] + j + v * W, sum[v]);
     }
-    if (a.q.row != 1) continue;
+    if (a.q.row_stride != 1) continue;
     const float* const s[1] = {a.s + m * a.lds};
     for (int64_t j = 0; j < n1 - n; j += 4) {
       const TQ* columns[4];
-      for (int64_t i = 0; i < 4; ++i) columns[i] = q + min(n + j + i, n1 - 1) * a.q.col;
+      for (int64_t i = 0; i < 4; ++i) columns[i] = q + min(n + j + i, n1 - 1) * a.q.col_stride;
       dot<1>(s, columns, a.R, reinterpret_cast<float (*)[4]>(sums[m] + j));
     }
   }
@@ -643,10 +644,10 @@ LK_INLINE void backward_pair_rows(const BackwardPairArgs& a, const TB* bt, int64
   const T* const dy = static_cast<const T*>(a.dy.data);
   for (int64_t block = m0; block < m1; block += PAIR_ROWS) {
     const int64_t end = min(block + PAIR_ROWS, m1), depth = end - block;
-    const T* dy_block = dy + block * a.dy.row;
+    const T* dy_block = dy + block * a.dy.row_stride;
     for (int64_t m = block; a.ds && m < end; m += DOT_ROWS) {
       const T* rows[DOT_ROWS];
-      for (int64_t i = 0; i < DOT_ROWS; ++i) rows[i] = dy + min(m + i, end - 1) * a.dy.row;
+      for (int64_t i = 0; i < DOT_ROWS; ++i) rows[i] = dy + min(m + i, end - 1) * a.dy.row_stride;
       for (int64_t r = 0; r < a.R; r += 4) {
         const TB* ranks[4];
         for (int64_t j = 0; j < 4; ++j) ranks[j] = bt + min(r + j, a.R - 1) * ld;
@@ -661,7 +662,8 @@ LK_INLINE void backward_pair_rows(const BackwardPairArgs& a, const TB* bt, int64
       const bool tail = n + VW > a.N;
       if (tail)
         for (int64_t j = 0; j < depth; ++j)
-          copy_masked(dy_block + j * a.dy.row + n, tile + j * VW, a.N - n, VW, nullptr, 0, 0);
+          copy_masked(dy_block + j * a.dy.row_stride + n, tile + j * VW, a.N - n, VW, nullptr, 0,
+                      0);
       for (int64_t r = 0; r < R4; r += 4) {
         const float* s[4];
         for (int64_t i = 0; i < 4; ++i) s[i] = a.s + block * a.lds + min(r + i, a.R - 1);
@@ -669,12 +671,13 @@ LK_INLINE void backward_pair_rows(const BackwardPairArgs& a, const TB* bt, int64
         if (tail)
           accumulate_outer(s, a.lds, depth, tile, VW, db_block, ld, block == m0);
         else
-          accumulate_outer(s, a.lds, depth, dy_block + n, a.dy.row, db_block, ld, block == m0);
+          accumulate_outer(s, a.lds, depth, dy_block + n, a.dy.row_stride, db_block, ld,
+                           block == m0);
       }
     }
     if (dc || dbias)
-      column_sums(dy_block, a.dy.row, static_cast<const T*>(a.z) + (dc ? block * a.N : 0), a.N,
-                  depth, a.N, dc, dbias);
+      column_sums(dy_block, a.dy.row_stride, static_cast<const T*>(a.z) + (dc ? block * a.N : 0),
+                  a.N, depth, a.N, dc, dbias);
   }
 }
 
@@ -754,7 +757,7 @@ LK_INLINE void backward_pair_one_row(const BackwardPairArgs& a) {
       parallel_for(a.threads, chunks, [&](int64_t chunk) {
         for (int64_t r = chunk * W; r < a.R; r += chunks * W) {
           const int count = (int)min(W, a.R - r);
-          const vf sum = gemv_ds(dz, a.N, b + r, a.b.row, count);
+          const vf sum = gemv_ds(dz, a.N, b + r, a.b.row_stride, count);
           store_n(a.ds + r, mul(sum, splat(a.ds_scale)), count);
         }
       });
@@ -785,7 +788,7 @@ LK_INLINE void backward_pair_one_row(const BackwardPairArgs& a) {
 }
 
 [[maybe_unused]] void backward_pair(const BackwardPairArgs& a) {
-  if (a.M == 1 && a.b.col == 1) return backward_pair_one_row(a);
+  if (a.M == 1 && a.b.col_stride == 1) return backward_pair_one_row(a);
   // Rows that lie a power of two apart would share a few of the cache's sets.
   const int64_t ld = round_up(a.N, 64) + 16, R4 = round_up(a.R, 4);
   const bool is_serial = a.M * a.N * a.R < SMALL;
@@ -808,7 +811,10 @@ LK_INLINE void backward_pair_one_row(const BackwardPairArgs& a) {
   if (a.ds)
     parallel_for(a.threads, pack_chunks, [&](int64_t t) {
       // B is [N, R]. Its strides change places, since Q is [R, N].
-      const Matrix q{.data = a.b.data, .dtype = a.b.dtype, .row = a.b.col, .col = a.b.row};
+      const Matrix q{.data = a.b.data,
+                     .dtype = a.b.dtype,
+                     .row_stride = a.b.col_stride,
+                     .col_stride = a.b.row_stride};
       for (int64_t i = blocks * t / pack_chunks; i < blocks * (t + 1) / pack_chunks; ++i) {
         const int64_t n0 = i * 64, count = min(64, a.N - n0);
         if (!bf16_dot) {
@@ -819,7 +825,8 @@ LK_INLINE void backward_pair_one_row(const BackwardPairArgs& a) {
         const bf16* b = static_cast<const bf16*>(a.b.data);
         bf16* dst = reinterpret_cast<bf16*>(bt);
         for (int64_t r = 0; r < a.R; ++r)
-          for (int64_t n = n0; n < n0 + count; ++n) dst[r * ld + n] = b[n * a.b.row + r * a.b.col];
+          for (int64_t n = n0; n < n0 + count; ++n)
+            dst[r * ld + n] = b[n * a.b.row_stride + r * a.b.col_stride];
       }
     });
 
@@ -906,11 +913,11 @@ LK_INLINE void grad_a_one_row(const GradAArgs& a) {
         for (int64_t i = 0; a.M == 0 && i < 4 * quads * GRAD_A_COLUMNS; ++i) sums[i] = 0.0f;
         for (int64_t m = 0; m < a.M; m += GRAD_A_ROWS) {
           const int64_t depth = min(GRAD_A_ROWS, a.M - m);
-          const T* x_block = x + m * a.x.row + k;
+          const T* x_block = x + m * a.x.row_stride + k;
           const bool is_copied = a.dropout.rng || width < GRAD_A_COLUMNS;
           for (int64_t j = 0; is_copied && j < depth; ++j)
-            copy_masked(x_block + j * a.x.row, tile + j * GRAD_A_COLUMNS, width, GRAD_A_COLUMNS,
-                        a.dropout.rng ? &generator : nullptr, m + j, k);
+            copy_masked(x_block + j * a.x.row_stride, tile + j * GRAD_A_COLUMNS, width,
+                        GRAD_A_COLUMNS, a.dropout.rng ? &generator : nullptr, m + j, k);
           for (int64_t q = q0; q < q1; ++q) {
             const float* d[4];
             for (int64_t i = 0; i < 4; ++i) d[i] = a.d + m * a.lds + min(4 * q + i, a.R - 1);
@@ -920,7 +927,7 @@ LK_INLINE void grad_a_one_row(const GradAArgs& a) {
                 accumulate_outer(d, a.lds, depth, tile + i, GRAD_A_COLUMNS, da_block + i,
                                  GRAD_A_COLUMNS, m == 0);
               else
-                accumulate_outer(d, a.lds, depth, x_block + i, a.x.row, da_block + i,
+                accumulate_outer(d, a.lds, depth, x_block + i, a.x.row_stride, da_block + i,
                                  GRAD_A_COLUMNS, m == 0);
             }
           }

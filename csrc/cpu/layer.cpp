@@ -26,7 +26,7 @@ void gate_backward(const Layer& layer, const float* p, float* ds, float* dg) {
 }
 
 Matrix transposed(const Matrix& m) {
-  return {.data = m.data, .dtype = m.dtype, .row = m.col, .col = m.row};
+  return {.data = m.data, .dtype = m.dtype, .row_stride = m.col_stride, .col_stride = m.row_stride};
 }
 
 bool has_base(const Layer& l) { return l.w.data || l.codes; }
@@ -162,8 +162,10 @@ T* rows_from(T* data, DType dtype, int64_t elements) {
 }
 
 Matrix rows_from(const Matrix& x, int64_t m) {
-  return {
-      .data = rows_from(x.data, x.dtype, m * x.row), .dtype = x.dtype, .row = x.row, .col = x.col};
+  return {.data = rows_from(x.data, x.dtype, m * x.row_stride),
+          .dtype = x.dtype,
+          .row_stride = x.row_stride,
+          .col_stride = x.col_stride};
 }
 
 Dropout rows_from(const Dropout& d, int64_t m) {
@@ -300,8 +302,10 @@ namespace {
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 Matrix elements_from(const Matrix& m, int64_t elements) {
-  return {
-      .data = rows_from(m.data, m.dtype, elements), .dtype = m.dtype, .row = m.row, .col = m.col};
+  return {.data = rows_from(m.data, m.dtype, elements),
+          .dtype = m.dtype,
+          .row_stride = m.row_stride,
+          .col_stride = m.col_stride};
 }
 
 // The codes of a stack from `element` on, where an expert begins.
@@ -388,7 +392,8 @@ void gather_rows(const Layer& l, const Experts& x, int64_t first, int64_t last, 
       if (x.stops[e] == start) continue;
       T* out = dst + (e * l.N + n0) * l.R;
       for (int64_t n = n0; n < n1; ++n)
-        for (int64_t r = 0; r < l.R; ++r) *out++ = src[e * x.b + n * l.b.row + r * l.b.col];
+        for (int64_t r = 0; r < l.R; ++r)
+          *out++ = src[e * x.b + n * l.b.row_stride + r * l.b.col_stride];
     }
   }
 }
@@ -397,7 +402,7 @@ void gather_rows(const Layer& l, const Experts& x, int64_t first, int64_t last, 
 // have rows. In PEFT, the innermost index is the expert's. Returns the memory of the copy.
 Scratch gather_b(Layer* l, Experts* x) {
   const int64_t size = l->N * l->R;
-  if (!size || l->b.row == 1 || l->b.col == 1) return {nullptr, scratch_free};
+  if (!size || l->b.row_stride == 1 || l->b.col_stride == 1) return {nullptr, scratch_free};
   Scratch copy{scratch_alloc(x->count * size * size_of(l->b.dtype)), scratch_free};
   int64_t experts = 0;
   for (int64_t e = 0, start = 0; e < x->count; start = x->stops[e++])
@@ -409,7 +414,7 @@ Scratch gather_b(Layer* l, Experts* x) {
     else
       gather_rows(*l, *x, first, last, static_cast<uint16_t*>(copy.get()));
   });
-  l->b = {.data = copy.get(), .dtype = l->b.dtype, .row = l->R, .col = 1};
+  l->b = {.data = copy.get(), .dtype = l->b.dtype, .row_stride = l->R, .col_stride = 1};
   x->b = size;
   return copy;
 }

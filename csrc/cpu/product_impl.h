@@ -66,11 +66,11 @@ template <typename Word, typename T>
 LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0, int64_t count,
                           float* dst, const PanelLayout& layout) {
   constexpr int64_t E = ELEMENTS<Word>;
-  const T* const src = static_cast<const T*>(w.data) + k0 * w.row + n0 * w.col;
-  if (w.col == 1) {
+  const T* const src = static_cast<const T*>(w.data) + k0 * w.row_stride + n0 * w.col_stride;
+  if (w.col_stride == 1) {
     for (int64_t k = 0; k < depth; k += E, dst += layout.word_stride) {
-      const T* row = src + k * w.row;
-      pack_row(row, k + 1 < depth ? row + w.row : nullptr, count, dst, layout.vector_stride,
+      const T* row = src + k * w.row_stride;
+      pack_row(row, k + 1 < depth ? row + w.row_stride : nullptr, count, dst, layout.vector_stride,
                Word{});
     }
     return;
@@ -78,12 +78,13 @@ LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0
   for (int64_t n = 0; n < VW; n += W)
     for (int64_t k = 0; k < depth; k += W * E) {
       vf r[W];
-      const T* rows = src + n * w.col + k;
+      const T* rows = src + n * w.col_stride + k;
       if (n + W <= count && k + W * E <= depth)
-        LK_UNROLL for (int i = 0; i < W; ++i) r[i] = load_words(rows + i * w.col, W * E, Word{});
+        LK_UNROLL for (int i = 0; i < W; ++i) r[i] =
+            load_words(rows + i * w.col_stride, W * E, Word{});
       else
         LK_UNROLL for (int i = 0; i < W; ++i) r[i] =
-            n + i < count ? load_words(rows + i * w.col, depth - k, Word{}) : zero();
+            n + i < count ? load_words(rows + i * w.col_stride, depth - k, Word{}) : zero();
       transpose(r);
       float* const tile = dst + k / E * layout.word_stride + n / W * layout.vector_stride;
       LK_UNROLL for (int i = 0; i < W; ++i) store(tile + i * layout.word_stride, r[i]);
@@ -184,12 +185,12 @@ LK_INLINE void pack_codes(const Codes4bit& w, bool is_transposed, int64_t k0, in
   } else if (is_transposed) {
     const int64_t ld = round_up(depth, 2 * W);
     for (int64_t i = 0; i < count; ++i) decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
-    pack_words<Word, E>({.data = panel, .dtype = dtype, .row = 1, .col = ld}, 0, depth, 0, count,
-                        dst, layout);
+    pack_words<Word, E>({.data = panel, .dtype = dtype, .row_stride = 1, .col_stride = ld}, 0,
+                        depth, 0, count, dst, layout);
   } else {
     for (int64_t i = 0; i < depth; ++i) decode_row(w, t, k0 + i, n0, count, panel + i * VW);
-    pack_words<Word, E>({.data = panel, .dtype = dtype, .row = VW, .col = 1}, 0, depth, 0, count,
-                        dst, layout);
+    pack_words<Word, E>({.data = panel, .dtype = dtype, .row_stride = VW, .col_stride = 1}, 0,
+                        depth, 0, count, dst, layout);
   }
 }
 
@@ -219,11 +220,12 @@ LK_INLINE PrefetchLines next_panel_lines(const GemmArgs& a, int64_t k, int64_t d
   if (a.codes || (!is_same_columns && n0 + VW >= a.update.N)) return {};
   const int64_t k0 = is_same_columns ? k + depth : 0, n = is_same_columns ? n0 : n0 + VW;
   const int64_t rows = min(max_depth, a.K - k0), columns = min(VW, a.update.N - n);
-  const bool along_n = w.col == 1;
-  const int64_t lines_per_row = ((along_n ? columns : rows) * (int64_t)sizeof(T) + 63) / 64;
-  return {static_cast<const char*>(w.data) + (k0 * w.row + n * w.col) * (int64_t)sizeof(T),
-          (along_n ? w.row : w.col) * (int64_t)sizeof(T), lines_per_row,
-          lines_per_row * (along_n ? rows : columns)};
+  const bool is_n_contiguous = w.col_stride == 1;
+  const int64_t lines_per_row = ((is_n_contiguous ? columns : rows) * (int64_t)sizeof(T) + 63) / 64;
+  return {static_cast<const char*>(w.data) +
+              (k0 * w.row_stride + n * w.col_stride) * (int64_t)sizeof(T),
+          (is_n_contiguous ? w.row_stride : w.col_stride) * (int64_t)sizeof(T), lines_per_row,
+          lines_per_row * (is_n_contiguous ? rows : columns)};
 }
 
 // acc += x times a packed panel, over `words`. Prefetches the lines of W before `stop` at even
@@ -251,15 +253,16 @@ template <typename Word, typename T>
 LK_INLINE void load_x_words(const Matrix& x, int64_t m, int64_t count, int64_t k, int64_t depth,
                             float* rows, const Word* out[Y_ROWS]) {
   using E = std::conditional_t<ELEMENTS<Word> == 2, bf16, float>;
-  const T* const src = static_cast<const T*>(x.data) + m * x.row + k;
+  const T* const src = static_cast<const T*>(x.data) + m * x.row_stride + k;
   for (int64_t i = 0; i < Y_ROWS; ++i) {
     const int64_t row = min(i, count - 1);  // a short tile repeats its last row
     if (std::is_same_v<T, E> && depth % ELEMENTS<Word> == 0) {
-      out[i] = reinterpret_cast<const Word*>(src + row * x.row);
+      out[i] = reinterpret_cast<const Word*>(src + row * x.row_stride);
       continue;
     }
     E* const dst = reinterpret_cast<E*>(rows + i * PANEL_WORDS);
-    if (i == row) copy_masked(src + row * x.row, dst, depth, round_up(depth, 2 * W), nullptr, 0, 0);
+    if (i == row)
+      copy_masked(src + row * x.row_stride, dst, depth, round_up(depth, 2 * W), nullptr, 0, 0);
     out[i] = reinterpret_cast<const Word*>(rows + row * PANEL_WORDS);
   }
 }
@@ -338,7 +341,8 @@ LK_INLINE void gemm_block(const GemmArgs& a, const Philox& generator, int64_t m0
 // deep panel would evict one another.
 template <typename Word, typename T>
 LK_INLINE int64_t panel_words(const GemmArgs& a) {
-  const bool has_set_conflicts = a.w.col == 1 && a.w.row * (int64_t)sizeof(T) % 4096 == 0;
+  const bool has_set_conflicts =
+      a.w.col_stride == 1 && a.w.row_stride * (int64_t)sizeof(T) % 4096 == 0;
   const int64_t max_words =
       has_set_conflicts || a.codes ? min(CHAIN<Word>, SHALLOW_PANEL_WORDS) : CHAIN<Word>;
   const int64_t words = (a.K + ELEMENTS<Word> - 1) / ELEMENTS<Word>;

@@ -56,7 +56,7 @@ void row_norm(const RowNormArgs& a) {
           for (int64_t i = 0; i < rows; ++i)
             for (int64_t r = 0; r < a.R; ++r)
               s[i * a.R + r] = a.scaling * (a.gate ? a.gate[r] : 1.0f) *
-                               load_scalar(b + (n0 + i) * a.b.row + r * a.b.col);
+                               load_scalar(b + (n0 + i) * a.b.row_stride + r * a.b.col_stride);
         });
         for (int64_t i = 0; i < rows; ++i) sums[i] = 0.0;
         for (int64_t k = 0; k < a.K; k += NORM_COLUMNS) {
@@ -73,7 +73,7 @@ void row_norm(const RowNormArgs& a) {
                 decode_row(*a.codes, t, n0 + row, k, count, decoded_rows + j * NORM_COLUMNS);
                 w[j] = reinterpret_cast<const T*>(decoded_rows + j * NORM_COLUMNS);
               } else {
-                w[j] = static_cast<const T*>(a.w.data) + (n0 + row) * a.w.row + k;
+                w[j] = static_cast<const T*>(a.w.data) + (n0 + row) * a.w.row_stride + k;
               }
             }
             vf total[Y_ROWS];

@@ -102,7 +102,7 @@ struct DenseRows {
   int64_t scratch_floats = 0;
   struct NoTables {};
 
-  const T* row(int64_t n) const { return static_cast<const T*>(w.data) + n * w.col; }
+  const T* row(int64_t n) const { return static_cast<const T*>(w.data) + n * w.col_stride; }
   NoTables tables() const { return {}; }
 
   template <int Rows>
@@ -112,7 +112,8 @@ struct DenseRows {
     const T* w_rows[STREAMS];
     const T* x_rows[Rows];
     for (int64_t g = 0; g < STREAMS; ++g) w_rows[g] = row(n + g * stream_stride);
-    for (int64_t i = 0; i < Rows; ++i) x_rows[i] = static_cast<const T*>(x.data) + (m + i) * x.row;
+    for (int64_t i = 0; i < Rows; ++i)
+      x_rows[i] = static_cast<const T*>(x.data) + (m + i) * x.row_stride;
     vf total[STREAMS][Rows];
     for (int g = 0; g < STREAMS; g += J) dot_rows<J, Rows, Word>(w_rows + g, x_rows, K, total + g);
     store_sums<Rows>(total, true, stream_stride, sums + m * lds, lds);

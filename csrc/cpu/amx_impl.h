@@ -61,10 +61,11 @@ LK_INLINE void split_term(vf& even, vf& odd, float* dst) {
 // Splits a row of 32 elements into `terms` tiles, whose bf16 sum to it.
 LK_INLINE void split_row(vf first, vf second, int terms, bf16* dst) {
   for (int term = 0; term < terms; ++term, dst += X_TILE) {
-    const __m256i one = narrow_bf16(first), two = narrow_bf16(second);
-    _mm512_storeu_si512(dst, _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1));
-    first = residual(first, _mm512_cvtepu16_epi32(one));
-    second = residual(second, _mm512_cvtepu16_epi32(two));
+    const __m256i first_bf16 = narrow_bf16(first), second_bf16 = narrow_bf16(second);
+    _mm512_storeu_si512(dst,
+                        _mm512_inserti64x4(_mm512_castsi256_si512(first_bf16), second_bf16, 1));
+    first = residual(first, _mm512_cvtepu16_epi32(first_bf16));
+    second = residual(second, _mm512_cvtepu16_epi32(second_bf16));
   }
 }
 
@@ -314,7 +315,7 @@ struct Blocking {
 
   explicit Blocking(const GemmArgs& a) {
     const ExpandArgs& u = a.update;
-    const bool is_serial = u.M * u.N * a.K < SMALL;
+    const bool is_serial = u.M * u.N * a.K < MIN_PARALLEL_WORK;
     const int64_t threads = is_serial ? 1 : u.threads;
     const bool fits = round_up(u.M, GROUP_ROWS) * round_up(a.K, 128) * 2 * TERMS <= X_L2_BYTES;
     depth_blocks = fits ? 1 : (a.K * TERMS + SUM_DEPTH - 1) / SUM_DEPTH;
@@ -359,7 +360,7 @@ struct TileGemm {
                 w_floats = blocking.slab_depth / 2 * blocking.width * TERMS;
   const int64_t q_floats = is_rank_tiled ? R16 * VW * terms : round_up(u.R, 4) * VW;
   const int64_t panel_q_floats = blocking.width / VW * q_floats;
-  const int64_t staging = R16 * VW + round_up(staging_floats(VW, u.R), W);
+  const int64_t staging_size = R16 * VW + round_up(staging_floats(VW, u.R), W);
   const int64_t s_floats = 2 * blocks * TILE_WORDS,
                 all_s_floats = is_rank_tiled ? groups * s_floats : 0;
   const int64_t panel_sums = blocking.width / VW * groups * SUMS;
@@ -370,7 +371,7 @@ struct TileGemm {
   const int64_t decoded_floats = TERMS == 3 ? 2 * SPLIT_DEPTH * VW + SUMS
                                  : a.codes  ? blocking.slab_depth * VW
                                             : 0;
-  const int64_t chunk_floats = x_floats + w_floats + panel_q_floats + staging + all_s_floats +
+  const int64_t chunk_floats = x_floats + w_floats + panel_q_floats + staging_size + all_s_floats +
                                waiting_panels * panel_sums + decoded_floats;
 
   // c = mask(S Q) for a group of rows by VW columns.
@@ -392,8 +393,8 @@ struct TileGemm {
   void prefetch_y(int64_t m, int64_t m1, int64_t n) const {
     const int64_t bytes = u.dtype == DType::f32 ? 4 : 2;
     for (int64_t i = m; i < min(m1, m + GROUP_ROWS); ++i)
-      for (int64_t at = 0; at < VW * bytes; at += 64)
-        __builtin_prefetch(static_cast<char*>(u.y) + (i * u.ldy + n) * bytes + at, 1);
+      for (int64_t byte = 0; byte < VW * bytes; byte += 64)
+        __builtin_prefetch(static_cast<char*>(u.y) + (i * u.ldy + n) * bytes + byte, 1);
   }
 
   // Writes a group's sums of VW columns to y.
@@ -414,16 +415,16 @@ struct TileGemm {
 
   // Adds x[m0 .. m1, k0 .. k1) times a panel of columns to `sums`. Writes y after the last k.
   void run_panel(int64_t m0, int64_t m1, int64_t k0, int64_t k1, int64_t n0, const bf16* x,
-                 float* w, float* q, float* staging_q, const float* s, float* sums,
+                 float* w, float* q, float* staging, const float* s, float* sums,
                  float* decoded) const {
     const int64_t n1 = min(n0 + blocking.width, u.N), ld = x_tiles(k1 - k0) * TERMS * X_TILE;
     if (is_rank_tiled ? k0 == 0 : k1 == a.K)
       for (int64_t n = n0; n < n1; n += VW) {
         float* const dst = q + (n - n0) / VW * q_floats;
         if (is_rank_tiled)
-          pack_duplicated(u, n, terms, staging_q, dst);
+          pack_duplicated(u, n, terms, staging, dst);
         else
-          pack(u.q, u.R, n, min(VW, u.N - n), VW, u.alpha, u.gate, nullptr, dst, VW, staging_q);
+          pack(u.q, u.R, n, min(VW, u.N - n), VW, u.alpha, u.gate, nullptr, dst, VW, staging);
       }
     for (int64_t k = k0; k < k1; k += blocking.slab_depth) {
       const Slab slab{k, min(blocking.slab_depth, k1 - k), n0, blocking.width};
@@ -440,33 +441,36 @@ struct TileGemm {
           for (int64_t m = m0; m < m1; m += GROUP_ROWS) {
             const int64_t group = (m - m0) / GROUP_ROWS, column = (n - n0) / VW, half = n % VW;
             float* const c = sums + (column * groups + group) * SUMS;
-            const float* const sm = s + group * s_floats;
-            const float* const qn = q + column * q_floats;
-            const bf16* const xm = x + 2 * group * ld + ((k - k0) / X_DEPTH + s0) * TERMS * X_TILE;
-            const float* const wn = w + (n - n0) / W * w_stride + s0 * TERMS * TILE_WORDS;
+            const float* const s_group = s + group * s_floats;
+            const float* const q_panel = q + column * q_floats;
+            const bf16* const x_group =
+                x + 2 * group * ld + ((k - k0) / X_DEPTH + s0) * TERMS * X_TILE;
+            const float* const w_column = w + (n - n0) / W * w_stride + s0 * TERMS * TILE_WORDS;
             const bool is_full_group = is_rank_tiled || m + X_ROWS < m1;
-            if (is_first && has_dropout && !half) masked_sums(m, m1, n, sm, qn, c);
+            if (is_first && has_dropout && !half) masked_sums(m, m1, n, s_group, q_panel, c);
             // Sums of float32 are short chains, added to `c` afterwards.
             const bool accumulates = TERMS == 1 && (!is_first || has_dropout);
-            float* const cn = sum_at(TERMS == 1 ? c : decoded + 2 * SPLIT_DEPTH * VW, 0, half / W);
+            float* const sum_tile =
+                sum_at(TERMS == 1 ? c : decoded + 2 * SPLIT_DEPTH * VW, 0, half / W);
             if (is_last && !half) prefetch_y(m, m1, n);
             if (is_full_group) {
-              load_sums(cn, RIGHT, BELOW, LD_X, accumulates);
-              if (is_rank_tiled && !accumulates) rank_2x2(sm, qn + half, blocks, terms);
-              tiles_2x2<TERMS>(xm, ld, s1 - s0, wn, w_stride);
-              store_sums(cn, RIGHT, BELOW, LD_X);
+              load_sums(sum_tile, RIGHT, BELOW, LD_X, accumulates);
+              if (is_rank_tiled && !accumulates) rank_2x2(s_group, q_panel + half, blocks, terms);
+              tiles_2x2<TERMS>(x_group, ld, s1 - s0, w_column, w_stride);
+              store_sums(sum_tile, RIGHT, BELOW, LD_X);
             } else if (!half) {
-              load_sums(cn, RIGHT, 2 * RIGHT, LD_X, accumulates);
-              tiles_1x4<TERMS>(xm, s1 - s0, wn, w_stride);
-              store_sums(cn, RIGHT, 2 * RIGHT, LD_X);
+              load_sums(sum_tile, RIGHT, 2 * RIGHT, LD_X, accumulates);
+              tiles_1x4<TERMS>(x_group, s1 - s0, w_column, w_stride);
+              store_sums(sum_tile, RIGHT, 2 * RIGHT, LD_X);
             }
             if (TERMS == 3 && (is_full_group || !half)) {
               float* const dst = sum_at(c, 0, half / W);
               for (int64_t v = 0; v < (is_full_group ? 2 : 4); ++v)
                 for (int64_t i = v * RIGHT; i < v * RIGHT + (is_full_group ? RIGHT : BELOW); i += W)
-                  store(dst + i, is_first ? load(cn + i) : add(load(dst + i), load(cn + i)));
+                  store(dst + i,
+                        is_first ? load(sum_tile + i) : add(load(dst + i), load(sum_tile + i)));
             }
-            if (is_last && (half || n + 2 * W >= n1)) epilogue(m, m1, n - half, qn, c);
+            if (is_last && (half || n + 2 * W >= n1)) epilogue(m, m1, n - half, q_panel, c);
           }
       }
     }
@@ -476,8 +480,8 @@ struct TileGemm {
     bf16* const x = reinterpret_cast<bf16*>(buffer);
     float* const w = buffer + x_floats;
     float* const q = w + w_floats;
-    float* const staging_q = q + panel_q_floats;
-    float* const s = staging_q + staging;
+    float* const staging = q + panel_q_floats;
+    float* const s = staging + staging_size;
     float* const sums = s + all_s_floats;
     float* const decoded = sums + waiting_panels * panel_sums;
     const int64_t m0 = i / blocking.column_blocks * blocking.rows,
@@ -491,7 +495,7 @@ struct TileGemm {
       pack_x(static_cast<const Element*>(a.x.data) + m0 * a.x.row_stride + k0, a.x.row_stride,
              m1 - m0, k1 - k0, is_rank_tiled ? GROUP_ROWS : X_ROWS, x);
       for (int64_t p = first; p < last; ++p)
-        run_panel(m0, m1, k0, k1, p * blocking.width, x, w, q, staging_q, s,
+        run_panel(m0, m1, k0, k1, p * blocking.width, x, w, q, staging, s,
                   sums + (blocking.depth_blocks > 1 ? p - first : 0) * panel_sums, decoded);
     }
   }

@@ -67,7 +67,7 @@ LK_INLINE void dots_tiles(const bf16* x, int64_t ld, const float* q, int64_t ste
 void dots(const DotsArgs& a) {
   const int64_t blocks = (a.R + 15) / 16, steps = x_tiles(a.K), K32 = steps * X_DEPTH;
   const int terms = a.gate && a.q.dtype == DType::bf16 ? 2 : terms_of(a.q.dtype);
-  const bool is_serial = a.M * a.K * a.R < SMALL;
+  const bool is_serial = a.M * a.K * a.R < MIN_PARALLEL_WORK;
   const int64_t packs = (steps + 3) / 4,
                 pack_chunks = is_serial ? 1 : min(a.threads, packs * blocks);
   // A block of rows is four tiles, or one if threads would have no work otherwise.
@@ -167,7 +167,7 @@ template <typename Then>
 LK_INLINE void outers(const OutersArgs& a, const Then& consume) {
   const int64_t blocks = (a.R + 15) / 16, steps = (a.M + 31) / 32, panels = (a.N + 63) / 64;
   const int64_t tile = X_TILE * a.terms, R16 = blocks * 16, R4 = round_up(a.R, 4);
-  const bool is_serial = a.M * a.N * a.R < SMALL;
+  const bool is_serial = a.M * a.N * a.R < MIN_PARALLEL_WORK;
   const int64_t pack_chunks = is_serial ? 1 : min(a.threads, steps),
                 chunks = is_serial ? 1 : min(a.threads, panels);
   const int64_t d_floats = steps * blocks * tile / 2;
@@ -210,7 +210,7 @@ LK_INLINE void outers(const OutersArgs& a, const Then& consume) {
         const int64_t depth = min(SPAN, steps * 32 - m0);
         for (int64_t j = 0; j < depth; j += 2) {
           const bf16* row[2] = {x, nullptr};
-          const int64_t left = m0 + j < a.M ? count : 0;
+          const int64_t valid = m0 + j < a.M ? count : 0;
           for (int64_t i = 0; i < 2 && m0 + j + i < a.M; ++i) {
             row[i] = x + (m0 + j + i) * a.x.row_stride + n0;
             __builtin_prefetch(row[i] + 64, 0, 2), __builtin_prefetch(row[i] + 96, 0, 2);
@@ -219,8 +219,8 @@ LK_INLINE void outers(const OutersArgs& a, const Then& consume) {
             row[i] = masked_x + i * 64;
           }
           float* const dst = pairs + j / 2 * 64;
-          interleave(row[0], row[1], min(32, left), dst);
-          interleave(row[0] + 32, row[1] ? row[1] + 32 : nullptr, max(0, left - 32), dst + 32);
+          interleave(row[0], row[1], min(32, valid), dst);
+          interleave(row[0] + 32, row[1] ? row[1] + 32 : nullptr, max(0, valid - 32), dst + 32);
         }
         for (int64_t block = 0; block < blocks; ++block) {
           const bf16* d = tiles + (m0 / 32 * blocks + block) * tile;
@@ -367,7 +367,7 @@ void expand_tiles(const ExpandArgs& a) {
   if (a.dtype != DType::bf16 || a.M < MIN_TILE_ROWS || !a.R) return kernels_avx512bf16.expand(a);
   const int64_t blocks = (a.R + 15) / 16, R16 = blocks * 16;
   const int64_t groups = (a.M + 31) / 32, panels = (a.N + VW - 1) / VW;
-  const bool is_serial = a.M * a.N * a.R < SMALL;
+  const bool is_serial = a.M * a.N * a.R < MIN_PARALLEL_WORK;
   const int64_t chunks = is_serial ? 1 : min(a.threads, groups),
                 pack_chunks = is_serial ? 1 : min(a.threads, panels);
   const int terms = a.q.dtype == DType::bf16 ? 1 : 2;

@@ -136,7 +136,7 @@ LK_INLINE void encode(const QuantizeArgs& a, const float* values, uint8_t* packe
 // are those of reference.quantize_4bit. Tested by tests/quantization.
 [[maybe_unused]] void quantize(const QuantizeArgs& a) {
   const int64_t size = int64_t{1} << a.log2_block, blocks = (a.n + size - 1) / size;
-  const int64_t chunks = a.n < SMALL ? 1 : min(blocks, int64_t{a.threads} * 4);
+  const int64_t chunks = a.n < MIN_PARALLEL_WORK ? 1 : min(blocks, int64_t{a.threads} * 4);
   Scratch scratch(chunks * size * 4);
   dispatch_dtype(a.dtype, [&](auto type) {
     using T = decltype(type);
@@ -176,7 +176,7 @@ LK_INLINE void encode(const QuantizeArgs& a, const float* values, uint8_t* packe
   dispatch_dtype(a.dtype, [&](auto type) {
     using T = decltype(type);
     const Table t = load_table(a.codes.code);
-    const int64_t chunks = a.rows * a.cols < SMALL ? 1 : min(a.threads, a.rows);
+    const int64_t chunks = a.rows * a.cols < MIN_PARALLEL_WORK ? 1 : min(a.threads, a.rows);
     parallel_for(a.threads, chunks, [&](int64_t chunk) {
       for (int64_t i = a.rows * chunk / chunks; i < a.rows * (chunk + 1) / chunks; ++i)
         decode_row(a.codes, t, a.n0 + i, a.k0, a.cols, static_cast<T*>(a.out) + i * a.ld);

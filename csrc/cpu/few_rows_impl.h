@@ -401,9 +401,9 @@ void gemv(const GemvArgs& a) {
   if (a.allows_pairs && a.x.dtype == DType::bf16 && K % 8 == 0) {
     bf16* const x = static_cast<bf16*>(scratch.data);
     const Passes passes = coded_passes<bf16>(M, K);
-    for_each_row(passes, ldx, [&](int64_t m, int64_t at, int64_t stride) {
+    for_each_row(passes, ldx, [&](int64_t m, int64_t offset, int64_t stride) {
       interleave_x_bf16(static_cast<const bf16*>(a.x.data) + m * a.x.row_stride, K,
-                        M <= MAX_HIGH_LOW_ROWS, x + at, stride);
+                        M <= MAX_HIGH_LOW_ROWS, x + offset, stride);
     });
     gemv_coded<bf16x2>(a, bf16x2_tables(codes.code), x, ldx, passes);
     return;
@@ -413,8 +413,8 @@ void gemv(const GemvArgs& a) {
   const Passes passes = coded_passes<float>(M, K);
   dispatch_dtype(a.x.dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_row(passes, ldx, [&](int64_t m, int64_t at, int64_t stride) {
-      interleave_x(static_cast<const T*>(a.x.data) + m * a.x.row_stride, K, x + at, stride);
+    for_each_row(passes, ldx, [&](int64_t m, int64_t offset, int64_t stride) {
+      interleave_x(static_cast<const T*>(a.x.data) + m * a.x.row_stride, K, x + offset, stride);
     });
   });
   gemv_coded<float>(a, load_table(codes.code), x, ldx, passes);

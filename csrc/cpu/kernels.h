@@ -8,7 +8,7 @@
 
 namespace lora_kernels {
 
-constexpr int64_t SMALL = 1 << 16;  // multiply-adds for which one thread is faster than two
+constexpr int64_t MIN_PARALLEL_WORK = 1 << 16;  // multiply-adds; below, one thread is faster
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 struct bf16 {

@@ -376,7 +376,7 @@ LK_INLINE void shrink_tile(const ShrinkArgs& a, int64_t m, int64_t count, int64_
 // from memory and A once a tile from a cache. Tested by tests/ops.
 [[maybe_unused]] void shrink(const ShrinkArgs& a) {
   const int64_t tiles = (a.M + DOT_ROWS - 1) / DOT_ROWS, K64 = round_up(a.K, 64);
-  const int64_t chunks = a.M * a.K * a.R < SMALL ? 1 : min(a.threads, tiles);
+  const int64_t chunks = a.M * a.K * a.R < MIN_PARALLEL_WORK ? 1 : min(a.threads, tiles);
   if (!tiles) return;
   const Philox generator = make_philox(a.dropout);
   const int64_t buffer_bytes = a.dropout.rng ? DOT_ROWS * K64 * 4 : 0;
@@ -569,7 +569,7 @@ LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1, cons
 [[maybe_unused]] void expand(const ExpandArgs& a) {
   if (uses_unpacked_q(a)) {
     const int64_t tiles = (a.N + VW - 1) / VW;
-    const int64_t chunks = a.M * a.N * a.R < SMALL ? 1 : min(a.threads, tiles);
+    const int64_t chunks = a.M * a.N * a.R < MIN_PARALLEL_WORK ? 1 : min(a.threads, tiles);
     dispatch_dtype(a.dtype, [&](auto type) {
       const auto* const y = static_cast<const decltype(type)*>(a.y);
       parallel_for(a.threads, a.M ? chunks : 0, [&](int64_t chunk) {
@@ -585,7 +585,7 @@ LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1, cons
                 blocks = (a.M + EXPAND_ROWS - 1) / EXPAND_ROWS;
   const int64_t tasks = panels * blocks, R4 = round_up(a.R, 4);
   if (!tasks) return;
-  const int64_t chunks = a.M * a.N * a.R < SMALL ? 1 : min(a.threads, tasks);
+  const int64_t chunks = a.M * a.N * a.R < MIN_PARALLEL_WORK ? 1 : min(a.threads, tasks);
   const Philox generator = make_philox(a.dropout);
   const int64_t panel_floats = R4 * PANEL_COLUMNS, staging = staging_floats(PANEL_COLUMNS, a.R);
   Scratch scratch(chunks * (panel_floats + staging) * 4);
@@ -749,7 +749,7 @@ LK_INLINE void backward_pair_one_row(const BackwardPairArgs& a) {
   Scratch scratch(round_up(a.N, 64) * 4);
   float* const dz = static_cast<float*>(scratch.data);
   widen_row(a.dy, a.N, {}, a.c, dz);
-  const bool is_serial = a.N * a.R < SMALL;
+  const bool is_serial = a.N * a.R < MIN_PARALLEL_WORK;
   if (a.ds)
     dispatch_dtype(a.b.dtype, [&](auto type) {
       const auto* b = static_cast<const decltype(type)*>(a.b.data);
@@ -791,7 +791,7 @@ LK_INLINE void backward_pair_one_row(const BackwardPairArgs& a) {
   if (a.M == 1 && a.b.col_stride == 1) return backward_pair_one_row(a);
   // Rows that lie a power of two apart would share a few of the cache's sets.
   const int64_t ld = round_up(a.N, 64) + 16, R4 = round_up(a.R, 4);
-  const bool is_serial = a.M * a.N * a.R < SMALL;
+  const bool is_serial = a.M * a.N * a.R < MIN_PARALLEL_WORK;
   const int64_t chunks = is_serial ? 1 : max(1, min(a.threads, a.M / PAIR_ROWS));
   const int64_t blocks = ld / 64, pack_chunks = is_serial ? 1 : min(a.threads, blocks);
 #ifdef LK_BF16_PAIRS
@@ -875,7 +875,7 @@ LK_INLINE void grad_a_one_row(const GradAArgs& a) {
   Scratch scratch(round_up(a.K, 64) * 4);
   float* const x = static_cast<float*>(scratch.data);
   widen_row(a.x, a.K, a.dropout, nullptr, x);
-  const int64_t chunks = a.K * a.R < SMALL ? 1 : min(a.threads, a.R);
+  const int64_t chunks = a.K * a.R < MIN_PARALLEL_WORK ? 1 : min(a.threads, a.R);
   dispatch_dtype(a.da_dtype, [&](auto type) {
     auto* da = static_cast<decltype(type)*>(a.da);
     parallel_for(a.threads, chunks, [&](int64_t chunk) {
@@ -895,7 +895,7 @@ LK_INLINE void grad_a_one_row(const GradAArgs& a) {
   if (a.M == 1) return grad_a_one_row(a);
   const int64_t strips = (a.K + GRAD_A_COLUMNS - 1) / GRAD_A_COLUMNS, quads = (a.R + 3) / 4,
                 tasks = strips * quads;
-  const int64_t chunks = a.M * a.K * a.R < SMALL ? 1 : min(a.threads, tasks);
+  const int64_t chunks = a.M * a.K * a.R < MIN_PARALLEL_WORK ? 1 : min(a.threads, tasks);
   const Philox generator = make_philox(a.dropout);
   const int64_t chunk_floats = (4 * quads + GRAD_A_ROWS) * GRAD_A_COLUMNS;
   Scratch scratch(chunks * chunk_floats * 4);

@@ -183,7 +183,7 @@ void parallel_region(int threads, const F& f) {
 // True if threads divide the adapters; false if they divide each adapter's rows.
 bool is_split_by_adapter(const Layer& l, const std::vector<Adapter>& adapters) {
   const auto count = static_cast<int64_t>(adapters.size());
-  return l.threads > 1 && count >= 2 * l.threads && l.M * (l.K + l.N) * l.R >= SMALL;
+  return l.threads > 1 && count >= 2 * l.threads && l.M * (l.K + l.N) * l.R >= MIN_PARALLEL_WORK;
 }
 
 // Calls f(adapter, first row, one past the last, threads) for segments that cover all rows of all
@@ -340,7 +340,7 @@ void for_each_expert(const Layer& l, const Experts& x, const F& f) {
       small.push_back({e, start, x.stops[e] - start});
       work += x.stops[e] - start + WEIGHT_ROWS;
     }
-  const bool is_serial = l.threads == 1 || work * l.K * l.N < SMALL;
+  const bool is_serial = l.threads == 1 || work * l.K * l.N < MIN_PARALLEL_WORK;
   if (!is_serial) {
     const auto is_small = [&](const Expert& expert) {
       return 2 * l.threads * (expert.rows + WEIGHT_ROWS) <= work;
@@ -407,7 +407,7 @@ Scratch gather_b(Layer* l, Experts* x) {
   int64_t experts = 0;
   for (int64_t e = 0, start = 0; e < x->count; start = x->stops[e++])
     experts += x->stops[e] > start;
-  parallel_region(experts * size < SMALL ? 1 : l->threads, [&](int thread, int count) {
+  parallel_region(experts * size < MIN_PARALLEL_WORK ? 1 : l->threads, [&](int thread, int count) {
     const int64_t first = l->N * thread / count, last = l->N * (thread + 1) / count;
     if (l->b.dtype == DType::f32)
       gather_rows(*l, *x, first, last, static_cast<uint32_t*>(copy.get()));

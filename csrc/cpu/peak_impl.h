@@ -12,7 +12,7 @@ template <typename Step>
 LK_INLINE void run_chains(const void* rounds, Step step) {
   vf sums[CHAINS];
   for (int i = 0; i < CHAINS; ++i) sums[i] = splat((float)i);
-  for (int64_t left = *static_cast<const int64_t*>(rounds); left; --left)
+  for (int64_t remaining = *static_cast<const int64_t*>(rounds); remaining; --remaining)
 #pragma GCC unroll 12
     for (int i = 0; i < CHAINS; ++i) sums[i] = step(sums[i]);
   for (int i = 0; i < CHAINS; ++i) {
@@ -31,7 +31,7 @@ void chains_of_fma(void* rounds, int, int) {
 constexpr int64_t PAIR_FLOPS = 4 * 2 * X_ROWS * X_DEPTH * W;  // a round
 void chains_of_pairs(void* rounds, int, int) {
   const Tiles tiles;  // registers hold zeros
-  for (int64_t left = *static_cast<const int64_t*>(rounds); left; --left) {
+  for (int64_t remaining = *static_cast<const int64_t*>(rounds); remaining; --remaining) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);

@@ -364,7 +364,7 @@ LK_INLINE void gemm_of(const GemmArgs& a) {
   const int64_t panels = (u.N + VW - 1) / VW, tiles = (u.M + Y_ROWS - 1) / Y_ROWS;
   const int64_t tasks = panels * tiles;
   if (!tasks) return;
-  const int64_t chunks = u.M * u.N * a.K < SMALL ? 1 : min(u.threads, tasks);
+  const int64_t chunks = u.M * u.N * a.K < MIN_PARALLEL_WORK ? 1 : min(u.threads, tasks);
   const Philox generator = make_philox(u.dropout);
   const int64_t step = panel_words<Word, T>(a);
   const int64_t q_floats = round_up(u.R, 4) * VW, staging = round_up(staging_floats(VW, u.R), W);

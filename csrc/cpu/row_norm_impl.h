@@ -31,7 +31,8 @@ LK_INLINE void add_squares(const T* const w[Y_ROWS], const float* const s[Y_ROWS
 // is summed in float32 over NORM_COLUMNS elements, and these sums in double, whatever the number of
 // threads. Reads W once and A once for NORM_ROWS rows; 2 N K R FLOPs. Tested by tests/ops.
 void row_norm(const RowNormArgs& a) {
-  const int64_t chunks = a.N * a.K * a.R < SMALL ? 1 : min(a.threads, (a.N + Y_ROWS - 1) / Y_ROWS);
+  const int64_t chunks =
+      a.N * a.K * a.R < MIN_PARALLEL_WORK ? 1 : min(a.threads, (a.N + Y_ROWS - 1) / Y_ROWS);
   const int64_t panel_floats = round_up(a.R, 4) * NORM_COLUMNS;
   const int64_t staging = round_up(staging_floats(NORM_COLUMNS, a.R), W);
   const int64_t decoded_floats = a.codes ? Y_ROWS * NORM_COLUMNS : 0;

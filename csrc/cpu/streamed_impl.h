@@ -176,7 +176,7 @@ template <typename Rows>
 LK_INLINE void gemv_streams(const GemvArgs& a, const Rows& weight) {
   const ExpandArgs& u = a.update;
   const int64_t M = u.M, K = a.shrink.K, R = u.R;
-  const int64_t threads = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
+  const int64_t threads = M * u.N * K < MIN_PARALLEL_WORK ? 1 : min(u.threads, u.N);
   const int64_t panel_floats = round_up(R, 4) * VW;
   const int64_t counter_floats = 16;  // a cache line for the next row of the queue
   const int64_t thread_floats =

@@ -93,8 +93,8 @@ LK_INLINE vf lookup(const Table& t, const uint8_t* p) {
   int word;
   std::memcpy(&word, p, 4);
   const __m128i b = _mm_cvtsi32_si128(word);
-  const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
-  return lookup(t, _mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0)));
+  const __m256i duplicated = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
+  return lookup(t, _mm256_srlv_epi32(duplicated, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0)));
 }
 // A codebook of 256 values, or null, and the values of 2 W codes.
 using Table256 = const float*;
@@ -118,8 +118,8 @@ LK_INLINE void mul_hi_lo(uint32_t m, vu b, vu& hi, vu& lo) {
   lo = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
 }
 LK_INLINE uint64_t compare_ge(vu a, uint32_t threshold) {  // one bit a lane
-  const __m256i enough = _mm256_cmpeq_epi32(_mm256_max_epu32(a, splat_u(threshold)), a);
-  return (uint64_t)_mm256_movemask_ps(_mm256_castsi256_ps(enough));
+  const __m256i is_ge = _mm256_cmpeq_epi32(_mm256_max_epu32(a, splat_u(threshold)), a);
+  return (uint64_t)_mm256_movemask_ps(_mm256_castsi256_ps(is_ge));
 }
 // Moves bit i of a, b, c, d to bits 4i, 4i + 1, 4i + 2, 4i + 3.
 LK_INLINE uint64_t interleave_bits(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {

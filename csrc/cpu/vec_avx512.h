@@ -91,9 +91,10 @@ using Table = __m512;
 LK_INLINE Table load_table(const float* code) { return _mm512_loadu_ps(code); }
 LK_INLINE vf lookup(Table t, const uint8_t* p) {
   const __m128i b = _mm_loadl_epi64((const __m128i*)p);
-  const __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
+  const __m512i duplicated = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
   const __m512i shift = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
-  return _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shift), t);  // reads four bits of an index
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(duplicated, shift),
+                               t);  // reads four bits of an index
 }
 // The values of the 2 W codes in W bytes, even and odd elements apart.
 LK_INLINE void lookup_2w(Table t, const uint8_t* p, vf& even, vf& odd) {

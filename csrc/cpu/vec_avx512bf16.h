@@ -49,8 +49,8 @@ LK_INLINE void store_words(float* dst, vf even, vf odd, bf16x2) {
   const __m512i permutation =
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-  store(dst, _mm512_castsi512_ps(_mm512_permutexvar_epi16(permutation, both)));
+  const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+  store(dst, _mm512_castsi512_ps(_mm512_permutexvar_epi16(permutation, pairs)));
 }
 LK_INLINE void store_columns(float* dst, int64_t vector_stride, const vf even[2], const vf odd[2],
                              bf16x2) {
@@ -88,14 +88,14 @@ constexpr int MAX_HIGH_LOW_ROWS = 2;
 // A codebook in float32, and as two bf16 whose sum has 17 bits of each value. The bf16 tables are
 // stored twice, since the permutation reads five bits of an index.
 struct Bf16x2Tables {
-  vf whole;
+  vf values;
   vu high, low;
 };
 LK_INLINE Bf16x2Tables bf16x2_tables(const float* code) {
-  const vf whole = load(code);
-  const __m256i high = (__m256i)_mm512_cvtneps_pbh(whole),
-                low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(whole, widen_bf16(high)));
-  return {whole, _mm512_broadcast_i64x4(high), _mm512_broadcast_i64x4(low)};
+  const vf values = load(code);
+  const __m256i high = (__m256i)_mm512_cvtneps_pbh(values),
+                low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(values, widen_bf16(high)));
+  return {values, _mm512_broadcast_i64x4(high), _mm512_broadcast_i64x4(low)};
 }
 
 LK_INLINE __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -133,8 +133,8 @@ LK_INLINE void dot_high_low(const vu codes[J], const Bf16x2Tables& t, const vf s
 
 // The 32 values of register j, scaled and rounded.
 LK_INLINE __m512i scaled_pairs(vu codes, const Bf16x2Tables& t, vf scale, int j) {
-  return (__m512i)_mm512_cvtne2ps_pbh(mul(scale, lookup(t.whole, codes, 2 * j + 1)),
-                                      mul(scale, lookup(t.whole, codes, 2 * j)));
+  return (__m512i)_mm512_cvtne2ps_pbh(mul(scale, lookup(t.values, codes, 2 * j + 1)),
+                                      mul(scale, lookup(t.values, codes, 2 * j)));
 }
 LK_INLINE void decode_chunk(vu codes, const Bf16x2Tables& t, vf scale, bf16* dst) {
 #pragma GCC unroll 4
@@ -154,14 +154,14 @@ LK_INLINE void dot_chunk(const vu codes[J], const Bf16x2Tables& t, const vf scal
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    __m512bh both[J];
+    __m512bh wv[J];
 #pragma GCC unroll 4
-    for (int g = 0; g < J; ++g) both[g] = (__m512bh)scaled_pairs(codes[g], t, scale[g], j);
+    for (int g = 0; g < J; ++g) wv[g] = (__m512bh)scaled_pairs(codes[g], t, scale[g], j);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const __m512bh xv = load_pairs(x + 128 * i + 32 * j);
 #pragma GCC unroll 4
-      for (int g = 0; g < J; ++g) total[g][i] = _mm512_dpbf16_ps(total[g][i], xv, both[g]);
+      for (int g = 0; g < J; ++g) total[g][i] = _mm512_dpbf16_ps(total[g][i], xv, wv[g]);
     }
   }
 }

@@ -29,7 +29,7 @@ def cut(size: int, part: int) -> int:
 
 def threads_of(isa: str, work: int, parts: int) -> int:
     """Return how many of two threads have work."""
-    return min(2, parts) if work >= constants(isa)["SMALL"] else 1
+    return min(2, parts) if work >= constants(isa)["MIN_PARALLEL_WORK"] else 1
 
 
 def of_products(isa: str, M: int, N: int, K: int, R: int, pairs: bool) -> dict[str, int]:

@@ -9,7 +9,7 @@
 namespace lora_kernels {
 namespace {
 
-// Without tiles the same as in the units whose instructions these are.
+// These kernels use no tiles, so they are the AVX-512 unit's.
 void quantize_as_avx512(const QuantizeArgs& a) { kernels_avx512.quantize(a); }
 void dequantize_as_avx512(const DequantizeArgs& a) { kernels_avx512.dequantize(a); }
 void row_norm_as_avx512(const RowNormArgs& a) { kernels_avx512.row_norm(a); }

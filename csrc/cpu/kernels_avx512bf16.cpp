@@ -9,7 +9,8 @@
 namespace lora_kernels {
 namespace {
 
-// Nothing in these is rounded to bf16 but a decoded weight, which keeps its subnormals.
+// These kernels round nothing to bf16 except a decoded weight. It keeps its subnormals, which this
+// unit's instructions would flush.
 void quantize_as_avx512(const QuantizeArgs& a) { kernels_avx512.quantize(a); }
 void dequantize_as_avx512(const DequantizeArgs& a) { kernels_avx512.dequantize(a); }
 void row_norm_as_avx512(const RowNormArgs& a) { kernels_avx512.row_norm(a); }

@@ -167,7 +167,8 @@ struct DenseRows {
   }
 }
 
-// 1. Threads divide P's ranks.
+// The GEMV over one kind of weight.
+// 1. Threads divide P's ranks. With dropout, P is computed before, by rows.
 // 2. Threads divide the weight's rows. A thread that has finished its own steals rows from the next
 //    threads, because memory is slower for some threads than for others, and not always for the
 //    same ones.
@@ -204,7 +205,7 @@ LK_INLINE void gemv_streams(const GemvArgs& a, const Rows& weight) {
                            0, 3);
     if (!has_dropout) shrink_ranks(a.shrink, R * thread / threads, R * (thread + 1) / threads);
     const auto tables = weight.tables();
-    // The rows that STREAMS does not divide, one at a time.
+    // The remaining rows, one at a time. With a stride of 0 all streams are the same row.
     weight.dots(tables, n1 - rows % STREAMS, n1, 0, buffer, sums + rows - rows % STREAMS, rows);
     for (int64_t i_victim = 0; i_victim < min(threads, VICTIMS); ++i_victim) {
       const int64_t victim = (thread + i_victim) % threads;

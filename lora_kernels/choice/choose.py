@@ -1,9 +1,8 @@
 """The choice of an op's backend, with its reason.
 
-It depends on shapes, dtypes, the device, the forced backend and verdicts.
-
-A choice never depends on whether gradients are on, and is never revised by an exception: a
-backend that is forced where it cannot run raises, naming what is missing.
+A choice depends on shapes, dtypes, the device, the forced backend and verdicts. It never depends on
+whether gradients are enabled, and no exception revises it. A forced backend that cannot run the
+call raises RuntimeError with the reason.
 """
 
 from __future__ import annotations
@@ -51,30 +50,30 @@ def _check_names(name: str, strategy: str | None = None) -> Forced:
     if strategy is None:
         return Forced(name)
     try:
-        found = Strategy(strategy)
+        parsed = Strategy(strategy)
     except ValueError:
-        found = None
-    if found not in STRATEGIES[name]:
+        parsed = None
+    if parsed not in STRATEGIES[name]:
         want = ", ".join(map(repr, STRATEGIES[name]))
         raise ValueError(f"strategy: got {strategy!r}, want for backend {name!r} one of {want}")
-    return Forced(name, found)
+    return Forced(name, parsed)
 
 
 def forced_backend() -> str | None:
-    """Return the backend that `backend(...)` or LORA_KERNELS_BACKEND, read at import, names."""
+    """Return the backend named by `backend(...)` or by LORA_KERNELS_BACKEND, read at import."""
     if torch.compiler.is_compiling():  # torch 2.8 cannot trace a ContextVar
         return forced.entered
     return forced.current.get().backend
 
 
-if (_named := forced_backend()) is not None:
-    _check_names(_named)
+if (_requested_at_import := forced_backend()) is not None:
+    _check_names(_requested_at_import)
 
 
 def format_request() -> str:
-    """Return the backend and strategy in force as an op's `choice`, which a backward may be given.
+    """Return the backend and strategy in force as the argument `choice` of an op.
 
-    While a function is compiled the strategy is not known.
+    The strategy is left out under `torch.compile`, where it is not known.
     """
     if torch.compiler.is_compiling():
         return forced_backend() or ""
@@ -82,21 +81,23 @@ def format_request() -> str:
 
 
 def parse_request(choice: str) -> Forced | None:
-    """Return the request that an op's `choice` is, or None for the empty one."""
+    """Parse an op's `choice`, the inverse of `format_request`; None for the empty string."""
     name, _, strategy = choice.partition(" ")
     return Forced(name, Strategy(strategy) if strategy else None) if name else None
 
 
 def extra_operands(operands: Any, dropout_p: float) -> tuple[str, ...]:
-    """Return the names of the operands after `bias` that a call has, for `Problem.extra`.
+    """Return the names of a call's operands after `bias`, for `Problem.extra`.
 
-    A dropout mask that the backend draws is "mask" too.
+    A dropout mask that the backend draws counts as "mask".
     """
     names = _names_after_bias(operands.__class__)
-    found = [name for name, t in zip(names, operands[-len(names) :], strict=True) if t is not None]
-    if dropout_p and "rng" not in found and "mask" not in found:
-        found.append("mask")
-    return tuple(found)
+    present = [
+        name for name, t in zip(names, operands[-len(names) :], strict=True) if t is not None
+    ]
+    if dropout_p and "rng" not in present and "mask" not in present:
+        present.append("mask")
+    return tuple(present)
 
 
 @functools.cache
@@ -166,7 +167,7 @@ def choose(problem: Problem, requested: Forced | None = None) -> Choice:
 
 
 def _heuristics(backend: str) -> Any:
-    """Import the heuristics of a GPU backend, which the first call on a CPU need not wait for."""
+    """Import the heuristics of a GPU backend lazily, so a CPU's first call does not wait."""
     if backend == "triton":
         from ..backends.triton import heuristics
     else:
@@ -175,7 +176,7 @@ def _heuristics(backend: str) -> Any:
 
 
 def _choose_gpu(problem: Problem) -> Choice:
-    """Choose for a GPU's tensors: what qualified and was measured to be faster, or eager."""
+    """Choose for tensors on a GPU: the fastest kernel that qualified, or eager."""
     verdict = verdicts.current(problem.device_index)
     in_graph = isinstance(verdict, Verdict) and workspace.is_capturing(torch.device("cuda"))
     return _choose_by_verdict(problem, verdict, in_graph, device.gpu(problem.device_index))
@@ -190,8 +191,8 @@ def _choose_by_verdict(
     Cached for the process: a later change of libraries is not seen.
 
     Args:
-        verdict: on the GPU, or why there is none.
-        in_graph: whether the call is captured in a CUDA graph, so that the host's time has no part.
+        verdict: on the GPU, or the reason if there is none.
+        in_graph: whether a CUDA graph captures the call, so the host's time does not count.
     """
     from ..backends.triton import configs
 
@@ -202,7 +203,7 @@ def _choose_by_verdict(
                 f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
             )
         return Choice("eager", Strategy.LIBRARY, reason)
-    # Triton and CUDA take the same operands.
+    # Triton and CUDA support the same operands.
     reason = problem.unsupported_reason("triton") or _uncovered_reason(problem)
     if reason is None and isinstance(verdict, Verdict):
         return _choose_measured(problem, verdict, in_graph)
@@ -231,52 +232,54 @@ def _choose_measured(problem: Problem, verdict: Verdict, in_graph: bool) -> Choi
     groups = [group for group in {*verdict.passed, *verdict.failed} if group[2:] == kind]
     if not groups:
         return _keep_eager(f"{weight} weights in {dtype} with {adapter} adapters were not checked")
-    most = max((point.rows for point in verdict.points if point.group in groups), default=None)
-    if most is not None and problem.rows > most:
-        return _keep_eager(f"{problem.rows} rows are above the {most} that were measured")
-    faster, reasons = [], []
+    max_rows = max((point.rows for point in verdict.points if point.group in groups), default=None)
+    if max_rows is not None and problem.rows > max_rows:
+        return _keep_eager(f"{problem.rows} rows are above the {max_rows} that were measured")
+    candidates, reasons = [], []
     for group in sorted(groups):
         ratio, reason = _judge(group, problem, verdict, in_graph)
         if ratio is None:
             reasons.append(f"{group.backend} {group.strategy!r} {reason}")
         else:
-            faster.append((ratio, group, reason))
-    if not faster:
+            candidates.append((ratio, group, reason))
+    if not candidates:
         return _keep_eager("; ".join(reasons))
-    _, (backend, strategy, *_), reason = min(faster)
+    _, (backend, strategy, *_), reason = min(candidates)
     return Choice(backend, Strategy(strategy), reason)
 
 
 def _judge(
     group: Group, problem: Problem, verdict: Verdict, in_graph: bool
 ) -> tuple[float | None, str]:
-    """Return the group's ratio to eager's time for a forward, and the measurement in words.
+    """Return the ratio of the group's forward time to eager's, and a description of it.
 
-    The ratio is None, and the words are the reason, if the group may not run the call.
+    The ratio is None if the group may not run the call. The description is then the reason.
     """
     if group not in verdict.passed:
         return None, f"did not qualify: {verdict.failed[group]}"
-    why = (
+    unsupported = (
         cuda.unsupported_device_reason(problem.device_type, problem.device_index)
         if group.backend == "cuda"
         else triton.unavailable_reason()
     )
-    why = why or _heuristics(group.backend).unsupported_reason(problem, group.strategy)
-    if why is not None:
-        return None, f"cannot run it: {why}"
+    unsupported = unsupported or _heuristics(group.backend).unsupported_reason(
+        problem, group.strategy
+    )
+    if unsupported is not None:
+        return None, f"cannot run it: {unsupported}"
     point = verdict.nearest_point(group, problem.rows, problem.columns, problem.inner)
     if point is None:
         return None, f"was not measured with {problem.rows} rows"
     forward, step = point.ratios(in_graph)
-    said = f"measured {forward:.2f} of eager's time at {point.sizes}"
-    said += "" if step is None else f", step {step:.2f}"
+    description = f"measured {forward:.2f} of eager's time at {point.sizes}"
+    description += "" if step is None else f", step {step:.2f}"
     is_faster = forward <= KEEP_EAGER and (step is None or step <= 1.0)
-    return forward if is_faster else None, said
+    return forward if is_faster else None, description
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, ...]) -> Choice:
-    """Choose for a CPU's tensors; `environment` is what else the choice depends on."""
+    """Choose for tensors on a CPU; `environment` completes the cache's key."""
     reason = cpu_heuristics.unsupported_reason(problem)
     if requested.backend:
         require_supported("cpu", reason)
@@ -299,7 +302,7 @@ def choose_experts(problem: Problem, requested: Forced | None = None) -> Choice:
 
 
 def choose_norm(problem: Problem) -> Choice:
-    """Choose the backend of `dora_norm`. x_dtype stands for the weight's, dtype is float32."""
+    """Choose the backend of `dora_norm`. problem: x_dtype is the weight's dtype, dtype float32."""
     requested = forced.current.get().backend
     if requested == "triton":
         require_supported("triton", "it has no kernel for row norms")
@@ -309,36 +312,36 @@ def choose_norm(problem: Problem) -> Choice:
 
 
 def _choose_cpu_or_eager(
-    problem: Problem, requested: str | None, on_cpu: Strategy, eager: Strategy
+    problem: Problem, requested: str | None, cpu_strategy: Strategy, eager_strategy: Strategy
 ) -> Choice:
-    """Choose the CPU backend with strategy `on_cpu` if it can run the call, or else eager."""
+    """Choose the CPU backend with `cpu_strategy` if it can run the call, else eager."""
     if requested == "eager":
-        return Choice("eager", eager, "the eager backend was requested")
+        return Choice("eager", eager_strategy, "the eager backend was requested")
     reason = cpu_heuristics.unsupported_reason(problem)
     if reason is None:
-        return Choice("cpu", on_cpu, f"native kernels, {native.isa}")
+        return Choice("cpu", cpu_strategy, f"native kernels, {native.isa}")
     if requested == "cpu":
         require_supported("cpu", reason)
-    return Choice("eager", eager, _eager_reason(problem))
+    return Choice("eager", eager_strategy, _eager_reason(problem))
 
 
 def dropout_operand(device_type: str, dropout_p: float) -> tuple[str, ...]:
-    """Return `Problem.extra` of a call whose dropout has neither a given state nor a given mask."""
+    """Return `Problem.extra` of a call that passes neither a dropout state nor a mask."""
     if not dropout_p:
         return ()
     return ("mask",) if is_eager_on_gpu(device_type) else ("rng",)
 
 
 def is_eager_on_gpu(device_type: str) -> bool:
-    """Return True if such a device runs the eager backend's GPU path.
+    """Return True if a device of this type runs the eager backend's GPU path.
 
-    PyTorch's kernel draws the dropout masks there. Every other path makes them from a state.
+    PyTorch's kernel draws the dropout masks there. All other paths derive them from a state.
     """
     return is_on_gpu_path(device_type) and forced_backend() in (None, "eager")
 
 
 def _eager_reason(problem: Problem) -> str:
-    """Return why the call goes to the eager backend, for calls that no qualification covers."""
+    """Return why eager runs a call that no qualification covers."""
     if problem.device_type != "cuda":
         return cpu_heuristics.unsupported_reason(problem) or ""
     return "PyTorch's GEMMs; only lora_linear may take kernels that qualified"

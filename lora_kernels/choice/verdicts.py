@@ -22,9 +22,9 @@ from ..core import device
 from ..core.problem import Problem
 
 ADVICE = "run `lora-kernels qualify` (25 s, and compiling before)"
-KEEP_EAGER = 0.95  # of eager's time: a strategy replaces it if it takes at most that
-ONE_TILE = 16  # rows, whose kernels take as long for one row
-MAX_RANK = 128  # the largest that claims are checked for
+KEEP_EAGER = 0.95  # largest ratio to eager's time at which a strategy replaces eager
+ONE_TILE = 16  # rows of a kernel's smallest tile: fewer rows take as long
+MAX_RANK = 128  # largest rank for which claims are checked
 FORMAT = "4"  # of a verdict's file; part of its key
 OFF = 'qualification is switched off: fuse(qualify="off")'
 
@@ -54,8 +54,8 @@ class Seconds(NamedTuple):
     Args:
         device: of its kernels.
         host: of the Python code that launches them.
-        is_captured: whether `device` is of a replayed CUDA graph. False: the call cannot be
-            captured, and its kernels were launched into a stream that was busy before.
+        is_captured: True if `device` was measured on a replayed CUDA graph. False if the call
+            cannot be captured: its kernels were queued behind other work in the stream.
     """
 
     device: float
@@ -63,7 +63,7 @@ class Seconds(NamedTuple):
     is_captured: bool = True
 
     def elapsed(self, in_graph: bool = False) -> float:
-        """Return the device's seconds in a CUDA graph, else the longer of both.
+        """Return the device's seconds in a CUDA graph, else the longer of device and host.
 
         >>> Seconds(1e-5, 3e-5).elapsed(), Seconds(1e-5, 3e-5).elapsed(in_graph=True)
         (3e-05, 1e-05)
@@ -104,7 +104,8 @@ class Point(NamedTuple):
     def ratios(self, in_graph: bool = False) -> Ratios:
         """Return the group's time over eager's.
 
-        in_graph: whether the calls are captured in a CUDA graph, so that the host has no part.
+        in_graph: whether the calls are captured in a CUDA graph, where the host's time does not
+            count.
         """
         forward = self.forward.elapsed(in_graph) / self.eager_forward.elapsed(in_graph)
         if self.step is None or self.eager_step is None:
@@ -117,9 +118,9 @@ class Verdict:
     """The result of a qualification.
 
     Attributes:
-        key: what it holds for (`key`).
+        key: the card, driver, versions and sources for which the verdict holds (`key`).
         passed: the groups whose claims all hold.
-        failed: for each other group the claim that does not hold, and what was seen.
+        failed: for each other group, the claim that failed and the observed value.
         points: the times of the groups that passed.
         date: of the qualification, ISO 8601.
     """
@@ -131,7 +132,7 @@ class Verdict:
     date: str = ""
 
     def json(self) -> dict[str, Any]:
-        """Return the fields as types that JSON knows; `read_verdict` is the inverse.
+        """Return the fields as JSON types; `read_verdict` is the inverse.
 
         >>> Verdict({"name": "H100"}).json()["passed"]
         []
@@ -147,25 +148,26 @@ class Verdict:
         return _digest(self.json())
 
     def nearest_point(self, group: Group, rows: int, columns: int, inner: int) -> Point | None:
-        """Return the timed point nearest to a call: by the ratio of M, then of N·K, then of N.
+        """Return the point nearest to a call: by the ratio of M, then of N·K, then of N.
 
-        None if none was timed, or M is outside of those that were; 16 rows stand for fewer too.
+        Returns None if the group has no points, or M is outside their range. A point of 16 rows
+        covers fewer rows too.
         """
-        timed = [point for point in self.points if point.group == group]
-        if not timed or rows > max(point.rows for point in timed):
+        points = [point for point in self.points if point.group == group]
+        if not points or rows > max(point.rows for point in points):
             return None
-        if min(point.rows for point in timed) > max(rows, ONE_TILE):
+        if min(point.rows for point in points) > max(rows, ONE_TILE):
             return None
 
         def distance(p: Point) -> tuple[float, float, float]:
             size = _ratio(columns * inner, p.columns * p.inner)
             return _ratio(rows, p.rows), size, _ratio(columns, p.columns)
 
-        return min(timed, key=distance)
+        return min(points, key=distance)
 
 
 def _ratio(a: int, b: int) -> float:
-    """Return the larger over the smaller, where 0 counts as 1."""
+    """Return the larger number over the smaller one; 0 counts as 1."""
     return max(a, b, 1) / max(min(a, b), 1)
 
 
@@ -193,11 +195,11 @@ def group_of(backend: str, strategy: str, problem: Problem) -> Group:
 
 def folder() -> Path:
     """Return the cache folder: $LORA_KERNELS_CACHE, or lora_kernels in the user's cache folder."""
-    named = os.environ.get("LORA_KERNELS_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lora_kernels"
+    configured = os.environ.get("LORA_KERNELS_CACHE")
+    if configured:
+        return Path(configured)
+    xdg_cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg_cache) if xdg_cache else Path.home() / ".cache") / "lora_kernels"
 
 
 def file_of(key: Mapping[str, str]) -> Path:
@@ -252,7 +254,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# The verdict on each GPU of this process, or the reason if there is none.
+# GPU index -> its verdict in this process, or the reason if there is none.
 _current: dict[int, Verdict | str] = {}
 _is_off = False
 
@@ -264,64 +266,64 @@ def current(index: int | None) -> Verdict | str:
     """
     if _is_off:
         return OFF
-    number = torch.cuda.current_device() if index is None else index
-    found = _current.get(number)
-    if found is None:
+    device_index = torch.cuda.current_device() if index is None else index
+    verdict = _current.get(device_index)
+    if verdict is None:
         try:
-            found = read(key(number))
+            verdict = read(key(device_index))
         except (OSError, RuntimeError) as error:  # of the driver, or of sources in an archive
-            found = f"not qualified on this card: its key is unknown ({error})"
-        _current[number] = found
-    return found
+            verdict = f"not qualified on this card: its key is unknown ({error})"
+        _current[device_index] = verdict
+    return verdict
 
 
-def read(wanted: Mapping[str, str]) -> Verdict | str:
+def read(expected_key: Mapping[str, str]) -> Verdict | str:
     """Return the verdict for a key from the cache, or why there is none.
 
     A damaged file raises no error.
     """
-    file = file_of(wanted)
+    file = file_of(expected_key)
     try:
-        found = read_verdict(json.loads(file.read_text()))
+        verdict = read_verdict(json.loads(file.read_text()))
     except FileNotFoundError:
         return f"not qualified on this card: {ADVICE}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return (
             f"not qualified on this card: {file} cannot be read ({type(error).__name__}); {ADVICE}"
         )
-    if dict(found.key) != dict(wanted):
+    if dict(verdict.key) != dict(expected_key):
         return f"not qualified on this card: {file} is another card's; {ADVICE}"
-    return found
+    return verdict
 
 
 def write(verdict: Verdict) -> Path:
     """Write a verdict to the cache atomically, and return the file. Raises OSError."""
     file = file_of(verdict.key)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    temp_file = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(verdict.json(), indent=1) + "\n")
-        os.replace(partial, file)
+        temp_file.write_text(json.dumps(verdict.json(), indent=1) + "\n")
+        os.replace(temp_file, file)
     finally:
-        partial.unlink(missing_ok=True)
+        temp_file.unlink(missing_ok=True)
     return file
 
 
 def digests() -> dict[str, str]:
-    """Return the digest of the verdict on each GPU that this process has asked about, or "none"."""
+    """Return device -> the digest of its verdict or "none", for GPUs passed to `current`."""
     return {
-        f"cuda:{index}": found.digest if isinstance(found, Verdict) and not _is_off else "none"
-        for index, found in sorted(_current.items())
+        f"cuda:{index}": verdict.digest if isinstance(verdict, Verdict) and not _is_off else "none"
+        for index, verdict in sorted(_current.items())
     }
 
 
-def set_current(index: int, found: Verdict | str) -> None:
-    """Make `current` return this for a GPU, in this process."""
-    _current[index] = found
+def set_current(index: int, verdict: Verdict | str) -> None:
+    """Set the result of `current` for a GPU in this process: a verdict, or why there is none."""
+    _current[index] = verdict
 
 
 def set_off(is_off: bool) -> None:
-    """Make the process run the eager backend on GPUs, or follow verdicts again."""
+    """Disable verdicts in this process, which makes GPUs run eager, or enable them again."""
     global _is_off
     _is_off = is_off
 

@@ -1,8 +1,8 @@
 """One call of an op with all its gradients, as tests, `verify` and `bench` make it.
 
-A `Case` is a point in the space of shapes, dtypes and options of `lora_linear`. `multi_case`,
-`experts_case` and `head_case` have such cases of other ops. `judge` runs one on the backend that is
-forced or chosen at the time, and compares each output with the float64 reference.
+A `Case` fixes the shapes, dtypes and options of a call of `lora_linear`. `multi_case`,
+`experts_case` and `head_case` define the cases of other ops. `judge` runs a case on the forced or
+chosen backend, and compares each output with the float64 reference.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GRADIENTS = {
     "column_scale": "dc",
     "bias": "dbias",
 }
-# Names of the results of an op that returns a tuple; another's is "y".
+# Names of the results of an op that returns a tuple. The result of any other op is "y".
 STATISTICS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs")
 Allowances = dict[str, tuple[float, tuple[int, ...]]]
 
@@ -56,9 +56,9 @@ class Kind:
     """The interface of a kind of case, beside its fields.
 
     Attributes:
-        op, equation, eager: this package's function, the reference's, and one that computes as
-            users write it without this package, with the same arguments.
-        draw: returns dy and these arguments, those of dropout aside.
+        op, equation, eager: this package's function, the reference's, and plain PyTorch as users
+            write it without this package. All three take the same arguments.
+        draw: returns dy and the arguments, except for those of dropout.
         allowances: returns, for each output, u of its coarsest rounding and the lengths of its
             sums. The backends' docstrings name the roundings. The shorter branch's sum is left out.
     """
@@ -75,7 +75,7 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class AnyCase(Kind):
-    """A call of an op: with the fields of its kind, all that determines its numbers."""
+    """A call of an op. Its fields and those of its kind determine all numbers."""
 
     quant: str = ""  # of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32"
     dropout_p: float = 0.0
@@ -87,7 +87,7 @@ class AnyCase(Kind):
 
     @property
     def p_elements(self) -> int:
-        """Number of elements of P = D(x)·Aᵀ with different roundings, which a row of y shares."""
+        """Number of differently rounded elements of P = D(x)·Aᵀ. A row of y shares their errors."""
         return self.M * self.R
 
     def __str__(self) -> str:
@@ -105,12 +105,12 @@ def plain_pytorch(
     """
     weight: Any
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng, *_ = Operands(**tensors)
-    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    wide_dtype = torch.promote_types(x.dtype, lora_A.dtype)
     if weight is None:
         weight = x.new_zeros(lora_B.shape[0], x.shape[-1])
-    s = (masked(x, rng, dropout_p).to(wide) @ lora_A.to(wide).T) * scaling
+    s = (masked(x, rng, dropout_p).to(wide_dtype) @ lora_A.to(wide_dtype).T) * scaling
     if rank_gate is not None:
-        s = (s * rank_gate).to(wide)
+        s = (s * rank_gate).to(wide_dtype)
     compute = compute_dtype or x.dtype
     if isinstance(weight, Weight4bit):
         weight = weight.dequantize(compute)
@@ -118,7 +118,7 @@ def plain_pytorch(
     if not torch.is_autocast_enabled(x.device.type):
         y = y.to(x.dtype)
     dtype = y.dtype
-    y = (y + s @ lora_B.to(wide).T).to(dtype)
+    y = (y + s @ lora_B.to(wide_dtype).T).to(dtype)
     if column_scale is not None:
         y = y * column_scale
     if bias is not None:
@@ -184,7 +184,7 @@ class Case(AnyCase):
         named: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
             "y": ((compute,), (K,)),
             "dx": ((x, compute), (N,)),  # the base GEMM is rounded to the compute dtype
-            "dA": ((adapter,), (N, M)),  # dAᵀ sums over rows what dS sums over columns
+            "dA": ((adapter,), (N, M)),  # dA sums over M; its operand dS sums over N
             "dB": ((adapter,), (K, M)),
             "dg": ((f32,), (K, N, M)),
             "dc": ((f32, compute), (K, M)),  # z is kept in the compute dtype
@@ -248,16 +248,16 @@ def _groups(M: int) -> int:
     return next((d for d in (2, 3, 5, 7) if M % d == 0), 1)
 
 
-# The most rows for which "eager-gpu" copies x to float32. Few, so that small cases take the adapter
-# in parts.
+# Largest M for which "eager-gpu" copies x to float32. A small number makes small cases take the
+# adapter in parts.
 GPU_UPCAST_ROWS = 4
 # bitsandbytes' CPU kernel reads wrong scales where a block straddles two rows of the weight.
-_WRONG = "its CPU kernel is wrong where a block straddles rows"
-_CPU_DECODER = {("cpu", None, quant_type): _WRONG for quant_type in BITSANDBYTES_TYPES}
+_DECODER_REASON = "its CPU kernel is wrong where a block straddles rows"
+_CPU_DECODER = {("cpu", None, quant_type): _DECODER_REASON for quant_type in BITSANDBYTES_TYPES}
 
 
 class Source:
-    """Draws the tensors of a case on the CPU, and moves them to its device."""
+    """Draws the tensors of a case on the CPU, and moves them to the case's device."""
 
     def __init__(self, case: AnyCase) -> None:
         self.case = case
@@ -327,25 +327,25 @@ def run(
 ) -> dict[str, Tensor]:
     """Run `call` forward and backward on the arguments of `inputs`; return results and gradients.
 
-    A loss of one element is left out: its gradients say more. dy is that of the first results. The
-    gradients of a list of tensors are concatenated to one vector.
+    Scalar results are left out, because their gradients tell more. `dy` belongs to the first
+    results. The gradients of a list of tensors are concatenated to one vector.
     """
     args = dict(args)
     dy = _list(args.pop("dy"))
     with torch.autocast(args["x"].device.type, dtype=autocast, enabled=autocast is not None):
         y = call(**args)
-    found = dict(zip(STATISTICS, y, strict=False)) if isinstance(y, tuple) else {"y": y}
-    results = {name: t.detach() for name, t in found.items() if t.dim()}
+    outputs = dict(zip(STATISTICS, y, strict=False)) if isinstance(y, tuple) else {"y": y}
+    results = {name: t.detach() for name, t in outputs.items() if t.dim()}
     leaves = {name: _list(args.get(name)) for name in GRADIENTS}
-    wanted = {n: ts for n, ts in leaves.items() if ts and getattr(ts[0], "requires_grad", False)}
-    if wanted:
-        ys = [*found.values()][: len(dy)]
-        grads = iter(torch.autograd.grad(ys, [*itertools.chain(*wanted.values())], dy))
-        for name, each in wanted.items():
-            first, *rest = (next(grads) for _ in each)
+    trainable = {n: ts for n, ts in leaves.items() if ts and getattr(ts[0], "requires_grad", False)}
+    if trainable:
+        ys = [*outputs.values()][: len(dy)]
+        grads = iter(torch.autograd.grad(ys, [*itertools.chain(*trainable.values())], dy))
+        for name, tensors in trainable.items():
+            grad, *others = (next(grads) for _ in tensors)
             if isinstance(args[name], list):
-                first = torch.cat([grad.flatten() for grad in (first, *rest)])
-            results[GRADIENTS[name]] = first
+                grad = torch.cat([t.flatten() for t in (grad, *others)])
+            results[GRADIENTS[name]] = grad
     return results
 
 
@@ -354,7 +354,7 @@ def widen(value: Any, dtype: torch.dtype = torch.float64) -> Any:
     if isinstance(value, Weight4bit):
         return value.dequantize(torch.float32).to(dtype)
     if isinstance(value, list):
-        return [widen(each, dtype) for each in value]
+        return [widen(element, dtype) for element in value]
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to(dtype).requires_grad_(value.requires_grad)
     return value
@@ -364,18 +364,19 @@ def oracle(
     args: dict[str, Any], equation: Callable[..., Tensor] = reference.lora_linear
 ) -> dict[str, Tensor]:
     """Return the outputs of `run` in float64, by autograd through the reference's equation."""
-    wide = {name: widen(arg) for name, arg in args.items() if name != "compute_dtype"}
-    if wide["weight"] is None:
-        wide["weight"] = torch.zeros(args["dy"].shape[-1], wide["x"].shape[-1]).double()
-    return run(equation, wide)
+    wide_args = {name: widen(arg) for name, arg in args.items() if name != "compute_dtype"}
+    if wide_args["weight"] is None:
+        wide_args["weight"] = torch.zeros(args["dy"].shape[-1], wide_args["x"].shape[-1]).double()
+    return run(equation, wide_args)
 
 
 def part_roundoff(case: Case) -> float | None:
     """Return u of dA, dB and dg for adapters that eager rounds on a GPU, else None.
 
-    Autocast rounds it to its dtype. A float32 adapter beside many rows of 16 bits is taken as two
-    parts. dA passes B and dS in parts, dB passes A and P, each rounded by 0.42 u rms. Plain PyTorch
-    rounds neither, so u/4 alone has to admit √2 · 0.42 u: four times u is what stands here.
+    Autocast rounds the adapter to its dtype. For many rows of a 16-bit x, a float32 adapter is
+    split into two 16-bit parts. dA reads B and dS in parts, dB reads A and P in parts, and each is
+    rounded by 0.42 u rms. Plain PyTorch rounds neither, so u/4 alone has to admit √2 · 0.42 u.
+    Hence the factor 4.
     """
     adapter, device = case.adapter_dtype or case.dtype, torch.empty(0, device=case.device)
     if selection.forced_backend() != "eager" or not library.has_out_dtype(device):
@@ -388,15 +389,15 @@ def part_roundoff(case: Case) -> float | None:
 
 
 def give_mask(args: dict[str, Any]) -> dict[str, Any]:
-    """Replace the state of a dropout mask by the mask, for a backend that takes no state."""
+    """Replace the dropout state by its mask for a backend that takes masks alone."""
     rng, x = args["rng"], args["x"]
     if rng is None or not selection.is_eager_on_gpu(x.device.type):
         return args
     return args | {"rng": None, "dropout_mask": dropout_mask(x, rng, args["dropout_p"])}
 
 
-# "eager", its GPU path on CPU tensors, and each instruction set of the native kernels with each of
-# its strategies.
+# The eager backend, its GPU path on CPU tensors, and each instruction set of the native kernels
+# with each of its strategies.
 EAGERS = ("eager", "eager-gpu")
 EAGER_CUDA = "eager cuda"  # on a GPU's tensors
 ENGINES = (*EAGERS, *native.ISAS, *(f"{isa} {cpu.FUSED}" for isa in cpu.FUSED_ISAS))
@@ -404,26 +405,26 @@ ENGINES = (*EAGERS, *native.ISAS, *(f"{isa} {cpu.FUSED}" for isa in cpu.FUSED_IS
 
 def engines() -> list[str]:
     """Return the members of ENGINES that can run here."""
-    found = [*EAGERS]
+    names = [*EAGERS]
     if native.isa is not None:
-        before = native.isa
-        here = [isa for isa in native.ISAS if native.use_isa(isa) == isa]
-        native.use_isa(before)
-        found += [name for name in ENGINES if name.split(" ")[0] in here]
-    return found
+        initial_isa = native.isa
+        available = [isa for isa in native.ISAS if native.use_isa(isa) == isa]
+        native.use_isa(initial_isa)
+        names += [name for name in ENGINES if name.split(" ")[0] in available]
+    return names
 
 
 def gpu_engines() -> list[str]:
     """Return the engines of the eager, Triton and CUDA backends that can run on a GPU here.
 
-    Triton's run in its interpreter too.
+    Triton's engines run in its interpreter too.
     """
-    found = [EAGER_CUDA] if torch.cuda.is_available() else []
+    names = [EAGER_CUDA] if torch.cuda.is_available() else []
     if configs.unsupported_reason(configs.target(), "cpu") is None:
-        found += [f"triton {strategy}" for strategy in selection.STRATEGIES["triton"]]
+        names += [f"triton {strategy}" for strategy in selection.STRATEGIES["triton"]]
     if torch.cuda.is_available() and cuda.unsupported_device_reason("cuda", None) is None:
-        found += [f"cuda {strategy}" for strategy in selection.STRATEGIES["cuda"]]
-    return found
+        names += [f"cuda {strategy}" for strategy in selection.STRATEGIES["cuda"]]
+    return names
 
 
 def fits_cuda(case: Case, strategy: str) -> bool:
@@ -442,9 +443,9 @@ def triton_device() -> str:
 
 
 def kernels(device: str, dropout_p: float = 0.0) -> contextlib.AbstractContextManager[None]:
-    """Select the kernels that are timed as ours: on a GPU Triton's, even if not the default.
+    """Select the kernels that are timed as this package's: Triton's on a GPU, unless dropout_p > 0.
 
-    With dropout the default runs.
+    All other calls run the default.
     """
     is_triton = device == "cuda" and not dropout_p
     return selection.backend("triton") if is_triton else contextlib.nullcontext()
@@ -487,30 +488,30 @@ def expected(case: Any, p_elements: int, make: Callable[[Any], Expected]) -> lis
 
     p_elements: as of `AnyCase`.
     """
-    found: list[Expected] = []
+    samples: list[Expected] = []
     seeds = 1
-    while len(found) < seeds:
-        with selection.backend("eager"):  # not by the kernels that are judged
-            found.append(make(replace(case, seed=case.seed + len(found))))
-        sizes = [p_elements, *(t.numel() for t in found[0].ref.values())]
+    while len(samples) < seeds:
+        with selection.backend("eager"):  # the judged kernels must not run here
+            samples.append(make(replace(case, seed=case.seed + len(samples))))
+        sizes = [p_elements, *(t.numel() for t in samples[0].ref.values())]
         seeds = math.ceil(tolerance.POOL / min((n for n in sizes if n), default=tolerance.POOL))
-    return found
+    return samples
 
 
 def comparisons(
-    found: list[Expected], call: Callable[..., Any], case: AnyCase
+    samples: list[Expected], call: Callable[..., Any], case: AnyCase
 ) -> dict[str, Comparison]:
     """Run `call` on the arguments of each seed of the case, and judge its outputs."""
-    results = [run(call, give_mask(each.args), case.autocast) for each in found]
+    results = [run(call, give_mask(sample.args), case.autocast) for sample in samples]
     allowed = case.allowances()
     return {
         name: tolerance.compare(
             [result[name] for result in results],
-            [each.ref[name] for each in found],
-            [each.eager[name] for each in found],
+            [sample.ref[name] for sample in samples],
+            [sample.eager[name] for sample in samples],
             *allowed[name],
         )
-        for name in found[0].ref
+        for name in samples[0].ref
     }
 
 
@@ -551,9 +552,9 @@ def judge_norm(case: Case, call: Callable[..., Tensor] = dora_norm) -> dict[str,
         )
         return Expected(args, {"norm": in_64}, {"norm": in_32})
 
-    found = expected(case, case.N, make)
-    refs, eagers = ([each[of]["norm"] for each in found] for of in (1, 2))
-    got = [call(**each.args) for each in found]
-    # All roundings are to float32, in the products of ranks and in the sum of squares.
+    samples = expected(case, case.N, make)
+    refs, eagers = ([sample[field]["norm"] for sample in samples] for field in (1, 2))
+    got = [call(**sample.args) for sample in samples]
+    # The products over the rank and the sum of squares are rounded to float32 alone.
     u = unit_roundoff(torch.float32)
     return {"norm": tolerance.compare(got, refs, eagers, u, (case.R, case.K))}

@@ -26,13 +26,13 @@ def plain_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
         weight = weight.dequantize(dtype)
     weight = weight.mT if is_transposed else weight
     A, B, bias = others["lora_A"], others["lora_B"], others["bias"]
-    weight, bias = (_of_groups(t, A) for t in (weight, bias))
-    wide = torch.promote_types(dtype, A.dtype)
-    dropped = cases.masked(x, others["rng"], others["dropout_p"]).to(wide)
+    weight, bias = (_repeat_for_tenants(t, A) for t in (weight, bias))
+    wide_dtype = torch.promote_types(dtype, A.dtype)
+    dropped = cases.masked(x, others["rng"], others["dropout_p"]).to(wide_dtype)
     parts, start = [], 0
     for e, stop in enumerate(others["offsets"].tolist()):
-        s = dropped[start:stop] @ A[e].to(wide).T * others["scaling"]
-        y = (x[start:stop] @ weight[e].T + s @ B[e].to(wide).T).to(dtype)
+        s = dropped[start:stop] @ A[e].to(wide_dtype).T * others["scaling"]
+        y = (x[start:stop] @ weight[e].T + s @ B[e].to(wide_dtype).T).to(dtype)
         parts.append(y if bias is None else y + bias[e])
         start = stop
     return torch.cat([*parts, x.new_zeros(x.shape[0] - start, weight.shape[1])])
@@ -40,8 +40,8 @@ def plain_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
 
 def narrow_pytorch(**args: Any) -> Tensor:
     """Compute the layer with an adapter in x's dtype, as the eager backend's `grouped_mm` does."""
-    narrow = {name: args[name].to(args["x"].dtype) for name in ("lora_A", "lora_B")}
-    return plain_pytorch(**{**args, **narrow})
+    adapter = {name: args[name].to(args["x"].dtype) for name in ("lora_A", "lora_B")}
+    return plain_pytorch(**{**args, **adapter})
 
 
 def folded_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
@@ -58,8 +58,8 @@ def folded_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor
     return torch.cat([*parts, y.new_zeros(others["x"].shape[0] - start, folded.shape[1])])
 
 
-def _of_groups(t: Any, lora_A: Tensor) -> Any:
-    """Repeat what an expert has for each of its tenants."""
+def _repeat_for_tenants(t: Any, lora_A: Tensor) -> Any:
+    """Repeat each expert's weight or bias once for each of its tenants."""
     return None if t is None else t.repeat_interleave(lora_A.shape[0] // t.shape[0], 0)
 
 
@@ -132,9 +132,11 @@ class ExpertsCase(AnyCase):
 
     @staticmethod
     def equation(*, weight: Tensor, is_transposed: bool, **others: Any) -> Tensor:
-        """The reference, which knows one layout."""
+        """Call the reference, which takes weights [E, N, K] alone."""
         weight = weight.mT if is_transposed else weight
-        weight, others["bias"] = (_of_groups(t, others["lora_A"]) for t in (weight, others["bias"]))
+        weight, others["bias"] = (
+            _repeat_for_tenants(t, others["lora_A"]) for t in (weight, others["bias"])
+        )
         return reference.lora_experts_linear(weight=weight, **others)
 
     @property

@@ -21,15 +21,17 @@ IGNORED = -7  # not the default
 def plain_pytorch(
     *, x: Tensor, weight: Any, lora_A: Any, lora_B: Any, labels: Tensor, bias: Any, **args: Any
 ) -> Any:
-    """Compute as one writes it without this package: logits in x's dtype, a loss in float32."""
+    """Compute as users write it without this package: logits in x's dtype, the loss in float32."""
     if isinstance(weight, Weight4bit):
         weight = weight.dequantize(x.dtype)
     y = x @ weight.T
     dtype = y.dtype
     if lora_A is not None:
-        wide = torch.promote_types(x.dtype, lora_A.dtype)
-        dropped = cases.masked(x, args["rng"], args["dropout_p"]).to(wide)
-        y = (y + (dropped @ lora_A.to(wide).T * args["scaling"]) @ lora_B.to(wide).T).to(dtype)
+        wide_dtype = torch.promote_types(x.dtype, lora_A.dtype)
+        dropped = cases.masked(x, args["rng"], args["dropout_p"]).to(wide_dtype)
+        y = (
+            y + (dropped @ lora_A.to(wide_dtype).T * args["scaling"]) @ lora_B.to(wide_dtype).T
+        ).to(dtype)
     if bias is not None:
         y = (y + bias).to(dtype)
     y = y.float() * args["logit_scale"]
@@ -40,14 +42,14 @@ def plain_pytorch(
         options = {name: args[name] for name in names}
         return torch.nn.functional.cross_entropy(y, labels, **options)
     z = y / args["temperature"]
-    log_p, kept = z.log_softmax(1), labels != IGNORED
-    found = (
-        log_p.gather(1, labels.where(kept, 0)[:, None])[:, 0],
+    log_p, is_counted = z.log_softmax(1), labels != IGNORED
+    statistics = (
+        log_p.gather(1, labels.where(is_counted, 0)[:, None])[:, 0],
         -(log_p.exp() * log_p).sum(1),
         z.mean(1),
         (2 * log_p).logsumexp(1),
     )
-    return tuple(t.where(kept, 0.0) for t in found)
+    return tuple(t.where(is_counted, 0.0) for t in statistics)
 
 
 @dataclass(frozen=True)
@@ -97,31 +99,35 @@ class HeadCase(AnyCase):
             "logit_scale": self.logit_scale,
             "chunk_rows": self.chunk_rows,
         }
-        wide = torch.float64 if self.dtype is torch.float64 else torch.float32
-        if self.of == "log_probs":  # entropy has a gradient too, the rest has none
+        wide_dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        if self.of == "log_probs":  # log_probs and entropy have gradients, the others none
             args |= {"temperature": self.temperature, "outputs": STATISTICS[1:]}
-            return {**args, "dy": [source((M,), 1.0, wide) for _ in range(2)]}
+            return {**args, "dy": [source((M,), 1.0, wide_dtype) for _ in range(2)]}
         args |= {"reduction": self.of, "label_smoothing": self.label_smoothing}
-        dy = source((M,), 1.0, wide) if self.of == "none" else torch.tensor(1.75, dtype=wide)
+        dy = (
+            source((M,), 1.0, wide_dtype)
+            if self.of == "none"
+            else torch.tensor(1.75, dtype=wide_dtype)
+        )
         return {**args, "dy": dy}
 
     @staticmethod
     def op(**args: Any) -> Any:
-        """The case's function."""
+        """Call the case's function."""
         if "reduction" in args:
             return lora_linear_cross_entropy(**args)
         return lora_linear_log_probs(**args)
 
     @staticmethod
     def equation(*, chunk_rows: Any, outputs: Any = None, **args: Any) -> Any:
-        """The reference."""
+        """Call the reference."""
         if "reduction" in args:
             return reference.lora_linear_cross_entropy(**args)
         return reference.lora_linear_log_probs(**args)
 
     def allowances(self) -> Allowances:
-        # The logits and their gradient are rounded to the dtype of y before everything else, so u
-        # is that dtype's or a coarser one. Rows sum over the vocabulary.
+        # The logits and their gradient are rounded to y's dtype first, so u is at least that
+        # dtype's. Each row sums over the vocabulary.
         M, V, K = self.M, self.V, self.K
         compute = self.autocast or self.dtype
         adapter = self.adapter_dtype or self.dtype

@@ -25,7 +25,7 @@ def plain_pytorch(
     """
     weight: Any
     x, weight, lora_A, lora_B, _, bias, rng, *_ = MultiOperands(adapter_index=index, **tensors)
-    wide = torch.promote_types(x.dtype, lora_A[0].dtype)
+    wide_dtype = torch.promote_types(x.dtype, lora_A[0].dtype)
     dropped = cases.masked(x, rng, dropout_p)
     if weight is None:
         weight = x.new_zeros(lora_B[0].shape[0], x.shape[1])
@@ -34,8 +34,8 @@ def plain_pytorch(
     y = torch.nn.functional.linear(x, weight, bias)
     for e, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
         rows = (index == e).nonzero()[:, 0]
-        s = (dropped[rows].to(wide) @ A.to(wide).T) * scaling[e]
-        y = y.index_put((rows,), (y[rows] + s @ B.to(wide).T).to(y.dtype))
+        s = (dropped[rows].to(wide_dtype) @ A.to(wide_dtype).T) * scaling[e]
+        y = y.index_put((rows,), (y[rows] + s @ B.to(wide_dtype).T).to(y.dtype))
     return y
 
 
@@ -86,5 +86,7 @@ class MultiCase(AnyCase):
 
     def allowances(self) -> Allowances:
         # y and dx include the base GEMM, to which the update is added in place.
-        like = Case(self.M, self.N, self.K, 1, self.dtype, self.adapter_dtype, device=self.device)
-        return like.allowances()
+        linear_case = Case(
+            self.M, self.N, self.K, 1, self.dtype, self.adapter_dtype, device=self.device
+        )
+        return linear_case.allowances()

@@ -115,9 +115,12 @@ def lora_experts_linear(
     rows = torch.arange(x.shape[0], device=x.device)
     y, start = x.new_zeros(x.shape[0], weight.shape[1]), 0
     for e, stop in enumerate(offsets.tolist()):
-        is_own = ((rows >= start) & (rows < stop))[:, None]
-        found = x @ weight[e].T + ((dropped @ lora_A[e].T) * scaling) @ lora_B[e].T
-        y, start = torch.where(is_own, found if bias is None else found + bias[e], y), stop
+        is_of_expert = ((rows >= start) & (rows < stop))[:, None]
+        expert_y = x @ weight[e].T + ((dropped @ lora_A[e].T) * scaling) @ lora_B[e].T
+        y, start = (
+            torch.where(is_of_expert, expert_y if bias is None else expert_y + bias[e], y),
+            stop,
+        )
     return y
 
 
@@ -172,13 +175,13 @@ def lora_linear_cross_entropy(
     dropout = {"dropout_p": dropout_p, "rng": rng}
     z = _head_logits(x, weight, lora_A, lora_B, scaling, bias, logit_scale, logit_softcap, dropout)
     log_p = z.log_softmax(dim=1)
-    kept = labels.flatten() != ignore_index
-    target = log_p.gather(1, labels.flatten().where(kept, 0)[:, None])[:, 0]
+    is_counted = labels.flatten() != ignore_index
+    target = log_p.gather(1, labels.flatten().where(is_counted, 0)[:, None])[:, 0]
     smoothed = (1 - label_smoothing) * target + label_smoothing * log_p.mean(dim=1)
-    losses = -smoothed.where(kept, 0.0)
+    losses = -smoothed.where(is_counted, 0.0)
     if reduction == "none":
         return losses.view(labels.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / kept.sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / is_counted.sum()
 
 
 def lora_linear_log_probs(
@@ -210,16 +213,18 @@ def lora_linear_log_probs(
     dropout = {"dropout_p": dropout_p, "rng": rng}
     z = _head_logits(x, weight, lora_A, lora_B, scaling, bias, logit_scale, logit_softcap, dropout)
     z = z / temperature
-    log_p, kept = z.log_softmax(dim=1), labels.flatten() != ignore_index
-    target = labels.flatten().where(kept, 0)
-    found = (
+    log_p, is_counted = z.log_softmax(dim=1), labels.flatten() != ignore_index
+    target = labels.flatten().where(is_counted, 0)
+    statistics = (
         log_p.gather(1, target[:, None])[:, 0],
         -(log_p.exp() * log_p.clamp(torch.finfo(log_p.dtype).min)).sum(dim=1),
         z.mean(dim=1),
         (2 * log_p).logsumexp(dim=1),
         z.argmax(dim=1) == target,
     )
-    log_prob, entropy, mean, sq, top1 = (t.where(kept, 0).view(labels.shape) for t in found)
+    log_prob, entropy, mean, sq, top1 = (
+        t.where(is_counted, 0).view(labels.shape) for t in statistics
+    )
     return log_prob, entropy, mean, sq, top1.bool()
 
 

@@ -1,30 +1,31 @@
-"""The one tolerance: a result may lose little more than PyTorch itself loses in the same dtypes.
+"""The tolerance of every result: little more than PyTorch's own error in the same dtypes.
 
-The reference is computed in float64 from inputs that are already rounded to their dtypes, so that
-only the computation's own roundings are judged. With u the unit roundoff of the coarsest rounding
-that the op's docstring names, and eager's errors those of plain PyTorch in the same dtypes:
+The reference is computed in float64 from inputs that are already rounded to their dtypes, so only
+the computation's own roundings are judged. u is the unit roundoff of the coarsest rounding that the
+op's docstring names. Eager's errors are those of plain PyTorch in the same dtypes. The limits are
 
     rms error ≤ 1.25 · max(eager's, chain) + u/4              relative to the rms of the reference
     max error ≤ 2 · eager's + 2 ulp of the largest |reference|
 
-chain = 0.3 · √terms · 2⁻²⁴ is what float32 sums lose that add one term after another. Without it
-the limit would be the processor's: the same PyTorch sums 144 products in one chain on one, in
-sixteen on another, and loses 3.1 u or 1.6.
+chain = 0.3 · √terms · 2⁻²⁴ is the error of a float32 sum that adds one term after another. Without
+this term the limit would depend on the processor. The same PyTorch sums 144 products in one chain
+on one processor and in sixteen on another, with errors of 3.1 u and 1.6 u.
 
-Where these numbers come from:
+Sources of the numbers:
 
-- 1.25: the rms of n independent errors is known to one part in √(2n), a ratio of two to one in √n:
-  6 % at n = 256, so 1.25 is four standard errors. Smaller outputs are pooled over several seeds.
+- 1.25: the rms of n independent errors has a relative standard error of 1/√(2n), and the ratio of
+  two has 1/√n: 6 % at n = 256. So 1.25 is four standard errors. Smaller outputs are pooled over
+  several seeds.
 - u/4: one rounding errs by 0.42 u rms (uniform in ± ulp/2, mantissas spread evenly in logarithm:
   u/√3 · √(3/(8·ln 2))). Where eager rounds once, 1.25 · 0.42 u + u/4 = 0.78 u admits three
   independent roundings (0.74 u) and not four (0.85 u).
 - 0.3 · √terms: each of n additions rounds a sum that has grown as √i, by 0.42 of its unit (below),
-  0.42 u · √(Σ i / n²·n) = 0.42 u · √(n/2) of the whole. No chain counts for more than CHAIN terms:
-  libraries sum longer ones in parts, and so must we.
-- 2 and 2 ulp: the largest of n errors scatters more than their rms, and a result that is rounded
-  twice may be an ulp away from one that is rounded once.
+  0.42 u · √(Σ i / n²·n) = 0.42 u · √(n/2) of the whole. No chain counts for more than CHAIN terms,
+  because libraries sum longer ones in parts, and so must we.
+- 2 and 2 ulp: the largest of n errors scatters more than their rms. A result that is rounded twice
+  may be an ulp away from a result that is rounded once.
 
-A reference of zeros only (no rows, B = 0) is exact: it allows no error.
+A reference that is all zeros (no rows, B = 0) is exact, so no error is allowed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 
 POOL = 256  # elements below which several seeds are pooled
-CHAIN = 256  # terms of a float32 sum above which one adds parts
+CHAIN = 256  # terms of a float32 sum above which libraries add partial sums
 
 
 def unit_roundoff(*dtypes: torch.dtype) -> float:
@@ -51,7 +52,7 @@ def unit_roundoff(*dtypes: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors beside eager's and the limits; rms relative to the reference's rms, max absolute."""
+    """Errors, eager's errors and the limits; rms relative to the reference's rms, max absolute."""
 
     rms: float
     eager_rms: float
@@ -83,12 +84,13 @@ def compare(
     unit_roundoff: float,
     sums: Sequence[int] = (),
 ) -> Comparison:
-    """Judge `got` against `ref` (float64), allowing what `eager` loses.
+    """Compare `got` with `ref` (float64); the limits derive from the errors of `eager`.
 
+    got, ref, eager: a tensor each or, to pool seeds, a list of tensors. The three have equal
+        shapes; got and eager may have any floating dtype.
     sums: the lengths of the float32 sums that an element passes through, one after another.
 
-    Each is one tensor or, to pool seeds, a list of them; the three agree in shapes, got and eager
-    are of any floating dtype. Raises ValueError where shapes differ.
+    Raises ValueError if shapes differ.
 
     >>> ref = torch.linspace(1, 2, 300, dtype=torch.float64)
     >>> compare(ref.bfloat16(), ref, ref.bfloat16(), 2**-8).ok
@@ -99,24 +101,24 @@ def compare(
     refs = _pool(ref)
     gots, eagers = _pool(got, like=ref), _pool(eager, like=ref)
     scale = _rms(refs)
-    rms, largest = _errors(gots, refs, scale)
-    eager_rms, eager_largest = _errors(eagers, refs, scale)
+    rms, max_error = _errors(gots, refs, scale)
+    eager_rms, eager_max_error = _errors(eagers, refs, scale)
     if scale == 0:  # no elements, or zeros alone: exact
-        return Comparison(rms, eager_rms, 0.0, largest, eager_largest, 0.0, unit_roundoff)
+        return Comparison(rms, eager_rms, 0.0, max_error, eager_max_error, 0.0, unit_roundoff)
     ulp = 2 * unit_roundoff * 2.0 ** math.floor(math.log2(refs.abs().max().item()))
     return Comparison(
         rms=rms,
         eager_rms=eager_rms,
         rms_limit=rms_limit(eager_rms, unit_roundoff, sums),
-        max=largest,
-        eager_max=eager_largest,
-        max_limit=2 * eager_largest + 2 * ulp,
+        max=max_error,
+        eager_max=eager_max_error,
+        max_limit=2 * eager_max_error + 2 * ulp,
         unit_roundoff=unit_roundoff,
     )
 
 
 def rms_limit(eager_rms: float, unit_roundoff: float, sums: Sequence[int] = ()) -> float:
-    """The rms error that is allowed beside eager's; arguments as for `compare`.
+    """Return the limit of the rms error, given eager's; arguments as for `compare`.
 
     >>> rms_limit(eager_rms=0.0, unit_roundoff=2**-8)
     0.0009765625
@@ -126,7 +128,7 @@ def rms_limit(eager_rms: float, unit_roundoff: float, sums: Sequence[int] = ()) 
 
 
 def rms_error(got: Tensor, ref: Tensor) -> float:
-    """The rms error relative to the rms of the reference, which gives the dtype.
+    """Return the rms error relative to the reference's rms, in the reference's dtype.
 
     >>> rms_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0], dtype=torch.float64))
     0.2
@@ -151,7 +153,7 @@ def _rms(t: Tensor) -> float:
 
 
 def _errors(got: Tensor, ref: Tensor, scale: float) -> tuple[float, float]:
-    """rms error relative to `scale` (absolute where that is 0) and the largest error."""
+    """Return the rms error relative to `scale` (absolute if scale is 0), and the largest error."""
     error = got - ref
     if not error.numel():
         return 0.0, 0.0

@@ -71,15 +71,17 @@ class LoRAAttention(nn.Module):
         def frozen_linear(size: int) -> nn.Module:
             return nn.Linear(hidden_size, size, bias, device, dtype).requires_grad_(False)
 
-        rest = (r, alpha, dropout, bias, init, device, dtype, lora_dtype)
-        of_group = [name for name in "qkv" if name in self.targets]
+        lora_args = (r, alpha, dropout, bias, init, device, dtype, lora_dtype)
+        group_targets = [name for name in "qkv" if name in self.targets]
         self.qkv_proj = (
-            LoRAGroup(hidden_size, dict.fromkeys("qkv", hidden_size), *rest, targets=of_group)
-            if of_group
+            LoRAGroup(
+                hidden_size, dict.fromkeys("qkv", hidden_size), *lora_args, targets=group_targets
+            )
+            if group_targets
             else frozen_linear(3 * hidden_size)
         )
         self.o_proj = (
-            LoRALinear(hidden_size, hidden_size, *rest)
+            LoRALinear(hidden_size, hidden_size, *lora_args)
             if "o" in self.targets
             else frozen_linear(hidden_size)
         )

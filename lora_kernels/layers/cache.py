@@ -1,4 +1,4 @@
-"""The cache of a DoRA's norm on a CPU, whose operands are compared in each call."""
+"""The cache of DoRA's norm on a CPU. Each call compares the norm's operands."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..quantization import Weight4bit
 class DoraNormCache:
     """`dora_norm`, cached on a CPU without gradients until an operand changes.
 
-    Every call compares the operands, because no version counter tells of all writes: fused
-    optimizers, bitsandbytes, ZeRO, FSDP2 and `.data` change values and leave it alone. lora_A,
-    lora_B and rank_gate are compared with copies, the base by `fingerprint`. On a GPU a comparison
-    would wait for the device, so nothing is cached there. The cache is empty in a copy or pickle of
-    its layer.
+    Every call compares the operands, because version counters miss writes. Fused optimizers,
+    bitsandbytes, ZeRO, FSDP2 and `.data` change values without moving the counter. lora_A, lora_B
+    and rank_gate are compared with copies, the base by `fingerprint`. On a GPU a comparison would
+    synchronize the device, so nothing is cached there. The cache is empty in a copy or pickle of
+    the layer.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[object, ...], tuple[Tensor, ...], Tensor] | None = None
+        self._entry: tuple[tuple[object, ...], tuple[Tensor, ...], Tensor] | None = None
 
     def __call__(
         self,
@@ -33,18 +33,18 @@ class DoraNormCache:
         scaling: float,
         rank_gate: Tensor | None = None,
     ) -> Tensor:
-        """Compute `dora_norm`, or return the cached norm if nothing has changed."""
+        """Return the cached norm if no operand has changed, else compute `dora_norm`."""
         adapter = (lora_A, lora_B, *(() if rank_gate is None else (rank_gate,)))
         base = _fingerprints(weight, adapter)
         if base is None:
-            self._kept = None
+            self._entry = None
             return dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
         key = (scaling, selection.forced_backend(), base, *(t.dtype for t in adapter))
-        kept = self._kept
-        if kept is None or kept[0] != key or not all(map(torch.equal, kept[1], adapter)):
+        entry = self._entry
+        if entry is None or entry[0] != key or not all(map(torch.equal, entry[1], adapter)):
             norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
-            self._kept = kept = key, tuple(t.detach().clone() for t in adapter), norm
-        return kept[2]
+            self._entry = entry = key, tuple(t.detach().clone() for t in adapter), norm
+        return entry[2]
 
     def __reduce__(self) -> tuple[type[DoraNormCache], tuple[()]]:
         return DoraNormCache, ()
@@ -55,7 +55,7 @@ def _fingerprints(
 ) -> tuple[object, ...] | None:
     """Return the fingerprints of the base's tensors; None if the norm must not be cached."""
     if (
-        torch.is_grad_enabled()  # in training the adapter changes every time
+        torch.is_grad_enabled()  # in training the adapter changes in every step
         or native.module is None
         or not adapter[0].is_cpu
         or selection.is_eager_on_gpu("cpu")
@@ -64,8 +64,8 @@ def _fingerprints(
     base = (weight,) if isinstance(weight, Tensor) else tuple(weight._tensors().values())
     if not context.can_bypass_dispatcher(*base, *adapter):
         return None
-    found = tuple(map(fingerprint, base))
-    return None if None in found else found
+    fingerprints = tuple(map(fingerprint, base))
+    return None if None in fingerprints else fingerprints
 
 
 def fingerprint(t: Tensor) -> tuple[object, ...] | None:

@@ -83,8 +83,8 @@ class LoRAConv1D(LoRALayer):
         check_stock("conv", conv, Conv1D, "transformers' Conv1D")
         assert isinstance(conv, Conv1D)
         K, N = conv.weight.shape
-        of_base = ("meta", conv.weight.dtype, lora_dtype)
-        layer = cls(K, N, r, alpha, dropout, True, init, *of_base, **options)
-        layer._take(conv.weight, conv.bias)
+        factory_args = ("meta", conv.weight.dtype, lora_dtype)
+        layer = cls(K, N, r, alpha, dropout, True, init, *factory_args, **options)
+        layer._set_base(conv.weight, conv.bias)
         conv.requires_grad_(False)
         return layer.train(conv.training)

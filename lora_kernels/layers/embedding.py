@@ -132,8 +132,13 @@ class LoRAEmbedding(LoRALayer):
             )
         V, E = embedding.weight.shape
         options = {"scale_grad_by_freq": embedding.scale_grad_by_freq, **options}
-        at, of_base = embedding.padding_idx, ("meta", embedding.weight.dtype, lora_dtype)
-        layer = cls(V, E, r, alpha, at, init, *of_base, **options)._take(embedding.weight, None)
+        padding_idx, factory_args = (
+            embedding.padding_idx,
+            ("meta", embedding.weight.dtype, lora_dtype),
+        )
+        layer = cls(V, E, r, alpha, padding_idx, init, *factory_args, **options)._set_base(
+            embedding.weight, None
+        )
         embedding.requires_grad_(False)
         return layer.train(embedding.training)
 

@@ -22,11 +22,11 @@ UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 
 
 class ExpertsAdapter(NamedTuple):
-    """The adapter of one projection, or with T tenants their adapters.
+    """The adapters of one projection: one for each expert, or one for each expert and tenant.
 
     Args:
-        lora_A: [E, R, in-features], with tenants [E·T, R, in-features], an expert's next to each
-            other.
+        lora_A: [E, R, in-features]. With T tenants [E·T, R, in-features], where the T matrices of
+            an expert are adjacent.
         lora_B: [E, out-features, R] or [E·T, out-features, R], any strides.
         scaling: alpha / r.
         dropout_p: probability of zeroing an element of the projection's input.
@@ -78,14 +78,17 @@ class Experts(nn.Module):
         self.num_experts, self.act_fn = num_experts, activation
         self.has_gate, self.has_bias, self.is_transposed = has_gate, bias, is_transposed
         up = (GATE_UP, 2 * intermediate_size) if has_gate else (UP, intermediate_size)
-        for (name, out), inner in ((up, hidden_size), ((DOWN, hidden_size), intermediate_size)):
-            shape = (inner, out) if is_transposed else (out, inner)
+        for (name, out_features), in_features in (
+            (up, hidden_size),
+            ((DOWN, hidden_size), intermediate_size),
+        ):
+            shape = (in_features, out_features) if is_transposed else (out_features, in_features)
             weight = torch.empty(num_experts, *shape, device=device, dtype=dtype)
             if not weight.is_meta:
-                nn.init.normal_(weight, std=inner**-0.5)
+                nn.init.normal_(weight, std=in_features**-0.5)
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
             if bias:
-                zeros = torch.zeros(num_experts, out, device=device, dtype=dtype)
+                zeros = torch.zeros(num_experts, out_features, device=device, dtype=dtype)
                 self.register_parameter(f"{name}_bias", nn.Parameter(zeros, requires_grad=False))
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -136,9 +139,9 @@ class LoRAExperts(nn.Module):
             E, N, K = weight.shape
             if has_transposed_stack(experts, name):
                 N, K = K, N
-            like = torch.empty(0, device=weight.device, dtype=torch.float32)
-            self.lora_A[name] = nn.Parameter(like.new_empty(E, r, K))
-            self.lora_B[name] = nn.Parameter(like.new_zeros(E, N, r))
+            template = torch.empty(0, device=weight.device, dtype=torch.float32)
+            self.lora_A[name] = nn.Parameter(template.new_empty(E, r, K))
+            self.lora_B[name] = nn.Parameter(template.new_zeros(E, N, r))
         self.reset_lora_parameters()
 
     @torch.no_grad()
@@ -217,10 +220,12 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 
 def is_quantized(experts: nn.Module, name: str) -> bool:
     """Return True if bitsandbytes' 4-bit parametrization is the only one of a parameter."""
-    found = experts._modules.get("parametrizations")
-    if not isinstance(found, nn.ModuleDict) or name not in found:
+    parametrizations = experts._modules.get("parametrizations")
+    if not isinstance(parametrizations, nn.ModuleDict) or name not in parametrizations:
         return False
-    return [type(each).__name__ for each in cast(Any, found[name])] == ["Bnb4bitParametrization"]
+    return [
+        type(parametrization).__name__ for parametrization in cast(Any, parametrizations[name])
+    ] == ["Bnb4bitParametrization"]
 
 
 def quantized_projections(module: nn.Module) -> list[str]:
@@ -245,16 +250,16 @@ def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
         return tensor4bit.read(weight) if isinstance(weight, Tensor4bit) else weight
     from ..quantization.bitsandbytes import cached_weight
 
-    found = cast(Any, experts).parametrizations[name]
-    return cached_weight(found.original, found[0].quant_state)
+    parametrizations = cast(Any, experts).parametrizations[name]
+    return cached_weight(parametrizations.original, parametrizations[0].quant_state)
 
 
 def has_transposed_stack(experts: nn.Module, name: str) -> bool:
     """Return True if the `stack` of a projection is [E, in-features, out-features]."""
     weight = experts._parameters.get(name)
     # A Tensor4bit may have packed the transpose of the parameter.
-    is_turned = isinstance(weight, Tensor4bit) and weight.is_transposed
-    return bool(cast(Any, experts).is_transposed) != is_turned
+    is_packed_transposed = isinstance(weight, Tensor4bit) and weight.is_transposed
+    return bool(cast(Any, experts).is_transposed) != is_packed_transposed
 
 
 def quantize_experts(
@@ -263,8 +268,8 @@ def quantize_experts(
     """Quantize all experts modules of a model to 4 bits in place, and return the model.
 
     bitsandbytes' `replace_parameter_4bit` replaces the weights, and bitsandbytes saves them.
-    Weights that are quantized already do not change. Needs bitsandbytes. Add PEFT's adapters
-    before, or inside `adaptable_experts`.
+    Quantized weights do not change. Needs bitsandbytes. Add PEFT's adapters before this call, or
+    inside `adaptable_experts`.
 
     Args:
         quant_type: "nf4" or "fp4".
@@ -311,23 +316,23 @@ def adaptable_experts(model: nn.Module) -> Iterator[None]:
     ...     experts.down_proj.shape
     torch.Size([2, 64, 64])
     """
-    changed: list[tuple[nn.Module, Any, Any, list[str]]] = []
+    replaced: list[tuple[nn.Module, Any, Any, list[str]]] = []
     try:
         for module in list(model.modules()):
             names = quantized_projections(module)
             if not names:
                 continue
-            changed.append((module, type(module), module._modules["parametrizations"], names))
+            replaced.append((module, type(module), module._modules["parametrizations"], names))
             for name in names:
                 weight = stack(module, name)
-                like = torch.empty((), dtype=weight.dtype, device=weight.device)
-                stand_in = nn.Parameter(like.expand(weight.shape), requires_grad=False)
-                module._parameters[name] = stand_in
+                template = torch.empty((), dtype=weight.dtype, device=weight.device)
+                placeholder = nn.Parameter(template.expand(weight.shape), requires_grad=False)
+                module._parameters[name] = placeholder
             del module._modules["parametrizations"]
             module.__class__ = type(module).__bases__[0]  # drop the properties that decode
         yield
     finally:
-        for module, cls, parametrizations, names in changed:
+        for module, cls, parametrizations, names in replaced:
             module.__class__ = cls
             module._modules["parametrizations"] = parametrizations
             for name in names:
@@ -335,46 +340,48 @@ def adaptable_experts(model: nn.Module) -> Iterator[None]:
 
 
 class _Gather(torch.autograd.Function):
-    """Gather rows `order // k` of x, each k times; the backward sums in the order of the rows."""
+    """Gather rows `permutation // k` of x; the backward sums the k copies of a row in order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(place)
+    def forward(ctx: Any, x: Tensor, permutation: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
         ctx.k = k
-        return x.index_select(0, order // k)
+        return x.index_select(0, permutation // k)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
-        bags = place.view(place.shape[0] // ctx.k, ctx.k)
+        (inverse,) = ctx.saved_tensors
+        bags = inverse.view(inverse.shape[0] // ctx.k, ctx.k)
         return functional.embedding_bag(bags, dy, mode="sum"), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """Add the k rows of each token with their weights: y_t = Σ_j weights[t, j] · x[place[t, j]].
+    """Add the k rows of each token with their weights: y_t = Σ_j weights[t, j] · x[inverse[t, j]].
 
-    One kernel a direction, which reads each row once, and no row is rounded on the way. x [T·k, H]
-    and weights [T, k] have one dtype; `place` is the inverse permutation of `order`.
+    Each direction is one kernel, which reads each row once and rounds no intermediate row. x
+    [T·k, H] and weights [T, k] have one dtype. `inverse` is the inverse of `permutation`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights, order, place)
-        bags = place.view(weights.shape)
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, permutation: Tensor, inverse: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights, permutation, inverse)
+        bags = inverse.view(weights.shape)
         return functional.embedding_bag(bags, x, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, order, place = ctx.saved_tensors
+        x, weights, permutation, inverse = ctx.saved_tensors
         k, dx, dweights = weights.shape[1], None, None
         if ctx.needs_input_grad[0]:
-            # Bags of one row: the gather and the product in one kernel.
-            bags, factors = (order // k)[:, None], weights.reshape(-1)[order][:, None]
+            # A bag of one row gathers it and multiplies it by its weight in one kernel.
+            bags, factors = (permutation // k)[:, None], weights.reshape(-1)[permutation][:, None]
             dx = functional.embedding_bag(bags, dy, mode="sum", per_sample_weights=factors)
         if x is not None:
-            rows = torch.arange(place.shape[0], dtype=place.dtype, device=place.device)
+            rows = torch.arange(inverse.shape[0], dtype=inverse.dtype, device=inverse.device)
             dweights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                dy.contiguous(), x, place, rows[::k].contiguous(), rows // k, 0
+                dy.contiguous(), x, inverse, rows[::k].contiguous(), rows // k, 0
             ).view(weights.shape)
         return dx, dweights, None, None
 
@@ -397,9 +404,8 @@ def experts_forward(
             on a CPU alone, because reading them would synchronize a GPU.
         top_k_weights: [T, k].
         adapters: by the name of the projection. A projection may have none.
-        tenants: int64 [T], each token's tenant, if the adapters are those of several; the number of
-            tenants is that of lora_A's matrices for an expert. The rows of x are then sorted by
-            expert and tenant.
+        tenants: int64 [T], each token's tenant, or None for one tenant. The number of tenants is
+            the number of lora_A's matrices for an expert. Rows are sorted by expert and tenant.
 
     Returns:
         [T, H] in hidden_states' dtype. The result is deterministic.
@@ -417,32 +423,40 @@ def experts_forward(
     if top_k_weights.shape != top_k_index.shape:
         got = list(top_k_weights.shape)
         raise ValueError(f"top_k_weights: got shape {got}, want top_k_index's [{T}, {k}]")
-    count = 1  # groups of an expert
+    groups_per_expert = 1  # groups of an expert
     if tenants is not None and adapters:
-        count = max(each.lora_A.shape[0] for each in adapters.values()) // module.num_experts
-        top_k_index = top_k_index * count + tenants[:, None]
-    groups = module.num_experts * count
-    chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    is_readable = chosen.is_cpu and chosen.numel() and context.can_bypass_dispatcher(chosen)
-    if is_readable and (least := chosen[0].item()) < 0:
-        raise ValueError(
-            f"top_k_index: got {least // count}, want 0 to {module.num_experts - 1}, or more for "
-            "experts of other devices"
+        groups_per_expert = (
+            max(adapter.lora_A.shape[0] for adapter in adapters.values()) // module.num_experts
         )
-    place = torch.empty_like(order).scatter_(
-        0, order, torch.arange(T * k, dtype=order.dtype, device=order.device)
+        top_k_index = top_k_index * groups_per_expert + tenants[:, None]
+    groups = module.num_experts * groups_per_expert
+    sorted_groups, permutation = torch.sort(top_k_index.reshape(-1), stable=True)
+    is_readable = (
+        sorted_groups.is_cpu
+        and sorted_groups.numel()
+        and context.can_bypass_dispatcher(sorted_groups)
     )
-    numbers = torch.arange(groups, dtype=chosen.dtype, device=chosen.device)
-    offsets = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
+    if is_readable and (min_group := sorted_groups[0].item()) < 0:
+        raise ValueError(
+            f"top_k_index: got {min_group // groups_per_expert}, want 0 to "
+            f"{module.num_experts - 1}, or more for experts of other devices"
+        )
+    inverse = torch.empty_like(permutation).scatter_(
+        0, permutation, torch.arange(T * k, dtype=permutation.dtype, device=permutation.device)
+    )
+    group_ids = torch.arange(groups, dtype=sorted_groups.dtype, device=sorted_groups.device)
+    offsets = torch.searchsorted(sorted_groups, group_ids, right=True, out_int32=True)
     up, down = projections(experts)
-    x = _project(experts, up, _Gather.apply(hidden_states, order, place, k), offsets, adapters)
+    x = _project(
+        experts, up, _Gather.apply(hidden_states, permutation, inverse, k), offsets, adapters
+    )
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     x = _project(experts, down, x, offsets, adapters)
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
     weights = top_k_weights.masked_fill(top_k_index >= groups, 0)
     dtype = torch.promote_types(x.dtype, weights.dtype)
-    y: Tensor = _Combine.apply(x.to(dtype), weights.to(dtype), order, place)
+    y: Tensor = _Combine.apply(x.to(dtype), weights.to(dtype), permutation, inverse)
     return y.to(hidden_states.dtype)
 
 
@@ -458,8 +472,8 @@ def _project(
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     lora_A, lora_B, scaling, dropout_p = adapter or (None, None, 1.0, 0.0)
     if adapter is None:
-        step = offsets.shape[0] // module.num_experts
-        offsets = offsets[step - 1 :: step]
+        groups_per_expert = offsets.shape[0] // module.num_experts
+        offsets = offsets[groups_per_expert - 1 :: groups_per_expert]
     # Compute in the weight's dtype, as transformers' grouped_mm does. autocast would copy the
     # weights of all experts.
     with context.no_autocast(x):

@@ -17,18 +17,19 @@ from .quantized import QLoRALinear
 class LoRAGatedMLP(nn.Module):
     """y = down(act(gate(x)) ⊙ up(x)), of three layers with adapters.
 
-    On a GPU it is one block, in PyTorch's GEMMs: for more than 64 rows gate and up read x together,
-    and h = act(gate(x)) ⊙ up(x) is not kept for the backward, which makes it again. That holds for
-    three layers that are `LoRALinear` or `QLoRALinear`, enabled, not merged, without active dropout
-    and without hooks. Otherwise, and on a CPU, the layers are called one after the other.
+    On a GPU the MLP is one block of PyTorch's GEMMs. For more than 64 rows gate and up share one
+    GEMM of x. h = act(gate(x)) ⊙ up(x) is not saved for the backward, which recomputes it. The
+    block needs three layers of class `LoRALinear` or `QLoRALinear` that are enabled and not merged,
+    without active dropout and without hooks. Otherwise, and on a CPU, the layers are called in
+    turn.
 
     Args:
         gate, up: layers [..., K] -> [..., H].
         down: a layer [..., H] -> [..., N].
         activation: "silu", "gelu" or "gelu_tanh".
 
-    x [..., K] -> y [..., N], in autocast's dtype under autocast, else in x's. Saving and loading
-    adapters, merging and the rest are the three layers' own.
+    x [..., K] -> y [..., N], in autocast's dtype under autocast, else in x's. Call the methods of
+    the three layers to save, load and merge adapters.
 
     Raises:
         TypeError: a layer is not a `LoRALayer`.
@@ -69,9 +70,9 @@ class LoRAGatedMLP(nn.Module):
         """Compute x [..., K] -> y [..., N]."""
         layers = self.gate, self.up, self.down
         if blocks.can_run(x) and not _has_any_global_hook() and all(map(_is_plain, layers)):
-            found = [_operands(layer) for layer in layers]
+            operands = [_operands(layer) for layer in layers]
             dtypes = [layer.compute_dtype for layer in layers]
-            block = blocks.make_block(x, found, dtypes, activation=self.activation)
+            block = blocks.make_block(x, operands, dtypes, activation=self.activation)
             if block is not None:
                 return blocks.gated_mlp(x, block)
         h = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
@@ -83,7 +84,7 @@ class LoRAGatedMLP(nn.Module):
 
 
 def _is_plain(layer: LoRALayer) -> bool:
-    """Return True if calling the layer computes `lora_linear` on its parameters and no more."""
+    """Return True if a call of the layer computes `lora_linear` on its parameters, nothing else."""
     hooks = (
         *(layer._forward_pre_hooks, layer._forward_hooks),
         *(layer._backward_pre_hooks, layer._backward_hooks),

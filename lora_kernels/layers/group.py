@@ -32,8 +32,8 @@ class LoRAGroup(LoRALayer):
     The members' weights are concatenated along N, the sum of their sizes, and the A of the targets
     along the rank. Forward and backward read x once for all members, and run one GEMM each for y,
     dx and dA. The members share one dropout mask. On a CPU a group is no faster than separate
-    layers (benchmarks/RESULTS.md), because the zeros of B outside of a member's ranks are
-    multiplied too.
+    layers (benchmarks/RESULTS.md), because its GEMM multiplies the zeros of B outside of a member's
+    ranks too.
 
     Args, in addition to those of `LoRALinear`:
         members: name -> out-features, in order.
@@ -107,10 +107,10 @@ class LoRAGroup(LoRALayer):
             weight = linear.weight
             return linear.in_features, weight.dtype, weight.device, linear.bias is not None
 
-        first = next(iter(linears.values()))
+        first_linear = next(iter(linears.values()))
         for name, linear in linears.items():
             check_stock(f"linears[{name!r}]", linear, nn.Linear, "torch.nn.Linear")
-            if (got := format_of(linear)) != (want := format_of(first)):
+            if (got := format_of(linear)) != (want := format_of(first_linear)):
                 raise ValueError(
                     f"linears[{name!r}]: got in_features, dtype, device and bias {got}, "
                     f"want the first one's {want}"
@@ -121,9 +121,9 @@ class LoRAGroup(LoRALayer):
             tensors = [getattr(linear, name).detach() for linear in linears.values()]
             return nn.Parameter(torch.cat(tensors), requires_grad=False)
 
-        weight, bias = join("weight"), None if first.bias is None else join("bias")
+        weight, bias = join("weight"), None if first_linear.bias is None else join("bias")
         layer = cls(
-            first.in_features,
+            first_linear.in_features,
             sizes,
             r=r,
             alpha=alpha,
@@ -135,8 +135,8 @@ class LoRAGroup(LoRALayer):
             lora_dtype=lora_dtype,
             **options,
         )
-        layer._take(weight, bias)
-        return layer.train(first.training)
+        layer._set_base(weight, bias)
+        return layer.train(first_linear.training)
 
     def _make_adapter(self, dtype: torch.dtype) -> None:
         self.lora_A = self._empty(len(self.targets) * self.r, self.in_features, dtype=dtype)
@@ -152,50 +152,50 @@ class LoRAGroup(LoRALayer):
             raise KeyError(f"name: got {name!r}, want one of {tuple(self.members)}")
         i, sizes = list(self.members).index(name), list(self.members.values())
         rows = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
-        _, B, rank = self._parts_of_B()[i]
+        _, B, rank = self._split_B()[i]
         A = None if B is None else self.lora_A[rank : rank + self.r]
         weight = self.weight[rows] if self.weight.is_floating_point() else None
         return Member(weight, None if self.bias is None else self.bias[rows], A, B)
 
-    def _parts_of_B(self) -> list[tuple[int, Tensor | None, int]]:
+    def _split_B(self) -> list[tuple[int, Tensor | None, int]]:
         """Return each member's size, its rows of lora_B or None, and its first rank.
 
         Without an adapter the rank is that of the next target.
         """
-        parts, rank, found = iter(self.lora_B.split(self._target_sizes())), 0, []
+        targets_B, rank, parts = iter(self.lora_B.split(self._target_sizes())), 0, []
         for name, size in self.members.items():
             is_target = name in self.targets
-            found.append((size, next(parts) if is_target else None, rank))
+            parts.append((size, next(targets_B) if is_target else None, rank))
             rank += self.r * is_target
-        return found
+        return parts
 
     def _target_sizes(self) -> list[int]:
         return [self.members[name] for name in self.targets]
 
     def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
-        return Adapter(self.lora_A, self._wide_B(), self.scaling)
+        return Adapter(self.lora_A, self._padded_B(), self.scaling)
 
-    def _wide_B(self) -> Tensor:
+    def _padded_B(self) -> Tensor:
         """Return lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
         width = len(self.targets) * self.r
-        if not torch.is_grad_enabled():  # without copies of the padded parts
-            wide, n = self.lora_B.new_zeros(self.out_features, width), 0
-            for size, B, rank in self._parts_of_B():
+        if not torch.is_grad_enabled():  # writing in place saves copies of the padded parts
+            padded, n = self.lora_B.new_zeros(self.out_features, width), 0
+            for size, B, rank in self._split_B():
                 if B is not None:
-                    wide[n : n + size, rank : rank + self.r] = B
+                    padded[n : n + size, rank : rank + self.r] = B
                 n += size
-            return wide
+            return padded
         return torch.cat(
             [
                 self.lora_B.new_zeros(size, width)
                 if B is None
                 else F.pad(B, (rank, width - rank - self.r))
-                for size, B, rank in self._parts_of_B()
+                for size, B, rank in self._split_B()
             ]
         )
 
     def _adapter_config(self) -> dict[str, Any]:
-        members = [list(member) for member in self.members.items()]  # their order counts
+        members = [list(member) for member in self.members.items()]  # a list keeps the order
         return super()._adapter_config() | {"members": members, "targets": list(self.targets)}
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]

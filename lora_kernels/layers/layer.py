@@ -1,4 +1,4 @@
-"""LoRALayer: a base with the frozen W, and a trainable adapter."""
+"""LoRALayer: a frozen base weight W, and a trainable adapter."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Adapter(NamedTuple):
 class Base:
     """Storage of a layer's frozen W in one parameter `weight` [N, K], and multiplication by W.
 
-    A base has no state. The parameters belong to the layer, so they shard, save and load with it
-    under short names.
+    A base has no state. The parameters belong to the layer, so they are sharded, saved and loaded
+    with the layer under short names.
     """
 
     transposed = False  # whether `weight` is [K, N]
@@ -60,26 +60,26 @@ class Base:
             bound = layer.in_features**-0.5
             nn.init.uniform_(layer.bias, -bound, bound)
 
-    def hold(self, layer: LoRALayer, weight: Tensor | Weight4bit) -> None:
-        """Set the layer's weight, and share its memory if the format allows."""
+    def set_weight(self, layer: LoRALayer, weight: Tensor | Weight4bit) -> None:
+        """Set the layer's weight, which shares the memory of `weight` if the format allows."""
         assert isinstance(weight, nn.Parameter)
         layer.weight = weight
 
     def align(self, layer: LoRALayer) -> None:
-        """Copy loaded parameters that kernels cannot read where they lie; none of a dense base."""
+        """Copy loaded parameters that are not aligned for the kernels. A dense base has none."""
 
     def operand(self, layer: LoRALayer) -> Tensor | Weight4bit:
-        """Return W as `lora_linear` takes it."""
+        """Return W as an argument of `lora_linear`."""
         return layer.weight
 
     def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
-        """Return the layer's output without an adapter, for an operand or a merged weight."""
+        """Return the layer's output without the adapter. weight: the operand or a merged weight."""
         assert isinstance(weight, Tensor)
         return F.linear(x, weight, bias)
 
 
 class LayerCache:
-    """A layer's cache of values that derive from its tensors.
+    """A layer's cache of values that are computed from its tensors.
 
     The cache is empty in a copy of the layer, after unpickling, and after a move.
     """
@@ -212,9 +212,9 @@ class LoRALayer(nn.Module):
         )
 
     def _adapter_config(self) -> dict[str, Any]:
-        """Return what changes the output and is no parameter, as JSON values.
+        """Return the numbers that change the output and are no parameters, as JSON values.
 
-        `save_lora_weights` stores it, and `load_lora_weights` compares it with the model's.
+        `save_lora_weights` stores them, and `load_lora_weights` compares them with the model's.
         """
         return {"r": self.r, "alpha": self.alpha, "scaling": self.scaling}
 
@@ -241,9 +241,9 @@ class LoRALayer(nn.Module):
 
     # The base
 
-    def _take(self, weight: Tensor | Weight4bit, bias: nn.Parameter | None) -> Self:
-        """Replace the base on meta by this one, and initialize the adapter on its device."""
-        self._base.hold(self, weight)
+    def _set_base(self, weight: Tensor | Weight4bit, bias: nn.Parameter | None) -> Self:
+        """Replace the base on meta by `weight` and `bias`, and initialize the adapter there."""
+        self._base.set_weight(self, weight)
         self.bias = bias
         if weight.device.type != "meta":
             for name, p in self._parameters.items():
@@ -278,8 +278,8 @@ class LoRALayer(nn.Module):
             return self._base.multiply(x, self._base_weight(), self.bias)
         if self.merged_weight is None:
             return self._forward_fused(x, self._base_weight())
-        trainable = self.lora_A.requires_grad or self.lora_B.requires_grad
-        if trainable and self.training and torch.is_grad_enabled():
+        is_trainable = self.lora_A.requires_grad or self.lora_B.requires_grad
+        if is_trainable and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self).__name__} is merged and in training mode, where lora_A and "
                 "lora_B would get no gradient: call unmerge() to train, or eval()"
@@ -325,7 +325,7 @@ class LoRALayer(nn.Module):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._base.align(self)
-        if self.merged:  # merged_weight is of the weights before loading
+        if self.merged:  # merged_weight is derived from the weights before loading
             self.merge()
 
     def extra_repr(self) -> str:

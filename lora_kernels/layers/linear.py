@@ -80,8 +80,8 @@ class LoRALinear(LoRALayer):
         check_stock("linear", linear, nn.Linear, "torch.nn.Linear")
         weight, bias = linear.weight, linear.bias
         N, K = weight.shape
-        sizes, of_base = (K, N, r, alpha), ("meta", weight.dtype, lora_dtype)
-        layer = cls(*sizes, dropout, bias is not None, init, *of_base, **options)._take(
+        sizes, factory_args = (K, N, r, alpha), ("meta", weight.dtype, lora_dtype)
+        layer = cls(*sizes, dropout, bias is not None, init, *factory_args, **options)._set_base(
             weight, bias
         )
         linear.requires_grad_(False)

@@ -43,9 +43,9 @@ class Base4bit(Base):
             dense = torch.empty(sizes, dtype=dtype, device=weight.device)
             layer.weight = nn.Parameter(dense, requires_grad=False)
         super().reset(layer)
-        self.hold(layer, layer.weight)
+        self.set_weight(layer, layer.weight)
 
-    def hold(self, layer: QLoRALayer, weight: Tensor | Weight4bit) -> None:  # type: ignore[override]
+    def set_weight(self, layer: QLoRALayer, weight: Tensor | Weight4bit) -> None:  # type: ignore[override]
         if not isinstance(weight, Weight4bit):
             quantize = _quantize_on_meta if weight.is_meta else quantize_4bit
             weight = quantize(weight, layer.quant_type, layer.blocksize, layer.double_quant)
@@ -77,8 +77,8 @@ class Base4bit(Base):
         return cached[1]
 
     def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
-        # As in `lora_linear`, x's dtype decides. The weight's dtype is the one before quantization,
-        # but the module, and its bias with it, may have been moved to another dtype since.
+        # As in `lora_linear`, x's dtype decides. The weight's dtype is that before quantization,
+        # but the module and its bias may have been moved to another dtype since.
         dtype = base_dtype(x.device.type, x.dtype)
         dense = weight.dequantize(dtype) if isinstance(weight, Weight4bit) else weight.to(dtype)
         return F.linear(x, dense, None if bias is None else bias.to(dtype))
@@ -86,9 +86,9 @@ class Base4bit(Base):
 
 def _view_weight(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
     """Return a `Weight4bit` that shares the memory of the byte tensors."""
-    in_bytes = {"packed"} if tensors["nested_code"] is None else {"packed", "absmax"}
+    byte_fields = {"packed"} if tensors["nested_code"] is None else {"packed", "absmax"}
     views = {
-        field: t if t is None or field in in_bytes else t.detach().view(torch.float32)
+        field: t if t is None or field in byte_fields else t.detach().view(torch.float32)
         for field, t in tensors.items()
     }
     return Weight4bit(
@@ -105,24 +105,29 @@ def _quantize_on_meta(
 ) -> Weight4bit:
     """Return a quantized weight on meta with the shape of `weight`."""
     row = torch.zeros(1, weight.shape[1], dtype=weight.dtype)
-    one = quantize_4bit(row, quant_type, blocksize, nested)
-    n, blocks = weight.numel(), -(-weight.numel() // one.blocksize)
+    quantized_row = quantize_4bit(row, quant_type, blocksize, nested)
+    numel, blocks = weight.numel(), -(-weight.numel() // quantized_row.blocksize)
 
     def empty_on_meta(t: Tensor | None, *shape: int) -> Tensor | None:
         return None if t is None else t.new_empty(shape or t.shape, device="meta")
 
-    sizes = {"packed": -(-n // 2), "absmax": blocks, "nested_absmax": -(-blocks // 256)}
-    fields = {name: empty_on_meta(getattr(one, name), size) for name, size in sizes.items()}
-    rest = {name: empty_on_meta(getattr(one, name)) for name in ("code", "nested_code", "offset")}
+    sizes = {"packed": -(-numel // 2), "absmax": blocks, "nested_absmax": -(-blocks // 256)}
+    fields = {
+        name: empty_on_meta(getattr(quantized_row, name), size) for name, size in sizes.items()
+    }
+    others = {
+        name: empty_on_meta(getattr(quantized_row, name))
+        for name in ("code", "nested_code", "offset")
+    }
     shape = (weight.shape[0], weight.shape[1])
-    return dataclasses.replace(one, shape=shape, **fields, **rest)  # type: ignore[arg-type]
+    return dataclasses.replace(quantized_row, shape=shape, **fields, **others)  # type: ignore[arg-type]
 
 
 class QLoRALayer(LoRALayer):
     """The base class of all layers over a 4-bit base.
 
-    `class QMine(Mine, QLoRALayer)` is the layer `Mine` over a 4-bit base. The constructor keeps
-    its own arguments and passes the others on.
+    `class QMine(Mine, QLoRALayer)` is the layer `Mine` over a 4-bit base. The constructor takes the
+    arguments of the 4-bit format and passes the others on.
     """
 
     _base = Base4bit()
@@ -212,9 +217,9 @@ class QLoRALinear(QLoRALayer, LoRALinear):
         64
         """
         N, K = weight.shape
-        sizes, of_base = (K, N, r, alpha), ("meta", weight.dtype, lora_dtype)
-        layer = cls(*sizes, dropout, bias is not None, init, *of_base, **options)
-        return layer._take(weight, None if bias is None else nn.Parameter(bias, False))
+        sizes, factory_args = (K, N, r, alpha), ("meta", weight.dtype, lora_dtype)
+        layer = cls(*sizes, dropout, bias is not None, init, *factory_args, **options)
+        return layer._set_base(weight, None if bias is None else nn.Parameter(bias, False))
 
     @torch.no_grad()
     def merged_layer(self, requantize: bool = False) -> MergedLayer:
@@ -231,16 +236,16 @@ class QLoRALinear(QLoRALayer, LoRALinear):
         >>> layer.merged_layer().change < 1e-7 < layer.merged_layer(requantize=True).change
         True
         """
-        exact = self._merge_into(self.weight4bit.dequantize(torch.float32))
+        merged = self._merge_into(self.weight4bit.dequantize(torch.float32))
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight_dtype
         )
-        linear.weight = nn.Parameter(exact.to(self.weight_dtype), requires_grad=False)
+        linear.weight = nn.Parameter(merged.to(self.weight_dtype), requires_grad=False)
         if self.bias is not None:
             bias = self.bias.detach().to(self.weight_dtype, copy=True)
             linear.bias = nn.Parameter(bias, requires_grad=False)
         layer: nn.Module = linear.train(self.training)
-        held: Tensor = linear.weight
+        new_weight: Tensor = linear.weight
         if requantize:
             layer = QLoRALinear.from_linear(
                 linear,
@@ -255,6 +260,6 @@ class QLoRALinear(QLoRALayer, LoRALinear):
                 compute_dtype=self.compute_dtype,
             )
             layer.scaling = self.scaling
-            held = layer.weight4bit.dequantize(torch.float32)
-        change = (held.float() - exact).norm() / exact.norm()
+            new_weight = layer.weight4bit.dequantize(torch.float32)
+        change = (new_weight.float() - merged).norm() / merged.norm()
         return MergedLayer(layer, change.item())

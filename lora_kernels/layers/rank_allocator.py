@@ -31,7 +31,7 @@ class RankAllocator:
     Args:
         model: a model with at least one `AdaLoRALinear`.
         target_rank: mean rank of a layer from step total − final on, at least 1, at most r. With
-            final = 0 the last of `total` steps still keeps more.
+            final = 0 even the last of `total` steps keeps more ranks.
         total: number of training steps.
         warmup: number of steps before pruning, at least 0.
         final: number of steps with the final masks, at least 0. warmup + final < total.
@@ -69,12 +69,12 @@ class RankAllocator:
         self.layers = [m for m in model.modules() if isinstance(m, AdaLoRALinear)]
         if not self.layers:
             raise ValueError("model: got none with an AdaLoRALinear, want at least one")
-        smallest = min(layer.r for layer in self.layers)
-        if not 1 <= target_rank <= smallest:
-            raise ValueError(f"target_rank: got {target_rank}, want 1 to the layers' r, {smallest}")
-        for name, number in (("warmup", warmup), ("final", final)):
-            if number < 0:
-                raise ValueError(f"{name}: got {number}, want at least 0")
+        min_rank = min(layer.r for layer in self.layers)
+        if not 1 <= target_rank <= min_rank:
+            raise ValueError(f"target_rank: got {target_rank}, want 1 to the layers' r, {min_rank}")
+        for name, value in (("warmup", warmup), ("final", final)):
+            if value < 0:
+                raise ValueError(f"{name}: got {value}, want at least 0")
         if warmup + final >= total:
             raise ValueError(f"total: got {total}, want more than warmup + final, {warmup + final}")
         if interval < 1:
@@ -101,8 +101,8 @@ class RankAllocator:
             return self.all
         if step >= self.total - self.final:
             return self.target
-        left = 1 - (step - self.warmup) / (self.total - self.final - self.warmup)
-        return self.target + math.ceil((self.all - self.target) * left**3)
+        remaining = 1 - (step - self.warmup) / (self.total - self.final - self.warmup)
+        return self.target + math.ceil((self.all - self.target) * remaining**3)
 
     def penalty(self) -> Tensor:
         """Return the mean `orthogonality` of the layers, a regularization term for the loss."""
@@ -115,11 +115,11 @@ class RankAllocator:
         Returns the number of ranks that the model keeps. Raises RuntimeError if a layer has no
         gradient.
         """
-        step, last = self.steps, self.total - self.final
-        if step <= last:
+        step, last_step = self.steps, self.total - self.final
+        if step <= last_step:
             self._update_averages()
-            due = (step - self.warmup) % self.interval == 0 or step == last
-            if step >= self.warmup and due:
+            is_due = (step - self.warmup) % self.interval == 0 or step == last_step
+            if step >= self.warmup and is_due:
                 self._allocate(self.budget(step))
         self.steps += 1
         return sum(layer.current_rank for layer in self.layers)
@@ -134,31 +134,31 @@ class RankAllocator:
             for name in names:
                 param = layer.get_parameter(name)
                 assert param.grad is not None
-                now = (param * param.grad).abs().float()
+                current = (param * param.grad).abs().float()
                 if name not in sensitivity:
-                    sensitivity[name] = torch.zeros_like(now)
-                    uncertainty[name] = torch.zeros_like(now)
-                sensitivity[name].lerp_(now, 1 - self.beta1)
-                uncertainty[name].lerp_((now - sensitivity[name]).abs(), 1 - self.beta2)
+                    sensitivity[name] = torch.zeros_like(current)
+                    uncertainty[name] = torch.zeros_like(current)
+                sensitivity[name].lerp_(current, 1 - self.beta1)
+                uncertainty[name].lerp_((current - sensitivity[name]).abs(), 1 - self.beta2)
 
     def scores(self) -> list[Tensor]:
         """Return the scores of the triplets after the last `step`, [r] for each layer."""
-        found = []
+        scores = []
         for sensitivity, uncertainty in zip(self._sensitivity, self._uncertainty, strict=True):
             importance = {name: sensitivity[name] * uncertainty[name] for name in sensitivity}
-            found.append(
+            scores.append(
                 importance["lora_E"]
                 + importance["lora_A"].mean(dim=1)
                 + importance["lora_B"].mean(dim=0)
             )
-        return found
+        return scores
 
     def _allocate(self, budget: int) -> None:
         scores = self.scores()
-        flat = torch.cat([score.cpu() for score in scores])
-        kept = torch.zeros_like(flat, dtype=torch.bool)
-        kept[flat.argsort(descending=True, stable=True)[:budget]] = True
-        for layer, mask in zip(self.layers, kept.split([m.r for m in self.layers]), strict=True):
+        flat_scores = torch.cat([score.cpu() for score in scores])
+        masks = torch.zeros_like(flat_scores, dtype=torch.bool)
+        masks[flat_scores.argsort(descending=True, stable=True)[:budget]] = True
+        for layer, mask in zip(self.layers, masks.split([m.r for m in self.layers]), strict=True):
             layer.rank_mask.copy_(mask)
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,6 +187,9 @@ class RankAllocator:
     def _copy_to_layers(self, averages: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Return copies, which `step` changes in place, on the devices of the parameters."""
         return [
-            {name: t.to(layer.get_parameter(name).device, copy=True) for name, t in each.items()}
-            for layer, each in zip(self.layers, averages, strict=True)
+            {
+                name: t.to(layer.get_parameter(name).device, copy=True)
+                for name, t in layer_averages.items()
+            }
+            for layer, layer_averages in zip(self.layers, averages, strict=True)
         ]

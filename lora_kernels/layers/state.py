@@ -20,7 +20,7 @@ CONFIG = "lora_layers"  # the file's metadata: JSON, layer -> its `_adapter_conf
 
 
 class LoRAParameterCount(NamedTuple):
-    """The number of parameters in the adapters, and in the rest of the model.
+    """The number of parameters in the adapters, and of all other parameters.
 
     >>> from lora_kernels.layers import LoRAParameterCount
     >>> print(LoRAParameterCount(65_536, 16_777_216))
@@ -58,8 +58,8 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the entries of `model.state_dict()` for adapters and rank masks, sharing memory.
 
-    The tensors do not tell alpha: load them into a model that was built with the same arguments,
-    or use `save_lora_weights`, which stores it.
+    The entries do not contain alpha. Load them into a model that was built with the same arguments,
+    or use `save_lora_weights`, which stores alpha.
 
     Raises ValueError if the model has no LoRA layer.
 
@@ -67,15 +67,15 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     >>> {key: tuple(t.shape) for key, t in lora_state_dict(LoRALinear(4, 6, r=2)).items()}
     {'lora_A': (2, 4), 'lora_B': (6, 2)}
     """
-    found = {name: param.detach() for name, param in _lora_parameters(model)}
+    state = {name: param.detach() for name, param in _lora_parameters(model)}
     for prefix, layer in model.named_modules():
         if isinstance(layer, AdaLoRALinear):
-            found[f"{prefix}.rank_mask".lstrip(".")] = layer.rank_mask
-    return found
+            state[f"{prefix}.rank_mask".lstrip(".")] = layer.rank_mask
+    return state
 
 
 def count_lora_parameters(model: nn.Module) -> LoRAParameterCount:
-    """Count the parameters of the adapters and of the rest: `(lora, base)`.
+    """Return the number of adapter parameters and of all others, `(lora, base)`.
 
     Raises ValueError if the model has no LoRA layer.
 
@@ -108,15 +108,15 @@ def save_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
     config = {name: layer._adapter_config() for name, layer in _lora_layers(model)}
     data = save(tensors, metadata={"format": "pt", CONFIG: json.dumps(config)})
     # A rename is atomic only within a file system, hence a file in the same folder.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temp_file = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(part, "xb") as file:
+        with open(temp_file, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temp_file, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        temp_file.unlink(missing_ok=True)
         raise
     print(f"saved {len(data):,} bytes to {path}")
     return len(data)
@@ -149,45 +149,51 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     want = lora_state_dict(model)
     try:
         with safe_open(path, "pt") as file:
-            have = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            saved = json.loads((file.metadata() or {}).get(CONFIG, "{}"))
+            loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            saved_configs = json.loads((file.metadata() or {}).get(CONFIG, "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    if not (isinstance(saved, dict) and all(isinstance(each, dict) for each in saved.values())):
+    if not (
+        isinstance(saved_configs, dict)
+        and all(isinstance(config, dict) for config in saved_configs.values())
+    ):
         raise ValueError(
-            f"{path}: its metadata has {CONFIG} {saved!r:.80}, want an object of arguments by layer"
+            f"{path}: its metadata has {CONFIG} {saved_configs!r:.80}, want an object of arguments "
+            "by layer"
         )
-    problems = [f"missing {key}" for key in want if key not in have]
-    problems += [f"unexpected {key}" for key in have if key not in want]
+    problems = [f"missing {key}" for key in want if key not in loaded]
+    problems += [f"unexpected {key}" for key in loaded if key not in want]
     problems += [
-        f"{key} is {list(have[key].shape)}, want {list(want[key].shape)}"
+        f"{key} is {list(loaded[key].shape)}, want {list(want[key].shape)}"
         for key in want
-        if key in have and have[key].shape != want[key].shape
+        if key in loaded and loaded[key].shape != want[key].shape
     ]
     layers = list(_lora_layers(model))
-    if not problems:  # shapes say more than an r that differs
+    if not problems:  # a shape mismatch explains more than a different r
         for name, layer in layers:
-            problems += _different_config(name, saved.get(name, {}), layer._adapter_config())
+            problems += _different_config(
+                name, saved_configs.get(name, {}), layer._adapter_config()
+            )
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:8])}{more}")
-    unknown = [name or "the layer" for name, _ in layers if name not in saved]
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    unchecked = [name or "the layer" for name, _ in layers if name not in saved_configs]
+    if unchecked:
+        more = f" and {len(unchecked) - 1} more" if len(unchecked) > 1 else ""
         warnings.warn(
-            f"{path} does not tell the alpha of {unknown[0]}{more}: it is loaded with the model's. "
-            "Save it again to have it checked",
+            f"{path} does not tell the alpha of {unchecked[0]}{more}: it is loaded with the "
+            "model's. Save it again to have it checked",
             stacklevel=2,
         )
-    model.load_state_dict(have, strict=False)
+    model.load_state_dict(loaded, strict=False)
 
 
-def _different_config(name: str, saved: dict[str, Any], present: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for each saved value that differs from the present one."""
-    for key, want in present.items():
+def _different_config(name: str, saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each saved value that differs from the current one."""
+    for key, want in current.items():
         got = saved.get(key, want)
-        # alpha matters by the scaling alone: alpha / r, or alpha / √r.
-        if got != want and (key != "alpha" or saved.get("scaling") != present["scaling"]):
+        # A different alpha with equal scaling (alpha / r, or alpha / √r) computes the same.
+        if got != want and (key != "alpha" or saved.get("scaling") != current["scaling"]):
             yield f"{name}.{key} was saved as {got}, want the model's {want}".lstrip(".")
 
 
@@ -207,11 +213,11 @@ def _lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         )
     for prefix, layer in layers:
         if isinstance(layer, LoRAExperts):
-            for part in ("lora_A", "lora_B"):
-                full = f"{prefix}.{part}".lstrip(".")
-                yield from layer.get_submodule(part).named_parameters(full)
+            for attribute in ("lora_A", "lora_B"):
+                full_name = f"{prefix}.{attribute}".lstrip(".")
+                yield from layer.get_submodule(attribute).named_parameters(full_name)
             continue
         for name, param in layer.named_parameters(prefix, recurse=False):
-            base = name.rpartition(".")[2] in ("weight", "bias") or not param.is_floating_point()
-            if not base:
+            is_base = name.rpartition(".")[2] in ("weight", "bias") or not param.is_floating_point()
+            if not is_base:
                 yield name, param

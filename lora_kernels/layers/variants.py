@@ -32,7 +32,7 @@ class DoRALinear(LoRALinear):
 
     `magnitude` [N] starts as the norm of W's rows, so the new layer computes the same as its base.
     The backward treats the norm as a constant, and no kernel stores W + s·B·A. Without gradients
-    the norm is cached on a CPU; each call compares the weights with those that it was made of.
+    the norm is cached on a CPU. Each call compares the weights with those of the cached norm.
 
     Args are as in `LoRALinear`. Dropout applies to the adapter's branch alone; PEFT's layer applies
     it to the scaled base GEMM as well. Raises ValueError if a row of W is all zeros, because the
@@ -61,9 +61,11 @@ class DoRALinear(LoRALinear):
         weight = self._base_weight()
         lora_A, lora_B, scaling, gate, _ = super()._adapter(weight)
         norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=gate)
-        zero = (norm == 0).nonzero()
-        if zero.numel():
-            raise ValueError(f"weight: got row {int(zero[0])} all zeros, want a norm to divide by")
+        zero_rows = (norm == 0).nonzero()
+        if zero_rows.numel():
+            raise ValueError(
+                f"weight: got row {int(zero_rows[0])} all zeros, want a norm to divide by"
+            )
         self.magnitude.copy_(norm)
 
     def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
@@ -136,9 +138,9 @@ class AdaLoRALinear(LoRALinear):
         scores = scores.detach().to(self.rank_mask.device, torch.float64)
         if not scores.isfinite().all():
             raise ValueError("scores: got NaN or infinity in it, want finite values")
-        kept = scores > scores.quantile(quantile)
-        kept[scores.argmax()] = True
-        self.rank_mask.copy_(kept)
+        keep = scores > scores.quantile(quantile)
+        keep[scores.argmax()] = True
+        self.rank_mask.copy_(keep)
 
     def orthogonality(self) -> Tensor:
         """Return ‖BᵀB − I‖² + ‖AAᵀ − I‖² in Frobenius norms, differentiable, in float32.
@@ -151,8 +153,8 @@ class AdaLoRALinear(LoRALinear):
         return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
 
     def extra_repr(self) -> str:
-        kept = "" if self.rank_mask.is_meta else f", current_rank={self.current_rank}"
-        return super().extra_repr() + kept
+        rank = "" if self.rank_mask.is_meta else f", current_rank={self.current_rank}"
+        return super().extra_repr() + rank
 
 
 class StableLoRALinear(LoRALinear):
@@ -243,18 +245,18 @@ def lora_plus_parameter_groups(
     >>> [(len(group["params"]), group["lr"]) for group in groups]
     [(3, 0.5), (1, 8.0)]
     """
-    for name, number in (("lr", lr), ("ratio", ratio)):
-        if not number > 0:
-            raise ValueError(f"{name}: got {number}, want more than 0")
-    slow: list[nn.Parameter] = []
-    fast: list[nn.Parameter] = []
+    for name, value in (("lr", lr), ("ratio", ratio)):
+        if not value > 0:
+            raise ValueError(f"{name}: got {value}, want more than 0")
+    others: list[nn.Parameter] = []
+    lora_Bs: list[nn.Parameter] = []
     for name, param in model.named_parameters():
         if param.requires_grad:
             is_B = any(part in ("lora_B", "lora_embedding_B") for part in name.split("."))
-            (fast if is_B else slow).append(param)
-    if not fast:
+            (lora_Bs if is_B else others).append(param)
+    if not lora_Bs:
         raise ValueError("model: got none with a trainable lora_B, want one")
-    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+    return [{"params": others, "lr": lr}, {"params": lora_Bs, "lr": lr * ratio}]
 
 
 class HierarchicalLoRALinear(LoRALinear):

@@ -262,7 +262,7 @@ def test_norm_of_a_dora_is_kept_while_nothing_changes() -> None:
     norms = []
     for _ in range(2):
         fused(batch())
-        norms.append(up(fused).__dict__["_norm"]._kept[2])
+        norms.append(up(fused).__dict__["_norm"]._entry[2])
     assert norms[0] is norms[1]
 
 

@@ -461,7 +461,7 @@ def test_dora_layer_sees_a_changed_base() -> None:
         y = layer(x)  # with gradients, as in training
         scale = layer.magnitude / layer.weight.norm(dim=1)
         torch.testing.assert_close(y, (x @ layer.weight.t()) * scale)
-    assert layer._cache.norm._kept is None
+    assert layer._cache.norm._entry is None
 
 
 def test_dora_layer_sees_changed_4bit_codes() -> None:

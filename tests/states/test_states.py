@@ -147,7 +147,7 @@ def test_dora_norm_cache_of_a_base_with_gaps_keeps_nothing() -> None:
     args: dict[str, Any] = adapter(N, K) | {"weight": weight}
     cache = DoraNormCache()
     assert fingerprint(weight) is None
-    assert torch.equal(cache(**args), lora_kernels.dora_norm(**args)) and cache._kept is None
+    assert torch.equal(cache(**args), lora_kernels.dora_norm(**args)) and cache._entry is None
 
 
 def test_dora_norm_cache_with_gradients_computes_what_it_would_keep() -> None:
@@ -170,12 +170,12 @@ def test_dora_norm_cache_on_a_gpu_keeps_nothing() -> None:
     args: dict[str, Any] = adapter(N, K) | {"weight": drawn(N, K), "rank_gate": drawn(3)}
     cache = DoraNormCache()
     cache(**args)
-    assert cache._kept is not None
+    assert cache._entry is not None
     with as_on_gpu():
         cache(**args)
-    assert cache._kept is None
+    assert cache._entry is None
     cache(**{n: a.to("meta") if isinstance(a, Tensor) else a for n, a in args.items()})
-    assert cache._kept is None
+    assert cache._entry is None
 
 
 # A requantized layer -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..peft.kept import Kept, Tally, format_kept, name_of
-from ..peft.merge import written
+from ..peft.merge import written_parameters
 from ..peft.modules import is_linear4bit
 from ..quantization import Weight4bit, quantize_4bit
 from . import UsageError
@@ -120,7 +120,7 @@ def merge_adapter(
 
 def _merge(tally: Tally, name: str, layer: Any, dtype: torch.dtype, quant_type: str | None) -> None:
     """Let PEFT merge a layer in float32, and add what `dtype` and 4 bits keep of it."""
-    slot = next(iter(written(layer)), None)
+    slot = next(iter(written_parameters(layer)), None)
     if slot is None:
         return layer.merge(safe_merge=True)  # type: ignore[no-any-return]
     module, parameter = slot

@@ -1,7 +1,7 @@
 """PEFT's AdaLoRA layer with `lora_linear` as its forward: the scaled E is the rank gate.
 
-PEFT keeps allocating the rank budget, masking E, adding the orthogonality loss and saving: this
-code reads parameters and calls no layer.
+PEFT still allocates the rank budget, masks E, adds the orthogonality loss and saves. This code
+reads parameters and calls no layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.dtypes import to_dtype
 from .adapters import RowNames, svd_calls
 from .base import readable_weight
-from .linear import Fused, add_adapter, add_onto, result_dtype
+from .linear import Fused, add_adapter, add_update, result_dtype
 from .plan import Plan, plan_svd
 
 
@@ -32,17 +32,17 @@ class FusedSVD(Fused):
         if reason is not None:
             return cast(Tensor, super(Fused, self).forward(x, *args, **kwargs))
         base = cast(nn.Module, self._modules["base_layer"])
-        todo = self.calls(adapters, x, RowNames())
+        calls = self.calls(adapters, x, RowNames())
         if args or kwargs or base_reason is not None:
             y, is_fresh = self._call_base(base, x, *args, **kwargs)
             dtype = y.dtype
-            y = add_onto(y, is_fresh, x, None, todo.pop(0))
+            y = add_update(y, is_fresh, x, None, calls.pop(0))
         else:
             weight, compute_dtype = readable_weight(base, x)
-            y = add_adapter(x, weight, base._parameters["bias"], todo.pop(0), compute_dtype)
+            y = add_adapter(x, weight, base._parameters["bias"], calls.pop(0), compute_dtype)
             dtype = result_dtype(base, x, y)
-        for call in todo:
-            y = add_onto(y, True, x, None, call)
+        for call in calls:
+            y = add_update(y, True, x, None, call)
         return to_dtype(y, dtype)
 
     def plan(self, device: torch.device, x_dtype: torch.dtype, names: Any = None) -> Plan:

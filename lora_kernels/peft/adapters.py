@@ -23,28 +23,28 @@ class Adapter(NamedTuple):
 
 
 def adapters_of(layer: Any, names: Sequence[str] | None = None) -> list[Adapter]:
-    """Return the layer's adapters of these names, or without any the active ones."""
+    """Return the layer's adapters with these names, or its active adapters without names."""
     modules = cast(dict[str, Any], layer._modules)
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
-    found = [
+    adapters = [
         Adapter(name, lora_A[name], lora_B[name], layer.scaling[name], dropout[name])
         for name in names or layer.active_adapters
         if name in lora_A
     ]
-    return [_as_variant(layer, adapter) for adapter in found] if layer.lora_variant else found
+    return [_as_variant(layer, adapter) for adapter in adapters] if layer.lora_variant else adapters
 
 
 def _as_variant(layer: Any, adapter: Adapter) -> Adapter:
-    """Return the adapter with what PEFT's variant of LoRA adds to it."""
+    """Return the adapter with the fields of its variant of LoRA."""
     variant = variant_of(layer, adapter.name)
     if variant == KASA:
         return adapter._replace(diag=layer.lora_diag[adapter.name])
     return adapter._replace(is_alora=variant == ALORA)
 
 
-# PEFT's variants of LoRA for linear layers that a fused layer computes, beside DoRA. An older PEFT
-# lacks some, so they are known by name. MiCA is LoRA with lora_B frozen.
+# PEFT's variants of LoRA, other than DoRA, that a fused linear layer computes. They are recognized
+# by name, because an older PEFT lacks some. MiCA is LoRA with lora_B frozen.
 KASA, ALORA, MICA = "KasaLinearVariant", "ALoraLinearVariant", "MiCALinearVariant"
 
 
@@ -76,8 +76,8 @@ class MixedCall(NamedTuple):
 
 def calls(adapters: Sequence[Adapter], device_type: str, rows: int | None) -> list[Call]:
     """Return a call for each of the `groups` of adapters."""
-    found = groups(adapters, device_type, rows)
-    return [stack(group, dropout_p(group[0].dropout)) for group in found]
+    adapter_groups = groups(adapters, device_type, rows)
+    return [stack(group, dropout_p(group[0].dropout)) for group in adapter_groups]
 
 
 def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[Sequence[Any]]:
@@ -95,9 +95,9 @@ def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[
         return [adapters]
     if rows is not None and rows <= MANY_ROWS and is_on_gpu_path(device_type):
         return [[adapter] for adapter in adapters]
-    plain = [adapter for adapter in adapters if not dropout_p(adapter.dropout)]
-    masked: list[Sequence[Any]] = [[a] for a in adapters if dropout_p(a.dropout)]
-    return [plain, *masked] if plain else masked
+    without_dropout = [adapter for adapter in adapters if not dropout_p(adapter.dropout)]
+    with_dropout: list[Sequence[Any]] = [[a] for a in adapters if dropout_p(a.dropout)]
+    return [without_dropout, *with_dropout] if without_dropout else with_dropout
 
 
 def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
@@ -119,9 +119,9 @@ def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
 def casts_adapters(
     layer: Any, device_type: str, x_dtype: torch.dtype, rows: int | None = None
 ) -> bool:
-    """Return True if the layer rounds its adapters to a 16-bit x's dtype, as `fuse` was told to.
+    """Return True if the layer rounds its adapters to x's 16-bit dtype, by `fuse`'s cast_adapters.
 
-    rows: of x; None for many. Beside few rows a copy of the adapters would be the larger one.
+    rows: of x; None for many. For few rows a copy of the adapters would be larger than x's.
     """
     is_half = x_dtype in (torch.bfloat16, torch.float16)
     is_many = rows is None or rows > MANY_ROWS
@@ -140,9 +140,9 @@ class RowNames(NamedTuple):
     """The arguments of PEFT's forward that tell which rows of x have an adapter.
 
     Args:
-        names: adapter_names, an adapter for each x[i]; None if all have the active ones.
-        offsets: alora_offsets, for each x[i] how many of its last rows an aLoRA is active in. A
-            None in it, or instead of it, stands for 0.
+        names: adapter_names, an adapter for each x[i]; None if all rows have the active adapters.
+        offsets: alora_offsets, the number of last rows of each x[i] in which an aLoRA is active.
+            None, for one x[i] or for all, means 0.
     """
 
     names: Sequence[str] | None = None
@@ -150,24 +150,24 @@ class RowNames(NamedTuple):
 
 
 def calls_for(adapters: Sequence[Adapter], x: Tensor, rows: RowNames) -> list[Call | MixedCall]:
-    """Return the calls for x, whose rows may have an adapter each.
+    """Return the calls for x, each row of which may have its own adapter.
 
     An aLoRA that is active in every row shares the call of the other adapters.
     """
     if rows.names is not None:
         return [_mixed_call(adapters, rows, x)]
-    together, apart = list(adapters), [adapter for adapter in adapters if adapter.is_alora]
-    if apart and min(_active_rows(rows.offsets, x), default=0) == _length(x):
-        apart = []
-    if apart:
-        together = [adapter for adapter in adapters if not adapter.is_alora]
-    found: list[Call | MixedCall] = []
-    if together:
-        found += calls(together, x.device.type, x.shape[:-1].numel())
-    for adapter in apart:
+    shared, separate = list(adapters), [adapter for adapter in adapters if adapter.is_alora]
+    if separate and min(_active_rows(rows.offsets, x), default=0) == _length(x):
+        separate = []
+    if separate:
+        shared = [adapter for adapter in adapters if not adapter.is_alora]
+    all_calls: list[Call | MixedCall] = []
+    if shared:
+        all_calls += calls(shared, x.device.type, x.shape[:-1].numel())
+    for adapter in separate:
         names = [adapter.name] * x.shape[0]
-        found.append(_mixed_call([adapter], rows._replace(names=names), x))
-    return found
+        all_calls.append(_mixed_call([adapter], rows._replace(names=names), x))
+    return all_calls
 
 
 def _mixed_call(adapters: Sequence[Adapter], rows: RowNames, x: Tensor) -> MixedCall:
@@ -188,19 +188,19 @@ def _row_index(
     offsets: Sequence[int | None] | None,
     x: Tensor,
 ) -> Tensor:
-    """Return the place of each row's adapter, -1 for none, in x's leading shape."""
-    places = {adapter.name: e for e, adapter in enumerate(adapters)}
-    columns = -1, *[1] * (x.dim() - 2)
-    index = torch.tensor([places.get(name, -1) for name in names], device=x.device).view(columns)
+    """Return the index of each row's adapter, -1 for none, in x's leading shape."""
+    indices = {adapter.name: e for e, adapter in enumerate(adapters)}
+    shape = -1, *[1] * (x.dim() - 2)
+    index = torch.tensor([indices.get(name, -1) for name in names], device=x.device).view(shape)
     aloras = {adapter.name for adapter in adapters if adapter.is_alora}
     if aloras:
-        length, active = _length(x), _active_rows(offsets, x)
+        length, active_counts = _length(x), _active_rows(offsets, x)
         starts = [
             length - count if name in aloras else 0
-            for name, count in zip(names, active, strict=True)
+            for name, count in zip(names, active_counts, strict=True)
         ]
         row = torch.arange(length, device=x.device) if x.dim() == 3 else index.new_zeros(())
-        start = torch.tensor(starts, device=x.device).view(columns)
+        start = torch.tensor(starts, device=x.device).view(shape)
         index = index.where(row >= start, -1)
     return index.expand(x.shape[:-1])
 
@@ -211,14 +211,14 @@ def _length(x: Tensor) -> int:
 
 
 def _active_rows(offsets: Sequence[int | None] | None, x: Tensor) -> list[int]:
-    """Return for each sequence of x how many of its last rows an aLoRA is active in."""
+    """Return the number of last rows of each sequence of x in which an aLoRA is active."""
     if offsets is None:
         return [0] * x.shape[0]
     return [min(int(offset or 0), _length(x)) for offset in offsets]
 
 
 def gate_of(lora_A: Tensor, scaling: float | Tensor, diag: Tensor | None) -> Tensor:
-    """Return the factor of each of an adapter's ranks, [R]."""
+    """Return the scaling of each rank of an adapter, [R]."""
     R, dtype = lora_A.shape[0], torch.promote_types(lora_A.dtype, torch.float32)
     if isinstance(scaling, Tensor):
         gate = scaling.to(lora_A.device, dtype).expand(R)
@@ -264,9 +264,9 @@ def svd_adapters_of(layer: Any) -> list[SVDAdapter]:
         modules[name]._parameters for name in ("lora_A", "lora_B", "lora_E", "ranknum")
     )
     dropout = modules["lora_dropout"]._modules
-    parts = (lora_A, lora_B, lora_E, ranknum, layer.scaling, dropout)
+    mappings = (lora_A, lora_B, lora_E, ranknum, layer.scaling, dropout)
     return [
-        SVDAdapter(name, *(part[name] for part in parts))
+        SVDAdapter(name, *(mapping[name] for mapping in mappings))
         for name in layer.active_adapters
         if name in lora_A
     ]
@@ -274,8 +274,8 @@ def svd_adapters_of(layer: Any) -> list[SVDAdapter]:
 
 def svd_calls(adapters: Sequence[SVDAdapter], device_type: str, rows: int | None) -> list[Call]:
     """Return a call for each of the `groups` of adapters."""
-    found = groups(adapters, device_type, rows)
-    return [_stack_svd(group, dropout_p(group[0].dropout)) for group in found]
+    adapter_groups = groups(adapters, device_type, rows)
+    return [_stack_svd(group, dropout_p(group[0].dropout)) for group in adapter_groups]
 
 
 def _stack_svd(adapters: Sequence[SVDAdapter], dropout_p: float) -> Call:

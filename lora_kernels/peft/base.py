@@ -13,9 +13,9 @@ from .modules import is_conv1d, is_linear4bit
 
 
 def missing_layers(model: nn.Module, remedy: str) -> ValueError:
-    """Return the error for a model without LoRA layers, which names the method of a PEFT model."""
+    """Return the error for a model without LoRA layers. It names a PEFT model's method."""
     configs = getattr(model, "peft_config", None)
-    methods = sorted({each.peft_type.value for each in configs.values()}) if configs else []
+    methods = sorted({config.peft_type.value for config in configs.values()}) if configs else []
     if methods:
         got, want = (
             f"a PEFT model of {' and '.join(methods)} without LoRA layers",

@@ -18,23 +18,23 @@ _FORWARD = library_forward(Linear4bit)
 class MergeLoss(NamedTuple):
     """The relative error ‖W̃' − (W̃ + ΔW)‖ of merging ΔW into a 4-bit weight W̃, giving W̃'."""
 
-    of_weight: float  # divided by ‖W̃ + ΔW‖
-    of_adapter: float  # divided by ‖ΔW‖
+    relative_to_weight: float  # error / ‖W̃ + ΔW‖
+    relative_to_adapter: float  # error / ‖ΔW‖
 
     def __str__(self) -> str:
         return (
-            f"rounding to 4 bits again moved the weight by {self.of_weight:.1%}, "
-            f"{self.of_adapter:.2g} times what the adapter changes"
+            f"rounding to 4 bits again moved the weight by {self.relative_to_weight:.1%}, "
+            f"{self.relative_to_adapter:.2g} times what the adapter changes"
         )
 
 
 def readable_weight4bit(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
-    """Return the base's weight, and the dtype in which its own forward would multiply this x.
+    """Return the base's weight, and the dtype in which the base's forward would multiply this x.
 
     The weight is decoded to a dense tensor if x is float64, because no kernel decodes to float64.
 
-    The packed codes are read in place. bitsandbytes' forward is not called: in eval mode on a CPU
-    it repacks the codes for its kernel and loses their scales.
+    The packed codes are read in place. bitsandbytes' forward is not called, because in eval mode on
+    a CPU it repacks the codes for its kernel and loses their scales.
     """
     if not linear.compute_type_is_set:  # bitsandbytes' forward sets it too
         linear.set_compute_type(x)

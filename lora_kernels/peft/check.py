@@ -41,12 +41,12 @@ OK, WRONG, UNKNOWN = "✓", "✗", "–"
 _FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
 # PEFT adds names of heads to `modules_to_save` for these tasks, whether the model has them or not.
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-# The relative error of a weight that is merged and quantized again. NF4's is 0.09 and FP4's 0.13
-# for normal weights, int8's 0.01; twice that, for weights with outliers.
+# Bits -> a limit of the relative error of a weight that is merged and quantized again. For normal
+# weights the error is 0.09 in NF4, 0.13 in FP4 and 0.01 in int8. Twice that allows for outliers.
 _REQUANTIZED = {4: 0.25, 8: 0.03}
-# The order of experts is decided from this many standard errors on, and pairs of columns: of fewer
-# pairs the standard error itself is uncertain.
-_SIGMAS, _PAIRS = 4.0, 30
+# Minimum numbers of standard errors and of pairs of columns to decide the order of experts. With
+# fewer pairs the standard error itself is uncertain.
+_MIN_SIGMAS, _MIN_PAIRS = 4.0, 30
 
 
 class CheckRow(NamedTuple):
@@ -59,8 +59,8 @@ class CheckRow(NamedTuple):
         scaling: the scaling is that of the configuration.
         merge: merging by PEFT gives the unmerged output within the merge's rounding.
         file: the saved file has the adapter's keys and loads to the same bits.
-        experts: the columns of an experts' lora_B have the order that PEFT reads. "–" also if they
-            do not tell, as before training.
+        experts: the columns of an experts' lora_B have the order that PEFT reads. "–" also if the
+            order is undecided, as before training.
         reason: the reasons of "✗", and of some "–".
     """
 
@@ -86,12 +86,12 @@ class Check:
         rows: a `CheckRow` for each LoRA layer.
         problems: faults that belong to no layer, such as a target that matches nothing.
         change: the relative change of the model's output by the adapter, of norms.
-        merge_error: the error of a merged layer's output relative to the part of it that is the
-            adapter's, the median of all layers.
-        untrained: whether all adapters are as at their start. Random values stood in for the
-            matrices that are 0 then.
-        kept: for each kind of layer, what a merge into the base's own format keeps of the update;
-            empty if `untrained`. A share below 0.9 is a warning, and no fault.
+        merge_error: the error of a merged layer's output relative to the adapter's part of the
+            output; the median of all layers.
+        untrained: whether all adapters have their initial values. The check then uses random values
+            for the matrices that are 0.
+        kept: for each kind of layer, the share of the update that a merge into the base's own
+            format keeps; empty if `untrained`. A share below 0.9 is a warning, and no fault.
     """
 
     rows: list[CheckRow]
@@ -121,9 +121,9 @@ class Check:
 
     def summary(self) -> str:
         """Return the numbers of layers and faults in one line."""
-        wrong, n = sum(not row.ok for row in self.rows), len(self.problems)
+        faulty, n = sum(not row.ok for row in self.rows), len(self.problems)
         layers = "1 LoRA layer" if len(self.rows) == 1 else f"{len(self.rows)} LoRA layers"
-        text = f"{layers}, {wrong} with a fault"
+        text = f"{layers}, {faulty} with a fault"
         return f"{text}, {n} other fault{'s' * (n > 1)}" if n else text
 
     def __str__(self) -> str:
@@ -133,8 +133,8 @@ class Check:
         elif self.merge_error:
             figures += f"; merging is off by {self.merge_error:.2g} of a layer's adapter (median)"
         table = format_table(CheckRow._fields, group_rows(self.rows))
-        kept = [format_kept(self.kept)] if self.kept else []
-        return "\n".join([table, figures, *kept, *self.problems, self.summary()])
+        kept_table = [format_kept(self.kept)] if self.kept else []
+        return "\n".join([table, figures, *kept_table, *self.problems, self.summary()])
 
     __repr__ = __str__
 
@@ -142,19 +142,24 @@ class Check:
 def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> Check:
     """Check that each active adapter of a PEFT model trains, works, merges, saves and loads.
 
-    The model may be fused or not. For each LoRA layer: a gradient reaches the adapter's matrices in
-    a training step, also once lora_B is no longer 0, and passes the base to the layers before it,
-    which some inference-only formats stop; the adapter changes the layer's output; its
-    scaling is the configuration's; merging gives the unmerged output within rounding; the file that
-    PEFT saves has the adapter's keys and loads to the same bits; and experts' lora_B has the order
-    that PEFT reads. Each target in the configuration has to match a module.
+    The model may be fused or not. The checks of each LoRA layer are:
+
+    - A gradient reaches the adapter's matrices in a training step, also once lora_B is no longer 0.
+      It passes the base to the earlier layers, which some inference-only formats prevent.
+    - The adapter changes the layer's output.
+    - The scaling is that of the configuration.
+    - Merging gives the unmerged output within rounding.
+    - The file that PEFT saves has the adapter's keys and loads to the same bits.
+    - The lora_B of experts has the order that PEFT reads.
+
+    Each target in the configuration has to match a module.
 
     An untrained adapter is checked with random values in place of zeros. Merging, into a copy of
     one layer at a time, is checked twice: with the adapter's scaling, and with a scaling that makes
     the adapter's part as large as the base's.
 
-    It takes a training step without an update, two forwards without gradients, a save and a load.
-    Afterwards the model is what it was, also after an exception: parameters, gradients, modes,
+    The check runs a training step without an update, two forwards without gradients, a save and a
+    load. Afterwards, also after an exception, the model is unchanged: parameters, gradients, modes,
     adapters, hooks, configurations, `requires_grad` and the state of the random generators.
 
     Args:
@@ -184,7 +189,7 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
     if not isinstance(model, PeftModel):
         got = type(model).__name__
         raise TypeError(f"model: got {got}, want a peft.PeftModel, before DDP or FSDP wraps it")
-    layers = [_Layer(name, layer) for name, layer, _ in lora_layers(model)]
+    layers = [_LayerRecord(name, layer) for name, layer, _ in lora_layers(model)]
     if not layers:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
     adapters = list(dict.fromkeys(name for layer in layers for name in layer.names))
@@ -196,7 +201,7 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
     if any(layer.layer.merged for layer in layers):  # the disabled layer would unmerge in place
         raise ValueError("model: an adapter is merged, want none: call model.unmerge_adapter()")
 
-    with torch.inference_mode(False), _restored(model):
+    with torch.inference_mode(False), _restore_at_exit(model):
         problems = [text for adapter in adapters for text in _unmatched(model, adapter)]
         _check_scaling(model, layers)
         frozen = _check_frozen(model, layers)
@@ -204,7 +209,7 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
         for adapter in adapters:
             problems += _check_file(model, layers, adapter, saved)
         _replace_tensors(model, adapters)
-        untrained = [_fill_in(layers, adapter, saved is not None) for adapter in adapters]
+        untrained = [_fill_zeros(layers, adapter, saved is not None) for adapter in adapters]
         change = _check_outputs(model, layers, batch)
         _check_gradients(model, layers, batch, frozen)
         if change == 0.0:
@@ -219,8 +224,8 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
     return Check(rows, problems, change, error, all(untrained), tally.rows())
 
 
-class _Layer:
-    """A LoRA layer and what is known of it."""
+class _LayerRecord:
+    """A LoRA layer with the results of its checks."""
 
     def __init__(self, name: str, layer: Any) -> None:
         self.name, self.layer = name, layer
@@ -233,11 +238,11 @@ class _Layer:
         self.merge_error = 0.0
         self.is_called = self.has_effect = False
 
-    def is_ok(self, column: str) -> None:
+    def mark_ok(self, column: str) -> None:
         if self.verdicts[column] != WRONG:
             self.verdicts[column] = OK
 
-    def is_wrong(self, column: str, reason: str) -> None:
+    def mark_wrong(self, column: str, reason: str) -> None:
         self.verdicts[column] = WRONG
         self.note(reason)
 
@@ -249,28 +254,28 @@ class _Layer:
         return CheckRow(self.name, **self.verdicts, reason="; ".join(self.reasons))
 
     def factors(self, adapter: str) -> dict[str, Tensor]:
-        """Return the adapter's matrices by the names of their kinds."""
-        found: dict[str, Tensor] = {}
+        """Return the adapter's matrices, by the names in `_FACTORS`."""
+        matrices: dict[str, Tensor] = {}
         for kind in _FACTORS:
-            part = getattr(self.layer, kind, None)
-            if part is not None and adapter in part:
-                p = part[adapter]
-                found[kind] = p if isinstance(p, Tensor) else p.weight
-        return found
+            parameters = getattr(self.layer, kind, None)
+            if parameters is not None and adapter in parameters:
+                p = parameters[adapter]
+                matrices[kind] = p if isinstance(p, Tensor) else p.weight
+        return matrices
 
 
 # Leave the model as it was
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore every module's attributes, the configurations and the random state at the end.
+def _restore_at_exit(model: nn.Module) -> Iterator[None]:
+    """Restore every module's attributes, the configurations and the random state at exit.
 
-    Attributes are restored to the objects that they were, and dictionaries, lists and sets among
-    them to the elements that they had. Tensors must not be written: see `_replace_tensors`.
+    Each attribute gets its former object back. Dictionaries, lists and sets get their former
+    elements back. Tensors are not restored, so they must not be written: see `_replace_tensors`.
     """
-    held: list[Any] = [*model.modules(), *model.peft_config.values()]  # type: ignore[operator]
-    kept = [(each, type(each), dict(vars(each)), _contents(each)) for each in held]
+    objects: list[Any] = [*model.modules(), *model.peft_config.values()]  # type: ignore[operator]
+    snapshots = [(obj, type(obj), dict(vars(obj)), _contents(obj)) for obj in objects]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
@@ -281,39 +286,39 @@ def _restored(model: nn.Module) -> Iterator[None]:
         random.setstate(states[0])
         if numpy:
             numpy.random.set_state(states[1])
-        for each, cls, attributes, contents in kept:
-            if type(each) is not cls:
-                each.__class__ = cls
-            now = vars(each)
-            for name in now.keys() - attributes.keys():
-                del now[name]
-            now.update(attributes)
+        for obj, cls, attributes, contents in snapshots:
+            if type(obj) is not cls:
+                obj.__class__ = cls
+            current = vars(obj)
+            for name in current.keys() - attributes.keys():
+                del current[name]
+            current.update(attributes)
             for container, elements in contents:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(elements)
 
 
-def _contents(owner: Any) -> list[tuple[Any, Any]]:
+def _contents(obj: Any) -> list[tuple[Any, Any]]:
     """Return the containers among an object's attributes, each with a copy."""
     kinds = (dict, OrderedDict, list, set)
-    return [(value, value.copy()) for value in vars(owner).values() if type(value) in kinds]
+    return [(value, value.copy()) for value in vars(obj).values() if type(value) in kinds]
 
 
 def _replace_tensors(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Put others in the place of tensors that a training step or the check writes to.
+    """Replace the tensors that a training step or the check writes to.
 
-    Parameters that train or are an adapter's get stand-ins with the same memory, which have
-    gradients and hooks of their own, and to which other values can be given by `.data`. Floating
-    and scalar buffers, such as those of batch norm, are copied.
+    Parameters that train or belong to an adapter are replaced by parameters with the same memory,
+    but with their own gradients and hooks. Assigning `.data` gives these other values. Floating and
+    scalar buffers, such as those of batch norm, are copied.
     """
-    wanted = {id(p) for a in adapters for p in _adapter_parameters(model, a).values()}
-    stand_ins: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    adapter_ids = {id(p) for a in adapters for p in _adapter_parameters(model, a).values()}
+    replacements: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for key, p in module._parameters.items():
-            if p is not None and (p.requires_grad or id(p) in wanted):
-                if id(p) not in stand_ins:
-                    stand_ins[id(p)] = nn.Parameter(p.data, requires_grad=p.requires_grad)
-                module._parameters[key] = stand_ins[id(p)]
+            if p is not None and (p.requires_grad or id(p) in adapter_ids):
+                if id(p) not in replacements:
+                    replacements[id(p)] = nn.Parameter(p.data, requires_grad=p.requires_grad)
+                module._parameters[key] = replacements[id(p)]
         for key, b in module._buffers.items():
             if b is not None and (b.is_floating_point() or not b.dim()):
                 module._buffers[key] = b.detach().clone()
@@ -321,7 +326,7 @@ def _replace_tensors(model: nn.Module, adapters: Sequence[str]) -> None:
 
 def _adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Return the parameters that a saved adapter holds, by their names in the model."""
-    found = {}
+    parameters = {}
     wrappers: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     for name, module in model.named_modules():
         if isinstance(module, wrappers):
@@ -329,8 +334,8 @@ def _adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Paramete
             others = {"base_layer", "original_module", *getattr(module, "other_param_names", ())}
             for key, p in module.named_parameters(remove_duplicate=False):
                 if adapter in (parts := key.split(".")) and not others & set(parts):
-                    found[f"{name}.{key}"] = p
-    return found
+                    parameters[f"{name}.{key}"] = p
+    return parameters
 
 
 # The configuration
@@ -349,9 +354,9 @@ def _unmatched(model: Any, adapter: str) -> Iterator[str]:
             modules.append(name)
     targets = config.target_modules
     for target in sorted(targets) if isinstance(targets, set | list | tuple) else ():
-        alone = copy.copy(config)
-        alone.target_modules = {target}
-        if not any(check_target_module_exists(alone, key) for key in modules):
+        single_target = copy.copy(config)
+        single_target.target_modules = {target}
+        if not any(check_target_module_exists(single_target, key) for key in modules):
             yield f"target_modules: {target!r} matches nothing"
     for target in getattr(config, "target_parameters", None) or ():
         if not any(f".{key}".endswith(f".{target}") for key in parameters):
@@ -378,18 +383,20 @@ def _parameter_key(name: str, wrapper: Any) -> str:
     return ".".join([*path, wrapper.parameter_name])
 
 
-def _check_scaling(model: Any, layers: Sequence[_Layer]) -> None:
-    for each in layers:
-        key = each.name.removeprefix("base_model.model.")
-        if isinstance(each.layer, ParamWrapper):
-            key = _parameter_key(key, each.layer)
-        for adapter in each.names:
+def _check_scaling(model: Any, layers: Sequence[_LayerRecord]) -> None:
+    for record in layers:
+        key = record.name.removeprefix("base_model.model.")
+        if isinstance(record.layer, ParamWrapper):
+            key = _parameter_key(key, record.layer)
+        for adapter in record.names:
             want = _configured_scaling(model.peft_config[adapter], key)
-            got = float(each.layer.scaling[adapter])
+            got = float(record.layer.scaling[adapter])
             if math.isclose(got, want, rel_tol=1e-6):
-                each.is_ok("scaling")
+                record.mark_ok("scaling")
             else:
-                each.is_wrong("scaling", f"scaling {got:.4g}, the configuration says {want:.4g}")
+                record.mark_wrong(
+                    "scaling", f"scaling {got:.4g}, the configuration says {want:.4g}"
+                )
 
 
 def _configured_scaling(config: Any, key: str) -> float:
@@ -404,63 +411,67 @@ def _configured_scaling(config: Any, key: str) -> float:
     return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
-def _check_frozen(model: Any, layers: Sequence[_Layer]) -> set[tuple[str, str]]:
-    """Return the adapters and the matrices, "A", "B" or "E", that a method freezes.
+def _check_frozen(model: Any, layers: Sequence[_LayerRecord]) -> set[tuple[str, str]]:
+    """Return (adapter, kind) of the matrices that a method freezes, of kind "A", "B" or "E".
 
-    LoRA-FA freezes lora_A of every layer, and MiCA lora_B, which is not 0 there. Other frozen
-    matrices are wrong, unless the adapter was loaded for inference.
+    LoRA-FA freezes lora_A of every layer. MiCA freezes lora_B, which is not 0 there. Other frozen
+    matrices are faults, unless the adapter was loaded for inference.
     """
-    meant: set[tuple[str, str]] = set()
-    for adapter in {name for each in layers for name in each.names}:
+    frozen_kinds: set[tuple[str, str]] = set()
+    for adapter in {name for record in layers for name in record.names}:
         if model.peft_config[adapter].inference_mode:
             continue
-        found = [(each, kind, p) for each in layers for kind, p in each.factors(adapter).items()]
-        trained = {kind[-1] for _, kind, p in found if p.requires_grad}
-        for each, kind, p in found:
+        matrices = [
+            (record, kind, p) for record in layers for kind, p in record.factors(adapter).items()
+        ]
+        trained_kinds = {kind[-1] for _, kind, p in matrices if p.requires_grad}
+        for record, kind, p in matrices:
             if p.requires_grad:
                 continue
-            if trained and kind[-1] not in trained and p.any():
-                meant.add((adapter, kind[-1]))
-                each.note(f"{kind} is frozen in every layer")
+            if trained_kinds and kind[-1] not in trained_kinds and p.any():
+                frozen_kinds.add((adapter, kind[-1]))
+                record.note(f"{kind} is frozen in every layer")
             else:
-                each.is_wrong("gradient", f"{kind} is frozen")
-    return meant
+                record.mark_wrong("gradient", f"{kind} is frozen")
+    return frozen_kinds
 
 
 # Experts
 
 
-def _check_experts(layers: Sequence[_Layer]) -> None:
+def _check_experts(layers: Sequence[_LayerRecord]) -> None:
     """Check the order of lora_B's columns by their directions.
 
-    In training each column of an expert's B moves within the span of the same tokens' gradients, so
-    the columns of an expert point in more similar directions than those of different experts. PEFT
-    reads column j·E + e as rank j of expert e. If columns e·r + j are more alike instead, the file
-    was written in that order. All layers of a kind decide together, by standard errors.
+    In training each column of an expert's B moves within the span of the same tokens' gradients.
+    So the columns of one expert have more similar directions than those of different experts. PEFT
+    reads column j·E + e as rank j of expert e. If columns e·r + j are more similar instead, the
+    file was written in that order. The scores of all layers of a kind are added.
     """
-    kinds: dict[tuple[str, str], list[_Layer]] = {}
-    for each in layers:
-        for adapter in each.names if isinstance(each.layer, ParamWrapper) else ():
-            kinds.setdefault((adapter, each.layer.parameter_name), []).append(each)
+    kinds: dict[tuple[str, str], list[_LayerRecord]] = {}
+    for record in layers:
+        for adapter in record.names if isinstance(record.layer, ParamWrapper) else ():
+            kinds.setdefault((adapter, record.layer.parameter_name), []).append(record)
     for (adapter, _), members in kinds.items():
         scores, pairs = [], 0
-        for each in members:
-            B, E = each.layer.lora_B[adapter].weight.detach().float(), each.layer.num_experts
+        for record in members:
+            B, E = record.layer.lora_B[adapter].weight.detach().float(), record.layer.num_experts
             N, r = B.shape[0], B.shape[1] // E
             if E < 2 or r < 2 or not B.any():
                 continue  # with one expert or rank both orders are the same
-            read = _squared_cosines(B.reshape(N, r, E).permute(2, 1, 0))
-            other = _squared_cosines(B.reshape(N, E, r).permute(1, 2, 0))
-            spread = (read.var() / read.numel() + other.var() / other.numel()).sqrt()
-            scores.append(float((other.mean() - read.mean()) / spread))
-            pairs += read.numel()
+            peft_order = _squared_cosines(B.reshape(N, r, E).permute(2, 1, 0))
+            expert_order = _squared_cosines(B.reshape(N, E, r).permute(1, 2, 0))
+            standard_error = (
+                peft_order.var() / peft_order.numel() + expert_order.var() / expert_order.numel()
+            ).sqrt()
+            scores.append(float((expert_order.mean() - peft_order.mean()) / standard_error))
+            pairs += peft_order.numel()
         score = sum(scores) / math.sqrt(max(1, len(scores)))
-        for each in members if pairs >= _PAIRS else ():
-            if score > _SIGMAS:
+        for record in members if pairs >= _MIN_PAIRS else ():
+            if score > _MIN_SIGMAS:
                 reason = "lora_B looks stacked expert by expert, PEFT reads it rank by rank"
-                each.is_wrong("experts", reason)
-            elif score < -_SIGMAS:
-                each.is_ok("experts")
+                record.mark_wrong("experts", reason)
+            elif score < -_MIN_SIGMAS:
+                record.mark_ok("experts")
 
 
 def _squared_cosines(vectors: Tensor) -> Tensor:
@@ -475,10 +486,10 @@ def _squared_cosines(vectors: Tensor) -> Tensor:
 
 
 def _check_file(
-    model: Any, layers: Sequence[_Layer], adapter: str, saved: str | Path | None
+    model: Any, layers: Sequence[_LayerRecord], adapter: str, saved: str | Path | None
 ) -> list[str]:
-    """Save the adapter, unless it is saved, load it in place of NaN, and compare the bits."""
-    before = {name: p.data for name, p in _adapter_parameters(model, adapter).items()}
+    """Save the adapter, unless `saved` is given, load it over NaN, and compare the bits."""
+    saved_values = {name: p.data for name, p in _adapter_parameters(model, adapter).items()}
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -488,48 +499,54 @@ def _check_file(
                 model.save_pretrained(folder, selected_adapters=[adapter])
                 path = path / adapter if adapter != "default" else path
             state = load_peft_weights(str(path), device="cpu")
-            with _restored(model):
+            with _restore_at_exit(model):
                 _replace_tensors(model, [adapter])
-                own = _adapter_parameters(model, adapter)
-                written = {id(p) for p in own.values()}
-                for p in own.values():
+                parameters = _adapter_parameters(model, adapter)
+                written_ids = {id(p) for p in parameters.values()}
+                for p in parameters.values():
                     p.data = torch.full_like(p.data, math.nan if p.is_floating_point() else -1)
-                # A file with embeddings writes to the base: to copies, here.
+                # Loading a file with embeddings writes to the base, so copy these parameters.
                 for name, module in model.named_modules():
                     for key, q in module._parameters.items():
-                        if f"{name}.{key}" in state and id(q) not in written:
+                        if f"{name}.{key}" in state and id(q) not in written_ids:
                             module._parameters[key] = nn.Parameter(q.data.clone(), False)
                 result: Any = set_peft_model_state_dict(model, state, adapter)
-                after = {name: p.data for name, p in own.items()}
+                loaded_values = {name: p.data for name, p in parameters.items()}
         except Exception as error:
             text = str(error).partition("\n")[0]
             problems.append(f"{adapter}: saving and loading raises {type(error).__name__}: {text}")
-            for each in layers:
-                each.verdicts["file"] = WRONG if adapter in each.names else each.verdicts["file"]
+            for record in layers:
+                record.verdicts["file"] = (
+                    WRONG if adapter in record.names else record.verdicts["file"]
+                )
             return problems
     if result.unexpected_keys:
-        first, n = result.unexpected_keys[0], len(result.unexpected_keys)
-        problems.append(f"{adapter}: the model has no parameter for {n} keys of the file: {first}")
-    lost = {name: _difference(after[name], before[name]) for name in before}
-    for name, reason in lost.items():
+        first_key, n = result.unexpected_keys[0], len(result.unexpected_keys)
+        problems.append(
+            f"{adapter}: the model has no parameter for {n} keys of the file: {first_key}"
+        )
+    differences = {
+        name: _difference(loaded_values[name], saved_values[name]) for name in saved_values
+    }
+    for name, reason in differences.items():
         owner = max(
-            (each for each in layers if name.startswith(f"{each.name}.")),
-            key=lambda each: len(each.name),
+            (record for record in layers if name.startswith(f"{record.name}.")),
+            key=lambda record: len(record.name),
             default=None,
         )
         if owner is None and reason:
             problems.append(f"{adapter}: {name} {reason}")
         elif owner is not None and reason:
-            owner.is_wrong("file", f"{name.removeprefix(owner.name + '.')} {reason}")
+            owner.mark_wrong("file", f"{name.removeprefix(owner.name + '.')} {reason}")
         elif owner is not None:
-            owner.is_ok("file")
+            owner.mark_ok("file")
     return problems
 
 
-def _difference(after: Tensor, before: Tensor) -> str | None:
-    if torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (after, before))):
+def _difference(loaded: Tensor, original: Tensor) -> str | None:
+    if torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (loaded, original))):
         return None
-    if after.is_floating_point() and after.isnan().all():
+    if loaded.is_floating_point() and loaded.isnan().all():
         return "is not in the file"
     return "loads to other values"
 
@@ -537,87 +554,87 @@ def _difference(after: Tensor, before: Tensor) -> str | None:
 # The training step and the outputs
 
 
-def _fill_in(layers: Sequence[_Layer], adapter: str, is_trained: bool) -> bool:
+def _fill_zeros(layers: Sequence[_LayerRecord], adapter: str, is_trained: bool) -> bool:
     """Give random values to matrices of zeros or with NaN; return True if the adapter is untrained.
 
-    Every layer of an untrained adapter has a matrix of zeros. Otherwise it is a fault. One NaN
-    would make the outputs and gradients of all layers NaN.
+    Every layer of an untrained adapter has a matrix of zeros. In a trained adapter such a matrix is
+    a fault. NaN is replaced, because one NaN makes the outputs and gradients of all layers NaN.
     """
     generator = torch.Generator().manual_seed(0)
-    members = [each for each in layers if adapter in each.names]
-    zeros = [not all(p.any() for p in each.factors(adapter).values()) for each in members]
+    records = [record for record in layers if adapter in record.names]
+    zeros = [not all(p.any() for p in record.factors(adapter).values()) for record in records]
     is_untrained = all(zeros) and not is_trained
-    for each in members:
-        for kind, p in each.factors(adapter).items():
+    for record in records:
+        for kind, p in record.factors(adapter).items():
             is_finite = bool(p.isfinite().all())
             if is_finite and p.any():
                 continue
             p.data = (0.02 * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype)
             if not is_finite:
-                each.is_wrong("effect", f"{kind} is not finite")
+                record.mark_wrong("effect", f"{kind} is not finite")
             elif kind == "lora_E" and not is_untrained:
-                each.note("AdaLoRA has pruned all ranks")
+                record.note("AdaLoRA has pruned all ranks")
             elif not is_untrained:
-                each.is_wrong("effect", f"{kind} is 0")
+                record.mark_wrong("effect", f"{kind} is 0")
     return is_untrained
 
 
 def _check_gradients(
-    model: Any, layers: Sequence[_Layer], batch: Any, frozen: set[tuple[str, str]]
+    model: Any, layers: Sequence[_LayerRecord], batch: Any, frozen: set[tuple[str, str]]
 ) -> None:
-    """Take a training step, without an update."""
+    """Check the gradients of a training step without an update."""
     for module in model.modules():
         module.training = True  # not `train()`, which classes override
-    wanted = []
-    for each in layers:
-        for adapter in each.names:
-            for kind, p in each.factors(adapter).items():
+    trained = []
+    for record in layers:
+        for adapter in record.names:
+            for kind, p in record.factors(adapter).items():
                 if model.peft_config[adapter].inference_mode:
                     p.requires_grad_(True)
                 if p.requires_grad and (adapter, kind[-1]) not in frozen:
-                    wanted.append((each, kind, p))
+                    trained.append((record, kind, p))
     with torch.enable_grad(), ExitStack() as stack:
-        for each in layers:
-            _watch_base(each, stack)
+        for record in layers:
+            _watch_base(record, stack)
         loss = _loss(_call(model, batch))
         if loss.requires_grad:
             loss.backward()
-    for each, kind, p in wanted:
+    for record, kind, p in trained:
         if p.grad is not None and not p.grad.isfinite().all():
-            each.is_wrong("gradient", f"the gradient of {kind} is not finite")
+            record.mark_wrong("gradient", f"the gradient of {kind} is not finite")
         elif p.grad is not None and p.grad.any():
-            each.is_ok("gradient")
-        elif each.is_called or each.layer.disable_adapters:
-            each.is_wrong("gradient", f"no gradient reaches {kind}")
+            record.mark_ok("gradient")
+        elif record.is_called or record.layer.disable_adapters:
+            record.mark_wrong("gradient", f"no gradient reaches {kind}")
         else:
-            each.is_wrong("gradient", "the batch does not reach it")
+            record.mark_wrong("gradient", "the batch does not reach it")
 
 
-def _watch_base(each: _Layer, stack: ExitStack) -> None:
-    """Note a base that is called and whose result has no graph, though x needs a gradient."""
-    base, factors = each.layer.get_base_layer(), [each.factors(name) for name in each.names]
-    device = next((p.device for found in factors for p in found.values()), None)
-    if isinstance(each.layer, ParamWrapper) or isinstance(base, nn.Embedding) or device is None:
+def _watch_base(record: _LayerRecord, stack: ExitStack) -> None:
+    """Mark a base that is called and returns a result without a graph, if x needs a gradient."""
+    base, factors = record.layer.get_base_layer(), [record.factors(name) for name in record.names]
+    device = next((p.device for matrices in factors for p in matrices.values()), None)
+    if isinstance(record.layer, ParamWrapper) or isinstance(base, nn.Embedding) or device is None:
         return
     if unreadable_reason(base, device) is None:
-        return  # it is not called
+        return  # a fused layer reads this base and does not call it
 
     def watch(module: nn.Module, args: Any, y: Any) -> Any:
         if not (isinstance(y, Tensor) and args and isinstance(args[0], Tensor)):
             return None
         if y.requires_grad or not args[0].requires_grad:
             return None
-        each.is_wrong(
+        record.mark_wrong(
             "gradient",
             f"its base {type(module).__name__} passes no gradient on: gradients of the layers "
             "before it lack the base's part",
         )
-        return y.detach().requires_grad_()  # for which a fused layer does not raise
+        return y.detach().requires_grad_()  # without a graph a fused layer would raise
 
     stack.callback(base.register_forward_hook(watch).remove)
 
 
-def _check_outputs(model: Any, layers: Sequence[_Layer], batch: Any) -> float:
+def _check_outputs(model: Any, layers: Sequence[_LayerRecord], batch: Any) -> float:
     """Compare each layer's output with and without its adapter, and merged.
 
     Returns the relative change of the model's output by the adapters.
@@ -636,30 +653,32 @@ def _check_outputs(model: Any, layers: Sequence[_Layer], batch: Any) -> float:
         handles.append(members[0].layer.register_forward_hook(measure, with_kwargs=True))
     with torch.no_grad():
         try:
-            on = _tensor(_call(model, batch))
+            with_adapters = _tensor(_call(model, batch))
         finally:
             for handle in handles:
                 handle.remove()
-        with _disabled(layers):
-            off = _tensor(_call(model, batch))
-    for each in layers:
-        if each.is_called and each.has_effect:
-            each.is_ok("effect")
-        elif each.is_called:
-            disabled = each.layer.disable_adapters
+        with _disable(layers):
+            without_adapters = _tensor(_call(model, batch))
+    for record in layers:
+        if record.is_called and record.has_effect:
+            record.mark_ok("effect")
+        elif record.is_called:
+            disabled = record.layer.disable_adapters
             reason = "the adapters are disabled" if disabled else "the adapter has no effect"
-            each.is_wrong("effect", reason)
-    return _norm(on - off) / max(_norm(off), torch.finfo(torch.float32).tiny)
+            record.mark_wrong("effect", reason)
+    return _norm(with_adapters - without_adapters) / max(
+        _norm(without_adapters), torch.finfo(torch.float32).tiny
+    )
 
 
-def _units(layers: Sequence[_Layer]) -> list[list[_Layer]]:
-    """Return the layers that are called together: PEFT nests those of one experts module."""
-    by_layer = {each.layer: each for each in layers}
-    inner = {each.layer.base_layer for each in layers}
+def _units(layers: Sequence[_LayerRecord]) -> list[list[_LayerRecord]]:
+    """Return the layers in groups that are called together: PEFT nests those of one module."""
+    by_layer = {record.layer: record for record in layers}
+    nested = {record.layer.base_layer for record in layers}
     units = []
-    for each in layers:
-        if each.layer not in inner and each.names:
-            members, layer = [], each.layer
+    for record in layers:
+        if record.layer not in nested and record.names:
+            members, layer = [], record.layer
             while layer in by_layer:
                 members.append(by_layer[layer])
                 layer = layer.base_layer
@@ -667,98 +686,102 @@ def _units(layers: Sequence[_Layer]) -> list[list[_Layer]]:
     return units
 
 
-def _measure(members: Sequence[_Layer], args: Any, kwargs: Any, y: Tensor) -> None:
+def _measure(members: Sequence[_LayerRecord], args: Any, kwargs: Any, y: Tensor) -> None:
     """Check a layer's call with these arguments and the output y."""
     layer = members[0].layer
 
     def run(*inputs: Any) -> Tensor:
         return _tensor(layer.forward(*(inputs or args), **kwargs))
 
-    with _disabled(members):
-        base = run()
-    for each in members:
-        each.is_called = True
+    with _disable(members):
+        y_base = run()
+    for record in members:
+        record.is_called = True
         if len(members) == 1:
-            without = base
+            y_without = y_base
         else:
-            with _disabled([each]):
-                without = run()
+            with _disable([record]):
+                y_without = run()
         if not y.isfinite().all():
-            each.is_wrong("effect", "its output is not finite")
-        each.has_effect |= not torch.equal(y, without)
-    part = _norm(y - base)
-    if not 0.0 < part < math.inf or any(p.is_meta for p in layer.parameters()):
+            record.mark_wrong("effect", "its output is not finite")
+        record.has_effect |= not torch.equal(y, y_without)
+    adapter_norm = _norm(y - y_base)
+    if not 0.0 < adapter_norm < math.inf or any(p.is_meta for p in layer.parameters()):
         return
-    # With the adapter's part of y raised to the size of the base's, rounding hides no fault.
-    for factor in sorted({1.0, max(1.0, _norm(base) / part)}):
+    # The second factor makes the adapter's part of y as large as the base's, so that rounding hides
+    # no fault.
+    for factor in sorted({1.0, max(1.0, _norm(y_base) / adapter_norm)}):
         with ExitStack() as stack:
-            stack.enter_context(_scaled(members, factor))
-            want = run()
+            stack.enter_context(_scale(members, factor))
+            unmerged = run()
             try:
-                stack.enter_context(_merged(layer))
-            except Exception as error:
-                text = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
-                for each in members:
-                    if isinstance(error, ValueError):  # NaN in the adapter
-                        each.is_wrong("merge", f"PEFT does not merge it: {text}")
+                stack.enter_context(_merge_into_copy(layer))
+            except Exception as exception:
+                text = f"{type(exception).__name__}: {exception}".partition("\n")[0].rstrip(": ")
+                for record in members:
+                    if isinstance(exception, ValueError):  # NaN in the adapter
+                        record.mark_wrong("merge", f"PEFT does not merge it: {text}")
                     else:  # a kind of layer that PEFT cannot merge
-                        each.note(f"PEFT does not merge it: {text}")
+                        record.note(f"PEFT does not merge it: {text}")
                 return
-            off = _norm(run() - want)
-            # The norm of the terms of the sums, each with an error of its own: y for random signs.
-            flipped = args
+            error = _norm(run() - unmerged)
+            # The norm of y with random signs of x estimates the norm of the sums' terms, each of
+            # which has its own error.
+            flipped_args = args
             if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-                flipped = (args[0] * _signs(args[0].shape[-1:]).to(args[0]), *args[1:])
-            terms = _norm(run(*flipped))
+                flipped_args = (args[0] * _signs(args[0].shape[-1:]).to(args[0]), *args[1:])
+            terms = _norm(run(*flipped_args))
         # Both results round x·Aᵀ, the sums and y; the merge rounds ΔW and W + ΔW.
-        limit = 4 * _roundoff(y, layer) * (terms + _norm(want) + _norm(want - base))
+        limit = 4 * _roundoff(y, layer) * (terms + _norm(unmerged) + _norm(unmerged - y_base))
         limit += _requantization(layer.get_base_layer()) * terms
-        for each in members:
+        for record in members:
             if factor == 1.0:
-                each.merge_error = max(each.merge_error, off / part)
-            if off <= limit:
-                each.is_ok("merge")
+                record.merge_error = max(record.merge_error, error / adapter_norm)
+            if error <= limit:
+                record.mark_ok("merge")
             else:
-                share = off / _norm(want - base)
-                each.is_wrong("merge", f"merged, it is off by {share:.1g} of the adapter's part")
+                relative_error = error / _norm(unmerged - y_base)
+                record.mark_wrong(
+                    "merge", f"merged, it is off by {relative_error:.1g} of the adapter's part"
+                )
 
 
 @contextmanager
-def _disabled(layers: Sequence[_Layer]) -> Iterator[None]:
+def _disable(layers: Sequence[_LayerRecord]) -> Iterator[None]:
     """Disable adapters without PEFT's change of `requires_grad`."""
-    kept = [(each.layer, each.layer._disable_adapters) for each in layers]
+    states = [(record.layer, record.layer._disable_adapters) for record in layers]
     try:
-        for layer, _ in kept:
+        for layer, _ in states:
             layer._disable_adapters = True
         yield
     finally:
-        for layer, value in kept:
+        for layer, value in states:
             layer._disable_adapters = value
 
 
 @contextmanager
-def _scaled(layers: Sequence[_Layer], factor: float) -> Iterator[None]:
-    kept = [(each.layer.scaling, dict(each.layer.scaling)) for each in layers]
+def _scale(layers: Sequence[_LayerRecord], factor: float) -> Iterator[None]:
+    states = [(record.layer.scaling, dict(record.layer.scaling)) for record in layers]
     try:
-        for scaling, values in kept:
+        for scaling, values in states:
             scaling.update({name: value * factor for name, value in values.items()})
         yield
     finally:
-        for scaling, values in kept:
+        for scaling, values in states:
             scaling.update(values)
 
 
 @contextmanager
-def _merged(layer: Any) -> Iterator[None]:
+def _merge_into_copy(layer: Any) -> Iterator[None]:
     """Let PEFT merge the layer's active adapters into a copy of its base."""
     base = layer.base_layer
     try:
-        layer.base_layer = inner = copy.deepcopy(base)
+        layer.base_layer = inner_layer = copy.deepcopy(base)
         with as_peft(layer.modules()):
             layer.merge(safe_merge=True)
-            while isinstance(inner, LoraLayer):
-                inner.merge(safe_merge=True)
-                inner = inner.base_layer
+            while isinstance(inner_layer, LoraLayer):
+                inner_layer.merge(safe_merge=True)
+                inner_layer = inner_layer.base_layer
         yield
     finally:
         layer.base_layer = base
@@ -772,14 +795,15 @@ def _roundoff(y: Tensor, layer: nn.Module) -> float:
         dtypes.add(torch.get_autocast_dtype(y.device.type))
     unit = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
     if unit < 1e-6:
-        # 16 for sums of thousands of terms. Those of 16-bit dtypes are float32.
+        # The factor 16 is for sums of thousands of terms. 16-bit dtypes need none: their sums are
+        # float32.
         precision = {"highest": 16 * unit, "high": 2.0**-11, "medium": 2.0**-8}
         unit = max(16 * unit, precision[torch.get_float32_matmul_precision()])
     return unit
 
 
 def _requantization(base: nn.Module) -> float:
-    """Return the relative error of weights that are quantized again after a merge, or 0."""
+    """Return the limit of the error of weights that are quantized again after a merge, or 0."""
     weight = getattr(base, "weight", None)
     if is_linear4bit(base):
         return _REQUANTIZED[4]
@@ -799,12 +823,12 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 def _tensor(output: Any) -> Tensor:
     """Return the logits of an output, or its first floating tensor."""
-    found: Any = getattr(output, "logits", None)
-    if found is None and not isinstance(output, Tensor):
+    logits: Any = getattr(output, "logits", None)
+    if logits is None and not isinstance(output, Tensor):
         values = list(output.values()) if isinstance(output, Mapping) else list(output)
         tensors = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
-        found = max(tensors, key=Tensor.dim)  # not a loss
-    return output if found is None else found  # type: ignore[no-any-return]
+        logits = max(tensors, key=Tensor.dim)  # a loss has fewer dimensions
+    return output if logits is None else logits  # type: ignore[no-any-return]
 
 
 def _loss(output: Any) -> Tensor:

@@ -1,7 +1,8 @@
-"""The call of a fused layer in its common state, which is read in each call.
+"""The call of a fused layer in its common state. Each call reads the state anew.
 
-The common state is one active adapter of plain LoRA, over a base that does what its class says.
-`read` returns None for every other state, and `plan.plan_linear` decides.
+The common state is one active LoRA adapter without a variant, over a base whose call has neither
+hooks nor a replaced forward. For every other state `read` returns None, and `plan.plan_linear`
+decides.
 """
 
 from __future__ import annotations
@@ -27,30 +28,34 @@ from .plan import plan_linear
 _FORWARDS = {cls: library_forward(cls) for cls in (Dropout, Identity)}
 
 
-# The base's weight, lora_A, lora_B, the base's bias, the scaling, and the probability of dropout in
-# this call. A tuple, because a NamedTuple takes a third of the reading's time to make.
+# The base's weight, lora_A, lora_B, the base's bias, the scaling, and this call's dropout
+# probability. Building a NamedTuple instead would add a third to the time of `read`.
 State = tuple[Any, Tensor, Tensor, Tensor | None, float, float]
 
 
 def read(layer: Any) -> State | None:
-    """Return the layer's state, or None if it is not the common one."""
-    cls, own = type(layer), layer.__dict__
+    """Return the layer's state, or None if it is not the common state."""
+    cls, attributes = type(layer), layer.__dict__
     base_class = cls.base_class
     if base_class is None or base_class.forward is not cls.base_forward:
         return None
     if cls.peft_class.forward is not cls.peft_forward or Linear.forward is not LINEAR_FORWARD:
         return None
     try:
-        if own["_disable_adapters"] or own["merged_adapters"] or own["lora_variant"]:
+        if (
+            attributes["_disable_adapters"]
+            or attributes["merged_adapters"]
+            or attributes["lora_variant"]
+        ):
             return None
-        if "mixed_batch" in own and own["mixed_batch"] is not None:
+        if "mixed_batch" in attributes and attributes["mixed_batch"] is not None:
             return None
-        name = own["_active_adapter"]
+        name = attributes["_active_adapter"]
         if type(name) is list:
             if len(name) != 1:
                 return None
             (name,) = name
-        modules, scaling = own["_modules"], own["scaling"][name]
+        modules, scaling = attributes["_modules"], attributes["scaling"][name]
         lora_A = modules["lora_A"]._modules[name]
         lora_B = modules["lora_B"]._modules[name]
         dropout = modules["lora_dropout"]._modules[name]
@@ -72,18 +77,18 @@ def read(layer: Any) -> State | None:
             or "forward" in w or "forward" in a or "forward" in b or "forward" in d
         ):  # fmt: skip
             return None
-        of_B = b["_parameters"]
-        if of_B["bias"] is not None:
+        B_params = b["_parameters"]
+        if B_params["bias"] is not None:
             return None
         p = dropout.p if kind is Dropout and dropout.training else 0.0
-        of_base, A = w["_parameters"], a["_parameters"]["weight"]
-        return of_base["weight"], A, of_B["weight"], of_base["bias"], scaling, p
+        base_params, A = w["_parameters"], a["_parameters"]["weight"]
+        return base_params["weight"], A, B_params["weight"], base_params["bias"], scaling, p
     except KeyError:
         return None
 
 
 def call(layer: Any, x: Tensor) -> Tensor | None:
-    """Return what the layer's forward returns for x; None if the plan decides."""
+    """Return the result of the layer's forward for x; None if the plan decides."""
     state = read(layer)
     if state is None:
         return None
@@ -92,10 +97,10 @@ def call(layer: Any, x: Tensor) -> Tensor | None:
         return None
     dtype = None
     if layer.reads_codes:
-        found = layer.read_codes(weight, x)
-        if found is None:
+        codes = layer.read_codes(weight, x)
+        if codes is None:
             return None
-        weight, dtype = found
+        weight, dtype = codes
     elif type(weight) is Tensor4bit:
         if x.dtype is torch.float64:
             return None
@@ -112,25 +117,25 @@ def _rows(x: Tensor) -> int:
 
 
 def is_hooked(module: Any) -> bool:
-    """Return True if calling the module does more than its class says."""
-    own = module.__dict__
+    """Return True if the module has hooks or a replaced forward."""
+    attributes = module.__dict__
     return bool(
-        own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
-        or ("forward" in own and patched_reason(module) is not None)
+        attributes["_forward_pre_hooks"]
+        or attributes["_forward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or ("forward" in attributes and patched_reason(module) is not None)
     )
 
 
 def make_block(
     layers: Sequence[Any], x: Tensor, activation: str = ""
 ) -> tuple[blocks.Block, list[tuple[Any, ...]]] | None:
-    """Return the block that computes the layers for x, and their states; None if there is none.
+    """Return the block that computes the layers for x, and the layers' states; None if none can.
 
-    activation: of a gated MLP, whose layers are gate, up and down.
+    activation: of a gated MLP, whose layers are gate, up and down; "" for other layers.
     """
-    dtype, states, found = x.dtype, [], []
+    dtype, states, operands = x.dtype, [], []
     for layer in layers:
         state = read(layer)
         if state is None:
@@ -146,18 +151,19 @@ def make_block(
         ):
             break
         states.append(state)
-        found.append(Layer(weight, lora_A, lora_B, bias, scaling))
+        operands.append(Layer(weight, lora_A, lora_B, bias, scaling))
     else:
-        block = blocks.plain_block(x, found, activation)
+        block = blocks.plain_block(x, operands, activation)
         if block is not None:
             return block, states
     return _make_any_block(layers, x, activation)
 
 
 def read_state(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
-    """Return the state of a layer of a block, of one adapter; None if it fits none.
+    """Return the state of a layer with one adapter; None if no block may compute the layer.
 
-    A state other than `read`'s is the plan's, with lora_B's bias and KaSA's factors at its end.
+    If `read` returns None, the state is that of `planned_state`, which ends in lora_B's bias and
+    KaSA's factors.
     """
     state = read(layer)
     if state is not None:
@@ -167,8 +173,8 @@ def read_state(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
 
 
 def planned_state(layer: Any, device: torch.device, x_dtype: torch.dtype) -> tuple[Any, ...] | str:
-    """Return a layer's state by its plan, or as a string why no block may compute the layer."""
-    if not getattr(type(layer), "fits_blocks", False):  # no wrapper that hands attributes on
+    """Return a layer's state by its plan, or the reason (a string) why no block may compute it."""
+    if not getattr(type(layer), "fits_blocks", False):  # on the type: wrappers forward attributes
         return f"it is a {type(layer).__name__}"
     if is_hooked(layer):
         return "a hook sits on it"
@@ -194,7 +200,7 @@ def _make_any_block(
     layers: Sequence[Any], x: Tensor, activation: str
 ) -> tuple[blocks.Block, list[tuple[Any, ...]]] | None:
     """`make_block` for layers in any state."""
-    states, found, compute_dtypes = [], [], []
+    states, operands, compute_dtypes = [], [], []
     for layer in layers:
         state = read_state(layer, x)
         if state is None:
@@ -220,10 +226,10 @@ def _make_any_block(
         elif type(weight) is Tensor4bit:
             weight = weight.weight4bit.codes
         states.append(state)
-        found.append(Layer(weight, lora_A, lora_B, bias, scaling, gate))
+        operands.append(Layer(weight, lora_A, lora_B, bias, scaling, gate))
         compute_dtypes.append(compute_dtype)
-    casts = [casts_adapters(each, x.device.type, x.dtype, _rows(x)) for each in layers]
+    casts = [casts_adapters(layer, x.device.type, x.dtype, _rows(x)) for layer in layers]
     if any(casts) is not all(casts):
         return None
-    block = blocks.make_block(x, found, compute_dtypes, casts[0], True, 0.0, activation)
+    block = blocks.make_block(x, operands, compute_dtypes, casts[0], True, 0.0, activation)
     return None if block is None else (block, states)

@@ -1,11 +1,11 @@
 """Reasons for which one call of a fused layer is left to PEFT.
 
 Each `…_reason` function returns the reason in words, or None if the layer is supported. `swap.py`
-has those of `fuse`. A fused forward, and `explain`, call the function for their kind of layer:
-`linear_reason`, `svd_reason` or `embedding_reason`. Then they call `unreadable_reason`, the reason
-to call the base layer as a module and fuse only the adapters. All of them depend on the layer's
-state alone. They read `_modules` and `_parameters` because `nn.Module.__getattr__` takes ten times
-as long.
+has the reasons of `fuse`. A fused forward, and `explain`, call the function for their kind of
+layer: `linear_reason`, `svd_reason` or `embedding_reason`. Then they call `unreadable_reason`, the
+reason to call the base layer as a module and fuse only the adapters. All reasons depend on the
+layer's state alone. The functions read `_modules` and `_parameters`, because
+`nn.Module.__getattr__` takes ten times as long.
 """
 
 from __future__ import annotations
@@ -55,17 +55,18 @@ _DORA_FORWARD = library_forward(DoraLinearVariant)
 def heavier_reason(layer: Any) -> str | None:
     """Return why PEFT's layer moves fewer bytes than PyTorch's GEMMs in our order; None if not.
 
-    The rule stands for what `lora-kernels bench --count` counts, a forward and a training step with
-    x in the base's dtype. Ours draws dropout's mask again in the backward, and runs the base GEMM
-    of a DoRA with dropout twice: passes over x, for passes over y that it saves. So PEFT's moves
-    fewer bytes where y is narrower than x, and where the ranks are as many as y's columns.
+    The rule approximates the bytes that `lora-kernels bench --count` counts, for a forward and a
+    training step with x in the base's dtype. Our order draws dropout's mask again in the backward,
+    and runs the base GEMM of a DoRA with dropout twice. It saves passes over y and adds passes over
+    x. So PEFT's order moves fewer bytes if y is narrower than x, or if the ranks are as many as y's
+    columns.
     """
     base = layer.get_base_layer()
     if not (isinstance(base, nn.Linear) or is_conv1d(base)):
-        return None  # a module, whose bytes are the same in both
+        return None  # a base called as a module moves the same bytes in both orders
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not names or any(variant_of(layer, name) == ALORA for name in names):
-        return None  # an aLoRA's bytes depend on the rows in which it is active
+        return None  # an aLoRA's bytes depend on its active rows
     four_bit = is_linear4bit(base)
     dtype = (base.compute_dtype or torch.bfloat16) if four_bit else base.weight.dtype
     four_bit = four_bit or isinstance(base.weight, Tensor4bit)
@@ -73,21 +74,23 @@ def heavier_reason(layer: Any) -> str | None:
     is_wide = getattr(A, "weight", A).dtype.itemsize > dtype.itemsize
     has_dropout = any(getattr(layer.lora_dropout[name], "p", 0.0) for name in names)
     N, K, ranks = layer.out_features, layer.in_features, [layer.r[name] for name in names]
-    of_dora, R = is_dora(layer, names[0]), sum(ranks)
+    uses_dora, R = is_dora(layer, names[0]), sum(ranks)
     if not has_dropout:
         is_heavier = N < K and R > N
     elif is_wide:  # from 64 ranks on, 512 rows of x are copied to float32 for each adapter
         is_heavier = N < K and (R > N or (len(names) > 1 and max(ranks) >= 64))
-    elif of_dora:
-        many = (16 if four_bit else 8) * R >= min(N, K)
-        is_heavier = N < K or many or dtype is torch.float16
+    elif uses_dora:
+        has_many_ranks = (16 if four_bit else 8) * R >= min(N, K)
+        is_heavier = N < K or has_many_ranks or dtype is torch.float16
     else:
         is_heavier = N < K and (len(names) > 1 or 8 * R >= N)
     if not is_heavier:
         return None
-    what = f"{len(names)} adapters" if len(names) > 1 else "DoRA" if of_dora else "one adapter"
+    description = (
+        f"{len(names)} adapters" if len(names) > 1 else "DoRA" if uses_dora else "one adapter"
+    )
     return (
-        f"PEFT's own forward moves fewer bytes for {what}{' with dropout' * has_dropout}, "
+        f"PEFT's own forward moves fewer bytes for {description}{' with dropout' * has_dropout}, "
         f"{R} ranks, {K} columns of x and {N} of y"
     )
 
@@ -125,7 +128,7 @@ def linear_reason(
 def _variant_reason(
     layer: Any, adapters: Sequence[Adapter], adapter: Adapter, device: torch.device
 ) -> str | None:
-    """Return the adapter's variant of LoRA in words, if the variant is left to PEFT."""
+    """Return a description of the adapter's variant of LoRA if it is left to PEFT, else None."""
     name, variant = adapter.name, variant_of(layer, adapter.name)
     if variant == MICA:
         return None
@@ -149,9 +152,9 @@ def _variant_reason(
         return f"DoRA, which needs the base weight: {reason}"
     magnitude = layer.lora_magnitude_vector[name]
     is_plain = type(magnitude) is DoraLinearLayer and not has_hooks(magnitude)
-    own = type(magnitude).forward is _MAGNITUDE_FORWARD
-    own = own and DoraLinearVariant.forward is _DORA_FORWARD
-    if not (is_plain and own) or patched_reason(magnitude):
+    is_original = type(magnitude).forward is _MAGNITUDE_FORWARD
+    is_original = is_original and DoraLinearVariant.forward is _DORA_FORWARD
+    if not (is_plain and is_original) or patched_reason(magnitude):
         return "DoRA whose magnitude is no plain module of PEFT's"
     if magnitude.weight.device != device:
         return f"DoRA whose magnitude is on {magnitude.weight.device}, x on {device}"
@@ -175,9 +178,9 @@ def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
 
 
 def has_invalid_sequences(adapters: Sequence[Adapter], x: Tensor, rows: RowNames) -> bool:
-    """Return True if there is an aLoRA, and x is not [B, T, K] or [B, K], or alora_offsets not [B].
+    """Return True if an aLoRA is active, and x is not [B, T, K] or [B, K] or alora_offsets not [B].
 
-    PEFT's forward then computes or, for most shapes, raises.
+    PEFT's forward then computes the call or, for most shapes, raises.
     """
     if not any(adapter.is_alora for adapter in adapters):
         return False
@@ -227,7 +230,7 @@ def embedding_reason(
 
 
 def _table_reason(base: nn.Module, device: torch.device) -> str | None:
-    """Return why a lookup in the base or in lora_A may do more than `F.embedding`."""
+    """Return why calling the base embedding may do more than `F.embedding`."""
     if type(base) is not nn.Embedding:
         return f"the base is a {type(base).__name__}, not exactly nn.Embedding"
     if has_hooks(base):
@@ -273,8 +276,8 @@ def dropout_reason(dropout: nn.Module) -> str | None:
     """Return why calling the module may do more than dropout."""
     if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
         return f"its dropout is a {type(dropout).__name__}"
-    own = _DROPOUT_FORWARD if type(dropout) is nn.Dropout else _IDENTITY_FORWARD
-    if type(dropout).forward is not own:
+    original_forward = _DROPOUT_FORWARD if type(dropout) is nn.Dropout else _IDENTITY_FORWARD
+    if type(dropout).forward is not original_forward:
         return f"{type(dropout).__name__}.forward was replaced"
     if has_hooks(dropout):
         return "a hook sits on its dropout"
@@ -331,13 +334,15 @@ def is_dora(layer: Any, name: str) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True for a hook that runs in the module's call, beside those by which ZeRO-3 gathers
-    parameters that are gathered already."""
+    """Return True if the module's call runs hooks.
+
+    The hooks by which ZeRO-3 gathers parameters do not count while the parameters are gathered.
+    """
     return any(hooks_of(module)) and not is_gathered(module)
 
 
-def hook_reason(module: nn.Module, what: str) -> str:
-    """Return what the hooks on a module are, as a reason to call it."""
+def hook_reason(module: nn.Module, description: str) -> str:
+    """Return the reason to call a module that has hooks. description: of the module."""
     if is_partitioned(module._parameters.get("weight")):
-        return f"DeepSpeed's ZeRO-3 gathers {what} by hooks: call fuse again"
-    return f"a hook sits on {what}"
+        return f"DeepSpeed's ZeRO-3 gathers {description} by hooks: call fuse again"
+    return f"a hook sits on {description}"

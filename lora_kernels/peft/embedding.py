@@ -25,9 +25,9 @@ class FusedEmbedding(Fused, lora.Embedding):
         if names is not None or self.mixed_batch is not None:
             self.mixed_batch = None if names is None else tuple(dict.fromkeys(names))
         adapters = embedding_adapters_of(self)
-        more = args or any(value is not None for value in kwargs.values())
-        if more or embedding_reason(self, adapters, x.device) is not None:
+        has_others = args or any(value is not None for value in kwargs.values())
+        if has_others or embedding_reason(self, adapters, x.device) is not None:
             return super(Fused, self).forward(x, *args, **kwargs)
         base = cast(nn.Embedding, self._modules["base_layer"])
-        products = [(lora_A, lora_B, scaling) for _, lora_A, lora_B, scaling in adapters]
-        return lookup(x, base.weight, products, base.padding_idx, base.scale_grad_by_freq)
+        factors = [(lora_A, lora_B, scaling) for _, lora_A, lora_B, scaling in adapters]
+        return lookup(x, base.weight, factors, base.padding_idx, base.scale_grad_by_freq)

@@ -1,9 +1,9 @@
 """PEFT's `ParamWrapper` over fused experts, with `lora_experts_linear` as its forward.
 
 PEFT nests one wrapper for each parameter of an experts module, and writes W + s·B·A of all experts
-in every forward. The fused outermost wrapper passes the factors of all wrappers to
-`experts_forward` instead. It calls neither the inner wrappers nor the module. Rows that name their
-adapters, which PEFT refuses over experts, make one call too.
+in every forward. The fused outermost wrapper instead passes the factors of all wrappers to
+`experts_forward`. It calls neither the inner wrappers nor the module. A batch whose rows name their
+adapters, which PEFT refuses over experts, is one call too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "lora_kernels")
 
 
 class FusedParamWrapper(Fused, ParamWrapper):
-    """PEFT's wrapper of an experts' parameter, computed without the effective weights."""
+    """PEFT's wrapper of an experts' parameter, which never computes W + s·B·A of all experts."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names, others = kwargs.get("adapter_names"), kwargs.keys() - {"adapter_names"}
@@ -42,12 +42,15 @@ class FusedParamWrapper(Fused, ParamWrapper):
             return ParamWrapper.forward(self, x, *args, **kwargs)
         wrappers, tenants = wrappers_of(self), None
         if names is None:
-            found = {each.parameter_name: active_adapter(each) for each in wrappers}
+            by_parameter = {wrapper.parameter_name: active_adapter(wrapper) for wrapper in wrappers}
         else:
-            present = list(dict.fromkeys(names))
-            found = {each.parameter_name: adapters_by_tenant(each, present) for each in wrappers}
-            tenants = _tenant_of_tokens(names, present, x)
-        adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
+            tenant_names = list(dict.fromkeys(names))
+            by_parameter = {
+                wrapper.parameter_name: adapters_by_tenant(wrapper, tenant_names)
+                for wrapper in wrappers
+            }
+            tenants = _tenant_of_tokens(names, tenant_names, x)
+        adapters = {name: adapter for name, adapter in by_parameter.items() if adapter is not None}
         return experts_forward(wrappers[-1].base_layer, x, *args, adapters, tenants)
 
 
@@ -57,10 +60,10 @@ FusedParamWrapper.__name__ = ParamWrapper.__name__
 
 def wrappers_of(wrapper: Any) -> list[Any]:
     """Return the wrapper and the wrappers nested in it, the innermost last."""
-    found = [wrapper]
-    while isinstance(found[-1].base_layer, ParamWrapper):
-        found.append(found[-1].base_layer)
-    return found
+    wrappers = [wrapper]
+    while isinstance(wrappers[-1].base_layer, ParamWrapper):
+        wrappers.append(wrappers[-1].base_layer)
+    return wrappers
 
 
 def active_names(wrapper: Any) -> list[str]:
@@ -72,44 +75,49 @@ def active_names(wrapper: Any) -> list[str]:
 
 def active_adapter(wrapper: Any) -> ExpertsAdapter | None:
     """Return the active adapters of a wrapper, stacked along the rank; None if it has none."""
-    parts = [_factors(wrapper, name) for name in active_names(wrapper)]
-    if len(parts) < 2:
-        return parts[0] if parts else None
+    adapters = [_factors(wrapper, name) for name in active_names(wrapper)]
+    if len(adapters) < 2:
+        return adapters[0] if adapters else None
     # lora_B is small, so scaling it is cheaper than a rank gate.
-    lora_A = torch.cat([part.lora_A for part in parts], dim=1)
-    lora_B = torch.cat([part.lora_B * part.scaling for part in parts], dim=2)
+    lora_A = torch.cat([adapter.lora_A for adapter in adapters], dim=1)
+    lora_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], dim=2)
     return ExpertsAdapter(lora_A, lora_B, 1.0)
 
 
 def adapters_by_tenant(wrapper: Any, names: Sequence[str]) -> ExpertsAdapter | None:
-    """Return the adapters of that order for each expert; None if the wrapper has none of them.
+    """Return the adapters with these names, stacked for each expert in the order of the names.
 
-    They are copied into one tensor, to the largest rank. Zeros stand for a name that the wrapper
-    does not have, as PEFT's "__base__".
+    All are copied into one tensor, padded to the largest rank. A name that the wrapper lacks, such
+    as PEFT's "__base__", gets zeros. Returns None if the wrapper has none of the adapters.
     """
-    parts = [_factors(wrapper, name) if name in wrapper.lora_A else None for name in names]
-    if (like := next(filter(None, parts), None)) is None:
+    adapters = [_factors(wrapper, name) if name in wrapper.lora_A else None for name in names]
+    if (first_adapter := next(filter(None, adapters), None)) is None:
         return None
-    rank = max(part.lora_A.shape[1] for part in parts if part is not None)
+    rank = max(adapter.lora_A.shape[1] for adapter in adapters if adapter is not None)
     As, Bs = [], []
-    for part in parts:
-        A, B, scaling, _ = part or (like.lora_A[:, :0], like.lora_B[:, :, :0], like.scaling, 0.0)
-        if scaling != like.scaling:
-            B = B * (scaling / like.scaling)
-        if more := rank - A.shape[1]:
-            A, B = functional.pad(A, (0, 0, 0, more)), functional.pad(B, (0, more))
+    for adapter in adapters:
+        A, B, scaling, _ = adapter or (
+            first_adapter.lora_A[:, :0],
+            first_adapter.lora_B[:, :, :0],
+            first_adapter.scaling,
+            0.0,
+        )
+        if scaling != first_adapter.scaling:
+            B = B * (scaling / first_adapter.scaling)
+        if padding := rank - A.shape[1]:
+            A, B = functional.pad(A, (0, 0, 0, padding)), functional.pad(B, (0, padding))
         As.append(A)
         Bs.append(B)
-    lora_A, lora_B = (torch.stack(each, dim=1).flatten(0, 1) for each in (As, Bs))
-    return ExpertsAdapter(lora_A, lora_B, like.scaling)
+    lora_A, lora_B = (torch.stack(matrices, dim=1).flatten(0, 1) for matrices in (As, Bs))
+    return ExpertsAdapter(lora_A, lora_B, first_adapter.scaling)
 
 
-def _tenant_of_tokens(names: Sequence[str], present: Sequence[str], x: Tensor) -> Tensor:
-    """Return the tenant of each token [T], whose batch has one name a row."""
+def _tenant_of_tokens(names: Sequence[str], tenant_names: Sequence[str], x: Tensor) -> Tensor:
+    """Return the tenant of each token [T]. names: of the tenant of each row of the batch."""
     rows, tokens = len(names), x.shape[0]
     if tokens % rows:
         raise ValueError(f"adapter_names: got {rows} for {tokens} tokens, want one a row of x")
-    index = torch.tensor([present.index(name) for name in names]).to(x.device)
+    index = torch.tensor([tenant_names.index(name) for name in names]).to(x.device)
     return index.repeat_interleave(tokens // rows, output_size=tokens)
 
 
@@ -143,25 +151,25 @@ def experts_reason(
 
     names: the adapter of each row, for which PEFT's forward raises.
     """
-    if (around := unfused_context()) is not None:
-        return around
+    if (context_reason := unfused_context()) is not None:
+        return context_reason
     wrappers = wrappers_of(wrapper)
-    if names is not None and any(each.disable_adapters or each.merged for each in wrappers):
+    if names is not None and any(member.disable_adapters or member.merged for member in wrappers):
         return "adapters are disabled or merged, where rows name their own"
     if names is None and not any(map(active_names, wrappers)):
-        if any(each.merged for each in wrappers) and not wrapper.disable_adapters:
+        if any(member.merged for member in wrappers) and not wrapper.disable_adapters:
             return "adapters are merged: the base layer's own forward"
         disabled = wrapper.disable_adapters
         return "adapters are disabled" if disabled else "no active adapter on this layer"
-    if any(each.disable_adapters and each.merged for each in wrappers):
+    if any(member.disable_adapters and member.merged for member in wrappers):
         return "adapters are merged and disabled: PEFT takes them out first"
     reason = wrapper_reason(wrapper)
     if reason is not None:
         return reason
     base = wrappers[-1].base_layer
-    for each in (*wrappers[1:], base):
-        if patched_reason(each) or any(_foreign_hooks(each)):
-            return f"a hook or another forward sits on its {type(each).__name__}"
+    for module in (*wrappers[1:], base):
+        if patched_reason(module) or any(_foreign_hooks(module)):
+            return f"a hook or another forward sits on its {type(module).__name__}"
     factors = [m[name].weight for w in wrappers for m in (w.lora_A, w.lora_B) for name in m]
     for t in (*_stacks(base), *factors):
         if type(t) not in (nn.Parameter, Tensor, Tensor4bit):
@@ -173,17 +181,17 @@ def experts_reason(
     return None
 
 
-def _stacks(base: nn.Module) -> Iterable[Tensor]:
+def _stacks(experts: nn.Module) -> Iterable[Tensor]:
     """Yield the stored parameters of the projections, packed if they are quantized."""
-    for name in projections(base):
-        if is_quantized(base, name):
-            yield cast(Any, base).parametrizations[name].original
+    for name in projections(experts):
+        if is_quantized(experts, name):
+            yield cast(Any, experts).parametrizations[name].original
         else:
-            yield base.get_parameter(name)
+            yield experts.get_parameter(name)
 
 
-# Hooks of these modules do not matter to a call without the inner wrappers: bitsandbytes' cache of
-# decoded parameters, and what adds the adapters' names to a layer's arguments.
+# Hooks that are defined in these modules may be skipped with the inner wrappers' calls. They cache
+# bitsandbytes' decoded parameters, or add adapter_names to a layer's arguments.
 _KNOWN_HOOKS = (
     "bitsandbytes.nn.parametrize",
     "lora_kernels.peft.mixed_batch",
@@ -192,10 +200,12 @@ _KNOWN_HOOKS = (
 
 
 def _foreign_hooks(module: nn.Module) -> Iterable[Any]:
-    """Yield the module's hooks, except those of `_KNOWN_HOOKS`, and those by which ZeRO-3 gathers
-    what is gathered already."""
+    """Yield the module's hooks, except those of `_KNOWN_HOOKS`.
+
+    The hooks by which ZeRO-3 gathers parameters are left out while the parameters are gathered.
+    """
     for hooks in hooks_of(module) if has_hooks(module) else ():
         for hook in hooks.values():
-            function = getattr(hook, "func", hook)  # PEFT's is a partial function
-            if getattr(function, "__module__", None) not in _KNOWN_HOOKS:
+            callback = getattr(hook, "func", hook)  # PEFT's is a partial function
+            if getattr(callback, "__module__", None) not in _KNOWN_HOOKS:
                 yield hook

@@ -53,8 +53,8 @@ from .plan import Plan
 
 KERNELS, LIBRARY, ADAPTER = "our kernels", "our library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
-SHARED, APART = "x is shared", "x is not shared"
-ROWS = 1, 16, 2048  # the row counts by default: a token, a batch of tokens, a training step
+SHARED, NOT_SHARED = "x is shared", "x is not shared"
+ROWS = 1, 16, 2048  # the default row counts: a token, a batch of tokens, a training step
 
 
 class Row(NamedTuple):
@@ -67,10 +67,11 @@ class Row(NamedTuple):
 
     - "our kernels": this package's kernels, in one call or in several. For a layer without an
       adapter, for at least one of the row counts.
-    - "our library GEMMs": this package's order of PyTorch's GEMMs, the eager backend, for one of
-      the row counts or for all. Embeddings are never more, because a lookup has no GEMM to fuse the
-      adapter's with.
-    - "adapter only": the base layer is called as a module, and the adapter is one of the two above.
+    - "our library GEMMs": this package's order of PyTorch's GEMMs, the eager backend, for at least
+      one of the row counts. Fused embeddings always have this state, because a lookup has no GEMM
+      to fuse with the adapter's.
+    - "adapter only": the base layer is called as a module. The adapter runs in one of the two ways
+      above.
     - "PEFT's": PEFT's own forward.
     - "PyTorch's": PyTorch alone, for a layer of this package without an active adapter, for a loss
       with logits, for a block that is called layer by layer, or for a layer without an adapter that
@@ -86,10 +87,10 @@ class Row(NamedTuple):
     reason: str
 
 
-class _Way(NamedTuple):
-    """How a layer's call with one number of rows is computed.
+class _Execution(NamedTuple):
+    """How a layer's call is computed for one row count.
 
-    reason: clauses. `join_by_rows` prints a clause of all row counts once.
+    reason: clauses. `join_by_rows` prints a clause that holds for all row counts once.
     """
 
     backend: str
@@ -98,7 +99,7 @@ class _Way(NamedTuple):
 
 
 def join_by_rows(rows: Sequence[int], clauses: Sequence[Sequence[str]]) -> str:
-    """Return the clauses of each row count, those of all row counts first.
+    """Return the clauses with their row counts. Clauses of all row counts come first, unnumbered.
 
     >>> join_by_rows((1, 16, 2048), (["gemv"], ["gemv"], ["fused"]))
     '1 and 16 rows: gemv; 2048 rows: fused'
@@ -106,31 +107,31 @@ def join_by_rows(rows: Sequence[int], clauses: Sequence[Sequence[str]]) -> str:
     'b; 1 row: a'
     """
     counts: dict[str, list[str]] = {}
-    for M, of_M in zip(rows, clauses, strict=True):
-        for clause in dict.fromkeys(of_M):
+    for M, row_clauses in zip(rows, clauses, strict=True):
+        for clause in dict.fromkeys(row_clauses):
             counts.setdefault(clause, []).append(str(M))
-    common = [clause for clause, of_clause in counts.items() if len(of_clause) == len(rows)]
+    common = [clause for clause, row_counts in counts.items() if len(row_counts) == len(rows)]
     others = []
-    for clause, of_clause in counts.items():
-        if len(of_clause) < len(rows):
-            *first, last = of_clause
-            numbers = f"{', '.join(first)} and {last}" if first else last
-            others.append(f"{numbers} row{'s' * (of_clause != ['1'])}: {clause}")
+    for clause, row_counts in counts.items():
+        if len(row_counts) < len(rows):
+            *head, tail = row_counts
+            numbers = f"{', '.join(head)} and {tail}" if head else tail
+            others.append(f"{numbers} row{'s' * (row_counts != ['1'])}: {clause}")
     return "; ".join(common + others)
 
 
-def _row(name: str, state: str, rows: Sequence[int], ways: Sequence[_Way]) -> Row:
+def _row(name: str, state: str, rows: Sequence[int], executions: Sequence[_Execution]) -> Row:
     return Row(
         name,
         state,
-        join_by_rows(rows, [[way.backend] for way in ways]),
-        join_by_rows(rows, [[way.strategy] for way in ways]),
-        join_by_rows(rows, [way.reason for way in ways]),
+        join_by_rows(rows, [[execution.backend] for execution in executions]),
+        join_by_rows(rows, [[execution.strategy] for execution in executions]),
+        join_by_rows(rows, [execution.reason for execution in executions]),
     )
 
 
-def _backend_state(ways: Sequence[_Way | Choice]) -> str:
-    return LIBRARY if any("eager" in way.backend for way in ways) else KERNELS
+def _backend_state(executions: Sequence[_Execution | Choice]) -> str:
+    return LIBRARY if any("eager" in execution.backend for execution in executions) else KERNELS
 
 
 def row_of_peft(
@@ -168,18 +169,21 @@ def _linear_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: Sequen
     plan = layer.plan(x.device, x.dtype, names)
     if plan.reason is not None:
         return _unfused_row(name, plan.reason)
-    ways = [_describe_call(layer, plan, x.expand(M, -1), names) for M in rows]
-    state = _backend_state(ways)
+    executions = [_describe_call(layer, plan, x.expand(M, -1), names) for M in rows]
+    state = _backend_state(executions)
     if plan.base_reason is not None:
         state, strategy = ADAPTER, "base layer as a module, adapter added"
         reason = f"base layer: {plan.base_reason}"
-        ways = [_Way(way.backend, strategy, [reason, *way.reason]) for way in ways]
-    return _row(name, state, rows, ways)
+        executions = [
+            _Execution(execution.backend, strategy, [reason, *execution.reason])
+            for execution in executions
+        ]
+    return _row(name, state, rows, executions)
 
 
-def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | None) -> _Way:
+def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | None) -> _Execution:
     """Describe the call that the layer's forward would execute by the plan."""
-    todo, choices = _choose_calls(layer, plan, x, names)
+    planned_calls, choices = _choose_calls(layer, plan, x, names)
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     strategy = str(choices[0].strategy)
     reasons = _clauses(choices)
@@ -187,7 +191,7 @@ def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | Non
         reasons.append(
             f"rows name their adapters, as in the last call: {len(plan.adapters)} in one"
         )
-    stacked = [call for call in todo if isinstance(call, Call)]
+    stacked = [call for call in planned_calls if isinstance(call, Call)]
     aloras = sum(getattr(adapter, "is_alora", False) for adapter in plan.adapters)
     if 0 < len(stacked) < len(plan.adapters) - aloras:
         reasons.append("adapters stacked along the rank")
@@ -205,7 +209,7 @@ def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | Non
         strategy = f"{strategy}, {len(choices)} calls"
     if plan.is_dora:
         reasons.append("DoRA: the row norm without a second weight")
-        if todo[0].dropout_p:
+        if planned_calls[0].dropout_p:
             strategy = f"{strategy}, the base GEMM twice"
             reasons.append("PEFT's DoRA drops x for the base GEMM too")
     base: Any = layer.base_layer
@@ -215,15 +219,15 @@ def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | Non
         reasons += _decoder_reasons(choices, x, weight, base.compute_dtype if is_set else None)
     if casts_adapters(layer, x.device.type, x.dtype, x.shape[0]):
         reasons.append(f"adapters are rounded to {x.dtype}")
-    return _Way(backend, strategy, reasons)
+    return _Execution(backend, strategy, reasons)
 
 
 def _choose_calls(
     layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | None = None
 ) -> tuple[list[Any], list[Choice]]:
-    """Return the calls of the plan for x, and the choice for each; the first has the base GEMM."""
+    """Return the calls of the plan for x, and each call's choice. The first has the base GEMM."""
     M = x.shape[0]
-    todo = layer.calls(plan.adapters, x, RowNames(names and ([*names] * M)[:M]))
+    planned_calls = layer.calls(plan.adapters, x, RowNames(names and ([*names] * M)[:M]))
     weight, compute_dtype = None, None
     if plan.base_reason is None:
         base = layer.base_layer
@@ -231,11 +235,12 @@ def _choose_calls(
         if is_linear4bit(base) and base.compute_type_is_set:
             compute_dtype = base.compute_dtype
     choices = []
-    for call in todo:
-        given = call._replace(dropout_p=0.0) if plan.is_dora else call  # the layer drops x itself
-        choices.append(_choose(x, weight, given, compute_dtype))
+    for call in planned_calls:
+        # A DoRA layer applies dropout to x before the call.
+        call_args = call._replace(dropout_p=0.0) if plan.is_dora else call
+        choices.append(_choose(x, weight, call_args, compute_dtype))
         weight, compute_dtype = None, None
-    return todo, choices
+    return planned_calls, choices
 
 
 def _choose(
@@ -247,7 +252,7 @@ def _choose(
 ) -> Choice:
     """Return the choice of `lora_linear`, or `multi_lora_linear`, for the call.
 
-    has_mask: whether its dropout gets a mask.
+    has_mask: whether the call gets a dropout mask.
     """
     device_type = x.device.type
     dtype = base_dtype(device_type, x.dtype, compute_dtype)
@@ -271,14 +276,14 @@ def _clauses(choices: Sequence[Choice]) -> list[str]:
 def _decoder_reasons(
     choices: Sequence[Choice], x: Tensor, weight: Any, compute_dtype: torch.dtype | None
 ) -> Iterator[str]:
-    """Yield what decodes the 4-bit weight of a GPU's library GEMMs."""
+    """Yield a clause that names the decoder of a 4-bit weight for library GEMMs on a GPU."""
     if _backend_state(choices) == LIBRARY and is_on_gpu_path(x.device.type):
         dtype = base_dtype(x.device.type, x.dtype, compute_dtype)
         yield decoded_by(x.device, weight.quant_type, dtype)
 
 
 def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
-    """Yield what the forward does not save for the backward because a factor is frozen."""
+    """Yield a clause for each tensor that is not saved for backward because a factor is frozen."""
     needs = [tuple(getattr(t, "weight", t).requires_grad for t in a[1:3]) for a in adapters]
     if not training or not any(any(need) for need in needs):
         return
@@ -291,16 +296,16 @@ def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
 def _expected_input(base: Any, adapters: Sequence[Any], x_dtype: torch.dtype | None) -> Tensor:
     """Return an x [1, K] on the adapters' device, by default in the base's dtype.
 
-    A base that is stored in a dtype that no x has, such as float8 or uint8, does not tell it: x has
-    the adapters' dtype then.
+    If the base is stored in a dtype that no x has, such as float8 or uint8, x gets the adapters'
+    dtype.
     """
-    found: Any = adapters[0].lora_A if adapters else None
-    if isinstance(found, nn.Module):
-        found = getattr(found, "weight", None)  # FSDP1 may have taken it
-    lora_A = found if isinstance(found, Tensor) else torch.empty(0)
+    matrix: Any = adapters[0].lora_A if adapters else None
+    if isinstance(matrix, nn.Module):
+        matrix = getattr(matrix, "weight", None)  # FSDP1 may have removed it
+    lora_A = matrix if isinstance(matrix, Tensor) else torch.empty(0)
     if x_dtype is None:
-        stored = getattr(getattr(base, "weight", None), "dtype", None)
-        x_dtype = stored if stored in FLOATS else lora_A.dtype
+        weight_dtype = getattr(getattr(base, "weight", None), "dtype", None)
+        x_dtype = weight_dtype if weight_dtype in FLOATS else lora_A.dtype
     return torch.empty(1, lora_A.shape[-1], dtype=x_dtype, device=lora_A.device)
 
 
@@ -330,20 +335,20 @@ def row_of_layer(
     # Variants differ in lora_B's shape.
     lora_B = B.new_empty(1, 1).expand(layer.out_features, A.shape[0])
     call = Call(A, lora_B, layer.scaling, None, layer.dropout if layer.training else 0.0)
-    ways = []
+    executions = []
     for M in rows:
         choice = _choose(x.expand(M, -1), weight, call, layer.compute_dtype)
         reasons = _clauses([choice])
         if is_4bit:
             reasons += _decoder_reasons([choice], x, weight, layer.compute_dtype)
-        ways.append(_Way(choice.backend, choice.strategy, reasons))
-    return _row(name, _backend_state(ways), rows, ways)
+        executions.append(_Execution(choice.backend, choice.strategy, reasons))
+    return _row(name, _backend_state(executions), rows, executions)
 
 
 def row_of_streamed(
     name: str, layer: StreamedLinear, x_dtype: torch.dtype | None, rows: Sequence[int]
 ) -> Row:
-    """Return the row of a linear layer without an adapter that `fuse` has taken."""
+    """Return the row of a `StreamedLinear`, a layer without an adapter."""
     weight = layer._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         reason = tensor_reason(torch.device("cpu"), weight=weight)
@@ -361,17 +366,17 @@ def row_of_streamed(
         reason = "its weight is stored by columns"
     if reason is not None:
         return Row(name, TORCH, "torch", "F.linear", f"no adapter; {reason}")
-    state, ways = TORCH, []
+    state, executions = TORCH, []
     for M in rows:
         problem = Problem("cpu", dtype, dtype, dtype, dtype, 0, M, columns=N, inner=K)
         choice = selection.choose(problem)
         if (choice.backend, choice.strategy) == ("cpu", cpu.GEMV):
             state, reason = KERNELS, f"without gradients, {choice.reason}"
-            ways.append(_Way("cpu", cpu.GEMV, ["no adapter", reason]))
+            executions.append(_Execution("cpu", cpu.GEMV, ["no adapter", reason]))
         else:
             reason = "too many rows for the GEMV" if choice.backend == "cpu" else choice.reason
-            ways.append(_Way("torch", "F.linear", ["no adapter", reason]))
-    return _row(name, state, rows, ways)
+            executions.append(_Execution("torch", "F.linear", ["no adapter", reason]))
+    return _row(name, state, rows, executions)
 
 
 def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
@@ -389,16 +394,16 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
         return Row(name, TORCH, "torch", "F.cross_entropy", reason)
     K, N = base.in_features, base.out_features
     x, rows = torch.empty(1, K, dtype=x_dtype, device=device), loss_rows(N, device, x_dtype)
-    call = Call(x, x[:, :1].expand(N, 1), 1.0, None, 0.0)  # of a head without an adapter
+    call = Call(x, x[:, :1].expand(N, 1), 1.0, None, 0.0)  # shapes for a head without an adapter
     if adapters:
         (call,) = calls(adapters, device.type, None)
     compute_dtype = getattr(base, "compute_dtype", None)
     weight = _base_weight(base)
     choice = _choose(x.expand(rows, -1), weight, call, compute_dtype, call.dropout_p > 0)
     reason = f"in training {rows} rows of logits at a time"
-    by_torch = kernel_reason(device, x_dtype)
-    if is_on_gpu_path(device.type) and by_torch is not None:
-        reason += f", the loss by PyTorch's ops: {by_torch}"
+    triton_reason = kernel_reason(device, x_dtype)
+    if is_on_gpu_path(device.type) and triton_reason is not None:
+        reason += f", the loss by PyTorch's ops: {triton_reason}"
     reason += f"; {choice.reason}"
     return Row(name, _backend_state([choice]), choice.backend, choice.strategy, reason)
 
@@ -407,11 +412,11 @@ NO_BLOCK = "the dtypes of x, the bases and the adapters fit no block"
 
 
 def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Sequence[int]) -> Row:
-    """Return the row of the layers that a module calls with one x, for the most rows."""
+    """Return the row of the layers that a module calls with one x, for the largest row count."""
     reasons = []
-    for each, layer in zip(group.names, group.layers, strict=True):
+    for layer_name, layer in zip(group.names, group.layers, strict=True):
         if layer.__dict__.get("_group") is not group:
-            reasons.append(f"{each}: it was fused or unfused by itself")
+            reasons.append(f"{layer_name}: it was fused or unfused by itself")
             continue
         x = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
         state = planned_state(layer, x.device, x.dtype)
@@ -421,12 +426,12 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
             else _other_backend_reason(layer, x.expand(max(rows), -1))
         )
         if reason is not None:
-            reasons.append(f"{each}: {reason}")
+            reasons.append(f"{layer_name}: {reason}")
     if not reasons and make_block(group.layers, x.expand(max(rows), -1)) is None:
         reasons.append(NO_BLOCK)
     names = ", ".join(group.names)
     if reasons:
-        return Row(name, APART, "eager", f"{names} run their own calls", "; ".join(reasons))
+        return Row(name, NOT_SHARED, "eager", f"{names} run their own calls", "; ".join(reasons))
     reason = f"for calls with the same x of more than {MANY_ROWS} rows"
     return Row(name, SHARED, "eager", f"one call for {names}", reason)
 
@@ -434,7 +439,7 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
 def rows_of_mlps(
     model: nn.Module, x_dtype: torch.dtype | None, rows: Sequence[int]
 ) -> Iterator[Row]:
-    """Yield the row of each module on a GPU that may be a gated MLP, for the most rows."""
+    """Yield the row of each module on a GPU that may be a gated MLP, for the largest row count."""
     for name, mlp, reason in mlp_reasons(model):
         if not any(is_on_gpu_path(p.device.type) for p in mlp.parameters()):
             continue
@@ -445,9 +450,11 @@ def rows_of_mlps(
             continue
         down = mlp._modules[mlp._parts.down]
         x = _expected_input(down.base_layer, adapters_of(down), x_dtype)
-        found = eager_mlp.kernel_reason(x.device, x.dtype)
-        by = "one Triton kernel" if found is None else f"PyTorch's ops: {found}"
-        reason = f"a gated MLP; the backward recomputes act(gate) * up by {by}"
+        triton_reason = eager_mlp.kernel_reason(x.device, x.dtype)
+        implementation = (
+            "one Triton kernel" if triton_reason is None else f"PyTorch's ops: {triton_reason}"
+        )
+        reason = f"a gated MLP; the backward recomputes act(gate) * up by {implementation}"
         yield Row(name, LIBRARY, "eager", "one block", reason)
 
 
@@ -501,14 +508,17 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
 
 
 def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
-    """Return how the eager backend runs experts on a GPU, and what the host waits for."""
+    """Return how the eager backend runs experts on a GPU, and why the host waits, if it does."""
     device, weight = operands.x.device, operands.weight
     is_4bit = isinstance(weight, Packed4bit)
-    if (why := eager_experts.loop_reason(operands, spec)) is not None:
-        decoded = "decoded and multiplied" if is_4bit else "multiplied"
-        return f"one expert at a time is {decoded}, and the host waits for the GPU: {why}"
-    if (why := eager_experts.waits_reason(device, spec.dtype)) is not None:
-        return f"grouped_mm multiplies one expert at a time, and the host waits for the GPU: {why}"
+    if (blocking_reason := eager_experts.loop_reason(operands, spec)) is not None:
+        verb = "decoded and multiplied" if is_4bit else "multiplied"
+        return f"one expert at a time is {verb}, and the host waits for the GPU: {blocking_reason}"
+    if (blocking_reason := eager_experts.waits_reason(device, spec.dtype)) is not None:
+        return (
+            "grouped_mm multiplies one expert at a time, and the host waits for the GPU: "
+            f"{blocking_reason}"
+        )
     decoder = ""
     if isinstance(weight, Packed4bit):
         decoder = f"; {decoded_by(device, weight.quant_type, spec.dtype)}"
@@ -516,10 +526,10 @@ def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
 
 
 def _fold_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
-    """Return in which order the eager backend computes experts on a GPU."""
-    if (least := eager_experts.fold_rows(operands, spec)) is None:
+    """Return from how many rows on the eager backend computes W + s·B·A of experts, or ""."""
+    if (min_rows := eager_experts.fold_rows(operands, spec)) is None:
         return ""
-    return f"; from {least:,} rows of experts on, W + s·B·A, with fewer bytes and FLOPs"
+    return f"; from {min_rows:,} rows of experts on, W + s·B·A, with fewer bytes and FLOPs"
 
 
 def _embedding_row(name: str) -> Row:

@@ -1,7 +1,7 @@
-"""PEFT's layers over weights in other libraries' formats, whose modules run the base GEMM.
+"""PEFT's layers over weights in other libraries' formats. Those libraries run the base GEMM.
 
-A fused class is created at its first use, by `pickle` too, because several of PEFT's classes exist
-only if their library is installed.
+A fused class is created at its first use, also when `pickle` looks it up, because several of PEFT's
+classes exist only if their library is installed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from .adalora import FusedSVD
 from .linear import Fused
 
-_MODULES = {  # the module of each class of PEFT
+_MODULES = {  # PEFT's class -> its module
     "Linear8bitLt": "peft.tuners.lora.bnb",
     "GPTQLoraLinear": "peft.tuners.lora.gptq",
     "AwqLoraLinear": "peft.tuners.lora.awq",

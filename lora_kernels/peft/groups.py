@@ -1,13 +1,13 @@
 """Groups: layers that a module's forward calls with one x, such as q, k and v.
 
 `fuse` reads the forward's source once. On the eager backend's GPU path, for more than `MANY_ROWS`
-rows, the first layer's call computes the results of all (`ops.blocks`), and the calls of the others
-take theirs if they get the same x in the same state, and their own tensors are those that were
-used. Otherwise a layer computes its own result. Nothing else is kept: a thread has the results of
-one group at a time, and the next call of a group's layer drops what was not taken.
+rows, the first layer's call computes the results of all layers (`ops.blocks`). The call of another
+layer returns its result if x, the thread's state and the layer's tensors are unchanged. Otherwise
+the layer computes its own result. A thread stores the results of one group at a time, and the next
+call of any grouped layer drops the unused ones.
 
-A write to x or to a later layer's tensors between two calls that does not move the version counter
-is not noticed.
+A write between two calls that does not move a version counter is not noticed, neither to x nor to
+a later layer's tensors.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class _Results(NamedTuple):
     Args:
         x, version, requires_grad: x, its version, and whether its gradient is needed.
         grad_mode, cast_dtype, hooks: the state of the thread, which may change between the calls.
-        waiting: layer, state, versions of its tensors and y for each that was not called, the next
-            one last.
+        pending: (layer, state, sum of the tensors' versions, y) of each layer that was not called
+            yet, the next layer last.
     """
 
     x: Tensor
@@ -47,7 +47,7 @@ class _Results(NamedTuple):
     grad_mode: bool
     cast_dtype: torch.dtype | None
     hooks: object
-    waiting: list[tuple[Any, Any, int, Tensor]]
+    pending: list[tuple[Any, Any, int, Tensor]]
 
 
 class _Local(threading.local):
@@ -71,34 +71,34 @@ class Group:
         self.layers, self.names, self.in_features = layers, names, layers[0].in_features
 
     def call(self, layer: Any, x: Tensor) -> Tensor | None:
-        """Return y of one of the layers; None if it computes its own."""
+        """Return y of one of the layers; None if the layer has to compute y itself."""
         results = _local.results
         if results is not None:
             _local.results = None
-            y = _take(results, layer, x)
+            y = _take_result(results, layer, x)
             if y is not None:
-                if results.waiting:
+                if results.pending:
                     _local.results = results
                 return y
         layers = self.layers
         if layer is not layers[0] or x.numel() <= MANY_ROWS * self.in_features:
             return None
         if not blocks.can_run(x) or torch.is_inference_mode_enabled() or x.is_inference():
-            return None  # x has no version, or y would have none after the mode
-        for each in layers:
-            if each.__dict__.get("_group") is not self:
+            return None  # inference tensors have no version counter
+        for member in layers:
+            if member.__dict__.get("_group") is not self:
                 return None
-            if each is not layer and direct.is_hooked(each):
+            if member is not layer and direct.is_hooked(member):
                 return None
-        found = direct.make_block(layers, x)
-        if found is None:
+        block_and_states = direct.make_block(layers, x)
+        if block_and_states is None:
             return None
-        block, states = found
+        block, states = block_and_states
         ys = blocks.linears(x, block)
-        waiting = [(layers[i], state, _versions(state), ys[i]) for i, state in enumerate(states)]
-        del waiting[0]
-        waiting.reverse()
-        hooks = _top_saved_tensors_default_hooks(True)  # while tracing too
+        pending = [(layers[i], state, _versions(state), ys[i]) for i, state in enumerate(states)]
+        del pending[0]
+        pending.reverse()
+        hooks = _top_saved_tensors_default_hooks(True)  # True: even while tracing
         _local.results = _Results(
             x,
             x._version,
@@ -106,15 +106,15 @@ class Group:
             torch.is_grad_enabled(),
             blocks.cast_dtype(x),
             hooks,
-            waiting,
+            pending,
         )
         return ys[0]
 
 
 def _versions(state: Sequence[Any]) -> int:
-    """Return the sum of the versions of the tensors in a layer's state; versions only grow.
+    """Return the sum of the versions of the tensors in a layer's state. Versions only grow.
 
-    -1 if one of them is an inference tensor, which has none.
+    Returns -1 if a tensor is an inference tensor, which has no version.
     """
     bias = state[3]
     try:
@@ -128,25 +128,29 @@ def _versions(state: Sequence[Any]) -> int:
     return total
 
 
-def _take(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
+def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
     """Return the result that the group's first call computed for the layer.
 
-    None if x, the thread's state or the layer's tensors differ from those of that call.
+    Returns None if x, the thread's state or the layer's tensors have changed since that call.
     """
-    shared_x, version, requires_grad, grad_mode, cast_dtype, hooks, waiting = results
+    shared_x, version, requires_grad, grad_mode, cast_dtype, hooks, pending = results
     if shared_x is not x or version != x._version or requires_grad is not x.requires_grad:
         return None
     if grad_mode is not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return None
     if cast_dtype is not blocks.cast_dtype(x) or hooks != _top_saved_tensors_default_hooks(True):
         return None
-    expected, state, versions, y = waiting.pop()
-    if expected is not layer:
+    next_layer, state, versions, y = pending.pop()
+    if next_layer is not layer:
         return None
-    now = direct.read_state(layer, x)
-    if now is None or len(now) != len(state) or not all(map(is_, now, state)):
+    current_state = direct.read_state(layer, x)
+    if (
+        current_state is None
+        or len(current_state) != len(state)
+        or not all(map(is_, current_state, state))
+    ):
         return None
-    return y if versions == _versions(now) else None
+    return y if versions == _versions(current_state) else None
 
 
 # Groups in a model
@@ -156,9 +160,9 @@ def add_groups(model: nn.Module) -> None:
     """Group the fused linear layers of each module whose forward calls them with one x."""
     for parent in model.modules():
         fused = {
-            name: each
-            for name, each in parent._modules.items()
-            if getattr(type(each), "fits_blocks", False)
+            name: child
+            for name, child in parent._modules.items()
+            if getattr(type(child), "fits_blocks", False)
         }
         if len(fused) < 2:
             continue
@@ -177,8 +181,8 @@ def remove_groups(model: nn.Module) -> None:
 def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
     """Yield the name of each module that has a group, and the group."""
     for name, module in model.named_modules():
-        found = [each.__dict__.get("_group") for each in module._modules.values() if each]
-        yield from ((name, group) for group in dict.fromkeys(found) if group is not None)
+        groups = [child.__dict__.get("_group") for child in module._modules.values() if child]
+        yield from ((name, group) for group in dict.fromkeys(groups) if group is not None)
 
 
 def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
@@ -188,8 +192,8 @@ def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
 
     - the forward calls it exactly once, as `self.name(x)` with a bare name;
     - the call is outside of loops and nested functions;
-    - each run that calls the group's first layer calls it too, later;
-    - nothing assigns to that x, or may return, in between.
+    - each run that calls the group's first layer calls this layer later;
+    - no assignment to that x, and no return, is in between.
 
     A layer with two names in the module is in no group.
 
@@ -198,23 +202,23 @@ def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
         layers: the children that may share x, by name.
     """
     ids = Counter(id(layer) for layer in layers.values())
-    groups: list[tuple[Any, Any, list[str]]] = []
+    candidates: list[tuple[Any, Any, list[str]]] = []
     for name, (x, branch) in _single_calls(cls.forward, frozenset(layers)).items():
         if ids[id(layers[name])] != 1:
             continue
         key = x, layers[name].in_features
-        for group_key, first, names in groups:
-            if group_key == key and first[: len(branch)] == branch:
+        for group_key, group_branch, names in candidates:
+            if group_key == key and group_branch[: len(branch)] == branch:
                 names.append(name)
                 break
         else:
-            groups.append((key, branch, [name]))
-    return [names for _, _, names in groups if len(names) > 1]
+            candidates.append((key, branch, [name]))
+    return [names for _, _, names in candidates if len(names) > 1]
 
 
 @functools.cache
 def _single_calls(forward: Any, names: frozenset[str]) -> dict[str, Any]:
-    """Return what identifies the x and the branch of each name that the forward calls once."""
+    """Return name -> (a key of the argument, the branch) for each name that is called once."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
         function: Any = ast.parse(source).body[0]
@@ -227,15 +231,15 @@ def _single_calls(forward: Any, names: frozenset[str]) -> dict[str, Any]:
 
 
 class _ForwardReader(ast.NodeVisitor):
-    """Finds the calls `self.name(x)` of some names in a forward, in their order.
+    """Finds the calls `self.name(x)` of the given names in a forward, in order.
 
-    `uses` counts what may read an attribute of a name. `calls` has the argument's name of each
-    call, how often the argument had been assigned to before, how many returns come before, and the
-    branches around the call.
+    `uses` counts the expressions that may read the attribute of a name. `calls` has, for each call,
+    the argument's name, the numbers of assignments to the argument and of returns before the call,
+    and the branches around the call.
     """
 
-    def __init__(self, owner: str, names: frozenset[str]) -> None:
-        self.owner, self.names = owner, names
+    def __init__(self, self_name: str, names: frozenset[str]) -> None:
+        self.self_name, self.names = self_name, names
         self.uses: Counter[str] = Counter()
         self.calls: dict[str, tuple[tuple[str, int, int], tuple[Any, ...]]] = {}
         self.assigned: Counter[str] = Counter()
@@ -253,14 +257,14 @@ class _ForwardReader(ast.NodeVisitor):
         outer = self.branch
         for field, value in ast.iter_fields(node):
             self.branch = (*outer, (node, field))
-            for each in value if isinstance(value, list) else [value]:
-                self.visit(each)
+            for child in value if isinstance(value, list) else [value]:
+                self.visit(child)
         self.branch = outer
 
     visit_If = visit_IfExp = _visit_branches
 
     def _visit_assignment(self, node: Any) -> None:
-        """Visit the value first, which is computed before its targets are assigned."""
+        """Visit the value before the targets, in the order of execution."""
         if node.value is not None:
             self.visit(node.value)
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -288,16 +292,16 @@ class _ForwardReader(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         callee = node.func
-        is_named = isinstance(callee, ast.Attribute) and callee.attr in self.names
-        if not is_named or self.depth:
+        is_layer = isinstance(callee, ast.Attribute) and callee.attr in self.names
+        if not is_layer or self.depth:
             return
         assert isinstance(callee, ast.Attribute)
-        is_own = isinstance(callee.value, ast.Name) and callee.value.id == self.owner
-        if is_own and len(node.args) == 1 and not node.keywords:
+        is_on_self = isinstance(callee.value, ast.Name) and callee.value.id == self.self_name
+        if is_on_self and len(node.args) == 1 and not node.keywords:
             x = node.args[0]
             if isinstance(x, ast.Name):
-                x_is = x.id, self.assigned[x.id], self.returns
-                self.calls[callee.attr] = x_is, self.branch
+                argument = x.id, self.assigned[x.id], self.returns
+                self.calls[callee.attr] = argument, self.branch
 
 
 _CONDITIONAL = (

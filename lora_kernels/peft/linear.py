@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .groups import Group
 
 # Keyword arguments that PEFT's variants read and that a base layer does not take.
-_NOT_FOR_BASE = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
+_NOT_BASE_KWARGS = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
 
 
 class Fused(nn.Module):
@@ -51,26 +51,26 @@ class Fused(nn.Module):
 
     x [..., K] -> [..., N] in the dtype that PEFT's own forward returns. Active adapters without
     dropout are stacked along the rank and share one call. In training each adapter with dropout
-    has a call of its own, because PEFT draws a mask for each. An aLoRA has one too, by
+    has its own call, because PEFT draws a mask for each. An aLoRA has its own call of
     `multi_lora_linear`, unless it is active in every row.
     """
 
     # PEFT's target_modules="all-linear" recognizes its own layers by "Linear" in the class name, so
     # the names of subclasses contain it.
 
-    # The distinct adapter_names of the last call, for `explain`. A call takes no adapters from it,
-    # since threads may name different ones. `direct.read` sends a layer that has it the general
-    # way, which clears it.
+    # The distinct adapter_names of the last call, for `explain`. No call reads its adapters here,
+    # because threads may name different ones. If it is set, `direct.read` returns None, and the
+    # general way clears it.
     mixed_batch: tuple[str, ...] | None = None
-    peft_class: Any  # the class of PEFT's that a subclass overrides
-    peft_forward: Any  # its forward; None if it had been replaced before
+    peft_class: Any  # the class of PEFT that a subclass overrides
+    peft_forward: Any  # that class's forward; None if it was replaced before
     casts_adapters = False  # `fuse`'s argument
     layer_name = ""  # in the model that `fuse` was given, for errors
     fits_blocks = False  # whether a `Group` or a gated MLP may compute the layer
-    # Of the base layers whose weight `direct.call` reads; None: of none.
+    # The class and forward of the bases whose weight `direct.call` reads; None if it reads none.
     base_class: Any = None
     base_forward: Any = None
-    reads_codes = False  # whether it is 4-bit, and `read_codes` reads it
+    reads_codes = False  # whether the weight is 4-bit, and `read_codes` reads it
     _group: Group | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -97,27 +97,27 @@ class Fused(nn.Module):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
             self._check_forward_args(x, **kwargs)  # type: ignore[operator]  # PEFT's own
-            kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_BASE}
+            kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_BASE_KWARGS}
 
         base, bias = cast(nn.Module, self._modules["base_layer"]), lora_bias(adapters)
         if is_dora:
             if args or kwargs:  # the base takes more than x
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             return _dora_linear(self, adapters[0], x)
-        first, *rest = self.calls(adapters, x, rows)
+        first_call, *others = self.calls(adapters, x, rows)
         if args or kwargs or base_reason is not None:
             result, is_fresh = self._call_base(base, x, *args, **kwargs)
             dtype = result.dtype
-            result = add_onto(result, is_fresh, x, bias, first)
+            result = add_update(result, is_fresh, x, bias, first_call)
         else:
             base_bias = base._parameters["bias"]
             if base_bias is not None:
                 bias = base_bias if bias is None else base_bias + bias
             weight, compute_dtype = readable_weight(base, x)
-            result = add_adapter(x, weight, bias, first, compute_dtype)
+            result = add_adapter(x, weight, bias, first_call, compute_dtype)
             dtype = result_dtype(base, x, result)
-        for call in rest:
-            result = add_onto(result, True, x, None, call)
+        for call in others:
+            result = add_update(result, True, x, None, call)
         return to_dtype(result, dtype)
 
     # `explain` asks for the plan and the calls too.
@@ -135,10 +135,10 @@ class Fused(nn.Module):
     def _call_base(
         self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, bool]:
-        """Call the base layer as a module, and return whether nothing else holds its result.
+        """Call the base layer as a module. Return its result, and whether nothing else holds it.
 
-        Raises RuntimeError if its result has no graph and x needs a gradient, which would lack
-        x·Wᵀ's part. PEFT's forward drops that part in silence.
+        Raises RuntimeError if x needs a gradient and the result has no graph, because dx would lack
+        the base's part. PEFT's forward drops that part silently.
         """
         result: Tensor = base(x, *args, **kwargs)
         if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
@@ -183,15 +183,15 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
         )
     else:
         dropped = adapter.dropout(x)
-        rest, none = x - dropped, (A.detach(), B.detach(), 0.0)
+        complement, no_adapter = x - dropped, (A.detach(), B.detach(), 0.0)
         y = lora_linear(
             dropped, weight, A, B, scaling, column_scale=scale, compute_dtype=compute_dtype
-        ) + lora_linear(rest, weight, *none, bias, compute_dtype=compute_dtype)
+        ) + lora_linear(complement, weight, *no_adapter, bias, compute_dtype=compute_dtype)
     return to_dtype(y, result_dtype(base, x, y))
 
 
 def result_dtype(base: nn.Module, x: Tensor, y: Tensor) -> torch.dtype:
-    """Return the dtype of a layer that computes y. bitsandbytes returns x's, under autocast too."""
+    """Return the dtype of the layer's result y; bitsandbytes' is x's dtype, even under autocast."""
     return x.dtype if is_linear4bit(base) else y.dtype
 
 
@@ -202,7 +202,7 @@ def add_adapter(
     call: Call | MixedCall,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the result of the call for x, on top of x·Wᵀ if a weight is given."""
+    """Return the result of the call for x, added to x·Wᵀ if a weight is given."""
     if isinstance(call, MixedCall):
         A, B, row_index, scaling, p = call
         kwargs: dict[str, Any] = {"dropout_p": p, "compute_dtype": compute_dtype}
@@ -212,17 +212,17 @@ def add_adapter(
     return lora_linear(x, weight, lora_A, lora_B, factor, bias, **kwargs)
 
 
-def add_onto(
+def add_update(
     y: Tensor, is_fresh: bool, x: Tensor, bias: Tensor | None, call: Call | MixedCall
 ) -> Tensor:
     """Return y, the result of a base layer, plus the result of the call for x.
 
-    is_fresh: whether nothing but the caller holds y, which is then overwritten if it can be.
+    is_fresh: whether only the caller holds y. y is then overwritten if possible.
     """
     is_fresh = is_fresh and in_place.can_overwrite(y)
     if isinstance(call, MixedCall) or not _can_add_in_place(y, x, call):
         update = add_adapter(x, None, bias, call)
-        # Autograd refuses to change a view that a Function returned.
+        # Autograd forbids in-place changes of a view that a Function returned.
         return y.add_(update) if is_fresh and not y._is_view() else y + update
     lora_A, lora_B, scaling, gate, p = call
     if not is_fresh:
@@ -250,7 +250,7 @@ def peft_class(layer: Any) -> Any:
 
 def set_class(layer: Any, cls: Any) -> None:
     """Set the layer's class, and rebind its forward if accelerate has wrapped it."""
-    # accelerate stores the forward that it found: a method of the layer's former class.
+    # accelerate stores the forward that it wraps, which is a method of the layer's former class.
     for name in ("forward", "_old_forward"):
         if getattr(vars(layer).get(name), "__func__", None) is type(layer).forward:
             vars(layer)[name] = MethodType(cls.forward, layer)

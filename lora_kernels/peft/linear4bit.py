@@ -25,7 +25,7 @@ class FusedLinear4bit(Fused, Linear4bit):
     """PEFT's LoRA layer over bitsandbytes' 4-bit linear.
 
     merge_loss: the error of merging into a 4-bit weight, which `explain` prints. None if nothing
-    is merged, or if the error is unknown, as with DoRA.
+        is merged, or if the error is unknown, as with DoRA.
     """
 
     fits_blocks = True
@@ -34,7 +34,7 @@ class FusedLinear4bit(Fused, Linear4bit):
     merge_loss: MergeLoss | None = None
 
     def read_codes(self, weight: Any, x: Tensor) -> tuple[Packed4bit, torch.dtype | None] | None:
-        """Return the base's codes as they are now, and the base GEMM's dtype; None if unusual."""
+        """Return the base's current codes and the base GEMM's dtype; None for unusual states."""
         base: Any = self._modules["base_layer"]
         if type(weight) is not Params4bit or not base.compute_type_is_set:
             return None
@@ -43,21 +43,21 @@ class FusedLinear4bit(Fused, Linear4bit):
             return None
         if not x.is_cpu or is_on_gpu_path("cpu"):
             return cached_weight(weight, state).codes, base.compute_dtype
-        of_state = vars(state)  # has marks of a weight that was repacked
-        if of_state.get("packing_format_for_cpu") or "original_qshape" in of_state:
+        state_attributes = vars(state)  # bitsandbytes marks repacked weights here
+        if state_attributes.get("packing_format_for_cpu") or "original_qshape" in state_attributes:
             return None
         if state.shape != (base.out_features, base.in_features):
             return None
-        inner, nested = state.state2, state.nested
+        nested_state, nested = state.state2, state.nested
         codes = Packed4bit(
             packed=weight,
             absmax=state.absmax,
             code=state.code,
-            nested_absmax=inner.absmax if nested else None,
-            nested_code=inner.code if nested else None,
+            nested_absmax=nested_state.absmax if nested else None,
+            nested_code=nested_state.code if nested else None,
             offset=state.offset if nested else None,
             blocksize=state.blocksize,
-            nested_blocksize=inner.blocksize if nested else 1,
+            nested_blocksize=nested_state.blocksize if nested else 1,
             quant_type=state.quant_type,
         )
         return codes, base.compute_dtype
@@ -65,22 +65,22 @@ class FusedLinear4bit(Fused, Linear4bit):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge as PEFT does, and measure the error that requantization introduces."""
-        base, known = self.get_base_layer(), set(self.merged_adapters)
+        base, previous = self.get_base_layer(), set(self.merged_adapters)
         weight = base._parameters.get("weight")
-        readable = weight is not None and unreadable_4bit(base, weight.device) is None
-        before = weight4bit(base).dequantize(torch.float32) if readable else None
+        is_readable = weight is not None and unreadable_4bit(base, weight.device) is None
+        base_weight = weight4bit(base).dequantize(torch.float32) if is_readable else None
         super().merge(safe_merge, adapter_names)
-        added = [name for name in self.merged_adapters if name not in known]
-        if not added:  # they are merged already
+        new_names = [name for name in self.merged_adapters if name not in previous]
+        if not new_names:  # all were merged before
             return
         self.merge_loss = None
-        if before is None or any(name in self.lora_variant for name in added):
+        if base_weight is None or any(name in self.lora_variant for name in new_names):
             return
-        deltas: list[Tensor] = [self.get_delta_weight(name) for name in added]  # type: ignore[no-untyped-call]
+        deltas: list[Tensor] = [self.get_delta_weight(name) for name in new_names]  # type: ignore[no-untyped-call]
         delta = torch.stack(deltas).float().sum(0)
-        error = weight4bit(base).dequantize(torch.float32) - before - delta
+        error = weight4bit(base).dequantize(torch.float32) - base_weight - delta
         self.merge_loss = MergeLoss(
-            float(error.norm() / (before + delta).norm()), float(error.norm() / delta.norm())
+            float(error.norm() / (base_weight + delta).norm()), float(error.norm() / delta.norm())
         )
 
     def unmerge(self) -> None:

@@ -1,10 +1,9 @@
 """`fuse(model, loss=True)`: causal language models whose training loss needs no logits in memory.
 
-transformers' `loss_function` receives finished logits, so the models get a forward of their own. It
-mirrors `XForCausalLM.forward` from the hidden states on, for the classes of `LOGITS`, whose
-forwards differ in what they do to the logits alone. It runs in training, if labels are given.
-Everything else goes to the class's forward: evaluation, generation, and calls for which
-`call_reason` gives a reason.
+transformers' `loss_function` receives finished logits, so the models get another forward. The new
+forward mirrors `XForCausalLM.forward` from the hidden states on, for the classes of `LOGITS`. Their
+forwards differ only in how they transform the logits. The new forward runs in training with labels.
+The class's forward runs evaluation, generation, and calls for which `call_reason` gives a reason.
 """
 
 from __future__ import annotations
@@ -35,42 +34,42 @@ from .zero3 import is_gathered_in_call, is_partitioned
 _Logits = Callable[[Any], tuple[float, float | None]]
 
 
-def _plain(model: Any) -> tuple[float, float | None]:
+def _default_options(model: Any) -> tuple[float, float | None]:
     return 1.0, None
 
 
-def _capped(model: Any) -> tuple[float, float | None]:
+def _softcap_options(model: Any) -> tuple[float, float | None]:
     return 1.0, model.config.final_logit_softcapping
 
 
-def _multiplied(model: Any) -> tuple[float, float | None]:
+def _scale_options(model: Any) -> tuple[float, float | None]:
     return model.logit_scale, None
 
 
-def _divided(model: Any) -> tuple[float, float | None]:
+def _divisor_options(model: Any) -> tuple[float, float | None]:
     return 1.0 / model.config.logits_scaling, None
 
 
-_PLAIN = (
+_UNSCALED = (
     "Arcee Cwm Ernie4_5 Exaone4 Gemma Glm Glm4 Helium Lfm2 Llama Ministral Mistral Nemotron Olmo "
     "Olmo2 Olmo3 Phi Phi3 Qwen2 Qwen3 SeedOss SmolLM3 StableLm Starcoder2"
 )
 LOGITS: dict[str, _Logits] = {
     f"{family}ForCausalLM": logits
     for families, logits in (
-        (_PLAIN, _plain),
-        ("Gemma2 Gemma3 VaultGemma", _capped),
-        ("Cohere Cohere2", _multiplied),
-        ("Granite", _divided),
+        (_UNSCALED, _default_options),
+        ("Gemma2 Gemma3 VaultGemma", _softcap_options),
+        ("Cohere Cohere2", _scale_options),
+        ("Granite", _divisor_options),
     )
     for family in families.split()
 }
-# Of `CausalLMOutputWithPast`, which older versions of transformers name otherwise.
+# Fields of `CausalLMOutputWithPast`. Their names depend on the version of transformers.
 _OUTPUTS = ("cache", "past_key_values", "hidden_states", "attentions")
 
 
 class Head(NamedTuple):
-    """The arguments of `lora_linear_cross_entropy` that a head gives."""
+    """The arguments of `lora_linear_cross_entropy` that come from a head."""
 
     weight: Tensor | Weight4bit
     lora_A: Tensor | None
@@ -82,17 +81,18 @@ class Head(NamedTuple):
 
 
 def fuse_losses(model: nn.Module) -> None:
-    """Give each causal language model in `model` the forward, or mark it if it is not covered.
+    """Replace the forward of each causal language model in `model` that is covered.
 
-    Raises ValueError if there is none.
+    A model that is not covered is marked for `explain`. Raises ValueError if there is no such
+    model.
     """
-    found = list(causal_models(model))
-    if not found:
+    models = list(causal_models(model))
+    if not models:
         raise ValueError(
             f"model: got {type(model).__name__} without a causal language model of transformers, "
             "want one beside loss=True"
         )
-    for _, module in found:
+    for _, module in models:
         module._loss_requested = True
         if not has_fused_loss(module) and model_reason(module) is None:
             cls: Any = type(module)
@@ -102,9 +102,9 @@ def fuse_losses(model: nn.Module) -> None:
 def restore_losses(model: nn.Module) -> None:
     """Undo `fuse_losses`."""
     for module in model.modules():
-        for name in ("forward", "_old_forward"):  # accelerate keeps the forward that it found
-            own = vars(module).get(name)
-            if getattr(getattr(own, "__func__", None), "is_fused_loss", False):
+        for name in ("forward", "_old_forward"):  # accelerate stores the forward that it wraps
+            forward = vars(module).get(name)
+            if getattr(getattr(forward, "__func__", None), "is_fused_loss", False):
                 if name == "forward":
                     del module.forward
                 else:
@@ -129,14 +129,14 @@ def causal_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _owner(cls: Any) -> str:
-    """Return the name of the class that defines the forward; "" if it is not transformers'."""
-    owner = next(each for each in cls.__mro__ if "forward" in vars(each))
+    """Return the name of the class that defines the forward; "" if not a class of transformers."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     is_transformers = owner.__module__.startswith("transformers.models.")
     return owner.__name__ if is_transformers else ""
 
 
 def has_fused_loss(module: Any) -> bool:
-    """Return True if the module's own forward is that of this file."""
+    """Return True if the instance's forward is the one that this file builds."""
     forward = vars(module).get("forward")
     return getattr(getattr(forward, "__func__", None), "is_fused_loss", False)
 
@@ -155,8 +155,8 @@ def call_reason(module: Any, device: torch.device, x_dtype: torch.dtype) -> str 
     """Return why the next training step computes logits of hidden states in x_dtype, or None."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    if (around := unfused_context()) is not None:
-        return around
+    if (context_reason := unfused_context()) is not None:
+        return context_reason
     if module.loss_function is not ForCausalLMLoss:
         return "its loss_function was replaced"
     reason = head_reason(module.get_output_embeddings(), device, x_dtype)
@@ -179,7 +179,7 @@ def head_reason(head: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     adapters = active_adapters(layer)
     if layer.disable_adapters and layer.merged:
         return "its adapters are merged and disabled"
-    if layer.mixed_batch is not None:  # of the call before; "__base__" alone is no adapter
+    if layer.mixed_batch is not None:  # of the last call; "__base__" alone names no adapter
         return "rows name their adapters"
     if any(is_dora(layer, adapter.name) for adapter in adapters):
         return "DoRA, whose column scale is not covered here"
@@ -208,8 +208,8 @@ def head_of(head: Any, x: Tensor) -> Head:
     bias = base._parameters["bias"]
     if not adapters:
         return Head(weight, None, None, 1.0, bias, 0.0, compute_dtype)
-    if (own := lora_bias(adapters)) is not None:
-        bias = own if bias is None else bias + own
+    if (adapter_bias := lora_bias(adapters)) is not None:
+        bias = adapter_bias if bias is None else bias + adapter_bias
     ((lora_A, lora_B, scaling, gate, dropout_p),) = calls(adapters, x.device.type, None)
     if gate is not None:
         lora_B = lora_B * gate.to(lora_B.dtype)
@@ -224,35 +224,37 @@ def _forward_of(cls: Any) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.utils.generic import can_return_tuple
 
-    own = cls.forward
-    names = list(inspect.signature(own).parameters)[1:]
+    original_forward = cls.forward
+    names = list(inspect.signature(original_forward).parameters)[1:]
     outputs = [name for name in _OUTPUTS if name in CausalLMOutputWithPast.__dataclass_fields__]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def run(self: Any, labels: Tensor, **kwargs: Any) -> Any:
-        taken = _arguments_of(type(self.model).forward)
-        found = self.model(**{n: t for n, t in kwargs.items() if taken is None or n in taken})
-        x, logits = found.last_hidden_state, None
-        # As in transformers, the loss gets what the forward does not name.
-        of_loss = {name: value for name, value in kwargs.items() if name not in names}
+        accepted = _arguments_of(type(self.model).forward)
+        base_outputs = self.model(
+            **{n: t for n, t in kwargs.items() if accepted is None or n in accepted}
+        )
+        x, logits = base_outputs.last_hidden_state, None
+        # As in transformers, the loss gets the arguments that the forward does not name.
+        loss_kwargs = {name: value for name, value in kwargs.items() if name not in names}
         if call_reason(self, x.device, x.dtype) is None:
-            loss = _loss(self, x, labels, **of_loss)
+            loss = _loss(self, x, labels, **loss_kwargs)
         else:
             logits = _logits(self, x)
             sizes = {"vocab_size": self.config.vocab_size}
-            loss = self.loss_function(logits=logits, labels=labels, **sizes, **of_loss)
-        rest = {name: getattr(found, name, None) for name in outputs}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+            loss = self.loss_function(logits=logits, labels=labels, **sizes, **loss_kwargs)
+        others = {name: getattr(base_outputs, name, None) for name in outputs}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
-    @functools.wraps(own)
+    @functools.wraps(original_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.forward is not own:  # replaced after `fuse`
+        if cls.forward is not original_forward:  # replaced after `fuse`
             return cls.forward(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
-        keep = kwargs.get("logits_to_keep", 0)
-        keeps_all = isinstance(keep, int) and keep == 0
+        logits_to_keep = kwargs.get("logits_to_keep", 0)
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if kwargs.get("labels") is None or not self.training or not keeps_all:
-            return own(self, **kwargs)
+            return original_forward(self, **kwargs)
         kwargs.pop("logits_to_keep", None)
         return run(self, kwargs.pop("labels"), **kwargs)
 
@@ -264,7 +266,7 @@ def _forward_of(cls: Any) -> Any:
 def _arguments_of(forward: Any) -> frozenset[str] | None:
     """Return the names of the arguments that a forward takes; None if it takes any.
 
-    Models of transformers 4.56 refuse those that the loss alone reads.
+    Models of transformers 4.56 refuse arguments that only the loss reads.
     """
     import inspect
 
@@ -274,7 +276,7 @@ def _arguments_of(forward: Any) -> frozenset[str] | None:
 
 
 def _logits(module: Any, x: Tensor) -> Tensor:
-    """Return the logits as the class's forward does."""
+    """Return the same logits as the class's forward."""
     scale, cap = LOGITS[_owner(type(module))](module)
     head: Any = module.get_output_embeddings()
     logits: Tensor = head(x)

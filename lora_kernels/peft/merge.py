@@ -1,7 +1,7 @@
-"""Merges that give the base back, merged weights as a stream, and what a merge keeps.
+"""Exactly reversible merges, and merged weights as a stream.
 
-PEFT's own merge computes every merged value. `ExactMerge` copies a layer's base before it, and
-copies it back in place of PEFT's unmerge, which subtracts and so rounds. `merged_weights` lets PEFT
+PEFT's own merge computes every merged value. `ExactMerge` copies a layer's base before the merge.
+At unmerge it copies the base back, where PEFT subtracts and so rounds. `merged_weights` lets PEFT
 merge into copies of one layer's base at a time.
 """
 
@@ -24,21 +24,21 @@ from torch import Tensor, nn
 from .base import missing_layers
 from .linear import peft_class
 
-PLACES = ("host", "device")
+LOCATIONS = ("host", "device")
 _METHODS = "merge", "unmerge", "unload_and_optionally_merge_module"
 
-Slot = tuple[nn.Module, str]  # a module, and the name of a parameter of its own
+Slot = tuple[nn.Module, str]  # a module, and the name of one of its direct parameters
 
 
 def check_exact_merge(exact_merge: str | None) -> None:
-    """Raise ValueError unless `fuse` takes this place of the copies."""
-    if exact_merge is not None and exact_merge not in PLACES:
-        want = " or ".join(map(repr, PLACES))
+    """Raise ValueError unless `exact_merge` is a valid argument of `fuse`."""
+    if exact_merge is not None and exact_merge not in LOCATIONS:
+        want = " or ".join(map(repr, LOCATIONS))
         raise ValueError(f"exact_merge: got {exact_merge!r}, want {want}, or None for no copies")
 
 
 def check_layers(layers: Sequence[tuple[str, Any]], exact_merge: str | None) -> None:
-    """Raise ValueError if the base of a layer cannot be kept, or is not there any more."""
+    """Raise ValueError if the base of a layer cannot be copied, or was already merged into."""
     for name, layer in layers if exact_merge is not None else ():
         if (reason := _unkeepable_reason(layer)) is not None:
             raise ValueError(f"exact_merge: got {name}, {reason}, want layers whose base is kept")
@@ -51,29 +51,29 @@ def check_layers(layers: Sequence[tuple[str, Any]], exact_merge: str | None) -> 
         deque(_tied_groups(layer for _, layer in layers), maxlen=0)
 
 
-def set_exact_merges(layers: Iterable[Any], where: str | None) -> None:
-    """Let the merges of LoRA layers keep copies of their bases in this place; None: no more.
+def set_exact_merges(layers: Iterable[Any], location: str | None) -> None:
+    """Let the merges of LoRA layers keep copies of their bases at `location`; None: no longer.
 
-    A layer that is merged over a copy keeps it until it is unmerged.
+    A merged layer with a copy keeps the copy until it is unmerged.
     """
-    exact = []
+    exact_merges = []
     for layer in layers:
-        known = _exact(layer)
-        if where is None:
-            if known is not None and known.originals is None:
-                known.remove()
-            elif known is not None:
-                known.where = None
+        exact_merge = _exact(layer)
+        if location is None:
+            if exact_merge is not None and exact_merge.originals is None:
+                exact_merge.remove()
+            elif exact_merge is not None:
+                exact_merge.location = None
             continue
-        if known is None:
-            known = ExactMerge(layer, where)
-            vars(layer).update({name: getattr(known, name) for name in _METHODS})
-            layer.exact_merge = known
-        known.where = where
-        exact.append(known)
-    for known in exact:
-        known.tied = []
-    for group in _tied_groups(known.layer for known in exact):
+        if exact_merge is None:
+            exact_merge = ExactMerge(layer, location)
+            vars(layer).update({name: getattr(exact_merge, name) for name in _METHODS})
+            layer.exact_merge = exact_merge
+        exact_merge.location = location
+        exact_merges.append(exact_merge)
+    for exact_merge in exact_merges:
+        exact_merge.tied = []
+    for group in _tied_groups(exact_merge.layer for exact_merge in exact_merges):
         for layer in group:
             tied = _exact(layer).tied
             tied += [x for x in map(_exact, group) if x is not _exact(layer) and x not in tied]
@@ -89,7 +89,7 @@ def _unkeepable_reason(layer: Any) -> str | None:
     base = layer.get_base_layer()
     if not isinstance(layer, ParamWrapper) and base._parameters.get("weight") is None:
         return f"over a {type(base).__name__} without a weight that a merge writes"
-    for module, name in written(layer):
+    for module, name in written_parameters(layer):
         p: Any = module._parameters[name]
         if not (is_plain(p) or is_params4bit(p)):
             kind = f"{type(p).__name__} of {p.dtype}"
@@ -97,10 +97,10 @@ def _unkeepable_reason(layer: Any) -> str | None:
     return None
 
 
-def written(layer: Any) -> list[Slot]:
+def written_parameters(layer: Any) -> list[Slot]:
     """Return the parameters that PEFT's merge of the layer writes or replaces.
 
-    A merge over experts in 4 bits writes none: PEFT adds to a decoded copy.
+    A merge over experts in 4 bits writes none, because PEFT adds to a decoded copy.
     """
     base = layer.get_base_layer()
     names = [layer.parameter_name] if isinstance(layer, ParamWrapper) else ["weight", "bias"]
@@ -113,7 +113,7 @@ def is_params4bit(p: object) -> bool:
 
 
 def is_plain(p: Any) -> bool:
-    """Return True for a floating parameter of no library's format."""
+    """Return True for a floating parameter that is in no library's own format."""
     t = _local(p)
     return type(t) in (nn.Parameter, Tensor) and t.is_floating_point()
 
@@ -124,59 +124,62 @@ def _local(p: Any) -> Any:
 
 
 def _tied_groups(layers: Iterable[Any]) -> Iterator[list[Any]]:
-    """Yield the layers whose bases share memory.
+    """Yield each group of layers whose bases share memory.
 
-    Raises ValueError if they share it otherwise than element by element.
+    Raises ValueError if bases overlap in memory without sharing all elements.
     """
     spans = []
     for i, layer in enumerate(layers):
-        for module, name in written(layer):
+        for module, name in written_parameters(layer):
             t = _local(module._parameters[name])
-            last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            last_index = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
             if t.numel() and t.data_ptr():
-                end = t.data_ptr() + (last + 1) * t.element_size()
+                end = t.data_ptr() + (last_index + 1) * t.element_size()
                 spans.append((str(t.device), t.data_ptr(), end, i, layer, t))
     group: list[Any] = []
     for span in sorted(spans, key=lambda span: span[:4]):
         device, start, _, _, layer, t = span
-        if group and device == group[0][0] and start < max(each[2] for each in group):
-            first = group[0][5]
-            if start != group[0][1] or (t.shape, t.stride()) != (first.shape, first.stride()):
+        if group and device == group[0][0] and start < max(span[2] for span in group):
+            first_tensor = group[0][5]
+            if start != group[0][1] or (t.shape, t.stride()) != (
+                first_tensor.shape,
+                first_tensor.stride(),
+            ):
                 raise ValueError(
-                    f"exact_merge: got bases of shapes {list(first.shape)} and {list(t.shape)} "
-                    "that overlap in memory, want the same elements or none"
+                    f"exact_merge: got bases of shapes {list(first_tensor.shape)} and "
+                    f"{list(t.shape)} that overlap in memory, want the same elements or none"
                 )
         else:
             if len(group) > 1:
-                yield [each[4] for each in group]
+                yield [span[4] for span in group]
             group = []
         group.append(span)
     if len(group) > 1:
-        yield [each[4] for each in group]
+        yield [span[4] for span in group]
 
 
 class ExactMerge:
-    """PEFT's merge and unmerge of one layer, over a copy of its base.
+    """PEFT's merge and unmerge of one layer, with a copy of the base.
 
-    They are attributes of the layer, which PEFT's model and PEFT's forward call.
+    The methods are attributes of the layer, which PEFT's model and PEFT's forward call.
 
     Attributes:
-        where: "host" or "device", of the copy; None: the layer loses this object once unmerged.
-        originals: the base's parameters as they were; None while nothing is merged.
-        tied: the same of other layers whose base shares memory with this one's.
+        location: "host" or "device", of the copy; None: the layer drops this object once unmerged.
+        originals: copies of the base's parameters before the merge; None while nothing is merged.
+        tied: the ExactMerge of each other layer whose base shares memory with this layer's.
     """
 
-    def __init__(self, layer: Any, where: str | None) -> None:
-        self._layer = weakref.ref(layer)  # a strong one would keep the layer until a collection
-        self.where = where
+    def __init__(self, layer: Any, location: str | None) -> None:
+        self._layer = weakref.ref(layer)  # a strong reference would be a cycle
+        self.location = location
         self.originals: list[_Dense | _FourBit] | None = None
         self.tied: list[ExactMerge] = []
         self._caches: dict[str, Any] = {}
-        self._passes = False  # on to PEFT's methods, which call each other
+        self._is_delegating = False  # True while PEFT's methods run, which call each other
 
     def __reduce__(self) -> tuple[Any, ...]:
         attributes = {name: value for name, value in vars(self).items() if name != "_layer"}
-        return ExactMerge, (self.layer, self.where), attributes
+        return ExactMerge, (self.layer, self.location), attributes
 
     @property
     def layer(self) -> Any:
@@ -184,8 +187,8 @@ class ExactMerge:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of this layer's copies; a tied layer has its own number of the same ones."""
-        return sum(each.nbytes for each in self.originals or ())
+        """The number of bytes of this layer's copies. Tied layers count shared copies too."""
+        return sum(original.nbytes for original in self.originals or ())
 
     @property
     def is_merged(self) -> bool:
@@ -193,20 +196,20 @@ class ExactMerge:
         return layer is not None and bool(layer.merged)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge as PEFT does, and keep the base before.
+        """Copy the base and merge as PEFT does.
 
         If PEFT's merge raises before an adapter counts as merged, the base is copied back.
         """
         layer = self.layer
-        if self._passes:
+        if self._is_delegating:
             return self._peft("merge", safe_merge, adapter_names)
-        is_first = not any(each.is_merged for each in (self, *self.tied))
-        for each in (self, *self.tied) if is_first else ():
-            each._drop()
+        is_first = not any(exact_merge.is_merged for exact_merge in (self, *self.tied))
+        for exact_merge in (self, *self.tied) if is_first else ():
+            exact_merge._free_copy()
         if not _has_any(layer, adapter_names):
             return self._peft("merge", safe_merge, adapter_names)
         if self.originals is None:
-            self._keep()
+            self._copy_base()
         try:
             self._peft("merge", safe_merge, adapter_names)
         except BaseException:
@@ -215,39 +218,41 @@ class ExactMerge:
             raise
         finally:
             if is_first and not layer.merged:
-                self._drop()
+                self._free_copy()
 
     def unmerge(self) -> None:
-        """Copy the base back and free the copy; over a tied base that another layer is merged
-        into, subtract as PEFT does, until the last one is unmerged."""
-        layer, together = self.layer, (self, *self.tied)
-        is_last = not any(each.is_merged for each in self.tied)
-        if self._passes or not layer.merged or self.originals is None or not is_last:
+        """Copy the base back and free the copy.
+
+        While another layer is merged into the same tied base, subtract as PEFT does instead.
+        """
+        layer, group = self.layer, (self, *self.tied)
+        is_last = not any(exact_merge.is_merged for exact_merge in self.tied)
+        if self._is_delegating or not layer.merged or self.originals is None or not is_last:
             return self._peft("unmerge")
-        for each in together:
-            each._restore()
+        for exact_merge in group:
+            exact_merge._restore()
         layer.merged_adapters.clear()
         vars(layer).pop("merge_loss", None)
-        for each in together:
-            each._drop()
-            if each.where is None:
-                each.remove()
+        for exact_merge in group:
+            exact_merge._free_copy()
+            if exact_merge.location is None:
+                exact_merge.remove()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> Any:
-        """Return the base without the layer, merged without a copy. `merge_and_unload` calls it."""
+        """Return the base, merged without a copy if `merge`. `merge_and_unload` calls this."""
         layer = self.layer
-        theirs = getattr(type(layer), "unload_and_optionally_merge_module", None)
+        peft_method = getattr(type(layer), "unload_and_optionally_merge_module", None)
         with as_peft(layer.modules()):
-            if theirs is not None:
-                return theirs(layer, merge, safe_merge, adapter_names)
+            if peft_method is not None:
+                return peft_method(layer, merge, safe_merge, adapter_names)
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return layer.get_base_layer()
 
     def remove(self) -> None:
-        """Give the layer PEFT's methods again."""
+        """Restore PEFT's methods of the layer."""
         for name in (*_METHODS, "exact_merge"):
             vars(self.layer).pop(name, None)
 
@@ -255,42 +260,42 @@ class ExactMerge:
         with as_peft([self.layer]):
             getattr(type(self.layer), method)(self.layer, *args)
 
-    def _keep(self) -> None:
-        """Copy the base, except what a tied layer has copied."""
-        copies = [each for tied in self.tied for each in tied.originals or ()]
+    def _copy_base(self) -> None:
+        """Copy the base's parameters, and share the copies that a tied layer has made."""
+        copies = [original for tied in self.tied for original in tied.originals or ()]
         originals = []
-        for slot in written(self.layer):
-            shared = next((each for each in copies if each.shares_memory(slot)), None)
+        for slot in written_parameters(self.layer):
+            shared = next((original for original in copies if original.shares_memory(slot)), None)
             if shared is not None:
-                originals.append(shared.at(slot))
+                originals.append(shared.for_slot(slot))
             else:
-                originals.append(_copy_of(slot, self.where == "host"))
+                originals.append(_copy_of(slot, self.location == "host"))
         self._caches = dict(getattr(self.layer, "_caches", {}))
         self.originals = originals
 
     def _restore(self) -> None:
         if self.originals is None:
             return
-        for each in self.originals:
-            each.restore()
-        if hasattr(self.layer, "_caches"):  # PEFT's, for its own unmerge
+        for original in self.originals:
+            original.restore()
+        if hasattr(self.layer, "_caches"):  # PEFT's caches for its unmerge
             self.layer._caches = self._caches
 
-    def _drop(self) -> None:
+    def _free_copy(self) -> None:
         self.originals, self._caches = None, {}
 
 
 @contextmanager
 def as_peft(modules: Iterable[Any]) -> Iterator[None]:
     """Let the layers among these modules merge and unmerge as PEFT does."""
-    exact = [x for x in map(_exact, modules) if x is not None and not x._passes]
+    exact_merges = [x for x in map(_exact, modules) if x is not None and not x._is_delegating]
     try:
-        for each in exact:
-            each._passes = True
+        for exact_merge in exact_merges:
+            exact_merge._is_delegating = True
         yield
     finally:
-        for each in exact:
-            each._passes = False
+        for exact_merge in exact_merges:
+            exact_merge._is_delegating = False
 
 
 def _has_any(layer: Any, adapter_names: Sequence[str] | None) -> bool:
@@ -306,7 +311,9 @@ def _copy_of(slot: Slot, to_host: bool) -> _Dense | _FourBit:
         # PEFT's merge replaces packed bytes and never writes to them.
         device = torch.device("cpu") if to_host else p.device
         attributes = {key: value for key, value in vars(p).items() if key in _ATTRIBUTES}
-        return _FourBit(slot, type(p), p.data.to(device), _moved(p.quant_state, device), attributes)
+        return _FourBit(
+            slot, type(p), p.data.to(device), _copy_state(p.quant_state, device), attributes
+        )
     t = _local(p).detach()
     return _Dense(slot, t.to("cpu", copy=True) if to_host else t.clone())
 
@@ -322,18 +329,18 @@ class _Dense(NamedTuple):
         return self.values.nbytes
 
     def shares_memory(self, slot: Slot) -> bool:
-        """Return True if this is a copy of the same elements as the slot's now."""
-        (module, name), (other, key) = self.slot, slot
-        a, b = _local(module._parameters[name]), _local(other._parameters[key])
+        """Return True if the copied parameter and the slot's have the same memory and layout."""
+        (module, name), (other_module, key) = self.slot, slot
+        a, b = _local(module._parameters[name]), _local(other_module._parameters[key])
         if is_params4bit(b) or a.data_ptr() != b.data_ptr() or not a.numel():
             return False
         return bool(a.shape == b.shape and a.stride() == b.stride())
 
-    def at(self, slot: Slot) -> _Dense:
+    def for_slot(self, slot: Slot) -> _Dense:
         return _Dense(slot, self.values)
 
     def restore(self) -> None:
-        """Copy the values into the parameter, whatever device and dtype it has by now."""
+        """Copy the values into the parameter, whatever its current device and dtype are."""
         module, name = self.slot
         p: Any = module._parameters[name]
         t = _local(p.data)
@@ -359,8 +366,11 @@ class _FourBit(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        inner = self.state.state2
-        scales: list[Tensor] = [self.state.absmax, *([] if inner is None else [inner.absmax])]
+        nested_state = self.state.state2
+        scales: list[Tensor] = [
+            self.state.absmax,
+            *([] if nested_state is None else [nested_state.absmax]),
+        ]
         return self.packed.nbytes + sum(t.nbytes for t in scales)
 
     def shares_memory(self, slot: Slot) -> bool:
@@ -368,21 +378,21 @@ class _FourBit(NamedTuple):
         p: Any = module._parameters[name]
         return is_params4bit(p) and p.data_ptr() == self.packed.data_ptr()
 
-    def at(self, slot: Slot) -> _FourBit:
+    def for_slot(self, slot: Slot) -> _FourBit:
         return self._replace(slot=slot)
 
     def restore(self) -> None:
-        """Replace the parameter by one of these bytes, on the device where it is by now."""
+        """Replace the parameter by one with the copied bytes, on the parameter's current device."""
         module, name = self.slot
-        now: Any = module._parameters[name]
-        state = _moved(self.state, now.device)
-        given = {"quant_state": state, "bnb_quantized": True, "requires_grad": False}
-        p = self.cls(self.packed.to(now.device), **self.attributes, **given)
+        current: Any = module._parameters[name]
+        state = _copy_state(self.state, current.device)
+        kwargs = {"quant_state": state, "bnb_quantized": True, "requires_grad": False}
+        p = self.cls(self.packed.to(current.device), **self.attributes, **kwargs)
         module._parameters[name] = p
         module.quant_state = state
 
 
-def _moved(state: Any, device: torch.device) -> Any:
+def _copy_state(state: Any, device: torch.device) -> Any:
     """Return a copy of a `QuantState` whose tensors are on the device."""
     state = copy.copy(state)
     vars(state).pop("_lora_kernels", None)  # our decoder's view of the tensors
@@ -395,13 +405,14 @@ def _moved(state: Any, device: torch.device) -> Any:
 def merged_weights(
     model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights that PEFT's merge gives, one at a time, and leave the model as it is.
+    """Yield the weights that PEFT's merge gives, one at a time, and leave the model unchanged.
 
-    For engines that take weights as a stream. The names and tensors are those of the state dict of
-    `merge_and_unload()`: names are the base model's, 4-bit weights have their scales beside them,
-    modules of `modules_to_save` stand for the base's. PEFT merges into a copy of one layer's base
-    at a time, or of all layers that share it. A tensor that no adapter changes is the model's own,
-    so do not write to it. The model may be fused or not, and merged: then what is merged stays.
+    Use it for engines that take weights as a stream. The names and tensors are those of the state
+    dict of `merge_and_unload()`: names are the base model's, the scales of 4-bit weights are
+    entries too, and modules of `modules_to_save` replace the base's. PEFT merges into a copy of one
+    layer's base at a time, or of a base that several layers share. A tensor that no adapter changes
+    is the model's own, so do not write to it. The model may be fused or not. Merged adapters stay
+    merged.
 
     Args:
         model: a PEFT model with LoRA layers, on devices, and not offloaded.
@@ -439,51 +450,51 @@ def _merged_weights(
     root: nn.Module, adapter_names: list[str] | None, safe_merge: bool
 ) -> Iterator[tuple[str, Tensor]]:
     units = _units(root)
-    sharing = _sharing(root, units)
-    done: set[str] = set()
+    groups = _group_units(root, units)
+    yielded: set[str] = set()
     for key, t in root.state_dict().items():
         name, unit, slot = _locate(root, key)
-        if name is None or key in done:
+        if name is None or key in yielded:
             continue
         address = None if slot is None else _address(slot[0]._parameters[slot[1]])
-        members, slots = sharing.get(unit) or sharing.get(address) or ([], [])
+        members, slots = groups.get(unit) or groups.get(address) or ([], [])
         if not members:
             yield name, t
             continue
         layers = [layer for member in members for layer in units[member]]
         with merged_copies(layers, slots, safe_merge, adapter_names):
-            # Of tied modules without an adapter too.
-            tensors = {other: p.detach() for other, p in _parameters_at(root, slots)}
+            # The parameters of tied modules without an adapter belong to this group too.
+            tensors = {tied_key: p.detach() for tied_key, p in _parameters_at(root, slots)}
             for member in members:
                 prefix = f"{member}{'.base_layer' * len(units[member])}."
                 tensors |= units[member][-1].base_layer.state_dict(prefix=prefix)
-        done |= tensors.keys()
-        for other in list(tensors):
-            t = tensors.pop(other)
-            name = _locate(root, other)[0]
+        yielded |= tensors.keys()
+        for tied_key in list(tensors):
+            t = tensors.pop(tied_key)
+            name = _locate(root, tied_key)[0]
             if name is not None:
                 yield name, t
         del t
 
 
 def _units(root: nn.Module) -> dict[str, list[Any]]:
-    """Return PEFT's layers by name, each with the layers nested in it."""
+    """Return name -> a layer of PEFT followed by the layers nested in it."""
     units: dict[str, list[Any]] = {}
-    inner: set[Any] = set()
+    nested: set[Any] = set()
     for name, module in root.named_modules():
-        if isinstance(module, BaseTunerLayer) and module not in inner:
+        if isinstance(module, BaseTunerLayer) and module not in nested:
             layers: list[Any] = [module]
             while isinstance(layers[-1].base_layer, BaseTunerLayer):
                 layers.append(layers[-1].base_layer)
-            inner.update(layers)
+            nested.update(layers)
             units[name] = layers
     return units
 
 
-def _sharing(
+def _group_units(
     root: nn.Module, units: dict[str, list[Any]]
 ) -> dict[Any, tuple[list[str], list[Slot]]]:
-    """Return, by unit and by address, the units that are merged together, and all parameters there.
+    """Return unit or address -> the units that are merged together, and all their parameters.
 
     Layers that share a base are merged into the same copy, one after another.
     """
@@ -495,13 +506,13 @@ def _sharing(
     writes: dict[str, set[Any]] = {}
     writers: dict[Any, list[str]] = {}
     for unit, layers in units.items():
-        written_slots = [slot for layer in layers for slot in written(layer)]
+        written_slots = [slot for layer in layers for slot in written_parameters(layer)]
         writes[unit] = {_address(module._parameters[name]) for module, name in written_slots}
         for address in writes[unit]:
             writers.setdefault(address, []).append(unit)
-    found: dict[Any, tuple[list[str], list[Slot]]] = {}
+    groups: dict[Any, tuple[list[str], list[Slot]]] = {}
     for unit in units:
-        if unit in found:
+        if unit in groups:
             continue
         members = [unit]
         for member in members:
@@ -509,8 +520,8 @@ def _sharing(
         addresses = set[Any]().union(*(writes[member] for member in members))
         members.sort(key=list(units).index)
         group = members, [slot for address in addresses for slot in slots[address]]
-        found |= dict.fromkeys([*members, *addresses], group)
-    return found
+        groups |= dict.fromkeys([*members, *addresses], group)
+    return groups
 
 
 def _address(p: Any) -> Any:
@@ -520,17 +531,17 @@ def _address(p: Any) -> Any:
 
 def _parameters_at(root: nn.Module, slots: Sequence[Slot]) -> Iterator[tuple[str, Any]]:
     """Yield these parameters by all their keys in the state dict."""
-    wanted = {(id(module), name) for module, name in slots}
+    requested = {(id(module), name) for module, name in slots}
     for path, module in root.named_modules(remove_duplicate=False):
         for name, p in module._parameters.items():
-            if (id(module), name) in wanted:
+            if (id(module), name) in requested:
                 yield f"{path}.{name}" if path else name, p
 
 
 def _locate(root: nn.Module, key: str) -> tuple[str | None, str | None, Slot | None]:
-    """Return a key's name in the base model, PEFT's layer that it is below, and its parameter.
+    """Return a key's name in the base model, the name of PEFT's layer above it, and its parameter.
 
-    The name is None for what `merge_and_unload` drops: adapters, and the modules that
+    The name is None for entries that `merge_and_unload` drops: adapters, and the modules that
     `modules_to_save` replaces.
     """
     module: Any = root
@@ -545,13 +556,13 @@ def _locate(root: nn.Module, key: str) -> tuple[str | None, str | None, Slot | N
                 return None, unit, None
             unit = ".".join(path) if unit is None else unit
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            wanted = _kept_path(module)
-            if [part, *parts[: len(wanted) - 1]] != wanted:
+            unloaded_path = _unloaded_path(module)
+            if [part, *parts[: len(unloaded_path) - 1]] != unloaded_path:
                 return None, unit, None
-            for more in wanted[1:]:
+            for expected in unloaded_path[1:]:
                 path.append(part)
                 module, part = module._modules[part], parts.pop(0)
-                assert part == more
+                assert part == expected
         else:
             name.append(part)
         if part not in module._modules:
@@ -562,8 +573,8 @@ def _locate(root: nn.Module, key: str) -> tuple[str | None, str | None, Slot | N
     return ".".join(name), unit, None
 
 
-def _kept_path(wrapper: Any) -> list[str]:
-    """Return the path below PEFT's wrapper of the module that stays when PEFT unloads it."""
+def _unloaded_path(wrapper: Any) -> list[str]:
+    """Return the path below PEFT's wrapper to the module that remains after unloading."""
     if "token_adapter" in wrapper._modules:
         return ["token_adapter"]
     active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
@@ -579,52 +590,52 @@ def merged_copies(
     dtype: torch.dtype | None = None,
     merge: Any = None,
 ) -> Iterator[None]:
-    """Let PEFT merge these layers into copies of the parameters, and put these back at the end.
+    """Let PEFT merge these layers into copies of the parameters, and restore the originals at exit.
 
     Args:
         layers: the layers to merge, in their order in the model.
-        slots: all parameters in the memory that their merges write.
+        slots: all parameters in the memory that the merges write.
         safe_merge, adapter_names: as of PEFT's `merge`.
-        dtype: of the copies of dense parameters; None: theirs.
-        merge: the method of PEFT's that merges; None: of each layer's class.
+        dtype: of the copies of dense parameters; None: the parameters' dtypes.
+        merge: PEFT's method that merges; None: that of each layer's class.
     """
-    kept = [(m, n, m._parameters[n], dict(vars(m._parameters[n]))) for m, n in slots]
+    originals = [(m, n, m._parameters[n], dict(vars(m._parameters[n]))) for m, n in slots]
     states = {m: vars(m)["quant_state"] for m, _ in slots if "quant_state" in vars(m)}
-    others = [layer for layer in layers if not _is_copied_by_slots(layer)]
-    bases = [layer.base_layer for layer in others]
-    of_layers = [
+    copied_layers = [layer for layer in layers if not _is_copied_by_slots(layer)]
+    bases = [layer.base_layer for layer in copied_layers]
+    layer_states = [
         (layer, list(layer.merged_adapters), dict(getattr(layer, "_caches", {})))
         for layer in layers
     ]
     try:
         copies: dict[Any, Tensor] = {}
-        stand_ins: dict[int, nn.Parameter] = {}
-        for module, name, p, _ in kept:
+        replacements: dict[int, nn.Parameter] = {}
+        for module, name, p, _ in originals:
             if not is_plain(p):
                 continue
             assert p is not None
             if (key := _address(p)) not in copies:
                 copies[key] = p.detach().to(dtype or p.dtype, copy=True)
-            if id(p) not in stand_ins:  # tied parameters stay tied
-                stand_ins[id(p)] = nn.Parameter(copies[key], requires_grad=False)
-            module._parameters[name] = stand_ins[id(p)]
-        del copies, stand_ins
-        for layer, base in zip(others, bases, strict=True):
+            if id(p) not in replacements:  # tied parameters stay tied
+                replacements[id(p)] = nn.Parameter(copies[key], requires_grad=False)
+            module._parameters[name] = replacements[id(p)]
+        del copies, replacements
+        for layer, base in zip(copied_layers, bases, strict=True):
             layer.base_layer = copy.deepcopy(base)
         with torch.no_grad(), as_peft(layers):
             for layer in layers:
                 (merge or peft_class(layer).merge)(layer, safe_merge, adapter_names)
         yield
     finally:
-        for layer, base in zip(others, bases, strict=True):
+        for layer, base in zip(copied_layers, bases, strict=True):
             layer.base_layer = base
-        for module, name, p, attributes in kept:
+        for module, name, p, attributes in originals:
             module._parameters[name] = p
             vars(p).clear()
             vars(p).update(attributes)
         for module, state in states.items():
             module.quant_state = state
-        for layer, merged, caches in of_layers:
+        for layer, merged, caches in layer_states:
             layer.merged_adapters[:] = merged
             if hasattr(layer, "_caches"):
                 layer._caches = caches
@@ -634,5 +645,5 @@ def _is_copied_by_slots(layer: Any) -> bool:
     """Return True if PEFT's merge of the layer changes plain parameters, or replaces 4-bit ones."""
     if isinstance(layer.base_layer, BaseTunerLayer):
         return True
-    found = [module._parameters[name] for module, name in written(layer)]
-    return all(is_plain(p) or is_params4bit(p) for p in found)
+    parameters = [module._parameters[name] for module, name in written_parameters(layer)]
+    return all(is_plain(p) or is_params4bit(p) for p in parameters)

@@ -1,4 +1,4 @@
-"""`row_adapters`: batches whose rows have an adapter each, in training."""
+"""`row_adapters`: batches in which each row has its own adapter, in training too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
 from .base import missing_layers
 
 BASE = "__base__"  # PEFT's name for no adapter
-_CHECKPOINT = "_gradient_checkpointing_func"  # transformers', of modules that checkpoint
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers' attribute of checkpointed modules
 logger = logging.getLogger("lora_kernels")
 
 
@@ -28,16 +28,16 @@ def row_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Run the model with one adapter for each row of the batch, in training and in evaluation.
 
     PEFT's forward takes `adapter_names` in evaluation alone. In this context each LoRA layer gets
-    them. Fused layers then make one call of `multi_lora_linear`, with one base GEMM for all rows.
-    An adapter gets its gradients from its own rows alone. If no row names an adapter, its
-    gradients are None. Layers that are PEFT's run PEFT's forward for mixed batches.
+    the names. Fused layers then make one call of `multi_lora_linear`, with one base GEMM for all
+    rows. An adapter gets gradients from its own rows alone, and None if no row names it. Layers
+    that are not fused run PEFT's forward for mixed batches.
 
-    The context holds for the calling thread alone: other threads may call the model at the same
-    time, with other names or without. PEFT's own `adapter_names` argument is not safe there.
+    The context applies to the calling thread alone. Other threads may call the model at the same
+    time, with other names or without. PEFT's own `adapter_names` argument is not thread-safe.
 
-    `backward` may be called after the context: layers that transformers checkpoints are recomputed
-    with the adapters of their forward. If the model calls `torch.utils.checkpoint` by itself, call
-    `backward` within.
+    `backward` may be called after the context, because layers that transformers checkpoints are
+    recomputed with the adapters of their forward. If the model itself calls
+    `torch.utils.checkpoint`, call `backward` within the context.
 
     Args:
         model: a PEFT model, fused or not. Several of its adapters may train at once:
@@ -62,8 +62,8 @@ def row_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     >>> with row_adapters(fuse(model), ["law", "code", "__base__"]):
     ...     model(torch.ones(3, 8)).sum().backward()
     """
-    rows = _Rows(_checked(model, names))
-    with _checkpoints_keep_rows(model), rows.added_to(model):
+    rows = _Rows(_check_names(model, names))
+    with _patch_checkpoints(model), rows.add_hooks(model):
         yield
 
 
@@ -73,8 +73,8 @@ _KEY = "lora_kernels.row_adapters"
 def _current_rows() -> _Rows | None:
     """Return the rows of this thread's innermost context.
 
-    PyTorch hands an object of this kind on to the threads that run a backward, where models that
-    call `torch.utils.checkpoint` by themselves are recomputed on a GPU.
+    PyTorch passes this kind of thread-local object on to the threads of a backward. On a GPU those
+    threads recompute models that call `torch.utils.checkpoint` themselves.
     """
     return _get_obj_in_tls(_KEY) if _is_key_in_tls(_KEY) else None
 
@@ -86,10 +86,10 @@ class _Rows:
         self.names = names
 
     @contextmanager
-    def added_to(self, module: nn.Module) -> Iterator[None]:
-        """Add the names in all layers within the module, in calls by this thread."""
-        before = _current_rows()
-        if before is self:  # in the forward, whose context has added the hooks
+    def add_hooks(self, module: nn.Module) -> Iterator[None]:
+        """Add the names to the arguments of the module's layers, in this thread's calls."""
+        outer_rows = _current_rows()
+        if outer_rows is self:  # the forward's context has added the hooks
             yield
             return
         layers = (LoraLayer, AuxiliaryTrainingWrapper)
@@ -102,7 +102,7 @@ class _Rows:
         try:
             yield
         finally:
-            _stash_obj_in_tls(_KEY, before)
+            _stash_obj_in_tls(_KEY, outer_rows)
             for handle in handles:
                 handle.remove()
 
@@ -120,10 +120,10 @@ class _Rows:
         return args, kwargs | {"adapter_names": self.names}
 
 
-class _KeptCheckpoint:
-    """transformers' function by which a module checkpoints, which keeps the forward's rows.
+class _RowCheckpoint:
+    """A wrapper of transformers' checkpoint function that recomputes with the forward's rows.
 
-    users: the number of contexts of all threads that are open; the last restores the function.
+    users: the number of open contexts of all threads. The last one restores the function.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], module: nn.Module) -> None:
@@ -135,7 +135,7 @@ class _KeptCheckpoint:
             return self.checkpoint(function, *args, **kwargs)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with rows.added_to(self.module):
+            with rows.add_hooks(self.module):
                 return function(*args, **kwargs)
 
         return self.checkpoint(call, *args, **kwargs)
@@ -145,31 +145,34 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def _checkpoints_keep_rows(model: nn.Module) -> Iterator[None]:
+def _patch_checkpoints(model: nn.Module) -> Iterator[None]:
     """Make transformers' checkpointing recompute each layer with the rows of its forward."""
-    kept: list[_KeptCheckpoint] = []
+    checkpoints: list[_RowCheckpoint] = []
     with _lock:
         for module in model.modules():
-            found = vars(module).get(_CHECKPOINT)
-            if found is None:
+            checkpoint = vars(module).get(_CHECKPOINT)
+            if checkpoint is None:
                 continue
-            if not isinstance(found, _KeptCheckpoint):
-                found = _KeptCheckpoint(found, module)
-                setattr(module, _CHECKPOINT, found)
-            found.users += 1
-            kept.append(found)
+            if not isinstance(checkpoint, _RowCheckpoint):
+                checkpoint = _RowCheckpoint(checkpoint, module)
+                setattr(module, _CHECKPOINT, checkpoint)
+            checkpoint.users += 1
+            checkpoints.append(checkpoint)
     try:
         yield
     finally:
         with _lock:
-            for each in kept:
-                each.users -= 1
-                if not each.users and vars(each.module).get(_CHECKPOINT) is each:
-                    setattr(each.module, _CHECKPOINT, each.checkpoint)
+            for row_checkpoint in checkpoints:
+                row_checkpoint.users -= 1
+                if (
+                    not row_checkpoint.users
+                    and vars(row_checkpoint.module).get(_CHECKPOINT) is row_checkpoint
+                ):
+                    setattr(row_checkpoint.module, _CHECKPOINT, row_checkpoint.checkpoint)
 
 
-def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the names as a list, if the model's layers can take them."""
+def _check_names(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the names as a list; raise an error if the model's layers cannot take them."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
@@ -189,7 +192,7 @@ def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:
     if model.training:
         for name in sorted(set(names) - {BASE}):
             if not any(p.requires_grad for layer in layers for p in _parameters(layer, name)):
-                _warn(name)
+                _warn_frozen(name)
     return list(names)
 
 
@@ -203,7 +206,7 @@ def _parameters(layer: Any, name: str) -> Iterator[nn.Parameter]:
 
 
 @functools.cache
-def _warn(name: str) -> None:
+def _warn_frozen(name: str) -> None:
     logger.warning(
         "row_adapters: adapter %r is frozen and will not train: model.set_requires_grad([%r]) "
         "before the optimizer is made",

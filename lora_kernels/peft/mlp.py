@@ -1,10 +1,10 @@
 """Gated MLPs, down(act(gate(x)) * up(x)), that run as one block on a GPU (see `ops.blocks`).
 
 `fuse` recognizes a module by its children's names, and by the result of its class's forward on
-stand-ins for the projections. Liger's forwards are recognized by identity, because its Triton
+stand-ins for the projections. Liger's forwards are recognized by identity, because their Triton
 kernels cannot run on stand-ins. The module's own weights are not read, because offloading, FSDP and
-ZeRO may have taken them. A module that is changed afterwards, in another way than by replacing a
-child, needs `fuse` again.
+ZeRO may have removed them. Replacing a child is noticed. After any other change of the module, call
+`fuse` again.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Parts(NamedTuple):
 class GatedMLP(nn.Module):
     """The mix-in by which `fuse` overrides the forward of a gated MLP. x [..., K] -> [..., N]."""
 
-    own_class: Any  # the class that a subclass overrides
-    own_forward: Any  # its forward when it was recognized
+    original_class: Any  # the class that a subclass overrides
+    original_forward: Any  # that class's forward when the module was recognized
     _parts: Parts
-    # Liger's forward, which its patch of an instance had put in place of the class's.
+    # Liger's forward, if Liger had patched it into this instance.
     _liger_forward: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -83,29 +83,29 @@ class GatedMLP(nn.Module):
         return cast(Tensor, y)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Restore the class without a fused down-projection, as `merge_and_unload` leaves it."""
+        """Restore the class if down is no longer a fused layer, as after `merge_and_unload`."""
         super().__setattr__(name, value)
         if name == self._parts.down and not isinstance(value, Fused):
             _restore(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the overridden class, since this one has no name to be found by."""
+        """Pickle and copy by the overridden class, because this class is in no module."""
         _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        return _rebuild, (self.own_class,), *state
+        return _rebuild, (self.original_class,), *state
 
 
 def _rebuild(cls: Any) -> Any:
-    found = _fused_class(cls)
-    return found.__new__(found)
+    fused = _fused_class(cls)
+    return fused.__new__(fused)
 
 
 @functools.cache
 def _fused_class(cls: Hashable) -> Any:
     """Return the class that `fuse` gives a gated MLP of a class."""
-    own: Any = cls
-    fields = {"__module__": own.__module__, "__doc__": own.__doc__}
-    fields |= {"own_class": own, "own_forward": own.forward}
-    return type(f"Fused{own.__name__}", (GatedMLP, own), fields)
+    original: Any = cls
+    fields = {"__module__": original.__module__, "__doc__": original.__doc__}
+    fields |= {"original_class": original, "original_forward": original.forward}
+    return type(f"Fused{original.__name__}", (GatedMLP, original), fields)
 
 
 def _call(mlp: Any, x: Any) -> Tensor | None:
@@ -113,7 +113,7 @@ def _call(mlp: Any, x: Any) -> Tensor | None:
     if not blocks.can_run(x) or _has_any_global_hook():
         return None
     cls, parts, modules = type(mlp), mlp._parts, mlp._modules
-    if cls.own_class.forward is not cls.own_forward:
+    if cls.original_class.forward is not cls.original_forward:
         return None
     act = modules.get(parts.act)
     if act is not parts.act_module or (act is not None and direct.is_hooked(act)):
@@ -122,15 +122,15 @@ def _call(mlp: Any, x: Any) -> Tensor | None:
     for layer in layers:
         if direct.is_hooked(layer) or not getattr(type(layer), "fits_blocks", False):
             return None
-    found = direct.make_block(layers, x, parts.activation)
-    return None if found is None else blocks.gated_mlp(x, found[0])
+    block_and_states = direct.make_block(layers, x, parts.activation)
+    return None if block_and_states is None else blocks.gated_mlp(x, block_and_states[0])
 
 
 def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
-    """Return why the MLP runs its own forward for x on this device, as far as its state tells."""
+    """Return why the MLP's state makes it run its own forward for x on this device."""
     parts, modules = mlp._parts, mlp._modules
-    if mlp.own_class.forward is not type(mlp).own_forward:
-        return f"{mlp.own_class.__name__}.forward was replaced"
+    if mlp.original_class.forward is not type(mlp).original_forward:
+        return f"{mlp.original_class.__name__}.forward was replaced"
     if (reason := patched_reason(mlp)) is not None:
         return f"{reason} after fuse(model): call it again"
     if _has_any_global_hook():
@@ -153,12 +153,12 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
 def fuse_mlps(model: nn.Module) -> None:
     """Give each gated MLP of the model the class that runs it as one block."""
     for _, module in _candidates(model):
-        found = recognize(module)
-        if isinstance(found, Parts):
-            module._parts = found
-            own = getattr(vars(module).get("forward"), "__func__", None)
-            if _liger_activation(own) is not None:
-                module._liger_forward = own
+        parts = recognize(module)
+        if isinstance(parts, Parts):
+            module._parts = parts
+            instance_forward = getattr(vars(module).get("forward"), "__func__", None)
+            if _liger_activation(instance_forward) is not None:
+                module._liger_forward = instance_forward
                 del vars(module)["forward"]
             cls: Any = type(module)
             set_class(module, _fused_class(cls))
@@ -172,7 +172,7 @@ def restore_mlps(model: nn.Module) -> None:
 
 
 def _restore(mlp: GatedMLP) -> None:
-    set_class(mlp, mlp.own_class)
+    set_class(mlp, mlp.original_class)
     del vars(mlp)["_parts"]
     liger = vars(mlp).pop("_liger_forward", None)
     if liger is not None:
@@ -180,15 +180,15 @@ def _restore(mlp: GatedMLP) -> None:
 
 
 def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, Any, str | None]]:
-    """Yield the name of each module that may be a gated MLP, the module, and why `fuse` leaves it.
+    """Yield (name, module, reason) of each module that may be a gated MLP.
 
-    None if `fuse` has taken it.
+    The reason is why `fuse` leaves the module; None if `fuse` has given it a fused class.
     """
     for name, module in _candidates(model):
         reason: str | None = None
         if not isinstance(module, GatedMLP):
-            found = recognize(module)
-            reason = found if isinstance(found, str) else "not fused: call fuse(model)"
+            parts = recognize(module)
+            reason = parts if isinstance(parts, str) else "not fused: call fuse(model)"
             if any(map(is_gathered_in_call, module.modules())):
                 reason = "DeepSpeed's ZeRO-3 gathers each of its layers for the layer's own call"
         yield name, module, reason
@@ -201,23 +201,23 @@ def _is_linear(module: Any) -> bool:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the modules that have the linear layers of a gated MLP, one or more of them fused."""
     for name, module in model.named_modules():
-        linears = [each for each in module._modules.values() if _is_linear(each)]
+        linears = [child for child in module._modules.values() if _is_linear(child)]
         is_gated = len(linears) == 3 or _MERGED in module._modules
-        if is_gated and any(isinstance(each, Fused) for each in linears):
+        if is_gated and any(isinstance(child, Fused) for child in linears):
             yield name, module
 
 
 def recognize(module: Any) -> Parts | str:
     """Return the parts of a gated MLP, or why the module is not recognized as one.
 
-    Its class's forward on stand-ins gives `down(act(gate(x)) * up(x))`, bit for bit, in training
-    and in eval mode, and whether the activation saturates or not.
+    The class's forward on stand-ins has to give `down(act(gate(x)) * up(x))`, bit for bit, in
+    training and in eval mode, for inputs that saturate the activation and inputs that do not.
     """
-    children = {name: each for name, each in module._modules.items() if each is not None}
-    linears = {name for name, each in children.items() if _is_linear(each)}
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    linears = {name for name, child in children.items() if _is_linear(child)}
     if _MERGED in linears:
         return "gate and up are one linear layer, which is not covered in this version"
-    names = next((each for each in NAMES if set(each) == linears), None)
+    names = next((triple for triple in NAMES if set(triple) == linears), None)
     if names is None:
         return f"its linear layers are not named like a gated MLP's: {', '.join(sorted(linears))}"
     for name in names:
@@ -257,29 +257,29 @@ def _liger_activation(forward: Any) -> str | None:
 
 def _agrees(module: Any, names: tuple[str, ...], activation: str, training: bool) -> bool:
     """Return True if the class's forward on stand-ins gives a gated MLP's result."""
-    # Each with weights of its own, or gate and up could change places.
+    # Different weights, because with equal ones gate and up could change places.
     gate, up, down = _stand_in(6, 10, seed=0), _stand_in(6, 10, seed=1), _stand_in(10, 6, seed=2)
     shell = object.__new__(type(module))
-    own = {name: each for name, each in vars(module).items() if name != "forward"}
+    attributes = {name: value for name, value in vars(module).items() if name != "forward"}
     x = _sample(6, 2, 6)
     want = down(ACTIVATIONS[activation](gate(x)) * up(x))
     with contextlib.suppress(Exception):  # no copy, other sizes, other arguments
-        # The activation has a mode too.
+        # The activation has a training mode too.
         modules = {
-            name: each and copy.deepcopy(each).train(training)
-            for name, each in module._modules.items()
+            name: child and copy.deepcopy(child).train(training)
+            for name, child in module._modules.items()
             if name not in names
         }
         modules.update(zip(names, (gate, up, down), strict=True))
-        vars(shell).update(own, _modules=modules, training=training)
-        found = type(module).forward(shell, x.clone())
-        if isinstance(found, Tensor) and found.dtype is want.dtype:
-            return torch.equal(found, want)
+        vars(shell).update(attributes, _modules=modules, training=training)
+        y = type(module).forward(shell, x.clone())
+        if isinstance(y, Tensor) and y.dtype is want.dtype:
+            return torch.equal(y, want)
     return False
 
 
 def _sample(*shape: int) -> Tensor:
-    """Return float64 values of magnitudes to 10³; an activation saturates for the largest."""
+    """Return float64 values of magnitudes up to 10³. The largest saturate an activation."""
     generator = torch.Generator().manual_seed(0)
     options: Any = {"dtype": torch.float64, "device": "cpu"}
     values = torch.randn(*shape, generator=generator, **options)

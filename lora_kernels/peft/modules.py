@@ -1,4 +1,4 @@
-"""The kinds of modules, and whether calling one does what its class says."""
+"""Kinds of modules, their hooks, and whether a module's forward was replaced."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-# Layers, and torchao's weights of nn.Linear, whose result neither the module nor a backward holds.
-# A class belongs here once its forward and its backward have been read: autoawq 0.2.9, bitsandbytes
-# 0.50, compressed-tensors 0.12, gptqmodel 4 and 7.7, hqq 0.2.8, torchao 0.18, transformers 5.24.
+# Classes of layers, and of torchao's weights of nn.Linear, whose result is held by neither the
+# module nor the backward. Each class's forward and backward were read, in autoawq 0.2.9,
+# bitsandbytes 0.50, compressed-tensors 0.12, gptqmodel 4 and 7.7, hqq 0.2.8, torchao 0.18 and
+# transformers 5.24.
 _GPTQMODEL = "gptqmodel.nn_modules.qlinear"
 FRESH = {
     "awq.modules.linear.gemm": ("WQLinear_GEMM",),
@@ -62,22 +63,22 @@ def library_forward(cls: Any) -> Any:
     >>> library_forward(nn.Linear) is nn.Linear.forward
     True
     """
-    owner = next(each for each in cls.__mro__ if "forward" in vars(each))
-    found: Any = cls.forward
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    function: Any = cls.forward
     while True:
-        module = _defined_in(found) or ""
-        inner = getattr(found, "__wrapped__", None)
-        if inner is None:
+        module = _defined_in(function) or ""
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is None:
             name = f"{owner.__qualname__}.forward"
-            is_own = module == owner.__module__ and found.__qualname__ == name
-            return cls.forward if is_own else None
+            is_original = module == owner.__module__ and function.__qualname__ == name
+            return cls.forward if is_original else None
         if module.partition(".")[0] != owner.__module__.partition(".")[0]:
             return None
-        found = inner
+        function = wrapped
 
 
 def patched_reason(module: nn.Module) -> str | None:
-    """Return why an instance's own `forward` may do more than its class's."""
+    """Return why an instance's own `forward` may do more than the class's."""
     forward: Any = module.__dict__.get("forward")
     if forward is None:
         return None
@@ -87,7 +88,7 @@ def patched_reason(module: nn.Module) -> str | None:
             return f"accelerate's {type(hook).__name__} sits on it"
         if hook.offload:
             return "accelerate offloads its weights"
-        # The hook has nothing left to do but to move x to the weights' device, where x already is.
+        # The hook only moves x to the weights' device, where x already is.
         forward = module._old_forward
     if getattr(forward, "__func__", None) is type(module).forward:
         return None
@@ -95,9 +96,9 @@ def patched_reason(module: nn.Module) -> str | None:
 
 
 def has_fresh_result(module: nn.Module) -> bool:
-    """Return True if calling the module returns a tensor that only the caller holds.
+    """Return True if only the caller holds the tensor that a call of the module returns.
 
-    Hooks may hold a result, and so may a forward that someone replaced.
+    Hooks and replaced forwards may hold the result, so they give False.
     """
     cls = type(module)
     if any(hooks_of(module)) or _has_any_global_hook():

@@ -1,8 +1,8 @@
 """Linear layers of compressed-tensors and torchao in MXFP4 and NVFP4, read as `Weight4bit`.
 
-Their libraries are not imported: attributes tell what a layer is. Both pack the even element in the
-low nibble, and torchao swizzles scales, so that a weight is repacked once. Nothing keeps the former
-tensors. Read in compressed-tensors 0.20 and torchao 0.18.
+The libraries are not imported, because attributes identify a layer. Both pack the even element in
+the low nibble, and torchao swizzles scales, so each weight is repacked once. The former tensors are
+freed. The formats were read in compressed-tensors 0.20 and torchao 0.18.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..quantization import Weight4bit
 from ..quantization.tensor4bit import Tensor4bit
 from .modules import hooks_of, is_compressed_forward
 
-# What compressed-tensors adds to an nn.Linear: parameters, and attributes of the instance.
+# The parameters and instance attributes that compressed-tensors adds to an nn.Linear.
 _PARAMETERS = ("weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point")
 _ATTRIBUTES = ("quantization_scheme", "quantization_status", "quantization_enabled", "forward")
 _TORCHAO = "torchao.prototype.mx_formats."
@@ -26,11 +26,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def keep_packed(model: Model) -> Model:
     """Let adapters train over linear layers of compressed-tensors or torchao in MXFP4 and NVFP4.
 
-    Call it on the loaded model, before PEFT and before the first forward. PEFT wants a `weight`,
-    and compressed-tensors' layers have one only after the model's first forward, which decodes it
-    whole. Here each layer becomes an `nn.Linear` whose weight is a `Tensor4bit`. The weights are
-    repacked one by one, and not decoded. Any code can read them, and decodes one for the moment;
-    `fuse` reads the 4 bits in the kernels. Layers that round x too are left as they are.
+    Call it on the loaded model, before PEFT and before the first forward. PEFT needs a `weight`.
+    compressed-tensors' layers have a `weight` only after the model's first forward, which decodes
+    the whole model. Here each layer becomes an `nn.Linear` whose weight is a `Tensor4bit`. The
+    weights are repacked one by one, and not decoded. Other code that reads a weight gets a
+    temporary decoded copy; fused layers read the 4 bits in the kernels. Layers that round x too do
+    not change.
 
     Returns the model. Raises ValueError if it has no such layer.
 
@@ -48,9 +49,9 @@ def keep_packed(model: Model) -> Model:
         )
     for module in model.modules():
         hook = vars(module).get("ct_decompress_hook")
-        if hook is None or any("quantization_scheme" in vars(each) for each in module.modules()):
+        if hook is None or any("quantization_scheme" in vars(child) for child in module.modules()):
             continue
-        # It has nothing left to decode, and would give every module a forward that offloads.
+        # No layer is left to decode, and the hook would give every module an offloading forward.
         hook.remove()
         del module.ct_decompress_hook
     return model
@@ -59,8 +60,8 @@ def keep_packed(model: Model) -> Model:
 def pack_base(base: Any) -> bool:
     """Give an nn.Linear of compressed-tensors or torchao a `Tensor4bit`, if its weight is 4-bit.
 
-    Returns whether it did. Layers that quantize x too are left, since their result is another, and
-    so are layers with hooks. compressed-tensors decodes the others in the model's first forward.
+    Returns True if it did. Layers that quantize x too are skipped, because their result differs,
+    and so are layers with hooks. compressed-tensors decodes skipped layers in the first forward.
     """
     if type(base) is not nn.Linear or any(hooks_of(base)):
         return False
@@ -91,12 +92,12 @@ def _read_compressed(base: nn.Linear) -> Weight4bit | None:
     format = getattr(vars(base).get("quantization_scheme"), "weights", None)
     if packed is None or scale is None or format is None or quantizes_input(base):
         return None
-    kind = format.num_bits, format.type, format.symmetric, format.actorder
-    if kind != (4, "float", True, None) or vars(base).get("quantization_status") != "compressed":
+    scheme = format.num_bits, format.type, format.symmetric, format.actorder
+    if scheme != (4, "float", True, None) or vars(base).get("quantization_status") != "compressed":
         return None
     if "forward" in vars(base) and not is_compressed_forward(vars(base)["forward"]):
         return None
-    try:  # it decodes to bfloat16, whatever the model's dtype
+    try:  # compressed-tensors decodes to bfloat16, whatever the model's dtype
         if format.group_size == 32 and global_scale is None:
             return Weight4bit.from_mxfp4(packed, scale)
         return Weight4bit.from_nvfp4(
@@ -134,14 +135,14 @@ def _read_torchao(base: nn.Linear) -> Weight4bit | None:
 
 
 def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Return scales [rows, columns] that lie in blocks of 128 × 4, as tensor cores read them.
+    """Return scales [rows, columns] from blocks of 128 × 4, the layout that tensor cores read.
 
-    In a block, row 32·i + j is 4 bytes at 16·j + 4·i. Blocks of rows and columns are padded.
+    In a block, row 32·i + j is 4 bytes at offset 16·j + 4·i. The last blocks are padded.
 
     >>> unswizzle(torch.arange(512).to(torch.uint8), 128, 4)[[0, 1, 32], 0].tolist()
     [0, 16, 4]
     """
     row_blocks, column_blocks = -(-rows // 128), -(-columns // 4)
     blocks = scales.reshape(-1).view(torch.uint8).view(row_blocks, column_blocks, 32, 4, 4)
-    whole = blocks.permute(0, 3, 2, 1, 4).reshape(row_blocks * 128, column_blocks * 4)
-    return whole[:rows, :columns].contiguous().view(scales.dtype)
+    padded = blocks.permute(0, 3, 2, 1, 4).reshape(row_blocks * 128, column_blocks * 4)
+    return padded[:rows, :columns].contiguous().view(scales.dtype)

@@ -17,7 +17,7 @@ class Plan(NamedTuple):
 
     Args:
         adapters: the `Adapter` or `SVDAdapter` of the call, in order.
-        reason: why PEFT's own forward computes it, in words; None if this package does.
+        reason: why PEFT's own forward computes the call; None if this package does.
         base_reason: why the base layer is called as a module; None if its weight is read.
         is_dora: whether the one adapter is a DoRA.
     """

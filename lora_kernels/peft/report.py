@@ -38,9 +38,9 @@ from .swap import lora_layers
 def group_rows(rows: Iterable[Any], all: bool = False) -> Iterator[Any]:
     """Yield the rows of a table: named tuples with a field `layer`.
 
-    Layers that are alike share a row, whose name starts with their number.
+    Layers with equal rows share a row, whose name starts with the number of layers.
 
-    all: whether numbers in names make a difference.
+    all: whether layers whose names differ only in numbers get separate rows.
     """
     groups: dict[Any, list[str]] = {}
     for row in rows:
@@ -51,9 +51,9 @@ def group_rows(rows: Iterable[Any], all: bool = False) -> Iterator[Any]:
         yield row._replace(layer=layer)
 
 
-def format_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def format_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Return the lines of a table with aligned columns."""
-    table = [head, *rows]
+    table = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
 
@@ -82,12 +82,12 @@ class Explanation:
     blocks: list[Row] = field(default_factory=list)
 
     def assert_fused(self, kernels: bool = False) -> None:
-        """Raise RuntimeError with a list of the layers and losses that are not ours.
+        """Raise RuntimeError with a list of the layers and losses that this package does not run.
 
-        "adapter only" is not enough, and neither is a model without any of them.
+        "adapter only" raises too, and so does a model without LoRA layers and losses.
 
-        kernels: whether our order of PyTorch's GEMMs ("our library GEMMs") is not enough either,
-            and our kernels are wanted. An embedding has none, so it raises.
+        kernels: whether "our library GEMMs" raise too, so that only "our kernels" pass. An
+            embedding has no kernels, so it raises.
 
         >>> ours = Row("a", "our library GEMMs", "eager", "reference", "float64")
         >>> Explanation([ours]).assert_fused()
@@ -96,12 +96,12 @@ class Explanation:
         RuntimeError: want our kernels in all, got 1 LoRA layer: 1 our library GEMMs
           a: our library GEMMs (eager): float64
         """
-        wanted = (KERNELS,) if kernels else (KERNELS, LIBRARY)
-        rest = [row for row in [*self.rows, *self.losses] if row.state not in wanted]
-        if rest or not (self.rows or self.losses):
+        accepted = (KERNELS,) if kernels else (KERNELS, LIBRARY)
+        unfused = [row for row in [*self.rows, *self.losses] if row.state not in accepted]
+        if unfused or not (self.rows or self.losses):
             lines = [
                 f"  {row.layer}: {row.state} ({row.backend}): {row.reason}"
-                for row in group_rows(rest, self.all)
+                for row in group_rows(unfused, self.all)
             ]
             want = "our kernels in all" if kernels else "all ours"
             raise RuntimeError("\n".join([f"want {want}, got {self.summary()}", *lines]))
@@ -164,10 +164,10 @@ def explain(
 ) -> Explanation:
     """Explain how the next call of each LoRA layer in `model` will be computed, and why.
 
-    Covers PEFT's layers, with `fuse` or without, `lora_kernels.layers.LoRALayer` with its
-    subclasses, and the layers without an adapter that `fuse(model, linears=True)` took. The result
-    holds for the current state: training mode, active adapters, hooks, autocast and the forced
-    backend. On a GPU the reason has what `lora_kernels.qualify` found.
+    Covers PEFT's layers, fused or not, `lora_kernels.layers.LoRALayer` with its subclasses, and the
+    layers without an adapter that `fuse(model, linears=True)` changed. The result holds for the
+    current state: training mode, active adapters, hooks, autocast and the forced backend. On a GPU
+    the reason contains the verdict of `lora_kernels.qualify`.
 
     Args:
         x_dtype: the dtype of the layers' input. None: the dtype of each base weight.
@@ -189,16 +189,16 @@ def explain(
     1 LoRA layer: 1 PEFT's
     """
     counts = _row_counts(rows)
-    found: list[Row] = []
+    layer_rows: list[Row] = []
 
-    def add(name: str, explain_layer: Callable[[], Row], found: list[Row] = found) -> None:
+    def add(name: str, explain_layer: Callable[[], Row], table: list[Row] = layer_rows) -> None:
         with gathered_parameters(model, name) as sharded:
             row = explain_layer()
         if sharded:
             row = row._replace(
                 reason=f"{row.reason}; {sharded} gathers its parameters for the call"
             )
-        found.append(row)
+        table.append(row)
 
     layers_of_peft = list(lora_layers(model))
     was_fused = any(isinstance(layer, Fused) for _, layer, _ in layers_of_peft)
@@ -210,7 +210,7 @@ def explain(
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             add(name, partial(row_of_layer, name, module, x_dtype, counts))
-    sizes = {row.layer: _lora_size(model.get_submodule(row.layer)) for row in found}
+    sizes = {row.layer: _lora_size(model.get_submodule(row.layer)) for row in layer_rows}
     linears = [
         row_of_streamed(name, module, x_dtype, counts)
         for name, module in model.named_modules()
@@ -219,9 +219,9 @@ def explain(
     losses = [row_of_loss(name, module, x_dtype) for name, module in requested_losses(model)]
     blocks = list(rows_of_mlps(model, x_dtype, counts))
     for name, group in groups_of(model):
-        if any(is_on_gpu_path(p.device.type) for each in group.layers for p in each.parameters()):
+        if any(is_on_gpu_path(p.device.type) for layer in group.layers for p in layer.parameters()):
             add(name, partial(row_of_group, name, group, x_dtype, counts), blocks)
-    return Explanation(found, sizes, linears, all, losses, blocks)
+    return Explanation(layer_rows, sizes, linears, all, losses, blocks)
 
 
 def _row_counts(rows: Any) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """`fuse` and `unfuse`: swap the class of PEFT's LoRA layers in place.
 
-PEFT keeps doing everything else: state dict, saving, loading, merging, disabling, switching and
+PEFT still does everything else: the state dict, saving, loading, merging, disabling, switching and
 adding adapters.
 """
 
@@ -37,7 +37,7 @@ from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
 QUALIFY = ("cached", "now", "off")
-# Of a fused layer alone.
+# Attributes that only fused layers have.
 _ATTRIBUTES = "mixed_batch", "_norm", "merge_loss", "casts_adapters", "layer_name", "repacks_codes"
 logger = logging.getLogger("lora_kernels")
 
@@ -58,12 +58,12 @@ def fuse(
 
     Parameters and their names do not change. A layer is left to PEFT if its kind is unsupported,
     its base weight is trainable or its forward was replaced; `explain(model)` gives the reason.
-    Call `fuse` again after adding layers; it leaves fused layers as they are. A fused layer does
-    not call its base, lora_A, lora_B and dropout modules, so global module hooks
+    Call `fuse` again after adding layers; fused layers do not change. A fused layer does not call
+    its base, lora_A, lora_B and dropout modules, so global module hooks
     (`register_module_forward_hook`) do not see them.
 
-    Bases of torchao in MXFP4 and NVFP4 are repacked once, which `unfuse` does not undo; see
-    `keep_packed`, which compressed-tensors' need before PEFT.
+    Bases of torchao in MXFP4 and NVFP4 are repacked once, and `unfuse` does not undo it. Bases of
+    compressed-tensors need `keep_packed` before PEFT.
 
     Args:
         model: a PEFT model.
@@ -73,19 +73,18 @@ def fuse(
         loss: whether causal language models of transformers compute their training loss by
             `lora_linear_cross_entropy`, with an adapter on the head or without. In training with
             labels, `outputs.logits` is then None. `model` may be without LoRA layers.
-        qualify: which kernels run on a GPU, in this process: "cached", those that
-            `lora_kernels.qualify` has found to be right and faster on such a card; "now", the same
-            after qualifying a card of the model that has no verdict yet (25 s, and
-            compiling before); "off", none.
-            Every other call runs PyTorch's GEMMs, the eager backend. If a card cannot be qualified
-            now, a warning is logged and the eager backend runs.
+        qualify: which kernels run on a GPU, in this process. "cached": those that
+            `lora_kernels.qualify` found to be correct and faster on such a card. "now": the same,
+            after qualifying each card of the model without a verdict (25 s, and compiling before).
+            "off": none. All other calls run PyTorch's GEMMs, the eager backend. If a card cannot be
+            qualified now, a warning is logged and the eager backend runs.
         blocks: whether several layers on a GPU run as one autograd Function, also in a model that
-            was moved there after `fuse`. `explain` has a line for each. Layers such as q, k and v
-            are grouped if their module's forward calls each exactly once, as `self.name(x)` with
-            the same bare name, outside of loops. The forward's source is needed. A write by `.data`
-            to a later layer's tensor between two calls of one forward goes unnoticed. Gated MLPs,
-            down(act(gate(x)) * up(x)), keep no act(gate(x)) * up(x) for the backward. Changing an
-            MLP's activation otherwise than by replacing the child module needs `fuse` again.
+            is moved there after `fuse`. `explain` has a line for each block. Layers such as q, k
+            and v are grouped if their module's forward calls each exactly once, as `self.name(x)`
+            with the same bare name, outside of loops. The forward's source is needed. A write by
+            `.data` to a later layer's tensor between two calls of one forward goes unnoticed. Gated
+            MLPs, down(act(gate(x)) * up(x)), do not save act(gate(x)) * up(x) for the backward. If
+            an MLP's activation changes, call `fuse` again, unless its child module was replaced.
         cast_adapters: whether float32 adapters beside more than 64 rows of a 16-bit x are rounded
             to x's dtype in each call on a GPU, as autocast rounds them. Parameters, their gradients
             and the optimizer's state stay float32. PEFT makes adapters float32 by default; without
@@ -93,17 +92,18 @@ def fuse(
             LoRA, DoRA and AdaLoRA over linear layers. On a CPU it changes nothing.
         exact_merge: where each layer keeps a copy of its base while an adapter is merged into it,
             "host" or "device"; None: nowhere. `unmerge_adapter` then copies the base back, bit for
-            bit, whatever became of the adapter, and frees the copy. PEFT's subtracts ΔW, which
-            rounds. Merged weights are PEFT's. A copy takes the base's bytes: 2 for a bfloat16
-            weight, the packed bytes and scales of a 4-bit one, once for tied weights. A copy does
-            not follow `to()`; the base gets the copy's values in its new dtype, on its new device.
-            `merge_and_unload` makes no copy. Layers that are left to PEFT keep copies too.
+            bit, even if the adapter has changed or is gone, and frees the copy. PEFT's unmerge
+            subtracts ΔW, which rounds. Merged weights are PEFT's. A copy has the size of the base:
+            2 bytes an element for bfloat16, the packed bytes and scales for 4 bits, once for tied
+            weights. A copy does not follow `to()`. At unmerge the base gets the copy's values in
+            its new dtype, on its new device. `merge_and_unload` makes no copy. Layers that are left
+            to PEFT keep copies too.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: `model` has no LoRA or AdaLoRA layer, or with `loss` no causal language model;
-            `qualify` or `exact_merge` is another word; with `exact_merge` a layer is merged
-            already, or its base is in a format that is not copied, such as 8 bits.
+            `qualify` or `exact_merge` has another value; with `exact_merge` a layer is already
+            merged, or its base is in a format that cannot be copied, such as 8 bits.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -149,7 +149,7 @@ def fuse(
 def _keep_codes(layer: Any) -> None:
     """Forbid bitsandbytes to repack the base's codes in an eval forward of PEFT's on a CPU.
 
-    The codes would lose their scales, and gradients be wrong afterwards. `unfuse` allows it again.
+    Repacked codes lose their scales, so later gradients would be wrong. `unfuse` allows it again.
     """
     base = layer.base_layer
     if is_linear4bit(base) and "repacks_codes" not in vars(layer):
@@ -158,26 +158,26 @@ def _keep_codes(layer: Any) -> None:
 
 
 def check_qualify(qualify: str) -> None:
-    """Raise ValueError unless `fuse` takes this word."""
+    """Raise ValueError unless `qualify` is a valid argument of `fuse`."""
     if qualify not in QUALIFY:
         want = ", ".join(map(repr, QUALIFY))
         raise ValueError(f"qualify: got {qualify!r}, want one of {want}")
 
 
 def _follow_verdicts(model: nn.Module, qualify: str) -> None:
-    """Read or make the verdict on each GPU of the model; advise once a process."""
+    """Read or make the verdict on each GPU of the model; log each missing verdict once."""
     verdicts.set_off(qualify == "off")
     indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     for index in sorted(indices) if qualify != "off" else ():
-        found = verdicts.current(index)
-        if isinstance(found, str) and qualify == "now":
+        verdict = verdicts.current(index)
+        if isinstance(verdict, str) and qualify == "now":
             try:
-                found = qualification.qualify(index)
+                verdict = qualification.qualify(index)
             except RuntimeError as error:
-                found = str(error)
-                verdicts.set_current(index, found)
-        if isinstance(found, str):
-            _advise(found)
+                verdict = str(error)
+                verdicts.set_current(index, verdict)
+        if isinstance(verdict, str):
+            _advise(verdict)
 
 
 @functools.cache
@@ -216,9 +216,13 @@ def _restore_linears(modules: Iterable[nn.Module]) -> None:
 
 def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:
     """Yield the `nn.Linear` layers outside of LoRA layers whose forward is PyTorch's."""
-    parts = {part for _, layer, _ in lora_layers(model) for part in layer.modules()}  # type: ignore[attr-defined]
+    lora_modules = {module for _, layer, _ in lora_layers(model) for module in layer.modules()}  # type: ignore[attr-defined]
     for module in model.modules():
-        if type(module) is nn.Linear and module not in parts and patched_reason(module) is None:
+        if (
+            type(module) is nn.Linear
+            and module not in lora_modules
+            and patched_reason(module) is None
+        ):
             yield module
 
 
@@ -238,10 +242,10 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
 
 
 def fused_layers(model: nn.Module) -> list[Fused]:
-    """Return the fused layers that are not in another one, as a wrapper of experts may be."""
-    found = [module for module in model.modules() if isinstance(module, Fused)]
-    inner = {each for layer in found for each in layer.modules() if each is not layer}
-    return [layer for layer in found if layer not in inner]
+    """Return the fused layers that are not inside another fused layer, such as inner wrappers."""
+    layers = [module for module in model.modules() if isinstance(module, Fused)]
+    nested = {module for layer in layers for module in layer.modules() if module is not layer}
+    return [layer for layer in layers if layer not in nested]
 
 
 def _unfusable_reason(layer: Any) -> str | None:
@@ -255,7 +259,7 @@ def _unfusable_reason(layer: Any) -> str | None:
 
 
 def _kind_reason(layer: Any, fused_class: Any) -> str | None:
-    """Return why `fuse` leaves the layer to PEFT, whatever moves fewer bytes.
+    """Return why `fuse` leaves the layer to PEFT, apart from `heavier_reason`.
 
     fused_class: the class that `fuse` gives such layers; None if it has none.
     """
@@ -263,10 +267,12 @@ def _kind_reason(layer: Any, fused_class: Any) -> str | None:
         return wrapper_reason(layer)
     if fused_class is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
-    # An embedding copies the attribute from a configuration for linear layers. SVDLinear4bit lacks
-    # it.
-    transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
-    if transposed and not is_conv1d(layer.get_base_layer()):
+    # An embedding copies the attribute from a configuration for linear layers. SVDLinear4bit has no
+    # such attribute.
+    is_transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(
+        layer, lora.Embedding
+    )
+    if is_transposed and not is_conv1d(layer.get_base_layer()):
         return "fan_in_fan_out beside a base that is not transformers' Conv1D"
     if is_base_trainable(layer):
         return "the base weight is trainable"
@@ -283,7 +289,7 @@ def _fused_class(layer: LoraLayer) -> Any:
         return FusedSVDLinear
     if type(layer) is ParamWrapper:
         return FusedParamWrapper
-    # Compare names, so as not to import bitsandbytes.
+    # Comparing names avoids importing bitsandbytes.
     name = (type(layer).__module__, type(layer).__name__)
     if name == ("peft.tuners.lora.bnb", "Linear4bit"):
         from .linear4bit import FusedLinear4bit

@@ -2,16 +2,17 @@
 
 DeepSpeed partitions parameters. Its hooks gather a module's own parameters before the module's
 forward and before its backward, and free them afterwards. A fused layer reads the parameters of its
-children and calls none of them. So `fuse` registers these as parameters that the layer needs too,
-by `deepspeed.zero.register_external_parameter`, which may happen before the engine is made or after
-it. Gradients are reduced as they are for PEFT's forward.
+children without calling the children. So `fuse` registers the children's parameters with the layer,
+by `deepspeed.zero.register_external_parameter`, before or after the engine is made. Gradients are
+reduced in the same way as for PEFT's forward.
 
 A layer could also be a leaf of ZeRO-3 (`set_z3_leaf_modules`). DeepSpeed then reduces its gradients
-in a backward hook of the layer. That fails if no input needs a gradient, and if the layer is called
-twice before a backward.
+in a backward hook of the layer. The hook fails if no input needs a gradient, or if the layer is
+called twice before a backward.
 
 A view that a forward saves for its backward, such as a transposed weight or 4-bit codes, would keep
-gathered parameters in memory. It is taken of the parameter again in the backward.
+gathered parameters in memory. So the view is not saved, and the backward makes it again from the
+parameter.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def is_zero3(model: nn.Module) -> bool:
 
 
 def is_partitioned(p: object) -> bool:
-    """Return True if ZeRO-3 owns the parameter, whether it is gathered at the moment or not."""
+    """Return True if ZeRO-3 owns the parameter, whether it is currently gathered or not."""
     return hasattr(p, "ds_id")
 
 
@@ -47,36 +48,41 @@ def gather_in_call(layers: Iterable[nn.Module]) -> None:
     """Let ZeRO-3 gather all parameters of each layer for the layer's call."""
     for layer in layers:
         if not is_gathered_in_call(layer):
-            # Before DeepSpeed's hooks, which gather, and after a forward before they free.
-            layer.register_forward_pre_hook(_begin, prepend=True)
-            layer.register_forward_hook(_end, prepend=True, always_call=True)
+            # The hooks run before DeepSpeed's hooks, which gather, and those which free.
+            layer.register_forward_pre_hook(_gather_pre_hook, prepend=True)
+            layer.register_forward_hook(_release_hook, prepend=True, always_call=True)
 
 
 def is_gathered_in_call(layer: nn.Module) -> bool:
     """Return True if `gather_in_call` was called for the layer."""
-    return _begin in layer._forward_pre_hooks.values()
+    return _gather_pre_hook in layer._forward_pre_hooks.values()
 
 
 def stop_gathering(model: nn.Module) -> None:
     """Undo `gather_in_call` for all layers of a model."""
     for layer in filter(is_gathered_in_call, model.modules()):
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_begin, _end)]:
+            for key in [
+                key for key, hook in hooks.items() if hook in (_gather_pre_hook, _release_hook)
+            ]:
                 del hooks[key]
                 layer._forward_hooks_always_called.pop(key, None)
-        for p in _of_children(layer):
+        for p in _child_parameters(layer):
             getattr(layer, "_external_params", {}).pop(id(p), None)
 
 
 class _Call(NamedTuple):
-    """A forward of a layer whose parameters are gathered. has_hooks: on the tensors it saves."""
+    """A running forward of a layer whose parameters are gathered.
+
+    has_hooks: whether hooks pack the tensors that the forward saves.
+    """
 
     layer: nn.Module
     has_hooks: bool
 
 
 class _Calls(threading.local):
-    """The calls that are running in this thread, the innermost last."""
+    """The running calls of this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[_Call] = []
@@ -86,21 +92,21 @@ _calls = _Calls()
 
 
 def is_gathered(module: nn.Module) -> bool:
-    """Return True if the module's parameters are gathered, and its hooks are DeepSpeed's alone.
+    """Return True if the module's parameters are gathered, and all its hooks are DeepSpeed's.
 
-    They are gathered while the forward runs of a layer that was given to `gather_in_call`.
+    The parameters are gathered during the forward of a layer that was given to `gather_in_call`.
     """
-    if not any(module is each for call in _calls.stack for each in call.layer.modules()):
+    if not any(module is child for call in _calls.stack for child in call.layer.modules()):
         return False
     forward = module._forward_pre_hooks, module._forward_hooks
-    found = (*forward, module._backward_pre_hooks, module._backward_hooks)
-    hooks = (hook for each in found for hook in each.values())
+    hook_dicts = (*forward, module._backward_pre_hooks, module._backward_hooks)
+    hooks = (hook for hook_dict in hook_dicts for hook in hook_dict.values())
     return all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)
 
 
 @contextmanager
 def as_gathered(layer: nn.Module) -> Iterator[None]:
-    """Let `is_gathered` be what it is in the layer's call."""
+    """Let `is_gathered` return its value in the layer's call."""
     _calls.stack.append(_Call(layer, False))
     try:
         yield
@@ -108,39 +114,39 @@ def as_gathered(layer: nn.Module) -> Iterator[None]:
         _calls.stack.pop()
 
 
-def _begin(layer: nn.Module, args: Any) -> None:
-    """Tell DeepSpeed what to gather, and save views of parameters as such. A forward pre-hook."""
+def _gather_pre_hook(layer: nn.Module, args: Any) -> None:
+    """Register the parameters to gather, and pack saved views. A forward pre-hook."""
     if torch.compiler.is_compiling():
         return
-    needed = [p for p in _of_children(layer) if is_partitioned(p)]
-    known = getattr(layer, "_external_params", {})
-    for p in needed:
-        if id(p) not in known:
+    partitioned = [p for p in _child_parameters(layer) if is_partitioned(p)]
+    registered = getattr(layer, "_external_params", {})
+    for p in partitioned:
+        if id(p) not in registered:
             from deepspeed.runtime.zero import register_external_parameter
 
             register_external_parameter(layer, p)
-    # Other hooks know what to save: checkpointing runs the forward again.
-    has_hooks = bool(needed) and _saved_tensors_hooks_is_enabled()
+    # Other saved-tensor hooks stay in force, such as those of checkpointing, which recomputes.
+    has_hooks = bool(partitioned) and _saved_tensors_hooks_is_enabled()
     has_hooks = has_hooks and _top_saved_tensors_default_hooks(True) is None
     if has_hooks:
-        _push_saved_tensors_default_hooks(_Packing(needed).pack, _unpack)
+        _push_saved_tensors_default_hooks(_Packing(partitioned).pack, _unpack)
     _calls.stack.append(_Call(layer, has_hooks))
 
 
-def _end(layer: nn.Module, args: Any, result: Any) -> None:
-    """Undo `_begin`. A forward hook, which runs after an exception too."""
+def _release_hook(layer: nn.Module, args: Any, result: Any) -> None:
+    """Undo `_gather_pre_hook`. A forward hook, which runs after an exception too."""
     if _calls.stack and _calls.stack[-1].layer is layer and _calls.stack.pop().has_hooks:
         _pop_saved_tensors_default_hooks()
 
 
-def _of_children(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of the modules below the layer. The layer's own are gathered anyway."""
+def _child_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the modules below the layer. DeepSpeed gathers the layer's own."""
     for child in layer.children():
         yield from child.parameters()
 
 
 class _View(NamedTuple):
-    """A view of a parameter, whose values lie elsewhere once it is gathered again."""
+    """A view of a parameter, whose address changes when it is gathered again."""
 
     parameter: nn.Parameter
     offset: int  # in bytes
@@ -149,31 +155,31 @@ class _View(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Kept(NamedTuple):
+class _SavedTensor(NamedTuple):
     tensor: Tensor
     version: int
 
 
 class _Packing:
-    """The packing of the tensors that a forward saves: views of these parameters, and others."""
+    """The pack hook of the tensors that a forward saves. Views of `parameters` become `_View`s."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
 
-    def pack(self, t: Tensor) -> _View | _Kept:
+    def pack(self, t: Tensor) -> _View | _SavedTensor:
         is_plain = type(t) in (Tensor, nn.Parameter) and t.numel() > 0
         address = t.data_ptr() if is_plain else 0
         for p in self.parameters if is_plain else ():
             if p.is_contiguous() and p.data_ptr() <= address < p.data_ptr() + p.nbytes:
                 offset = address - p.data_ptr()
                 return _View(p, offset, t.dtype, tuple(t.shape), t.stride())
-        return _Kept(t, t._version)
+        return _SavedTensor(t, t._version)
 
 
-def _unpack(saved: _View | _Kept) -> Tensor:
-    if isinstance(saved, _Kept):
+def _unpack(saved: _View | _SavedTensor) -> Tensor:
+    if isinstance(saved, _SavedTensor):
         t, version = saved
-        if t._version != version:  # autograd checks it for tensors that no hook has packed
+        if t._version != version:  # autograd's check, which packed tensors do not get
             raise RuntimeError(
                 "a tensor that a fused layer needs for its backward was modified in place: got "
                 f"version {t._version}, want {version}"

@@ -128,7 +128,9 @@ def test_axolotl_fuses_after_the_adapter_is_loaded(
     want = loss_and_gradients(model)
     manager.post_lora_load(cfg, model)
     places = {
-        vars(each)["exact_merge"].where for each in model.modules() if "exact_merge" in vars(each)
+        vars(each)["exact_merge"].location
+        for each in model.modules()
+        if "exact_merge" in vars(each)
     }
     assert places == {cfg[key] for key in cfg if key == "lora_kernels_exact_merge"}
     assert_close_derived(loss_and_gradients(model), want, layers=8)

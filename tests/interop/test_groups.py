@@ -217,7 +217,7 @@ class Counts:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.groups = self.taken = 0
-        linears, take, lock = eager_blocks.linears, groups._take, threading.Lock()
+        linears, take, lock = eager_blocks.linears, groups._take_result, threading.Lock()
 
         def count_linears(x: Tensor, layers: Any, *rest: Any) -> Any:
             with lock:
@@ -231,7 +231,7 @@ class Counts:
             return y
 
         patch.setattr(eager_blocks, "linears", count_linears)
-        patch.setattr(groups, "_take", count_taken)
+        patch.setattr(groups, "_take_result", count_taken)
 
     def pop(self) -> tuple[int, int]:
         found, self.groups, self.taken = (self.groups, self.taken), 0, 0
@@ -440,7 +440,7 @@ def test_adapters_of_two_dtypes_are_apart_and_explain_says_so(counts: Counts) ->
         p.data = p.data.float()
     fused = fuse(copy.deepcopy(stock))
     (row,) = (row for row in explain(fused).blocks if "q, k, v" in row.strategy)
-    assert (row.state, row.reason) == (explain_rows.APART, explain_rows.NO_BLOCK)
+    assert (row.state, row.reason) == (explain_rows.NOT_SHARED, explain_rows.NO_BLOCK)
     parent_of(fused)(batch(bf16))
     assert counts.pop() == (0, 0)
     (row,) = (row for row in explain(fuse(build(bf16))).blocks if "q, k, v" in row.strategy)

@@ -401,8 +401,12 @@ def test_merge_into_4_bits_says_what_it_alone_lost() -> None:
         want = decoded(layer.base_layer) + delta
         merge(model, adapter)
         lost = (decoded(layer.base_layer) - want).norm()  # to √12288 roundings, 7e-6
-        assert layer.merge_loss.of_weight == pytest.approx(float(lost / want.norm()), rel=1e-4)
-        assert layer.merge_loss.of_adapter == pytest.approx(float(lost / delta.norm()), rel=1e-4)
+        assert layer.merge_loss.relative_to_weight == pytest.approx(
+            float(lost / want.norm()), rel=1e-4
+        )
+        assert layer.merge_loss.relative_to_adapter == pytest.approx(
+            float(lost / delta.norm()), rel=1e-4
+        )
         assert lost > 0.01 * want.norm()
         for row in explain(model).rows:
             assert "rounding to 4 bits again moved the weight by" in row.reason

@@ -202,10 +202,10 @@ def test_forward_of_each_class_differs_from_llamas_in_the_logits_alone(name: str
     """A version of transformers that changes one of these forwards fails here."""
     cap = "self.config.final_logit_softcapping"
     added = {
-        losses._plain: "",
-        losses._multiplied: "logits = logits * self.logit_scale\n",
-        losses._divided: "logits = logits / self.config.logits_scaling\n",
-        losses._capped: (
+        losses._default_options: "",
+        losses._scale_options: "logits = logits * self.logit_scale\n",
+        losses._divisor_options: "logits = logits / self.config.logits_scaling\n",
+        losses._softcap_options: (
             f"if {cap} is not None:\n    logits = logits / {cap}\n"
             f"    logits = torch.tanh(logits)\n    logits = logits * {cap}\n"
         ),

@@ -515,7 +515,7 @@ def test_merge_and_unload_makes_no_copy(
 ) -> None:
     theirs = make(kind)
     ours = fuse(copy.deepcopy(theirs), exact_merge="host")
-    monkeypatch.setattr(ExactMerge, "_keep", lambda self: pytest.fail("a copy"))
+    monkeypatch.setattr(ExactMerge, "_copy_base", lambda self: pytest.fail("a copy"))
     got, want = (each.merge_and_unload(safe_merge=safe_merge) for each in (ours, theirs))
     assert_bytes(got.state_dict(), want.state_dict())
     assert not [each for each in got.modules() if "exact_merge" in vars(each)]
@@ -528,9 +528,9 @@ def test_merge_of_an_adapter_that_the_layer_lacks_makes_no_copy(
     add_adapter(model, target_modules={"down"})
     fuse(model, exact_merge="host")
     kept: list[str] = []
-    keep = ExactMerge._keep
+    keep = ExactMerge._copy_base
     monkeypatch.setattr(
-        ExactMerge, "_keep", lambda self: (kept.append(self.layer.layer_name), keep(self))[1]
+        ExactMerge, "_copy_base", lambda self: (kept.append(self.layer.layer_name), keep(self))[1]
     )
     model.merge_adapter(["second"])
     assert kept == ["base_model.model.down"] and model.get_base_model().down.merged
@@ -556,7 +556,7 @@ def test_exact_merge_again_changes_the_place_and_takes_new_layers() -> None:
     fuse(model, exact_merge="device")
     model.unmerge_adapter()
     up = model.get_base_model().up
-    assert vars(up)["exact_merge"].where == "device"
+    assert vars(up)["exact_merge"].location == "device"
     model.add_adapter("more", LoraConfig(r=2, target_modules=["down"]))
     fuse(model, exact_merge="device")
     assert "exact_merge" in vars(model.get_base_model().down)

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from ..peft import fuse
 from .trainer import LayerReport, VerdictLog
 
-# axolotl's own LoRA kernels, which replace the forwards that `fuse` would replace. Unless they are
-# set, axolotl turns them on while it validates the configuration.
+# axolotl's own LoRA kernels, which replace the same forwards as `fuse`. axolotl enables unset ones
+# while it validates the configuration.
 OWN_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
@@ -34,8 +34,8 @@ class FuseArgs(BaseModel):
 class FusePlugin(BasePlugin):  # type: ignore[misc]
     """Fuse the LoRA layers of the model that axolotl trains.
 
-    `fuse` runs after axolotl has added or loaded the adapter. A line on the layers is printed when
-    training starts, as `FuseCallback` does.
+    `fuse` runs after axolotl has added or loaded the adapter. A summary of the layers is printed
+    when training starts, as by `FuseCallback`.
 
     Raises:
         ValueError: one of axolotl's own LoRA kernels is on in the configuration, or the model has
@@ -43,7 +43,7 @@ class FusePlugin(BasePlugin):  # type: ignore[misc]
     """
 
     def register(self, cfg: Any) -> None:
-        """Turn axolotl's own kernels off in the configuration as the user wrote it."""
+        """Disable axolotl's own kernels in the user's configuration, before it is validated."""
         for name in OWN_KERNELS:
             if cfg.get(name):
                 raise ValueError(f"{name}: got true, want false beside lora_kernels' plugin")

@@ -3,7 +3,7 @@
     kernel_config:
       name: lora_kernels
 
-LLaMA-Factory imports only the plugins that it carries, so this module starts it, alone or below
+LLaMA-Factory imports only its own plugins, so this module starts LLaMA-Factory, with or without
 torchrun:
 
     python -m lora_kernels.integrations.llama_factory sft config.yaml
@@ -26,9 +26,9 @@ NAME = "lora_kernels"
 class LoRAKernel:
     """Fuse the LoRA layers of a model.
 
-    LLaMA-Factory uses it after it has added the adapters: 0.9.5 calls the object, later versions
-    its `apply`. A line on the layers is printed at the model's first forward, when LLaMA-Factory
-    has wrapped it.
+    LLaMA-Factory uses the object after adding the adapters. Version 0.9.5 calls it, later versions
+    call `apply`. A summary of the layers is printed at the model's first forward, after
+    LLaMA-Factory has wrapped the model.
     """
 
     def __call__(
@@ -38,17 +38,17 @@ class LoRAKernel:
 
         Args:
             model: a PEFT model.
-            include_kernels: None, or a comma-separated list of what else `fuse` takes: "linears",
-                "loss". True or "auto" stand for nothing else.
+            include_kernels: None, or a comma-separated list of arguments of `fuse` to enable:
+                "linears", "loss". True or "auto" enable none.
             require_logits: whether the trainer reads the logits, which "loss" does not compute.
-                LLaMA-Factory's do; 0.9.5 does not say.
+                LLaMA-Factory's trainers do. Version 0.9.5 does not pass this argument.
 
         Raises:
             ValueError: the model has no LoRA layers; `include_kernels` names something else, or
                 "loss" where the logits are read.
         """
-        given = include_kernels if isinstance(include_kernels, str) else "auto"
-        names = {name.strip() for name in given.split(",")} - {"auto"}
+        text = include_kernels if isinstance(include_kernels, str) else "auto"
+        names = {name.strip() for name in text.split(",")} - {"auto"}
         if unknown := sorted(names - {"linears", "loss"}):
             raise ValueError(f"include_kernels: got {unknown[0]!r}, want 'linears', 'loss' or both")
         if "loss" in names and require_logits:
@@ -63,7 +63,7 @@ class LoRAKernel:
     def apply(
         self, model: Any, config: Mapping[str, Any] | None = None, require_logits: bool = True
     ) -> Any:
-        """Do as a call with the `include_kernels` of the configuration."""
+        """Call the object with the `include_kernels` of the configuration."""
         return self(model, (config or {}).get("include_kernels"), require_logits)
 
 

@@ -1,4 +1,4 @@
-"""gpt-oss in MXFP4, as its checkpoint holds it, without transformers' `kernels` package."""
+"""gpt-oss in the MXFP4 of its checkpoint, without transformers' `kernels` package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..quantization import Weight4bit
 from ..quantization.tensor4bit import Tensor4bit
 
 PROJECTIONS = GATE_UP, DOWN
-_BYTES_PER_ELEMENT = 17 / 32  # half a byte of code, and a byte of scale for 32 of them
+_BYTES_PER_ELEMENT = 17 / 32  # half a byte of code, and one byte of scale for 32 codes
 
 
 @contextmanager
@@ -27,59 +27,60 @@ def packed_mxfp4() -> Iterator[None]:
     `from_pretrained` then keeps the experts in 4 bits, on CPUs and GPUs, and without transformers'
     `kernels` package. Without the context transformers decodes them, 13 GB to 40 GB for
     gpt-oss-20b, or keeps them in a form that does not train. The modules are the usual ones. Each
-    of the experts' parameters is a `Tensor4bit` of the usual dtype and shape, [E, K, N]. Any code
-    can read it, and decodes it for the moment. So PEFT's `target_parameters` finds it, and a PEFT
-    model is right with `fuse` and without it. `fuse` reads the 4 bits in the kernels. transformers'
-    Trainer accepts the model.
+    of the experts' parameters is a `Tensor4bit` of the usual dtype and shape, [E, K, N]. Other code
+    that reads it gets a temporary decoded copy. So PEFT's `target_parameters` finds it, and a PEFT
+    model is correct with `fuse` and without. Fused layers read the 4 bits in the kernels.
+    transformers' Trainer accepts the model.
 
-    `quantization_config=Mxfp4Config(dequantize=True)` decodes as before. Adapters are saved as
-    usual; the model itself cannot be saved, and merging into it raises an error. Tensor and expert
-    parallelism are refused, and FSDP2 shards decoded experts. The context is the whole process's.
+    `quantization_config=Mxfp4Config(dequantize=True)` still decodes. Adapters are saved as usual;
+    the model itself cannot be saved, and merging into it raises an error. Tensor and expert
+    parallelism are refused, and FSDP2 shards decoded experts. The context applies to the whole
+    process.
 
     >>> from transformers import AutoModelForCausalLM
     >>> from lora_kernels.integrations import packed_mxfp4
     >>> with packed_mxfp4():  # doctest: +SKIP
     ...     model = AutoModelForCausalLM.from_pretrained("openai/gpt-oss-20b")
     """
-    known = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
+    original_quantizer = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
     auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = PackedMxfp4Quantizer
     try:
         yield
     finally:
-        auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = known
+        auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = original_quantizer
 
 
 class Pack(ConversionOps):
-    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint, as a parameter [E, K, N]."""
+    """Conversion of a checkpoint's blocks [E, N, K/32, 16] and scales [E, N, K/32] to [E, K, N]."""
 
     def __init__(self, hf_quantizer: Any) -> None:
-        self.hf_quantizer = hf_quantizer  # transformers casts no tensor for an op with it
+        self.hf_quantizer = hf_quantizer  # its presence stops transformers from casting tensors
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, nn.Parameter]:
-        kinds = {key.rpartition("_")[2]: value for key, value in input_dict.items()}
+        parts = {key.rpartition("_")[2]: value for key, value in input_dict.items()}
         blocks, scales = (
             value[0] if isinstance(value, list) else value
-            for value in (kinds.get("blocks"), kinds.get("scales"))
+            for value in (parts.get("blocks"), parts.get("scales"))
         )
         if blocks is None or scales is None:
             raise ValueError(
                 f"{full_layer_name}: got {sorted(input_dict)} in the checkpoint, want blocks and "
                 "scales"
             )
-        expected = model.get_parameter(full_layer_name)
-        if isinstance(expected, DTensor):
+        parameter = model.get_parameter(full_layer_name)
+        if isinstance(parameter, DTensor):
             raise NotImplementedError(
                 f"{full_layer_name}: got tensor or expert parallelism, which packed MXFP4 lacks: "
                 "load it outside of packed_mxfp4()"
             )
-        packed = Tensor4bit(Weight4bit.from_mxfp4(blocks, scales, expected.dtype), True)
+        packed = Tensor4bit(Weight4bit.from_mxfp4(blocks, scales, parameter.dtype), True)
         return {full_layer_name: nn.Parameter(packed, requires_grad=False)}
 
 
 class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
-    """transformers' quantizer with `Pack` in place of its kernels' modules and weights."""
+    """transformers' quantizer with `Pack` instead of the modules and weights of its kernels."""
 
     @property
     def is_packed(self) -> bool:
@@ -106,8 +107,8 @@ class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
 
     def get_weight_conversions(self) -> Any:
         conversions: Any = super().get_weight_conversions()  # type: ignore[no-untyped-call]
-        for each in conversions if self.is_packed else ():
-            each.operations = [Pack(self)]
+        for conversion in conversions if self.is_packed else ():
+            conversion.operations = [Pack(self)]
         return conversions
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`FuseCallback`: one line that fuses the LoRA layers a Trainer trains."""
+"""`FuseCallback`: a callback that fuses the LoRA layers a Trainer trains."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from ..peft.explain_rows import ADAPTER, LIBRARY, PEFT, TORCH
 from ..peft.merge import check_exact_merge
 from ..peft.swap import check_qualify, lora_layers
 
-MOST_REASONS = 3  # that are printed for a state
-MANY_LEFT = 0.1  # of the layers; more than these being left to PEFT is a warning
+MAX_REASONS = 3  # number of printed reasons of a state
+MAX_UNFUSED_SHARE = 0.1  # a larger share of layers that run PEFT's forward gives a warning
 
 logger = logging.getLogger("lora_kernels")
 
 
 class VerdictLog(TrainerCallback, ExportableState):
-    """Save with each checkpoint which verdicts the GPU kernels followed, and warn if a resumed run
-    follows others: its losses then differ in their last digits.
+    """Save the digests of the GPU kernels' verdicts in each checkpoint, and compare on resume.
+
+    If a resumed run follows other verdicts, a warning is logged: its losses differ in their last
+    digits.
 
     >>> VerdictLog().state()
     {'args': {}, 'attributes': {'verdicts': {}}}
@@ -38,22 +40,22 @@ class VerdictLog(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"verdicts": verdicts.digests()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Trainer saves the state of each callback under its name, which a checkpoint of a run
-        # without this callback lacks.
+        # Trainer saves the state of each callback under its name. A checkpoint of a run without
+        # this callback has no such entry.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if not (state.global_step and state.is_world_process_zero):
             return
-        before, now = saved["attributes"]["verdicts"], verdicts.digests()
-        if before != now:
+        saved_digests, digests = saved["attributes"]["verdicts"], verdicts.digests()
+        if saved_digests != digests:
             logger.warning(
                 "the qualification of our GPU kernels changed since the checkpoint: %s, now %s",
-                before,
-                now,
+                saved_digests,
+                digests,
             )
 
 
 class LayerReport(TrainerCallback):
-    """Print how the LoRA layers will be computed, when accelerate has wrapped the model.
+    """Print how the LoRA layers will be computed, after accelerate has wrapped the model.
 
     DDP, FSDP and DeepSpeed may change a model so that its layers run PEFT's forward, as FSDP1 does.
     The main process prints a line, and one for each reason why layers are not "our kernels". More
@@ -61,32 +63,34 @@ class LayerReport(TrainerCallback):
     logger "lora_kernels".
     """
 
-    _said: str | None = None
+    _last_report: str | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._report(kwargs["model"], state)
 
     def _report(self, model: nn.Module, state: Any) -> None:
         if state.is_world_process_zero:
-            self._said = _report(model, self._said)
+            self._last_report = _report(model, self._last_report)
 
 
 class FuseCallback(LayerReport, VerdictLog):
-    """Fuse the LoRA layers of the model that transformers' Trainer, or any of TRL's, trains.
+    """Fuse the LoRA layers of the model that transformers' Trainer, or any trainer of TRL, trains.
 
-    `fuse` runs at the end of the trainer's `__init__`, when TRL has added the adapters of its
-    `peft_config` and accelerate has not wrapped the model yet, and again when training starts, for
-    layers that were adapted in between. Loading, resuming, evaluation and merging go on as before.
+    `fuse` runs at the end of the trainer's `__init__`, after TRL has added the adapters of its
+    `peft_config` and before accelerate wraps the model. It runs again when training starts, for
+    layers that were adapted in between. Loading, resuming, evaluation and merging do not change.
 
-    Before the first step the main process prints how many layers are "our kernels", "our library
-    GEMMs", "adapter only" and "PEFT's", as `explain` has them, and why they are not in a
-    state before. If more than a tenth are PEFT's, it is one warning of the logger "lora_kernels".
+    Before the first step the main process prints how many layers are in each state of `explain`:
+    "our kernels", "our library GEMMs", "adapter only" and "PEFT's". It prints the reasons of the
+    last three. If more than a tenth of the layers are "PEFT's", the logger "lora_kernels" warns
+    once.
 
     Args:
         linears, loss, qualify, blocks, cast_adapters, exact_merge: as `fuse`'s.
 
-    Raises ValueError if `qualify` or `exact_merge` is another word; and, from the trainer's
-    `__init__`, if the model has no LoRA layers, or one whose base `exact_merge` cannot keep.
+    Raises ValueError if `qualify` or `exact_merge` has another value. The trainer's `__init__`
+    raises ValueError if the model has no LoRA layers, or a layer whose base `exact_merge` cannot
+    copy.
 
     >>> from lora_kernels.integrations import FuseCallback
     >>> callback = FuseCallback()  # SFTTrainer(..., peft_config=config, callbacks=[callback])
@@ -128,9 +132,9 @@ class FuseCallback(LayerReport, VerdictLog):
 
 
 def report_at_first_forward(model: nn.Module) -> None:
-    """Print the line of `LayerReport` in the first of torchrun's processes, at the first forward.
+    """Print the summary of `LayerReport` at the model's first forward, in torchrun's rank 0.
 
-    The model may be wrapped until then.
+    The model may be wrapped before its first forward.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -143,26 +147,26 @@ def report_at_first_forward(model: nn.Module) -> None:
     handle = model.register_forward_pre_hook(report)
 
 
-def _report(model: nn.Module, said: str | None = None) -> str:
-    """Print and return what the model's layers are, and warn if many are left to others.
+def _report(model: nn.Module, last_report: str | None = None) -> str:
+    """Print and return a summary of the layers' states, and warn if many layers are not fused.
 
-    said: the text printed before, which is not repeated.
+    last_report: the last printed summary. An equal one is not printed again.
     """
     explanation = explain(model)
     lines = [f"lora_kernels: {explanation.summary()}"]
     for state in (LIBRARY, ADAPTER, PEFT):
         reasons = Counter(row.reason for row in explanation.rows if row.state == state)
-        lines += [f"  {n} {state}: {reason}" for reason, n in reasons.most_common(MOST_REASONS)]
+        lines += [f"  {n} {state}: {reason}" for reason, n in reasons.most_common(MAX_REASONS)]
     text = "\n".join(lines)
-    if text == said:
+    if text == last_report:
         return text
     tqdm.write(text)  # above a progress bar, as transformers writes its losses
-    left, total = sum(row.state == PEFT for row in explanation.rows), len(explanation.rows)
-    if left > MANY_LEFT * total:
+    unfused, total = sum(row.state == PEFT for row in explanation.rows), len(explanation.rows)
+    if unfused > MAX_UNFUSED_SHARE * total:
         logger.warning(
             "%d of %d LoRA layers are PEFT's, as fast as without lora_kernels: "
             "lora_kernels.peft.explain(model) has the reasons",
-            left,
+            unfused,
             total,
         )
     for row in explanation.losses:

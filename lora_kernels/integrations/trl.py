@@ -1,12 +1,13 @@
 """`patch()`: TRL's SFT and DPO trainers with an adapter on `lm_head`.
 
-TRL computes log-probabilities from `lm_head.weight`, which would drop an adapter, and refuses one.
-After `patch()` its trainers compute them by `lora_linear_log_probs` of the head and its adapter.
+TRL computes log-probabilities from `lm_head.weight`, which would drop an adapter, so it refuses a
+head with an adapter. After `patch()` its trainers compute log-probabilities by
+`lora_linear_log_probs` of the head and its adapter.
 
 `patch()` replaces names of `trl.trainer.sft_trainer`, `dpo_trainer` and `utils`:
 
-- `BaseTunerLayer` of the trainers' guard, by a class that has no LoRA layer as an instance;
-- `add_fused_lm_head`, by one that remembers the model's head for the length of a call;
+- `BaseTunerLayer` of the trainers' guard, by a class of which no LoRA layer is an instance;
+- `add_fused_lm_head`, by a function that stores the model's head during a call;
 - `_ChunkedLogProbFunction`, by a class whose `apply` reads that head;
 - `_use_triton` of utils, so that rows without a label are left out on every device.
 """
@@ -55,16 +56,16 @@ def patch() -> None:
             f"lora_kernels.integrations.trl.patch: got TRL {trl.__version__}, whose {reason}; "
             "want one with the head of TRL 1.16"
         )
-    trls_own = utils.add_fused_lm_head
+    original = utils.add_fused_lm_head
     for module in trainers:
-        _replace(module, "BaseTunerLayer", _RefusedTuner)
-        _replace(module, "add_fused_lm_head", functools.partial(_add_fused_lm_head, trls_own))
+        _replace(module, "BaseTunerLayer", _OtherTunerLayer)
+        _replace(module, "add_fused_lm_head", functools.partial(_add_fused_lm_head, original))
     _replace(utils, "_ChunkedLogProbFunction", _LogProbs)
     _replace(utils, "_use_triton", lambda device: True)
 
 
 def _unsupported_reason(utils: Any, trainers: Any) -> str | None:
-    """Return what differs from the TRL that was read, or None.
+    """Return how TRL differs from the version that `patch` was written for, or None.
 
     A head that does not call the replaced kernel would drop the adapter.
     """
@@ -73,10 +74,12 @@ def _unsupported_reason(utils: Any, trainers: Any) -> str | None:
             if not hasattr(module, name):
                 return f"{module.__name__} has no {name}"
     code = getattr(getattr(utils, "add_fused_lm_head", None), "__code__", None)
-    inner = [each for each in getattr(code, "co_consts", ()) if isinstance(each, types.CodeType)]
-    called = {name for each in inner for name in each.co_names}
+    nested_codes = [
+        const for const in getattr(code, "co_consts", ()) if isinstance(const, types.CodeType)
+    ]
+    called_names = {name for const in nested_codes for name in const.co_names}
     for name in ("_ChunkedLogProbFunction", "_use_triton"):
-        if name not in called or not hasattr(utils, name):
+        if name not in called_names or not hasattr(utils, name):
             return f"head does not call {name}"
     got = [*inspect.signature(utils._ChunkedLogProbFunction.forward).parameters][1:]
     if got != (want := [*inspect.signature(_LogProbs.apply).parameters]):
@@ -85,7 +88,7 @@ def _unsupported_reason(utils: Any, trainers: Any) -> str | None:
 
 
 def unpatch() -> None:
-    """Undo `patch`. A model whose trainer was made in between raises if it is trained then."""
+    """Undo `patch`. Training a model whose trainer was made before `unpatch` then raises."""
     for (module, name), value in _replaced.items():
         setattr(module, name, value)
     _replaced.clear()
@@ -96,17 +99,17 @@ def _replace(module: Any, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
-class _IsRefused(type):
+class _OtherTunerLayerMeta(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, BaseTunerLayer) and not isinstance(instance, lora.LoraLayer)
 
 
-class _RefusedTuner(metaclass=_IsRefused):
-    """PEFT's layers other than LoRA's, as far as `isinstance` tells."""
+class _OtherTunerLayer(metaclass=_OtherTunerLayerMeta):
+    """A class whose instances, by `isinstance`, are PEFT's layers other than LoRA layers."""
 
 
-def _add_fused_lm_head(trls_own: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """Add TRL's head to the model, and remember the model's head in each call of it.
+def _add_fused_lm_head(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    """Add TRL's head to the model, and store the model's head during each call of the model.
 
     Raises ValueError if the head's adapter is not covered.
     """
@@ -118,13 +121,13 @@ def _add_fused_lm_head(trls_own: Any, model: Any, *args: Any, **kwargs: Any) -> 
         reason = head_reason(head, weight.device, model.dtype)
         if reason is not None:
             raise ValueError(f"model: got an adapter on its head, which is not covered: {reason}")
-    trls_own(model, *args, **kwargs)
-    inner = model.forward
+    original(model, *args, **kwargs)
+    original_forward = model.forward
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return inner(*args, **kwargs)
+            return original_forward(*args, **kwargs)
         if not _replaced:
             raise RuntimeError(
                 "lora_kernels.integrations.trl.unpatch was called, and this model's head is that "
@@ -132,7 +135,7 @@ def _add_fused_lm_head(trls_own: Any, model: Any, *args: Any, **kwargs: Any) -> 
             )
         token = _head.set(self.get_output_embeddings())
         try:
-            return inner(*args, fused_lm_head=True, **kwargs)
+            return original_forward(*args, fused_lm_head=True, **kwargs)
         finally:
             _head.reset(token)
 
@@ -140,7 +143,7 @@ def _add_fused_lm_head(trls_own: Any, model: Any, *args: Any, **kwargs: Any) -> 
 
 
 class _LogProbs:
-    """`ChunkedLogProbFunction` of TRL, of the head that is called and its adapter."""
+    """TRL's `_ChunkedLogProbFunction` for the stored head and its adapter."""
 
     @staticmethod
     def apply(
@@ -155,7 +158,7 @@ class _LogProbs:
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:
         head = _head_arguments(_head.get(), hidden, weight, bias)
-        found = lora_linear_log_probs(
+        result = lora_linear_log_probs(
             hidden,
             head.weight,
             head.lora_A,
@@ -171,11 +174,11 @@ class _LogProbs:
             compute_dtype=head.compute_dtype,
         )
         return (
-            found.log_probs,
-            found.entropy,
-            found.log_sum_sq_probs,
-            found.mean_logits,
-            found.is_top1,
+            result.log_probs,
+            result.entropy,
+            result.log_sum_sq_probs,
+            result.mean_logits,
+            result.is_top1,
         )
 
 
@@ -184,17 +187,19 @@ def _head_arguments(
 ) -> Head:
     """Return the arguments of `head`.
 
-    A head without an adapter has the weight and bias that TRL gives, which may be gathered from
-    several processes.
+    A head without an adapter gets TRL's weight and bias, which may be gathered from several
+    processes.
     """
     reason = "it is unknown"
     if head is not None:
         reason = head_reason(head, hidden.device, hidden.dtype) or ""
     if not reason:
-        found = head_of(head, hidden)
-        if isinstance(found.weight, Tensor) and not torch.is_autocast_enabled(hidden.device.type):
-            return found._replace(weight=found.weight.to(hidden.dtype))  # as TRL casts it
-        return found
+        arguments = head_of(head, hidden)
+        if isinstance(arguments.weight, Tensor) and not torch.is_autocast_enabled(
+            hidden.device.type
+        ):
+            return arguments._replace(weight=arguments.weight.to(hidden.dtype))  # like TRL
+        return arguments
     if isinstance(head, lora.LoraLayer):
         raise RuntimeError(f"the adapter on the model's head is not covered: {reason}")
     if not torch.is_autocast_enabled(hidden.device.type):

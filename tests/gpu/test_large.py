@@ -7,41 +7,35 @@ import torch
 
 import lora_kernels
 from lora_kernels.oracle.case import Case, inputs, judge, run
-from tests.gpu.test_layers import every_strategy
 from tests.support.engines import assert_within
 from tests.support.problems import bf16, f16, f32
 
 SCALED: Any = {"gate": True, "column_scale": True, "bias": True}
 
 
-def check(case: Case, strategy: str) -> None:
-    with lora_kernels.backend("triton", strategy):
+def check(case: Case) -> None:
+    with lora_kernels.backend("triton"):
         assert_within(case, judge(case))
 
 
-@every_strategy
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 @pytest.mark.parametrize("M", [1, 16, 1000])
 @pytest.mark.parametrize("dtypes", [(bf16, None), (f16, None), (bf16, f32)], ids=str)
-def test_lora_linear_of_a_projection_is_within_tolerance(
-    dtypes: Any, M: int, quant: str, strategy: str
-) -> None:
-    check(Case(M, 1024, 4096, 16, *dtypes, quant=quant, device="cuda"), strategy)
+def test_lora_linear_of_a_projection_is_within_tolerance(dtypes: Any, M: int, quant: str) -> None:
+    check(Case(M, 1024, 4096, 16, *dtypes, quant=quant, device="cuda"))
 
 
-@every_strategy
 @pytest.mark.parametrize("dtype", [bf16, f32], ids=str)
-def test_lora_linear_of_every_option_is_within_tolerance(dtype: torch.dtype, strategy: str) -> None:
-    check(Case(777, 1536, 2048, 64, dtype, **SCALED, device="cuda"), strategy)
-    check(Case(777, 1536, 2048, 16, dtype, quant="fp4-64", **SCALED, device="cuda"), strategy)
+def test_lora_linear_of_every_option_is_within_tolerance(dtype: torch.dtype) -> None:
+    check(Case(777, 1536, 2048, 64, dtype, **SCALED, device="cuda"))
+    check(Case(777, 1536, 2048, 16, dtype, quant="fp4-64", **SCALED, device="cuda"))
 
 
-@every_strategy
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 @pytest.mark.parametrize("M", [1, 16, 4096])
-def test_lora_linear_again_has_the_same_bits(M: int, quant: str, strategy: str) -> None:
+def test_lora_linear_again_has_the_same_bits(M: int, quant: str) -> None:
     args = inputs(Case(M, 4096, 4096, 16, bf16, quant=quant, **SCALED, device="cuda"))
-    with lora_kernels.backend("triton", strategy):
+    with lora_kernels.backend("triton"):
         first = run(lora_kernels.lora_linear, args)
         for _ in range(5):
             again = run(lora_kernels.lora_linear, args)

@@ -1,12 +1,16 @@
 """One command for a machine with a GPU: qualification, `verify`, tests, benchmarks, and a report.
 
-    python -m benchmarks.gpu [--minutes 15] [--out benchmarks/results/gpu-<card>.json] [--dry-run]
+    python -m benchmarks.gpu [--minutes 15] [--out FILE] [--only PART ...] [--dry-run]
 
 Needs torch and Triton, `.[bench]` and transformers for the benchmarks, and pytest for the tests; it
 says first what is missing. No network. The parts run in order of what is learned in a minute: the
 qualification compiles on all cores and checks what would be used. Each has a share of the minutes
 and is stopped at its end; what it leaves goes to the others. The JSON file, and a report in
-Markdown beside it, are written after each part, and say what was stopped.
+Markdown beside it, are written after each part, and say what was stopped. They are
+benchmarks/results/gpu-<card>.json and .md.
+
+--only: these parts share all the minutes. Their files have the parts' names too, so that the files
+of a whole run stay.
 
 --dry-run, on any machine: prints each part's limit and command, parses the command's options or
 collects its tests, so that a typing error costs no minute of a GPU; then the qualification's plan.
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,22 +36,26 @@ import torch
 
 from lora_kernels import cli, qualification
 from lora_kernels.bench import qualify
-from lora_kernels.bench.results import Row, provenance, ratios
+from lora_kernels.bench.results import FROZEN, Row, is_ours, provenance, ratios, under_load
 from lora_kernels.bench.timing import Times
+from lora_kernels.choice.verdicts import read_verdict
+from lora_kernels.info import info
 
 ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "lora_kernels.cli"]
 MODEL = [sys.executable, "-m", "benchmarks.gpu_model"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not proof"]
 BENCH = "--device {device} --dtypes bfloat16 --seconds 0.4 --json {json}"
-# Name, share of the minutes, command; "{json}" is a file that the command writes.
+# Name, share of the minutes, command. "{json}" is a file that the command writes; what a command
+# that ends in "--json" prints is that file. The budget of `qualify` begins when it has compiled.
 PARTS: list[tuple[str, float, list[str]]] = [
-    ("qualify", 0.08, [*CLI, "qualify", "--budget", "60", "--json"]),
+    ("info", 0.02, [*CLI, "info"]),
+    ("qualify", 0.08, [*CLI, "qualify", "--budget", "45", "--json"]),
     ("model", 0.16, [*MODEL, "--device", "{device}", "--json", "{json}"]),
     ("host", 0.10, [*CLI, "bench", "--host", "--device", "{device}", "--json", "{json}"]),
     ("verify-cuda", 0.06, [*CLI, "verify", "--engines", "cuda"]),
     ("nf4", 0.11, [*CLI, "bench", "--quant", "nf4", *BENCH.split()]),
-    ("tax", 0.15, [*CLI, "bench", "--ranks", "16", "64", "--model", "llama3-8b", *BENCH.split()]),
+    ("tax", 0.13, [*CLI, "bench", "--ranks", "16", "64", "--model", "llama3-8b", *BENCH.split()]),
     ("tests-cuda", 0.06, [*PYTEST, "tests/gpu/test_cuda.py", "tests/gpu/test_eager.py"]),
     ("tests-layers", 0.09, [*PYTEST, "tests/gpu/test_layers.py", "tests/gpu/test_large.py"]),
     ("verify-triton", 0.11, [*CLI, "verify", "--engines", "triton"]),
@@ -60,6 +69,15 @@ WANTED = {
     "pandas": "bench",
     "pytest": "tests",
 }
+# Characters of the end of what a part printed: in the JSON file, of a failure in the report.
+KEPT, SHOWN = 20000, 1500
+BELOW = ("info", "qualify")  # parts whose text is in the report
+
+
+LEGEND = """\
+Below, a row is what was timed: dtype, M×K×N (M rows of x, K in, N out), rank and mode. A ratio is
+ours over the peer's time, below 1 where ours is faster, with both times beside it: medians, of
+"host" minima until all is launched. "frozen" is the same layer without an adapter."""
 
 
 def main() -> int:
@@ -78,8 +96,12 @@ def main() -> int:
     for name, what in WANTED.items():
         if find_spec(name) is None:
             print(f"benchmarks.gpu: no {name}, so without {what}: pip install {name}", flush=True)
+    for name, backend in info()["backends"].items():
+        if not backend["available"]:
+            print(f"benchmarks.gpu: without the {name} kernels: {backend['reason']}", flush=True)
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return measure(args.out or ROOT / f"benchmarks/results/gpu-{card}.json", args, "cuda")
+    file = "-".join(["gpu", card, *(args.only or ())])
+    return measure(args.out or ROOT / f"benchmarks/results/{file}.json", args, "cuda")
 
 
 def try_commands(minutes: float) -> int:
@@ -90,10 +112,13 @@ def try_commands(minutes: float) -> int:
         print(f"{name}: at most {60 * minutes * share:.0f} s: python {' '.join(words)}", flush=True)
         if words[1] in ("pytest", MODEL[2]):
             is_test = words[1] == "pytest"
-            tried = [*command, "--collect-only"] if is_test else [*MODEL, "--help"]
+            tried = [*command, "--collect-only"] if is_test else [*command, "--help"]
             found = run(tried, 120.0, "cuda")
             failures += found["exit"] != 0
-            print(found["tail"].strip().rpartition("\n")[2])
+            if found["exit"] != 0:
+                print(end_of(found, SHOWN))
+            elif is_test:
+                print(last_line(found))
             continue
         parser = cli.Parser(prog=f"lora-kernels {words[2]}")
         importlib.import_module(cli.COMMANDS[words[2]][0]).add_arguments(parser)
@@ -102,24 +127,29 @@ def try_commands(minutes: float) -> int:
         except SystemExit:
             failures += 1
     print(qualify.dry_run(qualification.DTYPES))
+    if failures:
+        print(f"benchmarks.gpu: {failures} of {len(PARTS)} parts would fail, as said above")
     return 1 if failures else 0
 
 
 def measure(out: Path, args: argparse.Namespace, device: str) -> int:
     """Run the parts; 0 where all of them succeeded in their time."""
     data: dict[str, Any] = {"provenance": provenance(["bfloat16", "float32"], device)}
-    end, left = time.monotonic() + 60 * args.minutes, 1.0
-    for name, share, command in PARTS:
-        if args.only and name not in args.only:
-            continue
+    parts = [part for part in PARTS if not args.only or part[0] in args.only]
+    end, left = time.monotonic() + 60 * args.minutes, sum(share for _, share, _ in parts)
+    for name, share, command in parts:
         limit = max(1.0, (end - time.monotonic()) * share / left)  # what others left over, too
         left -= share
         print(f"{name}: at most {limit:.0f} s", flush=True)
         data[name] = run(command, limit, device)
-        print(data[name]["tail"], flush=True)
+        if name == "qualify" and "json" in data[name]:
+            table = qualify.table(read_verdict(data[name]["json"]))
+            data[name]["tail"] += table.rpartition("\n")[0]  # without the file of the verdict
+        print(end_of(data[name], 4000), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         out.with_suffix(".md").write_text(report(data))
+    print(f"benchmarks.gpu: the report is {out.with_suffix('.md')}, every number is in {out}")
     results = [part for name, part in data.items() if name != "provenance"]
     return 0 if all(part["exit"] == 0 for part in results) else 1
 
@@ -136,14 +166,40 @@ def report(data: dict[str, Any]) -> str:
         + ", ".join(f"{name} {facts[name]}" for name in libraries if facts.get(name))
         + f"; {facts.get('date')}, commit {facts.get('commit')}.",
         "",
-        "| part | exit status | seconds |",
-        "|---|---|---|",
+        "| part | exit status | seconds | its last line |",
+        "|---|---|---|---|",
     ]
     for name, part in parts.items():
         status = "stopped" if part["exit"] is None else part["exit"]
-        lines.append(f"| {name} | {status} | {part['seconds']} |")
+        lines.append(f"| {name} | {status} | {part['seconds']} | {cell(last_line(part))} |")
     timed = {name: rows_of(part) for name, part in parts.items()}
-    lines += ["", "## Losses", ""]
+    lines += ["", "## Losses", "", *losses(parts, timed)]
+    for name in BELOW:
+        if name in parts and parts[name]["tail"].strip():
+            lines += ["", f"## {name}", "", "```", end_of(parts[name], KEPT), "```"]
+    if any(timed.values()):
+        lines += ["", LEGEND]
+    for name, rows in timed.items():
+        if rows:
+            lines += ["", f"## {name}", "", "| row | ours over each peer | ms on the GPU |"]
+            lines += ["|---|---|---|", *map(line_of, rows)]
+            lines += [line for said in under_load(rows) for line in ("", f"{said}.")]
+    return "\n".join(lines) + "\n"
+
+
+def losses(parts: dict[str, Any], timed: dict[str, list[Row]]) -> list[str]:
+    """Return what is wrong, what a peer does faster, and what each part that failed said last."""
+    wrong = [
+        f"| {name} | {row.identity} | {call} | {cell(what)} |"
+        for name, rows in timed.items()
+        for row in rows
+        for call, what in row.misses.items()
+        if is_ours(call)
+    ]
+    lines = []
+    if wrong:
+        lines += ["Ours misses the tolerance, or the limit of its time:", ""]
+        lines += ["| part | row | call | what |", "|---|---|---|---|", *wrong, ""]
     lost = [
         (ratio, f"| {name} | {row.identity} | {peer} | {ratio:.2f} |")
         for name, rows in timed.items()
@@ -156,26 +212,45 @@ def report(data: dict[str, Any]) -> str:
         lines += ["|---|---|---|---|", *(line for _, line in sorted(lost, reverse=True))]
     else:
         lines.append("None among what was timed." if any(timed.values()) else "Nothing was timed.")
-    lines += [
-        f"\n{name} failed:\n\n```\n{part['tail'].strip()[-1500:]}\n```"
-        for name, part in parts.items()
-        if part["exit"]
-    ]
-    for name, rows in timed.items():
-        if rows:
-            lines += ["", f"## {name}", "", "| row | ours, ms | GPU's ms | peers: ours over each |"]
-            lines += ["|---|---|---|---|", *map(line_of, rows)]
-    if "qualify" in parts:
-        lines += ["", "## qualify", "", "```", parts["qualify"]["tail"].strip(), "```"]
-    return "\n".join(lines) + "\n"
+    for name, part in parts.items():
+        if part["exit"] == 0:
+            continue
+        how = "stopped at its limit" if part["exit"] is None else f"exit status {part['exit']}"
+        if timed[name] or name in BELOW:
+            lines += ["", f"{name}: {how}; what it found is below."]
+        else:
+            lines += ["", f"{name}: {how}", "", "```", end_of(part, SHOWN), "```"]
+    return lines
+
+
+def cell(text: str) -> str:
+    """Return a text for a cell of a table."""
+    return text.replace("|", "/").replace("\n", "; ")
+
+
+def end_of(part: dict[str, Any], most: int) -> str:
+    """Return the last lines of what a part printed, at most so many characters."""
+    said = str(part["tail"]).strip()
+    return said if len(said) <= most else said[-most:].partition("\n")[2]
+
+
+def last_line(part: dict[str, Any]) -> str:
+    return str(part["tail"]).strip().rpartition("\n")[2].strip()[:120]
 
 
 def line_of(row: Row) -> str:
-    ours, device = row.seconds.get("ours"), row.device_seconds.get("ours")
-    over = ", ".join(f"{peer} {found[0][0]:.2f}" for peer, found in ratios([row]).items())
-    times = [f"{t.p50 * 1e3:.3g}" if t else "✗" for t in (ours,)]
-    times.append(f"{device.p50 * 1e3:.3g}" if device else "–")
-    return f"| {row.identity} | {' | '.join(times)} | {over or '–'} |"
+    """Return the row's line: each ratio with the milliseconds that it is of."""
+    each = {peer: found[0][0] for peer, found in ratios([row]).items()}
+    if FROZEN in row.tax and "ours" in row.tax:
+        each[FROZEN] = row.tax["ours"]
+    seconds = row.compared
+    over = [
+        f"{peer} {ratio:.2f} ({ratio * seconds[peer] * 1e3:.3g} / {seconds[peer] * 1e3:.3g} ms)"
+        for peer, ratio in each.items()
+    ]
+    over += [f"✗ {name}" for name in row.misses if is_ours(name) and name not in row.seconds]
+    device = [f"{name} {times.p50 * 1e3:.3g}" for name, times in row.device_seconds.items()]
+    return f"| {cell(row.identity)} | {', '.join(over) or '–'} | {', '.join(device) or '–'} |"
 
 
 def rows_of(part: dict[str, Any]) -> list[Row]:
@@ -200,20 +275,21 @@ def run(command: list[str], limit: float, device: str) -> dict[str, Any]:
         file = Path(directory) / "part.json"
         command = [part.format(json=file, device=device) for part in command]
         status: int | None
-        try:
-            status = subprocess.run(
-                command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT, timeout=limit
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = None
+        with file.open("w") if command[-1] == "--json" else nullcontext(printed) as out:
+            try:
+                status = subprocess.run(
+                    command, cwd=ROOT, stdout=out, stderr=printed, timeout=limit
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = None
         printed.seek(0)
         found: dict[str, Any] = {
             "command": " ".join(["python", *command[1:]]).replace(directory, ""),
             "exit": status,
             "seconds": round(time.monotonic() - begun, 1),
-            "tail": printed.read()[-4000:],
+            "tail": printed.read()[-KEPT:],
         }
-        if file.exists():
+        with suppress(FileNotFoundError, ValueError):  # torn or empty, if the part was stopped
             found["json"] = json.loads(file.read_text())
     return found
 

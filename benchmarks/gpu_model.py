@@ -150,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
     parser.add_argument("--tiny", action="store_true", help="a model for trying the command")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks.gpu_model: no GPU that this torch can use", file=sys.stderr)
+        return 2
     result = Result("model", environment(args.device))
     for row in rows(args):
         result.rows.append(row)

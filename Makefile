@@ -106,6 +106,8 @@ bench: native
 # On a machine with a GPU, with the torch that is there: builds in place, needs no network.
 GPU_PYTHON ?= python3
 gpu:
+	@$(GPU_PYTHON) -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))' \
+		|| { echo 'make gpu: $(GPU_PYTHON) has no torch; name another: GPU_PYTHON=.venv/bin/python'; exit 2; }
 	@$(GPU_PYTHON) setup.py --quiet build_ext --inplace \
 		|| echo 'make gpu: the build failed, as said above: pip install ninja pybind11 setuptools?'
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)

@@ -248,7 +248,7 @@ def line_of(row: Row) -> str:
         f"{peer} {ratio:.2f} ({ratio * seconds[peer] * 1e3:.3g} / {seconds[peer] * 1e3:.3g} ms)"
         for peer, ratio in each.items()
     ]
-    over += [f"✗ {name}" for name in row.misses if is_ours(name) and name not in row.seconds]
+    over += [f"✗ {name}: {cell(w)}" for name, w in row.misses.items() if name not in seconds]
     device = [f"{name} {times.p50 * 1e3:.3g}" for name, times in row.device_seconds.items()]
     return f"| {cell(row.identity)} | {', '.join(over) or '–'} | {', '.join(device) or '–'} |"
 

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ import torch
 from lora_kernels import cli, qualification
 from lora_kernels.bench import qualify
 from lora_kernels.bench.results import FROZEN, Row, is_ours, provenance, ratios, under_load
-from lora_kernels.bench.timing import Times
 from lora_kernels.choice.verdicts import read_verdict
 from lora_kernels.info import info
 
@@ -66,7 +64,7 @@ WANTED = {
     "bitsandbytes": "NF4",
     "peft": "PEFT's times",
     "transformers": "the model",
-    "pandas": "bench",
+    "pandas": "bench and the model",
     "pytest": "tests",
 }
 # Characters of the end of what a part printed: in the JSON file, of a failure in the report.
@@ -112,13 +110,12 @@ def try_commands(minutes: float) -> int:
         print(f"{name}: at most {60 * minutes * share:.0f} s: python {' '.join(words)}", flush=True)
         if words[1] in ("pytest", MODEL[2]):
             is_test = words[1] == "pytest"
-            tried = [*command, "--collect-only"] if is_test else [*command, "--help"]
-            found = run(tried, 120.0, "cuda")
-            failures += found["exit"] != 0
-            if found["exit"] != 0:
-                print(end_of(found, SHOWN))
+            result = run([*command, "--collect-only" if is_test else "--help"], 120.0, "cuda")
+            failures += result["exit"] != 0
+            if result["exit"] != 0:
+                print(end_of(result, SHOWN))
             elif is_test:
-                print(last_line(found))
+                print(last_line(result))
             continue
         parser = cli.Parser(prog=f"lora-kernels {words[2]}")
         importlib.import_module(cli.COMMANDS[words[2]][0]).add_arguments(parser)
@@ -138,7 +135,7 @@ def measure(out: Path, args: argparse.Namespace, device: str) -> int:
     parts = [part for part in PARTS if not args.only or part[0] in args.only]
     end, left = time.monotonic() + 60 * args.minutes, sum(share for _, share, _ in parts)
     for name, share, command in parts:
-        limit = max(1.0, (end - time.monotonic()) * share / left)  # what others left over, too
+        limit = max(1.0, (end - time.monotonic()) * share / left)  # with what earlier parts left
         left -= share
         print(f"{name}: at most {limit:.0f} s", flush=True)
         data[name] = run(command, limit, device)
@@ -183,7 +180,7 @@ def report(data: dict[str, Any]) -> str:
         if rows:
             lines += ["", f"## {name}", "", "| row | ours over each peer | ms on the GPU |"]
             lines += ["|---|---|---|", *map(line_of, rows)]
-            lines += [line for said in under_load(rows) for line in ("", f"{said}.")]
+            lines += [line for warning in under_load(rows) for line in ("", f"{warning}.")]
     return "\n".join(lines) + "\n"
 
 
@@ -203,8 +200,8 @@ def losses(parts: dict[str, Any], timed: dict[str, list[Row]]) -> list[str]:
     lost = [
         (ratio, f"| {name} | {row.identity} | {peer} | {ratio:.2f} |")
         for name, rows in timed.items()
-        for peer, found in ratios(rows).items()
-        for ratio, row in found
+        for peer, pairs in ratios(rows).items()
+        for ratio, row in pairs
         if ratio > 1
     ]
     if lost:
@@ -230,8 +227,8 @@ def cell(text: str) -> str:
 
 def end_of(part: dict[str, Any], most: int) -> str:
     """Return the last lines of what a part printed, at most so many characters."""
-    said = str(part["tail"]).strip()
-    return said if len(said) <= most else said[-most:].partition("\n")[2]
+    text = str(part["tail"]).strip()
+    return text if len(text) <= most else text[-most:].partition("\n")[2]
 
 
 def last_line(part: dict[str, Any]) -> str:
@@ -240,17 +237,17 @@ def last_line(part: dict[str, Any]) -> str:
 
 def line_of(row: Row) -> str:
     """Return the row's line: each ratio with the milliseconds that it is of."""
-    each = {peer: found[0][0] for peer, found in ratios([row]).items()}
+    ratio_of = {peer: pairs[0][0] for peer, pairs in ratios([row]).items()}
     if FROZEN in row.tax and "ours" in row.tax:
-        each[FROZEN] = row.tax["ours"]
+        ratio_of[FROZEN] = row.tax["ours"]
     seconds = row.compared
-    over = [
+    cells = [
         f"{peer} {ratio:.2f} ({ratio * seconds[peer] * 1e3:.3g} / {seconds[peer] * 1e3:.3g} ms)"
-        for peer, ratio in each.items()
+        for peer, ratio in ratio_of.items()
     ]
-    over += [f"✗ {name}: {cell(w)}" for name, w in row.misses.items() if name not in seconds]
+    cells += [f"✗ {name}: {cell(why)}" for name, why in row.misses.items() if name not in seconds]
     device = [f"{name} {times.p50 * 1e3:.3g}" for name, times in row.device_seconds.items()]
-    return f"| {cell(row.identity)} | {', '.join(over) or '–'} | {', '.join(device) or '–'} |"
+    return f"| {cell(row.identity)} | {', '.join(cells) or '–'} | {', '.join(device) or '–'} |"
 
 
 def rows_of(part: dict[str, Any]) -> list[Row]:
@@ -258,14 +255,7 @@ def rows_of(part: dict[str, Any]) -> list[Row]:
     suites = part.get("json")
     if not isinstance(suites, dict) or not all("rows" in suite for suite in suites.values()):
         return []
-    names = {field.name for field in fields(Row)}
-    rows = []
-    for found in (row for suite in suites.values() for row in suite["rows"]):
-        row = {name: value for name, value in found.items() if name in names}
-        for key in ("seconds", "device_seconds"):
-            row[key] = {name: Times(**each) for name, each in row.get(key, {}).items()}
-        rows.append(Row(**row))
-    return rows
+    return [Row.from_json(row) for suite in suites.values() for row in suite["rows"]]
 
 
 def run(command: list[str], limit: float, device: str) -> dict[str, Any]:
@@ -283,15 +273,15 @@ def run(command: list[str], limit: float, device: str) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 status = None
         printed.seek(0)
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "command": " ".join(["python", *command[1:]]).replace(directory, ""),
             "exit": status,
             "seconds": round(time.monotonic() - begun, 1),
             "tail": printed.read()[-KEPT:],
         }
         with suppress(FileNotFoundError, ValueError):  # torn or empty, if the part was stopped
-            found["json"] = json.loads(file.read_text())
-    return found
+            result["json"] = json.loads(file.read_text())
+    return result
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_kernels.bench import timing
-from lora_kernels.bench.results import Result, Row, environment
+from lora_kernels.bench import command, timing
+from lora_kernels.bench.results import Facts, Row, environment
+from lora_kernels.bench.table import Suite
 
 RANK, PROMPT, TOKENS = 16, 128, 16
 BOTH = "PEFT's beside ours"
@@ -109,7 +111,7 @@ def generate(model: Any) -> object:
         return model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **counts)
 
 
-def rows(args: argparse.Namespace) -> Iterator[Row]:
+def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
     """Yield the rows of each base: its steps, and its tokens."""
     from lora_kernels.peft import fuse
 
@@ -131,27 +133,39 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             key: dict[str, Any] = {"K": sizes["hidden_size"], "N": sizes["vocab_size"], "R": RANK}
             row = Row(what="model", dtype=base, M=M, mode=mode, **key)
             try:
-                times = timing.interleave(pair, seconds=args.seconds, device=args.device, least=5)
+                times = timing.interleave(
+                    pair, seconds=args.seconds, device=args.device, min_rounds=5
+                )
             except torch.OutOfMemoryError:
                 row.misses = {BOTH: "out of memory"}  # the other rows may fit
+                torch.cuda.empty_cache()
             else:
                 of_token = mode == "decoding"
                 row.seconds = {n: per_token(t) if of_token else t for n, t in times.items()}
-            row.note_load()
             yield row
         del stock, models, calls
 
 
 def per_token(times: timing.Times) -> timing.Times:
     """Return the seconds of one token of those that a call generates."""
-    seconds = (times.minimum, times.p20, times.p50, times.p80)
-    return timing.Times(*(each / TOKENS for each in seconds), times.rounds)
+    *seconds, rounds = astuple(times)
+    return timing.Times(*(second / TOKENS for second in seconds), rounds)
+
+
+SUITE = Suite(
+    kind="model",
+    option="",
+    unused="",
+    rows=rows,
+    provenance=lambda args: environment(args.device),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.set_defaults(csv=None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
     parser.add_argument("--tiny", action="store_true", help="a model for trying the command")
@@ -159,17 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu_model: no GPU that this torch can use", file=sys.stderr)
         return 2
-    result = Result("model", environment(args.device))
-    for row in rows(args):
-        result.rows.append(row)
-        if p50 := row.p50:
-            said = f"ours over PEFT's {p50['ours'] / p50['peft']:.2f}, "
-            said += f"{p50['ours'] * 1e3:.1f} ms beside {p50['peft'] * 1e3:.1f}"
-        else:
-            said = f"{BOTH}: {row.misses[BOTH]}"
-            torch.cuda.empty_cache()
-        print(f"{row.identity}: {said}", flush=True)
-        result.write(args.json, None)
+    command.measure(SUITE, args)
     return 0
 
 

@@ -7,8 +7,6 @@ training mode without dropout, as the peers draw masks of their own; float32 ada
 them.
 
 With --function a function of the user's, with its gradients, against the same oracle.
-
-Where stdout is a terminal and rich is installed, a bar below the lines says how much is left.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from .backends.cpu import heuristics as cpu_heuristics
 from .backends.cpu import linear as cpu
 from .backends.cpu import native
 from .backends.triton import configs
-from .bench import baselines, functions, progress
+from .bench import baselines, functions
 from .bench.functions import Function
 from .choice import choose as selection
 from .core import device as devices
@@ -175,11 +173,12 @@ def run(args: argparse.Namespace) -> int:
         engines = itertools.product(DTYPES, OPTIONS, names)
         checks = [partial(judge_option, shapes, *one) for one in engines]
     rows, begun = [], time.perf_counter()
-    with progress.printed(args.json, len(checks)) as say:
-        say(head)
-        for row, line in filter(None, (check() for check in checks)):
-            rows.append(row)
-            say(line)
+    if not args.json:
+        print(f"{len(checks)} checks\n{head}", flush=True)
+    for row, line in filter(None, (check() for check in checks)):
+        rows.append(row)
+        if not args.json:
+            print(line, flush=True)
     missed = sum(not row["ok"] for row in rows)
     if args.json:
         print(json.dumps(rows, indent=1))

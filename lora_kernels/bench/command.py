@@ -1,13 +1,15 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
-A suite is a filter of one table, whose runner is in `table`; `dense`, `quantized`, `variants`,
-`experts` and `head` have its entries. `host` times the host alone, and `merges` times merges.
-`blocks`, with `traffic`, counts in place of timing.
+A suite is a filter of one table, whose runners are in `table`; `dense`, `quantized`, `variants`,
+`experts` and `head` have the entries that are timed, `traffic` those that are counted. `host` times
+the host alone, and `merges` times merges.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -25,13 +27,12 @@ from . import (
     host,
     merges,
     models,
-    outputs,
     quantized,
+    traffic,
     variants,
 )
-from .blocks import Count
 from .functions import Function
-from .results import Result, read
+from .results import Result, Row, is_ours, read
 from .table import Suite
 
 QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = (1, 512), (16,), 0.25
@@ -40,13 +41,13 @@ DTYPES = ["float32", "bfloat16"]
 SECONDS = 2.5
 SUITES: tuple[Suite, ...] = (
     *(quantized.SUITE, variants.SUITE, experts.SUITE, head.SUITE, host.SUITE, merges.SUITE),
-    Count(),
+    traffic.SUITE,
     dense.SUITE,  # the default
 )
 
 
-def _words(values: Sequence[object], between: str = " ") -> str:
-    return between.join(map(str, values))
+def _words(values: Sequence[object], separator: str = " ") -> str:
+    return separator.join(map(str, values))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,31 +147,42 @@ def run(args: argparse.Namespace) -> int:
     that is not known to be lost, or a row with --host.
     """
     suite = next(suite for suite in SUITES if not suite.option or getattr(args, suite.option))
-    why = unused(args, suite)
-    for name in ("json", "csv"):
-        if why is None and (file := getattr(args, name)) is not None:
-            reason = outputs.unwritable_reason(file)
-            why = reason and f"--{name}: {reason}"
-    if why is None and args.json is not None:
-        try:
-            read(args.json)
-        except ValueError as error:
-            why = f"--json: {error}"
-    if why is None and args.device == "cuda" and not torch.cuda.is_available():
-        why = "no GPU that this torch can use, want one for --device cuda"
-    if why is not None:
-        print(f"lora-kernels bench: {why}", file=sys.stderr)
+    if (reason := unused(args, suite) or _unstartable_reason(args)) is not None:
+        print(f"lora-kernels bench: {reason}", file=sys.stderr)
         return 2
     args.device = device_of(args, suite)
-    if suite.option != "count":  # of the summary; if it is missing, nothing is timed
-        import pandas  # type: ignore[import-untyped] # noqa: F401
+    import pandas  # type: ignore[import-untyped] # noqa: F401 # prints; without it nothing is timed
+
     if args.seconds is None:
         args.seconds = QUICK_SECONDS if args.quick else SECONDS
     args.ranks = args.ranks or (QUICK_RANKS if args.quick else RANKS)
     args.rows = args.rows or (QUICK_ROWS if args.quick else None)
-    rows = measure(suite, args).rows
-    is_wrong = any(args.baseline.name in row.misses for row in rows) if args.baseline else False
-    return int(suite.has_failed(rows) or is_wrong)
+    baseline = [args.baseline.name] if args.baseline else []
+    return int(has_failed(measure(suite, args).rows, baseline))
+
+
+def has_failed(rows: list[Row], judged: Sequence[str] = ()) -> bool:
+    """Return True if a result of ours, or of a call in `judged`, misses the tolerance or loses."""
+    return any(is_ours(name) or name in judged for row in rows for name in row.misses)
+
+
+def _unstartable_reason(args: argparse.Namespace) -> str | None:
+    """Return why the run cannot write its files or use its device, or None."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "no GPU that this torch can use, want one for --device cuda"
+    for name, file in (("json", args.json), ("csv", args.csv)):
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            existing = file if file.exists() else file.parent
+            if file.is_dir() or not file.parent.is_dir() or not os.access(existing, os.W_OK):
+                return f"--{name}: {file} cannot be written"
+    try:
+        if args.json is not None:
+            read(args.json)
+    except ValueError as error:
+        return f"--json: {error}"
+    return None
 
 
 def measure(suite: Suite, args: argparse.Namespace) -> Result:
@@ -179,6 +191,8 @@ def measure(suite: Suite, args: argparse.Namespace) -> Result:
     for text in suite.head(args, result):
         print(wrap(text))
     for row in suite.rows(args, result.provenance):
+        if row.seconds:
+            row.note_load()
         result.rows.append(row)
         print(wrap(str(row)), flush=True)
         result.write(args.json, args.csv)
@@ -195,9 +209,9 @@ def wrap(text: str) -> str:
         over it: torch.compile 1.234, torch.compile 1.234, torch.compile 1.234, torch.compile 1.234,
             torch.compile 1.234, torch.compile 1.234
     """
-    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     lines = []
     for line in text.splitlines():
         indent = line[: len(line) - len(line.lstrip())] + "    "
-        lines += textwrap.wrap(line, 100, subsequent_indent=indent, **how) or [""]
+        lines += textwrap.wrap(line, 100, subsequent_indent=indent, **options) or [""]
     return "\n".join(lines)

@@ -105,6 +105,11 @@ class Traffic(NamedTuple):
         """Bytes read and written."""
         return self.read + self.written
 
+    def then(self, other: Traffic) -> Traffic:
+        """Return the traffic of this call and another after it."""
+        read, written, kernels = (a + b for a, b in zip(self[:3], other[:3], strict=True))
+        return Traffic(read, written, kernels, max(self.peak, other.peak), self.flops + other.flops)
+
 
 class Kernel(NamedTuple):
     """Entry of a log: the op that a kernel runs, the bytes that it reads and writes, its FLOPs."""

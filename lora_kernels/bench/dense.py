@@ -38,7 +38,7 @@ from . import baselines, models, results, roofline, timing
 from .baselines import Call as Baseline
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row
 from .roofline import Sizes
-from .table import STEP, Call, Entry, Suite, Verdict, run
+from .table import STEP, Call, Entry, Suite, Verdict, time_calls, timed
 from .timing import Machine
 
 CHECKED_ROWS = 512  # on a GPU; the float64 reference of more rows takes longer than the timing
@@ -100,7 +100,7 @@ def target(case: Case, mode: str) -> float | None:
     return 1 + 2 * (floor(case, mode) - 1) + 0.01 if case.R <= 16 and mode != "backward" else None
 
 
-def least_seconds(case: Case, mode: str, machine: Machine, cache: str = "cold") -> float:
+def least_seconds(case: Case, mode: str, machine: Machine, cache: str | None = "cold") -> float:
     """Return the roofline: bytes at memory's bandwidth, or FLOPs at the processor's peak.
 
     A warm call may find `timing.cold_bytes` of its operands in a cache. 0 if that is all of them
@@ -141,7 +141,7 @@ def entry(
         calls[name] = call(make, drawn, [drawn["weight"], *weights[1:]])
         calls[name].check = partial(_verdict, make, own)
 
-    def goals(mode: str, cache: str) -> dict[str, Any]:
+    def goals(mode: str, cache: str | None) -> dict[str, Any]:
         return {
             "floor": floor(case, mode),
             "floor_ms": machine and least_seconds(case, mode, machine, cache) * 1e3,
@@ -159,7 +159,7 @@ def entry(
         goals=goals,
         foreign=[*functions],
         device=case.device,
-        most=1001,  # more rounds than another program disturbs in a second
+        max_rounds=1001,  # more rounds than another program disturbs in a second
     )
 
 
@@ -168,8 +168,8 @@ def call(make: Make, args: dict[str, Any], weights: Sequence[Tensor]) -> Call:
     forwards = [_forward(make(each), each) for each in ({**args, "weight": w} for w in weights)]
     tensors = {name: args[name] for name in cases.GRADIENTS if args[name] is not None}
     leaves = [t for t in tensors.values() if t.requires_grad]
-    there = [t for name, t in tensors.items() if name != "x"]
-    return Call(forwards=forwards, leaves=leaves, dy=args["dy"], there=[*there, *weights])
+    existing = [t for name, t in tensors.items() if name != "x"]
+    return Call(forwards=forwards, leaves=leaves, dy=args["dy"], existing=[*existing, *weights])
 
 
 def measure(
@@ -195,7 +195,7 @@ def measure(
     >>> [(row.mode, "mine" in row.seconds, row.misses) for row in rows]
     [('forward', True, {}), ('backward', True, {}), ('step', True, {})]
     """
-    return [*run(entry(case, machine, functions), seconds)]
+    return [*time_calls(entry(case, machine, functions), seconds)]
 
 
 def _choice(case: Case) -> Choice:
@@ -286,4 +286,4 @@ def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
         yield entry(Case(M, N, K, R, getattr(torch, dtype), **options), machine, functions)
 
 
-SUITE = Suite("layers", "", "", entries, head)
+SUITE = Suite(kind="layers", option="", unused="", rows=timed(entries), head=head)

@@ -20,7 +20,7 @@ from torch import nn
 from ..layers import quantize_experts
 from ..oracle.case import dtype_name
 from .results import FROZEN, Facts, Row
-from .table import Entry, Suite, held_to, layer_call
+from .table import Entry, Suite, layer_call, set_checks, timed
 
 RANK, ALPHA, TOKENS, TENANTS = 16, 32, 512, 4
 
@@ -142,7 +142,7 @@ def entries_of(shape: Shape, dtype: torch.dtype) -> Iterator[Entry]:
             wide = x.double(), index, weights.double()
             y, y4 = oracle(*wide), of_codes(*wide)
             want = {name: y4 if "NF4" in name else y for name in called if name != FROZEN}
-            held_to(calls, want, "peft", dtype, (shape.hidden, shape.intermediate))
+            set_checks(calls, want, "peft", dtype, (shape.hidden, shape.intermediate))
         key = Row(
             what=f"experts {shape.model} {shape.experts} top {shape.top_k}",
             dtype=dtype_name(dtype),
@@ -179,4 +179,9 @@ def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
         yield from entries_of(shape, getattr(torch, name))
 
 
-SUITE = Suite("experts", "experts", "shapes model rows ranks dropout device baseline", entries)
+SUITE = Suite(
+    kind="experts",
+    option="experts",
+    unused="shapes model rows ranks dropout device baseline",
+    rows=timed(entries),
+)

@@ -31,7 +31,7 @@ from ..oracle import reference, tolerance
 from ..oracle.case import dtype_name
 from . import baselines
 from .results import Facts, Row
-from .table import Call, Entry, Suite, Tolerance
+from .table import Call, Entry, Suite, Tolerance, timed
 
 RANK, SCALING = 16, 2.0
 JUDGED_ROWS = 16  # of x, for the errors
@@ -118,7 +118,7 @@ def entries_of(shape: Shape, dtype: torch.dtype) -> Iterator[Entry]:
     """Yield a step of each mode. Errors are those of dx on few rows."""
     args = inputs(shape, dtype)
     leaves = [args[name] for name in ("x", "lora_A", "lora_B")]
-    there = [t for name, t in args.items() if isinstance(t, Tensor) and name != "x"]
+    existing = [t for name, t in args.items() if isinstance(t, Tensor) and name != "x"]
     few = {**args, **{name: args[name].detach()[:JUDGED_ROWS] for name in ("x", "labels")}}
     few["x"].requires_grad_()
     want = {"": _oracle(few), "no adapter": _oracle({**few, "lora_A": None, "lora_B": None})}
@@ -132,7 +132,7 @@ def entries_of(shape: Shape, dtype: torch.dtype) -> Iterator[Entry]:
             calls[name] = Call(
                 forwards=[partial(loss, args["x"])],
                 leaves=leaves[:1] if of else leaves,
-                there=there,
+                existing=existing,
                 check=partial(limit.check, partial(_dx, found[name], few["x"]), want[of]),
             )
         what = f"head {shape.model} {mode}"
@@ -161,4 +161,9 @@ def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
         yield from entries_of(shape, getattr(torch, name))
 
 
-SUITE = Suite("head", "head", "shapes model rows ranks dropout device baseline", entries)
+SUITE = Suite(
+    kind="head",
+    option="head",
+    unused="shapes model rows ranks dropout device baseline",
+    rows=timed(entries),
+)

@@ -14,7 +14,7 @@ A row is a layer, q/k/v, a gated MLP or transformers' Llama decoder layer, in on
 
 Ours is `fuse` of a copy of PEFT's module, both in training mode without dropout. In eval mode
 bitsandbytes packs 4-bit weights for its CPU kernels, which a GPU does not have. "unsloth" is
-Unsloth's order of GEMMs called without a module, as in `blocks`: the floor. A ratio is that of the
+Unsloth's sequence of GEMMs (`peers`) called without a module: the floor. A ratio is that of the
 minima. A row is measured again if ours takes more than `LIMIT` times PEFT's, and is lost if it does
 so again.
 """
@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +39,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backends.library import as_on_gpu
 from ..choice.choose import backend
-from . import blocks, timing
-from .blocks import Block
+from . import blocks, peers, timing
+from .blocks import Block, Cell, build_block
 from .results import Facts, Row, environment, peers_table, under_load
 from .table import Suite
 from .timing import Parts, Times
-from .traffic import Cell
 
 EMULATED = (
     "An emulation on a CPU of the host's part of the GPU path: thread CPU time of tiny CPU "
@@ -128,28 +128,28 @@ def call_of(
     y = run_forward()
     generator = torch.Generator(x.device).manual_seed(0)  # all calls have the same dy
     dy = [
-        torch.randn(each.shape, dtype=each.dtype, device=each.device, generator=generator)
-        for each in ([y] if isinstance(y, Tensor) else y)
+        torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generator)
+        for t in ([y] if isinstance(y, Tensor) else y)
     ]
     leaves = [x, *adapters]
     return lambda: torch.autograd.grad(run_forward(), leaves, dy)
 
 
-def rows_of(name: str, cell: Cell, device: str) -> Iterator[Row]:
+def block_rows(name: str, cell: Cell, device: str) -> Iterator[Row]:
     """Yield the rows of a block and a kind of layer, one a mode."""
     from ..peft import fuse
 
     K = hidden(cell)
     block = block_of(name, K)
     is_decoder = name == DECODER
-    peft = decoder_layer(cell, K, device) if is_decoder else blocks.stock(block, cell, RANK, device)
+    peft = decoder_layer(cell, K, device) if is_decoder else build_block(block, cell, RANK, device)
     for parameter_name, parameter in peft.named_parameters():
         if "lora_B" in parameter_name:
             nn.init.normal_(parameter, std=RANK**-0.5)
     modules: dict[str, Any] = {"ours": fuse(nn.Sequential(copy.deepcopy(peft)))[0], "peft": peft}
     trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in modules.items()}
     if not is_decoder:
-        modules["unsloth"] = blocks.fused(blocks.UNSLOTH, name, blocks.projections_of(peft))
+        modules["unsloth"] = peers.fused(peers.UNSLOTH, name, peers.projections_of(peft))
         trained["unsloth"] = trained["peft"]
     for mode, M in MODES.items():
         x = torch.randn(*[1] * is_decoder, M, K, dtype=cell.dtype, device=device)
@@ -172,19 +172,21 @@ def measure(calls: dict[str, Call], device: str) -> Measured:
     """Time the calls in turns: the host, and a GPU if there is one."""
     on_gpu = device == "cuda"
     timed = functools.partial(timing.interleave, calls, seconds=math.inf)
-    of_host = timed(most=ROUNDS, repeat=CALLS, clock=_until_launched if on_gpu else _on_host)
-    return of_host, timed(most=DEVICE_ROUNDS, clock=_on_device) if on_gpu else {}
+    clock = _until_launched if on_gpu else _on_host
+    host_times = timed(max_rounds=ROUNDS, repeat=CALLS, clock=clock)
+    return host_times, timed(max_rounds=DEVICE_ROUNDS, clock=_on_device) if on_gpu else {}
 
 
 def measured(key: Row, measure: Callable[[], Measured]) -> Row:
     """Return the row with its times; again measured, with the second, if ours is above LIMIT."""
     ratios = list[float]()
     while len(ratios) < 2 and (not ratios or ratios[0] > LIMIT):
-        seconds, of_device = measure()
+        seconds, device_seconds = measure()
         ratios.append(seconds["ours"].minimum / seconds["peft"].minimum)
-    said = " and ".join(f"{ratio:.3f}" for ratio in ratios)
-    lost = {"ours": f"{said} times PEFT's, want at most {LIMIT}"} if min(ratios) > LIMIT else {}
-    return replace(key, seconds=seconds, device_seconds=of_device, misses=lost, judged=["ours"])
+    text = " and ".join(f"{ratio:.3f}" for ratio in ratios)
+    lost = {"ours": f"{text} times PEFT's, want at most {LIMIT}"} if min(ratios) > LIMIT else {}
+    times: dict[str, Any] = {"seconds": seconds, "device_seconds": device_seconds}
+    return replace(key, misses=lost, judged=["ours"], **times)
 
 
 def _on_host(call: Call | Parts, repeat: int) -> tuple[float, float]:
@@ -239,35 +241,28 @@ def cells() -> Iterator[Cell]:
             yield cell
 
 
-class Host(Suite):
-    """The host's time of layers, blocks and a decoder layer, beside PEFT's and a floor."""
+def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
+    """Yield the rows of each block and kind of layer."""
+    with emulated(args.device):
+        for name, cell in itertools.product(NAMES, cells()):
+            yield from block_rows(name, cell, args.device)
 
-    def __init__(self) -> None:
-        unused = "shapes model rows ranks quick dtypes dropout seconds baseline"
-        super().__init__("host", "host", unused, head=_head)
 
-    def provenance(self, args: argparse.Namespace) -> Facts:
-        """Return the machine, the versions and what was timed."""
-        facts = environment(args.device)
-        if args.device == "cpu":
-            facts |= {"backend": "eager", "threads": 1, "measures": EMULATED}
-        return facts
+def provenance(args: argparse.Namespace) -> Facts:
+    """Return the machine, the versions and what was timed."""
+    facts = environment(args.device)
+    if args.device == "cpu":
+        facts |= {"backend": "eager", "threads": 1, "measures": EMULATED}
+    return facts
 
-    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
-        with emulated(args.device):
-            for name in NAMES:
-                for cell in cells():
-                    for row in rows_of(name, cell, args.device):
-                        row.note_load()
-                        yield row
 
-    def summary(self, rows: list[Row]) -> Iterator[str]:
-        """Yield a line for each peer, and the numbers of rows that are lost or under load."""
-        yield "ours over each peer, minima of the same row; below 1 ours is faster:"
-        yield peers_table(rows)
-        if lost := sum(bool(row.misses) for row in rows):
-            yield f"{lost} of {len(rows)} rows take more than {LIMIT} times PEFT's time, twice"
-        yield from under_load(rows)
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Yield a line for each peer, and the numbers of rows that are lost or under load."""
+    yield "ours over each peer, minima of the same row; below 1 ours is faster:"
+    yield peers_table(rows)
+    if lost := sum(bool(row.misses) for row in rows):
+        yield f"{lost} of {len(rows)} rows take more than {LIMIT} times PEFT's time, twice"
+    yield from under_load(rows)
 
 
 def _head(args: argparse.Namespace, result: Any) -> Iterator[str]:
@@ -275,4 +270,12 @@ def _head(args: argparse.Namespace, result: Any) -> Iterator[str]:
         yield EMULATED
 
 
-SUITE = Host()
+SUITE = Suite(
+    kind="host",
+    option="host",
+    unused="shapes model rows ranks quick dtypes dropout seconds baseline",
+    rows=rows,
+    provenance=provenance,
+    head=_head,
+    summary=summary,
+)

@@ -21,32 +21,32 @@ from ..oracle.case import dtype_name
 
 
 def held(
-    call: Callable[[], object], module: nn.Module | None = None, there: Iterable[Tensor] = ()
+    call: Callable[[], object], module: nn.Module | None = None, existing: Iterable[Tensor] = ()
 ) -> dict[str, int]:
     """Return the bytes that `call` holds for its backward, by "[shape] dtype".
 
-    The parameters and buffers of the module do not count, nor do the tensors in `there`.
+    The parameters and buffers of the module do not count, nor do the tensors in `existing`.
 
     >>> x = torch.ones(4, 8, requires_grad=True)
     >>> held(lambda: (x * x).exp())  # x, and the result of exp
     {'[4, 8] float32': 256}
     """
     if module is not None:
-        there = [*there, *module.parameters(), *module.buffers()]
+        existing = [*existing, *module.parameters(), *module.buffers()]
     tensors: dict[str, int] = {}
-    for t in saved(call, there).values():
+    for t in saved(call, existing).values():
         name = f"{list(t.shape)} {dtype_name(t.dtype)}"
         tensors[name] = tensors.get(name, 0) + t.untyped_storage().nbytes()
     return dict(sorted(tensors.items(), key=lambda item: -item[1]))
 
 
-def saved(call: Callable[[], object], there: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Return a tensor of each storage that autograd saves, by address, without those in `there`.
+def saved(call: Callable[[], object], existing: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Return a tensor of each storage that autograd saves, by address, without those in `existing`.
 
     The graph must be alive at the end, so `call` returns its output. Tensors that a Function keeps
     as attributes of its context do not count; this package's Functions keep none.
     """
-    known, kept = set(map(_address, there)), dict[int, Tensor]()
+    known, kept = set(map(_address, existing)), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:
         if t.untyped_storage().nbytes() and _address(t) not in known:

@@ -93,23 +93,23 @@ def calls_of(model: Any) -> dict[str, tuple[Any, Callable[[], object]]]:
     """Return each call with its model, a copy."""
     from ..peft import fuse, merged_weights
 
-    def cycle(each: Any) -> None:
-        each.merge_adapter()
-        each.unmerge_adapter()
+    def cycle(model: Any) -> None:
+        model.merge_adapter()
+        model.unmerge_adapter()
 
-    def stream(each: Any) -> None:
-        tensors = merged_weights(each)
+    def stream(model: Any) -> None:
+        tensors = merged_weights(model)
         while next(tensors, None) is not None:
             pass
 
-    found: dict[str, tuple[Any, Callable[[], object]]] = {}
+    calls: dict[str, tuple[Any, Callable[[], object]]] = {}
     for name, place in ((PEFT, None), ("ours, device", "device"), ("ours, host", "host")):
-        each = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
         if place is not None:
-            fuse(each, exact_merge=place, qualify="off")
-        found[name] = each, partial(cycle, each)
-    found["ours, stream"] = model, partial(stream, model)
-    return found
+            fuse(copied, exact_merge=place, qualify="off")
+        calls[name] = copied, partial(cycle, copied)
+    calls["ours, stream"] = model, partial(stream, model)
+    return calls
 
 
 def row_of(base: Base, device: str, seconds: float) -> Row:
@@ -122,12 +122,11 @@ def row_of(base: Base, device: str, seconds: float) -> Row:
         warnings.filterwarnings("ignore", ".*erge lora module to 4-bit")
         calls = calls_of(build(base, device))
         for name, (model, call) in calls.items():
-            before = stored(model)
+            numbers = stored(model)
             key.peak_bytes[name] = memory.peak(call, device)
-            after = stored(model)
-            changed = sum(map(differing, before, after))
+            changed = sum(map(differing, numbers, stored(model)))
             if changed:
-                share = changed / sum(t.numel() for t in before)
+                share = changed / sum(t.numel() for t in numbers)
                 key.misses[name] = f"{share:.1%} of the base's stored numbers changed"
             key.bytes[name] = held(model) if name in ("ours, device", "ours, host") else 0
         key.seconds = timing.interleave(
@@ -139,9 +138,9 @@ def row_of(base: Base, device: str, seconds: float) -> Row:
 def stored(model: Any) -> list[Tensor]:
     """Return copies of the base's stored numbers, as integers of their sizes."""
     state = model.get_base_model().state_dict()
-    found = [t.detach().cpu().flatten() for name, t in state.items() if "lora_" not in name]
+    tensors = [t.detach().cpu().flatten() for name, t in state.items() if "lora_" not in name]
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-    return [t.clone().view(integers[t.element_size()]) for t in found]
+    return [t.clone().view(integers[t.element_size()]) for t in tensors]
 
 
 def differing(a: Tensor, b: Tensor) -> int:
@@ -152,32 +151,30 @@ def differing(a: Tensor, b: Tensor) -> int:
 def held(model: Any) -> int:
     """Return the bytes that copies take while the adapter is merged."""
     model.merge_adapter()
-    found = [vars(module).get("exact_merge") for module in model.modules()]
-    nbytes: int = sum(exact.nbytes for exact in found if exact is not None)
+    copies = [vars(module).get("exact_merge") for module in model.modules()]
+    nbytes: int = sum(exact.nbytes for exact in copies if exact is not None)
     model.unmerge_adapter()
     return nbytes
 
 
-class Merges(Suite):
-    """Merges that give the base back, and merged weights as a stream, beside PEFT's merges."""
-
-    def __init__(self) -> None:
-        unused = "shapes model rows ranks quick dtypes dropout baseline"
-        super().__init__("merge", "merge", unused)
-
-    def provenance(self, args: argparse.Namespace) -> Facts:
-        return environment(args.device)
-
-    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
-        for base in BASES:
-            if base.quant_type is None or find_spec("bitsandbytes") is not None:
-                row = row_of(base, args.device, args.seconds)
-                row.note_load()
-                yield row
-
-    def summary(self, rows: list[Row]) -> Iterator[str]:
-        lost = sum(any(is_ours(name) for name in row.misses) for row in rows)
-        yield f"{lost} of {len(rows)} rows in which a merge of ours changed its base"
+def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
+    """Yield a row for each base, that of NF4 with bitsandbytes alone."""
+    for base in BASES:
+        if base.quant_type is None or find_spec("bitsandbytes") is not None:
+            yield row_of(base, args.device, args.seconds)
 
 
-SUITE = Merges()
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Yield in how many rows a merge of ours changed its base."""
+    lost = sum(any(is_ours(name) for name in row.misses) for row in rows)
+    yield f"{lost} of {len(rows)} rows in which a merge of ours changed its base"
+
+
+SUITE = Suite(
+    kind="merge",
+    option="merge",
+    unused="shapes model rows ranks quick dtypes dropout baseline",
+    rows=rows,
+    provenance=lambda args: environment(args.device),
+    summary=summary,
+)

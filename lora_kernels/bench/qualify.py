@@ -18,7 +18,6 @@ from ..choice.verdicts import Point, Verdict
 from ..core.device import DeviceInfo
 from ..qualification import compiling
 from ..qualification.plan import CANDIDATES, DTYPES, KNOWN_DTYPES, Claim, plan
-from . import progress
 
 # Clock, bandwidth, FLOP/s of tensor and of CUDA cores, by the data sheets.
 SHEETS = {
@@ -68,19 +67,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     try:
         qualification.index_of(args.device)
-        with progress.printed(args.json, len(plan(args.dtypes))) as say:
-            say("each claim on this card's kernels, and whether it holds")
-
-            def report(claim: Claim, reason: str | None) -> None:
-                why = "" if reason is None else f": {reason}"
-                say(f"{'✓' if reason is None else '✗'} {claim.group}: {claim.name}{why}")
-
-            verdict = qualification.qualify(
-                args.device, dtypes=args.dtypes, budget_s=args.budget, report=report
-            )
+        if not args.json:
+            print(f"{len(plan(args.dtypes))} claims on this card's kernels, and whether each holds")
+        report = None if args.json else _print_claim
+        verdict = qualification.qualify(
+            args.device, dtypes=args.dtypes, budget_s=args.budget, report=report
+        )
     except (RuntimeError, ValueError) as error:
-        said = str(error).removeprefix("qualify: ")
-        print(f"lora-kernels qualify: {said}", file=sys.stderr)
+        reason = str(error).removeprefix("qualify: ")
+        print(f"lora-kernels qualify: {reason}", file=sys.stderr)
         return 2
     print(json.dumps(verdict.json(), indent=1) if args.json else table(verdict))
     known = verdict.passed | verdict.failed.keys()
@@ -88,6 +83,11 @@ def run(args: argparse.Namespace) -> int:
     for group in sorted(left):
         print(f"– {group}  not checked: give it more --budget", file=sys.stderr)
     return 1 if verdict.failed or left else 0
+
+
+def _print_claim(claim: Claim, reason: str | None) -> None:
+    text = "" if reason is None else f": {reason}"
+    print(f"{'✓' if reason is None else '✗'} {claim.group}: {claim.name}{text}", flush=True)
 
 
 def table(verdict: Verdict) -> str:

@@ -27,7 +27,7 @@ from ..quantization.codebooks import BITSANDBYTES_TYPES
 from . import baselines, models, timing
 from .baselines import Forward
 from .results import DECODED, NESTED_NF4, Facts, Row
-from .table import Call, Entry, Suite, Tolerance
+from .table import Call, Entry, Suite, Tolerance, timed
 
 SHAPES = ((4096, 4096), (4096, 14336), (576, 1536))  # K, N
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -72,8 +72,8 @@ def entries_of(
             layers[f"bitsandbytes, {mode}"] = [*each]
     layers["dense"] = [partial(eager, linear.weight) for linear in dense]
     stream = [layer.weight.view(torch.int64).sum for layer in ours]  # little more is done
-    there = [A, B, *(t for layer in ours for t in (*layer.parameters(), *layer.buffers()))]
-    there += [linear.weight for linear in dense]
+    existing = [A, B, *(t for layer in ours for t in (*layer.parameters(), *layer.buffers()))]
+    existing += [linear.weight for linear in dense]
 
     for M in counts:
         x, dy = torch.randn(M, K).to(**on).requires_grad_(), torch.randn(M, N).to(**on)
@@ -82,7 +82,7 @@ def entries_of(
                 forwards=[partial(forward, x) for forward in forwards],
                 leaves=[] if name == "bitsandbytes, eval" else [x, A, B],
                 dy=dy,
-                there=there,
+                existing=existing,
             )
             for name, forwards in layers.items()
         }
@@ -141,4 +141,4 @@ def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
         yield from entries_of(K, N, counts, dtype, args.quant, args.device)
 
 
-SUITE = Suite("4-bit", "quant", "ranks dropout baseline", entries)
+SUITE = Suite(kind="4-bit", option="quant", unused="ranks dropout baseline", rows=timed(entries))

@@ -7,8 +7,7 @@ instead of a time; a peer's gets ✗ beside it. In a row that was counted, and i
 time, ✗ marks ours where it loses.
 
 In the summary a ratio is the median time of ours over the peer's in one row, of the host's the
-minimum. Ours with float32
-adapters is compared with PEFT's, whose adapters are float32 by default.
+minimum. Ours with float32 adapters is compared with PEFT's, whose adapters are float32 by default.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from ..version import __version__
 from . import timing
 from .timing import Machine, Times
 
-Facts = dict[str, Any]  # of a run: its provenance
+Facts = dict[str, Any]  # a run's provenance
 
 PACKAGE = Path(__file__).parents[1]
 _TIMED = "backends", "choice", "core", "layers", "ops", "peft", "quantization"
@@ -55,8 +54,8 @@ EQUIVALENT_OF_PEER = {
 }
 # Variant -> its baseline; "PEFT's" for all others.
 VARIANTS = {"row norm": "PEFT's expression", "DoRA": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
-# Variant -> pairs of calls whose ratios are its cost.
 NESTED_NF4, DECODED = "ours, NF4", "PEFT, decoded"  # beside a base in MXFP4 or NVFP4
+# Variant -> pairs of calls whose ratios are its cost.
 COST_RATIOS = {
     "DoRA": (("ours", "LoRA"), ("PEFT's DoRA", "PEFT's LoRA")),
     "16 adapters": (("ours", "ours, 1"), ("PEFT's", "PEFT's, 1")),
@@ -125,16 +124,24 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, and the tax."""
-        kept = "misses" if self.seconds or self.moved else ""
-        fields = {**asdict(self), "tax": self.tax}
-        return {name: v for name, v in fields.items() if v not in (None, {}) or name == kept}
+        always = "misses" if self.seconds or self.moved else ""
+        values = {**asdict(self), "tax": self.tax}
+        return {name: v for name, v in values.items() if v not in (None, {}) or name == always}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Row:
+        """Build from what `to_json` returned, or an older version."""
+        known = {name: v for name, v in values.items() if name in cls.__dataclass_fields__}
+        for key in ("seconds", "device_seconds"):
+            known[key] = {name: Times(**times) for name, times in known.get(key, {}).items()}
+        return cls(**known)
 
     @property
     def kind(self) -> str:
         """The suite of the row, such as "layers" or "4-bit"."""
         if self.moved:
             return "count"
-        for kind in ("experts", "head", "host", "merge"):
+        for kind in ("experts", "head", "host", "merge", "model"):
             if self.what and self.what.startswith(kind):
                 return kind
         return "4-bit" if self.quant_type else "variants" if self.what else "layers"
@@ -163,7 +170,7 @@ class Row:
         if self.kind == "4-bit":
             streamed = self.mode == "decoding" and self.M <= STREAMED_ROWS
             return "stream" if streamed else "dense"
-        if self.kind in ("count", "host", "merge"):
+        if self.kind in ("count", "host", "merge", "model"):
             return "peft"
         if self.kind == "head":
             return "pytorch"
@@ -177,8 +184,8 @@ class Row:
     @property
     def compared(self) -> dict[str, float]:
         """The seconds of each call that ratios compare: its median, of the host's its minimum."""
-        of_host = self.kind == "host"
-        return {name: t.minimum if of_host else t.p50 for name, t in self.seconds.items()}
+        quantile = "minimum" if self.kind == "host" else "p50"
+        return {name: getattr(times, quantile) for name, times in self.seconds.items()}
 
     @property
     def tax(self) -> dict[str, float]:
@@ -193,33 +200,32 @@ class Row:
 
     def __str__(self) -> str:
         """Return the row as a table of its calls."""
-        p50, unit = self.p50, self.baseline
+        p50 = self.p50
         names = dict.fromkeys([*p50, *self.moved, *self.misses])
-        lines = {name: self._cells(name) for name in names}
-        said = [f"{self.identity}, over {unit}", *self._details()]
-        said.append(text_table(lines))
-        said += [f"✗ {name}: {what}" for name, what in self.misses.items()]
-        ratios = COST_RATIOS.get(self.what or self.quant_type or "", ())
-        pairs = (pair for pair in ratios if {*pair} <= p50.keys())
-        if each := [f"{over} over {under} {p50[over] / p50[under]:.2f}" for over, under in pairs]:
-            said.append(", ".join(each))
-        return "\n".join(said)
+        lines = [f"{self.identity}, over {self.baseline}", *self._details()]
+        lines.append(text_table({name: self._cells(name) for name in names}))
+        lines += [f"✗ {name}: {miss}" for name, miss in self.misses.items()]
+        pairs = COST_RATIOS.get(self.what or self.quant_type or "", ())
+        timed = [(a, b) for a, b in pairs if {a, b} <= p50.keys()]
+        if costs := [f"{a} over {b} {p50[a] / p50[b]:.2f}" for a, b in timed]:
+            lines.append(", ".join(costs))
+        return "\n".join(lines)
 
     def _cells(self, name: str) -> dict[str, str | None]:
         """Return a call's line of the table."""
-        times, found = self.seconds.get(name), self.moved or self.compared
-        ratio = "–" if name in found else "✗"
-        if {name, self.baseline} <= found.keys():
-            over = found[name] / found[self.baseline]
-            ratio = f"{over:.3f}" + " ✗" * (name in self.misses)
+        times, values = self.seconds.get(name), self.moved or self.compared
+        text = "–" if name in values else "✗"
+        if {name, self.baseline} <= values.keys():
+            ratio = values[name] / values[self.baseline]
+            text = f"{ratio:.3f}" + " ✗" * (name in self.misses)
             if name == "ours" and self.target is not None:
-                ratio += " ✓" if over <= self.target else " over target"
-        cells: dict[str, str | None] = {"ratio": ratio}
+                text += " ✓" if ratio <= self.target else " over target"
+        cells: dict[str, str | None] = {"ratio": text}
         if self.kind == "host":
             for key, quantile in (("µs", "minimum"), ("p50", "p50")):
                 cells[key] = f"{getattr(times, quantile) * 1e6:.0f}" if times else None
-            of_device = self.device_seconds.get(name)
-            cells["GPU's µs"] = f"{of_device.p50 * 1e6:.0f}" if of_device else None
+            device_times = self.device_seconds.get(name)
+            cells["GPU's µs"] = f"{device_times.p50 * 1e6:.0f}" if device_times else None
         else:
             for key, quantile in (("ms", "p50"), ("p20", "p20"), ("p80", "p80")):
                 cells[key] = f"{getattr(times, quantile) * 1e3:.3g}" if times else None
@@ -260,8 +266,8 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Return the run as a dict for JSON."""
-        found = {"provenance": self.provenance, "rows": [row.to_json() for row in self.rows]}
-        return found | ({"overhead_us": self.overhead_us} if self.overhead_us else {})
+        run = {"provenance": self.provenance, "rows": [row.to_json() for row in self.rows]}
+        return run | ({"overhead_us": self.overhead_us} if self.overhead_us else {})
 
     def write(self, json_file: Path | None, csv_file: Path | None) -> None:
         """Write the run into a JSON file, beside those of other suites; and a call a line as CSV.
@@ -274,7 +280,7 @@ class Result:
             json_file.write_text(dump({**read(json_file), self.kind: self.to_json()}))
         if csv_file:
             lines = [*itertools.chain(*map(flat, self.rows))]
-            _frame(lines, f"{OF_ROW} {OF_CALL}".split()).to_csv(csv_file, index=False)
+            _frame(lines, f"{ROW_COLUMNS} {CALL_COLUMNS}".split()).to_csv(csv_file, index=False)
 
 
 Runs = dict[str, dict[str, Any]]  # of a file, by kind
@@ -298,7 +304,7 @@ def read(file: Path) -> Runs:
 
 def dump(runs: Runs) -> str:
     """Return the text of a file: a row a line."""
-    said = []
+    texts = []
     for kind, run in runs.items():
         fields = []
         for name, value in run.items():
@@ -307,15 +313,17 @@ def dump(runs: Runs) -> str:
                 rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
                 text = f"[\n  {rows}\n ]"
             fields.append(f"{json.dumps(name)}: {text}")
-        said.append(f"{json.dumps(kind)}: {{\n " + ",\n ".join(fields) + "\n}")
-    return "{" + ",\n".join(said) + "}\n"
+        texts.append(f"{json.dumps(kind)}: {{\n " + ",\n ".join(fields) + "\n}")
+    return "{" + ",\n".join(texts) + "}\n"
 
 
 # Columns of the CSV: those of a row,
-OF_ROW = "what dtype quant_type M K N R dropout_p mode cache backend strategy load under_load"
-# and of each call. result is "ok", "✗" with what missed the tolerance, or empty if it was not
+ROW_COLUMNS = "what dtype quant_type M K N R dropout_p mode cache backend strategy load under_load"
+# and those of a call. result is "ok", "✗" with what missed the tolerance, or empty if it was not
 # judged; over is the ratio to the baseline's time.
-OF_CALL = "call result over minimum_ms p20_ms p50_ms p80_ms rounds floor_ms held_bytes peak_bytes"
+CALL_COLUMNS = (
+    "call result over minimum_ms p20_ms p50_ms p80_ms rounds floor_ms held_bytes peak_bytes"
+)
 
 
 def flat(row: Row) -> Iterator[dict[str, Any]]:
@@ -327,7 +335,7 @@ def flat(row: Row) -> Iterator[dict[str, Any]]:
     """
     judged = row.seconds if row.judged is None else row.judged
     for name in dict.fromkeys([*row.seconds, *row.bytes, *row.misses]):
-        line = {column: getattr(row, column) for column in OF_ROW.split()}
+        line = {column: getattr(row, column) for column in ROW_COLUMNS.split()}
         result = f"✗ {row.misses[name]}" if name in row.misses else "ok" if name in judged else ""
         line |= {"call": name, "result": result, "floor_ms": row.floor_ms if name == "ours" else ""}
         line |= {"held_bytes": row.bytes.get(name), "peak_bytes": row.peak_bytes.get(name)}
@@ -347,18 +355,18 @@ def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
     >>> ratios([Row(seconds=times)])["peft"][0][0]
     0.5
     """
-    found: dict[str, list[tuple[float, Row]]] = {}
+    ratios: dict[str, list[tuple[float, Row]]] = {}
     for row in rows:
         seconds = row.compared
         for peer in seconds:
             if is_ours(peer) or peer in NO_PEERS:
                 continue
-            like = EQUIVALENT_OF_PEER.get(peer, "ours")
-            if like not in seconds and like not in row.misses:
-                like = "ours"
-            if like in seconds:
-                found.setdefault(peer, []).append((seconds[like] / seconds[peer], row))
-    return found
+            ours = EQUIVALENT_OF_PEER.get(peer, "ours")
+            if ours not in seconds and ours not in row.misses:
+                ours = "ours"
+            if ours in seconds:
+                ratios.setdefault(peer, []).append((seconds[ours] / seconds[peer], row))
+    return ratios
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
@@ -374,18 +382,18 @@ def summary(rows: list[Row]) -> Iterator[str]:
 def peers_table(rows: list[Row]) -> str:
     """Return a line for each peer, how often ours is faster and the worst row; "" without any."""
     lines = {}
-    for peer, found in ratios(rows).items():
-        each = [ratio for ratio, _ in found]
-        worst, at = max(found, key=lambda pair: pair[0])
-        wrong = sum(peer in row.misses for _, row in found)
+    for peer, pairs in ratios(rows).items():
+        values = [ratio for ratio, _ in pairs]
+        worst, worst_row = max(pairs, key=lambda pair: pair[0])
+        wrong = sum(peer in row.misses for _, row in pairs)
         lines[peer] = {
-            "rows": len(each),
-            "faster": sum(r < 1 for r in each),
-            "slower": sum(r > 1 for r in each),
+            "rows": len(values),
+            "faster": sum(ratio < 1 for ratio in values),
+            "slower": sum(ratio > 1 for ratio in values),
             "✗": wrong or "",
-            "median": f"{statistics.median(each):.3f}",
+            "median": f"{statistics.median(values):.3f}",
             "worst": f"{worst:.3f}",
-            "worst row": at.identity,
+            "worst row": worst_row.identity,
         }
     return text_table(lines) if lines else ""
 

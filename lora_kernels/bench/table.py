@@ -1,7 +1,8 @@
-"""The table of `bench` and its one runner.
+"""The table of `bench`, cases × baselines, and its two runners.
 
-An entry has the calls of one case: ours and the baselines. `run` checks each of them against the
-oracle, then times them in turns and counts their memory. A suite yields entries.
+An entry has the calls of one case: ours and the baselines. `time_calls` checks each of them against
+the oracle, then times them in turns and counts their memory. `count_calls` counts the memory
+traffic of calls on meta tensors. A suite yields rows.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..oracle import tolerance
-from . import memory, timing
+from . import counter, memory, results, timing
 from .baselines import cycle_through
+from .counter import Traffic
 from .functions import one_line
-from .results import Facts, Result, Row, is_ours, provenance, summary
+from .results import Facts, Result, Row, is_ours
 from .timing import Parts, Times
 
 Forward = Callable[[], Any]
 STEP = ("forward", "backward", "step")  # forward and backward are the parts of steps
+Counts = Mapping[str, Traffic]  # of ours and each peer
+Limits = Callable[[Counts, str], Mapping[str, float]]
+# Measure of a call's traffic -> the field of a row.
+MEASURES = {"bytes": "moved", "kernels": "kernels", "peak": "peak_bytes", "flops": "flops"}
 
 
 class Verdict(NamedTuple):
@@ -41,21 +47,21 @@ class Call:
         forwards: compute y; several over copies of the weight, which a cold cache needs.
         leaves: x and what trains, for the gradients of a step. Empty if the call has no step.
         dy: the gradient of y.
-        there: a module or tensors whose memory is not the call's.
+        existing: tensors whose memory is not the call's.
         check: compares the results with the oracle; None for a bound such as the frozen layer.
     """
 
     forwards: Sequence[Forward]
     leaves: Sequence[Tensor] = ()
     dy: Any = None
-    there: Iterable[Tensor] = ()
+    existing: Iterable[Tensor] = ()
     check: Callable[[], Verdict] | None = None
 
-    def forward(self, cache: str) -> Forward:
+    def forward(self, cache: str | None) -> Forward:
         """Return a forward: of the first weights, or of all in turn with a cold cache."""
         return cycle_through(self.forwards) if cache == "cold" else self.forwards[0]
 
-    def step(self, cache: str) -> Parts:
+    def step(self, cache: str | None) -> Parts:
         """Return forward and backward."""
         backward = partial(torch.autograd.grad, inputs=self.leaves, grad_outputs=self.dy)
         return Parts(self.forward(cache), backward)
@@ -69,23 +75,59 @@ class Entry:
         key: the fields that name the rows.
         calls: by name.
         modes: what is timed, each with a warm or a cold cache. Those of STEP are timed in one run;
-            all others are forwards without gradients.
-        goals: further fields of a row, from mode and cache.
+            all others are forwards without gradients. What is counted has no cache.
+        goals: further fields of a timed row, from mode and cache.
         foreign: calls of the user's, which may raise.
-        device: where the calls run.
-        most: rounds at most.
+        device: where timed calls run.
+        max_rounds: of timing.
+        measures: of MEASURES, those that a counted row has.
+        limits: of a counted row: what ours may take of each measure, from the traffic of the calls
+            and the mode.
     """
 
     key: Row
     calls: dict[str, Call]
-    modes: Sequence[tuple[str, str]]
-    goals: Callable[[str, str], Mapping[str, Any]] = lambda mode, cache: {}
+    modes: Sequence[tuple[str, str | None]]
+    goals: Callable[[str, str | None], Mapping[str, Any]] = lambda mode, cache: {}
     foreign: Sequence[str] = ()
     device: str = "cpu"
-    most: int = 201
+    max_rounds: int = 201
+    measures: Sequence[str] = ("bytes", "kernels", "peak")
+    limits: Limits = lambda counts, mode: {}
 
 
-def run(entry: Entry, seconds: float) -> Iterator[Row]:
+def count_calls(entry: Entry) -> Iterator[Row]:
+    """Count the traffic of the calls, then yield a row for each mode.
+
+    A forward is judged by itself, a backward with its forward: a step is what a user pays for.
+    """
+    parts: dict[str, dict[str, Traffic]] = {mode: {} for mode in STEP}
+    for name, call in entry.calls.items():
+        forward, backward = counter.count_layer(call.forwards[0], call.leaves)
+        step = forward, backward, forward.then(backward)
+        for mode, traffic in zip(STEP, step, strict=True):
+            parts[mode][name] = traffic
+    for mode, _ in entry.modes:
+        counts = parts["forward" if mode == "forward" else "step"]
+        lost = exceeded(counts["ours"], entry.limits(counts, mode))
+        counted: dict[str, Any] = {
+            MEASURES[measure]: {name: getattr(t, measure) for name, t in parts[mode].items()}
+            for measure in entry.measures
+        }
+        misses = {"ours": ", ".join(lost)} if lost else {}
+        yield replace(entry.key, mode=mode, misses=misses, **counted)
+
+
+def exceeded(ours: Traffic, limits: Mapping[str, float]) -> list[str]:
+    """Return the measures of which ours takes more than the limit.
+
+    >>> exceeded(Traffic(99, 1, 9, 0), {"bytes": 99, "kernels": 9})
+    ['bytes']
+    """
+    return [measure for measure, limit in limits.items() if getattr(ours, measure) > limit]
+
+
+def time_calls(entry: Entry, seconds: float) -> Iterator[Row]:
     """Check the calls, then yield a row for each mode. A call of ours that misses has no time.
 
     seconds: to spend on what is timed in turns.
@@ -101,16 +143,16 @@ def run(entry: Entry, seconds: float) -> Iterator[Row]:
             continue
         if not (is_ours(name) and verdicts[name].miss):
             calls[name] = call
-    found = dict(_time(entry, calls, seconds))
+    times = dict(_time(entry, calls, seconds))
     for mode, cache in entry.modes:
-        here = {n: v for n, v in verdicts.items() if mode not in STEP or entry.calls[n].leaves}
+        shown = {n: v for n, v in verdicts.items() if mode not in STEP or entry.calls[n].leaves}
         fields: dict[str, Any] = {
-            "errors": {name: v.error for name, v in here.items() if v.error is not None},
-            "misses": {name: v.miss for name, v in here.items() if v.miss},
-            "judged": [name for name in here if entry.calls[name].check],
+            "errors": {name: v.error for name, v in shown.items() if v.error is not None},
+            "misses": {name: v.miss for name, v in shown.items() if v.miss},
+            "judged": [name for name in shown if entry.calls[name].check],
             **entry.goals(mode, cache),
         }
-        row = replace(entry.key, mode=mode, cache=cache, seconds=found[mode, cache], **fields)
+        row = replace(entry.key, mode=mode, cache=cache, seconds=times[mode, cache], **fields)
         if mode == "step":
             _count_memory(entry, calls, row)
         yield row
@@ -122,17 +164,17 @@ def _count_memory(entry: Entry, calls: dict[str, Call], row: Row) -> None:
     for name, call in calls.items():
         if call.leaves and name != "torch.compile":  # whose buffers no profiler sees
             step = call.step("warm")
-            held[name] = sum(memory.held(step.first, there=call.there).values())
+            held[name] = sum(memory.held(step.first, existing=call.existing).values())
             peaks[name] = memory.peak(step.__call__, entry.device)
     row.bytes, row.peak_bytes = held, peaks
 
 
 def _time(
     entry: Entry, calls: dict[str, Call], seconds: float
-) -> Iterator[tuple[tuple[str, str], dict[str, Times]]]:
+) -> Iterator[tuple[tuple[str, str | None], dict[str, Times]]]:
     """Yield the times of each mode and cache."""
     timed: Any = partial(
-        timing.interleave_parts, seconds=seconds, device=entry.device, most=entry.most
+        timing.interleave_parts, seconds=seconds, device=entry.device, max_rounds=entry.max_rounds
     )
     for cache in {cache: None for mode, cache in entry.modes if mode in STEP}:
         steps = {name: call.step(cache) for name, call in calls.items() if call.leaves}
@@ -183,23 +225,23 @@ def joined(y: Any) -> Tensor:
     return y if isinstance(y, Tensor) else torch.cat([*y], dim=1)
 
 
-def held_to(
+def set_checks(
     calls: dict[str, Call],
     want: Tensor | Mapping[str, Tensor],
-    like: str,
-    rounded: torch.dtype,
+    eager_name: str,
+    dtype: torch.dtype,
     sums: Sequence[int],
 ) -> dict[str, Call]:
     """Give the calls their check.
 
     Args:
         want: y in float64, of all calls or of each; a call without is a bound, and not checked.
-        like: the call that stands for plain PyTorch, whose error sets the limit.
-        rounded, sums: the dtype to which results are rounded, and as in `tolerance.rms_limit`.
+        eager_name: the call that stands for plain PyTorch, whose error sets the limit.
+        dtype, sums: the dtype to which results are rounded, and as in `tolerance.rms_limit`.
     """
     wants = dict.fromkeys(calls, want) if isinstance(want, Tensor) else want
-    eager = tolerance.rms_error(joined(calls[like].forwards[0]()), wants[like])
-    limit = Tolerance(eager, rounded, sums)
+    eager = tolerance.rms_error(joined(calls[eager_name].forwards[0]()), wants[eager_name])
+    limit = Tolerance(eager, dtype, sums)
     for name in wants:
         calls[name].check = partial(limit.check, calls[name].forwards[0], wants[name])
     return calls
@@ -222,15 +264,15 @@ def layer_call(
         args: follow x.
         frozen: what a function reads and does not train.
     """
-    there = [*leaves, *frozen]
+    existing = [*leaves, *frozen]
     if isinstance(layer, nn.Module):
         leaves = [p for p in layer.parameters() if p.requires_grad]
-        there = [*layer.parameters(), *layer.buffers()]
-    own = [] if dy is None else [x, *leaves]
-    return Call(forwards=[partial(layer, x, *args)], leaves=own, dy=dy, there=there)
+        existing = [*layer.parameters(), *layer.buffers()]
+    leaves = [] if dy is None else [x, *leaves]
+    return Call(forwards=[partial(layer, x, *args)], leaves=leaves, dy=dy, existing=existing)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """A filter of the table.
 
@@ -238,29 +280,28 @@ class Suite:
         kind: in the file of results.
         option: of the command line that selects it; empty for the default.
         unused: options without effect on it.
-        entries: yields its part of the table; facts: the provenance.
+        rows: yields its part of the table, from the options and the provenance.
+        provenance: returns the machine, the versions and measured rates.
         head: yields lines before the rows.
+        summary: yields lines after the rows.
     """
 
     kind: str
     option: str
     unused: str
-    entries: Callable[[argparse.Namespace, Facts], Iterator[Entry]] = lambda args, facts: iter(())
+    rows: Callable[[argparse.Namespace, Facts], Iterator[Row]]
+    provenance: Callable[[argparse.Namespace], Facts] = lambda args: results.provenance(
+        args.dtypes, args.device
+    )
     head: Callable[[argparse.Namespace, Result], Iterator[str]] = lambda args, result: iter(())
+    summary: Callable[[list[Row]], Iterator[str]] = results.summary
 
-    def provenance(self, args: argparse.Namespace) -> Facts:
-        return provenance(args.dtypes, args.device)
 
-    def rows(self, args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
-        for entry in self.entries(args, facts):
-            for row in run(entry, args.seconds):
-                row.note_load()
-                yield row
+def timed(entries: Callable[[argparse.Namespace, Facts], Iterator[Entry]]) -> Any:
+    """Return the rows of a suite whose entries are timed, as a function for `Suite.rows`."""
 
-    def summary(self, rows: list[Row]) -> Iterator[str]:
-        """Yield lines after the rows."""
-        return summary(rows)
+    def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
+        for entry in entries(args, facts):
+            yield from time_calls(entry, args.seconds)
 
-    def has_failed(self, rows: list[Row]) -> bool:
-        """True if a result of ours misses the tolerance, or loses a row that was counted."""
-        return any(is_ours(name) for row in rows for name in row.misses)
+    return rows

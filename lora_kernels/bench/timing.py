@@ -88,8 +88,8 @@ def interleave_parts(
     calls: Mapping[str, Call | Parts],
     *,
     seconds: float,
-    least: int = 9,
-    most: int = 201,
+    min_rounds: int = 9,
+    max_rounds: int = 201,
     repeat: int = 1,
     device: str = "cpu",
     clock: Clock | None = None,
@@ -97,10 +97,10 @@ def interleave_parts(
     """Time as `interleave` does, and also the first and second parts of calls that are `Parts`.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
-    about `seconds` in all, at least `least` of them, or FEWEST where those would take longer than
-    twice that, and at most `most`. `repeat` calls are timed as one, for those too short for the
-    clock. On a GPU the device's own events are read. A clock that is given makes `repeat` calls,
-    and returns the seconds of all, and of their second parts.
+    about `seconds` in all, at least `min_rounds` of them, or FEWEST if those would take longer than
+    twice that, and at most `max_rounds`. `repeat` calls are timed as one, for those too short for
+    the clock. On a GPU its events are read. A given clock makes `repeat` calls, and returns the
+    seconds of all, and of their second parts.
 
     >>> parts = {"a": Parts(lambda: 1, lambda one: one + 1)}
     >>> whole, first, second = interleave_parts(parts, seconds=0.0)
@@ -114,8 +114,8 @@ def interleave_parts(
     second: dict[str, list[float]] = {name: [] for name in of_parts}
     clock = clock or (_on_gpu if device == "cuda" else _on_cpu)
     begun, spent, round_ = time.perf_counter(), 0.0, -1
-    while round_ < most and (
-        spent < seconds or round_ < (least if spent < 2 * seconds else min(least, FEWEST))
+    while round_ < max_rounds and (
+        spent < seconds or round_ < (min_rounds if spent < 2 * seconds else min(min_rounds, FEWEST))
     ):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
@@ -196,7 +196,7 @@ def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
 def product_peak(dtype: torch.dtype, n: int = 2048, device: str = "cpu") -> float:
     """Operations a second (two a multiply-add) of the library GEMM of two [n, n]."""
     a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
-    times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5, device=device)
+    times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, min_rounds=5, device=device)
     return float(2 * n**3 / times["mm"].p20)
 
 

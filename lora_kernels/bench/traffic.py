@@ -1,71 +1,73 @@
-"""`lora-kernels bench --count`: memory traffic of a LoRA layer on a GPU, ours beside PEFT's.
+"""`lora-kernels bench --count`: memory traffic of LoRA on a GPU, ours beside PEFT's and others'.
 
-Counted on meta tensors by `counter`, without a GPU: bytes, kernels and peak memory, no timings.
-Ours is PEFT's layer after `fuse`, the peer the same layer before. Both are in training mode, and x
-and the adapters need gradients. A row is one direction of one layer. Before every count the
-versions of the adapters change, as in an optimizer's step. A call before the first count fills what
-the process caches. A layer that `fuse` leaves to PEFT is the same twice.
-
-A forward is judged by itself, a backward with its forward: a step is what a user pays for. Ours
-loses a row where it moves more bytes with more than `FEW_ROWS` rows of x, launches more kernels
-than `allowed_kernels`, or takes a peak that is higher by more than `PEAK_UNIT`. PEFT under
+Counted on meta tensors by `counter`, without a GPU: bytes, kernels, peak memory and FLOPs, no
+timings. A case is one training step: a layer, a layer over a 4-bit base, a block of layers, a
+language model's head, or the experts of a mixture. Ours is what `fuse` makes of PEFT's modules, in
+training mode, where x and the adapters need gradients. A layer that `fuse` leaves to PEFT is the
+same twice. `peers` and `expert_peers` have the sequences of GEMMs of others. PEFT under
 torch.compile is left out: its generated kernels fuse in ways that meta tensors do not show.
+
+A row is one direction. A forward is judged by itself, a backward with its forward: a step is what a
+user pays for. Ours loses a row where it exceeds a limit of the case: `layer_limits`, `base_limits`,
+`block_limits` or `expert_limits`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..backends.decode4bit import FUSED_ROWS
+from ..backends.eager import head
 from ..layers import QLoRALinear
+from ..ops.head import lora_linear_cross_entropy
 from ..quantization import Weight4bit
-from . import baselines, counter
-from .counter import Kernel, Traffic
-from .results import NESTED_NF4, Row
+from ..quantization.codebooks import E2M1_TYPES
+from . import blocks, counter, expert_peers, peers
+from .blocks import BLOCKS, RANK, Block, Cell, build_block, build_layer
+from .experts import Shape
+from .results import NESTED_NF4, Facts, Row, versions
+from .table import Call, Counts, Entry, Limits, Suite, count_calls
 
-ROWS = (1, 16, 512, 8192)  # M
+ROWS = (1, 16, 512, 8192)  # M of layers
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # K, N
 DROPOUTS = (0.0, 0.05)
-FEW_ROWS = 64  # up to here a layer is bound by launches, not by bandwidth
+BLOCK_ROWS = (1, 512, 8192)
+HEAD = (8192, 4096, 128256)  # rows of a step, hidden size and vocabulary of Llama 3
+EXPERTS = (
+    Shape("mixtral", 8, 2, 4096, 14336),  # 8x7B
+    Shape("qwen3_moe", 128, 8, 2048, 768),  # 30B-A3B
+    Shape("gpt_oss", 32, 4, 2880, 2880),  # 20b
+    Shape("olmoe", 64, 8, 2048, 1024),  # 1B-7B
+    Shape("deepseek_v3", 256, 8, 7168, 2048),
+    Shape("qwen3_moe", 8, 8, 2048, 768),  # a small stack, every row to all, and to two
+    Shape("qwen3_moe", 8, 2, 2048, 768),
+    Shape("qwen3_moe", 32, 8, 2048, 768),
+)
+TOKENS = (512, 8192)
+LAUNCH_BOUND_ROWS = 64  # up to here a layer is bound by launches, not by bandwidth
 # CUDA's caching allocator reserves memory in blocks of 2 MiB at least: what differs by less takes
-# the same memory of a card. Ours keeps P, a few vectors of N and DoRA's norm in float32.
+# the same memory of a card. Ours saves P, vectors of N and DoRA's norm in float32.
 PEAK_UNIT = 2 << 20
 KERNEL_BYTES = 6_000_000  # moved by an H100 in the 2 µs that a small kernel takes (estimate)
 MASK_KERNELS = 8  # see `allowed_kernels`
-DIRECTIONS = "forward", "backward"
+MOST_BYTES = 1.01  # times the bytes of a peer
 LEFT = "left to PEFT"  # the strategy of a layer that `fuse` does not take
-
-
-class Cell(NamedTuple):
-    """A kind of layer.
-
-    Args:
-        name: in the table.
-        dtype: of x and of the base; with a 4-bit base, of x and its compute dtype.
-        adapter_dtype: of lora_A, lora_B and DoRA's magnitude.
-        base: "dense" or "nf4" (nested scales, blocks of 64).
-        autocast: whether the forward runs under autocast to `dtype`.
-        dora: whether the adapter is a DoRA.
-        adapters: how many are active.
-        x_dtype: of x, if it is another than `dtype`.
-    """
-
-    name: str
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
-    base: str = "dense"
-    autocast: bool = False
-    dora: bool = False
-    adapters: int = 1
-    x_dtype: torch.dtype | None = None
-
+CHECKPOINTED = ", checkpointed"  # after a title: rows whose backward runs the forward again
+EXPERTS_IN = " experts "  # in a title of experts
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 CELLS = (
@@ -84,93 +86,95 @@ CELLS = (
     Cell("bf16, two fp32 adapters", _BF16, _F32, adapters=2),
 )
 
+# ---- Calls ----
 
-def allowed_kernels(cell: Cell, dropout_p: float, ours: Traffic, peft: Traffic) -> int:
+
+def step_call(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    module: nn.Module,
+    is_checkpointed: bool = False,
+) -> Call:
+    """Return the call of a training step on meta.
+
+    Args:
+        function: computes y of the inputs.
+        inputs: tensors whose gradients the step computes, beside those of the module's parameters.
+        is_checkpointed: whether the backward computes the forward again, and nothing but the inputs
+            is saved.
+    """
+
+    def forward() -> Any:
+        if is_checkpointed:
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+
+    adapters = [p for p in module.parameters() if p.requires_grad]
+    return Call(forwards=[forward], leaves=[*inputs, *adapters])
+
+
+def cell_call(
+    module: nn.Module,
+    cell: Cell,
+    M: int,
+    K: int,
+    function: Callable[[Tensor], Any] | None = None,
+    is_checkpointed: bool = False,
+) -> Call:
+    """Return the call of a training step with x [M, K].
+
+    Args:
+        module: of `build_layer`, fused or not, or a module of such layers.
+        cell: the layers'.
+        function: computes y with the module's parameters in place of the module.
+        is_checkpointed: as of `step_call`.
+    """
+    x = torch.empty(M, K, dtype=cell.x_dtype or cell.dtype, device="meta").requires_grad_()
+
+    def run(x: Tensor) -> Any:
+        with counter.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
+            return (function or module)(x)
+
+    return step_call(run, [x], module, is_checkpointed)
+
+
+def _entry(calls: dict[str, Call], limits: Limits, **key: Any) -> Entry:
+    modes = [("forward", None), ("backward", None)]
+    return Entry(key=Row(**key), calls=calls, modes=modes, limits=limits)
+
+
+# ---- Layers ----
+
+
+def allowed_kernels(cell: Cell, dropout_p: float, counts: Counts) -> int:
     """Return the most kernels that ours may launch: PEFT's, and one for each KERNEL_BYTES saved.
 
     MASK_KERNELS more if each adapter, or a DoRA's base GEMM too, has a mask.
 
-    >>> allowed_kernels(CELLS[0], 0.0, Traffic(60_000_000, 0, 9, 0), Traffic(100_000_000, 0, 7, 0))
+    >>> from .counter import Traffic
+    >>> ours, peft = Traffic(60_000_000, 0, 9, 0), Traffic(100_000_000, 0, 7, 0)
+    >>> allowed_kernels(CELLS[0], 0.0, {"ours": ours, "peft": peft})
     13
     """
+    ours, peft = counts["ours"], counts["peft"]
     has_masks = dropout_p > 0 and (cell.dora or cell.adapters > 1)
     return peft.kernels + (peft.bytes - ours.bytes) // KERNEL_BYTES + MASK_KERNELS * has_masks
 
 
-def losses(cell: Cell, M: int, dropout_p: float, ours: Traffic, peft: Traffic) -> list[str]:
-    """Return the measures in which ours loses.
-
-    ours, peft: of a forward, or of a forward and its backward together.
-
-    >>> losses(CELLS[0], 512, 0.0, Traffic(60, 0, 9, 4 << 20), Traffic(100, 0, 7, 1 << 20))
-    ['kernels', 'peak']
-    """
-    lost = {
-        "bytes": M > FEW_ROWS and ours.bytes > peft.bytes,
-        "kernels": ours.kernels > allowed_kernels(cell, dropout_p, ours, peft),
-        "peak": ours.peak > peft.peak + PEAK_UNIT,
+def layer_limits(
+    cell: Cell, M: int, dropout_p: float, counts: Counts, mode: str
+) -> dict[str, float]:
+    """Return the most bytes, kernels and peak of ours: `allowed_kernels`, and PEFT's bytes and
+    peak. Bytes are limited above LAUNCH_BOUND_ROWS rows of x."""
+    peft = counts["peft"]
+    return {
+        "bytes": peft.bytes if M > LAUNCH_BOUND_ROWS else math.inf,
+        "kernels": allowed_kernels(cell, dropout_p, counts),
+        "peak": peft.peak + PEAK_UNIT,
     }
-    return [name for name in lost if lost[name]]
 
 
-def both(first: Traffic, second: Traffic) -> Traffic:
-    """Return the traffic of one call after the other."""
-    read, written, kernels = (a + b for a, b in zip(first[:3], second[:3], strict=True))
-    peak = max(first.peak, second.peak)
-    return Traffic(read, written, kernels, peak, first.flops + second.flops)
-
-
-def stock(cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0, device: str = "meta") -> Any:
-    """Build PEFT's layer of a cell, in training mode; alpha = 2·R."""
-    base: Any = nn.Linear(K, N, bias=False, device=device, dtype=cell.dtype)
-    if cell.base == "nf4":
-        base = baselines.linear_4bit(base, "nf4")
-    # PEFT's DoRA copies a 4-bit base, which bitsandbytes cannot on meta.
-    with mock.patch("peft.tuners.lora.dora.deepcopy", lambda layer: layer):
-        return baselines.peft_layer(
-            base,
-            [R] * cell.adapters,
-            adapter_dtype=cell.adapter_dtype,
-            lora_dropout=dropout_p,
-            use_dora=cell.dora,
-        )
-
-
-def count_rows(
-    steps: Mapping[str, tuple[Traffic, Traffic]],
-    judge: Callable[[dict[str, Traffic], str], list[str]],
-    **key: Any,
-) -> Iterator[Row]:
-    """Yield the rows of a training step: of its forward, and of its backward.
-
-    Args:
-        steps: forward and backward of each call.
-        judge: returns the measures in which ours loses, from the counts of each call and the
-            direction; beside the backward these are of both directions together.
-        key: the fields that name the row.
-    """
-    whole = {name: both(*step) for name, step in steps.items()}
-    for i, direction in enumerate(DIRECTIONS):
-        counts = {name: step[i] for name, step in steps.items()}
-        lost = judge(whole if i else counts, direction)
-        yield count_row(counts, lost, mode=direction, **key)
-
-
-def count_row(counts: Mapping[str, Traffic], lost: Sequence[str] = (), **key: Any) -> Row:
-    """Return the row of what was counted of each call.
-
-    lost: the measures in which ours loses.
-    """
-    return Row(
-        **key,
-        moved={name: t.bytes for name, t in counts.items()},
-        kernels={name: t.kernels for name, t in counts.items()},
-        peak_bytes={name: t.peak for name, t in counts.items()},
-        misses={"ours": ", ".join(lost)} if lost else {},
-    )
-
-
-def count_cell(
+def layer_entries(
     cell: Cell,
     K: int,
     N: int,
@@ -178,47 +182,54 @@ def count_cell(
     dropout_p: float = 0.0,
     Ms: Sequence[int] = ROWS,
     by_rule: bool = True,
-) -> Iterator[Row]:
-    """Yield the rows of a cell at one shape and rank: both directions for each M.
+) -> Iterator[Entry]:
+    """Yield the entries of a cell at one shape and rank, one for each M.
 
     by_rule: whether `fuse` leaves the layer to PEFT if its rule says so.
-
-    >>> [row.moved["peft"] for row in count_cell(CELLS[0], 64, 64, 8, Ms=[32])]
-    [48128, 59392]
     """
     from ..peft import eligibility, fuse, swap
     from ..peft.linear import Fused
 
-    layer = stock(cell, K, N, R, dropout_p)
-
-    def count() -> list[tuple[Traffic, Traffic]]:
-        count_step(layer, cell, Ms[0], K)
-        return [count_step(layer, cell, M, K) for M in Ms]
-
-    peft = count()
+    layers = {name: build_layer(cell, K, N, R, dropout_p) for name in ("ours", "peft")}
     rule = eligibility.heavier_reason if by_rule else lambda layer: None
     with mock.patch.object(swap, "heavier_reason", rule):
-        fuse(nn.Sequential(layer))
-    ours = count()
-    left = None if isinstance(layer, Fused) else LEFT
-    for M, mine, theirs in zip(Ms, ours, peft, strict=True):
-        yield from count_rows(
-            {"ours": mine, "peft": theirs},
-            lambda counts, _, M=M: losses(cell, M, dropout_p, **counts),  # type: ignore[misc]
+        fuse(nn.Sequential(layers["ours"]))
+    for M in Ms:
+        yield _entry(
+            {name: cell_call(layer, cell, M, K) for name, layer in layers.items()},
+            partial(layer_limits, cell, M, dropout_p),
             **{"dtype": cell.name, "M": M, "K": K, "N": N, "R": R, "dropout_p": dropout_p},
-            strategy=left,
+            strategy=None if isinstance(layers["ours"], Fused) else LEFT,
         )
 
 
-def count_base(quant_type: str, K: int, N: int, R: int) -> Iterator[Row]:
-    """Yield the rows of a `QLoRALinear` over MXFP4 or NVFP4: both directions for each of `ROWS`.
+# ---- Bases in MXFP4 and NVFP4 ----
 
-    Beside it are the same over nested NF4, and PEFT's layer over the decoded weight. Ours loses
-    where it moves more bytes than over NF4 and the scales that it reads more, launches more kernels
-    or takes a peak that is higher by more than `PEAK_UNIT`. Rows up to `FUSED_ROWS` are not judged:
-    bitsandbytes' GEMM of NF4 decodes inside.
 
-    >>> [row.moved["ours"] for row in count_base("mxfp4", 64, 64, 8)][-2:]
+def base_limits(M: int, scale_bytes: int, counts: Counts, mode: str) -> dict[str, float]:
+    """Return what the layer over nested NF4 takes; bytes with those of its larger scales.
+
+    Rows up to `FUSED_ROWS` have no limit: bitsandbytes' GEMM of NF4 decodes inside.
+
+    scale_bytes: what the scales have more than nested NF4's; a step reads them twice.
+    """
+    if M <= FUSED_ROWS:
+        return {}
+    nf4, decodings = counts[NESTED_NF4], 1 if mode == "forward" else 2
+    return {
+        "bytes": nf4.bytes + decodings * max(0, scale_bytes),
+        "kernels": nf4.kernels,
+        "peak": nf4.peak + PEAK_UNIT,
+    }
+
+
+def base_entries(quant_type: str, K: int, N: int, R: int) -> Iterator[Entry]:
+    """Yield the entries of a `QLoRALinear` over MXFP4 or NVFP4, one for each of `ROWS`.
+
+    Beside it are the same over nested NF4, and PEFT's layer over the decoded weight.
+
+    >>> last = [*base_entries("mxfp4", 64, 64, 8)][-1]
+    >>> [row.moved["ours"] for row in count_calls(last)]
     [5526720, 7888064]
     """
     cell = Cell("bf16, bf16 adapters", _BF16, _BF16)
@@ -227,64 +238,237 @@ def count_base(quant_type: str, K: int, N: int, R: int) -> Iterator[Row]:
         name: QLoRALinear(K, N, R, quant_type=kind, **on)
         for name, kind in (("ours", quant_type), (NESTED_NF4, "nf4"))
     }
-    scales = [sum(t.nbytes for t in _scales(layer.weight4bit)) for layer in layers.values()]
-    layers |= {"peft": stock(cell, K, N, R)}
+    ours, nf4 = (sum(t.nbytes for t in _scales(layer.weight4bit)) for layer in layers.values())
+    layers |= {"peft": build_layer(cell, K, N, R)}
     for M in ROWS:
-        steps = {name: count_step(layer, cell, M, K) for name, layer in layers.items()}
-
-        def judge(counts: dict[str, Traffic], direction: str, M: int = M) -> list[str]:
-            ours, nf4 = counts["ours"], counts[NESTED_NF4]
-            decodings = 1 if direction == DIRECTIONS[0] else 2  # a step decodes in both directions
-            allowed = nf4.bytes + decodings * max(0, scales[0] - scales[1])
-            lost = {
-                "bytes": ours.bytes > allowed,
-                "kernels": ours.kernels > nf4.kernels,
-                "peak": ours.peak > nf4.peak + PEAK_UNIT,
-            }
-            return [name for name in lost if lost[name] and M > FUSED_ROWS]
-
-        what = f"base {quant_type.upper()}"
-        key = {"what": what, "dtype": cell.name, "M": M, "K": K, "N": N, "R": R}
-        yield from count_rows(steps, judge, **key)
+        yield _entry(
+            {name: cell_call(layer, cell, M, K) for name, layer in layers.items()},
+            partial(base_limits, M, ours - nf4),
+            **{"what": f"base {quant_type.upper()}", "dtype": cell.name},
+            **{"M": M, "K": K, "N": N, "R": R},
+        )
 
 
 def _scales(weight: Weight4bit) -> list[Tensor]:
     """Return what scales are decoded from."""
-    found = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
-    return [t for t in found if t is not None]
+    tensors = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
+    return [t for t in tensors if t is not None]
 
 
-def count_step(
-    layer: nn.Module,
-    cell: Cell,
-    M: int,
-    K: int,
-    log: list[Kernel] | None = None,
-    call: Callable[[Tensor], Any] | None = None,
-    is_checkpointed: bool = False,
-) -> tuple[Traffic, Traffic]:
-    """Count forward and backward of one training step with x [M, K].
+# ---- Blocks ----
+
+
+def block_limits(counts: Counts, mode: str) -> dict[str, float]:
+    """Return MOST_BYTES times the bytes of the best peer, and PEAK_UNIT above the lowest peak.
+
+    The best is the best in that measure, of the peers that do not overwrite x. The peak is limited
+    in a step: what is counted here trains.
+    """
+    others = [traffic for name, traffic in counts.items() if name not in ("ours", peers.INPLACE)]
+    limits = {"bytes": MOST_BYTES * min(traffic.bytes for traffic in others)}
+    if mode == "backward":
+        limits["peak"] = min(traffic.peak for traffic in others) + PEAK_UNIT
+    return limits
+
+
+def block_entries(
+    block: Block, cell: Cell, R: int = RANK, Ms: Sequence[int] = BLOCK_ROWS
+) -> Iterator[Entry]:
+    """Yield the entries of a block and a kind of layer: one for each M, the last M once more
+    checkpointed. Adapters of another dtype are cast, in ours by `cast_adapters`.
+
+    >>> first = next(block_entries(Block("layer", 64, (64,)), CELLS[0], 8, [9]))
+    >>> [row.kernels["axolotl"] for row in count_calls(first)]
+    [3, 6]
+    """
+    from ..peft import fuse
+
+    modules = {name: build_block(block, cell, R) for name in ("ours", "peft")}
+    fuse(nn.Sequential(modules["ours"]), cast_adapters=True)
+    projections = peers.projections_of(modules["peft"])
+    functions: dict[str, Callable[[Tensor], Any] | None] = {"ours": None, "peft": None}
+    # The peers' Functions want x in the base's dtype.
+    for name, build in peers.FUNCTIONS.items() if cell.x_dtype is None else ():
+        if name != peers.INPLACE or block.name != "layer":  # Unsloth's layer overwrites nothing
+            functions[name] = build(block.name, projections)
+    for M, is_checkpointed in [(M, False) for M in Ms] + [(Ms[-1], True)]:
+        yield _entry(
+            {
+                name: cell_call(
+                    modules.get(name, modules["peft"]), cell, M, block.K, function, is_checkpointed
+                )
+                for name, function in functions.items()
+            },
+            block_limits,
+            **{"what": block.title + CHECKPOINTED * is_checkpointed, "dtype": cell.name},
+            **{"M": M, "K": block.K, "N": sum(block.Ns), "R": R},
+        )
+
+
+# ---- A head with its loss ----
+
+
+def head_entry(adapter_dtype: torch.dtype, R: int = RANK) -> Entry:
+    """Return a training step of a head with its loss, in bfloat16: ours, PyTorch's ops, PEFT's.
+
+    PyTorch computes the loss of PEFT's logits [M, V] in float32. The second is ours on a device
+    that does not run the Triton kernel.
+
+    >>> list(head_entry(torch.bfloat16).calls)
+    ['ours', "ours by PyTorch's ops", 'peft']
+    """
+    M, K, V = HEAD
+    layer = build_layer(Cell("head", _BF16, adapter_dtype), K, V, R)
+    A, B = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B"))
+    labels = torch.zeros(M, dtype=torch.int64, device="meta")
+
+    def ours(reason: str | None, x: Tensor) -> Tensor:
+        weight, scaling = layer.base_layer.weight, layer.scaling["default"]
+        with mock.patch.dict(head.kernel_reasons, {("meta", None): reason}):
+            return lora_linear_cross_entropy(x, weight, A, B, labels, scaling)
+
+    def peft(x: Tensor) -> Tensor:
+        return F.cross_entropy(layer(x).float(), labels)
+
+    x = torch.empty(M, K, dtype=_BF16, device="meta", requires_grad=True)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "ours": partial(ours, None),
+        "ours by PyTorch's ops": partial(ours, "PyTorch's ops are counted"),
+        "peft": peft,
+    }
+    dtype = f"bf16, {'bf16' if adapter_dtype == _BF16 else 'fp32'} adapter"
+    return Entry(
+        key=Row(what="head and loss", dtype=dtype, M=M, K=K, N=V, R=R),
+        calls={name: step_call(function, [x], layer) for name, function in functions.items()},
+        modes=[("step", None)],
+    )
+
+
+# ---- Experts of a mixture ----
+
+
+def expert_limits(counts: Counts, mode: str) -> dict[str, float]:
+    """Return MOST_BYTES times the fewest bytes of a peer that takes no more FLOPs than ours over
+    the dense stack."""
+    flops = counts["ours"].flops
+    others = (traffic for name, traffic in counts.items() if not name.startswith("ours"))
+    fewest = min((t.bytes for t in others if t.flops <= flops), default=math.inf)
+    return {"bytes": MOST_BYTES * fewest}
+
+
+def expert_call(
+    name: str, shape: Shape, tokens: int, is_checkpointed: bool = False, layer: Any = None
+) -> Call:
+    """Return the call of a training step of experts, everything in bfloat16.
 
     Args:
-        layer: of `stock`, fused or not, or a module of such layers.
-        cell: the layer's.
-        log: as `counter.count_layer`'s.
-        call: computes y with the layer's parameters in place of the layer.
-        is_checkpointed: whether the backward computes the forward again, and nothing but x is kept.
+        name: of `expert_peers.CALLS`.
+        is_checkpointed: as of `step_call`.
+        layer: of `expert_peers.build`; None to build it.
     """
-    x = torch.empty(M, K, dtype=cell.x_dtype or cell.dtype, device="meta").requires_grad_()
-    adapters = [p for p in layer.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for p in adapters:
-            p.add_(0.0)  # a new version, for which nothing is cached
+    layer = expert_peers.build(name, shape) if layer is None else layer
+    forward = expert_peers.forward_of(name, layer)
+    x = torch.empty(tokens, shape.hidden, dtype=_BF16, device="meta", requires_grad=True)
+    index = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
+    # The router takes the model's x, so its weights need a gradient.
+    weights = torch.empty(tokens, shape.top_k, dtype=_BF16, device="meta", requires_grad=True)
 
-    def run(x: Tensor) -> Any:
-        with counter.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
-            return (call or layer)(x)
+    def run(x: Tensor, weights: Tensor) -> Any:
+        return forward(x, index, weights)
 
-    def forward() -> Any:
-        if is_checkpointed:
-            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-        return run(x)
+    return step_call(run, [x, weights], layer, is_checkpointed)
 
-    return counter.count_layer(forward, [x, *adapters], log)
+
+def expert_entries(shape: Shape, tokens: int) -> Iterator[Entry]:
+    """Yield a step of experts, and the same checkpointed; ours over NF4 with bitsandbytes alone."""
+    names = [name for name in expert_peers.CALLS if name != "ours, NF4" or _has_bitsandbytes()]
+    layers = {name: expert_peers.build(name, shape) for name in names}
+    sizes = f"{shape.hidden}→{shape.intermediate}"
+    title = f"{shape.model}, {shape.experts}{EXPERTS_IN}{sizes}, top {shape.top_k}"
+    for is_checkpointed in (False, True):
+        entry = _entry(
+            {
+                name: expert_call(name, shape, tokens, is_checkpointed, layer)
+                for name, layer in layers.items()
+            },
+            expert_limits,
+            **{"what": title + CHECKPOINTED * is_checkpointed, "dtype": "bf16, bf16 adapters"},
+            **{"M": tokens, "K": shape.hidden, "N": shape.intermediate, "R": RANK},
+        )
+        entry.measures = *entry.measures, "flops"
+        yield entry
+
+
+# ---- The table ----
+
+
+def _has_bitsandbytes() -> bool:
+    return find_spec("bitsandbytes") is not None
+
+
+def entries(args: argparse.Namespace) -> Iterator[Entry]:
+    """Yield the whole table, NF4 with bitsandbytes alone."""
+    shapes, has_bitsandbytes = [*itertools.product(SHAPES, args.ranks)], _has_bitsandbytes()
+    for cell in CELLS:
+        if cell.base != "nf4" or has_bitsandbytes:
+            for dropout_p, ((K, N), R) in itertools.product(DROPOUTS, shapes):
+                yield from layer_entries(cell, K, N, R, dropout_p)
+    for quant_type, ((K, N), R) in itertools.product(E2M1_TYPES, shapes):
+        yield from base_entries(quant_type, K, N, R)
+    for block, cell in itertools.product(BLOCKS, blocks.CELLS):
+        if cell.base != "nf4" or has_bitsandbytes:
+            yield from block_entries(block, cell)
+    yield from map(head_entry, (_BF16, _F32))
+    if expert_peers.unavailable_reason() is None:
+        for tokens, shape in itertools.product(TOKENS, EXPERTS):
+            yield from expert_entries(shape, tokens)
+
+
+def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
+    """Yield the rows of the table."""
+    for entry in entries(args):
+        yield from count_calls(entry)
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Yield how many rows of each kind ours loses, and the range of the ratio of bytes."""
+    layers = [row for row in rows if row.what is None]
+    fused = [row.moved for row in layers if row.strategy != LEFT]
+    ratios = sorted(moved["ours"] / moved["peft"] for moved in fused)
+    yield (
+        f"{_count_losses(layers, 'PEFT', ('bytes', 'kernels', 'peak'))}; `fuse` leaves "
+        f"{len(layers) - len(fused)} to PEFT; bytes over PEFT's elsewhere: "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
+    )
+    for block in BLOCKS:
+        of_block = [row for row in rows if (row.what or "").startswith(block.title)]
+        yield f"{block.title}: {_count_losses(of_block, 'the best peer', ('bytes', 'peak'))}"
+    bases = [row for row in rows if (row.what or "").startswith("base ")]
+    lost = _count_losses(bases, "nested NF4", ("bytes", "kernels", "peak"))
+    yield f"bases in MXFP4 and NVFP4: {lost}"
+    if (reason := expert_peers.unavailable_reason()) is not None:
+        yield f"no experts: {reason}"
+        return
+    experts = [row for row in rows if EXPERTS_IN in (row.what or "")]
+    yield f"experts: {_count_losses(experts, 'a peer of no more FLOPs', ('bytes',))}"
+
+
+def _count_losses(rows: list[Row], peer: str, measures: Sequence[str]) -> str:
+    lost = [row.misses["ours"] for row in rows if row.misses]
+    counts = (f"{sum(measure in text for text in lost)} in {measure}" for measure in measures)
+    return f"{len(rows)} rows, ours loses {len(lost)} to {peer} ({', '.join(counts)})"
+
+
+def provenance(args: argparse.Namespace) -> Facts:
+    """Return the versions of the libraries that decide what kernels run."""
+    return versions("torch", "peft", "bitsandbytes")
+
+
+SUITE = Suite(
+    kind="count",
+    option="count",
+    unused="device shapes model rows quick dtypes dropout seconds csv baseline",
+    rows=rows,
+    provenance=provenance,
+    summary=summary,
+)

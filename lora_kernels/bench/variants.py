@@ -23,7 +23,7 @@ from ..oracle.case import dtype_name
 from ..quantization import quantize_4bit
 from .baselines import adapter_names, peft_layer
 from .results import Facts, Row
-from .table import Call, Entry, Suite, held_to, layer_call
+from .table import Call, Entry, Suite, layer_call, set_checks, timed
 
 SIZES = (512, 2048, 2048)  # M, K, N
 SERVED = (4096, 4096)  # K, N of the layer that several adapters share
@@ -55,7 +55,7 @@ def norm_entry(dtype: torch.dtype) -> Entry:
     timed = {name: Call(forwards=[call]) for name, call in calls.items()}
     want = {name: four_bit if "NF4" in name else dense for name in calls}
     # All that is rounded is rounded to float32; PEFT's expression rounds to W's dtype.
-    held_to(timed, want, "panels", torch.float32, (K,))
+    set_checks(timed, want, "panels", torch.float32, (K,))
     return _entry("row norm", dtype, SIZES, timed, "call")
 
 
@@ -79,7 +79,7 @@ def dora_entry(dtype: torch.dtype) -> Entry:
     at_start, norm = (reference.dora_norm(W64, A64, B64, scaling) for scaling in (0.0, SCALING))
     want = {name: y if "LoRA" in name else at_start / norm * y for name in layers}
     calls = {name: layer_call(layer, x, dy) for name, layer in layers.items()}
-    held_to(calls, want, "PEFT's DoRA", dtype, (K,))
+    set_checks(calls, want, "PEFT's DoRA", dtype, (K,))
     return _entry("DoRA", dtype, SIZES, calls, "step")
 
 
@@ -110,7 +110,7 @@ def group_entries(dtype: torch.dtype) -> Iterator[Entry]:
             "three LoRALinear": layer_call(apart, x, dys),
             "PEFT's": layer_call(pefts, x, dys),
         }
-        return held_to(found, want, "PEFT's", dtype, (K,))
+        return set_checks(found, want, "PEFT's", dtype, (K,))
 
     y = torch.cat(want, dim=1)
     yield _entry("q, k, v", dtype, (M, K, width), calls(x, y), "step")
@@ -150,7 +150,7 @@ def adapters_entry(dtype: torch.dtype, M: int) -> Entry:
                 key = f"{name}, {E}" if E < 16 else name
                 calls[key] = Call(forwards=[partial(layer, x, adapter_names=served)])
                 wants[key] = want
-        held_to(calls, wants, "PEFT's", dtype, (K,))
+        set_checks(calls, wants, "PEFT's", dtype, (K,))
     return _entry("16 adapters", dtype, (M, K, N), calls, "decoding")
 
 
@@ -185,7 +185,7 @@ def levels_entry(dtype: torch.dtype) -> Entry:
     gate = torch.cat([torch.full((r,), s) for r, s in zip(LEVELS, scales, strict=True)])
     want = reference.lora_linear(*_double(x, linear.weight, A, B), rank_gate=gate.double())
     # The adapter makes the larger part of y, a sum over the ranks.
-    held_to(calls, want, "PEFT's", dtype, (K, sum(LEVELS)))
+    set_checks(calls, want, "PEFT's", dtype, (K, sum(LEVELS)))
     return _entry("three levels", dtype, SIZES, calls, "step")
 
 
@@ -242,4 +242,9 @@ def entries(args: argparse.Namespace, facts: Facts) -> Iterator[Entry]:
     yield switching_entry()
 
 
-SUITE = Suite("variants", "variants", "shapes model rows ranks dropout device baseline", entries)
+SUITE = Suite(
+    kind="variants",
+    option="variants",
+    unused="shapes model rows ranks dropout device baseline",
+    rows=timed(entries),
+)

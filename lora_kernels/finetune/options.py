@@ -8,6 +8,8 @@ import argparse
 import difflib
 import importlib.util
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -144,11 +146,15 @@ def require(options: Any, names: Iterable[str], otherwise: str) -> None:
 
 
 def check_out(out: Path, instead: str = "that can be written") -> None:
-    """Raise UsageError if the folder cannot be written."""
-    from ..bench.outputs import unwritable_reason
-
-    if reason := unwritable_reason(out, folder=True):
-        raise UsageError(f"out: {reason}; give a folder {instead}")
+    """Raise UsageError if the folder cannot be written; leave nothing behind."""
+    existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    try:
+        # A file without a name: permission bits say nothing of a read-only or full disk.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = f"{out} cannot be written: {error.strerror}"
+        raise UsageError(f"out: {reason}; give a folder {instead}") from error
 
 
 # Arguments of several commands

@@ -23,9 +23,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
-from lora_kernels.bench import blocks, counter
-from lora_kernels.bench.blocks import Block
-from lora_kernels.bench.traffic import Cell
+from lora_kernels.bench import counter
+from lora_kernels.bench.blocks import Block, Cell, build_block
 from lora_kernels.layers import LoRAGatedMLP, LoRAGroup, LoRALinear
 from lora_kernels.peft import fuse, modules
 
@@ -90,11 +89,11 @@ modules.FRESH[__name__] = ("Called",)
 
 
 def _qkv(case: Case) -> nn.Module:
-    return _fused(blocks.stock(Block("qkv", K, NS), DTYPES[case.dtypes], case.R), case)
+    return _fused(build_block(Block("qkv", K, NS), DTYPES[case.dtypes], case.R), case)
 
 
 def _mlp(case: Case) -> nn.Module:
-    return _fused(blocks.stock(Block("mlp", K, (256, 256)), DTYPES[case.dtypes], case.R), case)
+    return _fused(build_block(Block("mlp", K, (256, 256)), DTYPES[case.dtypes], case.R), case)
 
 
 def _fused(module: nn.Module, case: Case) -> nn.Module:

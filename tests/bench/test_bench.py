@@ -235,11 +235,11 @@ def test_a_wrong_peer_is_timed_and_marked(
 
 def test_a_wrong_variant_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "SIZES", (8, 48, 32))
-    (row,) = table.run(variants.norm_entry(torch.float32), 0.0)
+    (row,) = table.time_calls(variants.norm_entry(torch.float32), 0.0)
     assert not row.misses and "ours" in row.seconds
     norm = linear.BACKENDS[BACKEND].dora_norm
     monkeypatch.setattr(linear.BACKENDS[BACKEND], "dora_norm", lambda *args: norm(*args) * 1.01)
-    (row,) = table.run(variants.norm_entry(torch.float32), 0.0)
+    (row,) = table.time_calls(variants.norm_entry(torch.float32), 0.0)
     assert set(row.misses) == {"ours", "ours on NF4"}
     assert "ours" not in row.seconds and "panels" in row.seconds
     assert "✗ ours: y MISS: rms" in str(row)
@@ -264,12 +264,12 @@ def test_calls_are_checked_before_they_are_timed_and_a_user_s_may_raise() -> Non
     }
     calls["frozen"] = Call(forwards=[lambda: done.append("frozen")])
     entry = Entry(key=Row(), calls=calls, modes=[("decoding", "warm")], foreign=["mine"])
-    (row,) = table.run(entry, 0.0)
+    (row,) = table.time_calls(entry, 0.0)
     assert row.misses == {"ours": "y", "peft": "y", "mine": "RuntimeError: no"}
     assert set(row.seconds) == set(done) == {"peft", "frozen"}
     assert row.judged == ["ours", "peft", "mine"] and row.errors == {"ours": 0.5, "peft": 0.5}
     with pytest.raises(RuntimeError):
-        next(table.run(replace(entry, foreign=[]), 0.0))
+        next(table.time_calls(replace(entry, foreign=[]), 0.0))
 
 
 def test_a_row_names_the_calls_that_take_part_in_it() -> None:
@@ -282,7 +282,7 @@ def test_a_row_names_the_calls_that_take_part_in_it() -> None:
         for name, options in (("peft", step), ("eval", {}))
     }
     entry = Entry(key=Row(), calls=calls, modes=[("decoding", "cold"), ("step", "warm")])
-    decoding, row = table.run(entry, 0.0)
+    decoding, row = table.time_calls(entry, 0.0)
     assert list(decoding.misses) == decoding.judged == list(decoding.errors) == ["peft", "eval"]
     assert list(row.misses) == row.judged == list(row.errors) == list(row.seconds) == ["peft"]
 
@@ -291,7 +291,7 @@ def test_rows_of_an_entry_share_nothing() -> None:
     x = torch.ones(3, requires_grad=True)
     call = Call(forwards=[lambda: x * x], leaves=[x], dy=torch.ones(3))
     entry = Entry(key=Row(), calls={"ours": call}, modes=[("forward", "warm"), ("step", "warm")])
-    forward, step = table.run(entry, 0.0)
+    forward, step = table.time_calls(entry, 0.0)
     assert step.bytes == {"ours": 12} and not forward.bytes and not entry.key.bytes
 
 
@@ -379,8 +379,8 @@ def test_a_miss_of_ours_fails_and_a_peer_s_does_not() -> None:
     each = replace(row(1, {"LoRA": "y MISS"}, frozen=1, ours=1), judged=["ours", "LoRA"])
     lines = {line["call"]: line["result"] for line in flat(each)}
     assert lines == {"frozen": "", "ours": "ok", "LoRA": "✗ y MISS"}
-    assert dense.SUITE.has_failed([each])
-    assert not dense.SUITE.has_failed([row(1, {"peft": "y"}, frozen=1)])
+    assert command.has_failed([each])
+    assert not command.has_failed([row(1, {"peft": "y"}, frozen=1)])
 
 
 def test_row_in_words_has_its_goals_and_pairs() -> None:

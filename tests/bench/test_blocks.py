@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import report
 from lora_kernels.backends import decode4bit
-from lora_kernels.bench import blocks, experts_traffic, traffic
-from lora_kernels.bench.blocks import BLOCKS, CELLS, CHECKPOINTED, FUNCTIONS, INPLACE, Block
+from lora_kernels.bench import blocks, counter, peers, traffic
+from lora_kernels.bench.blocks import BLOCKS, CELLS, Block, Cell, build_block
+from lora_kernels.bench.command import has_failed
 from lora_kernels.bench.counter import Kernel, Traffic, count
+from lora_kernels.bench.peers import FUNCTIONS, INPLACE
 from lora_kernels.bench.results import Row
-from lora_kernels.bench.traffic import Cell
+from lora_kernels.bench.table import count_calls, exceeded
+from lora_kernels.bench.traffic import CHECKPOINTED
 from lora_kernels.quantization.weight4bit import quantize_4bit
 
 pytest.importorskip("peft")
@@ -30,11 +34,11 @@ M, K, H, R = 7, 24, 40, 3
 OUT = {"layer": (H,), "qkv": (K, 8, 16), "mlp": (H, H)}  # out-features of the projections of x
 
 
-def projections(block: str, dtype: torch.dtype = F64) -> list[blocks.Projection]:
+def projections(block: str, dtype: torch.dtype = F64) -> list[peers.Projection]:
     """Random projections of a small block; each has a scaling of its own."""
     sizes = [(N, K) for N in OUT[block]] + [(K, H)] * (block == "mlp")
     return [
-        blocks.Projection(
+        peers.Projection(
             torch.randn(rows, columns, dtype=dtype),
             torch.randn(R, columns, dtype=dtype, requires_grad=True),
             torch.randn(rows, R, dtype=dtype, requires_grad=True),
@@ -44,10 +48,10 @@ def projections(block: str, dtype: torch.dtype = F64) -> list[blocks.Projection]
     ]
 
 
-def composed(block: str, projections: Sequence[blocks.Projection], x: Tensor) -> tuple[Tensor, ...]:
+def composed(block: str, projections: Sequence[peers.Projection], x: Tensor) -> tuple[Tensor, ...]:
     """The block as one writes it first."""
 
-    def project(x: Tensor, p: blocks.Projection) -> Tensor:
+    def project(x: Tensor, p: peers.Projection) -> Tensor:
         assert isinstance(p.weight, Tensor)
         return x @ p.weight.t() + p.scaling * (x @ p.lora_A.t()) @ p.lora_B.t()
 
@@ -58,7 +62,7 @@ def composed(block: str, projections: Sequence[blocks.Projection], x: Tensor) ->
 
 
 def outputs_and_gradients(
-    ys: Any, x: Tensor, projections: Sequence[blocks.Projection]
+    ys: Any, x: Tensor, projections: Sequence[peers.Projection]
 ) -> list[Tensor]:
     """y, then the gradients of x and of each A and B for one random dy of each y."""
     ys = (ys,) if isinstance(ys, Tensor) else ys
@@ -141,13 +145,17 @@ def test_functions_that_overwrite_refuse_a_second_backward() -> None:
 def test_silu_mul_and_its_backward_are_one_kernel_each() -> None:
     g, u, dh = (torch.empty(M, K, device="meta") for _ in range(3))
     log: list[Kernel] = []
-    found = count(lambda: (blocks.silu_mul(g, u), blocks.silu_mul_backward_(dh, g, u)), log)
+    found = count(lambda: (peers.silu_mul(g, u), peers.silu_mul_backward_(dh, g, u)), log)
     a_pass = 4 * M * K
     assert [(kernel.read, kernel.written) for kernel in log] == [
         (2 * a_pass, a_pass),
         (3 * a_pass, 3 * a_pass),
     ]
     assert found.peak == a_pass
+
+
+def block_rows(*args: Any) -> list[Row]:
+    return [row for entry in traffic.block_entries(*args) for row in count_calls(entry)]
 
 
 # ---- The rule ----
@@ -167,31 +175,21 @@ RULE: list[tuple[Traffic, list[str]]] = [
 @pytest.mark.parametrize(("ours", "want"), RULE)
 def test_losses_against_the_best_peer_of_each_measure(ours: Traffic, want: list[str]) -> None:
     counts = {"ours": ours, **PEERS, **OVERWRITING}
-    assert (blocks.best(counts, "bytes"), blocks.best(counts, "peak")) == ("peft", "axolotl")
-    assert blocks.losses(counts) == want
+    assert exceeded(ours, traffic.block_limits(counts, "backward")) == want
+    assert "peak" not in traffic.block_limits(counts, "forward")
 
 
 def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours saves 1 % in the forward, and moves 3 % more in one backward, 4 % more in the other."""
     peer = Traffic(1000, 0, 7, 0)
     for read, want in ((1030, []), (1040, ["bytes"])):
-        steps = {"ours": (peer._replace(read=990), peer._replace(read=read))}
-        monkeypatch.setattr(
-            traffic,
-            "count_step",
-            lambda module, *args, call=None, is_checkpointed=False, steps=steps: (
-                steps["ours"] if call is None and is_fused(module) else (peer, peer)
-            ),
-        )
-        forward, backward, *_ = blocks.count_block(Block("layer", 64, (64,)), CELLS[0], 4, [512])
+        ours = peer._replace(read=990), peer._replace(read=read)
+        counts = itertools.chain([ours], itertools.repeat((peer, peer)))
+        monkeypatch.setattr(counter, "count_layer", lambda *args, counts=counts: next(counts))
+        entry = next(traffic.block_entries(Block("layer", 64, (64,)), CELLS[0], 4, [512]))
+        forward, backward = count_calls(entry)
         assert forward.misses == {}
         assert backward.misses == ({"ours": ", ".join(want)} if want else {})
-
-
-def is_fused(module: nn.Module) -> bool:
-    from lora_kernels.peft.linear import Fused
-
-    return isinstance(next(module.children()), Fused)
 
 
 ROW = Row(
@@ -216,8 +214,8 @@ def test_row_of_a_loss_is_marked_and_fails() -> None:
     ]
     left = str(replace(ROW, strategy=traffic.LEFT, misses={})).splitlines()
     assert left[1] == "ours: left to PEFT" and "✗" not in left[3]
-    assert blocks.Count().has_failed([ROW])
-    assert not blocks.Count().has_failed([replace(ROW, misses={})])
+    assert has_failed([ROW])
+    assert not has_failed([replace(ROW, misses={})])
 
 
 # ---- Small sizes ----
@@ -234,7 +232,7 @@ SMALL = (
 def test_count_block_every_cell_is_counted(block: Block, cell: Cell) -> None:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
-    rows = list(blocks.count_block(block, cell, 4, [96]))
+    rows = block_rows(block, cell, 4, [96])
     assert [(row.M, row.mode) for row in rows] == [(96, "forward"), (96, "backward")] * 2
     assert [row.what for row in rows] == [block.title] * 2 + [block.title + CHECKPOINTED] * 2
     names = {"ours", "peft"}
@@ -252,11 +250,11 @@ def test_block_is_what_fuse_sees_in_a_model() -> None:
     """transformers' LlamaMLP with PEFT's layers; q, k and v under one parent, called with one x."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    mlp, qkv = (blocks.stock(block, CELLS[0], 4) for block in SMALL[:0:-1])
+    mlp, qkv = (build_block(block, CELLS[0], 4) for block in SMALL[:0:-1])
     assert isinstance(mlp, LlamaMLP) and mlp.training
     assert [name for name, _ in qkv.named_children()] == ["q_proj", "k_proj", "v_proj"]
     for module in (mlp, qkv):
-        found = blocks.projections_of(module)
+        found = peers.projections_of(module)
         assert len(found) == 3 and all(p.scaling == 2.0 and p.lora_A.requires_grad for p in found)
         own = {id(p) for p in module.parameters()}
         assert all(id(t) in own for p in found for t in (p.weight, p.lora_A, p.lora_B))
@@ -267,11 +265,11 @@ def test_bench_count_has_rows_of_blocks_and_heads(
 ) -> None:
     monkeypatch.setattr(traffic, "SHAPES", ((128, 256),))
     monkeypatch.setattr(traffic, "CELLS", traffic.CELLS[:1])
-    monkeypatch.setattr(blocks, "BLOCKS", SMALL)
+    monkeypatch.setattr(traffic, "BLOCKS", SMALL)
     monkeypatch.setattr(blocks, "CELLS", CELLS[:1])
-    monkeypatch.setattr(experts_traffic, "SHAPES", experts_traffic.SHAPES[6:7])
-    monkeypatch.setattr(experts_traffic, "TOKENS", (1,))
-    monkeypatch.setattr(blocks, "HEAD", (64, 128, 512))
+    monkeypatch.setattr(traffic, "EXPERTS", traffic.EXPERTS[6:7])
+    monkeypatch.setattr(traffic, "TOKENS", (1,))
+    monkeypatch.setattr(traffic, "HEAD", (64, 128, 512))
     ran = run("--count")
     *found, narrow, wide, forward, backward, _, again = (r for r in ran.rows if "what" in r)
     assert forward["what"] == backward["what"] == "qwen3_moe, 8 experts 2048→768, top 2"
@@ -279,7 +277,7 @@ def test_bench_count_has_rows_of_blocks_and_heads(
     bases = [row for row in found if row["what"].startswith("base ")]
     found = found[len(bases) :]
     assert {row["what"] for row in bases} == {"base MXFP4", "base NVFP4"}
-    assert len(found) == 2 * len(SMALL) * (len(blocks.ROWS) + 1)
+    assert len(found) == 2 * len(SMALL) * (len(traffic.BLOCK_ROWS) + 1)
     assert narrow["what"] == wide["what"] == "head and loss" and narrow["moved"] != wide["moved"]
     assert ran.status == any(row["misses"] for row in ran.rows)
     assert "\nmlp 128→256→128: 8 rows, ours loses " in ran.out
@@ -302,7 +300,7 @@ def step(block: str, cell: str) -> dict[str, Traffic]:
     """Forward and backward together, of ours and each peer."""
     sizes = next(each for each in BLOCKS if each.name == block)
     kind = next(each for each in CELLS if each.name == cell)
-    forward, backward, *_ = blocks.count_block(sizes, kind, Ms=[8192])
+    forward, backward = count_calls(next(traffic.block_entries(sizes, kind, Ms=[8192])))
     return {
         name: Traffic(
             forward.moved[name] + backward.moved[name],
@@ -372,5 +370,5 @@ def test_count_block_at_full_size_4bit_adds_two_decodes_of_each_weight() -> None
 def test_fuse_at_full_size_loses_no_row(block: Block, cell: Cell) -> None:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
-    for row in blocks.count_block(block, cell):
+    for row in block_rows(block, cell):
         assert not row.misses, str(row)

@@ -15,7 +15,7 @@ def test_experts_rows_of_each_model_time_every_call(
 ) -> None:
     monkeypatch.setattr(experts, "TOKENS", 8)
     entries = experts.entries_of(Shape(model, 4, 2, 128, 64), torch.bfloat16)
-    step, token = (row for entry in entries for row in table.run(entry, 0.01))
+    step, token = (row for entry in entries for row in table.time_calls(entry, 0.01))
     assert (step.M, token.M) == (8, 1) and step.kind == token.kind == "experts"
     for row, more in ((step, ["ours, 4 tenants"]), (token, [])):
         assert not row.misses and row.judged == ["ours", "ours, NF4", "peft", *more]

@@ -15,7 +15,7 @@ pytest.importorskip("trl", exc_type=ImportError)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_head_rows_time_every_call_and_count_its_bytes(dtype: torch.dtype) -> None:
     entries = head.entries_of(Shape("tiny", 300, 24, 2000), dtype)
-    found = [row for entry in entries for row in table.run(entry, 0.01)]
+    found = [row for entry in entries for row in table.time_calls(entry, 0.01)]
     assert [row.what for row in found] == ["head tiny loss", "head tiny log_probs"]
     peers = ["pytorch", "torch.compile"] if dtype is torch.float32 else ["pytorch"]
     names = ["ours", *peers, "ours, no adapter", "trl, no adapter"]

@@ -77,7 +77,7 @@ def test_host_calls_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(host, "measure", compare)
     with host.emulated("cpu"):
-        rows = [*host.rows_of(name, host.CELLS[0], "cpu")]
+        rows = [*host.block_rows(name, host.CELLS[0], "cpu")]
     assert [row.mode for row in rows] == [*host.MODES]
 
 

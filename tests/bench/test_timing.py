@@ -66,7 +66,7 @@ def test_the_parts_are_timed_by_themselves(clock: Clock, device: str, repeat: in
         "one": lambda: clock.passes(10.0),
     }
     whole, before, after = interleave_parts(
-        calls, seconds=0.0, least=4, repeat=repeat, device=device
+        calls, seconds=0.0, min_rounds=4, repeat=repeat, device=device
     )
     assert set(got) == {"graph"} and len(got) == 5 * repeat  # one round is not counted
     assert (whole["both"].p50, whole["one"].p50, after["both"].p50) == (5.0, 10.0, 3.0)
@@ -87,7 +87,7 @@ def test_the_first_round_of_parts_is_not_counted(clock: Clock, device: str) -> N
     def part(*first: object) -> None:
         clock.passes(next(takes))
 
-    found = interleave_parts({"both": Parts(part, part)}, seconds=0.0, least=4, device=device)
+    found = interleave_parts({"both": Parts(part, part)}, seconds=0.0, min_rounds=4, device=device)
     whole, *parts = ((each["both"].rounds, each["both"].p80) for each in found)
     assert whole == (4, 0.25) and parts == [(4, 0.125)] * 2
 

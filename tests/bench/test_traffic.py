@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels import lora_linear
 from lora_kernels.backends.eager import linear as eager
-from lora_kernels.bench import blocks, command, counter, experts_traffic, memory
+from lora_kernels.bench import command, counter, memory
 from lora_kernels.bench import traffic as bench_traffic
+from lora_kernels.bench.blocks import Cell, build_layer
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.results import Row
 from lora_kernels.bench.roofline import Sizes, moved
-from lora_kernels.bench.traffic import CELLS, Cell
+from lora_kernels.bench.table import count_calls, exceeded
+from lora_kernels.bench.traffic import CELLS, layer_entries
 from lora_kernels.choice import choose as selection
 from lora_kernels.ops import registry
 
@@ -36,6 +38,22 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 def meta(*sizes: int, dtype: torch.dtype = F32, requires_grad: bool = False) -> Tensor:
     return torch.empty(sizes, dtype=dtype, device="meta", requires_grad=requires_grad)
+
+
+def count_step(
+    layer: nn.Module, cell: Cell, M: int, K: int, log: list[Kernel] | None = None
+) -> tuple[Traffic, Traffic]:
+    """Forward and backward of a step."""
+    call = bench_traffic.cell_call(layer, cell, M, K)
+    return count_layer(call.forwards[0], call.leaves, log)
+
+
+def layer_rows(*args: Any, **options: Any) -> list[Row]:
+    return [row for entry in layer_entries(*args, **options) for row in count_calls(entry)]
+
+
+def base_rows(*args: Any) -> list[Row]:
+    return [row for entry in bench_traffic.base_entries(*args) for row in count_calls(entry)]
 
 
 def read_written(call: Callable[[], object]) -> list[tuple[int, int]]:
@@ -230,7 +248,7 @@ def test_autocast_casts_trainable_leaves_once() -> None:
 def test_autocast_of_peft_layer_runs_the_ops_of_cpu_autocast(name: str) -> None:
     cell = BY_NAME[name]
     emulated: list[Kernel] = []
-    bench_traffic.count_step(bench_traffic.stock(cell, K, N, 4), cell, M, K, emulated)
+    count_step(build_layer(cell, K, N, 4), cell, M, K, emulated)
     log: list[Kernel] = []
     count_layer(*on_cpu(cell), log)
     assert sorted(emulated) == sorted(log)  # autocast casts the operands of a GEMM last to first
@@ -249,8 +267,8 @@ def test_count_layer_peak_of_peft_layer_is_what_a_cpu_allocates(name: str) -> No
     """Equal up to a few bytes of numbers. oneDNN, which takes scratch memory, is off. Only a CPU
     makes a temporary to add float32 to bfloat16, so cells that do are left out."""
     cell = BY_NAME[name]
-    layer = bench_traffic.stock(cell, K, N, 4)
-    found = bench_traffic.count_step(layer, cell, 64 * M, K)
+    layer = build_layer(cell, K, N, 4)
+    found = count_step(layer, cell, 64 * M, K)
     forward, wanted = on_cpu(cell, 64 * M)
     dy = torch.randn(64 * M, N).to(cell.dtype)
 
@@ -266,7 +284,7 @@ def test_count_layer_peak_of_peft_layer_is_what_a_cpu_allocates(name: str) -> No
 
 def on_cpu(cell: Cell, rows: int = M) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """The forward of PEFT's layer of a cell on the CPU, and what its gradients are of."""
-    layer = bench_traffic.stock(cell, K, N, 4).to_empty(device="cpu")
+    layer = build_layer(cell, K, N, 4).to_empty(device="cpu")
     with torch.no_grad():
         for p in layer.parameters():
             p.normal_()
@@ -282,9 +300,7 @@ def on_cpu(cell: Cell, rows: int = M) -> tuple[Callable[[], Tensor], list[Tensor
 def test_count_layer_peft_fp32_adapters_matches_known_figures() -> None:
     """Bytes by hand at M=8192, K=N=4096, r=16: MB of x or y in bfloat16, W, P and A or B."""
     cell = BY_NAME["bf16, fp32 adapters"]
-    forward, backward = bench_traffic.count_step(
-        bench_traffic.stock(cell, 4096, 4096, 16), cell, 8192, 4096
-    )
+    forward, backward = count_step(build_layer(cell, 4096, 4096, 16), cell, 8192, 4096)
     x, W = 2 * 8192 * 4096, 2 * 4096 * 4096
     p, a = 4 * 8192 * 16, 4 * 4096 * 16
     # x·Wᵀ, x to float32, the two GEMMs, times scaling, plus the base, to bfloat16.
@@ -329,7 +345,7 @@ def test_gemm_4bit_on_h100_is_fused_for_few_rows(shape: tuple[int, int, int], fu
 def test_count_layer_nf4_falls_back_to_dense_weight_for_many_rows() -> None:
     pytest.importorskip("bitsandbytes")
     cell = BY_NAME["NF4 bf16, bf16 adapters"]
-    layer, n, k = bench_traffic.stock(cell, 256, 512, 4).base_layer, 512, 256
+    layer, n, k = build_layer(cell, 256, 512, 4).base_layer, 512, 256
     codes, scales, nested = n * k // 2, n * k // 64, n * k // 64 // 256
     log: list[Kernel] = []
     found = count(lambda: layer(meta(600, k, dtype=BF16)), log)
@@ -375,19 +391,20 @@ LOSSES: list[tuple[Cell, int, float, dict[str, int], list[str]]] = [
 def test_losses_against_peft_names_each_measure(
     cell: Cell, rows: int, dropout_p: float, ours: dict[str, int], want: list[str]
 ) -> None:
-    found = PASSES._replace(**ours)
-    assert bench_traffic.losses(cell, rows, dropout_p, found, PASSES) == want
+    counts = {"ours": PASSES._replace(**ours), "peft": PASSES}
+    limits = bench_traffic.layer_limits(cell, rows, dropout_p, counts, "forward")
+    assert exceeded(counts["ours"], limits) == want
 
 
 def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward saves two bytes; the backward moves one more, then three more."""
     less, more, most = (PASSES._replace(read=n) for n in (98, 101, 103))
-    assert bench_traffic.both(less, more) == Traffic(199, 200, 14, 50)
-    assert bench_traffic.both(less, PASSES._replace(peak=60)).peak == 60
+    assert less.then(more) == Traffic(199, 200, 14, 50)
+    assert less.then(PASSES._replace(peak=60)).peak == 60
     for backward, want in ((more, []), (most, ["bytes", "kernels"])):
-        counts = iter([(PASSES, PASSES)] * 2 + [(less, backward)] * 2)
-        monkeypatch.setattr(bench_traffic, "count_step", lambda *args, found=counts: next(found))
-        forward_row, row = bench_traffic.count_cell(BF16_CELL, 64, 64, 8, Ms=[512])
+        counts = iter([(less, backward), (PASSES, PASSES)])
+        monkeypatch.setattr(counter, "count_layer", lambda *args, counts=counts: next(counts))
+        forward_row, row = layer_rows(BF16_CELL, 64, 64, 8, Ms=[512])
         assert forward_row.misses == {}
         assert row.misses == ({"ours": ", ".join(want)} if want else {})
 
@@ -395,9 +412,9 @@ def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers, which take a second, no blocks, a small head, and no experts."""
-    monkeypatch.setattr(blocks, "BLOCKS", ())
-    monkeypatch.setattr(blocks, "HEAD", (64, 128, 512))
-    monkeypatch.setattr(experts_traffic, "SHAPES", ())
+    monkeypatch.setattr(bench_traffic, "BLOCKS", ())
+    monkeypatch.setattr(bench_traffic, "HEAD", (64, 128, 512))
+    monkeypatch.setattr(bench_traffic, "EXPERTS", ())
     monkeypatch.setattr(bench_traffic, "SHAPES", ((128, 256),))
 
 
@@ -406,21 +423,20 @@ def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> 
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     K, N, R, p = 128, 256, 16, 0.05
-    layers = {"ours": bench_traffic.stock(cell, K, N, R, p)}
-    layers["peft"] = bench_traffic.stock(cell, K, N, R, p)
+    layers = {"ours": build_layer(cell, K, N, R, p)}
+    layers["peft"] = build_layer(cell, K, N, R, p)
     with mock.patch.object(swap, "heavier_reason", lambda layer: None):
         swap.fuse(nn.Sequential(layers["ours"]))
-    found = list(bench_traffic.count_cell(cell, K, N, R, p, by_rule=False))
+    found = layer_rows(cell, K, N, R, p, by_rule=False)
     steps = [(rows, i) for rows in bench_traffic.ROWS for i in range(2)]
     assert [(row.M, row.mode) for row in found] == [
-        (rows, bench_traffic.DIRECTIONS[i]) for rows, i in steps
+        (rows, ("forward", "backward")[i]) for rows, i in steps
     ]
     sizes = Sizes(0, N, K, R * cell.adapters, cell.dtype, cell.adapter_dtype.itemsize)
     for row, (rows, i) in zip(found, steps, strict=True):
         assert row.strategy is None
         for name, layer in layers.items():
-            for _ in range(2):  # the first call fills what the process caches
-                step = bench_traffic.count_step(layer, cell, rows, K)
+            step = count_step(layer, cell, rows, K)
             counts = (row.moved[name], row.kernels[name], row.peak_bytes[name])
             assert counts == (step[i].bytes, step[i].kernels, step[i].peak)
             # No fewer than each operand once, of 4-bit weights their codes.
@@ -460,7 +476,7 @@ def test_report_without_traffic_json_has_no_section(
 
 
 def full_size(cell: Cell, R: int, rows: Sequence[int]) -> list[Row]:
-    return list(bench_traffic.count_cell(cell, 4096, 4096, R, 0.0, rows))
+    return layer_rows(cell, 4096, 4096, R, 0.0, rows)
 
 
 EVERY_SIZE = [
@@ -482,8 +498,8 @@ def test_fuse_at_full_size_loses_no_row_and_leaves_what_moves_more(
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     for p in bench_traffic.DROPOUTS:
-        rows = list(bench_traffic.count_cell(cell, K, N, R, p, by_rule=False))
-        said = heavier_reason(bench_traffic.stock(cell, K, N, R, p))
+        rows = layer_rows(cell, K, N, R, p, by_rule=False)
+        said = heavier_reason(build_layer(cell, K, N, R, p))
         if said is None:
             for row in rows:
                 assert not row.misses, str(row)
@@ -557,11 +573,11 @@ def test_passes_in_the_docs_are_those_counted() -> None:
     M, R, sides = 8192, 16, (2048, 4096)
 
     def counted(cell: Cell, ours: bool, K: int, N: int) -> list[float]:
-        layer = bench_traffic.stock(cell, K, N, R)
+        layer = build_layer(cell, K, N, R)
         if ours:
             fuse(nn.Sequential(layer))
-        both = bench_traffic.count_step(layer, cell, M, K)
-        without = bench_traffic.count_step(layer, cell, M // 2, K)
+        both = count_step(layer, cell, M, K)
+        without = count_step(layer, cell, M // 2, K)
         # W and the adapter, which do not grow with the rows, cancel.
         return [2 * (a.bytes - b.bytes) for a, b in zip(both, without, strict=True)]
 
@@ -588,7 +604,7 @@ def test_count_of_a_base_is_nested_nf4s_and_its_scales(
 ) -> None:
     """At 8192 rows the bytes differ by those of the scales alone, and no kernel is added."""
     pytest.importorskip("bitsandbytes")
-    rows = [row for row in bench_traffic.count_base(quant_type, 4096, 1024, 16) if row.M == 8192]
+    rows = [row for row in base_rows(quant_type, 4096, 1024, 16) if row.M == 8192]
     elements, block = 4096 * 1024, {"mxfp4": 32, "nvfp4": 16}[quant_type]
     nested = elements // 64 + elements // 64 // 256 * 4 + 4
     for row in rows:
@@ -598,5 +614,5 @@ def test_count_of_a_base_is_nested_nf4s_and_its_scales(
         assert row.kernels["ours"] == row.kernels["ours, NF4"]
         assert row.peak_bytes["ours"] == row.peak_bytes["ours, NF4"]
     monkeypatch.setattr(bench_traffic, "_scales", lambda weight: [])
-    lost = [row.misses for row in bench_traffic.count_base(quant_type, 4096, 1024, 16)]
+    lost = [row.misses for row in base_rows(quant_type, 4096, 1024, 16)]
     assert lost == [{}] * 6 + [{"ours": "bytes"}] * 2

@@ -1,11 +1,9 @@
 """`verify`: its lines and its bar, and whole layers beside a peer's."""
 
-import io
 import itertools
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,7 +14,7 @@ from torch import nn
 
 from lora_kernels import cli, verify
 from lora_kernels.backends.cpu import heuristics
-from lora_kernels.bench import baselines, progress
+from lora_kernels.bench import baselines
 from lora_kernels.bench.functions import Function
 from lora_kernels.core import device
 from lora_kernels.oracle import case as cases
@@ -26,53 +24,17 @@ from lora_kernels.oracle.tolerance import Comparison
 pytest.importorskip("peft")
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def said(monkeypatch: pytest.MonkeyPatch, stdout: io.StringIO, silent: bool = False) -> str:
-    monkeypatch.setattr(sys, "stdout", stdout)
-    with progress.printed(silent, 2) as say:
-        for line in ("head", "a [b]", "c" * 300):
-            say(line)
-    return stdout.getvalue()
-
-
-def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert said(monkeypatch, io.StringIO()) == f"head\na [b]\n{'c' * 300}\n"
-    assert said(monkeypatch, Terminal(), silent=True) == ""
-
-
-def test_plain_lines_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "find_spec", lambda name: None)
-    assert said(monkeypatch, Terminal()) == f"head\na [b]\n{'c' * 300}\n"
-
-
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines as they are, and at the end all of them counted."""
-    pytest.importorskip("rich")
-    monkeypatch.setenv("TERM", "xterm")
-    out = said(monkeypatch, Terminal())
-    assert "a [b]" in out and "c" * 300 in out and "2/2" in out
-
-
-def test_as_many_rows_as_the_bar_expects(
+def test_verify_prints_a_line_for_each_check_that_its_head_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"plain": {}, "nf4": {"quant": "nf4-64-nested"}, "adapters": {}}
     monkeypatch.setattr(verify, "OPTIONS", options)
     monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
-    totals: list[int] = []
-    printed = progress.printed
-    monkeypatch.setattr(
-        progress, "printed", lambda silent, total: totals.append(total) or printed(silent, total)
-    )
     assert cli.main(["verify", "--engines", "eager"]) == 0
     lines = capsys.readouterr().out.splitlines()
     legend = len(verify.LEGEND.splitlines())
-    # eager and eager-gpu; a legend, a head, a count
-    assert totals == [len(lines) - legend - 2] == [2 * 3]
+    # eager and eager-gpu; a legend, a head, a count of the checks and one of the results
+    assert lines[0] == "6 checks" and len(lines) - legend - 3 == 2 * 3
 
 
 @pytest.mark.parametrize("peer", list(verify.PEERS))

@@ -18,7 +18,7 @@ from lora_kernels import lora_linear
 from lora_kernels.backends import decode4bit, workspace
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import counter
-from lora_kernels.bench.traffic import Cell, stock
+from lora_kernels.bench.blocks import Cell, build_layer
 from lora_kernels.choice.verdicts import Group
 from lora_kernels.layers import QLoRALinear
 from lora_kernels.layers.quantized import _quantize_on_meta
@@ -246,7 +246,7 @@ def test_eager_of_the_worker_moves_no_more_than_peft_s_layer(M, monkeypatch):
     timed = timing.Timed(card, GROUP, M, 4096, 4096)
     with lora_kernels.backend("eager"):
         ours = counter.count(lambda: timed.forward(0))
-    layer, x = stock(Cell("NF4", bf16, bf16, "nf4"), 4096, 4096, timing.RANK), timed.leaves[0]
+    layer, x = build_layer(Cell("NF4", bf16, bf16, "nf4"), 4096, 4096, timing.RANK), timed.leaves[0]
     with torch.no_grad():
         peft = counter.count(lambda: layer(x))
     assert ours.bytes <= peft.bytes and ours.kernels <= peft.kernels

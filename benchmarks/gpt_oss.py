@@ -33,11 +33,11 @@ def main() -> None:
             command = [sys.executable, "-m", "tests.support.gpt_oss", way, folder]
             command += [str(options.tokens), str(options.steps)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
+            result = json.loads(done.stdout.splitlines()[-1])
             print(
-                f"{way:8} loading {found['loading'] / 1e6:7,.0f} MB, training "
-                f"{found['training'] / 1e6:7,.0f} MB, {found['seconds']:6.2f} s a step, "
-                f"loss {found['loss']:.4f}"
+                f"{way:8} loading {result['loading'] / 1e6:7,.0f} MB, training "
+                f"{result['training'] / 1e6:7,.0f} MB, {result['seconds']:6.2f} s a step, "
+                f"loss {result['loss']:.4f}"
             )
 
 

@@ -72,13 +72,13 @@ def digest(*runs: Row) -> str:
 
 def source(png: bytes) -> str | None:
     """Return the digest stored in a picture; None if there is none or it is no PNG."""
-    at, key = 8, SOURCE.encode() + b"\0"
-    while png.startswith(b"\x89PNG\r\n\x1a\n") and at + 12 <= len(png):
-        length, kind = struct.unpack(">I4s", png[at : at + 8])
-        text = png[at + 8 : at + 8 + length]
+    offset, key = 8, SOURCE.encode() + b"\0"
+    while png.startswith(b"\x89PNG\r\n\x1a\n") and offset + 12 <= len(png):
+        length, kind = struct.unpack(">I4s", png[offset : offset + 8])
+        text = png[offset + 8 : offset + 8 + length]
         if kind == b"tEXt" and text.startswith(key):
             return text.removeprefix(key).decode("latin-1")
-        at += 12 + length
+        offset += 12 + length
     return None
 
 
@@ -106,8 +106,8 @@ def lora_tax(data: Row, caption: str, named: str) -> bytes:
                     if name in row["tax"]:
                         axes.plot(row["tax"][name], y, marker, color=color, ms=5.5, **fill)
                     elif name in row["misses"]:
-                        at = axes.get_yaxis_transform()
-                        axes.text(1.0, y, f" ✗ {name}", transform=at, va="center", fontsize=7)
+                        side = axes.get_yaxis_transform()
+                        axes.text(1.0, y, f" ✗ {name}", transform=side, va="center", fontsize=7)
             axes.set_xlabel("times the frozen linear alone (less is better)")
         labels = [f"{m}×{k}×{n}  r={r}" for m, k, n, r in place]
         all_axes[0].set_yticks(list(place.values()), labels)
@@ -206,8 +206,8 @@ def _points(data: Row, dtype: str) -> Iterator[tuple[str, float, float]]:
         torch_dtype = getattr(torch, dtype)
         for name, times in row["seconds"].items():
             R = 0 if name == "frozen" else row["R"]
-            of_adapter = 4 if name == "peft" else torch_dtype.itemsize
-            sizes = Sizes(row["M"], row["N"], row["K"], R, torch_dtype, of_adapter, four_bit)
+            adapter_itemsize = 4 if name == "peft" else torch_dtype.itemsize
+            sizes = Sizes(row["M"], row["N"], row["K"], R, torch_dtype, adapter_itemsize, four_bit)
             step = row["mode"] == "step"
             work = least.flops(sizes, step)
             yield name, work / least.moved(sizes, step), work / times["p50"]

@@ -18,6 +18,7 @@ installs pandas, and matplotlib to draw; Jinja comes with torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -35,6 +36,7 @@ import torch
 from lora_kernels.backends.cpu import native
 from lora_kernels.bench.qualify import SHEETS
 from lora_kernels.bench.results import limits, read, sources
+from lora_kernels.bench.traffic import CHECKPOINTED, EXPERTS_IN
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.finetune.compare_command import markdown
 
@@ -121,7 +123,6 @@ STEPS = {
     "layer": "one layer of 4096",
 }
 STEP_PEERS = {"ours": "ours", "peft": "PEFT", "unsloth": "Unsloth's order", "axolotl": "axolotl's"}
-CHECKPOINTED = ", checkpointed"  # ends `Row.what` where the backward runs the forward again
 BF16_ADAPTERS = re.compile(r"(NF4 )?bf16, bf16 adapters?")
 
 CPU_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
@@ -161,8 +162,8 @@ class Run:
         return self.runs.get("4-bit")
 
     @property
-    def runs_of_rest(self) -> list[Row]:
-        """The runs of the other suites, which have one table each."""
+    def other_runs(self) -> list[Row]:
+        """The runs of the suites that have one table each."""
         return [self.runs[kind] for kind in ("variants", "experts", "head") if kind in self.runs]
 
     def rows_of(self, mode: str) -> list[Row]:
@@ -176,12 +177,12 @@ class Run:
 
     @property
     def roofline_caption(self) -> str:
-        """Machine and date of the dense layers' run, and of the 4-bit layers' own."""
-        here = machine(self.dense["provenance"])
+        """Machine and date of the dense layers' run, and of the 4-bit layers' run."""
+        caption = machine(self.dense["provenance"])
         if self.codes is None:
-            return here
-        own = self.codes["provenance"]
-        return f"{here}; 4-bit: {own['isa']}, torch {own['torch']}, {own['date']}"
+            return caption
+        facts = self.codes["provenance"]
+        return f"{caption}; 4-bit: {facts['isa']}, torch {facts['torch']}, {facts['date']}"
 
     def digests(self) -> tuple[str, str]:
         """Hash the sources of the two pictures."""
@@ -195,39 +196,39 @@ class Run:
 
     def drawn(self) -> dict[Path, tuple[str, Callable[[], bytes]]]:
         """Picture -> the digest of what it is drawn from, and what draws it."""
-        of_tax, of_roof = self.digests()
+        tax, roofline = self.digests()
         name, caption = machine(self.dense["provenance"]), self.roofline_caption
-        found = {self.tax_png: (of_tax, lambda: pictures.lora_tax(self.dense, name, of_tax))}
+        drawn = {self.tax_png: (tax, lambda: pictures.lora_tax(self.dense, name, tax))}
         if self.has_limits:
-            found[self.roofline_png] = (
-                of_roof,
-                lambda: pictures.roofline(self.dense, self.codes, caption, of_roof),
+            drawn[self.roofline_png] = (
+                roofline,
+                lambda: pictures.roofline(self.dense, self.codes, caption, roofline),
             )
-        return found
+        return drawn
 
 
 def runs() -> list[Run]:
     """Every machine that has measured, the one of the widest instructions first."""
     files = (HERE / "results").glob("*.json")
-    found = [Run(file) for file in files if "layers" in json.loads(file.read_text())]
-    order = [*NAMES, *(run.file.stem for run in found)]
-    return sorted(found, key=lambda run: (order.index(run.file.stem), run.file))
+    measured = [Run(file) for file in files if "layers" in json.loads(file.read_text())]
+    names = [*NAMES, *(run.file.stem for run in measured)]
+    return sorted(measured, key=lambda run: (names.index(run.file.stem), run.file))
 
 
 def provenances() -> dict[str, Row]:
     """The provenance of each run that is committed, by its file and suite."""
-    found: dict[str, Row] = {}
-    for file in sorted((HERE / "results").glob("*.json")):
-        for kind, run in json.loads(file.read_text()).items():
-            if isinstance(run, dict) and "rows" in run:
-                found[f"{file.name}: {kind}"] = run["provenance"]
-    return found
+    return {
+        f"{file.name}: {kind}": run["provenance"]
+        for file in sorted((HERE / "results").glob("*.json"))
+        for kind, run in json.loads(file.read_text()).items()
+        if isinstance(run, dict) and "rows" in run
+    }
 
 
 def commit(facts: Row) -> str:
     """A run's commit, and whether its sources are older than those of the newest run."""
-    found = [each for each in provenances().values() if "sources" in each]
-    newest = max(found, key=lambda each: each["date"], default={}).get("sources")
+    known = [run for run in provenances().values() if "sources" in run]
+    newest = max(known, key=lambda run: run["date"], default={}).get("sources")
     is_older = facts.get("sources") != newest or newest is None
     return f"commit {facts.get('commit', 'unknown')}" + " (**older sources**)" * is_older
 
@@ -362,11 +363,11 @@ def variant_rows(rows: list[Row]) -> Cells:
         for name, t in seconds.items():
             over = f" ({t / seconds['ours']:.2f})" if name != "ours" and "ours" in seconds else ""
             timed.append(f"{name} {t * 1e3:.3g}{over}")
-        of, over, most = VARIANT_TARGETS.get(row["what"], ("", "", 0.0))
-        if {of, over} <= seconds.keys():
-            ratio = seconds[of] / seconds[over]
-            verdict = "✓" if ratio <= most else "over target"
-            target = f"over {over} {ratio:.2f}, at most {most} {verdict}"
+        name, base, limit = VARIANT_TARGETS.get(row["what"], ("", "", 0.0))
+        if {name, base} <= seconds.keys():
+            ratio = seconds[name] / seconds[base]
+            verdict = "✓" if ratio <= limit else "over target"
+            target = f"over {base} {ratio:.2f}, at most {limit} {verdict}"
         if row["what"] == "switching":
             target = f"at most 0.1 ms {'✓' if seconds['ours'] <= 1e-4 else 'over target'}"
         errors = (f"{name} {error:.1e}" for name, error in row.get("errors", {}).items())
@@ -378,13 +379,13 @@ def memory_rows(run: Run) -> Cells:
     """MiB that steps at r = 16 hold for their backward, and at most."""
     for row in run.rows_of("step"):
         if row["R"] == 16 and row.get("bytes"):
-            each = (
+            cells = (
                 f"{row['bytes'][n] / 2**20:.3g} / {row['peak_bytes'][n] / 2**20:.3g}"
                 if n in row["bytes"]
                 else "–"
                 for n in CPU_PEERS
             )
-            yield shape(row), row["dtype"], *each
+            yield shape(row), row["dtype"], *cells
 
 
 def counted() -> Row | None:
@@ -392,11 +393,14 @@ def counted() -> Row | None:
     run = read(JSON_TRAFFIC).get("count")
     if run is None:
         return None
-    blocks = [row for row in run["rows"] if row.get("what", "").split(" ")[0] in BLOCKS]
-    layers = [row for row in run["rows"] if "what" not in row]
-    steps = [row for row in run["rows"] if "what" in row]
-    found = {"provenance": run["provenance"], "layers": layers, "blocks": blocks, "steps": steps}
-    return found | {"experts": [row for row in steps if " experts " in row["what"]]}
+    titled = [row for row in run["rows"] if "what" in row]
+    return {
+        "provenance": run["provenance"],
+        "layers": [row for row in run["rows"] if "what" not in row],
+        "blocks": [row for row in titled if row["what"].split(" ")[0] in BLOCKS],
+        "experts": [row for row in titled if EXPERTS_IN in row["what"]],
+        "titled": titled,
+    }
 
 
 def traffic_versions(facts: Row) -> str:
@@ -427,53 +431,55 @@ def traffic_cells(row: Row) -> list[str]:
     ]
 
 
+def steps(rows: list[Row]) -> Iterator[Row]:
+    """Yield a row for each training step, whose forward and backward are rows one after the other.
+
+    Its losses are the backward's, which are judged with the forward.
+    """
+    for _, group in itertools.groupby(rows, lambda row: (row["what"], row["dtype"], row["M"])):
+        parts = [*group]
+        step = dict(parts[-1])
+        for measure in ("moved", "kernels", "flops"):
+            if measure in step:
+                step[measure] = {n: sum(row[measure][n] for row in parts) for n in step["moved"]}
+        step["peak_bytes"] = {n: max(row["peak_bytes"][n] for row in parts) for n in step["moved"]}
+        yield step
+
+
 def block_rows(rows: list[Row]) -> Cells:
-    """A line has the step of one block: forward and backward together, M = 8192."""
-    steps: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row["M"] == 8192:
-            block, sizes = row["what"].split(" ", 1)
-            steps.setdefault((f"{BLOCKS[block]}, {sizes}", row["dtype"]), []).append(row)
-    for key, directions in steps.items():
-        yield *key, *(step_cell(directions, name) for name in BLOCK_PEERS)
+    """A line has the step of one block, M = 8192."""
+    for step in steps([row for row in rows if row["M"] == 8192]):
+        block, sizes = step["what"].split(" ", 1)
+        cells = (step_cell(step, name) for name in BLOCK_PEERS)
+        yield f"{BLOCKS[block]}, {sizes}", step["dtype"], *cells
 
 
-def step_cell(directions: list[Row], name: str) -> str:
-    """MB, kernels and the peak's MB of a step, whose forward and backward are two rows."""
-    if name not in directions[0]["moved"]:
+def step_cell(step: Row, name: str) -> str:
+    """MB, kernels, the peak's MB and, if they are counted, TFLOP of a step."""
+    if name not in step["moved"]:
         return "–"
-    lost = directions[-1]["misses"].get("ours", "")  # the backward's are those of the step
-    marks = {m: " ✗" * (name == "ours" and m in lost) for m in ("bytes", "peak")}
-    moved, kernels = (sum(row[m][name] for row in directions) for m in ("moved", "kernels"))
-    peak = max(row["peak_bytes"][name] for row in directions)
-    return f"{megabytes(moved)}{marks['bytes']} / {kernels} / {megabytes(peak)}{marks['peak']}"
+    lost = step["misses"].get("ours", "") if name == "ours" else ""
+    cells = [
+        megabytes(step["moved"][name]) + " ✗" * ("bytes" in lost),
+        str(step["kernels"][name]),
+        megabytes(step["peak_bytes"][name]) + " ✗" * ("peak" in lost),
+    ]
+    cells += [f"{step['flops'][name] / 1e12:.3g}"] if "flops" in step else []
+    return " / ".join(cells)
 
 
 def experts_rows(rows: list[Row]) -> Cells:
     """A line has the step of one experts module."""
-    steps: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        steps.setdefault((row["what"], str(row["M"])), []).append(row)
-    for key, directions in steps.items():
-        yield *key, *(experts_cell(directions, name) for name in EXPERTS_PEERS)
-
-
-def experts_cell(directions: list[Row], name: str) -> str:
-    """`step_cell` with the step's TFLOP."""
-    flops = sum(row["flops"][name] for row in directions) / 1e12
-    return f"{step_cell(directions, name)} / {flops:.3g}"
+    for step in steps(rows):
+        yield step["what"], str(step["M"]), *(step_cell(step, name) for name in EXPERTS_PEERS)
 
 
 def experts_range(rows: list[Row]) -> str:
     """The range of the ratio of a step's bytes, ours over a dense stack, to each peer's."""
-    steps = [
-        {m: {n: a[m][n] + b[m][n] for n in a[m]} for m in ("moved", "flops")}
-        for a, b in zip(rows[::2], rows[1::2], strict=True)
-    ]
 
     def ratios(measure: str, peer: str) -> str:
-        found = sorted(step[measure]["ours"] / step[measure][peer] for step in steps)
-        return f"{found[0]:.2f} to {found[-1]:.2f}"
+        ratios = sorted(step[measure]["ours"] / step[measure][peer] for step in steps(rows))
+        return f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
 
     return (
         f"ours move {ratios('moved', 'peft')} of PEFT's bytes, {ratios('moved', 'unsloth')} of "
@@ -487,7 +493,7 @@ def host_head() -> str:
 
 
 def host_rows(rows: list[Row]) -> Cells:
-    """A line has the modes of one block: minima of ours, and of Unsloth's order, over PEFT's."""
+    """A line has the modes of one block: minima of ours, and of Unsloth's sequence, over PEFT's."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         peft = row["seconds"]["peft"]["minimum"]
@@ -516,15 +522,15 @@ def cpu_head(measured: list[Run]) -> str:
 
 def cpu_rows(measured: list[Run]) -> Cells:
     """The rows that matter most: a training step at r = 16, and one row as a layer decodes it."""
-    found: dict[tuple[str, str, str], dict[Path, Row]] = {}
+    lines: dict[tuple[str, str, str], dict[Path, Row]] = {}
     for run in measured:
         for row in run.dense["rows"]:
             decoded = row["mode"] == "decoding" and row["M"] == 1 and row["cache"] == "cold"
             if row["R"] == 16 and (decoded or (row["mode"] == "step" and row["M"] > 1)):
                 key = (shape(row) + ", decoded" * decoded, row["dtype"], f"{row['floor']:.3f}")
-                found.setdefault(key, {})[run.file] = row
-    for key, by_run in found.items():
-        rows = [by_run.get(run.file) for run in measured]
+                lines.setdefault(key, {})[run.file] = row
+    for key, row_of in lines.items():
+        rows = [row_of.get(run.file) for run in measured]
         yield *key, *(cell(row, name) if row else "–" for row in rows for name in CPU_PEERS)
 
 
@@ -533,22 +539,16 @@ def step_bytes(rows: list[Row], measure: str = "moved") -> Iterator[tuple[str, s
 
     Forward and backward, 8192 rows, bf16 adapters. measure: "peak_bytes" for the peak of memory.
     """
-    combine = max if measure == "peak_bytes" else sum
-    counted = [row for row in rows if row["M"] == 8192 and BF16_ADAPTERS.fullmatch(row["dtype"])]
-    for step, name in STEPS.items():
-        found: dict[str, list[Row]] = {}
-        for row in counted:
-            if row["what"].startswith(step) and not row["what"].endswith(CHECKPOINTED):
-                found.setdefault("NF4" if row["dtype"].startswith("NF4") else "bf16", []).append(
-                    row
-                )
-        for base, directions in found.items():
-            moved = {
-                peer: combine(row[measure][peer] for row in directions)
-                for peer in STEP_PEERS
-                if peer in directions[0][measure]
-            }
-            yield name, base, moved
+    counted = [
+        step
+        for step in steps([row for row in rows if row["M"] == 8192])
+        if BF16_ADAPTERS.fullmatch(step["dtype"]) and not step["what"].endswith(CHECKPOINTED)
+    ]
+    for prefix, name in STEPS.items():
+        for step in counted:
+            if step["what"].startswith(prefix):
+                base = "NF4" if step["dtype"].startswith("NF4") else "bf16"
+                yield name, base, {p: step[measure][p] for p in STEP_PEERS if p in step[measure]}
 
 
 def step_rows(rows: list[Row], gpus: Sequence[DeviceInfo] = ()) -> Cells:
@@ -581,7 +581,7 @@ def tax_ranges(measured: list[Run]) -> Cells:
 
 def saved_range(rows: list[Row]) -> str:
     """The least and the largest share of PEFT's bytes that our steps do not move."""
-    shares = sorted(1 - of["ours"] / of["peft"] for _, _, of in step_bytes(rows))
+    shares = sorted(1 - moved["ours"] / moved["peft"] for _, _, moved in step_bytes(rows))
     return f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %"
 
 
@@ -597,13 +597,13 @@ def overview(measured: list[Run]) -> tuple[str, Callable[[], bytes]]:
     for run in measured:
         for row in run.rows_of("step"):
             if row["R"] == 16 and row["M"] > 1:
-                found = tax.setdefault(f"{shape(row)} {row['dtype']}", {})
+                taxes = tax.setdefault(f"{shape(row)} {row['dtype']}", {})
                 for name in ("ours", "peft"):
-                    found.setdefault(name, []).append(row["tax"][name])
+                    taxes.setdefault(name, []).append(row["tax"][name])
     traffic = counted()
     moved = {
-        f"{name}, {base}": {peer: count / of["peft"] for peer, count in of.items()}
-        for name, base, of in step_bytes(traffic["steps"] if traffic else [])
+        f"{name}, {base}": {peer: count / counts["peft"] for peer, count in counts.items()}
+        for name, base, counts in step_bytes(traffic["titled"] if traffic else [])
     }
     named = pictures.digest({"tax": tax, "moved": moved})
     return named, lambda: pictures.overview(tax, moved, named)

@@ -44,20 +44,20 @@ class AddmmLoRA(torch.autograd.Function):
 
 
 def frozen(args: dict[str, Any]) -> Call:
-    return lambda x, weight, **rest: F.linear(x, weight)
+    return lambda x, weight, **others: F.linear(x, weight)
 
 
 def addmm(args: dict[str, Any]) -> Call:
-    def call(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
-        y: Tensor = AddmmLoRA.apply(x, weight, lora_A, lora_B, rest["scaling"])
+    def call(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **others: Any) -> Tensor:
+        y: Tensor = AddmmLoRA.apply(x, weight, lora_A, lora_B, others["scaling"])
         return y
 
     return call
 
 
 def eager(args: dict[str, Any]) -> Call:
-    def call(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
-        p, scaling = rest.get("dropout_p"), float(rest["scaling"])
+    def call(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **others: Any) -> Tensor:
+        p, scaling = others.get("dropout_p"), float(others["scaling"])
         dropped = F.dropout(x, p) if p else x
         return F.linear(x, weight) + F.linear(F.linear(dropped, lora_A), lora_B) * scaling
 
@@ -79,7 +79,7 @@ def no_compiler(device: str) -> str | None:
 def peft(args: dict[str, Any]) -> Call:
     """Build PEFT's layer in training mode, which holds these tensors themselves."""
     layer = build_layer(args)
-    return lambda x, **rest: layer(x)
+    return lambda x, **others: layer(x)
 
 
 def build_layer(args: dict[str, Any], quant_type: str = "") -> Any:
@@ -168,8 +168,8 @@ def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
 
     bnb: Any = bitsandbytes
     weight = linear.weight.detach()
-    (N, K), on = weight.shape, {"device": weight.device}
-    base = bnb.nn.Linear4bit(K, N, False, weight.dtype, quant_type=quant_type, **on)
+    N, K = weight.shape
+    base = bnb.nn.Linear4bit(K, N, False, weight.dtype, quant_type=quant_type, device=weight.device)
     options = {"blocksize": 64, "compress_statistics": True, "quant_type": quant_type}
     make_code_of_scales()
     codes, state = bnb.functional.quantize_4bit(weight, **options)
@@ -181,5 +181,5 @@ def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
 
 def cycle_through(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     """Return a function that makes one of the calls at a time, in turn."""
-    each = itertools.cycle(calls)
-    return lambda: next(each)()
+    cycle = itertools.cycle(calls)
+    return lambda: next(cycle)()

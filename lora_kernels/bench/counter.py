@@ -169,13 +169,13 @@ def count_layer(
     """
     counter = _Counter(log)
     y = counter.run(forward)
-    of_forward = counter.traffic()
+    forward_traffic = counter.traffic()
     ys = (y,) if isinstance(y, Tensor) else y
-    dys = [torch.empty_like(each) for each in ys]
+    dys = [torch.empty_like(y) for y in ys]
     grads = counter.run(lambda: torch.autograd.grad(ys, wanted, dys))
-    of_backward = counter.traffic()
+    backward_traffic = counter.traffic()
     del grads
-    return of_forward, of_backward
+    return forward_traffic, backward_traffic
 
 
 class _Counter(TorchDispatchMode):
@@ -248,10 +248,10 @@ class _Counter(TorchDispatchMode):
             return implementation(*args, **kwargs)
 
     def _note_allocations(self, result: Any, given: Any) -> None:
-        there = {StorageWeakRef(t.untyped_storage()) for t in _tensors(given)}
+        existing = {StorageWeakRef(t.untyped_storage()) for t in _tensors(given)}
         for t in _tensors(result):
             storage = StorageWeakRef(t.untyped_storage())
-            if storage not in there and storage not in self._allocated:
+            if storage not in existing and storage not in self._allocated:
                 self._allocated[storage] = t.untyped_storage().nbytes()
 
     def _poll(self) -> None:
@@ -276,19 +276,19 @@ def _kernels(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> list
     written = _tensors([[given[a.name] for a in mutated], result])
     if not _bytes(written):
         return []
-    rest = [given[a.name] for a in func._schema.arguments if not _is_written(a)]
-    read: list[Any] = [] if name in _READS_NOTHING else rest
+    unwritten = [given[a.name] for a in func._schema.arguments if not _is_written(a)]
+    read: list[Any] = [] if name in _READS_NOTHING else unwritten
     if name not in _OVERWRITES:  # a keyword is an `out`, which is not read
         read = [*(given[a.name] for a in mutated if not a.kwarg_only), *read]
     kernels = []
     if name.removesuffix("_") in _ADDS_TO_SELF:
-        own = given["self"]
+        addend = given["self"]
         if given.get("beta") == 0:
-            read = [t for t in read if t is not own]
-        elif own.dim() > 1 and not _is_same(own, written[0]):
+            read = [t for t in read if t is not addend]
+        elif addend.dim() > 1 and not _is_same(addend, written[0]):
             # CUDA copies it to the result, which the GEMM then updates.
-            kernels.append(Kernel(f"{func} (copy)", _bytes([own]), _bytes(written)))
-            read = [written[0] if t is own else t for t in read]
+            kernels.append(Kernel(f"{func} (copy)", _bytes([addend]), _bytes(written)))
+            read = [written[0] if t is addend else t for t in read]
     read_bytes, written_bytes = _bytes(_tensors(read)), _bytes(written)
     if name in _READS_TWICE:
         read_bytes += _bytes(_tensors([given[a.name] for a in mutated]))
@@ -417,7 +417,7 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
     ...     F.linear(x, w).dtype
     torch.bfloat16
     """
-    was_on, before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    was_on, old_dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
     try:
@@ -425,7 +425,7 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_enabled("cuda", was_on)
-        torch.set_autocast_dtype("cuda", before)
+        torch.set_autocast_dtype("cuda", old_dtype)
 
 
 @contextlib.contextmanager

@@ -54,11 +54,11 @@ Make = Callable[[dict[str, Any]], Baseline]  # from the arguments of `lora_linea
 
 
 def ours(args: dict[str, Any]) -> Baseline:
-    """`lora_linear` as a layer calls it."""
+    """Return `lora_linear` as a layer calls it."""
     device, dropout_p = args["x"].device.type, args["dropout_p"]
 
-    def on_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
-        return call_or_lora_linear(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
+    def on_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **others: Any) -> Tensor:
+        return call_or_lora_linear(x, weight, lora_A, lora_B, others["scaling"], others["bias"])
 
     def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
         with cases.kernels(device, dropout_p):
@@ -73,16 +73,16 @@ def candidates(case: Case) -> dict[str, tuple[Make, Case]]:
     """Return, by name, how each candidate is built, and its case with the adapters' dtype."""
     sixteen_bit = case.dtype is not torch.float32
     wide = replace(case, adapter_dtype=torch.float32) if sixteen_bit else case
-    found: dict[str, tuple[Make, Case]] = {"ours": (ours, case)}
+    candidates: dict[str, tuple[Make, Case]] = {"ours": (ours, case)}
     if not case.dropout_p:
-        found["addmm"] = (baselines.addmm, case)
-    found |= {"eager": (baselines.eager, case), "peft": (baselines.peft, wide)}
+        candidates["addmm"] = (baselines.addmm, case)
+    candidates |= {"eager": (baselines.eager, case), "peft": (baselines.peft, wide)}
     if baselines.no_compiler(case.device) is None:
-        found["torch.compile"] = (baselines.compiled, case)
+        candidates["torch.compile"] = (baselines.compiled, case)
     if sixteen_bit:
-        found["ours, fp32 adapters"] = (ours, wide)
-        found["peft, 16-bit adapters"] = (baselines.peft, case)
-    return found
+        candidates["ours, fp32 adapters"] = (ours, wide)
+        candidates["peft, 16-bit adapters"] = (baselines.peft, case)
+    return candidates
 
 
 def floor(case: Case, mode: str) -> float:
@@ -136,10 +136,10 @@ def entry(
         weights += [args["weight"].clone() for _ in range(count)]
     others = {name: (_always(function), case) for name, function in functions.items()}
     calls = {FROZEN: call(baselines.frozen, args, weights)}
-    for name, (make, own) in {**candidates(case), **others}.items():
-        drawn = {**cases.inputs(own), "rng": None}  # drawing it is timed
+    for name, (make, case_of) in {**candidates(case), **others}.items():
+        drawn = {**cases.inputs(case_of), "rng": None}  # drawing it is timed
         calls[name] = call(make, drawn, [drawn["weight"], *weights[1:]])
-        calls[name].check = partial(_verdict, make, own)
+        calls[name].check = partial(_verdict, make, case_of)
 
     def goals(mode: str, cache: str | None) -> dict[str, Any]:
         return {
@@ -165,7 +165,8 @@ def entry(
 
 def call(make: Make, args: dict[str, Any], weights: Sequence[Tensor]) -> Call:
     """Return the call of a candidate over these weights, which it computes y of in turn."""
-    forwards = [_forward(make(each), each) for each in ({**args, "weight": w} for w in weights)]
+    arguments = ({**args, "weight": weight} for weight in weights)
+    forwards = [_forward(make(with_weight), with_weight) for with_weight in arguments]
     tensors = {name: args[name] for name in cases.GRADIENTS if args[name] is not None}
     leaves = [t for t in tensors.values() if t.requires_grad]
     existing = [t for name, t in tensors.items() if name != "x"]
@@ -189,7 +190,7 @@ def measure(
         functions: other candidates by name: functions of `lora_linear`'s arguments, by keyword.
 
     >>> from lora_kernels.oracle.case import Case
-    >>> def mine(x, weight, lora_A, lora_B, scaling, **rest):
+    >>> def mine(x, weight, lora_A, lora_B, scaling, **others):
     ...     return x @ weight.T + scaling * (x @ lora_A.T) @ lora_B.T
     >>> rows = measure(Case(M=32, N=64, K=64, R=4), 0.01, functions={"mine": mine})
     >>> [(row.mode, "mine" in row.seconds, row.misses) for row in rows]
@@ -225,7 +226,7 @@ def _verdict(make: Make, case: Case) -> Verdict:
 
 
 def _second(make: Make, **args: Any) -> Tensor:
-    """y of the second call: the first may prepare it."""
+    """Return y of the second call: the first may fill a cache."""
     call = make(args)
     call(**args)
     return call(**args)
@@ -251,7 +252,7 @@ def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
     args = cases.inputs(Case(M=1, N=64, K=64, R=8, device=device))
     only_x = {**args, "lora_A": args["lora_A"].detach(), "lora_B": args["lora_B"].detach()}
     makes: tuple[Make, ...] = (baselines.frozen, ours, baselines.addmm, baselines.eager)
-    taken = {}
+    overheads = {}
     made = {
         make.__name__: call(make, args if i else only_x, [args["weight"]])
         for i, make in enumerate(makes)
@@ -261,17 +262,17 @@ def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
         for name, times in timing.interleave(
             calls, seconds=seconds, repeat=200, device=device
         ).items():
-            taken[f"{name}, {mode}"] = times.p50 * 1e6
-    return taken
+            overheads[f"{name}, {mode}"] = times.p50 * 1e6
+    return overheads
 
 
 def head(args: argparse.Namespace, result: Result) -> Iterator[str]:
     """Yield a call's overhead, and why torch.compile is left out."""
-    taken = result.overhead_us = overhead(args.seconds / 2, args.device)
-    extra = taken["ours, forward"] - taken["eager, forward"]
-    at = "a call at M=1, K=N=64, r=8, gradients on"
-    yield f"{at}: {extra:+.1f} µs against the eager expression"
-    yield from (f"    {name:16} {us:6.1f} µs" for name, us in taken.items())
+    overheads = result.overhead_us = overhead(args.seconds / 2, args.device)
+    extra = overheads["ours, forward"] - overheads["eager, forward"]
+    case = "a call at M=1, K=N=64, r=8, gradients on"
+    yield f"{case}: {extra:+.1f} µs against the eager expression"
+    yield from (f"    {name:16} {us:6.1f} µs" for name, us in overheads.items())
     if (reason := baselines.no_compiler(args.device)) is not None:
         yield reason
 

@@ -76,14 +76,14 @@ def projections_of(layer: nn.Module) -> list[Projection]:
     wrappers = wrappers_of(layer)
     base: Any = wrappers[-1].base_layer
     adapters = {wrapper.parameter_name: active_adapter(wrapper) for wrapper in wrappers}
-    found = []
+    results = []
     for name in projections(base):
         weight, adapter = stack(base, name), adapters[name]
         assert isinstance(weight, Tensor) and adapter is not None
         weight = weight if base.is_transposed else weight.mT
         bias = getattr(base, f"{name}_bias") if base.has_bias else None
-        found.append(Projection(weight, adapter.lora_A, adapter.lora_B, bias))
-    return found
+        results.append(Projection(weight, adapter.lora_A, adapter.lora_B, bias))
+    return results
 
 
 def unsloth(layer: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -49,9 +49,9 @@ def experts_module(shape: Shape, dtype: torch.dtype) -> Any:
     import importlib
 
     name = shape.model
-    of = f"transformers.models.{name}"
+    package = f"transformers.models.{name}"
     camel = "".join(part.capitalize() for part in name.split("_"))
-    config = getattr(importlib.import_module(f"{of}.configuration_{name}"), f"{camel}Config")(
+    config = getattr(importlib.import_module(f"{package}.configuration_{name}"), f"{camel}Config")(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         moe_intermediate_size=shape.intermediate,
@@ -61,7 +61,9 @@ def experts_module(shape: Shape, dtype: torch.dtype) -> Any:
         num_experts_per_tok=shape.top_k,
     )
     config._experts_implementation = "grouped_mm"
-    module = getattr(importlib.import_module(f"{of}.modeling_{name}"), f"{camel}Experts")(config)
+    module = getattr(importlib.import_module(f"{package}.modeling_{name}"), f"{camel}Experts")(
+        config
+    )
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -83,8 +85,8 @@ def adapted(experts: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=RANK**-0.5 / 10)
-    found: nn.Module = model.base_model.model["experts"]
-    return found
+    adapted: nn.Module = model.base_model.model["experts"]
+    return adapted
 
 
 class Tenants(nn.Module):
@@ -126,21 +128,20 @@ def entries_of(shape: Shape, dtype: torch.dtype) -> Iterator[Entry]:
     several = tenants(copy.deepcopy(peft))
     quantize_experts(quantized, double_quant=False)
     layers = {FROZEN: base, "ours": ours, "ours, NF4": quantized, "peft": peft}
-    four = f"ours, {TENANTS} tenants"
-    oracle, of_codes = _oracle(peft), _oracle(peft)
-    _decode(of_codes, base)
+    oracle, oracle_4bit = _oracle(peft), _oracle(peft)
+    _decode(oracle_4bit, base)
     for tokens, mode in ((TOKENS, "step"), (1, "decoding")):
         x = torch.randn(tokens, shape.hidden, dtype=dtype).requires_grad_()
         weights, index = torch.rand(tokens, shape.experts).topk(shape.top_k)
         weights = (weights / weights.sum(1, keepdim=True)).to(dtype)
-        called = layers | ({four: several} if mode == "step" else {})
+        called = layers | ({f"ours, {TENANTS} tenants": several} if mode == "step" else {})
         calls = {
             name: layer_call(layer, x, torch.randn_like(x), args=(index, weights))
             for name, layer in called.items()
         }
         with torch.no_grad():
             wide = x.double(), index, weights.double()
-            y, y4 = oracle(*wide), of_codes(*wide)
+            y, y4 = oracle(*wide), oracle_4bit(*wide)
             want = {name: y4 if "NF4" in name else y for name in called if name != FROZEN}
             set_checks(calls, want, "peft", dtype, (shape.hidden, shape.intermediate))
         key = Row(

@@ -52,16 +52,16 @@ def load(path: str) -> Function:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(one_line(error)) from error
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ValueError(f"got {path!r}, want a name in {module_name}, which has no {part}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"got {type(found).__name__} {path}, want a function")
-    return Function(path, found, _operands_of(found))
+        value = getattr(value, part)
+    if not callable(value):
+        raise ValueError(f"got {type(value).__name__} {path}, want a function")
+    return Function(path, value, _operands_of(value))
 
 
 def one_line(error: Exception) -> str:

@@ -94,23 +94,23 @@ def losses(args: dict[str, Any], mode: str) -> dict[str, Loss]:
             return lora_linear_cross_entropy(x, weight, A, B, labels, SCALING)
         return -lora_linear_log_probs(x, weight, A, B, labels, SCALING, outputs=()).log_probs.mean()
 
-    found: dict[str, Loss] = {"ours": ours, "pytorch": pytorch}
+    calls: dict[str, Loss] = {"ours": ours, "pytorch": pytorch}
     if baselines.no_compiler("cpu") is None and args["x"].dtype is torch.float32:
-        found["torch.compile"] = torch.compile(as_written, dynamic=False)
-    found["ours, no adapter"] = partial(ours, A=None, B=None)
+        calls["torch.compile"] = torch.compile(as_written, dynamic=False)
+    calls["ours, no adapter"] = partial(ours, A=None, B=None)
     if find_spec("trl") is not None:
-        found["trl, no adapter"] = partial(_trl, weight=weight, labels=labels)
-    return found
+        calls["trl, no adapter"] = partial(_trl, weight=weight, labels=labels)
+    return calls
 
 
 def _trl(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    found = ChunkedLogProbFunction.apply(
+    log_probs, *_ = ChunkedLogProbFunction.apply(
         x, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
     )
-    loss: Tensor = -found[0].mean()
+    loss: Tensor = -log_probs.mean()
     return loss
 
 
@@ -119,21 +119,23 @@ def entries_of(shape: Shape, dtype: torch.dtype) -> Iterator[Entry]:
     args = inputs(shape, dtype)
     leaves = [args[name] for name in ("x", "lora_A", "lora_B")]
     existing = [t for name, t in args.items() if isinstance(t, Tensor) and name != "x"]
-    few = {**args, **{name: args[name].detach()[:JUDGED_ROWS] for name in ("x", "labels")}}
-    few["x"].requires_grad_()
-    want = {"": _oracle(few), "no adapter": _oracle({**few, "lora_A": None, "lora_B": None})}
+    judged = {**args, **{name: args[name].detach()[:JUDGED_ROWS] for name in ("x", "labels")}}
+    judged["x"].requires_grad_()
+    frozen = {**judged, "lora_A": None, "lora_B": None}
+    want = {"": _oracle(judged), "no adapter": _oracle(frozen)}
     for mode in MODES:
-        found = losses(few, mode)
-        eager = tolerance.rms_error(_dx(found["pytorch"], few["x"]), want[""])
+        judged_losses = losses(judged, mode)
+        eager = tolerance.rms_error(_dx(judged_losses["pytorch"], judged["x"]), want[""])
         limit = Tolerance(eager, dtype, (shape.K, shape.V, shape.V))
         calls = {}
         for name, loss in losses(args, mode).items():
-            of = "no adapter" if name.endswith("no adapter") else ""
+            variant = "no adapter" if name.endswith("no adapter") else ""
+            dx = partial(_dx, judged_losses[name], judged["x"])
             calls[name] = Call(
                 forwards=[partial(loss, args["x"])],
-                leaves=leaves[:1] if of else leaves,
+                leaves=leaves[:1] if variant else leaves,
                 existing=existing,
-                check=partial(limit.check, partial(_dx, found[name], few["x"]), want[of]),
+                check=partial(limit.check, dx, want[variant]),
             )
         what = f"head {shape.model} {mode}"
         sizes: dict[str, Any] = {"M": shape.M, "K": shape.K, "N": shape.V, "R": RANK}

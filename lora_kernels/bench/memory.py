@@ -46,17 +46,17 @@ def saved(call: Callable[[], object], existing: Iterable[Tensor]) -> dict[int, T
     The graph must be alive at the end, so `call` returns its output. Tensors that a Function keeps
     as attributes of its context do not count; this package's Functions keep none.
     """
-    known, kept = set(map(_address, existing)), dict[int, Tensor]()
+    known, tensors = set(map(_address, existing)), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:
         if t.untyped_storage().nbytes() and _address(t) not in known:
-            kept.setdefault(_address(t), t)  # alive, so that no other takes its address
+            tensors.setdefault(_address(t), t)  # alive, so that no other takes its address
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = call()
     del result
-    return kept
+    return tensors
 
 
 def peak(call: Callable[[], object], device: str = "cpu") -> int:
@@ -70,19 +70,19 @@ def peak(call: Callable[[], object], device: str = "cpu") -> int:
     """
     if device == "cuda":
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - allocated
     with (
         _silent_stderr(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
     ):
         result = call()
     del result
-    found = profiled.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"]
+    events = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     # Sorted by time alone, a stable sort keeps the order of simultaneous changes.
     totals = itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0]))
     return max(totals, default=0)
@@ -92,13 +92,13 @@ def peak(call: Callable[[], object], device: str = "cpu") -> int:
 def _silent_stderr() -> Iterator[None]:
     """Silence stderr, to which torch 2.15's profiler writes two lines at any KINETO_LOG_LEVEL."""
     sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(null)
 
 

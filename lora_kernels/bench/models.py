@@ -62,7 +62,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def real(below: float, want: str) -> Callable[[str], float]:
+def real(limit: float, want: str) -> Callable[[str], float]:
     """Return a parser of arguments that are numbers of at least 0 and below a limit.
 
     >>> seconds("0.5"), probability("0")
@@ -71,7 +71,7 @@ def real(below: float, want: str) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if 0 <= (value := float(text)) < below:
+            if 0 <= (value := float(text)) < limit:
                 return value
         raise argparse.ArgumentTypeError(f"got {text!r}, want {want}")
 
@@ -88,7 +88,7 @@ def requested_shapes(args: argparse.Namespace) -> list[tuple[int, int, int]] | N
     These are --shapes, or those of --model with --rows; on a GPU llama3-8b's by default.
     """
     name = args.model or ("llama3-8b" if args.device == "cuda" and not args.quant else None)
-    found: list[tuple[int, int, int]] | None = args.shapes
-    if not found and name:
-        found = [(M, K, N) for M in args.rows or ROWS[args.device] for K, N in linear_shapes(name)]
-    return found
+    shapes: list[tuple[int, int, int]] | None = args.shapes
+    if not shapes and name:
+        shapes = [(M, K, N) for M in args.rows or ROWS[args.device] for K, N in linear_shapes(name)]
+    return shapes

@@ -172,7 +172,8 @@ def dry_run(dtypes: Sequence[str]) -> str:
         )
     lines += [f"  {group}: {', '.join(names)}" for group, names in groups.items()]
     lines.append("M of the timed calls, for weights of 4096×4096 and 14336×4096")
-    for each in CANDIDATES:
-        rows = ", ".join(map(str, each.rows))
-        lines.append(f"  {each.backend} {each.strategy} {each.weight}: {rows}; {each.bound}")
+    for candidate in CANDIDATES:
+        rows = ", ".join(map(str, candidate.rows))
+        kernel = f"{candidate.backend} {candidate.strategy} {candidate.weight}"
+        lines.append(f"  {kernel}: {rows}; {candidate.bound}")
     return "\n".join(lines)

@@ -39,18 +39,18 @@ def entries_of(
 ) -> Iterator[Entry]:
     """Yield an entry for each number of rows; the last has steps too, with a cold cache."""
     torch.manual_seed(0)
-    on: Any = {"dtype": getattr(torch, dtype), "device": device}
-    A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(**on))
-    B = nn.Parameter(torch.randn(N, RANK).div_(RANK**0.5).to(**on))
+    options: Any = {"dtype": getattr(torch, dtype), "device": device}
+    A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(**options))
+    B = nn.Parameter(torch.randn(N, RANK).div_(RANK**0.5).to(**options))
     count = max(2, min(64, timing.cold_bytes(device) // (N * K // 2)))
-    dense = [nn.Linear(K, N, bias=False, **on) for _ in range(min(4, count))]
+    dense = [nn.Linear(K, N, bias=False, **options) for _ in range(min(4, count))]
     for linear in dense:
         nn.init.normal_(linear.weight, std=K**-0.5).requires_grad_(False)
     linears = [dense[i % len(dense)] for i in range(count)]
     ours = [_ours(linear, quant_type, A, B) for linear in linears]
     weight = ours[0].weight4bit
-    decoded = weight.dequantize(on["dtype"])
-    of_codes = of_nf4 = weight.dequantize(torch.float32)
+    decoded = weight.dequantize(options["dtype"])
+    decoded_f32 = nf4_f32 = weight.dequantize(torch.float32)
 
     def eager(weight: Tensor, x: Tensor) -> Tensor:
         args = {"lora_A": A, "lora_B": B, "scaling": SCALING}
@@ -62,21 +62,23 @@ def entries_of(
     if quant_type not in BITSANDBYTES_TYPES:
         nf4 = [_ours(linear, "nf4", A, B) for linear in linears]
         layers[NESTED_NF4] = [*nf4]
-        of_nf4 = nf4[0].weight4bit.dequantize(torch.float32)
+        nf4_f32 = nf4[0].weight4bit.dequantize(torch.float32)
         if find_spec("peft"):
-            weights = [layer.weight4bit.dequantize(on["dtype"]) for layer in ours[: len(dense)]]
+            weights = [
+                layer.weight4bit.dequantize(options["dtype"]) for layer in ours[: len(dense)]
+            ]
             layers[DECODED] = [_peft_of_decoded(weight, A, B) for weight in weights]
     elif device == "cpu" or all(map(find_spec, ("bitsandbytes", "peft"))):
         for mode in ("eval", "train"):
-            each = [_peft(linear, quant_type, A, B).train(mode == "train") for linear in linears]
-            layers[f"bitsandbytes, {mode}"] = [*each]
+            pefts = (_peft(linear, quant_type, A, B) for linear in linears)
+            layers[f"bitsandbytes, {mode}"] = [peft.train(mode == "train") for peft in pefts]
     layers["dense"] = [partial(eager, linear.weight) for linear in dense]
     stream = [layer.weight.view(torch.int64).sum for layer in ours]  # little more is done
     existing = [A, B, *(t for layer in ours for t in (*layer.parameters(), *layer.buffers()))]
     existing += [linear.weight for linear in dense]
 
     for M in counts:
-        x, dy = torch.randn(M, K).to(**on).requires_grad_(), torch.randn(M, N).to(**on)
+        x, dy = torch.randn(M, K).to(**options).requires_grad_(), torch.randn(M, N).to(**options)
         calls = {
             name: Call(
                 forwards=[partial(forward, x) for forward in forwards],
@@ -87,10 +89,10 @@ def entries_of(
             for name, forwards in layers.items()
         }
         x64, A64, B64 = (t.detach().double() for t in (x, A, B))
-        weights_of = {"dense": dense[0].weight, NESTED_NF4: of_nf4, DECODED: decoded}
+        weights_of = {"dense": dense[0].weight, NESTED_NF4: nf4_f32, DECODED: decoded}
         want = {
             name: reference.lora_linear(
-                x64, weights_of.get(name, of_codes).detach().double(), A64, B64, SCALING
+                x64, weights_of.get(name, decoded_f32).detach().double(), A64, B64, SCALING
             )
             for name in layers
         }

@@ -109,9 +109,9 @@ def interleave_parts(
     """
     names = list(calls)
     whole: dict[str, list[float]] = {name: [] for name in names}
-    of_parts = [name for name, call in calls.items() if isinstance(call, Parts)]
-    first: dict[str, list[float]] = {name: [] for name in of_parts}
-    second: dict[str, list[float]] = {name: [] for name in of_parts}
+    in_parts = [name for name, call in calls.items() if isinstance(call, Parts)]
+    first: dict[str, list[float]] = {name: [] for name in in_parts}
+    second: dict[str, list[float]] = {name: [] for name in in_parts}
     clock = clock or (_on_gpu if device == "cuda" else _on_cpu)
     begun, spent, round_ = time.perf_counter(), 0.0, -1
     while round_ < max_rounds and (
@@ -119,12 +119,12 @@ def interleave_parts(
     ):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
-            elapsed, after = clock(calls[name], repeat)
+            elapsed, second_elapsed = clock(calls[name], repeat)
             if round_ >= 0:
                 whole[name].append(elapsed / repeat)
             if round_ >= 0 and name in second:
-                first[name].append((elapsed - after) / repeat)
-                second[name].append(after / repeat)
+                first[name].append((elapsed - second_elapsed) / repeat)
+                second[name].append(second_elapsed / repeat)
         round_ += 1
         if round_ == 0:
             begun = time.perf_counter()  # the first may have compiled something
@@ -132,45 +132,45 @@ def interleave_parts(
     return _times(whole), _times(first), _times(second)
 
 
-def _times(taken: dict[str, list[float]]) -> dict[str, Times]:
-    return {name: Times.from_seconds(seconds) for name, seconds in taken.items()}
+def _times(rounds: dict[str, list[float]]) -> dict[str, Times]:
+    return {name: Times.from_seconds(seconds) for name, seconds in rounds.items()}
 
 
 def _on_cpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
     """Seconds of the whole, and of the second part."""
-    after = 0.0
+    second_elapsed = 0.0
     start = time.perf_counter()
     for _ in range(repeat):
         if isinstance(call, Parts):
-            found = call.first()
+            result = call.first()
             middle = time.perf_counter()
-            call.second(found)
-            after += time.perf_counter() - middle
+            call.second(result)
+            second_elapsed += time.perf_counter() - middle
         else:
             call()
-    return time.perf_counter() - start, after
+    return time.perf_counter() - start, second_elapsed
 
 
 def _on_gpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
     """Seconds between two events, once the device has done all that came before."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    between: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    second_marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     torch.cuda.synchronize()
     begin.record()
     for _ in range(repeat):
         if isinstance(call, Parts):
             marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            found = call.first()
+            result = call.first()
             marks[0].record()
-            call.second(found)
+            call.second(result)
             marks[1].record()
-            between.append(marks)
+            second_marks.append(marks)
         else:
             call()
     end.record()
     end.synchronize()
-    after = sum(float(a.elapsed_time(b)) for a, b in between)
-    return float(begin.elapsed_time(end)) / 1e3, after / 1e3
+    second_ms = sum(float(a.elapsed_time(b)) for a, b in second_marks)
+    return float(begin.elapsed_time(end)) / 1e3, second_ms / 1e3
 
 
 def cold_bytes(device: str) -> int:
@@ -220,12 +220,12 @@ def peak(dtype: torch.dtype, reached: float) -> float | None:
     """
     if native.module is None:
         return None
-    found = [reached, _register_peak(torch.float32)]
+    peaks = [reached, _register_peak(torch.float32)]
     if dtype is torch.bfloat16:  # dot products may be slower than FMA: half as fast on Intel's
-        found.append(_register_peak(dtype))
+        peaks.append(_register_peak(dtype))
     elif dtype is torch.float32 and native.isa == "amxbf16":
-        found.append(_register_peak(torch.bfloat16) / 6)
-    return max(found)
+        peaks.append(_register_peak(torch.bfloat16) / 6)
+    return max(peaks)
 
 
 def _register_peak(dtype: torch.dtype) -> float:

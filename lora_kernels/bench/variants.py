@@ -91,7 +91,7 @@ def group_entries(dtype: torch.dtype) -> Iterator[Entry]:
     linears = {name: nn.Linear(K, size, bias=False, dtype=dtype) for name, size in sizes.items()}
     group = LoRAGroup.from_linears(linears, RANK, SCALING * RANK)
     copies = [copy.deepcopy(linear) for linear in linears.values()]
-    apart = _SideBySide(LoRALinear.from_linear(each, RANK, SCALING * RANK) for each in copies)
+    apart = _SideBySide(LoRALinear.from_linear(linear, RANK, SCALING * RANK) for linear in copies)
     pefts = _SideBySide(
         peft_layer(copy.deepcopy(linear), [RANK], SCALING) for linear in linears.values()
     )
@@ -103,20 +103,20 @@ def group_entries(dtype: torch.dtype) -> Iterator[Entry]:
         want.append(reference.lora_linear(*_double(x, linear.weight, A, B, SCALING)))
     width, dys = sum(sizes.values()), [torch.randn(M, size, dtype=dtype) for size in sizes.values()]
 
-    def calls(x: Tensor, want: Tensor) -> dict[str, Call]:
+    def build_calls(x: Tensor, want: Tensor) -> dict[str, Call]:
         """q, k and v of x side by side."""
-        found = {
+        calls = {
             "ours": layer_call(group, x, dys),
             "three LoRALinear": layer_call(apart, x, dys),
             "PEFT's": layer_call(pefts, x, dys),
         }
-        return set_checks(found, want, "PEFT's", dtype, (K,))
+        return set_checks(calls, want, "PEFT's", dtype, (K,))
 
     y = torch.cat(want, dim=1)
-    yield _entry("q, k, v", dtype, (M, K, width), calls(x, y), "step")
+    yield _entry("q, k, v", dtype, (M, K, width), build_calls(x, y), "step")
     for module in (group, apart, pefts):
         module.eval()
-    yield _entry("q, k, v", dtype, (1, K, width), calls(x[:1].detach(), y[:1]), "decoding")
+    yield _entry("q, k, v", dtype, (1, K, width), build_calls(x[:1].detach(), y[:1]), "decoding")
 
 
 class _SideBySide(nn.ModuleList):
@@ -220,8 +220,8 @@ def _adapter(K: int, N: int) -> tuple[Tensor, Tensor]:
 def _set(layer: Any, A: Tensor, B: Tensor, name: str = "default") -> None:
     """Have a layer of ours or of PEFT's an adapter of these numbers, in the dtype that it has."""
     with torch.no_grad():
-        for held, t in ((layer.lora_A, A), (layer.lora_B, B)):
-            (held if isinstance(held, Tensor) else held[name].weight).copy_(t)
+        for factor, t in ((layer.lora_A, A), (layer.lora_B, B)):
+            (factor if isinstance(factor, Tensor) else factor[name].weight).copy_(t)
 
 
 def _double(*args: Any) -> list[Any]:

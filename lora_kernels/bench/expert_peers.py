@@ -224,13 +224,12 @@ def forward_of(name: str, layer: nn.Module) -> Callable[..., Any]:
     function = CALLS[name]
 
     def forward(*args: Tensor) -> Any:
-        with contextlib.ExitStack() as patches:
-            # PEFT switches autocast off, which knows no meta device.
-            null = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-            patches.enter_context(null)
-            if name == "peft, unfolded":
-                proxy = "peft.tuners.lora.layer._LoraFactorsProxy"
-                patches.enter_context(mock.patch(proxy, _Unfolded))
+        unfolded: Any = contextlib.nullcontext()
+        if name == "peft, unfolded":
+            unfolded = mock.patch("peft.tuners.lora.layer._LoraFactorsProxy", _Unfolded)
+        # PEFT switches autocast off, which knows no meta device.
+        null = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+        with null, unfolded:
             return layer(*args) if function is None else function(layer, *args)
 
     return forward

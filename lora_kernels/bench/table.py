@@ -28,6 +28,7 @@ Forward = Callable[[], Any]
 STEP = ("forward", "backward", "step")  # forward and backward are the parts of steps
 Counts = Mapping[str, Traffic]  # of ours and each peer
 Limits = Callable[[Counts, str], Mapping[str, float]]
+Rows = Callable[[argparse.Namespace, Facts], Iterator[Row]]
 # Measure of a call's traffic -> the field of a row.
 MEASURES = {"bytes": "moved", "kernels": "kernels", "peak": "peak_bytes", "flops": "flops"}
 
@@ -289,7 +290,7 @@ class Suite:
     kind: str
     option: str
     unused: str
-    rows: Callable[[argparse.Namespace, Facts], Iterator[Row]]
+    rows: Rows
     provenance: Callable[[argparse.Namespace], Facts] = lambda args: results.provenance(
         args.dtypes, args.device
     )
@@ -297,7 +298,7 @@ class Suite:
     summary: Callable[[list[Row]], Iterator[str]] = results.summary
 
 
-def timed(entries: Callable[[argparse.Namespace, Facts], Iterator[Entry]]) -> Any:
+def timed(entries: Callable[[argparse.Namespace, Facts], Iterator[Entry]]) -> Rows:
     """Return the rows of a suite whose entries are timed, as a function for `Suite.rows`."""
 
     def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:

@@ -138,9 +138,13 @@ def cell_call(
     return step_call(run, [x], module, is_checkpointed)
 
 
-def _entry(calls: dict[str, Call], limits: Limits, **key: Any) -> Entry:
+def _entry(
+    calls: dict[str, Call], limits: Limits, *, sizes: tuple[int, int, int, int], **key: Any
+) -> Entry:
+    """Return the entry of both directions of a step. sizes: M, K, N, R."""
+    M, K, N, R = sizes
     modes = [("forward", None), ("backward", None)]
-    return Entry(key=Row(**key), calls=calls, modes=modes, limits=limits)
+    return Entry(key=Row(**key, M=M, K=K, N=N, R=R), calls=calls, modes=modes, limits=limits)
 
 
 # ---- Layers ----
@@ -198,7 +202,9 @@ def layer_entries(
         yield _entry(
             {name: cell_call(layer, cell, M, K) for name, layer in layers.items()},
             partial(layer_limits, cell, M, dropout_p),
-            **{"dtype": cell.name, "M": M, "K": K, "N": N, "R": R, "dropout_p": dropout_p},
+            sizes=(M, K, N, R),
+            dtype=cell.name,
+            dropout_p=dropout_p,
             strategy=None if isinstance(layers["ours"], Fused) else LEFT,
         )
 
@@ -244,8 +250,9 @@ def base_entries(quant_type: str, K: int, N: int, R: int) -> Iterator[Entry]:
         yield _entry(
             {name: cell_call(layer, cell, M, K) for name, layer in layers.items()},
             partial(base_limits, M, ours - nf4),
-            **{"what": f"base {quant_type.upper()}", "dtype": cell.name},
-            **{"M": M, "K": K, "N": N, "R": R},
+            sizes=(M, K, N, R),
+            what=f"base {quant_type.upper()}",
+            dtype=cell.name,
         )
 
 
@@ -300,8 +307,9 @@ def block_entries(
                 for name, function in functions.items()
             },
             block_limits,
-            **{"what": block.title + CHECKPOINTED * is_checkpointed, "dtype": cell.name},
-            **{"M": M, "K": block.K, "N": sum(block.Ns), "R": R},
+            sizes=(M, block.K, sum(block.Ns), R),
+            what=block.title + CHECKPOINTED * is_checkpointed,
+            dtype=cell.name,
         )
 
 
@@ -392,8 +400,9 @@ def expert_entries(shape: Shape, tokens: int) -> Iterator[Entry]:
                 for name, layer in layers.items()
             },
             expert_limits,
-            **{"what": title + CHECKPOINTED * is_checkpointed, "dtype": "bf16, bf16 adapters"},
-            **{"M": tokens, "K": shape.hidden, "N": shape.intermediate, "R": RANK},
+            sizes=(tokens, shape.hidden, shape.intermediate, RANK),
+            what=title + CHECKPOINTED * is_checkpointed,
+            dtype="bf16, bf16 adapters",
         )
         entry.measures = *entry.measures, "flops"
         yield entry

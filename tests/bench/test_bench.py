@@ -433,6 +433,23 @@ def test_a_file_of_something_else_is_not_written_to(
     assert file.read_text() == text
 
 
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+def test_bench_whose_output_cannot_be_written_measures_nothing(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "measure", None)
+    (tmp_path / "file").write_text("")
+    for file in (tmp_path, tmp_path / "file" / "new.json"):
+        assert cli.main(["bench", option, str(file)]) == 2
+        assert f"bench: {option}: {file} cannot be written\n" in capsys.readouterr().err
+
+
+def test_row_from_json_equals_the_row_and_leaves_out_unknown_fields() -> None:
+    each = row(1, {"eager": "y MISS"}, frozen=2, ours=3)
+    values = json.loads(json.dumps(each.to_json()))
+    assert Row.from_json(values) == Row.from_json(values | {"older": 1}) == each
+
+
 def test_row_as_json_has_its_tax_and_what_is_set() -> None:
     each = row(1, {"eager": "y MISS"}, frozen=2, ours=3)
     told = each.to_json()

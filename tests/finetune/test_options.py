@@ -19,6 +19,7 @@ from lora_kernels.finetune.options import (
     Options,
     RankOptions,
     check_numbers,
+    check_out,
     fill_in_run,
 )
 from lora_kernels.finetune.trainer import training_arguments
@@ -205,3 +206,12 @@ def test_trainer_s_other_options_are_accepted(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(split("finetune --adam-beta2 x"))
     assert "finetune: argument --adam-beta2: invalid float" in capsys.readouterr().err
+
+
+def test_check_out_below_a_file_is_refused_and_a_new_folder_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_out(tmp_path / "new" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    out = tmp_path / "file" / "run"
+    with pytest.raises(UsageError, match=rf"out: {out} cannot be written: Not a dir.*; give a fol"):
+        check_out(out)

@@ -65,8 +65,17 @@ def eager(args: dict[str, Any]) -> Call:
 
 
 def compiled(args: dict[str, Any]) -> Call:
-    call: Call = torch.compile(eager(args), dynamic=False)
-    return call
+    return compile_static(eager(args))
+
+
+def compile_static(function: Callable[..., Tensor]) -> Call:
+    """Compile a function for each shape by itself, without Inductor's cache on disk.
+
+    The cache's key lacks the vector width: after a process with ATEN_CPU_CAPABILITY=avx2, another
+    stores 16 floats where the code means 8, past the end of a tensor (torch 2.15).
+    """
+    compiled: Call = torch.compile(function, dynamic=False, options={"fx_graph_cache": False})
+    return compiled
 
 
 def no_compiler(device: str) -> str | None:

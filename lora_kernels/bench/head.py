@@ -96,7 +96,7 @@ def losses(args: dict[str, Any], mode: str) -> dict[str, Loss]:
 
     calls: dict[str, Loss] = {"ours": ours, "pytorch": pytorch}
     if baselines.no_compiler("cpu") is None and args["x"].dtype is torch.float32:
-        calls["torch.compile"] = torch.compile(as_written, dynamic=False)
+        calls["torch.compile"] = baselines.compile_static(as_written)
     calls["ours, no adapter"] = partial(ours, A=None, B=None)
     if find_spec("trl") is not None:
         calls["trl, no adapter"] = partial(_trl, weight=weight, labels=labels)

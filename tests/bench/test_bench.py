@@ -147,6 +147,19 @@ def test_bench_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.tax["torch.compile"] > 0 and not row.misses
 
 
+@pytest.mark.slow  # compiles
+def test_compiled_baseline_asks_no_cache_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if (reason := baselines.no_compiler("cpu")) is not None:
+        pytest.skip(reason)
+    torch.compiler.reset()
+    before = torch._dynamo.utils.counters["inductor"].copy()
+    baselines.compile_static(lambda x: x * 2 + 1)(torch.ones(24))
+    after = torch._dynamo.utils.counters["inductor"]
+    for name in ("fxgraph_cache_hit", "fxgraph_cache_miss"):
+        assert after[name] == before[name]
+
+
 @pytest.mark.slow  # bitsandbytes' layers
 def test_bench_of_4_bit_layers(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")

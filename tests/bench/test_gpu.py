@@ -49,6 +49,7 @@ def test_one_part_has_all_minutes_and_a_file_of_its_own(
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "A Card")
+    monkeypatch.setattr(gpu, "info", lambda: {"backends": {}})  # which caches what it finds
     monkeypatch.setattr(sys, "argv", ["gpu", "--minutes", "2", "--only", "b", "c"])
     assert gpu.main() == 0
     printed = capsys.readouterr().out

@@ -237,6 +237,11 @@ Layer without_adapter(Layer l) {
   return l;
 }
 
+// The gradients of a base: dbias.
+Backward bias_alone(const Backward& g) {
+  return {.dy = g.dy, .dz = {}, .x = {}, .p = nullptr, .dbias = g.dbias};
+}
+
 // The rows [m0, m1) of an adapter's, without the base.
 Layer piece(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, int threads) {
   return {.w = {},
@@ -257,7 +262,7 @@ Layer piece(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, int thread
 }  // namespace
 
 void multi_lora_linear(const Layer& l, const std::vector<Adapter>& adapters, const Forward& f) {
-  if (has_base(l) || f.few_rows) lora_linear(without_adapter(l), f);
+  if (has_base(l) || f.few_rows || l.bias) lora_linear(without_adapter(l), f);
   each_piece(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
     lora_linear(piece(l, d, m0, m1, threads), {.x = rows_from(f.x, m0),
                                                .xs = {},
@@ -285,6 +290,7 @@ void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adap
     float* const ds = g.dx || d.da ? all_ds + d.start * l.lds : nullptr;
     adapter_gradients(piece(l, d, d.start, d.stop, threads), rows(d.start, d), ds);
   });
+  if (g.dbias) adapter_gradients(without_adapter(l), bias_alone(g), nullptr);
   if (!g.dx) return;
   if (has_base(l)) input_gradient(without_adapter(l), g, nullptr);
   each_piece(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
@@ -317,6 +323,11 @@ Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
   return w;
 }
 
+// One past the last row of the experts before e.
+int64_t start_of(const Experts& x, int64_t e) { return e ? x.stops[e * x.tenants - 1] : 0; }
+
+int64_t rows_of(const Experts& x, int64_t e) { return start_of(x, e + 1) - start_of(x, e); }
+
 // The e-th expert's rows of a layer.
 struct Expert {
   int64_t e, start, rows;
@@ -330,10 +341,10 @@ void each_expert(const Layer& l, const Experts& x, const F& f) {
   std::vector<Expert> small;
   std::vector<Expert> large;
   int64_t work = 0;
-  for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++])
-    if (x.stops[e] > start) {
-      small.push_back({e, start, x.stops[e] - start});
-      work += x.stops[e] - start + WEIGHT;
+  for (int64_t e = 0; e < x.count; ++e)
+    if (const int64_t rows = rows_of(x, e)) {
+      small.push_back({e, start_of(x, e), rows});
+      work += rows + WEIGHT;
     }
   const bool alone = l.threads == 1 || work * l.K * l.N < SMALL;
   if (!alone) {
@@ -365,8 +376,6 @@ Layer layer_of(const Layer& l, const Experts& x, const Expert& at, bool base, Co
   }
   one.codes = base && l.codes ? codes : nullptr;
   one.M = at.rows;
-  one.a = elements_from(l.a, at.e * x.a);
-  one.b = elements_from(l.b, at.e * x.b);
   one.bias = l.bias ? l.bias + at.e * x.bias : nullptr;
   one.dropout = rows_from(l.dropout, at.start);
   one.threads = threads;
@@ -374,43 +383,135 @@ Layer layer_of(const Layer& l, const Experts& x, const Expert& at, bool base, Co
   return one;
 }
 
-// Copies B of the experts that have rows to to[e, N, R], rows [first, last) of each. A cache line
-// holds one element of several experts, so that each block of lines is read once for all of them.
-template <typename T>
-void gather_rows(const Layer& l, const Experts& x, int64_t first, int64_t last, T* to) {
-  constexpr int64_t BLOCK = 128;  // elements; with E = 128 in 16 bits their lines take 32 KB
-  const T* const from = static_cast<const T*>(l.b.data);
-  const int64_t step = std::max<int64_t>(1, BLOCK / l.R);
-  for (int64_t n0 = first; n0 < last; n0 += step) {
-    const int64_t n1 = std::min(last, n0 + step);
-    for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++]) {
-      if (x.stops[e] == start) continue;
-      T* out = to + (e * l.N + n0) * l.R;
-      for (int64_t n = n0; n < n1; ++n)
-        for (int64_t r = 0; r < l.R; ++r) *out++ = from[e * x.b + n * l.b.row + r * l.b.col];
-    }
+// The adapters of an expert's pairs that have rows, counted from the expert's first.
+std::vector<Adapter> adapters_of(const Layer& l, const Experts& x,
+                                 const std::vector<Tenant>& tenants, const Expert& expert) {
+  std::vector<Adapter> adapters;
+  int64_t start = 0;
+  const int64_t* stop = x.stops + expert.e * x.tenants;
+  for (const Tenant& t : tenants) {
+    const int64_t end = *stop++ - expert.start;
+    if (end > start)
+      adapters.push_back({.start = start,
+                          .stop = end,
+                          .a = elements_from(t.a, expert.e * t.a_stride),
+                          .b = elements_from(t.b, expert.e * t.b_stride),
+                          .R = t.R,
+                          .scaling = t.scaling,
+                          .da = rows_from(t.da, t.a.dtype, expert.e * t.R * l.K),
+                          .db = rows_from(t.db, t.b.dtype, expert.e * t.R * l.N)});
+    start = end;
   }
+  return adapters;
 }
 
-// Replaces B by a contiguous copy of what the experts with rows need, if neither of its last two
-// strides is 1: PEFT's innermost index is the expert. Returns the memory of the copy.
-Scratch gather_b(Layer* l, Experts* x) {
-  const int64_t size = l->N * l->R;
-  if (!size || l->b.row == 1 || l->b.col == 1) return {nullptr, scratch_free};
-  Scratch copy{scratch_alloc(x->count * size * size_of(l->b.dtype)), scratch_free};
-  int64_t experts = 0;
-  for (int64_t e = 0, start = 0; e < x->count; start = x->stops[e++])
-    experts += x->stops[e] > start;
-  on_threads(experts * size < SMALL ? 1 : l->threads, [&](int thread, int count) {
-    const int64_t first = l->N * thread / count, last = l->N * (thread + 1) / count;
-    if (l->b.dtype == DType::f32)
-      gather_rows(*l, *x, first, last, static_cast<uint32_t*>(copy.get()));
-    else
-      gather_rows(*l, *x, first, last, static_cast<uint16_t*>(copy.get()));
+// The layer with its only adapter.
+Layer with_adapter(Layer l, const Adapter& d) {
+  l.R = d.R;
+  l.a = d.a;
+  l.b = d.b;
+  l.scaling = d.scaling;
+  return l;
+}
+
+// Two vectors' low, or high halves, element by element in turn.
+template <typename V>
+V interleave(const V& a, const V& b, bool high) {
+#if defined(__clang__)
+#define LK_SHUFFLE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LK_SHUFFLE(...) __builtin_shuffle(a, b, V{__VA_ARGS__})
+#endif
+  if constexpr (sizeof(V) == 8 * sizeof(a[0]))
+    return high ? LK_SHUFFLE(4, 12, 5, 13, 6, 14, 7, 15) : LK_SHUFFLE(0, 8, 1, 9, 2, 10, 3, 11);
+  else
+    return high ? LK_SHUFFLE(2, 6, 3, 7) : LK_SHUFFLE(0, 4, 1, 5);
+#undef LK_SHUFFLE
+}
+
+// to[c * ld_to + r] = from[r * ld_from + c] for at most a vector's rows and columns.
+template <typename T>
+void transpose_block(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T* to,
+                     int64_t ld_to) {
+  typedef T Vector [[gnu::vector_size(16)]];
+  constexpr int COUNT = 16 / sizeof(T), HALF = COUNT / 2;
+  if (rows < COUNT || columns < COUNT) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) to[c * ld_to + r] = from[r * ld_from + c];
+    return;
+  }
+  Vector in[COUNT], out[COUNT];
+  for (int r = 0; r < COUNT; ++r) std::memcpy(&in[r], from + r * ld_from, 16);
+  // Interleaving the upper rows with the lower ones, once for each bit of an index, transposes.
+  for (int step = 1; step < COUNT; step *= 2) {
+    for (int r = 0; r < COUNT; ++r) out[r] = interleave(in[r / 2], in[HALF + r / 2], r % 2);
+    std::memcpy(in, out, sizeof in);
+  }
+  for (int r = 0; r < COUNT; ++r) std::memcpy(to + r * ld_to, &in[r], 16);
+}
+
+// f(first element of N R, first expert, elements, experts) for the blocks of a stack of B that
+// `transpose_block` takes: of all experts, or where some have rows. The blocks of a cache line
+// follow one another, of an expert's elements as of an element's experts.
+template <typename T, typename F>
+void for_blocks(const Layer& l, const Experts& x, int64_t size, bool all, const F& f) {
+  constexpr int64_t COUNT = 16 / sizeof(T), LINE = 64 / sizeof(T);
+  const int64_t lines = (size + LINE - 1) / LINE;
+  on_threads(x.count * size < SMALL ? 1 : l.threads, [&](int thread, int threads) {
+    for (int64_t line = lines * thread / threads; line < lines * (thread + 1) / threads; ++line)
+      for (int64_t e = 0; e < x.count; e += COUNT) {
+        const int64_t experts = std::min(COUNT, x.count - e);
+        if (!all && start_of(x, e) == start_of(x, e + experts)) continue;
+        for (int64_t i = line * LINE; i < std::min(size, (line + 1) * LINE); i += COUNT)
+          f(i, e, std::min(COUNT, size - i), experts);
+      }
   });
-  l->b = {.data = copy.get(), .dtype = l->b.dtype, .row = l->R, .col = 1};
-  x->b = size;
-  return copy;
+}
+
+// A tenant's B and its gradient as PEFT stores them, [N, R, count], and a copy as [count, N, R].
+struct InterleavedB {
+  Tenant tenant;
+  Scratch copy;
+
+  template <typename T>
+  void gather(const Layer& l, const Experts& x) const {
+    const int64_t size = l.N * tenant.R, step = tenant.b.col;
+    const T* const from = static_cast<const T*>(tenant.b.data);
+    T* const to = static_cast<T*>(copy.get());
+    for_blocks<T>(l, x, size, false, [&](int64_t i, int64_t e, int64_t elements, int64_t experts) {
+      transpose_block(from + i * step + e, step, elements, experts, to + e * size + i, size);
+    });
+  }
+
+  template <typename T>
+  void scatter(const Layer& l, const Experts& x) const {
+    const int64_t size = l.N * tenant.R, step = tenant.b.col;
+    const T* const from = static_cast<const T*>(copy.get());
+    T* const to = static_cast<T*>(tenant.db);
+    for_blocks<T>(l, x, size, true, [&](int64_t i, int64_t e, int64_t elements, int64_t experts) {
+      transpose_block(from + e * size + i, size, experts, elements, to + i * step + e, step);
+    });
+  }
+};
+
+// Replaces each B that PEFT's layout has by a copy, of the experts with rows and some beside them.
+// The gradient of an expert's B takes the place of that B in the copy, which is read before.
+std::vector<InterleavedB> gather_b(const Layer& l, const Experts& x, std::vector<Tenant>* tenants) {
+  std::vector<InterleavedB> stored;
+  for (Tenant& t : *tenants) {
+    const int64_t size = l.N * t.R;
+    if (!size || t.b.row == 1 || t.b.col == 1) continue;
+    void* const copy = scratch_alloc(x.count * size * size_of(t.b.dtype));
+    stored.push_back({t, Scratch(copy, scratch_free)});
+    if (t.b.dtype == DType::f32)
+      stored.back().gather<uint32_t>(l, x);
+    else
+      stored.back().gather<uint16_t>(l, x);
+    t.b = {.data = copy, .dtype = t.b.dtype, .row = t.R, .col = 1};
+    t.b_stride = size;
+    if (t.db) t.db = copy;
+  }
+  return stored;
 }
 
 void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row) {
@@ -421,48 +522,71 @@ void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row
 
 }  // namespace
 
-void lora_experts(Layer l, Experts x, const Forward& f) {
-  const Scratch copy = gather_b(&l, &x);
-  each_expert(l, x, [&](const Expert& at, int threads) {
+void lora_experts(const Layer& l, const Experts& x, std::vector<Tenant> tenants, const Forward& f) {
+  const std::vector<InterleavedB> stored = gather_b(l, x, &tenants);
+  each_expert(l, x, [&](const Expert& expert, int threads) {
     Codes4bit codes;
-    const bool few_rows = at.rows <= x.few_rows;
-    const Layer one = layer_of(l, x, at, few_rows || x.has_base, &codes, threads);
-    Forward own = f;
-    own.x = rows_from(f.x, at.start);
-    own.xs = rows_from(f.xs, at.start);
-    own.few_rows = few_rows;
-    own.p = f.p + at.start * l.lds;
-    own.y = rows_from(f.y, f.dtype, at.start * l.N);
-    lora_linear(one, own);
+    const bool few_rows = expert.rows <= x.few_rows;
+    const Layer layer = layer_of(l, x, expert, few_rows || x.has_base, &codes, threads);
+    Forward forward = f;
+    forward.x = rows_from(f.x, expert.start);
+    forward.xs = rows_from(f.xs, expert.start);
+    forward.few_rows = few_rows;
+    forward.p = f.p + expert.start * l.lds;
+    forward.y = rows_from(f.y, f.dtype, expert.start * l.N);
+    const std::vector<Adapter> adapters = adapters_of(l, x, tenants, expert);
+    if (x.tenants == 1)
+      lora_linear(with_adapter(layer, adapters[0]), forward);
+    else
+      multi_lora_linear(layer, adapters, forward);
   });
-  const int64_t last = x.stops[x.count - 1];
+  const int64_t last = start_of(x, x.count);
   zero_rows(f.y, f.dtype, last, l.M, l.N);
   zero_rows(f.p, DType::f32, last, l.M, l.lds);
 }
 
-void lora_experts_backward(Layer l, Experts x, const Backward& g) {
-  const Scratch copy = gather_b(&l, &x);
-  each_expert(l, x, [&](const Expert& at, int threads) {
+void lora_experts_backward(const Layer& l, const Experts& x, std::vector<Tenant> tenants,
+                           const Backward& g) {
+  const std::vector<InterleavedB> stored = gather_b(l, x, &tenants);
+  each_expert(l, x, [&](const Expert& expert, int threads) {
     Codes4bit codes;
-    const Layer one = layer_of(l, x, at, x.has_base, &codes, threads);
-    Backward own = g;
-    own.dy = rows_from(g.dy, at.start);
-    own.dz = rows_from(g.dz, at.start);
-    own.x = rows_from(g.x, at.start);
-    own.p = g.p + at.start * l.lds;
-    own.dx = rows_from(g.dx, g.x.dtype, at.start * l.K);
-    own.da = rows_from(g.da, l.a.dtype, at.e * x.da);
-    own.db = rows_from(g.db, l.b.dtype, at.e * x.db);
-    own.dbias = g.dbias ? g.dbias + at.e * l.N : nullptr;
-    lora_linear_backward(one, own);
-  });
-  for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++])
-    if (x.stops[e] == start) {
-      zero_rows(g.da, l.a.dtype, e, e + 1, x.da);
-      zero_rows(g.db, l.b.dtype, e, e + 1, x.db);
-      zero_rows(g.dbias, DType::f32, e, e + 1, l.N);
+    const Layer layer = layer_of(l, x, expert, x.has_base, &codes, threads);
+    Backward backward = g;
+    backward.dy = rows_from(g.dy, expert.start);
+    backward.dz = rows_from(g.dz, expert.start);
+    backward.x = rows_from(g.x, expert.start);
+    backward.p = g.p + expert.start * l.lds;
+    backward.dx = rows_from(g.dx, g.x.dtype, expert.start * l.K);
+    backward.dbias = g.dbias ? g.dbias + expert.e * l.N : nullptr;
+    const std::vector<Adapter> adapters = adapters_of(l, x, tenants, expert);
+    if (x.tenants == 1) {
+      backward.da = adapters[0].da;
+      backward.db = adapters[0].db;
+      lora_linear_backward(with_adapter(layer, adapters[0]), backward);
+    } else {
+      multi_lora_linear_backward(layer, adapters, backward);
     }
-  zero_rows(g.dx, g.x.dtype, x.stops[x.count - 1], l.M, l.K);
+  });
+  for (int64_t e = 0; e < x.count; ++e) {
+    int64_t start = start_of(x, e);
+    if (start == start_of(x, e + 1)) zero_rows(g.dbias, DType::f32, e, e + 1, l.N);
+    const int64_t* stop = x.stops + e * x.tenants;
+    for (const Tenant& t : tenants) {
+      if (*stop == start) {
+        zero_rows(t.da, t.a.dtype, e, e + 1, t.R * l.K);
+        zero_rows(t.db, t.b.dtype, e, e + 1, t.R * l.N);
+      }
+      start = *stop++;
+    }
+  }
+  zero_rows(g.dx, g.x.dtype, start_of(x, x.count), l.M, l.K);
+  for (const InterleavedB& b : stored) {
+    if (!b.tenant.db) continue;
+    if (b.tenant.b.dtype == DType::f32)
+      b.scatter<uint32_t>(l, x);
+    else
+      b.scatter<uint16_t>(l, x);
+  }
 }
 
 }  // namespace lora_kernels

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..layers.experts import (
     ExpertsAdapter,
@@ -42,7 +41,8 @@ class FusedParamWrapper(Fused, ParamWrapper):
             return ParamWrapper.forward(self, x, *args, **kwargs)
         wrappers, tenants = wrappers_of(self), None
         if names is None:
-            found = {each.parameter_name: active_adapter(each) for each in wrappers}
+            active = {each.parameter_name: active_adapter(each) for each in wrappers}
+            found = {name: adapter and [adapter] for name, adapter in active.items()}
         else:
             present = list(dict.fromkeys(names))
             found = {each.parameter_name: adapters_by_tenant(each, present) for each in wrappers}
@@ -81,27 +81,16 @@ def active_adapter(wrapper: Any) -> ExpertsAdapter | None:
     return ExpertsAdapter(lora_A, lora_B, 1.0)
 
 
-def adapters_by_tenant(wrapper: Any, names: Sequence[str]) -> ExpertsAdapter | None:
-    """Return the adapters of that order for each expert; None if the wrapper has none of them.
+def adapters_by_tenant(wrapper: Any, names: Sequence[str]) -> list[ExpertsAdapter] | None:
+    """Return the adapters of those tenants; None if the wrapper has none of them.
 
-    They are copied into one tensor, to the largest rank. Zeros stand for a name that the wrapper
-    does not have, as PEFT's "__base__".
+    One of rank 0 stands for a name that the wrapper does not have, as PEFT's "__base__".
     """
     parts = [_factors(wrapper, name) if name in wrapper.lora_A else None for name in names]
     if (like := next(filter(None, parts), None)) is None:
         return None
-    rank = max(part.lora_A.shape[1] for part in parts if part is not None)
-    As, Bs = [], []
-    for part in parts:
-        A, B, scaling, _ = part or (like.lora_A[:, :0], like.lora_B[:, :, :0], like.scaling, 0.0)
-        if scaling != like.scaling:
-            B = B * (scaling / like.scaling)
-        if more := rank - A.shape[1]:
-            A, B = functional.pad(A, (0, 0, 0, more)), functional.pad(B, (0, more))
-        As.append(A)
-        Bs.append(B)
-    lora_A, lora_B = (torch.stack(each, dim=1).flatten(0, 1) for each in (As, Bs))
-    return ExpertsAdapter(lora_A, lora_B, like.scaling)
+    nothing = like._replace(lora_A=like.lora_A[:, :0], lora_B=like.lora_B[:, :, :0])
+    return [part or nothing for part in parts]
 
 
 def _tenant_of_tokens(names: Sequence[str], present: Sequence[str], x: Tensor) -> Tensor:

@@ -333,15 +333,22 @@ struct Expert {
   int64_t e, start, rows;
 };
 
-// f(expert, threads) for the experts that have rows. One with more than half a thread's share of
-// the work takes all threads; the others take one thread each.
+// Experts [first, last).
+struct Span {
+  int64_t first, last;
+
+  int64_t count() const { return last - first; }
+};
+
+// f(expert, threads) for the experts of a span that have rows. One with more than half a thread's
+// share of the work takes all threads; the others take one thread each.
 template <typename F>
-void each_expert(const Layer& l, const Experts& x, const F& f) {
+void each_expert(const Layer& l, const Experts& x, const Span& span, const F& f) {
   constexpr int64_t WEIGHT = 16;  // rows that cost as much as reading a weight (an estimate)
   std::vector<Expert> small;
   std::vector<Expert> large;
   int64_t work = 0;
-  for (int64_t e = 0; e < x.count; ++e)
+  for (int64_t e = span.first; e < span.last; ++e)
     if (const int64_t rows = rows_of(x, e)) {
       small.push_back({e, start_of(x, e), rows});
       work += rows + WEIGHT;
@@ -383,9 +390,11 @@ Layer layer_of(const Layer& l, const Experts& x, const Expert& at, bool base, Co
   return one;
 }
 
-// The adapters of an expert's pairs that have rows, counted from the expert's first.
+// The adapters of an expert's pairs that have rows, counted from the expert's first. `index`: the
+// expert's among those of the tenants.
 std::vector<Adapter> adapters_of(const Layer& l, const Experts& x,
-                                 const std::vector<Tenant>& tenants, const Expert& expert) {
+                                 const std::vector<Tenant>& tenants, const Expert& expert,
+                                 int64_t index) {
   std::vector<Adapter> adapters;
   int64_t start = 0;
   const int64_t* stop = x.stops + expert.e * x.tenants;
@@ -394,12 +403,12 @@ std::vector<Adapter> adapters_of(const Layer& l, const Experts& x,
     if (end > start)
       adapters.push_back({.start = start,
                           .stop = end,
-                          .a = elements_from(t.a, expert.e * t.a_stride),
-                          .b = elements_from(t.b, expert.e * t.b_stride),
+                          .a = elements_from(t.a, index * t.a_stride),
+                          .b = elements_from(t.b, index * t.b_stride),
                           .R = t.R,
                           .scaling = t.scaling,
-                          .da = rows_from(t.da, t.a.dtype, expert.e * t.R * l.K),
-                          .db = rows_from(t.db, t.b.dtype, expert.e * t.R * l.N)});
+                          .da = rows_from(t.da, t.a.dtype, index * t.R * l.K),
+                          .db = rows_from(t.db, t.b.dtype, index * t.R * l.N)});
     start = end;
   }
   return adapters;
@@ -450,17 +459,24 @@ void transpose_block(const T* from, int64_t ld_from, int64_t rows, int64_t colum
   for (int r = 0; r < COUNT; ++r) std::memcpy(to + r * ld_to, &in[r], 16);
 }
 
-// f(first element of N R, first expert, elements, experts) for the blocks of a stack of B that
-// `transpose_block` takes: of all experts, or where some have rows. The blocks of a cache line
-// follow one another, of an expert's elements as of an element's experts.
+void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row) {
+  if (data && first < last)
+    std::memset(static_cast<char*>(data) + first * row * size_of(dtype), 0,
+                static_cast<size_t>((last - first) * row * size_of(dtype)));
+}
+
+// f(first element of N R, first expert, elements, experts) for the blocks that `transpose_block`
+// takes of a span's B: of all experts, or where some have rows. The blocks of a cache line follow
+// one another, of an expert's elements as of an element's experts.
 template <typename T, typename F>
-void for_blocks(const Layer& l, const Experts& x, int64_t size, bool all, const F& f) {
+void for_blocks(const Layer& l, const Experts& x, const Span& span, int64_t size, bool all,
+                const F& f) {
   constexpr int64_t COUNT = 16 / sizeof(T), LINE = 64 / sizeof(T);
   const int64_t lines = (size + LINE - 1) / LINE;
-  on_threads(x.count * size < SMALL ? 1 : l.threads, [&](int thread, int threads) {
+  on_threads(span.count() * size < SMALL ? 1 : l.threads, [&](int thread, int threads) {
     for (int64_t line = lines * thread / threads; line < lines * (thread + 1) / threads; ++line)
-      for (int64_t e = 0; e < x.count; e += COUNT) {
-        const int64_t experts = std::min(COUNT, x.count - e);
+      for (int64_t e = span.first; e < span.last; e += COUNT) {
+        const int64_t experts = std::min(COUNT, span.last - e);
         if (!all && start_of(x, e) == start_of(x, e + experts)) continue;
         for (int64_t i = line * LINE; i < std::min(size, (line + 1) * LINE); i += COUNT)
           f(i, e, std::min(COUNT, size - i), experts);
@@ -468,125 +484,153 @@ void for_blocks(const Layer& l, const Experts& x, int64_t size, bool all, const 
   });
 }
 
-// A tenant's B and its gradient as PEFT stores them, [N, R, count], and a copy as [count, N, R].
-struct InterleavedB {
-  Tenant tenant;
-  Scratch copy;
-
-  template <typename T>
-  void gather(const Layer& l, const Experts& x) const {
-    const int64_t size = l.N * tenant.R, step = tenant.b.col;
-    const T* const from = static_cast<const T*>(tenant.b.data);
-    T* const to = static_cast<T*>(copy.get());
-    for_blocks<T>(l, x, size, false, [&](int64_t i, int64_t e, int64_t elements, int64_t experts) {
-      transpose_block(from + i * step + e, step, elements, experts, to + e * size + i, size);
-    });
-  }
-
-  template <typename T>
-  void scatter(const Layer& l, const Experts& x) const {
-    const int64_t size = l.N * tenant.R, step = tenant.b.col;
-    const T* const from = static_cast<const T*>(copy.get());
-    T* const to = static_cast<T*>(tenant.db);
-    for_blocks<T>(l, x, size, true, [&](int64_t i, int64_t e, int64_t elements, int64_t experts) {
-      transpose_block(from + e * size + i, size, experts, elements, to + i * step + e, step);
-    });
-  }
-};
-
-// Replaces each B that PEFT's layout has by a copy, of the experts with rows and some beside them.
-// The gradient of an expert's B takes the place of that B in the copy, which is read before.
-std::vector<InterleavedB> gather_b(const Layer& l, const Experts& x, std::vector<Tenant>* tenants) {
-  std::vector<InterleavedB> stored;
-  for (Tenant& t : *tenants) {
-    const int64_t size = l.N * t.R;
-    if (!size || t.b.row == 1 || t.b.col == 1) continue;
-    void* const copy = scratch_alloc(x.count * size * size_of(t.b.dtype));
-    stored.push_back({t, Scratch(copy, scratch_free)});
-    if (t.b.dtype == DType::f32)
-      stored.back().gather<uint32_t>(l, x);
-    else
-      stored.back().gather<uint16_t>(l, x);
-    t.b = {.data = copy, .dtype = t.b.dtype, .row = t.R, .col = 1};
-    t.b_stride = size;
-    if (t.db) t.db = copy;
-  }
-  return stored;
+// Whether the expert is B's innermost index, as PEFT stores it: [N, R, count].
+bool is_interleaved(const Layer& l, const Tenant& t) {
+  return l.N * t.R > 0 && t.b.row != 1 && t.b.col != 1;
 }
 
-void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row) {
-  if (data && first < last)
-    std::memset(static_cast<char*>(data) + first * row * size_of(dtype), 0,
-                static_cast<size_t>((last - first) * row * size_of(dtype)));
+// copy[e, N, R] = B of a span's experts with rows, and of some beside them.
+template <typename T>
+void gather_b(const Layer& l, const Experts& x, const Span& span, const Tenant& t, T* copy) {
+  const T* const b = static_cast<const T*>(t.b.data);
+  const int64_t size = l.N * t.R, step = t.b.col;
+  for_blocks<T>(l, x, span, size, false,
+                [&](int64_t i, int64_t e, int64_t elements, int64_t count) {
+                  transpose_block(b + i * step + e, step, elements, count,
+                                  copy + (e - span.first) * size + i, size);
+                });
+}
+
+// The gradient of B of a span's experts = copy[e, N, R].
+template <typename T>
+void scatter_db(const Layer& l, const Experts& x, const Span& span, const Tenant& t,
+                const T* copy) {
+  T* const db = static_cast<T*>(t.db);
+  const int64_t size = l.N * t.R, step = t.b.col;
+  for_blocks<T>(l, x, span, size, true, [&](int64_t i, int64_t e, int64_t elements, int64_t count) {
+    transpose_block(copy + (e - span.first) * size + i, size, count, elements, db + i * step + e,
+                    step);
+  });
+}
+
+// f(span, its tenants, which count experts from the span's first) for all experts. An interleaved B
+// is copied a span at a time, so that the copy stays in cache, and the gradient of an expert's B,
+// which is read before, takes its place there. A span is of whole cache lines of experts, and of at
+// least four experts a thread.
+template <typename F>
+void for_spans(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants, const F& f) {
+  std::vector<Scratch> copies;
+  int64_t step = x.count;
+  for (const Tenant& t : tenants)
+    if (is_interleaved(l, t)) step = std::min<int64_t>(x.count, 32 * ((l.threads + 7) / 8));
+  for (const Tenant& t : tenants) {
+    const int64_t bytes = is_interleaved(l, t) ? step * l.N * t.R * size_of(t.b.dtype) : 0;
+    copies.emplace_back(bytes ? scratch_alloc(bytes) : nullptr, scratch_free);
+  }
+  for (int64_t first = 0; first < x.count; first += step) {
+    const Span span{first, std::min(x.count, first + step)};
+    std::vector<Tenant> moved = tenants;
+    for (size_t i = 0; i < moved.size(); ++i) {
+      Tenant& t = moved[i];
+      void* const copy = copies[i].get();
+      t.a = elements_from(t.a, first * t.a_stride);
+      t.da = rows_from(t.da, t.a.dtype, first * t.R * l.K);
+      if (!copy) {
+        t.b = elements_from(t.b, first * t.b_stride);
+        t.db = rows_from(t.db, t.b.dtype, first * t.R * l.N);
+        continue;
+      }
+      if (t.b.dtype == DType::f32)
+        gather_b(l, x, span, t, static_cast<uint32_t*>(copy));
+      else
+        gather_b(l, x, span, t, static_cast<uint16_t*>(copy));
+      t.b = {.data = copy, .dtype = t.b.dtype, .row = t.R, .col = 1};
+      t.b_stride = l.N * t.R;
+      if (t.db) t.db = copy;
+    }
+    f(span, moved);
+    for (size_t i = 0; i < moved.size(); ++i) {
+      const Tenant& t = tenants[i];
+      if (!copies[i] || !t.db) continue;
+      if (t.b.dtype == DType::f32)
+        scatter_db(l, x, span, t, static_cast<const uint32_t*>(copies[i].get()));
+      else
+        scatter_db(l, x, span, t, static_cast<const uint16_t*>(copies[i].get()));
+    }
+  }
+}
+
+// Zeros the gradients of a span's pairs without rows.
+void zero_gradients(const Layer& l, const Experts& x, const Span& span,
+                    const std::vector<Tenant>& tenants) {
+  for (int64_t e = span.first; e < span.last; ++e) {
+    int64_t start = start_of(x, e);
+    const int64_t* stop = x.stops + e * x.tenants;
+    for (const Tenant& t : tenants) {
+      const int64_t index = e - span.first;
+      if (*stop == start) {
+        zero_rows(t.da, t.a.dtype, index, index + 1, t.R * l.K);
+        zero_rows(t.db, t.b.dtype, index, index + 1, t.R * l.N);
+      }
+      start = *stop++;
+    }
+  }
 }
 
 }  // namespace
 
-void lora_experts(const Layer& l, const Experts& x, std::vector<Tenant> tenants, const Forward& f) {
-  const std::vector<InterleavedB> stored = gather_b(l, x, &tenants);
-  each_expert(l, x, [&](const Expert& expert, int threads) {
-    Codes4bit codes;
-    const bool few_rows = expert.rows <= x.few_rows;
-    const Layer layer = layer_of(l, x, expert, few_rows || x.has_base, &codes, threads);
-    Forward forward = f;
-    forward.x = rows_from(f.x, expert.start);
-    forward.xs = rows_from(f.xs, expert.start);
-    forward.few_rows = few_rows;
-    forward.p = f.p + expert.start * l.lds;
-    forward.y = rows_from(f.y, f.dtype, expert.start * l.N);
-    const std::vector<Adapter> adapters = adapters_of(l, x, tenants, expert);
-    if (x.tenants == 1)
-      lora_linear(with_adapter(layer, adapters[0]), forward);
-    else
-      multi_lora_linear(layer, adapters, forward);
+void lora_experts(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants,
+                  const Forward& f) {
+  for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& moved) {
+    each_expert(l, x, span, [&](const Expert& expert, int threads) {
+      Codes4bit codes;
+      const bool few_rows = expert.rows <= x.few_rows;
+      const Layer layer = layer_of(l, x, expert, few_rows || x.has_base, &codes, threads);
+      Forward forward = f;
+      forward.x = rows_from(f.x, expert.start);
+      forward.xs = rows_from(f.xs, expert.start);
+      forward.few_rows = few_rows;
+      forward.p = f.p + expert.start * l.lds;
+      forward.y = rows_from(f.y, f.dtype, expert.start * l.N);
+      const std::vector<Adapter> adapters = adapters_of(l, x, moved, expert, expert.e - span.first);
+      if (x.tenants == 1)
+        lora_linear(with_adapter(layer, adapters[0]), forward);
+      else
+        multi_lora_linear(layer, adapters, forward);
+    });
   });
   const int64_t last = start_of(x, x.count);
   zero_rows(f.y, f.dtype, last, l.M, l.N);
   zero_rows(f.p, DType::f32, last, l.M, l.lds);
 }
 
-void lora_experts_backward(const Layer& l, const Experts& x, std::vector<Tenant> tenants,
+void lora_experts_backward(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants,
                            const Backward& g) {
-  const std::vector<InterleavedB> stored = gather_b(l, x, &tenants);
-  each_expert(l, x, [&](const Expert& expert, int threads) {
-    Codes4bit codes;
-    const Layer layer = layer_of(l, x, expert, x.has_base, &codes, threads);
-    Backward backward = g;
-    backward.dy = rows_from(g.dy, expert.start);
-    backward.dz = rows_from(g.dz, expert.start);
-    backward.x = rows_from(g.x, expert.start);
-    backward.p = g.p + expert.start * l.lds;
-    backward.dx = rows_from(g.dx, g.x.dtype, expert.start * l.K);
-    backward.dbias = g.dbias ? g.dbias + expert.e * l.N : nullptr;
-    const std::vector<Adapter> adapters = adapters_of(l, x, tenants, expert);
-    if (x.tenants == 1) {
-      backward.da = adapters[0].da;
-      backward.db = adapters[0].db;
-      lora_linear_backward(with_adapter(layer, adapters[0]), backward);
-    } else {
-      multi_lora_linear_backward(layer, adapters, backward);
-    }
-  });
-  for (int64_t e = 0; e < x.count; ++e) {
-    int64_t start = start_of(x, e);
-    if (start == start_of(x, e + 1)) zero_rows(g.dbias, DType::f32, e, e + 1, l.N);
-    const int64_t* stop = x.stops + e * x.tenants;
-    for (const Tenant& t : tenants) {
-      if (*stop == start) {
-        zero_rows(t.da, t.a.dtype, e, e + 1, t.R * l.K);
-        zero_rows(t.db, t.b.dtype, e, e + 1, t.R * l.N);
+  for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& moved) {
+    each_expert(l, x, span, [&](const Expert& expert, int threads) {
+      Codes4bit codes;
+      const Layer layer = layer_of(l, x, expert, x.has_base, &codes, threads);
+      Backward backward = g;
+      backward.dy = rows_from(g.dy, expert.start);
+      backward.dz = rows_from(g.dz, expert.start);
+      backward.x = rows_from(g.x, expert.start);
+      backward.p = g.p + expert.start * l.lds;
+      backward.dx = rows_from(g.dx, g.x.dtype, expert.start * l.K);
+      backward.dbias = g.dbias ? g.dbias + expert.e * l.N : nullptr;
+      const std::vector<Adapter> adapters = adapters_of(l, x, moved, expert, expert.e - span.first);
+      if (x.tenants == 1) {
+        backward.da = adapters[0].da;
+        backward.db = adapters[0].db;
+        lora_linear_backward(with_adapter(layer, adapters[0]), backward);
+      } else {
+        multi_lora_linear_backward(layer, adapters, backward);
       }
-      start = *stop++;
-    }
-  }
+    });
+    zero_gradients(l, x, span, moved);
+  });
+  for (int64_t e = 0; e < x.count; ++e)
+    if (!rows_of(x, e)) zero_rows(g.dbias, DType::f32, e, e + 1, l.N);
   zero_rows(g.dx, g.x.dtype, start_of(x, x.count), l.M, l.K);
-  for (const InterleavedB& b : stored) {
-    if (!b.tenant.db) continue;
-    if (b.tenant.b.dtype == DType::f32)
-      b.scatter<uint32_t>(l, x);
-    else
-      b.scatter<uint16_t>(l, x);
-  }
 }
 
 }  // namespace lora_kernels

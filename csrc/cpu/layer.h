@@ -91,12 +91,12 @@ struct Tenant {
 // As lora_linear for each expert with one tenant, else as multi_lora_linear. Rows of y and P after
 // the last expert's are zeros. Codes must begin a block, and a block of nested scales, at each
 // expert.
-void lora_experts(const Layer& layer, const Experts& experts, std::vector<Tenant> tenants,
+void lora_experts(const Layer& layer, const Experts& experts, const std::vector<Tenant>& tenants,
                   const Forward& f);
 
 // As the backward for each expert. Zeros: the gradients of a pair without rows, and dx after the
 // last expert's rows. dbias is [count, N].
-void lora_experts_backward(const Layer& layer, const Experts& experts, std::vector<Tenant> tenants,
-                           const Backward& g);
+void lora_experts_backward(const Layer& layer, const Experts& experts,
+                           const std::vector<Tenant>& tenants, const Backward& g);
 
 }  // namespace lora_kernels

@@ -295,9 +295,17 @@ def test_opcheck_of_experts_ops_passes(backward: bool, quant: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "tenants",
+    [{"R": 8}, {"R": 16, "tenants": 3, "ranks": (8, 16, 0), "peft_layout": True}],
+    ids=["one", "three"],
+)
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
-def test_lora_experts_linear_compiled_whole_has_the_same_bits(quant: str) -> None:
-    args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, quant=quant, dropout_p=0.25))
+def test_lora_experts_linear_compiled_whole_has_the_same_bits(
+    quant: str, tenants: dict[str, Any]
+) -> None:
+    rows = (2, 0, 3) * tenants.get("tenants", 1)
+    args = inputs(ExpertsCase(rows, 32, 64, quant=quant, dropout_p=0.25, **tenants))
     want = run(lora_experts_linear, args)
     compiled = torch.compile(lora_experts_linear, fullgraph=True, backend="aot_eager")
     got = run(compiled, args)

@@ -465,21 +465,31 @@ void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row
                 static_cast<size_t>((last - first) * row * size_of(dtype)));
 }
 
-// f(first element of N R, first expert, elements, experts) for the blocks that `transpose_block`
-// takes of a span's B: of all experts, or where some have rows. The blocks of a cache line follow
-// one another, of an expert's elements as of an element's experts.
+// f(first element of N R, first expert, elements, experts) for the blocks of a span's B: of all
+// experts, or of those with rows and some beside them, as `transpose_block` takes them. An expert
+// alone with its rows, as of a single token, is a block. The blocks of a cache line follow one
+// another soon, of an expert's elements as of an element's experts.
 template <typename T, typename F>
 void for_blocks(const Layer& l, const Experts& x, const Span& span, int64_t size, bool all,
                 const F& f) {
-  constexpr int64_t COUNT = 16 / sizeof(T), LINE = 64 / sizeof(T);
-  const int64_t lines = (size + LINE - 1) / LINE;
-  on_threads(span.count() * size < SMALL ? 1 : l.threads, [&](int thread, int threads) {
-    for (int64_t line = lines * thread / threads; line < lines * (thread + 1) / threads; ++line)
-      for (int64_t e = span.first; e < span.last; e += COUNT) {
-        const int64_t experts = std::min(COUNT, span.last - e);
-        if (!all && start_of(x, e) == start_of(x, e + experts)) continue;
-        for (int64_t i = line * LINE; i < std::min(size, (line + 1) * LINE); i += COUNT)
-          f(i, e, std::min(COUNT, size - i), experts);
+  constexpr int64_t COUNT = 16 / sizeof(T), RUN = 128;  // strided loads, which are prefetched
+  std::vector<Span> blocks;
+  for (int64_t e = span.first; e < span.last; e += COUNT) {
+    const Span block{e, std::min(e + COUNT, span.last)};
+    int64_t busy = 0;
+    for (int64_t i = block.first; i < block.last; ++i) busy += rows_of(x, i) > 0;
+    if (all || busy > 1) blocks.push_back(block);
+    for (int64_t i = block.first; !all && busy == 1 && i < block.last; ++i)
+      if (rows_of(x, i)) blocks.push_back({i, i + 1});
+  }
+  const int64_t runs = (size + RUN - 1) / RUN;
+  const int64_t work = static_cast<int64_t>(blocks.size()) * COUNT * size;
+  on_threads(work < SMALL ? 1 : l.threads, [&](int thread, int threads) {
+    for (int64_t run = runs * thread / threads; run < runs * (thread + 1) / threads; ++run)
+      for (const Span& block : blocks) {
+        const int64_t step = block.count() == 1 ? RUN : COUNT;
+        for (int64_t i = run * RUN; i < std::min(size, (run + 1) * RUN); i += step)
+          f(i, block.first, std::min(step, size - i), block.count());
       }
   });
 }
@@ -520,9 +530,11 @@ void scatter_db(const Layer& l, const Experts& x, const Span& span, const Tenant
 template <typename F>
 void for_spans(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants, const F& f) {
   std::vector<Scratch> copies;
-  int64_t step = x.count;
+  int64_t step = x.count, busy = 0;  // all at once if few have rows, as of a single token
+  for (int64_t e = 0; e < x.count; ++e) busy += rows_of(x, e) > 0;
   for (const Tenant& t : tenants)
-    if (is_interleaved(l, t)) step = std::min<int64_t>(x.count, 32 * ((l.threads + 7) / 8));
+    if (is_interleaved(l, t) && busy > 32)
+      step = std::min<int64_t>(x.count, 32 * ((l.threads + 7) / 8));
   for (const Tenant& t : tenants) {
     const int64_t bytes = is_interleaved(l, t) ? step * l.N * t.R * size_of(t.b.dtype) : 0;
     copies.emplace_back(bytes ? scratch_alloc(bytes) : nullptr, scratch_free);

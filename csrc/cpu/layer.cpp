@@ -445,8 +445,8 @@ void transpose_block(const T* from, int64_t ld_from, int64_t rows, int64_t colum
   typedef T Vector [[gnu::vector_size(16)]];
   constexpr int COUNT = 16 / sizeof(T), HALF = COUNT / 2;
   if (rows < COUNT || columns < COUNT) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) to[c * ld_to + r] = from[r * ld_from + c];
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < rows; ++r) to[c * ld_to + r] = from[r * ld_from + c];
     return;
   }
   Vector in[COUNT], out[COUNT];

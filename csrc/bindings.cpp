@@ -126,17 +126,26 @@ Adapter read(Arguments& in) {
 template <>
 Experts read(Arguments& in) {
   return {.count = in("count"),
+          .tenants = in("tenants"),
           .stops = in("stops"),
           .w = in("weight_stride"),
           .table = in("table_stride"),
-          .a = in("lora_A_stride"),
-          .b = in("lora_B_stride"),
           .bias = in("bias_stride"),
-          .da = in("dA_stride"),
-          .db = in("dB_stride"),
           .transposed = in("transposed"),
           .few_rows = in("few_rows"),
           .has_base = in("has_base")};
+}
+
+template <>
+Tenant read(Arguments& in) {
+  return {.a = in("lora_A"),
+          .b = in("lora_B"),
+          .a_stride = in("lora_A_stride"),
+          .b_stride = in("lora_B_stride"),
+          .R = in("R"),
+          .scaling = in("scaling"),
+          .da = in("dA"),
+          .db = in("dB")};
 }
 
 template <>
@@ -220,14 +229,19 @@ void require(const Layer& l, const std::vector<Adapter>& adapters, const Directi
 }
 
 template <typename Direction>
-void require(const Layer& l, const Experts& x, const Direction& d) {
+void require(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants,
+             const Direction& d) {
   require_rows(l, d);
-  require_adapter(l.a, l.b, l.N, l.K, l.R);
-  require_memory("offsets", x.stops, x.count);
+  for (const Tenant& t : tenants) require_adapter(t.a, t.b, l.N, l.K, t.R);
+  if (static_cast<int64_t>(tenants.size()) != x.tenants)
+    throw std::runtime_error("tenants: got " + std::to_string(tenants.size()) + ", want " +
+                             std::to_string(x.tenants));
+  require_memory("offsets", x.stops, x.count * x.tenants);
   require_gemm(x.has_base);
 }
 
 using Adapters = std::vector<Adapter>;
+using Tenants = std::vector<Tenant>;
 
 // Calls `function` after `require` has checked its arguments.
 template <auto function, typename... T>
@@ -340,8 +354,9 @@ PyMethodDef methods[] = {
     method<checked<multi_lora_linear, Layer, Adapters, Forward>>("multi_lora_linear"),
     method<checked<multi_lora_linear_backward, Layer, Adapters, Backward>>(
         "multi_lora_linear_backward"),
-    method<checked<lora_experts, Layer, Experts, Forward>>("lora_experts"),
-    method<checked<lora_experts_backward, Layer, Experts, Backward>>("lora_experts_backward"),
+    method<checked<lora_experts, Layer, Experts, Tenants, Forward>>("lora_experts"),
+    method<checked<lora_experts_backward, Layer, Experts, Tenants, Backward>>(
+        "lora_experts_backward"),
     method<direct_forward>("direct_forward", "Return a layer's y and what its backward reads."),
     method<direct_backward>("direct_backward", "Return the gradients of a layer."),
     method<set_up>("set_up", "Set PyTorch's classes and functions that the direct calls use."),

@@ -240,7 +240,12 @@ Layer without_adapter(Layer l) {
   return l;
 }
 
-// The layer of one adapter and the rows [m0, m1) of x, without the base.
+// The gradients of a base: dbias.
+Backward bias_alone(const Backward& g) {
+  return {.dy = g.dy, .dz = {}, .x = {}, .p = nullptr, .dbias = g.dbias};
+}
+
+// The rows [m0, m1) of an adapter's, without the base.
 Layer adapter_layer(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, int threads) {
   return {.w = {},
           .codes = nullptr,
@@ -260,7 +265,7 @@ Layer adapter_layer(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, in
 }  // namespace
 
 void multi_lora_linear(const Layer& l, const std::vector<Adapter>& adapters, const Forward& f) {
-  if (has_base(l) || f.few_rows) lora_linear(without_adapter(l), f);
+  if (has_base(l) || f.few_rows || l.bias) lora_linear(without_adapter(l), f);
   for_each_segment(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
     lora_linear(adapter_layer(l, d, m0, m1, threads), {.x = rows_from(f.x, m0),
                                                        .xs = {},
@@ -288,6 +293,7 @@ void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adap
     float* const ds = g.dx || d.da ? all_ds + d.start * l.lds : nullptr;
     adapter_gradients(adapter_layer(l, d, d.start, d.stop, threads), rows(d.start, d), ds);
   });
+  if (g.dbias) adapter_gradients(without_adapter(l), bias_alone(g), nullptr);
   if (!g.dx) return;
   if (has_base(l)) input_gradient(without_adapter(l), g, nullptr);
   for_each_segment(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
@@ -322,23 +328,35 @@ Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
   return w;
 }
 
-// Expert e, with the rows [start, start + rows) of x.
+// One past the last row of the experts before e.
+int64_t start_of(const Experts& x, int64_t e) { return e ? x.stops[e * x.tenants - 1] : 0; }
+
+int64_t rows_of(const Experts& x, int64_t e) { return start_of(x, e + 1) - start_of(x, e); }
+
+// The e-th expert's rows of a layer.
 struct Expert {
   int64_t e, start, rows;
 };
 
-// Calls f(expert, threads) for the experts that have rows. An expert with more than half a thread's
+// Experts [first, last).
+struct Span {
+  int64_t first, last;
+
+  int64_t count() const { return last - first; }
+};
+
+// f(expert, threads) for the experts of a span that have rows. One with more than half a thread's
 // share of the work takes all threads; the others take one thread each.
 template <typename F>
-void for_each_expert(const Layer& l, const Experts& x, const F& f) {
+void for_each_expert(const Layer& l, const Experts& x, const Span& span, const F& f) {
   constexpr int64_t WEIGHT_ROWS = 16;  // rows that cost as much as reading a weight (an estimate)
   std::vector<Expert> small;
   std::vector<Expert> large;
   int64_t work = 0;
-  for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++])
-    if (x.stops[e] > start) {
-      small.push_back({e, start, x.stops[e] - start});
-      work += x.stops[e] - start + WEIGHT_ROWS;
+  for (int64_t e = span.first; e < span.last; ++e)
+    if (const int64_t rows = rows_of(x, e)) {
+      small.push_back({e, start_of(x, e), rows});
+      work += rows + WEIGHT_ROWS;
     }
   const bool is_serial = l.threads == 1 || work * l.K * l.N < MIN_PARALLEL_WORK;
   if (!is_serial) {
@@ -370,8 +388,6 @@ Layer expert_layer(const Layer& l, const Experts& x, const Expert& expert, bool 
   }
   layer.codes = with_base && l.codes ? codes : nullptr;
   layer.M = expert.rows;
-  layer.a = elements_from(l.a, expert.e * x.a);
-  layer.b = elements_from(l.b, expert.e * x.b);
   layer.bias = l.bias ? l.bias + expert.e * x.bias : nullptr;
   layer.dropout = rows_from(l.dropout, expert.start);
   layer.threads = threads;
@@ -379,44 +395,73 @@ Layer expert_layer(const Layer& l, const Experts& x, const Expert& expert, bool 
   return layer;
 }
 
-// Copies B of the experts that have rows to dst[e, N, R], rows [first, last) of each. A cache line
-// holds one element of several experts, so each block of lines is read once for all of them.
-template <typename T>
-void gather_rows(const Layer& l, const Experts& x, int64_t first, int64_t last, T* dst) {
-  constexpr int64_t BLOCK_ELEMENTS = 128;  // with E = 128 in 16 bits their lines take 32 KB
-  const T* const src = static_cast<const T*>(l.b.data);
-  const int64_t step = std::max<int64_t>(1, BLOCK_ELEMENTS / l.R);
-  for (int64_t n0 = first; n0 < last; n0 += step) {
-    const int64_t n1 = std::min(last, n0 + step);
-    for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++]) {
-      if (x.stops[e] == start) continue;
-      T* out = dst + (e * l.N + n0) * l.R;
-      for (int64_t n = n0; n < n1; ++n)
-        for (int64_t r = 0; r < l.R; ++r)
-          *out++ = src[e * x.b + n * l.b.row_stride + r * l.b.col_stride];
-    }
+// The adapters of an expert's pairs that have rows, counted from the expert's first. `index`: the
+// expert's among those of the tenants.
+std::vector<Adapter> adapters_of(const Layer& l, const Experts& x,
+                                 const std::vector<Tenant>& tenants, const Expert& expert,
+                                 int64_t index) {
+  std::vector<Adapter> adapters;
+  int64_t start = 0;
+  const int64_t* stop = x.stops + expert.e * x.tenants;
+  for (const Tenant& t : tenants) {
+    const int64_t end = *stop++ - expert.start;
+    if (end > start)
+      adapters.push_back({.start = start,
+                          .stop = end,
+                          .a = elements_from(t.a, index * t.a_stride),
+                          .b = elements_from(t.b, index * t.b_stride),
+                          .R = t.R,
+                          .scaling = t.scaling,
+                          .da = rows_from(t.da, t.a.dtype, index * t.R * l.K),
+                          .db = rows_from(t.db, t.b.dtype, index * t.R * l.N)});
+    start = end;
   }
+  return adapters;
 }
 
-// If neither of B's last two strides is 1, replaces B by a contiguous copy for the experts that
-// have rows. In PEFT, the innermost index is the expert's. Returns the memory of the copy.
-Scratch gather_b(Layer* l, Experts* x) {
-  const int64_t size = l->N * l->R;
-  if (!size || l->b.row_stride == 1 || l->b.col_stride == 1) return {nullptr, scratch_free};
-  Scratch copy{scratch_alloc(x->count * size * size_of(l->b.dtype)), scratch_free};
-  int64_t experts = 0;
-  for (int64_t e = 0, start = 0; e < x->count; start = x->stops[e++])
-    experts += x->stops[e] > start;
-  parallel_region(experts * size < MIN_PARALLEL_WORK ? 1 : l->threads, [&](int thread, int count) {
-    const int64_t first = l->N * thread / count, last = l->N * (thread + 1) / count;
-    if (l->b.dtype == DType::f32)
-      gather_rows(*l, *x, first, last, static_cast<uint32_t*>(copy.get()));
-    else
-      gather_rows(*l, *x, first, last, static_cast<uint16_t*>(copy.get()));
-  });
-  l->b = {.data = copy.get(), .dtype = l->b.dtype, .row_stride = l->R, .col_stride = 1};
-  x->b = size;
-  return copy;
+// The layer with its only adapter.
+Layer with_adapter(Layer l, const Adapter& d) {
+  l.R = d.R;
+  l.a = d.a;
+  l.b = d.b;
+  l.scaling = d.scaling;
+  return l;
+}
+
+// Two vectors' low, or high halves, element by element in turn.
+template <typename V>
+V interleave(const V& a, const V& b, bool high) {
+#if defined(__clang__)
+#define LK_SHUFFLE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LK_SHUFFLE(...) __builtin_shuffle(a, b, V{__VA_ARGS__})
+#endif
+  if constexpr (sizeof(V) == 8 * sizeof(a[0]))
+    return high ? LK_SHUFFLE(4, 12, 5, 13, 6, 14, 7, 15) : LK_SHUFFLE(0, 8, 1, 9, 2, 10, 3, 11);
+  else
+    return high ? LK_SHUFFLE(2, 6, 3, 7) : LK_SHUFFLE(0, 4, 1, 5);
+#undef LK_SHUFFLE
+}
+
+// to[c * ld_to + r] = from[r * ld_from + c] for at most a vector's rows and columns.
+template <typename T>
+void transpose_block(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T* to,
+                     int64_t ld_to) {
+  typedef T Vector [[gnu::vector_size(16)]];
+  constexpr int COUNT = 16 / sizeof(T), HALF = COUNT / 2;
+  if (rows < COUNT || columns < COUNT) {
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < rows; ++r) to[c * ld_to + r] = from[r * ld_from + c];
+    return;
+  }
+  Vector in[COUNT], out[COUNT];
+  for (int r = 0; r < COUNT; ++r) std::memcpy(&in[r], from + r * ld_from, 16);
+  // Interleaving the upper rows with the lower ones, once for each bit of an index, transposes.
+  for (int step = 1; step < COUNT; step *= 2) {
+    for (int r = 0; r < COUNT; ++r) out[r] = interleave(in[r / 2], in[HALF + r / 2], r % 2);
+    std::memcpy(in, out, sizeof in);
+  }
+  for (int r = 0; r < COUNT; ++r) std::memcpy(to + r * ld_to, &in[r], 16);
 }
 
 void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t ld) {
@@ -425,50 +470,184 @@ void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t ld)
                 static_cast<size_t>((last - first) * ld * size_of(dtype)));
 }
 
+// f(first element of N R, first expert, elements, experts) for the blocks of a span's B: of all
+// experts, or of those with rows and some beside them, as `transpose_block` takes them. An expert
+// alone with its rows, as of a single token, is a block. The blocks of a cache line follow one
+// another soon, of an expert's elements as of an element's experts.
+template <typename T, typename F>
+void for_blocks(const Layer& l, const Experts& x, const Span& span, int64_t size, bool all,
+                const F& f) {
+  constexpr int64_t COUNT = 16 / sizeof(T), RUN = 128;  // strided loads, which are prefetched
+  std::vector<Span> blocks;
+  for (int64_t e = span.first; e < span.last; e += COUNT) {
+    const Span block{e, std::min(e + COUNT, span.last)};
+    int64_t busy = 0;
+    for (int64_t i = block.first; i < block.last; ++i) busy += rows_of(x, i) > 0;
+    if (all || busy > 1) blocks.push_back(block);
+    for (int64_t i = block.first; !all && busy == 1 && i < block.last; ++i)
+      if (rows_of(x, i)) blocks.push_back({i, i + 1});
+  }
+  const int64_t runs = (size + RUN - 1) / RUN;
+  const int64_t work = static_cast<int64_t>(blocks.size()) * COUNT * size;
+  parallel_region(work < MIN_PARALLEL_WORK ? 1 : l.threads, [&](int thread, int threads) {
+    for (int64_t run = runs * thread / threads; run < runs * (thread + 1) / threads; ++run)
+      for (const Span& block : blocks) {
+        const int64_t step = block.count() == 1 ? RUN : COUNT;
+        for (int64_t i = run * RUN; i < std::min(size, (run + 1) * RUN); i += step)
+          f(i, block.first, std::min(step, size - i), block.count());
+      }
+  });
+}
+
+// Whether the expert is B's innermost index, as PEFT stores it: [N, R, count].
+bool is_interleaved(const Layer& l, const Tenant& t) {
+  return l.N * t.R > 0 && t.b.row_stride != 1 && t.b.col_stride != 1;
+}
+
+// copy[e, N, R] = B of a span's experts with rows, and of some beside them.
+template <typename T>
+void gather_b(const Layer& l, const Experts& x, const Span& span, const Tenant& t, T* copy) {
+  const T* const b = static_cast<const T*>(t.b.data);
+  const int64_t size = l.N * t.R, step = t.b.col_stride;
+  for_blocks<T>(l, x, span, size, false,
+                [&](int64_t i, int64_t e, int64_t elements, int64_t count) {
+                  transpose_block(b + i * step + e, step, elements, count,
+                                  copy + (e - span.first) * size + i, size);
+                });
+}
+
+// The gradient of B of a span's experts = copy[e, N, R].
+template <typename T>
+void scatter_db(const Layer& l, const Experts& x, const Span& span, const Tenant& t,
+                const T* copy) {
+  T* const db = static_cast<T*>(t.db);
+  const int64_t size = l.N * t.R, step = t.b.col_stride;
+  for_blocks<T>(l, x, span, size, true, [&](int64_t i, int64_t e, int64_t elements, int64_t count) {
+    transpose_block(copy + (e - span.first) * size + i, size, count, elements, db + i * step + e,
+                    step);
+  });
+}
+
+// f(span, its tenants, which count experts from the span's first) for all experts. An interleaved B
+// is copied a span at a time, so that the copy stays in cache, and the gradient of an expert's B,
+// which is read before, takes its place there. A span is of whole cache lines of experts, and of at
+// least four experts a thread.
+template <typename F>
+void for_spans(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants, const F& f) {
+  std::vector<Scratch> copies;
+  int64_t step = x.count, busy = 0;  // all at once if few have rows, as of a single token
+  for (int64_t e = 0; e < x.count; ++e) busy += rows_of(x, e) > 0;
+  for (const Tenant& t : tenants)
+    if (is_interleaved(l, t) && busy > 32)
+      step = std::min<int64_t>(x.count, 32 * ((l.threads + 7) / 8));
+  for (const Tenant& t : tenants) {
+    const int64_t bytes = is_interleaved(l, t) ? step * l.N * t.R * size_of(t.b.dtype) : 0;
+    copies.emplace_back(bytes ? scratch_alloc(bytes) : nullptr, scratch_free);
+  }
+  for (int64_t first = 0; first < x.count; first += step) {
+    const Span span{first, std::min(x.count, first + step)};
+    std::vector<Tenant> moved = tenants;
+    for (size_t i = 0; i < moved.size(); ++i) {
+      Tenant& t = moved[i];
+      void* const copy = copies[i].get();
+      t.a = elements_from(t.a, first * t.a_stride);
+      t.da = rows_from(t.da, t.a.dtype, first * t.R * l.K);
+      if (!copy) {
+        t.b = elements_from(t.b, first * t.b_stride);
+        t.db = rows_from(t.db, t.b.dtype, first * t.R * l.N);
+        continue;
+      }
+      if (t.b.dtype == DType::f32)
+        gather_b(l, x, span, t, static_cast<uint32_t*>(copy));
+      else
+        gather_b(l, x, span, t, static_cast<uint16_t*>(copy));
+      t.b = {.data = copy, .dtype = t.b.dtype, .row_stride = t.R, .col_stride = 1};
+      t.b_stride = l.N * t.R;
+      if (t.db) t.db = copy;
+    }
+    f(span, moved);
+    for (size_t i = 0; i < moved.size(); ++i) {
+      const Tenant& t = tenants[i];
+      if (!copies[i] || !t.db) continue;
+      if (t.b.dtype == DType::f32)
+        scatter_db(l, x, span, t, static_cast<const uint32_t*>(copies[i].get()));
+      else
+        scatter_db(l, x, span, t, static_cast<const uint16_t*>(copies[i].get()));
+    }
+  }
+}
+
+// Zeros the gradients of a span's pairs without rows.
+void zero_gradients(const Layer& l, const Experts& x, const Span& span,
+                    const std::vector<Tenant>& tenants) {
+  for (int64_t e = span.first; e < span.last; ++e) {
+    int64_t start = start_of(x, e);
+    const int64_t* stop = x.stops + e * x.tenants;
+    for (const Tenant& t : tenants) {
+      const int64_t index = e - span.first;
+      if (*stop == start) {
+        zero_rows(t.da, t.a.dtype, index, index + 1, t.R * l.K);
+        zero_rows(t.db, t.b.dtype, index, index + 1, t.R * l.N);
+      }
+      start = *stop++;
+    }
+  }
+}
+
 }  // namespace
 
-void lora_experts(Layer l, Experts x, const Forward& f) {
-  const Scratch copy = gather_b(&l, &x);
-  for_each_expert(l, x, [&](const Expert& expert, int threads) {
-    Codes4bit codes;
-    const bool few_rows = expert.rows <= x.few_rows;
-    const Layer layer = expert_layer(l, x, expert, few_rows || x.has_base, &codes, threads);
-    Forward forward = f;
-    forward.x = rows_from(f.x, expert.start);
-    forward.xs = rows_from(f.xs, expert.start);
-    forward.few_rows = few_rows;
-    forward.p = f.p + expert.start * l.lds;
-    forward.y = rows_from(f.y, f.dtype, expert.start * l.N);
-    lora_linear(layer, forward);
+void lora_experts(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants,
+                  const Forward& f) {
+  for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& moved) {
+    for_each_expert(l, x, span, [&](const Expert& expert, int threads) {
+      Codes4bit codes;
+      const bool few_rows = expert.rows <= x.few_rows;
+      const Layer layer = expert_layer(l, x, expert, few_rows || x.has_base, &codes, threads);
+      Forward forward = f;
+      forward.x = rows_from(f.x, expert.start);
+      forward.xs = rows_from(f.xs, expert.start);
+      forward.few_rows = few_rows;
+      forward.p = f.p + expert.start * l.lds;
+      forward.y = rows_from(f.y, f.dtype, expert.start * l.N);
+      const std::vector<Adapter> adapters = adapters_of(l, x, moved, expert, expert.e - span.first);
+      if (x.tenants == 1)
+        lora_linear(with_adapter(layer, adapters[0]), forward);
+      else
+        multi_lora_linear(layer, adapters, forward);
+    });
   });
-  const int64_t last = x.stops[x.count - 1];
+  const int64_t last = start_of(x, x.count);
   zero_rows(f.y, f.dtype, last, l.M, l.N);
   zero_rows(f.p, DType::f32, last, l.M, l.lds);
 }
 
-void lora_experts_backward(Layer l, Experts x, const Backward& g) {
-  const Scratch copy = gather_b(&l, &x);
-  for_each_expert(l, x, [&](const Expert& expert, int threads) {
-    Codes4bit codes;
-    const Layer layer = expert_layer(l, x, expert, x.has_base, &codes, threads);
-    Backward backward = g;
-    backward.dy = rows_from(g.dy, expert.start);
-    backward.dz = rows_from(g.dz, expert.start);
-    backward.x = rows_from(g.x, expert.start);
-    backward.p = g.p + expert.start * l.lds;
-    backward.dx = rows_from(g.dx, g.x.dtype, expert.start * l.K);
-    backward.da = rows_from(g.da, l.a.dtype, expert.e * x.da);
-    backward.db = rows_from(g.db, l.b.dtype, expert.e * x.db);
-    backward.dbias = g.dbias ? g.dbias + expert.e * l.N : nullptr;
-    lora_linear_backward(layer, backward);
+void lora_experts_backward(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants,
+                           const Backward& g) {
+  for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& moved) {
+    for_each_expert(l, x, span, [&](const Expert& expert, int threads) {
+      Codes4bit codes;
+      const Layer layer = expert_layer(l, x, expert, x.has_base, &codes, threads);
+      Backward backward = g;
+      backward.dy = rows_from(g.dy, expert.start);
+      backward.dz = rows_from(g.dz, expert.start);
+      backward.x = rows_from(g.x, expert.start);
+      backward.p = g.p + expert.start * l.lds;
+      backward.dx = rows_from(g.dx, g.x.dtype, expert.start * l.K);
+      backward.dbias = g.dbias ? g.dbias + expert.e * l.N : nullptr;
+      const std::vector<Adapter> adapters = adapters_of(l, x, moved, expert, expert.e - span.first);
+      if (x.tenants == 1) {
+        backward.da = adapters[0].da;
+        backward.db = adapters[0].db;
+        lora_linear_backward(with_adapter(layer, adapters[0]), backward);
+      } else {
+        multi_lora_linear_backward(layer, adapters, backward);
+      }
+    });
+    zero_gradients(l, x, span, moved);
   });
-  for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++])
-    if (x.stops[e] == start) {
-      zero_rows(g.da, l.a.dtype, e, e + 1, x.da);
-      zero_rows(g.db, l.b.dtype, e, e + 1, x.db);
-      zero_rows(g.dbias, DType::f32, e, e + 1, l.N);
-    }
-  zero_rows(g.dx, g.x.dtype, x.stops[x.count - 1], l.M, l.K);
+  for (int64_t e = 0; e < x.count; ++e)
+    if (!rows_of(x, e)) zero_rows(g.dbias, DType::f32, e, e + 1, l.N);
+  zero_rows(g.dx, g.x.dtype, start_of(x, x.count), l.M, l.K);
 }
 
 }  // namespace lora_kernels

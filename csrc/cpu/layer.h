@@ -64,25 +64,39 @@ void multi_lora_linear(const Layer& layer, const std::vector<Adapter>& adapters,
 void multi_lora_linear_backward(const Layer& layer, const std::vector<Adapter>& adapters,
                                 const Backward& g);
 
-// Experts: rows of x sorted by expert, each expert with a weight and an adapter of its own. Of the
-// layer w, codes, a, b and bias are the first expert's, M counts all rows; gate and c are not used.
+// Experts: rows of x sorted by expert, each expert with a weight of its own, and an expert's rows
+// by tenant, each tenant with an adapter of its own in every expert. Of the layer w, codes and bias
+// are the first expert's, M counts all rows, R is the largest rank; a, b, scaling, gate and c are
+// not used.
 struct Experts {
-  int64_t count;
-  const int64_t* stops;          // [count], one past each expert's last row, rising
-  int64_t w, table, a, b, bias;  // from one expert to the next, in elements; table: nested_code's
-  int64_t da, db;                // the same of the gradients, which are contiguous
-  bool transposed;               // as in Layer
-  int64_t few_rows;  // an expert of no more rows takes few_rows in the forward; 0: none does
-  bool has_base;     // else y and dx hold the base GEMM of the others
+  int64_t count, tenants;
+  const int64_t* stops;    // [count, tenants], one past each pair's last row, rising
+  int64_t w, table, bias;  // from one expert to the next, in elements; table: nested_code's
+  bool transposed;         // as in Layer
+  int64_t few_rows;        // an expert of no more rows takes few_rows in the forward; 0: none does
+  bool has_base;           // else y and dx hold the base GEMM of the others
 };
 
-// As lora_linear for each expert. Rows of y and P after the last expert's are zeros. Codes must
-// begin a block, and a block of nested scales, at each expert. B of any strides: that of the
-// experts with rows is copied if it is not contiguous.
-void lora_experts(Layer layer, Experts experts, const Forward& f);
+// The adapters of one tenant.
+struct Tenant {
+  Matrix a, b;  // the first expert's, as in Layer; b's rows or columns are contiguous,
+                // or it is as PEFT stores it, [N, R, count], and its gradient too
+  int64_t a_stride, b_stride;  // from one expert to the next, in elements
+  int64_t R;                   // their rank
+  float scaling;               // alpha / r
+  void *da, *db;  // their gradients [count, R, K] and [count, N, R] or [N, R, count], in their
+                  // dtypes; not computed where null
+};
 
-// As lora_linear_backward for each expert. Zeros: the gradients of an expert without rows, and dx
-// after the last expert's rows. dbias is [count, N].
-void lora_experts_backward(Layer layer, Experts experts, const Backward& g);
+// As lora_linear for each expert with one tenant, else as multi_lora_linear. Rows of y and P after
+// the last expert's are zeros. Codes must begin a block, and a block of nested scales, at each
+// expert.
+void lora_experts(const Layer& layer, const Experts& experts, const std::vector<Tenant>& tenants,
+                  const Forward& f);
+
+// As the backward for each expert. Zeros: the gradients of a pair without rows, and dx after the
+// last expert's rows. dbias is [count, N].
+void lora_experts_backward(const Layer& layer, const Experts& experts,
+                           const std::vector<Tenant>& tenants, const Backward& g);
 
 }  // namespace lora_kernels

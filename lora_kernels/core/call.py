@@ -154,18 +154,18 @@ class ExpertsOperands(NamedTuple):
         x: [M, K].
         weight: W [E, N, K], dense with any strides, or packed in 4 bits as one matrix of E·N rows
             (E·K if `ExpertsSpec.transposed`). None for the low-rank update alone.
-        lora_A: [G, R, K] of the groups, which are E·T pairs of expert and tenant, or the experts;
-            R is 0 for experts without adapters.
-        lora_B: [G, N, R], any strides.
-        offsets: [G], one past each group's last row. Later rows belong to no expert.
+        lora_A: of T tenants [E, R_t, K]; the rank may be 0.
+        lora_B: of T tenants [E, N, R_t], any strides.
+        offsets: [E·T], one past the last row of each pair of expert and tenant, an expert's next to
+            each other. Later rows belong to no expert.
         bias: [E, N] or None. The backward gets None.
         rng, mask: as in `Operands`; the mask's rows are those of the sorted x.
     """
 
     x: Tensor
     weight: Tensor | Packed4bit | None
-    lora_A: Tensor
-    lora_B: Tensor
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
     offsets: Tensor
     bias: Tensor | None = None
     rng: Tensor | None = None
@@ -176,35 +176,34 @@ class ExpertsSpec(NamedTuple):
     """The other arguments, as in `Spec`.
 
     Args:
+        scaling: of each tenant.
         transposed: whether a 4-bit weight is packed as [E, K, N].
         has_tail: whether rows of no expert may follow the last expert's.
-        tenants: T, the groups of an expert.
     """
 
-    scaling: float
+    scaling: Sequence[float]
     dropout_p: float
     dtype: torch.dtype
     y_dtype: torch.dtype
     transposed: bool = False
     has_tail: bool = True
-    tenants: int = 1
 
 
 class ExpertsNeeds(NamedTuple):
-    """The gradients that the backward computes."""
+    """The gradients that the backward computes, of lora_A and lora_B for each tenant."""
 
     x: bool
-    lora_A: bool
-    lora_B: bool
+    lora_A: Sequence[bool]
+    lora_B: Sequence[bool]
     bias: bool = False
 
 
 class ExpertsGrads(NamedTuple):
-    """The gradients, as in `Grads`; zeros for an expert without rows, and for rows of no expert."""
+    """The gradients, as in `Grads`; zeros for a pair without rows, and for rows of no expert."""
 
-    x: Tensor | None = None
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
+    x: Tensor | None
+    lora_A: Sequence[Tensor | None]
+    lora_B: Sequence[Tensor | None]
     bias: Tensor | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,12 +22,11 @@ UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 
 
 class ExpertsAdapter(NamedTuple):
-    """The adapters of one projection: one for each expert, or one for each expert and tenant.
+    """The adapter of one projection, or of one tenant for the projection.
 
     Args:
-        lora_A: [E, R, in-features]. With T tenants [E·T, R, in-features], where the T matrices of
-            an expert are adjacent.
-        lora_B: [E, out-features, R] or [E·T, out-features, R], any strides.
+        lora_A: [E, R, in-features].
+        lora_B: [E, out-features, R], any strides.
         scaling: alpha / r.
         dropout_p: probability of zeroing an element of the projection's input.
     """
@@ -156,7 +155,7 @@ class LoRAExperts(nn.Module):
         """See `experts_forward`."""
         dropout_p = self.dropout if self.training else 0.0
         adapters = {
-            name: ExpertsAdapter(lora_A, self.lora_B[name], self.scaling, dropout_p)
+            name: [ExpertsAdapter(lora_A, self.lora_B[name], self.scaling, dropout_p)]
             for name, lora_A in self.lora_A.items()
         }
         return experts_forward(self.experts, hidden_states, top_k_index, top_k_weights, adapters)
@@ -391,7 +390,7 @@ def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    adapters: Mapping[str, ExpertsAdapter] | None = None,
+    adapters: Mapping[str, Sequence[ExpertsAdapter]] | None = None,
     tenants: Tensor | None = None,
 ) -> Tensor:
     """Compute the experts of each token and add them with their routing weights.
@@ -403,9 +402,10 @@ def experts_forward(
             with expert parallelism they are experts of other devices. Negative values are refused
             on a CPU alone, because reading them would synchronize a GPU.
         top_k_weights: [T, k].
-        adapters: by the name of the projection. A projection may have none.
-        tenants: int64 [T], each token's tenant, or None for one tenant. The number of tenants is
-            the number of lora_A's matrices for an expert. Rows are sorted by expert and tenant.
+        adapters: by the name of the projection, one or one for each tenant. A projection may have
+            none.
+        tenants: int64 [T], each token's tenant, or None for one tenant. Rows are sorted by expert
+            and tenant.
 
     Returns:
         [T, H] in hidden_states' dtype. The result is deterministic.
@@ -423,11 +423,9 @@ def experts_forward(
     if top_k_weights.shape != top_k_index.shape:
         got = list(top_k_weights.shape)
         raise ValueError(f"top_k_weights: got shape {got}, want top_k_index's [{T}, {k}]")
-    groups_per_expert = 1  # groups of an expert
+    groups_per_expert = 1
     if tenants is not None and adapters:
-        groups_per_expert = (
-            max(adapter.lora_A.shape[0] for adapter in adapters.values()) // module.num_experts
-        )
+        groups_per_expert = max(len(per_tenant) for per_tenant in adapters.values())
         top_k_index = top_k_index * groups_per_expert + tenants[:, None]
     groups = module.num_experts * groups_per_expert
     sorted_groups, permutation = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -465,13 +463,15 @@ def _project(
     name: str,
     x: Tensor,
     offsets: Tensor,
-    adapters: Mapping[str, ExpertsAdapter],
+    adapters: Mapping[str, Sequence[ExpertsAdapter]],
 ) -> Tensor:
-    module, adapter = cast(Any, experts), adapters.get(name)
+    module, per_tenant = cast(Any, experts), adapters.get(name)
     weight = stack(experts, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    lora_A, lora_B, scaling, dropout_p = adapter or (None, None, 1.0, 0.0)
-    if adapter is None:
+    lora_A, lora_B, scaling, dropout_p = None, None, [1.0], [0.0]
+    if per_tenant is not None:
+        lora_A, lora_B, scaling, dropout_p = map(list, zip(*per_tenant, strict=True))
+    else:
         groups_per_expert = offsets.shape[0] // module.num_experts
         offsets = offsets[groups_per_expert - 1 :: groups_per_expert]
     # Compute in the weight's dtype, as transformers' grouped_mm does. autocast would copy the
@@ -480,7 +480,7 @@ def _project(
         return lora_experts_linear(
             *(x.to(weight.dtype), weight, lora_A, lora_B, offsets, scaling, bias),
             is_transposed=has_transposed_stack(experts, name),
-            dropout_p=dropout_p,
+            dropout_p=dropout_p[0],
             # transformers says whether experts of other devices can be chosen.
             has_tail=getattr(module, "_is_expert_parallel", True),
         )

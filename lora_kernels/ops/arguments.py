@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -57,6 +58,20 @@ def check_number(name: str, got: float) -> float:
     if isinstance(got, bool) or not isinstance(got, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: got {got!r}, want a number")
     return float(got)
+
+
+def check_scaling(got: float | Sequence[float] | Tensor, count: int) -> tuple[float, ...]:
+    """Return so many factors, from a number for all of them, or from as many."""
+    values: Any = got
+    if isinstance(values, Tensor) and values.dim() == 1:
+        values = values.tolist()
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        factors = tuple(check_number("scaling", factor) for factor in values)
+    else:
+        factors = (check_number("scaling", values),) * count
+    if len(factors) != count:
+        raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {count}")
+    return factors
 
 
 def check_finite(name: str, got: float) -> float:
@@ -159,7 +174,7 @@ def check_x_and_weight(x: Tensor, weight: Tensor | Weight4bit) -> None:
         check_tensor("weight", weight, "a tensor or a Weight4bit")
 
 
-def check_both_or_none(lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+def check_both_or_none(lora_A: object, lora_B: object) -> None:
     if (lora_A is None) != (lora_B is None):
         name, got = ("lora_B", lora_B) if lora_A is not None else ("lora_A", lora_A)
         raise TypeError(f"{name}: got {got}, want a tensor, or None for both lora_A and lora_B")

@@ -128,17 +128,18 @@ def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     return True
 
 
-def check_memory(names: Sequence[str], values: Sequence[Any]) -> None:
+def check_memory(names: Sequence[str], arguments: Sequence[Any]) -> None:
     """Raise RuntimeError for an operand whose memory was freed, because kernels read addresses.
 
-    values: tensors, lists of tensors, and others, which are skipped.
+    arguments: tensors, lists of tensors, and others, which are skipped.
     """
-    for name, value in zip(names, values, strict=False):
-        is_list = isinstance(value, (list, tuple))
-        for i, t in enumerate(value if is_list else (value,)):
+    for name, value in zip(names, arguments, strict=False):
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        for i, t in enumerate(values):
             if isinstance(t, Tensor) and not t.is_meta and t.numel() and t.data_ptr() == 0:
+                place = f"{name}[{i}]" if len(values) > 1 else name
                 raise RuntimeError(
-                    f"{f'{name}[{i}]' if is_list else name}: got a tensor {list(t.shape)} whose "
+                    f"{place}: got a tensor {list(t.shape)} whose "
                     "memory was freed (untyped_storage().resize_(0)), want one with its values"
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from .arguments import (
     check_dropout,
     check_dtypes,
     check_integers,
-    check_number,
+    check_scaling,
     check_tensor,
     check_weight,
     check_x_and_weight,
@@ -55,10 +56,10 @@ BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_expert
 def lora_experts_linear(
     x: Tensor,
     weight: Tensor | Weight4bit,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    lora_A: Tensor | Sequence[Tensor] | None,
+    lora_B: Tensor | Sequence[Tensor] | None,
     offsets: Tensor,
-    scaling: float = 1.0,
+    scaling: float | Sequence[float] = 1.0,
     bias: Tensor | None = None,
     *,
     is_transposed: bool = False,
@@ -77,23 +78,24 @@ def lora_experts_linear(
     base GEMM runs once for all tenants of an expert. A NaN of a tenant stays in its rows and in its
     adapter.
 
-    On a CPU neither direction copies a dense weight. On a GPU W + scaling·B·A of all experts is
-    computed where that moves fewer bytes and takes fewer FLOPs: from 2·E·N·K / (N + K) rows on,
-    with one tenant and without dropout. A 4-bit weight is decoded one expert at a time, or on a GPU
-    in pieces of at most 256 MiB.
+    On a CPU neither direction copies a dense weight, and no tenant's A is copied. On a GPU
+    W + scaling·B·A of all experts is computed where that moves fewer bytes and takes fewer FLOPs:
+    from 2·E·N·K / (N + K) rows on, with one tenant and without dropout. A 4-bit weight is decoded
+    one expert at a time, or on a GPU in pieces of at most 256 MiB.
 
     Args:
         x: [M, K], float32, bfloat16, float16 or float64.
         weight: [E, N, K], frozen, with any strides, in x's dtype unless autocast is on; or a
             `Weight4bit` of that shape.
-        lora_A: [E, R, K], with T tenants [E·T, R, K]. None, like lora_B: no adapters.
-        lora_B: [E, N, R] or [E·T, N, R], any strides. PEFT's weights [N, R·E] are
-            `weight.view(N, R, E).permute(2, 0, 1)`.
+        lora_A: [E, R, K]; of T tenants a sequence of such tensors, of any ranks and one dtype, or
+            [E·T, R, K]. None, like lora_B: no adapters.
+        lora_B: [E, N, R], any strides; of T tenants a sequence, or [E·T, N, R]. PEFT's weights
+            [N, R·E] are `weight.view(N, R, E).permute(2, 0, 1)`.
         offsets: int32 or int64 [E] or [E·T], ascending: one past the last row of each expert, as in
             `torch.nn.functional.grouped_mm`, or of each pair, all tenants of an expert one after
             the other. Rows from offsets[-1] on belong to no expert, and y is zero. The values are
             checked on the CPU alone, because reading them would synchronize a GPU.
-        scaling: alpha / r.
+        scaling: alpha / r, one number for all tenants or one for each.
         bias: [E, N] or None.
         is_transposed: whether `weight` is [E, K, N].
         dropout_p, rng, dropout_mask, compute_dtype: as in `lora_linear`. The mask's rows are those
@@ -103,8 +105,8 @@ def lora_experts_linear(
 
     Returns:
         y [M, N], in autocast's dtype if autocast is enabled for x's device, else in x's.
-        Differentiable once in x, lora_A, lora_B and bias. The gradients of an expert without rows
-        are zero.
+        Differentiable once in x, lora_A, lora_B and bias. The gradients of a pair without rows are
+        zero.
 
     Raises:
         ValueError, TypeError: an argument is invalid; the message names the argument.
@@ -128,10 +130,14 @@ def lora_experts_linear(
         )
     check_both_or_none(lora_A, lora_B)
     if lora_A is None or lora_B is None:
-        lora_A, lora_B = x.new_empty(E, 0, K), x.new_empty(E, N, 0)
-    else:
+        As, Bs = [x.new_empty(E, 0, K)], [x.new_empty(E, N, 0)]
+    elif isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor):
         _check_experts_adapter(x, lora_A, lora_B, (E, N, K))
-    tenants = lora_A.shape[0] // E
+        As, Bs = _unstack(lora_A, E), _unstack(lora_B, E)
+    else:
+        As, Bs = _check_tenants(x, lora_A, lora_B, (E, N, K))
+    tenants = len(As)
+    factors = check_scaling(scaling, tenants)
     _check_offsets(offsets, E * tenants, x)
     device_type, _ = context.device_of(x)
     cast_dtype = context.autocast_dtype(device_type, x.dtype)
@@ -147,21 +153,59 @@ def lora_experts_linear(
         check_dtypes("x", x.dtype, bias=bias.dtype)
         check_devices("x", x, bias=bias)
     if cast_dtype and is_on_gpu_path(device_type):
-        x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
+        x, *both = (t.to(y_dtype) for t in (x, *As, *Bs))
+        As, Bs = both[:tenants], both[tenants:]
         base = None if base is None else base.to(y_dtype)
     dropout_p, rng, mask = check_dropout(x, dropout_p, rng, dropout_mask)
-    others = bool(is_transposed), bool(has_tail), tenants
-    spec = ExpertsSpec(check_number("scaling", scaling), dropout_p, dtype, y_dtype, *others)
+    others = bool(is_transposed), bool(has_tail)
+    spec = ExpertsSpec(factors, dropout_p, dtype, y_dtype, *others)
     frozen = codes[:PACKED4BIT_TENSORS] or (base,)
     operand = Packed4bit(*codes) if codes else base
-    operands = ExpertsOperands(x, operand, lora_A, lora_B, offsets, bias, rng, mask)
+    operands = ExpertsOperands(x, operand, As, Bs, offsets, bias, rng, mask)
     if not torch.is_grad_enabled() and context.can_bypass_dispatcher(*tensors_of(operands)):
         return lora_experts_undispatched(operands, spec)[0]
     options = Options(spec, codes[PACKED4BIT_TENSORS:])
     context.refuse_context()
     return LoRAExpertsFunction.apply(  # type: ignore[no-any-return]
-        x, lora_A, lora_B, bias, offsets, options, rng, mask, *frozen
+        x, bias, offsets, options, rng, mask, *As, *Bs, *frozen
     )
+
+
+def _unstack(t: Tensor, experts: int) -> list[Tensor]:
+    """Return the T stacks of a tensor [E·T, ..]."""
+    return [t] if t.shape[0] == experts else list(t.unflatten(0, (experts, -1)).unbind(1))
+
+
+def _check_tenants(
+    x: Tensor, lora_A: Any, lora_B: Any, sizes: tuple[int, int, int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the stacks of each tenant."""
+    E, N, K = sizes
+    for name, tensors in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(tensors, Sequence) or not tensors:
+            want = "a sequence of a tensor for each tenant, as the other has"
+            raise TypeError(f"{name}: got {type(tensors).__name__}, want {want}")
+        for t, tensor in enumerate(tensors):
+            check_tensor(f"{name}[{t}]", tensor)
+    if len(lora_B) != len(lora_A):
+        want = f"{len(lora_A)}, as many as of lora_A"
+        raise ValueError(f"lora_B: got tensors of {len(lora_B)} tenants, want {want}")
+    dtypes = lora_A[0].dtype, lora_B[0].dtype
+    for t, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        names = f"lora_A[{t}]", f"lora_B[{t}]"
+        if A.dim() != 3 or A.shape[::2] != (E, K):
+            raise ValueError(f"{names[0]}: got shape {list(A.shape)}, want [{E}, R, {K}]")
+        if B.shape != (E, N, A.shape[1]):
+            want = f"[{E}, {N}, {A.shape[1]}]"
+            raise ValueError(f"{names[1]}: got shape {list(B.shape)}, want {want}")
+        if (A.dtype, B.dtype) != dtypes:
+            raise TypeError(
+                f"{names[0]}, {names[1]}: got {A.dtype}, {B.dtype}, want {dtypes[0]}, {dtypes[1]}, "
+                "as the first have"
+            )
+        check_devices("x", x, **dict(zip(names, (A, B), strict=True)))
+    check_dtypes("x", x.dtype, lora_A=dtypes[0], lora_B=dtypes[1])
+    return list(lora_A), list(lora_B)
 
 
 def _check_experts_adapter(
@@ -217,31 +261,31 @@ class Options(NamedTuple):
 class LoRAExpertsFunction(torch.autograd.Function):
     """The op `lora_experts` with `lora_experts_backward`.
 
-    `weight` is a dense weight or the tensors of a 4-bit weight. The backward needs the operands
-    and P [M, R], but x for dA alone, and P for dB.
+    `tensors` are lora_A of each tenant, lora_B of each, and a dense weight or the tensors of a
+    4-bit weight. The backward needs the operands and P [M, R], but x for dA alone, and P for dB.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
         bias: Tensor | None,
         offsets: Tensor,
         options: Options,
         rng: Tensor | None,
         mask: Tensor | None,
-        *weight: Any,
+        *tensors: Any,
     ) -> Tensor:
         spec, blocksizes = options
-        base = join_weight(weight, blocksizes)
+        T = len(spec.scaling)
+        lora_A, lora_B, base = tensors[:T], tensors[T : 2 * T], tensors[2 * T :]
+        base = join_weight(base, blocksizes)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng, mask)
         y, saved = _call_forward(ctx, operands, spec)
         mask = mask if saved.mask is None else saved.mask
-        kept_x = x if ctx.needs_input_grad[1] else None
-        kept_p = saved.p if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(kept_x, lora_A, lora_B, offsets, kept_p, rng, mask, *weight)
+        need_A, need_B = ctx.needs_input_grad[6 : 6 + T], ctx.needs_input_grad[6 + T : 6 + 2 * T]
+        kept = x if any(need_A) else None, saved.p if any(need_B) else None
+        ctx.save_for_backward(*kept, offsets, rng, mask, *tensors)
         ctx.options, ctx.x_dtype = options, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -249,27 +293,28 @@ class LoRAExpertsFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, offsets, p, rng, mask, *weight = tensors
+        x, p, offsets, rng, mask, *tensors_of_weights = tensors
         spec, blocksizes = ctx.options
-        _, R, K = lora_A.shape
+        T, need = len(spec.scaling), ctx.needs_input_grad
+        lora_A, lora_B = tensors_of_weights[:T], tensors_of_weights[T : 2 * T]
+        base = join_weight(tensors_of_weights[2 * T :], blocksizes)
+        R, K = max(A.shape[1] for A in lora_A), lora_A[0].shape[2]
         x = new_unsaved(dy, K, ctx.x_dtype) if x is None else x
         p = new_unsaved(dy, R, stat_dtype(spec.dtype)) if p is None else p
-        needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
-        base = join_weight(weight, blocksizes)
+        needs = ExpertsNeeds(need[0], need[6 : 6 + T], need[6 + T : 6 + 2 * T], need[1])
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng, mask)
         grads = _call_backward(ctx, dy, operands, Saved(p), spec, needs)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
-        return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (4 + len(weight))
+        nones = [None] * (len(tensors_of_weights) - 2 * T)
+        return grads.x, dbias, None, None, None, None, *grads.lora_A, *grads.lora_B, *nones
 
 
 def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | None = None) -> Choice:
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
     x, weight, lora_A, lora_B, *_ = operands
-    (device_type, index), (M, K), (_, N, R) = context.device_of(x), x.shape, lora_B.shape
-    dtypes, is_4bit = (
-        (x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype),
-        isinstance(weight, Packed4bit),
-    )
+    (device_type, index), (M, K), N = context.device_of(x), x.shape, lora_B[0].shape[1]
+    R, is_4bit = max(A.shape[1] for A in lora_A), isinstance(weight, Packed4bit)
+    dtypes = x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype
     extra = selection.extra_operands(operands, spec.dropout_p)
     problem = Problem(device_type, *dtypes, R, M, is_4bit, N, K, extra, index)
     return selection.choose_experts(problem, requested)
@@ -314,7 +359,8 @@ def _lora_experts(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
 
 def _lora_experts_fake(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
     operands, spec = split(args, ExpertsOperands, ExpertsSpec)
-    x, (M, K), (_, N, R) = operands.x, operands.x.shape, operands.lora_B.shape
+    x, (M, K), N = operands.x, operands.x.shape, operands.lora_B[0].shape[1]
+    R = max(A.shape[1] for A in operands.lora_A)
     draws = draws_mask(operands, spec)
     return (
         x.new_empty(M, N, dtype=spec.y_dtype),
@@ -325,9 +371,9 @@ def _lora_experts_fake(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
 
 _EXPERTS = define(
     "lora_experts",
-    "(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor offsets, Tensor? bias, "
-    "Tensor? rng, Tensor? mask, float scaling, float dropout_p, ScalarType dtype, "
-    'ScalarType y_dtype, bool transposed, bool has_tail, int tenants, *, str choice="") -> '
+    "(Tensor x, Tensor? weight, Tensor[] lora_A, Tensor[] lora_B, Tensor offsets, Tensor? bias, "
+    "Tensor? rng, Tensor? mask, float[] scaling, float dropout_p, ScalarType dtype, "
+    'ScalarType y_dtype, bool transposed, bool has_tail, *, str choice="") -> '
     "(Tensor y, Tensor p, Tensor mask)",
     _lora_experts,
     _lora_experts_fake,
@@ -337,38 +383,41 @@ _EXPERTS = define(
 
 def _lora_experts_backward(
     dy: Tensor, p: Tensor, *args: Any, choice: str = ""
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     operands, spec, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
     chosen = choose(operands, spec, selection.parse_request(choice))
     grads = lora_experts_backward_undispatched(dy, operands, Saved(p), spec, needs, chosen)
     return (
         or_empty(grads.x, operands.x.dtype, dy),
-        or_empty(grads.lora_A, operands.lora_A.dtype, dy),
-        or_empty(grads.lora_B, operands.lora_B.dtype, dy),
+        [or_empty(t, A.dtype, dy) for t, A in zip(grads.lora_A, operands.lora_A, strict=True)],
+        [
+            or_empty(t, B.dtype, dy).contiguous()  # as the fake says
+            for t, B in zip(grads.lora_B, operands.lora_B, strict=True)
+        ],
         or_empty(grads.bias, p.dtype, dy),
     )
 
 
 def _lora_experts_backward_fake(
     dy: Tensor, p: Tensor, *args: Any, choice: str = ""
-) -> tuple[Tensor, ...]:
-    operands, spec, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    operands, _, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
     x, lora_A, lora_B = operands.x, operands.lora_A, operands.lora_B
     return (
         new_grad(needs.x, x.shape, x.dtype, x),
-        new_grad(needs.lora_A, lora_A.shape, lora_A.dtype, x),
-        new_grad(needs.lora_B, lora_B.shape, lora_B.dtype, x),
-        new_grad(needs.bias, (lora_B.shape[0] // spec.tenants, lora_B.shape[1]), p.dtype, x),
+        [new_grad(n, A.shape, A.dtype, x) for n, A in zip(needs.lora_A, lora_A, strict=True)],
+        [new_grad(n, B.shape, B.dtype, x) for n, B in zip(needs.lora_B, lora_B, strict=True)],
+        new_grad(needs.bias, lora_B[0].shape[:2], p.dtype, x),
     )
 
 
 _BACKWARD = define(
     "lora_experts_backward",
-    "(Tensor dy, Tensor p, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, "
-    "Tensor offsets, Tensor? bias, Tensor? rng, Tensor? mask, float scaling, float dropout_p, "
-    "ScalarType dtype, ScalarType y_dtype, bool transposed, bool has_tail, int tenants, "
-    'bool need_x, bool need_lora_A, bool need_lora_B, bool need_bias, *, str choice="") -> '
-    "(Tensor grad_x, Tensor grad_lora_A, Tensor grad_lora_B, Tensor grad_bias)",
+    "(Tensor dy, Tensor p, Tensor x, Tensor? weight, Tensor[] lora_A, Tensor[] lora_B, "
+    "Tensor offsets, Tensor? bias, Tensor? rng, Tensor? mask, float[] scaling, float dropout_p, "
+    "ScalarType dtype, ScalarType y_dtype, bool transposed, bool has_tail, "
+    'bool need_x, bool[] need_lora_A, bool[] need_lora_B, bool need_bias, *, str choice="") -> '
+    "(Tensor grad_x, Tensor[] grad_lora_A, Tensor[] grad_lora_B, Tensor grad_bias)",
     _lora_experts_backward,
     _lora_experts_backward_fake,
 )
@@ -399,5 +448,6 @@ def _call_backward(
         return lora_experts_backward_undispatched(dy, operands, saved, spec, needs, ctx.choice)
     context.refuse_tangent(dy)
     others = *spec, *needs
-    grads = call_op(_BACKWARD, (dy, saved.p), operands, *others, choice=str(ctx.choice))
-    return ExpertsGrads(*needed(grads, needs))
+    dx, dA, dB, dbias = call_op(_BACKWARD, (dy, saved.p), operands, *others, choice=str(ctx.choice))
+    dA, dB = needed(dA, needs.lora_A), needed(dB, needs.lora_B)
+    return ExpertsGrads(dx if needs.x else None, dA, dB, dbias if needs.bias else None)

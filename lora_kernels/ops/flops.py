@@ -98,16 +98,17 @@ def _multi_backward(*args: Any, **__: Any) -> int:
     return _backward_flops(_rows(x), x[-1], Bs[0][0], R, weight is not None, needs)
 
 
-def _experts(x: Shape, weight: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
-    # Of the low-rank update: W + s·B·A is computed only where that takes fewer.
-    return _flops(x[0], A[2], B[1], A[1], weight is not None)
+def _experts(x: Shape, weight: Shape, As: Shape, Bs: Shape, *_: Any, **__: Any) -> int:
+    # Of the low-rank update: W + s·B·A is computed only where that takes fewer. Which rows have
+    # which tenant is not in the shapes: an upper bound.
+    return _flops(x[0], x[1], Bs[0][1], max(A[1] for A in As), weight is not None)
 
 
 def _experts_backward(*args: Any, **__: Any) -> int:
-    x, weight, A, B, *others = args[2:]  # after dy and what the forward saved
+    x, weight, As, Bs, *others = args[2:]  # after dy and what the forward saved
     need = ExpertsNeeds(*others[-len(ExpertsNeeds._fields) :])
-    needs = need.x, need.lora_A, need.lora_B, False
-    return _backward_flops(x[0], A[2], B[1], A[1], weight is not None, needs)
+    needs, R = (need.x, any(need.lora_A), any(need.lora_B), False), max(A[1] for A in As)
+    return _backward_flops(x[0], x[1], Bs[0][1], R, weight is not None, needs)
 
 
 def _head_backward(x: Shape, A: Shape, B: Shape, needs: tuple[bool, ...]) -> int:

@@ -33,7 +33,7 @@ from .arguments import (
     check_dropout,
     check_dtypes,
     check_integers,
-    check_number,
+    check_scaling,
     check_tensor,
     check_vector,
     check_weight,
@@ -136,15 +136,7 @@ def multi_lora_linear(
     if index.shape != x.shape[:-1]:
         raise ValueError(f"index: got shape {list(index.shape)}, want x's {list(x.shape[:-1])}")
     check_devices("x", x, index=index)
-    values: Any = scaling
-    if isinstance(values, Tensor) and values.dim() == 1:
-        values = values.tolist()
-    if isinstance(values, Sequence) and not isinstance(values, str):
-        factors = tuple(check_number("scaling", factor) for factor in values)
-    else:
-        factors = (check_number("scaling", values),) * E
-    if len(factors) != E:
-        raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
+    factors = check_scaling(scaling, E)
     weight, codes, dtype = check_weight(x, weight, (N, K), compute_dtype, cast_dtype)
     if bias is not None:
         check_vector("bias", bias, N, x)

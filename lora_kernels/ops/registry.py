@@ -102,8 +102,8 @@ def split(args: Sequence[Any], *call_types: Any) -> list[Any]:
     """Return an op's flat arguments as call types, whose fields they are in order.
 
     >>> from lora_kernels.core.call import ExpertsNeeds
-    >>> split((True, True, False, False), ExpertsNeeds)
-    [ExpertsNeeds(x=True, lora_A=True, lora_B=False, bias=False)]
+    >>> split((True, [True], [False], False), ExpertsNeeds)
+    [ExpertsNeeds(x=True, lora_A=[True], lora_B=[False], bias=False)]
     """
     calls, start = [], 0
     for call_type in call_types:

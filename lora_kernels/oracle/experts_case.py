@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..backends import library
 from ..backends.eager.stack4bit import ALIGNED
@@ -21,6 +22,7 @@ from .case import Allowances, AnyCase, Case, Source
 
 def plain_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
     """Compute the layer without this package, as a loop over experts."""
+    others = _stacked(others)
     x, dtype = others["x"], others["x"].dtype
     if isinstance(weight, Weight4bit):
         weight = weight.dequantize(dtype)
@@ -40,6 +42,7 @@ def plain_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
 
 def narrow_pytorch(**args: Any) -> Tensor:
     """Compute the layer with an adapter in x's dtype, as the eager backend's `grouped_mm` does."""
+    args = _stacked(args)
     adapter = {name: args[name].to(args["x"].dtype) for name in ("lora_A", "lora_B")}
     return plain_pytorch(**{**args, **adapter})
 
@@ -56,6 +59,20 @@ def folded_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor
         parts.append(y if others["bias"] is None else y + others["bias"][e])
         start = stop
     return torch.cat([*parts, y.new_zeros(others["x"].shape[0] - start, folded.shape[1])])
+
+
+def _stacked(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the tenants' tensors in one, padded with zeros."""
+    if isinstance(args["lora_A"], Tensor):
+        return args
+    first, R = args["scaling"][0], max(A.shape[1] for A in args["lora_A"])
+    lora_A = [functional.pad(A, (0, 0, 0, R - A.shape[1])) for A in args["lora_A"]]
+    lora_B = [
+        functional.pad(B * (factor / first), (0, R - B.shape[2]))
+        for B, factor in zip(args["lora_B"], args["scaling"], strict=True)
+    ]
+    A, B = (torch.stack(tensors, 1).flatten(0, 1) for tensors in (lora_A, lora_B))
+    return {**args, "lora_A": A, "lora_B": B, "scaling": first}
 
 
 def _repeat_for_tenants(t: Any, lora_A: Tensor) -> Any:
@@ -83,6 +100,7 @@ class ExpertsCase(AnyCase):
     bias: bool = True
     peft_layout: bool = False  # of lora_B
     tenants: int = 1
+    ranks: tuple[int, ...] = ()  # of each tenant, if its tensors are its own; R is the largest
 
     op = staticmethod(lora_experts_linear)
 
@@ -113,18 +131,27 @@ class ExpertsCase(AnyCase):
         return all(n * self.dtype.itemsize % ALIGNED == 0 for n in (self.N, self.K, self.R))
 
     def draw(self, source: Source) -> dict[str, Any]:
-        E, G, M, N, K, R = self.experts, len(self.rows), self.M, self.N, self.K, self.R
-        adapter = self.adapter_dtype or self.dtype
+        E, M, N, K, adapter = self.experts, self.M, self.N, self.K, self.adapter_dtype or self.dtype
         shape = (E, K, N) if self.transposed else (E, N, K)
         weight = source.weight(shape, K**-0.5, self.dtype)
-        lora_B = source((N, R, G) if self.peft_layout else (G, N, R), R**-0.5, adapter)
+
+        def draw_B(groups: int, R: int) -> Tensor:
+            shape = (N, R, groups) if self.peft_layout else (groups, N, R)
+            B = source(shape, max(R, 1) ** -0.5, adapter)
+            return B.permute(2, 0, 1) if self.peft_layout else B
+
+        def draw_A(groups: int, R: int) -> Tensor:
+            return source((groups, R, K), K**-0.5, adapter)
+
+        G, scaling = len(self.rows), 2.0 if self.values == "integers" else 1.25
+        lora_B = [draw_B(E, R) for R in self.ranks] or draw_B(G, self.R)
         return {
             "x": source((M, K), 1.0, self.dtype),
             "weight": weight,
-            "lora_A": source((G, R, K), K**-0.5, adapter),
-            "lora_B": lora_B.permute(2, 0, 1) if self.peft_layout else lora_B,
+            "lora_A": [draw_A(E, R) for R in self.ranks] or draw_A(G, self.R),
+            "lora_B": lora_B,
             "offsets": torch.tensor(self.rows).cumsum(0).to(self.device),
-            "scaling": 2.0 if self.values == "integers" else 1.25,
+            "scaling": [scaling * 2.0**t for t in range(len(self.ranks))] or scaling,
             "bias": source((E, N), 1.0, self.dtype) if self.bias else None,
             "is_transposed": self.transposed,
             "dy": source((M, N), 1.0, self.dtype),
@@ -132,7 +159,8 @@ class ExpertsCase(AnyCase):
 
     @staticmethod
     def equation(*, weight: Tensor, is_transposed: bool, **others: Any) -> Tensor:
-        """Call the reference, which takes weights [E, N, K] alone."""
+        """Call the reference, which takes weights [E, N, K] and one tensor for all tenants."""
+        others = _stacked(others)
         weight = weight.mT if is_transposed else weight
         weight, others["bias"] = (
             _repeat_for_tenants(t, others["lora_A"]) for t in (weight, others["bias"])

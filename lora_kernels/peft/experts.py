@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..layers.experts import (
     ExpertsAdapter,
@@ -42,7 +41,8 @@ class FusedParamWrapper(Fused, ParamWrapper):
             return ParamWrapper.forward(self, x, *args, **kwargs)
         wrappers, tenants = wrappers_of(self), None
         if names is None:
-            by_parameter = {wrapper.parameter_name: active_adapter(wrapper) for wrapper in wrappers}
+            active = {wrapper.parameter_name: active_adapter(wrapper) for wrapper in wrappers}
+            by_parameter = {name: adapter and [adapter] for name, adapter in active.items()}
         else:
             tenant_names = list(dict.fromkeys(names))
             by_parameter = {
@@ -84,32 +84,18 @@ def active_adapter(wrapper: Any) -> ExpertsAdapter | None:
     return ExpertsAdapter(lora_A, lora_B, 1.0)
 
 
-def adapters_by_tenant(wrapper: Any, names: Sequence[str]) -> ExpertsAdapter | None:
-    """Return the adapters with these names, stacked for each expert in the order of the names.
+def adapters_by_tenant(wrapper: Any, names: Sequence[str]) -> list[ExpertsAdapter] | None:
+    """Return the adapters with these names, in order; None if the wrapper has none of them.
 
-    All are copied into one tensor, padded to the largest rank. A name that the wrapper lacks, such
-    as PEFT's "__base__", gets zeros. Returns None if the wrapper has none of the adapters.
+    A name that the wrapper lacks, such as PEFT's "__base__", gets an adapter of rank 0.
     """
     adapters = [_factors(wrapper, name) if name in wrapper.lora_A else None for name in names]
     if (first_adapter := next(filter(None, adapters), None)) is None:
         return None
-    rank = max(adapter.lora_A.shape[1] for adapter in adapters if adapter is not None)
-    As, Bs = [], []
-    for adapter in adapters:
-        A, B, scaling, _ = adapter or (
-            first_adapter.lora_A[:, :0],
-            first_adapter.lora_B[:, :, :0],
-            first_adapter.scaling,
-            0.0,
-        )
-        if scaling != first_adapter.scaling:
-            B = B * (scaling / first_adapter.scaling)
-        if padding := rank - A.shape[1]:
-            A, B = functional.pad(A, (0, 0, 0, padding)), functional.pad(B, (0, padding))
-        As.append(A)
-        Bs.append(B)
-    lora_A, lora_B = (torch.stack(matrices, dim=1).flatten(0, 1) for matrices in (As, Bs))
-    return ExpertsAdapter(lora_A, lora_B, first_adapter.scaling)
+    empty = first_adapter._replace(
+        lora_A=first_adapter.lora_A[:, :0], lora_B=first_adapter.lora_B[:, :, :0]
+    )
+    return [adapter or empty for adapter in adapters]
 
 
 def _tenant_of_tokens(names: Sequence[str], tenant_names: Sequence[str], x: Tensor) -> Tensor:

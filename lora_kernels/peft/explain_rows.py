@@ -498,8 +498,8 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
         operand: Tensor | Packed4bit = weight.codes
     else:
         operand = weight.mT if is_transposed else weight
-    operands = ExpertsOperands(x, operand, A, B, x)
-    spec = ExpertsSpec(1.0, 0.0, dtype, dtype, is_transposed)
+    operands = ExpertsOperands(x, operand, [A], [B], x)
+    spec = ExpertsSpec((1.0,), 0.0, dtype, dtype, is_transposed)
     choice = experts.choose(operands, spec)
     reason = f"experts; {choice.reason}"
     if choice.is_eager and is_on_gpu_path(device.type):

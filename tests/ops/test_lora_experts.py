@@ -274,12 +274,12 @@ def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
     weight = args["weight"]
     base = tuple(weight.codes) if quant else (weight,)
     tensors = [args[n].detach() for n in ("x", "lora_A", "lora_B")]
-    operands = (tensors[0], *base, *tensors[1:], args["offsets"])
-    spec = 1.25, 0.25, f32, f32, False, True, 1
+    operands = (tensors[0], *base, *([t] for t in tensors[1:]), args["offsets"])
+    spec = [1.25], 0.25, f32, f32, False, True
     if not backward:
         return *operands, args["bias"].detach(), args["rng"], None, *spec
     p = torch.randn(7, 8)
-    needs = True, True, False, True
+    needs = True, [True], [False], True
     return args["dy"], p, *operands, None, args["rng"], None, *spec, *needs
 
 
@@ -295,9 +295,17 @@ def test_opcheck_of_experts_ops_passes(backward: bool, quant: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "tenants",
+    [{"R": 8}, {"R": 16, "tenants": 3, "ranks": (8, 16, 0), "peft_layout": True}],
+    ids=["one", "three"],
+)
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
-def test_lora_experts_linear_compiled_whole_has_the_same_bits(quant: str) -> None:
-    args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, quant=quant, dropout_p=0.25))
+def test_lora_experts_linear_compiled_whole_has_the_same_bits(
+    quant: str, tenants: dict[str, Any]
+) -> None:
+    rows = (2, 0, 3) * tenants.get("tenants", 1)
+    args = inputs(ExpertsCase(rows, 32, 64, quant=quant, dropout_p=0.25, **tenants))
     want = run(lora_experts_linear, args)
     compiled = torch.compile(lora_experts_linear, fullgraph=True, backend="aot_eager")
     got = run(compiled, args)
@@ -322,8 +330,8 @@ def test_calls_that_grouped_mm_refuses_run_expert_by_expert() -> None:
             torch.empty(s, dtype=dtype, device="meta")
             for s in ((5, K), (2, N, K), (2, R, K), (2, N, R))
         )
-        operands = ExpertsOperands(x, W, A, B, torch.tensor([2, 5]))
-        spec = ExpertsSpec(1.0, 0.0, dtype, dtype, False)
+        operands = ExpertsOperands(x, W, [A], [B], torch.tensor([2, 5]))
+        spec = ExpertsSpec((1.0,), 0.0, dtype, dtype, False)
         return eager_experts.is_grouped(operands._replace(**fields), spec)
 
     assert is_grouped() and is_grouped(dtype=f32) and is_grouped(R=4, dtype=f32)
@@ -390,6 +398,22 @@ BAD = {
     "tenants_of_offsets": (
         changed(lora_A=torch.ones(6, 2, 5), lora_B=torch.ones(6, 4, 2)),
         r"offsets: got shape \[2\], want \[6\]",
+    ),
+    "tensors_of_tenants": (
+        changed(lora_A=[torch.ones(2, 2, 5)]),
+        "lora_B: got Tensor, want a sequence of a tensor for each tenant",
+    ),
+    "count_of_tenants": (
+        changed(lora_A=[torch.ones(2, 2, 5)], lora_B=[torch.ones(2, 4, 2)] * 2),
+        "lora_B: got tensors of 2 tenants, want 1, as many as of lora_A",
+    ),
+    "rank_of_a_tenant": (
+        changed(lora_A=[torch.ones(2, 2, 5)] * 2, lora_B=[torch.ones(2, 4, n) for n in (2, 3)]),
+        r"lora_B\[1\]: got shape \[2, 4, 3\], want \[2, 4, 2\]",
+    ),
+    "scaling_of_tenants": (
+        changed(lora_A=[torch.ones(2, 2, 5)], lora_B=[torch.ones(2, 4, 2)], scaling=[1.0, 2.0]),
+        "scaling: got 2 numbers, want one, or 1",
     ),
     "rank_of_B": (
         changed(lora_B=torch.ones(2, 4, 3)),

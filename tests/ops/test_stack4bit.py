@@ -38,8 +38,8 @@ def operands_of(case: ExpertsCase) -> tuple[ExpertsOperands, ExpertsSpec]:
     args = inputs(case)
     tensors = [args[name].detach() for name in ("x", "lora_A", "lora_B", "offsets")]
     x, lora_A, lora_B, offsets = tensors
-    spec = ExpertsSpec(args["scaling"], 0.0, case.dtype, case.dtype, case.transposed)
-    return ExpertsOperands(x, args["weight"].codes, lora_A, lora_B, offsets), spec
+    spec = ExpertsSpec((args["scaling"],), 0.0, case.dtype, case.dtype, case.transposed)
+    return ExpertsOperands(x, args["weight"].codes, [lora_A], [lora_B], offsets), spec
 
 
 def sizes(case: ExpertsCase, backward: bool) -> list[int]:
@@ -161,8 +161,10 @@ def test_decoded_pieces_are_columns_of_the_decoded_stack(
         weight = quantize_4bit(W, blocksize=64, double_quant=nested)
         n, k = (columns, rows) if transposed else (rows, columns)
         A, B = torch.zeros(3, R, k), torch.zeros(3, n, R)
-        operands = ExpertsOperands(torch.zeros(9, k), weight.codes, A, B, torch.tensor([9, 9, 9]))
-        spec = ExpertsSpec(1.0, 0.0, bf16, bf16, transposed)
+        operands = ExpertsOperands(
+            torch.zeros(9, k), weight.codes, [A], [B], torch.tensor([9, 9, 9])
+        )
+        spec = ExpertsSpec((1.0,), 0.0, bf16, bf16, transposed)
         chosen = None if experts is None else torch.tensor(experts)
         stack = stack4bit.build_stack(operands, spec, chosen, backward)
         count = 3 if experts is None else len(experts)
@@ -224,7 +226,7 @@ def test_as_many_rows_as_experts_or_none_decode_the_stack() -> None:
         chosen = eager_experts.chosen_experts(*operands_of(replace(CASE, rows=rows, tail=0)))
         assert (chosen is not None) is few
     dense = operands_of(CASE)[0]._replace(weight=torch.zeros(E, N, K, dtype=bf16))
-    assert stack4bit.chosen_experts(dense, ExpertsSpec(1.0, 0.0, bf16, bf16)) is None
+    assert stack4bit.chosen_experts(dense, ExpertsSpec((1.0,), 0.0, bf16, bf16)) is None
 
 
 def test_experts_that_begin_inside_of_a_block_are_not_chosen() -> None:

@@ -49,6 +49,11 @@ def some_cases(sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[ExpertsCas
         replace(case, quant="mxfp4-32-nested", N=96, transposed=True, adapter_dtype=f32),
         replace(case, quant="nvfp4-16-nested", N=80, adapter_dtype=f32, dropout_p=0.25),
         replace(case, rows=(0, 0, 5), tail=0),
+        # PEFT's lora_B is copied for 32 experts at a time.
+        *(
+            replace(case, rows=(0, 3, 0, 1) * 18, N=33, K=47, R=3, peft_layout=True, dtype=dtype)
+            for dtype in (f32, bf16)
+        ),
         replace(case, rows=(2, 1), tail=9),
         *(replace(case, frozen=(name,)) for name in ("x", "lora_A", "lora_B", "bias")),
         replace(case, frozen=("lora_A", "lora_B", "bias"), quant="nf4-64"),
@@ -59,7 +64,14 @@ def some_cases(sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[ExpertsCas
 def cases_of_tenants() -> list[ExpertsCase]:
     """Cases of two experts for three tenants, and of an expert without rows of some."""
     case = ExpertsCase((3, 0, 9, 1, 20, 5), 64, 128, 8, tenants=3)
+    tensors = replace(case, R=16, ranks=(8, 16, 0))  # of each tenant its own
     return [
+        tensors,
+        replace(tensors, dtype=bf16, peft_layout=True, dropout_p=0.25),
+        replace(tensors, dtype=f16, peft_layout=True, transposed=True, rows=(1, 1, 0, 0, 40, 0)),
+        replace(tensors, rows=(1, 0, 2) * 35, N=33, K=47, dtype=bf16, peft_layout=True),
+        replace(tensors, N=33, K=47, ranks=(3, 13, 1), bias=False, peft_layout=True),
+        replace(tensors, dtype=bf16, quant="nf4-64", adapter_dtype=f32, ranks=(16,) * 3),
         case,
         replace(case, dtype=bf16, adapter_dtype=f32, dropout_p=0.25),
         replace(case, dtype=f16, transposed=True, peft_layout=True),

@@ -8,6 +8,7 @@ expert begins a block of codes and of nested scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +18,7 @@ from ...core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpe
 from ...core.dtypes import DTYPE_NUMBERS, to_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
-from ..experts import runs, split_tenants, weight_of
+from ..experts import runs, weight_of
 from . import heuristics as cpu_heuristics
 from . import native
 from .linear import FUSED, pack_dropout, pack_rows, pointer, rows_of_any, vector
@@ -28,8 +29,7 @@ class _Stack(NamedTuple):
 
     Args:
         tensor: dense, which owns the memory, or None.
-        matrix, codes: the first expert's, dense or 4-bit; the other is None, and both without a
-            base.
+        matrix, codes: the first expert's, dense or 4-bit; the other is None.
         expert_stride: elements from one expert to the next.
         table_stride: of the codes' scales; 0 if one table serves all experts.
         few_rows: the most rows of an expert for the GEMV kernel.
@@ -46,9 +46,7 @@ class _Stack(NamedTuple):
 
 
 def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Stack:
-    weight, (E, N, _), K = operands.weight, operands.lora_B.shape, operands.x.shape[1]
-    if weight is None:
-        return _Stack(None, None, None, 0, 0, 0, False)
+    weight, (E, N, _), K = operands.weight, operands.lora_B[0].shape, operands.x.shape[1]
     if isinstance(weight, Packed4bit):
         shape = (E * K, N) if spec.transposed else (E * N, K)
         is_aligned = _is_block_aligned(weight, N * K)
@@ -58,7 +56,7 @@ def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> 
         table = weight.nested_code
         tables = 0 if table is None or table.dim() == 1 else table.stride(0)
         return _Stack(None, None, codes, N * K, tables, few, is_aligned and strategy == FUSED)
-    w = to_dtype(weight, spec.dtype)
+    w = to_dtype(cast(Tensor, weight), spec.dtype)
     if w.stride(2) != 1 and w.stride(1) != 1:
         w = w.contiguous()
     step, row, column = w.stride()
@@ -78,52 +76,76 @@ class _Call(NamedTuple):
 
     layer: tuple[Any, ...]
     experts: tuple[Any, ...]
+    tenants: tuple[tuple[Any, ...], ...]
     stack: _Stack
     tensors: tuple[Tensor | None, ...]
 
 
-def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
-    """Pack the first expert's layer, and the steps from one expert to the next."""
+def _pack(
+    operands: ExpertsOperands,
+    spec: ExpertsSpec,
+    strategy: str,
+    dA: Sequence[Tensor | None] | None = None,
+    dB: Sequence[Tensor | None] | None = None,
+) -> _Call:
+    """Pack the first expert's layer, the steps from one expert to the next, and the tenants."""
     x, _, lora_A, lora_B, offsets, bias, rng, *_ = operands
-    (M, K), (E, N, R), stack = x.shape, lora_B.shape, _pack_stack(operands, spec, strategy)
-    lora_A = lora_A if lora_A.stride(2) == 1 else lora_A.contiguous()
+    (M, K), (E, N, _), stack = x.shape, lora_B[0].shape, _pack_stack(operands, spec, strategy)
+    lora_A = [A if A.stride(2) == 1 else A.contiguous() for A in lora_A]
+    lora_B = [B if 1 in B.stride()[1:] or _is_interleaved(B) else B.contiguous() for B in lora_B]
     stops, bias = to_dtype(offsets, torch.int64).contiguous(), vector(bias)
     places = None if rng is None else torch.arange(M)
-    a = lora_A.data_ptr(), DTYPE_NUMBERS[lora_A.dtype], lora_A.stride(1), 1
-    b = lora_B.data_ptr(), DTYPE_NUMBERS[lora_B.dtype], lora_B.stride(1), lora_B.stride(2)
     mask, keep_scale = pack_dropout(spec.dropout_p, rng, places)
-    factors, sizes = (0, 0, pointer(bias)), (M, K, N, R)
-    adapter, threads = (a, b, spec.scaling), torch.get_num_threads()
+    sizes, factors = (M, K, N, largest_rank(operands)), (0, 0, pointer(bias))
+    adapter, threads = (None, None, 0.0), torch.get_num_threads()
     layer = (stack.matrix, stack.codes, *sizes, *adapter, *factors, mask, keep_scale, threads)
-    of_weight, of_grads = (stack.expert_stride, stack.table_stride), (R * K, N * R)
-    steps = *of_weight, lora_A.stride(0), lora_B.stride(0), N, *of_grads
+    steps = stack.expert_stride, stack.table_stride, N
     how = spec.transposed, stack.few_rows, stack.is_fused
-    owners = lora_A, lora_B, stops, bias, places
-    return _Call(layer, (E, stops.data_ptr(), *steps, *how), stack, owners)
+    experts = E, len(lora_A), stops.data_ptr(), *steps, *how
+    nothing = [None] * len(lora_A)
+    tenants = tuple(map(_pack_tenant, lora_A, lora_B, spec.scaling, dA or nothing, dB or nothing))
+    return _Call(layer, experts, tenants, stack, (*lora_A, *lora_B, stops, bias, places))
+
+
+def _is_interleaved(B: Tensor) -> bool:
+    """Return True if the expert is the innermost index of B [E, N, R], as PEFT stores it."""
+    E, _, R = B.shape
+    return B.stride() == (1, R * E, E)
+
+
+def _new_grad(t: Tensor) -> Tensor:
+    """Return memory of t's shape: contiguous, or as PEFT stores lora_B if t is."""
+    if _is_interleaved(t) and 1 not in t.stride()[1:]:
+        return t.new_empty(*t.shape[1:], t.shape[0]).permute(2, 0, 1)
+    return t.new_empty(t.shape)
+
+
+def _pack_tenant(
+    A: Tensor, B: Tensor, scaling: float, dA: Tensor | None, dB: Tensor | None
+) -> tuple[Any, ...]:
+    a = A.data_ptr(), DTYPE_NUMBERS[A.dtype], A.stride(1), 1
+    b = B.data_ptr(), DTYPE_NUMBERS[B.dtype], B.stride(1), B.stride(2)
+    return a, b, A.stride(0), B.stride(0), A.shape[1], scaling, pointer(dA), pointer(dB)
+
+
+def largest_rank(operands: ExpertsOperands) -> int:
+    return max(A.shape[1] for A in operands.lora_A)
 
 
 def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] in spec.y_dtype, zero in rows of no expert; P is float32 [M, R]."""
-    (M, _), (_, N, _) = operands.x.shape, operands.lora_B.shape
-    y = operands.x.new_empty(M, N, dtype=spec.y_dtype)
-    if spec.tenants == 1:
-        return y, _forward(operands, spec, strategy, y)
-    base, adapters = split_tenants(operands, spec)
-    _forward(*base, strategy, y)
-    return y, _forward(*adapters, strategy, y)
-
-
-def _forward(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str, y: Tensor) -> Saved:
-    """Compute y, which without a weight holds the base GEMM and the bias."""
     assert native.module is not None
-    (M, K), R, weight = operands.x.shape, operands.lora_A.shape[1], operands.weight
+    (M, K), N, R = operands.x.shape, operands.lora_B[0].shape[1], largest_rank(operands)
     x, x_row = rows_of_any(operands.x, K)
-    xs, p = to_dtype(x, spec.dtype), x.new_empty(M, R, dtype=torch.float32)
+    xs, y = to_dtype(x, spec.dtype), x.new_empty(M, N, dtype=spec.y_dtype)
+    # A tenant's rows of P end at its rank.
+    new = x.new_empty if len(operands.lora_A) == 1 else x.new_zeros
+    p = new((M, R), dtype=torch.float32)
     call = _pack(operands, spec, strategy)
-    if weight is not None and not call.stack.is_fused:
-        for e, rows in runs(operands.offsets):
+    if not call.stack.is_fused:
+        for e, rows in runs(_of_experts(operands)):
             if rows.stop - rows.start > call.stack.few_rows:
                 w = to_dtype(cast(Tensor, weight_of(operands, spec, e, spec.dtype)), spec.dtype)
                 y[rows] = torch.mm(xs[rows], w.t())
@@ -131,8 +153,14 @@ def _forward(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str, y: Ten
     base_rows = x_rows if xs is x else pack_rows(xs, K)
     few_rows, z = False, 0  # few_rows is decided for each expert; z is for a column scale
     outputs = p.data_ptr(), y.data_ptr(), DTYPE_NUMBERS[y.dtype], z
-    native.module.lora_experts(call.layer, call.experts, (x_rows, base_rows, few_rows, *outputs))
-    return Saved(p)
+    native.module.lora_experts(*call[:3], (x_rows, base_rows, few_rows, *outputs))
+    return y, Saved(p)
+
+
+def _of_experts(operands: ExpertsOperands) -> Tensor:
+    """Return one past the last row of each expert."""
+    tenants = len(operands.lora_A)
+    return operands.offsets[tenants - 1 :: tenants]
 
 
 def lora_experts_backward(
@@ -144,43 +172,25 @@ def lora_experts_backward(
     strategy: str,
 ) -> ExpertsGrads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
-    dx = operands.x.new_empty(operands.x.shape) if needs.x else None
-    if spec.tenants == 1:
-        return _backward(dy, operands, saved, spec, needs, strategy, dx)
-    base, adapters = split_tenants(operands, spec)
-    of_base = ExpertsNeeds(needs.x, False, False, needs.bias)
-    dbias = _backward(dy, base[0], saved, base[1], of_base, strategy, dx).bias
-    needs = needs._replace(bias=False)
-    grads = _backward(dy, adapters[0], saved, adapters[1], needs, strategy, dx)
-    return grads._replace(bias=dbias)
-
-
-def _backward(
-    dy: Tensor,
-    operands: ExpertsOperands,
-    saved: Saved,
-    spec: ExpertsSpec,
-    needs: ExpertsNeeds,
-    strategy: str,
-    dx: Tensor | None,
-) -> ExpertsGrads:
-    """Compute the gradients. dx: None, or dx's memory, which without a weight holds the base's."""
     assert native.module is not None
-    K, (E, N, R), weight = operands.x.shape[1], operands.lora_B.shape, operands.weight
+    K, (E, N, _) = operands.x.shape[1], operands.lora_B[0].shape
     x, x_row = rows_of_any(operands.x, K)
     dy, dy_row = rows_of_any(dy, N)
     dz = to_dtype(dy, spec.dtype) if needs.x else dy
-    dA = operands.lora_A.new_empty(E, R, K) if needs.lora_A else None
-    dB = operands.lora_B.new_empty(E, N, R) if needs.lora_B else None
+    dx = x.new_empty(operands.x.shape) if needs.x else None
+    dA, dB = (
+        [_new_grad(t) if need else None for t, need in zip(tensors, need_each, strict=True)]
+        for tensors, need_each in ((operands.lora_A, needs.lora_A), (operands.lora_B, needs.lora_B))
+    )
     dbias = saved.p.new_empty(E, N) if needs.bias else None  # float32, as P
-    call = _pack(operands._replace(bias=None), spec, strategy)
-    if dx is not None and weight is not None and not call.stack.is_fused:
-        for e, rows in runs(operands.offsets):
+    call = _pack(operands._replace(bias=None), spec, strategy, dA, dB)
+    if dx is not None and not call.stack.is_fused:
+        for e, rows in runs(_of_experts(operands)):
             w = to_dtype(cast(Tensor, weight_of(operands, spec, e, spec.dtype)), spec.dtype)
             dx[rows] = torch.mm(dz[rows], w)
     dy_rows = pack_rows(dy, dy_row)
     base_rows = dy_rows if dz is dy else pack_rows(dz, N)
-    gradients = (*map(pointer, (dx, dA, dB)), 0, 0, pointer(dbias))
+    gradients = pointer(dx), 0, 0, 0, 0, pointer(dbias)  # of each tenant A's and B's
     backward = dy_rows, base_rows, pack_rows(x, x_row), saved.p.data_ptr(), 0, *gradients
-    native.module.lora_experts_backward(call.layer, call.experts, backward)
+    native.module.lora_experts_backward(*call[:3], backward)
     return ExpertsGrads(dx, dA, dB, dbias)

@@ -18,8 +18,8 @@ stack, if a block of codes straddles two experts. `loop_reason` says why a call 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from ...core.dropout import dropout_mask, dropout_scale
 from ...core.dtypes import stat_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
-from ..experts import runs, split_tenants, weight_of
+from ..experts import runs, weight_of
 from ..library import is_on_gpu_path
 from . import linear as eager
 from .stack4bit import ALIGNED, build_stack, chosen_experts, expert_of_rows, uncut_reason
@@ -53,8 +53,8 @@ def loop_reason(operands: ExpertsOperands, spec: ExpertsSpec) -> str | None:
 
     Of a 4-bit call with fewer rows than experts it is the reason for the backward alone.
     """
-    x, weight, lora_A, lora_B = operands[:4]
-    R, K, N = lora_A.shape[1], lora_A.shape[2], lora_B.shape[1]
+    x, weight, (lora_B, *_) = operands.x, operands.weight, operands.lora_B
+    (E, N, R), K = lora_B.shape, x.shape[1]
     if not is_on_gpu_path(x.device.type):
         return "on a CPU"
     if not hasattr(functional, "grouped_mm"):
@@ -63,7 +63,7 @@ def loop_reason(operands: ExpertsOperands, spec: ExpertsSpec) -> str | None:
         return f"grouped_mm does not take {spec.dtype}"
     if any(size * spec.dtype.itemsize % ALIGNED for size in (R, K, N)):
         return f"grouped_mm needs rows of {ALIGNED} bytes; rank {R}, in {K}, out {N} are no such"
-    if lora_B.shape[0] > MOST_GROUPS:
+    if E > MOST_GROUPS:
         return f"grouped_mm takes at most {MOST_GROUPS} experts"
     if isinstance(weight, Packed4bit):
         return waits_reason(x.device, spec.dtype) or uncut_reason(operands, spec)
@@ -87,7 +87,7 @@ def fold_rows(operands: ExpertsOperands, spec: ExpertsSpec) -> int | None:
     set this bound. The rest is the same: dA and dB come from P = x·Aᵀ and dY·B. Dropout acts on
     the adapter's x alone, so W + s·B·A does not exist.
     """
-    E, N, R = operands.lora_B.shape
+    E, N, R = operands.lora_B[0].shape
     K = operands.x.shape[1]
     if not R or spec.dropout_p or operands.weight is None or not is_grouped(operands, spec):
         return None
@@ -97,7 +97,7 @@ def fold_rows(operands: ExpertsOperands, spec: ExpertsSpec) -> int | None:
 def is_folded(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
     """Return True if a call computes W + s·B·A, alike in the forward, its recomputation and the
     backward: it depends on sizes and layouts alone."""
-    least = fold_rows(operands, spec) if spec.tenants == 1 else None
+    least = fold_rows(operands, spec)
     return least is not None and operands.x.shape[0] >= least
 
 
@@ -221,22 +221,56 @@ def _fold_(
     matrices: Tensor, operands: ExpertsOperands, spec: ExpertsSpec, piece: slice, backward: bool
 ) -> Tensor:
     """Add s·B·A to the matrices [E, in, piece of out] of a base GEMM in place."""
-    A, B = (t.to(spec.dtype) for t in (operands.lora_A, operands.lora_B))
+    A, B = (stacks[0].to(spec.dtype) for stacks in (operands.lora_A, operands.lora_B))
     left, right = (B, A) if backward else (A.mT, B.mT)
-    return matrices.baddbmm_(left, right[:, :, piece], alpha=spec.scaling)
+    return matrices.baddbmm_(left, right[:, :, piece], alpha=spec.scaling[0])
+
+
+class _Call(NamedTuple):
+    """A part of a call for several tenants."""
+
+    operands: ExpertsOperands
+    spec: ExpertsSpec
+
+
+def _split_tenants(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[_Call, _Call]:
+    """Return the call of the base, grouped by expert, and that of the adapters without a base,
+    grouped by expert and tenant. Each has one tenant.
+
+    The adapters are copied into one tensor, to the largest rank.
+    """
+    (E, N, _), K, T = operands.lora_B[0].shape, operands.x.shape[1], len(operands.lora_A)
+    scaling = spec.scaling[0]
+    base = operands._replace(
+        lora_A=[operands.lora_A[0].new_empty(E, 0, K)],
+        lora_B=[operands.lora_B[0].new_empty(E, N, 0)],
+        offsets=operands.offsets[T - 1 :: T],
+        rng=None,
+        mask=None,
+    )
+    rank = max(A.shape[1] for A in operands.lora_A)
+    As, Bs = [], []
+    for A, B, factor in zip(operands.lora_A, operands.lora_B, spec.scaling, strict=True):
+        B = B * (factor / scaling) if factor != scaling else B
+        As.append(functional.pad(A, (0, 0, 0, rank - A.shape[1])) if A.shape[1] < rank else A)
+        Bs.append(functional.pad(B, (0, rank - B.shape[2])) if B.shape[2] < rank else B)
+    lora_A, lora_B = (torch.stack(stacks, dim=1).flatten(0, 1) for stacks in (As, Bs))
+    adapters = operands._replace(weight=None, bias=None, lora_A=[lora_A], lora_B=[lora_B])
+    one = spec._replace(scaling=(scaling,))
+    return _Call(base, one._replace(dropout_p=0.0)), _Call(adapters, one)
 
 
 def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    if spec.tenants > 1:
-        base, adapters = split_tenants(operands, spec)
+    if len(operands.lora_A) > 1:
+        base, adapters = _split_tenants(operands, spec)
         y, _ = lora_experts(*base, strategy)
         update, saved = lora_experts(*adapters, strategy)
         return y.add_(update), saved
-    x, lora_A, lora_B, bias = operands.x, operands.lora_A, operands.lora_B, operands.bias
-    scaling, dropout_p, dtype, y_dtype = spec[:4]
+    x, (lora_A,), (lora_B,), bias = operands.x, operands.lora_A, operands.lora_B, operands.bias
+    (scaling,), dropout_p, dtype, y_dtype = spec[:4]
     chosen = chosen_experts(operands, spec) if is_on_gpu_path(x.device.type) else None
     if chosen is not None or is_grouped(operands, spec):
         return _grouped_forward(operands, spec, chosen)
@@ -264,8 +298,8 @@ def lora_experts(
 def _grouped_forward(
     operands: ExpertsOperands, spec: ExpertsSpec, chosen: Tensor | None
 ) -> tuple[Tensor, Saved]:
-    x, lora_A, lora_B, offsets = operands.x, operands.lora_A, operands.lora_B, operands.offsets
-    scaling, dropout_p, dtype, y_dtype = spec[:4]
+    x, (lora_A,), (lora_B,), offsets = operands.x, *operands[2:5]
+    (scaling,), dropout_p, dtype, y_dtype = spec[:4]
     M, R, bias = x.shape[0], lora_A.shape[1], operands.bias
     dropped, factor, drawn = eager.drop(x, dropout_p, operands.rng, operands.mask)
     p, update = x.new_zeros(M, R, dtype=stat_dtype(dtype)), None
@@ -319,19 +353,19 @@ def lora_experts_backward(
     strategy: str,
 ) -> ExpertsGrads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
-    if spec.tenants > 1:
+    if len(operands.lora_A) > 1:
         return _backward_of_tenants(dy, operands, saved, spec, needs, strategy)
     if is_grouped(operands, spec):
         return _grouped_backward(dy, operands, saved, spec, needs)
-    x, lora_A, lora_B = operands.x, operands.lora_A, operands.lora_B
+    x, (lora_A,), (lora_B,) = operands.x, operands.lora_A, operands.lora_B
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x else None
     dA, dB = (
         torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None
-        for t, need in ((lora_A, needs.lora_A), (lora_B, needs.lora_B))
+        for t, (need,) in ((lora_A, needs.lora_A), (lora_B, needs.lora_B))
     )
     dbias = x.new_zeros(lora_B.shape[:2], dtype=saved.p.dtype) if needs.bias else None
-    expert_spec = Spec(spec.scaling, spec.dropout_p, spec.dtype, spec.y_dtype)
-    expert_needs = Needs(needs.x, needs.lora_A, needs.lora_B, bias=needs.bias)
+    expert_spec = Spec(spec.scaling[0], spec.dropout_p, spec.dtype, spec.y_dtype)
+    expert_needs = Needs(needs.x, needs.lora_A[0], needs.lora_B[0], bias=needs.bias)
     mask = _mask(operands, spec)
     operands = _with_plain_scales(operands) if needs.x else operands
     for e, rows in runs(operands.offsets):
@@ -351,7 +385,7 @@ def lora_experts_backward(
         ):
             if grads_of_all is not None:
                 grads_of_all[index] = cast(Tensor, grad)
-    return ExpertsGrads(dx, dA, dB, dbias)
+    return ExpertsGrads(dx, [dA], [dB], dbias)
 
 
 def _backward_of_tenants(
@@ -362,22 +396,43 @@ def _backward_of_tenants(
     needs: ExpertsNeeds,
     strategy: str,
 ) -> ExpertsGrads:
-    base, adapters = split_tenants(operands, spec)
-    of_base = ExpertsNeeds(needs.x, False, False, needs.bias)
+    base, adapters = _split_tenants(operands, spec)
+    of_base = ExpertsNeeds(needs.x, [False], [False], needs.bias)
     grads_of_base = lora_experts_backward(dy, base[0], saved, base[1], of_base, strategy)
-    needs = needs._replace(bias=False)
-    grads = lora_experts_backward(dy, adapters[0], saved, adapters[1], needs, strategy)
+    of_adapters = ExpertsNeeds(needs.x, [any(needs.lora_A)], [any(needs.lora_B)])
+    grads = lora_experts_backward(dy, adapters[0], saved, adapters[1], of_adapters, strategy)
     dx = grads_of_base.x
     if dx is not None:
         dx.add_(cast(Tensor, grads.x))
-    return grads._replace(x=dx, bias=grads_of_base.bias)
+    factors = [scaling / spec.scaling[0] for scaling in spec.scaling]
+    dA = _split_grad(grads.lora_A[0], operands.lora_A, needs.lora_A, [1.0] * len(factors))
+    dB = _split_grad(grads.lora_B[0], operands.lora_B, needs.lora_B, factors)
+    return ExpertsGrads(dx, dA, dB, grads_of_base.bias)
+
+
+def _split_grad(
+    grad: Tensor | None,
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+    factors: Sequence[float],
+) -> list[Tensor | None]:
+    """Return the gradients of the tenants' parameters, whose stack `_split_tenants` builds."""
+    if grad is None:
+        return [None] * len(parameters)
+    tenants = grad.unflatten(0, (-1, len(parameters))).unbind(1)
+    grads = []
+    for t, parameter, need, factor in zip(tenants, parameters, needs, factors, strict=True):
+        part = t[:, : parameter.shape[1], : parameter.shape[2]]
+        grads.append(torch.mul(part, factor).contiguous() if need else None)
+    return grads
 
 
 def _grouped_backward(
     dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
 ) -> ExpertsGrads:
-    x, lora_A, lora_B, offsets = operands.x, operands.lora_A, operands.lora_B, operands.offsets
-    scaling, dropout_p, dtype = spec[:3]
+    x, (lora_A,), (lora_B,), offsets = operands.x, *operands[2:5]
+    (scaling,), dropout_p, dtype = spec[:3]
+    (need_A,), (need_B,) = needs.lora_A, needs.lora_B
     rng, mask = operands.rng, operands.mask
     dx = dA = dB = dbias = None
     R, dz = lora_A.shape[1], dy.to(dtype).contiguous()
@@ -385,13 +440,13 @@ def _grouped_backward(
         ones = dz.new_ones(dz.shape[0], ALIGNED)
         dbias = _grouped_mm(dz.t(), ones, offsets)[:, :, 0].to(saved.p.dtype)
     factor = 1.0 if rng is None else dropout_scale(dropout_p)
-    if needs.lora_B:
+    if need_B:
         s = (saved.p * scaling).to(dtype)
         dB = _grouped_mm(dz.t(), s, offsets).to(lora_B.dtype)
     dxa = None
-    if R and (needs.lora_A or needs.x):
+    if R and (need_A or needs.x):
         dxa = _grouped_mm(dz, lora_B.to(dtype), offsets) * (scaling * factor)
-    if needs.lora_A:
+    if need_A:
         assert dxa is not None  # only experts without adapters have R = 0
         dropped = eager.drop(x, dropout_p, rng, mask).x.to(dtype)
         dA = _grouped_mm(dxa.t(), dropped, offsets).to(lora_A.dtype)
@@ -405,4 +460,4 @@ def _grouped_backward(
         is_updated = R and not is_folded(operands, spec)
         dx = _add_base(dz, operands, spec, chosen, update if is_updated else None, backward=True)
         dx = _zero_rows_of_no_expert(dx, offsets, spec).to(x.dtype)
-    return ExpertsGrads(dx, dA, dB, dbias)
+    return ExpertsGrads(dx, [dA], [dB], dbias)

@@ -117,7 +117,7 @@ def build_stack(
 
 def stored_shape(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[int, int, int]:
     """Return the shape of a packed stack, [E, N, K] or [E, K, N]."""
-    (E, N, _), K = operands.lora_B.shape, operands.x.shape[1]
+    (E, N, _), K = operands.lora_B[0].shape, operands.x.shape[1]
     return (E, K, N) if spec.transposed else (E, N, K)
 
 

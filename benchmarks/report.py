@@ -10,10 +10,18 @@
     python -m benchmarks.report [--check | --file]
 
 FILE is benchmarks/results/ISA.json, which --file prints: ISA is the instruction set of the kernels.
-Each machine has one file, and the report puts all of them beside each other. The prose is in
-templates/, the tables' rows are made here. --check writes nothing and fails where the files say
-something else than the JSON, or a picture was drawn from another. The package's extra `bench`
-installs pandas, and matplotlib to draw; Jinja comes with torch.
+Each machine has one file, and the report puts all of them beside each other. A run in which
+environment variables cap the instructions has rows in RESULTS.md alone. AVX2's is of float32,
+because PyTorch's 16-bit GEMMs take seconds there:
+
+    export LORA_KERNELS_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2
+    export MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+    lora-kernels bench --dtypes float32 --json FILE
+    lora-kernels bench --quant nf4 --dtypes float32 --seconds 0.6 --json FILE
+
+The prose is in templates/, the tables' rows are made here. --check writes nothing and fails where
+the files say something else than the JSON, or a picture was drawn from another. The package's extra
+`bench` installs pandas, and matplotlib to draw; Jinja comes with torch.
 """
 
 from __future__ import annotations
@@ -139,7 +147,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        return NAMES.get(self.file.stem, self.file.stem)
+        return NAMES.get(self.file.stem, self.file.stem) + ", capped" * self.is_capped
+
+    @property
+    def is_capped(self) -> bool:
+        """True if the processor and the libraries had wider instructions that were turned off."""
+        return bool(self.dense["provenance"].get("capped_by"))
 
     @property
     def tax_png(self) -> Path:
@@ -243,6 +256,8 @@ def machine(facts: Row) -> str:
         f"moved {facts['copy_bandwidth'] / 1e9:.0f} GB/s and the library GEMM reached "
         f"{rates(facts['product_peak'])}"
     )
+    if caps := facts.get("capped_by"):
+        text = f"capped by {' '.join(f'{name}={value}' for name, value in caps.items())}: {text}"
     return f"{text}; the processor's peak is {rates(facts['peak'])}" if facts.get("peak") else text
 
 
@@ -641,6 +656,7 @@ def render(template: str, measured: list[Run]) -> str:
 
 def main(check: bool) -> int:
     measured = runs()
+    uncapped = [run for run in measured if not run.is_capped]
     begin, end = MARKS
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     wanted = {RESULTS: render("RESULTS.md.j2", measured) + "\n"}
@@ -649,14 +665,14 @@ def main(check: bool) -> int:
         if not pattern.search(text):
             name = document.name
             raise SystemExit(f"{name}: no place for figures; want the lines {begin} and {end}")
-        figures = f"{begin}\n{render(template, measured)}\n{end}"
+        figures = f"{begin}\n{render(template, uncapped)}\n{end}"
         wanted[document] = pattern.sub(lambda _, figures=figures: figures, text)
     if JSON_CLASSIFICATION.exists():
         classification = json.loads(JSON_CLASSIFICATION.read_text())
         wanted[JSON_CLASSIFICATION.with_suffix(".md")] = markdown(classification)
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     pngs = {png: how for run in measured for png, how in run.drawn().items()}
-    pngs[OVERVIEW] = overview(measured)
+    pngs[OVERVIEW] = overview(uncapped)
     stale += [
         str(png.relative_to(HERE))
         for png, (digest, _) in pngs.items()

@@ -38,6 +38,11 @@ from .timing import Machine, Times
 Facts = dict[str, Any]  # a run's provenance
 
 PACKAGE = Path(__file__).parents[1]
+# Environment variables that keep this package, ATen, MKL and oneDNN to older instructions.
+CAPS = (
+    *("LORA_KERNELS_CPU_ISA", "ATEN_CPU_CAPABILITY"),
+    *("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
+)
 _TIMED = "backends", "choice", "core", "layers", "ops", "peft", "quantization"
 
 FROZEN = "frozen"
@@ -481,6 +486,7 @@ def environment(device: str = "cpu") -> Facts:
     facts: Facts = {
         "backend": selection.choose(Problem(device, f32, f32, f32, f32, 8)).backend,
         "isa": native.isa,
+        "capped_by": {name: os.environ[name] for name in CAPS if name in os.environ},
         "machine": cpu.architecture,
         "processor": cpu.name,
         "cores": cpu.cores,

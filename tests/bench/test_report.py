@@ -237,6 +237,34 @@ def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "4-bit bases" not in page and "Variants" not in page
 
 
+def test_a_run_of_capped_instructions_is_in_results_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dense = report.runs()[0].dense
+    step = next(row for row in dense["rows"] if row["mode"] == "step" and row["R"] == 16)
+    capped = {**dense["provenance"], "capped_by": {"ATEN_CPU_CAPABILITY": "avx2"}}
+    slow = {**step, "tax": {**step["tax"], "ours": 9 * step["tax"]["ours"]}}
+    results_folder = tmp_path / "results"
+    results_folder.mkdir()
+    for name, facts, row in (("avx512", dense["provenance"], step), ("avx2", capped, slow)):
+        run = {**dense, "provenance": facts, "rows": [{**row, "M": 64}]}
+        (results_folder / f"{name}.json").write_text(json.dumps({"layers": run}))
+    document = tmp_path / "README.md"
+    document.write_text("\n".join(report.MARKS))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(report, "OVERVIEW", results_folder / report.OVERVIEW.name)
+    monkeypatch.setattr(report, "FIGURES", {document: "README.md.j2"})
+    assert report.main(check=False) == 0
+    ratio = step["tax"]["ours"] / step["tax"]["peft"]
+    assert f"**{ratio:.2f} to {ratio:.2f} of PEFT's time**" in document.read_text()
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "### Forward and backward: AVX2, capped" in page
+    assert "capped by ATEN_CPU_CAPABILITY=avx2: " in page
+    named, _ = report.overview([report.Run(results_folder / "avx512.json")])
+    assert pictures.source(report.OVERVIEW.read_bytes()) == named
+
+
 def test_to_draw_without_matplotlib_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,9 +128,9 @@ Experts read(Arguments& in) {
   return {.count = in("count"),
           .tenants = in("tenants"),
           .stops = in("stops"),
-          .w = in("weight_stride"),
-          .table = in("table_stride"),
-          .bias = in("bias_stride"),
+          .w_stride = in("weight_stride"),
+          .table_stride = in("table_stride"),
+          .bias_stride = in("bias_stride"),
           .transposed = in("transposed"),
           .few_rows = in("few_rows"),
           .has_base = in("has_base")};

@@ -11,7 +11,8 @@
 namespace lora_kernels {
 namespace {
 
-// dg[r] = scaling * sum_m dS * P, unless dg is null. Then ds becomes the gradient of mask(x) A^T.
+// dg[r] = scaling * sum_m dS * P, unless dg is null. ds holds dS before the call, and the gradient
+// of mask(x) A^T after it, with or without dg.
 void gate_backward(const Layer& layer, const float* p, float* ds, float* dg) {
   const int64_t M = layer.M, R = layer.R;
   std::vector<double> sums(static_cast<size_t>(R));
@@ -31,7 +32,8 @@ Matrix transposed(const Matrix& m) {
 
 bool has_base(const Layer& l) { return l.w.data || l.codes; }
 
-// Computes the gradients except dx, which needs dS [M, R]: it is left in ds.
+// Computes the gradients except dx. ds [M, R] gets the gradient of mask(x) A^T, which dA and dx
+// read. It may be null if dA, dx and dg are not needed.
 void adapter_gradients(const Layer& l, const Backward& g, float* ds) {
   if (ds || g.db || g.dc || g.dbias)
     kernels().backward_pair({.dy = g.dy,
@@ -155,18 +157,23 @@ void lora_linear_backward(const Layer& l, const Backward& g) {
 
 namespace {
 
+int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Null stays null.
 template <typename T>
-T* rows_from(T* data, DType dtype, int64_t elements) {
+T* elements_from(T* data, DType dtype, int64_t elements) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return data ? static_cast<Byte*>(data) + elements * (dtype == DType::f32 ? 4 : 2) : data;
+  return data ? static_cast<Byte*>(data) + elements * size_of(dtype) : data;
 }
 
-Matrix rows_from(const Matrix& x, int64_t m) {
-  return {.data = rows_from(x.data, x.dtype, m * x.row_stride),
-          .dtype = x.dtype,
-          .row_stride = x.row_stride,
-          .col_stride = x.col_stride};
+Matrix elements_from(const Matrix& m, int64_t elements) {
+  return {.data = elements_from(m.data, m.dtype, elements),
+          .dtype = m.dtype,
+          .row_stride = m.row_stride,
+          .col_stride = m.col_stride};
 }
+
+Matrix rows_from(const Matrix& x, int64_t m) { return elements_from(x, m * x.row_stride); }
 
 Dropout rows_from(const Dropout& d, int64_t m) {
   return {.rng = d.rng, .threshold = d.threshold, .rows = d.rows ? d.rows + m : nullptr};
@@ -180,8 +187,9 @@ void parallel_region(int threads, const F& f) {
       const_cast<F*>(&f));
 }
 
-// True if threads divide the adapters; false if they divide each adapter's rows.
-bool is_split_by_adapter(const Layer& l, const std::vector<Adapter>& adapters) {
+// True if adapters are so many that each kernel runs on one thread, and threads take kernels of
+// different rows or adapters. False if all threads run each adapter's kernels together.
+bool has_many_adapters(const Layer& l, const std::vector<Adapter>& adapters) {
   const auto count = static_cast<int64_t>(adapters.size());
   return l.threads > 1 && count >= 2 * l.threads && l.M * (l.K + l.N) * l.R >= MIN_PARALLEL_WORK;
 }
@@ -190,7 +198,7 @@ bool is_split_by_adapter(const Layer& l, const std::vector<Adapter>& adapters) {
 // adapters.
 template <typename F>
 void for_each_segment(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
-  if (!is_split_by_adapter(l, adapters)) {
+  if (!has_many_adapters(l, adapters)) {
     for (const Adapter& d : adapters) f(d, d.start, d.stop, l.threads);
     return;
   }
@@ -203,8 +211,9 @@ void for_each_segment(const Layer& l, const std::vector<Adapter>& adapters, cons
   });
 }
 
-// Calls f(item) for all items, each on one thread. Items go in order of cost to the thread with the
-// least cost so far. So no result depends on which thread is faster.
+// Calls f(item) for all items, each on one thread. The costliest item goes first, each to the
+// thread with the least cost so far. All threads compute this same assignment, so no result depends
+// on which thread is faster.
 template <typename T, typename Cost, typename F>
 void distribute(int threads, std::vector<T> items, const Cost& cost, const F& f) {
   std::stable_sort(items.begin(), items.end(),
@@ -222,7 +231,7 @@ void distribute(int threads, std::vector<T> items, const Cost& cost, const F& f)
 // Calls f(adapter, threads) for all adapters: on one thread each, if there are many.
 template <typename F>
 void for_each_adapter(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
-  if (!is_split_by_adapter(l, adapters)) {
+  if (!has_many_adapters(l, adapters)) {
     for (const Adapter& d : adapters) f(d, l.threads);
     return;
   }
@@ -233,19 +242,19 @@ void for_each_adapter(const Layer& l, const std::vector<Adapter>& adapters, cons
       [&](const Adapter* d) { f(*d, 1); });
 }
 
-// The layer's base GEMM.
+// The layer with its base alone: rank 0.
 Layer without_adapter(Layer l) {
   l.R = 0;
   l.dropout = {};
   return l;
 }
 
-// The gradients of a base: dbias.
-Backward bias_alone(const Backward& g) {
+// A backward that computes dbias alone.
+Backward bias_backward(const Backward& g) {
   return {.dy = g.dy, .dz = {}, .x = {}, .p = nullptr, .dbias = g.dbias};
 }
 
-// The rows [m0, m1) of an adapter's, without the base.
+// A layer of one adapter without the base, for the rows [m0, m1) of x.
 Layer adapter_layer(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, int threads) {
   return {.w = {},
           .codes = nullptr,
@@ -271,7 +280,7 @@ void multi_lora_linear(const Layer& l, const std::vector<Adapter>& adapters, con
                                                        .xs = {},
                                                        .few_rows = false,
                                                        .p = f.p + m0 * l.lds,
-                                                       .y = rows_from(f.y, f.dtype, m0 * l.N),
+                                                       .y = elements_from(f.y, f.dtype, m0 * l.N),
                                                        .dtype = f.dtype});
   });
 }
@@ -285,7 +294,7 @@ void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adap
                     .dz = {},
                     .x = rows_from(g.x, m),
                     .p = g.p + m * l.lds,
-                    .dx = rows_from(g.dx, g.x.dtype, m * l.K),
+                    .dx = elements_from(g.dx, g.x.dtype, m * l.K),
                     .da = d.da,
                     .db = d.db};
   };
@@ -293,7 +302,7 @@ void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adap
     float* const ds = g.dx || d.da ? all_ds + d.start * l.lds : nullptr;
     adapter_gradients(adapter_layer(l, d, d.start, d.stop, threads), rows(d.start, d), ds);
   });
-  if (g.dbias) adapter_gradients(without_adapter(l), bias_alone(g), nullptr);
+  if (g.dbias) adapter_gradients(without_adapter(l), bias_backward(g), nullptr);
   if (!g.dx) return;
   if (has_base(l)) input_gradient(without_adapter(l), g, nullptr);
   for_each_segment(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
@@ -304,15 +313,6 @@ void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adap
 // lora_experts -----------------------------------------------------------------------------------
 
 namespace {
-
-int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-Matrix elements_from(const Matrix& m, int64_t elements) {
-  return {.data = rows_from(m.data, m.dtype, elements),
-          .dtype = m.dtype,
-          .row_stride = m.row_stride,
-          .col_stride = m.col_stride};
-}
 
 // The codes of a stack from `element` on, where an expert begins.
 Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
@@ -328,12 +328,12 @@ Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
   return w;
 }
 
-// One past the last row of the experts before e.
+// The first row of expert e; for e = count, one past the last row of all.
 int64_t start_of(const Experts& x, int64_t e) { return e ? x.stops[e * x.tenants - 1] : 0; }
 
 int64_t rows_of(const Experts& x, int64_t e) { return start_of(x, e + 1) - start_of(x, e); }
 
-// The e-th expert's rows of a layer.
+// An expert that has rows: its number, first row and number of rows.
 struct Expert {
   int64_t e, start, rows;
 };
@@ -345,8 +345,8 @@ struct Span {
   int64_t count() const { return last - first; }
 };
 
-// f(expert, threads) for the experts of a span that have rows. One with more than half a thread's
-// share of the work takes all threads; the others take one thread each.
+// Calls f(expert, threads) for the experts of a span that have rows. An expert with more than half
+// a thread's share of the work takes all threads; the others take one thread each.
 template <typename F>
 void for_each_expert(const Layer& l, const Experts& x, const Span& span, const F& f) {
   constexpr int64_t WEIGHT_ROWS = 16;  // rows that cost as much as reading a weight (an estimate)
@@ -381,22 +381,22 @@ void for_each_expert(const Layer& l, const Experts& x, const Span& span, const F
 Layer expert_layer(const Layer& l, const Experts& x, const Expert& expert, bool with_base,
                    Codes4bit* codes, int threads) {
   Layer layer = l;
-  layer.w = with_base ? elements_from(l.w, expert.e * x.w) : Matrix{};
+  layer.w = with_base ? elements_from(l.w, expert.e * x.w_stride) : Matrix{};
   if (with_base && l.codes) {
-    *codes = codes_from(*l.codes, expert.e * x.w);
-    if (x.table) codes->nested_code += expert.e * x.table;
+    *codes = codes_from(*l.codes, expert.e * x.w_stride);
+    if (x.table_stride) codes->nested_code += expert.e * x.table_stride;
   }
   layer.codes = with_base && l.codes ? codes : nullptr;
   layer.M = expert.rows;
-  layer.bias = l.bias ? l.bias + expert.e * x.bias : nullptr;
+  layer.bias = l.bias ? l.bias + expert.e * x.bias_stride : nullptr;
   layer.dropout = rows_from(l.dropout, expert.start);
   layer.threads = threads;
   layer.transposed = x.transposed;
   return layer;
 }
 
-// The adapters of an expert's pairs that have rows, counted from the expert's first. `index`: the
-// expert's among those of the tenants.
+// The adapters of an expert's tenants that have rows. Their rows count from the expert's first.
+// `index`: the expert's place in the stacks of A and B of `tenants`.
 std::vector<Adapter> adapters_of(const Layer& l, const Experts& x,
                                  const std::vector<Tenant>& tenants, const Expert& expert,
                                  int64_t index) {
@@ -412,14 +412,14 @@ std::vector<Adapter> adapters_of(const Layer& l, const Experts& x,
                           .b = elements_from(t.b, index * t.b_stride),
                           .R = t.R,
                           .scaling = t.scaling,
-                          .da = rows_from(t.da, t.a.dtype, index * t.R * l.K),
-                          .db = rows_from(t.db, t.b.dtype, index * t.R * l.N)});
+                          .da = elements_from(t.da, t.a.dtype, index * t.R * l.K),
+                          .db = elements_from(t.db, t.b.dtype, index * t.R * l.N)});
     start = end;
   }
   return adapters;
 }
 
-// The layer with its only adapter.
+// The layer with this adapter.
 Layer with_adapter(Layer l, const Adapter& d) {
   l.R = d.R;
   l.a = d.a;
@@ -428,7 +428,7 @@ Layer with_adapter(Layer l, const Adapter& d) {
   return l;
 }
 
-// Two vectors' low, or high halves, element by element in turn.
+// Returns a0 b0 a1 b1 ... of the vectors' low halves, or of their high halves.
 template <typename V>
 V interleave(const V& a, const V& b, bool high) {
 #if defined(__clang__)
@@ -443,7 +443,8 @@ V interleave(const V& a, const V& b, bool high) {
 #undef LK_SHUFFLE
 }
 
-// to[c * ld_to + r] = from[r * ld_from + c] for at most a vector's rows and columns.
+// to[c * ld_to + r] = from[r * ld_from + c]. A block of COUNT x COUNT elements, where COUNT is a
+// vector's, is transposed in registers. Any other block is shorter than COUNT on one side.
 template <typename T>
 void transpose_block(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T* to,
                      int64_t ld_to) {
@@ -470,21 +471,24 @@ void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t ld)
                 static_cast<size_t>((last - first) * ld * size_of(dtype)));
 }
 
-// f(first element of N R, first expert, elements, experts) for the blocks of a span's B: of all
-// experts, or of those with rows and some beside them, as `transpose_block` takes them. An expert
-// alone with its rows, as of a single token, is a block. The blocks of a cache line follow one
-// another soon, of an expert's elements as of an element's experts.
+// Divides the B [N * R, experts] of a span into blocks for `transpose_block`. Calls f(first element
+// of N * R, first expert, elements, experts) for each.
+//
+// A block has up to COUNT experts. Unless `all_experts`, blocks in which no expert has rows are
+// left out, and where a single expert has rows, it is the block. Blocks that share a cache line of
+// B, or of its copy, follow one another closely.
 template <typename T, typename F>
-void for_blocks(const Layer& l, const Experts& x, const Span& span, int64_t size, bool all,
+void for_blocks(const Layer& l, const Experts& x, const Span& span, int64_t size, bool all_experts,
                 const F& f) {
-  constexpr int64_t COUNT = 16 / sizeof(T), RUN = 128;  // strided loads, which are prefetched
+  constexpr int64_t COUNT = 16 / sizeof(T);
+  constexpr int64_t RUN = 128;  // elements that a thread takes in turn, for the prefetcher
   std::vector<Span> blocks;
   for (int64_t e = span.first; e < span.last; e += COUNT) {
     const Span block{e, std::min(e + COUNT, span.last)};
     int64_t busy = 0;
     for (int64_t i = block.first; i < block.last; ++i) busy += rows_of(x, i) > 0;
-    if (all || busy > 1) blocks.push_back(block);
-    for (int64_t i = block.first; !all && busy == 1 && i < block.last; ++i)
+    if (all_experts || busy > 1) blocks.push_back(block);
+    for (int64_t i = block.first; !all_experts && busy == 1 && i < block.last; ++i)
       if (rows_of(x, i)) blocks.push_back({i, i + 1});
   }
   const int64_t runs = (size + RUN - 1) / RUN;
@@ -499,12 +503,12 @@ void for_blocks(const Layer& l, const Experts& x, const Span& span, int64_t size
   });
 }
 
-// Whether the expert is B's innermost index, as PEFT stores it: [N, R, count].
+// True if the expert is B's innermost index, as PEFT stores it: [N, R, count].
 bool is_interleaved(const Layer& l, const Tenant& t) {
   return l.N * t.R > 0 && t.b.row_stride != 1 && t.b.col_stride != 1;
 }
 
-// copy[e, N, R] = B of a span's experts with rows, and of some beside them.
+// copy[e, N, R] = B, for the blocks of `for_blocks` in which experts of a span have rows.
 template <typename T>
 void gather_b(const Layer& l, const Experts& x, const Span& span, const Tenant& t, T* copy) {
   const T* const b = static_cast<const T*>(t.b.data);
@@ -516,7 +520,7 @@ void gather_b(const Layer& l, const Experts& x, const Span& span, const Tenant& 
                 });
 }
 
-// The gradient of B of a span's experts = copy[e, N, R].
+// The gradient of B = copy[e, N, R], for all experts of a span.
 template <typename T>
 void scatter_db(const Layer& l, const Experts& x, const Span& span, const Tenant& t,
                 const T* copy) {
@@ -528,14 +532,16 @@ void scatter_db(const Layer& l, const Experts& x, const Span& span, const Tenant
   });
 }
 
-// f(span, its tenants, which count experts from the span's first) for all experts. An interleaved B
-// is copied a span at a time, so that the copy stays in cache, and the gradient of an expert's B,
-// which is read before, takes its place there. A span is of whole cache lines of experts, and of at
-// least four experts a thread.
+// Divides all experts into spans. Calls f(span, tenants) for each, where the tenants' A, B and
+// gradients begin at the span's first expert.
+//
+// An interleaved B is copied a span at a time, so that the copy stays in cache. The gradient of B
+// overwrites the copy: a kernel reads an expert's B before it writes the gradient. A span has whole
+// cache lines of experts, and at least four experts a thread.
 template <typename F>
 void for_spans(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants, const F& f) {
   std::vector<Scratch> copies;
-  int64_t step = x.count, busy = 0;  // all at once if few have rows, as of a single token
+  int64_t step = x.count, busy = 0;  // one span if few have rows, as for a single token
   for (int64_t e = 0; e < x.count; ++e) busy += rows_of(x, e) > 0;
   for (const Tenant& t : tenants)
     if (is_interleaved(l, t) && busy > 32)
@@ -546,15 +552,15 @@ void for_spans(const Layer& l, const Experts& x, const std::vector<Tenant>& tena
   }
   for (int64_t first = 0; first < x.count; first += step) {
     const Span span{first, std::min(x.count, first + step)};
-    std::vector<Tenant> moved = tenants;
-    for (size_t i = 0; i < moved.size(); ++i) {
-      Tenant& t = moved[i];
+    std::vector<Tenant> span_tenants = tenants;
+    for (size_t i = 0; i < span_tenants.size(); ++i) {
+      Tenant& t = span_tenants[i];
       void* const copy = copies[i].get();
       t.a = elements_from(t.a, first * t.a_stride);
-      t.da = rows_from(t.da, t.a.dtype, first * t.R * l.K);
+      t.da = elements_from(t.da, t.a.dtype, first * t.R * l.K);
       if (!copy) {
         t.b = elements_from(t.b, first * t.b_stride);
-        t.db = rows_from(t.db, t.b.dtype, first * t.R * l.N);
+        t.db = elements_from(t.db, t.b.dtype, first * t.R * l.N);
         continue;
       }
       if (t.b.dtype == DType::f32)
@@ -565,8 +571,8 @@ void for_spans(const Layer& l, const Experts& x, const std::vector<Tenant>& tena
       t.b_stride = l.N * t.R;
       if (t.db) t.db = copy;
     }
-    f(span, moved);
-    for (size_t i = 0; i < moved.size(); ++i) {
+    f(span, span_tenants);
+    for (size_t i = 0; i < span_tenants.size(); ++i) {
       const Tenant& t = tenants[i];
       if (!copies[i] || !t.db) continue;
       if (t.b.dtype == DType::f32)
@@ -577,7 +583,7 @@ void for_spans(const Layer& l, const Experts& x, const std::vector<Tenant>& tena
   }
 }
 
-// Zeros the gradients of a span's pairs without rows.
+// Zeros the gradients of the adapters in a span that have no rows.
 void zero_gradients(const Layer& l, const Experts& x, const Span& span,
                     const std::vector<Tenant>& tenants) {
   for (int64_t e = span.first; e < span.last; ++e) {
@@ -598,7 +604,7 @@ void zero_gradients(const Layer& l, const Experts& x, const Span& span,
 
 void lora_experts(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants,
                   const Forward& f) {
-  for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& moved) {
+  for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& span_tenants) {
     for_each_expert(l, x, span, [&](const Expert& expert, int threads) {
       Codes4bit codes;
       const bool few_rows = expert.rows <= x.few_rows;
@@ -608,8 +614,9 @@ void lora_experts(const Layer& l, const Experts& x, const std::vector<Tenant>& t
       forward.xs = rows_from(f.xs, expert.start);
       forward.few_rows = few_rows;
       forward.p = f.p + expert.start * l.lds;
-      forward.y = rows_from(f.y, f.dtype, expert.start * l.N);
-      const std::vector<Adapter> adapters = adapters_of(l, x, moved, expert, expert.e - span.first);
+      forward.y = elements_from(f.y, f.dtype, expert.start * l.N);
+      const std::vector<Adapter> adapters =
+          adapters_of(l, x, span_tenants, expert, expert.e - span.first);
       if (x.tenants == 1)
         lora_linear(with_adapter(layer, adapters[0]), forward);
       else
@@ -623,7 +630,7 @@ void lora_experts(const Layer& l, const Experts& x, const std::vector<Tenant>& t
 
 void lora_experts_backward(const Layer& l, const Experts& x, const std::vector<Tenant>& tenants,
                            const Backward& g) {
-  for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& moved) {
+  for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& span_tenants) {
     for_each_expert(l, x, span, [&](const Expert& expert, int threads) {
       Codes4bit codes;
       const Layer layer = expert_layer(l, x, expert, x.has_base, &codes, threads);
@@ -632,9 +639,10 @@ void lora_experts_backward(const Layer& l, const Experts& x, const std::vector<T
       backward.dz = rows_from(g.dz, expert.start);
       backward.x = rows_from(g.x, expert.start);
       backward.p = g.p + expert.start * l.lds;
-      backward.dx = rows_from(g.dx, g.x.dtype, expert.start * l.K);
+      backward.dx = elements_from(g.dx, g.x.dtype, expert.start * l.K);
       backward.dbias = g.dbias ? g.dbias + expert.e * l.N : nullptr;
-      const std::vector<Adapter> adapters = adapters_of(l, x, moved, expert, expert.e - span.first);
+      const std::vector<Adapter> adapters =
+          adapters_of(l, x, span_tenants, expert, expert.e - span.first);
       if (x.tenants == 1) {
         backward.da = adapters[0].da;
         backward.db = adapters[0].db;
@@ -643,7 +651,7 @@ void lora_experts_backward(const Layer& l, const Experts& x, const std::vector<T
         multi_lora_linear_backward(layer, adapters, backward);
       }
     });
-    zero_gradients(l, x, span, moved);
+    zero_gradients(l, x, span, span_tenants);
   });
   for (int64_t e = 0; e < x.count; ++e)
     if (!rows_of(x, e)) zero_rows(g.dbias, DType::f32, e, e + 1, l.N);

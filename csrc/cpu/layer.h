@@ -70,11 +70,12 @@ void multi_lora_linear_backward(const Layer& layer, const std::vector<Adapter>& 
 // not used.
 struct Experts {
   int64_t count, tenants;
-  const int64_t* stops;    // [count, tenants], one past each pair's last row, rising
-  int64_t w, table, bias;  // from one expert to the next, in elements; table: nested_code's
-  bool transposed;         // as in Layer
-  int64_t few_rows;        // an expert of no more rows takes few_rows in the forward; 0: none does
-  bool has_base;           // else y and dx hold the base GEMM of the others
+  const int64_t* stops;  // [count, tenants], one past each pair's last row, rising
+  // from one expert to the next, in elements; table: nested_code's, 0 if experts share it
+  int64_t w_stride, table_stride, bias_stride;
+  bool transposed;   // as in Layer
+  int64_t few_rows;  // an expert of no more rows takes few_rows in the forward; 0: none does
+  bool has_base;     // else y and dx hold the base GEMM of the others
 };
 
 // The adapters of one tenant.

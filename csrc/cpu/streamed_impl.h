@@ -1,6 +1,6 @@
-// GEMV: the layer for a few rows of x. Each row of the weight is read once, unpacked, and dotted
-// with all rows of x. This file holds the loop over the weight, and the dots of a dense weight.
-// Follows kernels_impl.h.
+// GEMV: the layer for a few rows of x. Each row of the weight is read once from memory, where it
+// lies, and dotted with all rows of x. This file holds the loop over the weight, and the dots of a
+// dense weight. Follows kernels_impl.h.
 //
 // A thread divides its rows of the weight into STREAMS contiguous parts:
 //   stream 0    row n,              n + 1, ...
@@ -19,8 +19,8 @@ constexpr int PASS_ROWS = 6;              // rows of x that share loads of dense
 constexpr int64_t STOLEN_ROWS = 16;       // rows of each stream taken from a queue at a time
 constexpr int64_t VICTIMS = 4;            // threads whose queues a thread visits, its own first
 
-// Rows of a dense or decoded weight that are dotted at once with M rows of x. Sums and loads are
-// all that takes registers.
+// Rows of a dense or decoded weight that are dotted at once with M rows of x: as many as leave
+// their sums in three quarters of the 2 W vector registers (an AVX unit's). Loads need the others.
 template <int M>
 constexpr int DENSE_TILE_ROWS = 8 * M <= 3 * W   ? 4
                                 : 4 * M <= 3 * W ? 2
@@ -41,8 +41,8 @@ struct Passes {
   }
 };
 
-// sums[i * lds + g * stream_stride] = or, unless is_first, += the sum of the lanes of total[g][i].
-// stream_stride 0: stream 0 alone.
+// Stores the sum of the lanes of total[g][i] in sums[i * lds + g * stream_stride], or adds it there
+// unless is_first. With a stream_stride of 0, stream 0 alone is stored.
 template <int M>
 LK_INLINE void store_sums(const vf total[STREAMS][M], bool is_first, int64_t stream_stride,
                           float* sums, int64_t lds) {
@@ -88,8 +88,8 @@ LK_INLINE void dot_rows(const T* const w[J], const T* const x[M], int64_t K, vf 
 
 // A dense weight for `gemv_streams`, which needs these members of each kind of rows:
 //
-// scratch_floats  the scratch memory of a thread
-// row(n)          the address of row n, which is prefetched
+// scratch_floats  size of a thread's scratch memory, which is `buffer` below
+// row(n)          the address of row n, for the first prefetch
 // tables()        look-up tables, made once a thread
 // dots(tables, n, end, stream_stride, buffer, sums, lds)
 //                 sums[m * lds + i + g * stream_stride] = x[m] · row (n + i + g * stream_stride),
@@ -131,7 +131,7 @@ struct DenseRows {
   }
 };
 
-// P for the ranks [r0, r1).
+// Computes P for the ranks [r0, r1).
 [[gnu::noinline]] void shrink_ranks(const ShrinkArgs& a, int64_t r0, int64_t r1) {
   dispatch_dtype(a.x.dtype, [&](auto type) {
     for (int64_t m = 0; m < a.M; m += DOT_ROWS)
@@ -139,12 +139,12 @@ struct DenseRows {
   });
 }
 
-// y for the columns [n0, n1), from their sums.
-[[gnu::noinline]] void epilogue_rows(const ExpandArgs& u, int64_t n0, int64_t n1, const float* sums,
-                                     float* panel, float* staging) {
-  const int64_t rows = n1 - n0;
+// Computes y for the columns [n0, n1), which are rows of the weight, from the base GEMM's sums.
+[[gnu::noinline]] void epilogue_columns(const ExpandArgs& u, int64_t n0, int64_t n1,
+                                        const float* sums, float* panel, float* staging) {
+  const int64_t columns = n1 - n0;
   const auto sums_of = [&](int64_t m, int64_t n, int valid) {
-    return load_partial(sums + m * rows + n - n0, valid);
+    return load_partial(sums + m * columns + n - n0, valid);
   };
   if (uses_unpacked_q(u)) {
     expand_unpacked(u, n0, n1, sums_of);
@@ -168,7 +168,7 @@ struct DenseRows {
 }
 
 // The GEMV over one kind of weight.
-// 1. Threads divide P's ranks. With dropout, P is computed before, by rows.
+// 1. Threads divide P's ranks. With dropout, `shrink` computes P before.
 // 2. Threads divide the weight's rows. A thread that has finished its own steals rows from the next
 //    threads, because memory is slower for some threads than for others, and not always for the
 //    same ones.
@@ -179,11 +179,12 @@ LK_INLINE void gemv_streams(const GemvArgs& a, const Rows& weight) {
   const int64_t M = u.M, K = a.shrink.K, R = u.R;
   const int64_t threads = M * u.N * K < MIN_PARALLEL_WORK ? 1 : min(u.threads, u.N);
   const int64_t panel_floats = round_up(R, 4) * VW;
-  const int64_t counter_floats = 16;  // a cache line for the next row of the queue
+  const int64_t counter_floats =
+      16;  // a cache line, which holds the next row of the thread's queue
   const int64_t thread_floats =
       round_up(weight.scratch_floats + panel_floats + staging_floats(VW, R), 16) + counter_floats;
-  // The sums of a thread's rows lie behind those of all rows before them. So the memory fits any
-  // smaller number of threads too, in case fewer run than requested.
+  // The place of a sum depends on its row of the weight, and not on the number of threads. So the
+  // memory suffices if fewer threads run than requested.
   Scratch scratch((threads * thread_floats + M * u.N) * 4);
   float* const all_sums = static_cast<float*>(scratch.data) + threads * thread_floats;
   const auto next_row_of = [&](int64_t thread) {
@@ -209,15 +210,15 @@ LK_INLINE void gemv_streams(const GemvArgs& a, const Rows& weight) {
     weight.dots(tables, n1 - rows % STREAMS, n1, 0, buffer, sums + rows - rows % STREAMS, rows);
     for (int64_t i_victim = 0; i_victim < min(threads, VICTIMS); ++i_victim) {
       const int64_t victim = (thread + i_victim) % threads;
-      const int64_t n0 = u.N * victim / threads, rows = u.N * (victim + 1) / threads - n0;
-      for (int64_t i, end = rows / STREAMS;
+      const int64_t first = u.N * victim / threads, count = u.N * (victim + 1) / threads - first;
+      for (int64_t i, end = count / STREAMS;
            (i = fetch_add(next_row_of(victim), STOLEN_ROWS)) < end;)
-        weight.dots(tables, n0 + i, n0 + min(i + STOLEN_ROWS, end), end, buffer,
-                    all_sums + n0 * M + i, rows);
+        weight.dots(tables, first + i, first + min(i + STOLEN_ROWS, end), end, buffer,
+                    all_sums + first * M + i, count);
     }
     arrive(&arrived);
     await(&arrived, (int)threads);
-    epilogue_rows(u, n0, n1, sums, panel, staging);
+    epilogue_columns(u, n0, n1, sums, panel, staging);
   });
 }
 

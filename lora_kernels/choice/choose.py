@@ -1,8 +1,8 @@
 """The choice of an op's backend, with its reason.
 
-A choice depends on shapes, dtypes, the device, the forced backend and verdicts. It never depends on
-whether gradients are enabled, and no exception revises it. A forced backend that cannot run the
-call raises RuntimeError with the reason.
+A choice depends on shapes, dtypes, the device, the forced backend, verdicts, and whether a CUDA
+graph captures the call. It never depends on whether gradients are enabled, and no exception revises
+it. A forced backend that cannot run the call raises RuntimeError with the reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ BACKENDS = tuple(STRATEGIES)
 _ON_GPU = "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's"
 
 
-def _check_names(name: str, strategy: str | None = None) -> Forced:
+def _parse_names(name: str, strategy: str | None = None) -> Forced:
+    """Return the named backend and strategy; ValueError if there is none of the name."""
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)}")
     if strategy is None:
@@ -67,7 +68,7 @@ def forced_backend() -> str | None:
 
 
 if (_requested_at_import := forced_backend()) is not None:
-    _check_names(_requested_at_import)
+    _parse_names(_requested_at_import)
 
 
 def format_request() -> str:
@@ -136,7 +137,7 @@ def backend(name: str, strategy: str | None = None) -> AbstractContextManager[No
     ...     lora_kernels.lora_linear(x, W, A, B).shape
     torch.Size([2, 3])
     """
-    return forced.set_to(_check_names(name, strategy))
+    return forced.set_to(_parse_names(name, strategy))
 
 
 def choose(problem: Problem, requested: Forced | None = None) -> Choice:
@@ -160,7 +161,7 @@ def choose(problem: Problem, requested: Forced | None = None) -> Choice:
     if requested.backend == "eager":
         return Choice("eager", Strategy.LIBRARY, "the eager backend was requested")
     if requested.backend == "cpu":
-        require_supported("cpu", cpu_heuristics.unsupported_reason(problem))  # raises: not a CPU's
+        require_supported("cpu", cpu_heuristics.unsupported_reason(problem))  # raises: no CPU
     if problem.device_type == "cuda" and device.has_gpu():
         return _choose_gpu(problem)
     return Choice("eager", Strategy.LIBRARY, _eager_reason(problem))
@@ -186,19 +187,19 @@ def _choose_gpu(problem: Problem) -> Choice:
 def _choose_by_verdict(
     problem: Problem, verdict: Verdict | str, in_graph: bool, target: DeviceInfo
 ) -> Choice:
-    """Choose the strategy with the smallest measured ratio to eager's time, or eager.
+    """Choose by the verdict, or eager if the call is not covered.
 
     Cached for the process: a later change of libraries is not seen.
 
     Args:
-        verdict: on the GPU, or the reason if there is none.
+        verdict: the GPU's, or the reason why it has none.
         in_graph: whether a CUDA graph captures the call, so the host's time does not count.
+        target: the GPU.
     """
     from ..backends.triton import configs
 
     if (reason := configs.capability_unsupported_reason(target)) is not None:
-        bf16 = torch.bfloat16 in (problem.x_dtype, problem.dtype)
-        if bf16:
+        if torch.bfloat16 in (problem.x_dtype, problem.dtype):
             reason += (
                 f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
             )
@@ -228,6 +229,7 @@ def _uncovered_reason(problem: Problem) -> str | None:
 
 
 def _choose_measured(problem: Problem, verdict: Verdict, in_graph: bool) -> Choice:
+    """Choose the strategy with the smallest measured ratio to eager's time, or eager."""
     kind = dtype, adapter, weight = group_of("", "", problem)[2:]
     groups = [group for group in {*verdict.passed, *verdict.failed} if group[2:] == kind]
     if not groups:
@@ -304,10 +306,8 @@ def choose_experts(problem: Problem, requested: Forced | None = None) -> Choice:
 def choose_norm(problem: Problem) -> Choice:
     """Choose the backend of `dora_norm`. problem: x_dtype is the weight's dtype, dtype float32."""
     requested = forced.current.get().backend
-    if requested == "triton":
-        require_supported("triton", "it has no kernel for row norms")
-    if requested == "cuda":
-        require_supported("cuda", "it has no kernel for row norms")
+    if requested in ("triton", "cuda"):
+        require_supported(requested, "it has no kernel for row norms")
     return _choose_cpu_or_eager(problem, requested, Strategy.FUSED, Strategy.PANELS)
 
 

@@ -28,7 +28,8 @@ class ExpertsAdapter(NamedTuple):
         lora_A: [E, R, in-features].
         lora_B: [E, out-features, R], any strides.
         scaling: alpha / r.
-        dropout_p: probability of zeroing an element of the projection's input.
+        dropout_p: probability of zeroing an element of the projection's input. Of several
+            tenants, the first one's holds for all.
     """
 
     lora_A: Tensor
@@ -242,7 +243,8 @@ def has_quantized_experts(model: nn.Module) -> bool:
 def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
     """Return the weights of one projection; 4-bit weights stay packed.
 
-    They are [E, out-features, in-features], or if `has_transposed_stack` [E, in-, out-features].
+    The weights are [E, out-features, in-features], or [E, in-features, out-features] if
+    `has_transposed_stack`.
     """
     if not is_quantized(experts, name):
         weight = experts.get_parameter(name)
@@ -266,15 +268,16 @@ def quantize_experts(
 ) -> nn.Module:
     """Quantize all experts modules of a model to 4 bits in place, and return the model.
 
-    bitsandbytes' `replace_parameter_4bit` replaces the weights, and bitsandbytes saves them.
-    Quantized weights do not change. Needs bitsandbytes. Add PEFT's adapters before this call, or
-    inside `adaptable_experts`.
+    bitsandbytes' `replace_parameter_4bit` replaces the weights, so a state dict has its format.
+    Weights that are in 4 bits already are left as they are. Needs bitsandbytes. Add PEFT's adapters
+    before this call, or inside `adaptable_experts`.
 
     Args:
+        model: contains experts modules, or is one.
         quant_type: "nf4" or "fp4".
         blocksize, double_quant: as in `lora_kernels.quantization.quantize_4bit`.
 
-    Raises ValueError if the model has no experts modules, or for another type.
+    Raises ValueError if the model has no experts modules, or for another `quant_type`.
 
     >>> from lora_kernels.layers import Experts, quantize_experts
     >>> experts = quantize_experts(Experts(2, 64, 64))
@@ -306,8 +309,9 @@ def quantize_experts(
 def adaptable_experts(model: nn.Module) -> Iterator[None]:
     """Replace 4-bit experts by parameters without memory inside the context, for PEFT.
 
-    PEFT finds 4-bit parameters only by their full names, and decodes them to read a shape. Call
-    `peft.get_peft_model`, `add_adapter` or `PeftModel.from_pretrained` inside, but no forward.
+    PEFT finds 4-bit parameters only by their full names, and decodes them to read a shape. This
+    context spares it both. Call `peft.get_peft_model`, `add_adapter` or `PeftModel.from_pretrained`
+    inside, but no forward.
 
     >>> from lora_kernels.layers import Experts, adaptable_experts, quantize_experts
     >>> experts = quantize_experts(Experts(2, 64, 64))
@@ -357,8 +361,9 @@ class _Gather(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     """Add the k rows of each token with their weights: y_t = Σ_j weights[t, j] · x[inverse[t, j]].
 
-    Each direction is one kernel, which reads each row once and rounds no intermediate row. x
-    [T·k, H] and weights [T, k] have one dtype. `inverse` is the inverse of `permutation`.
+    One kernel each computes y, dx and dweights. It reads a row once and rounds no intermediate row.
+    x [T·k, H] and weights [T, k] have one dtype. inverse [T·k], read as [T, k], is the inverse of
+    `permutation`.
     """
 
     @staticmethod
@@ -378,9 +383,10 @@ class _Combine(torch.autograd.Function):
             bags, factors = (permutation // k)[:, None], weights.reshape(-1)[permutation][:, None]
             dx = functional.embedding_bag(bags, dy, mode="sum", per_sample_weights=factors)
         if x is not None:
-            rows = torch.arange(inverse.shape[0], dtype=inverse.dtype, device=inverse.device)
+            places = torch.arange(inverse.shape[0], dtype=inverse.dtype, device=inverse.device)
+            starts, tokens, mode_sum = places[::k].contiguous(), places // k, 0
             dweights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                dy.contiguous(), x, inverse, rows[::k].contiguous(), rows // k, 0
+                dy.contiguous(), x, inverse, starts, tokens, mode_sum
             ).view(weights.shape)
         return dx, dweights, None, None
 
@@ -402,10 +408,9 @@ def experts_forward(
             with expert parallelism they are experts of other devices. Negative values are refused
             on a CPU alone, because reading them would synchronize a GPU.
         top_k_weights: [T, k].
-        adapters: by the name of the projection, one or one for each tenant. A projection may have
-            none.
-        tenants: int64 [T], each token's tenant, or None for one tenant. Rows are sorted by expert
-            and tenant.
+        adapters: for the name of a projection its adapters, one for each tenant. A projection
+            without adapters is missing.
+        tenants: int64 [T], each token's tenant, or None for one tenant.
 
     Returns:
         [T, H] in hidden_states' dtype. The result is deterministic.
@@ -423,12 +428,13 @@ def experts_forward(
     if top_k_weights.shape != top_k_index.shape:
         got = list(top_k_weights.shape)
         raise ValueError(f"top_k_weights: got shape {got}, want top_k_index's [{T}, {k}]")
-    groups_per_expert = 1
+    # A group is the rows of one expert and one tenant.
+    groups_per_expert, group_index = 1, top_k_index
     if tenants is not None and adapters:
         groups_per_expert = max(len(per_tenant) for per_tenant in adapters.values())
-        top_k_index = top_k_index * groups_per_expert + tenants[:, None]
-    groups = module.num_experts * groups_per_expert
-    sorted_groups, permutation = torch.sort(top_k_index.reshape(-1), stable=True)
+        group_index = top_k_index * groups_per_expert + tenants[:, None]
+    num_groups = module.num_experts * groups_per_expert
+    sorted_groups, permutation = torch.sort(group_index.reshape(-1), stable=True)
     is_readable = (
         sorted_groups.is_cpu
         and sorted_groups.numel()
@@ -442,7 +448,7 @@ def experts_forward(
     inverse = torch.empty_like(permutation).scatter_(
         0, permutation, torch.arange(T * k, dtype=permutation.dtype, device=permutation.device)
     )
-    group_ids = torch.arange(groups, dtype=sorted_groups.dtype, device=sorted_groups.device)
+    group_ids = torch.arange(num_groups, dtype=sorted_groups.dtype, device=sorted_groups.device)
     offsets = torch.searchsorted(sorted_groups, group_ids, right=True, out_int32=True)
     up, down = projections(experts)
     x = _project(
@@ -452,7 +458,7 @@ def experts_forward(
     x = _project(experts, down, x, offsets, adapters)
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
-    weights = top_k_weights.masked_fill(top_k_index >= groups, 0)
+    weights = top_k_weights.masked_fill(group_index >= num_groups, 0)
     dtype = torch.promote_types(x.dtype, weights.dtype)
     y: Tensor = _Combine.apply(x.to(dtype), weights.to(dtype), permutation, inverse)
     return y.to(hidden_states.dtype)
@@ -465,13 +471,14 @@ def _project(
     offsets: Tensor,
     adapters: Mapping[str, Sequence[ExpertsAdapter]],
 ) -> Tensor:
+    """Return the projection of x, whose rows are sorted by group. offsets: ends of the groups."""
     module, per_tenant = cast(Any, experts), adapters.get(name)
     weight = stack(experts, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     lora_A, lora_B, scaling, dropout_p = None, None, [1.0], [0.0]
     if per_tenant is not None:
         lora_A, lora_B, scaling, dropout_p = map(list, zip(*per_tenant, strict=True))
-    else:
+    else:  # one group for each expert
         groups_per_expert = offsets.shape[0] // module.num_experts
         offsets = offsets[groups_per_expert - 1 :: groups_per_expert]
     # Compute in the weight's dtype, as transformers' grouped_mm does. autocast would copy the

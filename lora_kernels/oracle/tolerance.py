@@ -7,9 +7,9 @@ op's docstring names. Eager's errors are those of plain PyTorch in the same dtyp
     rms error ≤ 1.25 · max(eager's, chain) + u/4              relative to the rms of the reference
     max error ≤ 2 · eager's + 2 ulp of the largest |reference|
 
-chain = 0.3 · √terms · 2⁻²⁴ is the error of a float32 sum that adds one term after another. Without
-this term the limit would depend on the processor. The same PyTorch sums 144 products in one chain
-on one processor and in sixteen on another, with errors of 3.1 u and 1.6 u.
+chain = 0.3 · √terms · 2⁻²⁴ is the rms error of a float32 sum of so many terms, added one after
+another. Without it the limit would depend on the processor. The same PyTorch sums 144 products in
+one chain on one processor and in sixteen on another, with errors of 3.1 u and 1.6 u.
 
 Sources of the numbers:
 
@@ -19,9 +19,10 @@ Sources of the numbers:
 - u/4: one rounding errs by 0.42 u rms (uniform in ± ulp/2, mantissas spread evenly in logarithm:
   u/√3 · √(3/(8·ln 2))). Where eager rounds once, 1.25 · 0.42 u + u/4 = 0.78 u admits three
   independent roundings (0.74 u) and not four (0.85 u).
-- 0.3 · √terms: each of n additions rounds a sum that has grown as √i, by 0.42 of its unit (below),
-  0.42 u · √(Σ i / n²·n) = 0.42 u · √(n/2) of the whole. No chain counts for more than CHAIN terms,
-  because libraries sum longer ones in parts, and so must we.
+- 0.3 · √terms: addition i of n rounds a sum that has grown as √i, and errs by 0.42 u of it (above).
+  Relative to the whole sum, √n, that is 0.42 u · √(Σ i / n) = 0.42 u · √(n/2) = 0.3 u · √n, where
+  u is 2⁻²⁴. No chain counts for more than CHAIN terms, because libraries sum longer ones in parts,
+  and so must we.
 - 2 and 2 ulp: the largest of n errors scatters more than their rms. A result that is rounded twice
   may be an ulp away from a result that is rounded once.
 

@@ -1,8 +1,8 @@
-"""The call of a fused layer in its common state. Each call reads the state anew.
+"""The call of a fused layer in its common state, and the block of several layers, from their state.
 
-The common state is one active LoRA adapter without a variant, over a base whose call has neither
-hooks nor a replaced forward. For every other state `read` returns None, and `plan.plan_linear`
-decides.
+Each call reads the state anew. The common state is one active LoRA adapter without a variant, over
+a base whose call has neither hooks nor a replaced forward. For every other state `read` returns
+None. `plan.plan_linear` then decides how a layer is called, and whether a block may contain it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .base import readable_weight
 from .modules import LINEAR_FORWARD, library_forward, patched_reason
 from .plan import plan_linear
 
-_FORWARDS = {cls: library_forward(cls) for cls in (Dropout, Identity)}
+_DROPOUT_FORWARDS = {cls: library_forward(cls) for cls in (Dropout, Identity)}
 
 
 # The base's weight, lora_A, lora_B, the base's bias, the scaling, and this call's dropout
@@ -63,32 +63,35 @@ def read(layer: Any) -> State | None:
         kind = type(dropout)
         if not (type(lora_A) is type(lora_B) is Linear and type(base) is base_class):
             return None
-        if type(scaling) is not float or kind.forward is not _FORWARDS.get(kind):
+        if type(scaling) is not float or kind.forward is not _DROPOUT_FORWARDS.get(kind):
             return None
-        w, a, b, d = base.__dict__, lora_A.__dict__, lora_B.__dict__, dropout.__dict__
+        base_dict, drop_dict = base.__dict__, dropout.__dict__
+        A_dict, B_dict = lora_A.__dict__, lora_B.__dict__
         if (
-            w["_forward_hooks"] or a["_forward_hooks"] or b["_forward_hooks"] or d["_forward_hooks"]
-            or w["_forward_pre_hooks"] or a["_forward_pre_hooks"]
-            or b["_forward_pre_hooks"] or d["_forward_pre_hooks"]
-            or w["_backward_hooks"] or a["_backward_hooks"]
-            or b["_backward_hooks"] or d["_backward_hooks"]
-            or w["_backward_pre_hooks"] or a["_backward_pre_hooks"]
-            or b["_backward_pre_hooks"] or d["_backward_pre_hooks"]
-            or "forward" in w or "forward" in a or "forward" in b or "forward" in d
+            base_dict["_forward_hooks"] or base_dict["_forward_pre_hooks"]
+            or base_dict["_backward_hooks"] or base_dict["_backward_pre_hooks"]
+            or A_dict["_forward_hooks"] or A_dict["_forward_pre_hooks"]
+            or A_dict["_backward_hooks"] or A_dict["_backward_pre_hooks"]
+            or B_dict["_forward_hooks"] or B_dict["_forward_pre_hooks"]
+            or B_dict["_backward_hooks"] or B_dict["_backward_pre_hooks"]
+            or drop_dict["_forward_hooks"] or drop_dict["_forward_pre_hooks"]
+            or drop_dict["_backward_hooks"] or drop_dict["_backward_pre_hooks"]
+            or "forward" in base_dict or "forward" in A_dict
+            or "forward" in B_dict or "forward" in drop_dict
         ):  # fmt: skip
             return None
-        B_params = b["_parameters"]
+        B_params = B_dict["_parameters"]
         if B_params["bias"] is not None:
             return None
         p = dropout.p if kind is Dropout and dropout.training else 0.0
-        base_params, A = w["_parameters"], a["_parameters"]["weight"]
+        base_params, A = base_dict["_parameters"], A_dict["_parameters"]["weight"]
         return base_params["weight"], A, B_params["weight"], base_params["bias"], scaling, p
     except KeyError:
         return None
 
 
 def call(layer: Any, x: Tensor) -> Tensor | None:
-    """Return the result of the layer's forward for x; None if the plan decides."""
+    """Return the result of the layer's forward for x; None if the general way must compute it."""
     state = read(layer)
     if state is None:
         return None
@@ -133,6 +136,8 @@ def make_block(
 ) -> tuple[blocks.Block, list[tuple[Any, ...]]] | None:
     """Return the block that computes the layers for x, and the layers' states; None if none can.
 
+    The loop takes plain layers alone, in few Python calls. `_make_any_block` takes all others.
+
     activation: of a gated MLP, whose layers are gate, up and down; "" for other layers.
     """
     dtype, states, operands = x.dtype, [], []
@@ -160,10 +165,10 @@ def make_block(
 
 
 def read_state(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
-    """Return the state of a layer with one adapter; None if no block may compute the layer.
+    """Return the `State` of a layer with one adapter; None if no block may compute the layer.
 
-    If `read` returns None, the state is that of `planned_state`, which ends in lora_B's bias and
-    KaSA's factors.
+    If `read` returns None, the state is that of `planned_state`. It has two elements more: lora_B's
+    bias, and KaSA's factors.
     """
     state = read(layer)
     if state is not None:
@@ -174,7 +179,7 @@ def read_state(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
 
 def planned_state(layer: Any, device: torch.device, x_dtype: torch.dtype) -> tuple[Any, ...] | str:
     """Return a layer's state by its plan, or the reason (a string) why no block may compute it."""
-    if not getattr(type(layer), "fits_blocks", False):  # on the type: wrappers forward attributes
+    if not getattr(type(layer), "fits_blocks", False):  # wrappers pass on the instance's attributes
         return f"it is a {type(layer).__name__}"
     if is_hooked(layer):
         return "a hook sits on it"
@@ -199,7 +204,7 @@ def planned_state(layer: Any, device: torch.device, x_dtype: torch.dtype) -> tup
 def _make_any_block(
     layers: Sequence[Any], x: Tensor, activation: str
 ) -> tuple[blocks.Block, list[tuple[Any, ...]]] | None:
-    """`make_block` for layers in any state."""
+    """Return what `make_block` does, for layers in any state."""
     states, operands, compute_dtypes = [], [], []
     for layer in layers:
         state = read_state(layer, x)
@@ -212,8 +217,8 @@ def _make_any_block(
         if others:
             lora_bias, diag = others
             if lora_bias is not None:
-                update = scaling * lora_bias
-                bias = update if bias is None else bias + update
+                scaled_bias = scaling * lora_bias
+                bias = scaled_bias if bias is None else bias + scaled_bias
             if isinstance(scaling, Tensor) or diag is not None:
                 gate, scaling = gate_of(lora_A, scaling, diag), 1.0
             weight, compute_dtype = readable_weight(layer.base_layer, x)

@@ -6,8 +6,8 @@ layer returns its result if x, the thread's state and the layer's tensors are un
 the layer computes its own result. A thread stores the results of one group at a time, and the next
 call of any grouped layer drops the unused ones.
 
-A write between two calls that does not move a version counter is not noticed, neither to x nor to
-a later layer's tensors.
+A write to x, or to a later layer's tensors, goes unnoticed between two calls if it does not move a
+version counter.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _versions(state: Sequence[Any]) -> int:
         total: int = state[0]._version + state[1]._version + state[2]._version
         if bias is not None:
             total += bias._version
-        if len(state) > 6:  # a scaling in a tensor, lora_B's bias, KaSA's factors
+        if len(state) > 6:  # by `planned_state`: scaling as a tensor, lora_B's bias, KaSA's factors
             total += sum([t._version for t in state[4:] if isinstance(t, Tensor)])
     except RuntimeError:
         return -1
@@ -190,7 +190,8 @@ def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
 
     A layer joins a group if
 
-    - the forward calls it exactly once, as `self.name(x)` with a bare name;
+    - the forward calls it exactly once, as `self.name(x)`, where x is a variable;
+    - it has as many in-features as the group's first layer;
     - the call is outside of loops and nested functions;
     - each run that calls the group's first layer calls this layer later;
     - no assignment to that x, and no return, is in between.
@@ -203,10 +204,10 @@ def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
     """
     ids = Counter(id(layer) for layer in layers.values())
     candidates: list[tuple[Any, Any, list[str]]] = []
-    for name, (x, branch) in _single_calls(cls.forward, frozenset(layers)).items():
+    for name, (argument, branch) in _single_calls(cls.forward, frozenset(layers)).items():
         if ids[id(layers[name])] != 1:
             continue
-        key = x, layers[name].in_features
+        key = argument, layers[name].in_features
         for group_key, group_branch, names in candidates:
             if group_key == key and group_branch[: len(branch)] == branch:
                 names.append(name)
@@ -218,7 +219,7 @@ def shared_calls(cls: Any, layers: dict[str, Any]) -> list[list[str]]:
 
 @functools.cache
 def _single_calls(forward: Any, names: frozenset[str]) -> dict[str, Any]:
-    """Return name -> (a key of the argument, the branch) for each name that is called once."""
+    """Return the entries of `_ForwardReader.calls` whose names the forward uses nowhere else."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
         function: Any = ast.parse(source).body[0]
@@ -227,15 +228,16 @@ def _single_calls(forward: Any, names: frozenset[str]) -> dict[str, Any]:
         return {}
     for statement in function.body:
         reader.visit(statement)
-    return {name: x for name, x in reader.calls.items() if reader.uses[name] == 1}
+    return {name: call for name, call in reader.calls.items() if reader.uses[name] == 1}
 
 
 class _ForwardReader(ast.NodeVisitor):
     """Finds the calls `self.name(x)` of the given names in a forward, in order.
 
-    `uses` counts the expressions that may read the attribute of a name. `calls` has, for each call,
-    the argument's name, the numbers of assignments to the argument and of returns before the call,
-    and the branches around the call.
+    `uses` counts the expressions that may read the attribute of a name. `calls` has a pair for each
+    name. Its first element is the argument's name, the number of assignments to the argument before
+    the call, and the number of returns before the call: equal ones are the same value of x. The
+    second is the branches around the call.
     """
 
     def __init__(self, self_name: str, names: frozenset[str]) -> None:
@@ -245,13 +247,13 @@ class _ForwardReader(ast.NodeVisitor):
         self.assigned: Counter[str] = Counter()
         self.returns = 0
         self.branch: tuple[tuple[ast.AST, str], ...] = ()  # from the outermost
-        self.depth = 0  # of loops, functions and conditions without branches
+        self.depth = 0  # of nodes of _NOT_ONCE around the current one
 
     def generic_visit(self, node: ast.AST) -> None:
-        is_deep = isinstance(node, _CONDITIONAL)
-        self.depth += is_deep
+        is_not_once = isinstance(node, _NOT_ONCE)
+        self.depth += is_not_once
         super().generic_visit(node)
-        self.depth -= is_deep
+        self.depth -= is_not_once
 
     def _visit_branches(self, node: Any) -> None:
         outer = self.branch
@@ -304,7 +306,8 @@ class _ForwardReader(ast.NodeVisitor):
                 self.calls[callee.attr] = argument, self.branch
 
 
-_CONDITIONAL = (
+# Nodes whose children may run several times or not at all. If and IfExp have branches instead.
+_NOT_ONCE = (
     *(ast.For, ast.AsyncFor, ast.While, ast.Try, ast.Match, ast.BoolOp),
     *(ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef),
     *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),

@@ -3,16 +3,16 @@
     P_i = D(x)·A_iᵀ        y_i = x·W_iᵀ + s_i·(P_i ⊙ g_i)·B_iᵀ + bias_i
 
 For many rows the layers' A are stacked: one GEMM reads x for all P, and one for all dA. dx
-accumulates in one tensor, `dx.addmm_(dy_i, W_i)`. So x is read n + 1 times for n layers in the
-forward and once in the backward. n single layers read it 2·n times and n times, and autograd adds
-n tensors dx.
+accumulates in one tensor, `dx.addmm_(dy_i, W_i)`. So n layers read x n + 1 times in the forward and
+once in the backward. As single layers they would read it 2·n times in the forward and n times in
+the backward, and autograd would add n tensors dx.
 
 A call is plain if x and all A and B have one dtype and there is no gate. P and dS have that dtype
-too, and the scaling is the `beta` of the base GEMM, which accumulates onto P·Bᵀ. All other calls
-take the dtypes and the two-part operands of `linear`.
+too, and the scaling is the `alpha` or `beta` of a GEMM that accumulates. All other calls take the
+dtypes and the operands in parts of `linear`.
 
-The gated MLP y = down(h), h = act(g) ⊙ u, keeps g and u. Its backward makes h again, see
-`gated_mlp`.
+The gated MLP is y = down(h) with h = act(g) ⊙ u, g = gate(x) and u = up(x). It keeps g and u, and
+its backward computes h again (see `gated_mlp`).
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class DropoutMask(NamedTuple):
 
 
 class BlockNeeds(NamedTuple):
-    """The gradients that are needed, True or False a layer. bias, rank_gate: empty if none is."""
+    """Which gradients are needed: x's, and those of each layer.
+
+    bias and rank_gate are empty if no layer needs them.
+    """
 
     x: bool
     lora_A: Sequence[bool]
@@ -92,7 +95,10 @@ class BlockNeeds(NamedTuple):
 
 
 class BlockGrads(NamedTuple):
-    """The gradients; None for a gradient that is not needed. bias and rank_gate: in P's dtype."""
+    """The gradients; None for a gradient that is not needed.
+
+    bias: in dy's `stat_dtype`. rank_gate: in P's dtype.
+    """
 
     x: Tensor | None
     lora_A: list[Tensor | None]
@@ -102,6 +108,23 @@ class BlockGrads(NamedTuple):
 
 
 # One plain layer
+
+
+def linear_output(
+    x: Tensor, layer: Layer, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return y [M, N], P [M, R] and the dropout mask of one plain layer, for x [M, K]."""
+    weight, lora_A, lora_B, bias = layer[:4]
+    base = mask = None
+    if type(weight) is Packed4bit:  # before anything else is held beside a decoded weight
+        base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
+    if dropout_p:
+        dropped, mask = torch.native_dropout(x, dropout_p, True)
+        p = linear(dropped, lora_A)
+        del dropped
+    else:
+        p = linear(x, lora_A)
+    return _add_base_and_update(x, p, layer, base), p, mask
 
 
 def linear_backward(
@@ -130,23 +153,6 @@ def linear_backward(
 
 
 # Layers of one x
-
-
-def linear_output(
-    x: Tensor, layer: Layer, dropout_p: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return y [M, N], P [M, R] and the dropout mask of one plain layer, for x [M, K]."""
-    weight, lora_A, lora_B, bias = layer[:4]
-    base = mask = None
-    if type(weight) is Packed4bit:  # before anything else is held beside a decoded weight
-        base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
-    if dropout_p:
-        dropped, mask = torch.native_dropout(x, dropout_p, True)
-        p = linear(dropped, lora_A)
-        del dropped
-    else:
-        p = linear(x, lora_A)
-    return _add_base_and_update(x, p, layer, base), p, mask
 
 
 def linears(
@@ -187,13 +193,14 @@ def _add_base_and_update(x: Tensor, p: Tensor, layer: Layer, base: Tensor | None
     if base is not None:
         return base.addmm_(p, lora_B.t(), alpha=scaling)
     weight = layer.dense(x.dtype)
-    if bias is None:  # the base GEMM accumulates
+    if bias is None:  # the base GEMM adds itself to scaling · P·Bᵀ
         return linear(p, lora_B).addmm_(x, weight.t(), beta=scaling)
     update = addmm(to_dtype(bias, x.dtype), p, lora_B.t(), alpha=scaling)
     return update.addmm_(x, weight.t())
 
 
 def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
+    """Return y [M, N] of a layer that is not plain."""
     weight, lora_B, bias = layer.weight, layer.lora_B, layer.bias
     scaling, gate = layer.scaling, layer.rank_gate
     base = None
@@ -213,7 +220,7 @@ def linears_backward(
     layers: Sequence[Layer],
     needs: BlockNeeds,
     is_plain: bool,
-    dropped: DropoutMask | None = None,
+    mask: DropoutMask | None = None,
 ) -> BlockGrads:
     """Compute the gradients, dx as [M, K].
 
@@ -222,7 +229,7 @@ def linears_backward(
         x: [M, K]; None if no dA is needed.
         ps: P_i [M, R_i]; None if neither dB nor a gate's gradient is needed.
         layers, is_plain: as in the forward.
-        dropped: the mask of the forward, of one layer.
+        mask: that of the forward; of a plain layer alone in its block.
     """
     need_x, need_A, need_B = needs.x, needs.lora_A, needs.lora_B
     need_bias, need_gate = needs.bias, needs.rank_gate
@@ -233,7 +240,7 @@ def linears_backward(
     grads = BlockGrads(None, dA, dB, dbias, dg)
     indices = [i for i, dy in enumerate(dys) if dy is not None]
     if not need_x:  # a layer may be frozen
-        indices = [i for i in indices if any([each[i] for each in needs[1:] if each])]
+        indices = [i for i in indices if any([needed[i] for needed in needs[1:] if needed])]
     if not indices:
         return grads
     for i in indices if need_bias else ():
@@ -249,34 +256,34 @@ def linears_backward(
         ranks = [layers[i].lora_A.shape[0] for i in indices]
         first = cast(Tensor, dys[indices[0]])
         ds = first.new_empty(first.shape[0], sum(ranks))
-        parts = ds.split_with_sizes(ranks, 1) if len(indices) > 1 else (ds,)
+        layer_ds = ds.split_with_sizes(ranks, 1) if len(indices) > 1 else (ds,)
     for n, i in enumerate(indices):
         dy, layer = cast(Tensor, dys[i]), layers[i]
         lora_B, scaling = layer.lora_B, layer.scaling
-        if need_x and dropped is None:  # while nothing large is held beside a decoded weight
+        if need_x and mask is None:  # while nothing large is held beside a decoded weight
             weight = layer.dense(dy.dtype)
             dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
             del weight
         if need_B[i]:
             dB[i] = _scaled_mm(dy.t(), cast(Tensor, ps[i]), scaling)
         if ds is not None:
-            addmm(parts[n], dy, lora_B, beta=0, alpha=scaling, out=parts[n])
+            addmm(layer_ds[n], dy, lora_B, beta=0, alpha=scaling, out=layer_ds[n])
     if ds is None:
         return grads
     if need_any_A:
-        stacked = mm(ds.t(), cast(Tensor, x) if dropped is None else dropped.apply(cast(Tensor, x)))
-        pieces = stacked.split_with_sizes(ranks) if len(indices) > 1 else (stacked,)
-        for i, part in zip(indices, pieces, strict=True):
+        stacked_dA = mm(ds.t(), cast(Tensor, x) if mask is None else mask.apply(cast(Tensor, x)))
+        slices = stacked_dA.split_with_sizes(ranks) if len(indices) > 1 else (stacked_dA,)
+        for i, layer_dA in zip(indices, slices, strict=True):
             if need_A[i]:
-                dA[i] = part
+                dA[i] = layer_dA
     if not need_x:
         return grads
     As = [layers[i].lora_A for i in indices]
     A = As[0] if len(As) == 1 else torch.cat(As)
-    if dropped is None:
+    if mask is None:
         return grads._replace(x=cast(Tensor, dx).addmm_(ds, A))
-    dx, (i,) = dropped.apply(mm(ds, A)), indices
-    dy = cast(Tensor, dys[i])
+    (i,) = indices
+    dx, dy = mask.apply(mm(ds, A)), cast(Tensor, dys[i])
     return grads._replace(x=dx.addmm_(dy, layers[i].dense(dy.dtype)))
 
 
@@ -292,7 +299,7 @@ def _general_backward(
     """Compute the gradients of a block that is not plain; those of the biases are in `grads`."""
     need_x, need_A, need_B = needs.x, needs.lora_A, needs.lora_B
     dx: Tensor | None = None
-    ds_of = []
+    gated_ds = []
     for i in indices:
         dy, p, layer = cast(Tensor, dys[i]), ps[i], layers[i]
         gate = layer.rank_gate
@@ -300,20 +307,20 @@ def _general_backward(
             weight = layer.dense(dy.dtype)
             dx = mm(dy, weight) if dx is None else _add_base(dx, dy, weight, dy.dtype, dy.dtype)
             del weight
-        a = dy if _is_in_parts(dy, layer.lora_B) else to_dtype(dy, _widest(dy, layer.lora_B))
+        wide_dy = dy if _is_in_parts(dy, layer.lora_B) else to_dtype(dy, _widest(dy, layer.lora_B))
         if need_B[i]:
-            gated = cast(Tensor, p) if gate is None else cast(Tensor, p) * gate
-            grads.lora_B[i] = _gradient(a, gated, layer.scaling, layer.lora_B)
-        ds = _shrink(a, layer.lora_B, 1, layer.scaling)
+            s = cast(Tensor, p) if gate is None else cast(Tensor, p) * gate
+            grads.lora_B[i] = _gradient(wide_dy, s, layer.scaling, layer.lora_B)
+        ds = _shrink(wide_dy, layer.lora_B, 1, layer.scaling)
         if needs.rank_gate and needs.rank_gate[i]:
             grads.rank_gate[i] = (ds * cast(Tensor, p)).sum(0)
-        ds_of.append(ds if gate is None else ds * gate)
-        del a, ds  # before the next layer's float32 copies
+        gated_ds.append(ds if gate is None else ds * gate)
+        del wide_dy, ds  # before the next layer's float32 copies
     if not (need_x or any(need_A)):
         return grads
-    ranks = [t.shape[1] for t in ds_of]
-    ds = torch.cat(ds_of, dim=1) if len(indices) > 1 else ds_of[0]
-    del ds_of
+    ranks = [t.shape[1] for t in gated_ds]
+    ds = torch.cat(gated_ds, dim=1) if len(indices) > 1 else gated_ds[0]
+    del gated_ds
     stacked = torch.cat([layers[i].lora_A for i in indices])
     dtype = cast(Tensor, dys[indices[0]]).dtype
     in_parts = _is_in_parts(ds, stacked, dtype)
@@ -334,13 +341,14 @@ def batched_backward(
     ps: Sequence[Tensor | None],
     layers: Sequence[Layer],
     has_others: bool,
-    dropped: DropoutMask | None = None,
+    mask: DropoutMask | None = None,
 ) -> BlockGrads:
     """Compute the gradients for several dy at once (`is_grads_batched=True`).
 
-    Its ops write to no argument, because PyTorch slices a batched tensor for such ops alone.
+    All its ops are out of place, because PyTorch's fallback, which slices a batched tensor, takes
+    no others.
     Gradients that are not needed are computed too, unless x or P is None.
-    has_others: whether those of biases and gates are returned.
+    has_others: whether the gradients of biases and gates are returned.
     """
     grads = BlockGrads(None, [], [], [], [])
     dx: Tensor | None = None
@@ -349,20 +357,20 @@ def batched_backward(
         if dy is not None:
             A, B, gate = layer.lora_A, layer.lora_B, layer.rank_gate
             wide = _widest(dy, A, B)
-            a = dy.to(wide)
-            ds = torch.mul(a @ B.to(wide), layer.scaling)
+            wide_dy = dy.to(wide)
+            ds = torch.mul(wide_dy @ B.to(wide), layer.scaling)
             gated = ds if gate is None else ds * gate
             update = gated @ A.to(gated.dtype)
-            update = update if dropped is None else dropped.apply(update)
+            update = update if mask is None else mask.apply(update)
             layer_dx = dy @ layer.dense(dy.dtype) + update.to(dy.dtype)
             dx = layer_dx if dx is None else dx + layer_dx
             if x is not None:
-                z = x if dropped is None else dropped.apply(x)
+                z = x if mask is None else mask.apply(x)
                 dA = (gated.t() @ z.to(gated.dtype)).to(A.dtype)
             if p is not None:
                 s = p if gate is None else p * gate
-                wide = _widest(a, s)
-                dB = torch.mul(a.t().to(wide) @ s.to(wide), layer.scaling).to(B.dtype)
+                wide = _widest(wide_dy, s)
+                dB = torch.mul(wide_dy.t().to(wide) @ s.to(wide), layer.scaling).to(B.dtype)
                 dg = None if gate is None else (ds * p).sum(0)
             dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
         grads.lora_A.append(dA)

@@ -44,7 +44,7 @@ import torch
 from lora_kernels.backends.cpu import native
 from lora_kernels.bench.qualify import SHEETS
 from lora_kernels.bench.results import limits, read, sources
-from lora_kernels.bench.traffic import CHECKPOINTED, EXPERTS_IN
+from lora_kernels.bench.traffic import CHECKPOINTED, EXPERTS_WORD
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.finetune.compare_command import markdown
 
@@ -413,7 +413,7 @@ def counted() -> Row | None:
         "provenance": run["provenance"],
         "layers": [row for row in run["rows"] if "what" not in row],
         "blocks": [row for row in titled if row["what"].split(" ")[0] in BLOCKS],
-        "experts": [row for row in titled if EXPERTS_IN in row["what"]],
+        "experts": [row for row in titled if EXPERTS_WORD in row["what"]],
         "titled": titled,
     }
 

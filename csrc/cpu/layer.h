@@ -55,9 +55,8 @@ struct Adapter {
 };
 
 // lora_linear with an adapter for each row of x that has one, without gate and c. layer.R is the
-// largest rank; layer.a, b and scaling are not used. Without a base, y holds the base GEMM and the
-// bias before the call, and dx the base GEMM. A row of P holds as many ranks as its adapter has;
-// the others are not read.
+// largest rank; layer.a, b and scaling are not used. Without a base, y and dx hold the base GEMM
+// before the call. A row of P holds as many ranks as its adapter has; the others are not read.
 void multi_lora_linear(const Layer& layer, const std::vector<Adapter>& adapters, const Forward& f);
 
 // Reads dy, dz, x and p of Backward and writes dx. The adapters' gradients are in `adapters`.

@@ -38,7 +38,7 @@ from . import baselines, models, results, roofline, timing
 from .baselines import Call as Baseline
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row
 from .roofline import Sizes
-from .table import STEP, Call, Entry, Suite, Verdict, time_calls, timed
+from .table import STEP, Accuracy, Call, Entry, Suite, time_calls, timed
 from .timing import Machine
 
 CHECKED_ROWS = 512  # on a GPU; the float64 reference of more rows takes longer than the timing
@@ -139,7 +139,7 @@ def entry(
     for name, (make, case_of) in {**candidates(case), **others}.items():
         drawn = {**cases.inputs(case_of), "rng": None}  # drawing it is timed
         calls[name] = call(make, drawn, [drawn["weight"], *weights[1:]])
-        calls[name].check = partial(_verdict, make, case_of)
+        calls[name].check = partial(_check, make, case_of)
 
     def goals(mode: str, cache: str | None) -> dict[str, Any]:
         return {
@@ -212,7 +212,7 @@ def _always(function: Baseline) -> Make:
     return lambda args: function
 
 
-def _verdict(make: Make, case: Case) -> Verdict:
+def _check(make: Make, case: Case) -> Accuracy:
     """Compare a candidate's results and gradients with the oracle."""
     # Peers draw dropout masks of their own, so they are checked without.
     checked = case if make is ours else replace(case, dropout_p=0.0)
@@ -222,7 +222,7 @@ def _verdict(make: Make, case: Case) -> Verdict:
     wrong = [f"{output} {verdict}" for output, verdict in verdicts.items() if not verdict.ok]
     if make is ours and case.M <= STREAMED_ROWS:
         wrong += _decoding_misses(case)
-    return Verdict(verdicts["y"].rms, "; ".join(wrong))
+    return Accuracy(verdicts["y"].rms, "; ".join(wrong))
 
 
 def _second(make: Make, **args: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 An entry has the calls of one case: ours and the baselines. `time_calls` checks each of them against
 the oracle, then times them in turns and counts their memory. `count_calls` counts the memory
-traffic of calls on meta tensors. A suite yields rows.
+traffic of calls on meta tensors. Both yield rows. A suite is a part of the table with its runner.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .results import Facts, Result, Row, is_ours
 from .timing import Parts, Times
 
 Forward = Callable[[], Any]
-STEP = ("forward", "backward", "step")  # forward and backward are the parts of steps
-Counts = Mapping[str, Traffic]  # of ours and each peer
+STEP = ("forward", "backward", "step")  # modes of a training step: its two parts, and the whole
+Counts = Mapping[str, Traffic]  # by the name of the call: "ours", or a peer's
 Limits = Callable[[Counts, str], Mapping[str, float]]
 Rows = Callable[[argparse.Namespace, Facts], Iterator[Row]]
 # Measure of a call's traffic -> the field of a row.
 MEASURES = {"bytes": "moved", "kernels": "kernels", "peak": "peak_bytes", "flops": "flops"}
 
 
-class Verdict(NamedTuple):
+class Accuracy(NamedTuple):
     """The rms error of y beside float64, and what misses the tolerance, or "" if nothing does."""
 
     error: float | None = None
@@ -45,7 +45,7 @@ class Call:
     """One of an entry's calls.
 
     Args:
-        forwards: compute y; several over copies of the weight, which a cold cache needs.
+        forwards: functions that compute y. A cold cache needs several, over copies of the weight.
         leaves: x and what trains, for the gradients of a step. Empty if the call has no step.
         dy: the gradient of y.
         existing: tensors whose memory is not the call's.
@@ -56,7 +56,7 @@ class Call:
     leaves: Sequence[Tensor] = ()
     dy: Any = None
     existing: Iterable[Tensor] = ()
-    check: Callable[[], Verdict] | None = None
+    check: Callable[[], Accuracy] | None = None
 
     def forward(self, cache: str | None) -> Forward:
         """Return a forward: of the first weights, or of all in turn with a cold cache."""
@@ -75,15 +75,15 @@ class Entry:
     Args:
         key: the fields that name the rows.
         calls: by name.
-        modes: what is timed, each with a warm or a cold cache. Those of STEP are timed in one run;
-            all others are forwards without gradients. What is counted has no cache.
-        goals: further fields of a timed row, from mode and cache.
-        foreign: calls of the user's, which may raise.
+        modes: (mode, cache) of each row. Modes of STEP are timed in one run, all others are
+            forwards without gradients. cache: "warm" or "cold"; None for a row that is counted.
+        goals: what a timed row is compared with, as further fields, from mode and cache.
+        foreign: names of calls of the user's functions, which may raise.
         device: where timed calls run.
         max_rounds: of timing.
-        measures: of MEASURES, those that a counted row has.
-        limits: of a counted row: what ours may take of each measure, from the traffic of the calls
-            and the mode.
+        measures: keys of MEASURES, those that a counted row has.
+        limits: returns the most that ours may take of each measure, from the traffic of the calls
+            and the mode of a counted row.
     """
 
     key: Row
@@ -100,7 +100,8 @@ class Entry:
 def count_calls(entry: Entry) -> Iterator[Row]:
     """Count the traffic of the calls, then yield a row for each mode.
 
-    A forward is judged by itself, a backward with its forward: a step is what a user pays for.
+    The limits of a forward hold for itself. Those of a backward hold for the whole step, because a
+    step is what a user pays for.
     """
     parts: dict[str, dict[str, Traffic]] = {mode: {} for mode in STEP}
     for name, call in entry.calls.items():
@@ -110,7 +111,7 @@ def count_calls(entry: Entry) -> Iterator[Row]:
             parts[mode][name] = traffic
     for mode, _ in entry.modes:
         counts = parts["forward" if mode == "forward" else "step"]
-        lost = exceeded(counts["ours"], entry.limits(counts, mode))
+        lost = exceeded_measures(counts["ours"], entry.limits(counts, mode))
         counted: dict[str, Any] = {
             MEASURES[measure]: {name: getattr(t, measure) for name, t in parts[mode].items()}
             for measure in entry.measures
@@ -119,10 +120,10 @@ def count_calls(entry: Entry) -> Iterator[Row]:
         yield replace(entry.key, mode=mode, misses=misses, **counted)
 
 
-def exceeded(ours: Traffic, limits: Mapping[str, float]) -> list[str]:
+def exceeded_measures(ours: Traffic, limits: Mapping[str, float]) -> list[str]:
     """Return the measures of which ours takes more than the limit.
 
-    >>> exceeded(Traffic(99, 1, 9, 0), {"bytes": 99, "kernels": 9})
+    >>> exceeded_measures(Traffic(99, 1, 9, 0), {"bytes": 99, "kernels": 9})
     ['bytes']
     """
     return [measure for measure, limit in limits.items() if getattr(ours, measure) > limit]
@@ -133,37 +134,37 @@ def time_calls(entry: Entry, seconds: float) -> Iterator[Row]:
 
     seconds: to spend on what is timed in turns.
     """
-    verdicts, calls = {}, {}
+    accuracies, calls = {}, {}
     for name, call in entry.calls.items():
         try:
-            verdicts[name] = call.check() if call.check else Verdict()
+            accuracies[name] = call.check() if call.check else Accuracy()
         except Exception as error:  # whatever a function of the user's raises
             if name not in entry.foreign:
                 raise
-            verdicts[name] = Verdict(miss=one_line(error))
+            accuracies[name] = Accuracy(miss=one_line(error))
             continue
-        if not (is_ours(name) and verdicts[name].miss):
+        if not (is_ours(name) and accuracies[name].miss):
             calls[name] = call
     times = dict(_time(entry, calls, seconds))
     for mode, cache in entry.modes:
-        shown = {n: v for n, v in verdicts.items() if mode not in STEP or entry.calls[n].leaves}
+        shown = {n: a for n, a in accuracies.items() if mode not in STEP or entry.calls[n].leaves}
         fields: dict[str, Any] = {
-            "errors": {name: v.error for name, v in shown.items() if v.error is not None},
-            "misses": {name: v.miss for name, v in shown.items() if v.miss},
+            "errors": {name: a.error for name, a in shown.items() if a.error is not None},
+            "misses": {name: a.miss for name, a in shown.items() if a.miss},
             "judged": [name for name in shown if entry.calls[name].check],
             **entry.goals(mode, cache),
         }
         row = replace(entry.key, mode=mode, cache=cache, seconds=times[mode, cache], **fields)
         if mode == "step":
-            _count_memory(entry, calls, row)
+            _add_memory(entry, calls, row)
         yield row
 
 
-def _count_memory(entry: Entry, calls: dict[str, Call], row: Row) -> None:
-    """Count the bytes that a step holds for its backward, and at most."""
+def _add_memory(entry: Entry, calls: dict[str, Call], row: Row) -> None:
+    """Add to the row the bytes that each call's step saves for its backward, and its peak."""
     held, peaks = dict[str, int](), dict[str, int]()
     for name, call in calls.items():
-        if call.leaves and name != "torch.compile":  # whose buffers no profiler sees
+        if call.leaves and name != "torch.compile":  # no profiler sees the buffers of compiled code
             step = call.step("warm")
             held[name] = sum(memory.held(step.first, existing=call.existing).values())
             peaks[name] = memory.peak(step.__call__, entry.device)
@@ -174,20 +175,21 @@ def _time(
     entry: Entry, calls: dict[str, Call], seconds: float
 ) -> Iterator[tuple[tuple[str, str | None], dict[str, Times]]]:
     """Yield the times of each mode and cache."""
-    timed: Any = partial(
+    interleave: Any = partial(
         timing.interleave_parts, seconds=seconds, device=entry.device, max_rounds=entry.max_rounds
     )
     for cache in {cache: None for mode, cache in entry.modes if mode in STEP}:
         steps = {name: call.step(cache) for name, call in calls.items() if call.leaves}
-        whole, forward, backward = timed(steps)
+        whole, forward, backward = interleave(steps)
         yield from zip(((m, cache) for m in STEP), (forward, backward, whole), strict=True)
     for mode, cache in entry.modes:
         if mode not in STEP:
             with torch.no_grad():
-                for call in calls.values():  # the first prepares others, and bitsandbytes' codes
+                # A first run plans launches, and repacks bitsandbytes' codes.
+                for call in calls.values():
                     for forward in call.forwards[: None if cache == "cold" else 1]:
                         forward()
-                yield (mode, cache), timed({n: c.forward(cache) for n, c in calls.items()})[0]
+                yield (mode, cache), interleave({n: c.forward(cache) for n, c in calls.items()})[0]
 
 
 @dataclass(frozen=True)
@@ -204,24 +206,24 @@ class Tolerance:
     dtype: torch.dtype
     sums: Sequence[int]
 
-    def check(self, forward: Forward, want: Tensor) -> Verdict:
-        """Compare y with float64; results of a group stand side by side.
+    def check(self, forward: Forward, want: Tensor) -> Accuracy:
+        """Compare y with float64, without gradients and with them.
 
-        The first call may prepare others, and is not looked at.
+        The first call is not compared, because it may run other code than the calls that follow.
         """
         with torch.no_grad():
             forward()
-            errors = [tolerance.rms_error(joined(forward()), want)]
-        errors.append(tolerance.rms_error(joined(forward()), want))
+            errors = [tolerance.rms_error(join_results(forward()), want)]
+        errors.append(tolerance.rms_error(join_results(forward()), want))
         u = tolerance.unit_roundoff(self.dtype)
         limit = tolerance.rms_limit(self.eager, u, self.sums)
         for error in errors:
             if not error <= limit:  # NaN is not
-                return Verdict(error, f"y MISS: rms {error / u:.3g} u, limit {limit / u:.3g} u")
-        return Verdict(max(errors))
+                return Accuracy(error, f"y MISS: rms {error / u:.3g} u, limit {limit / u:.3g} u")
+        return Accuracy(max(errors))
 
 
-def joined(y: Any) -> Tensor:
+def join_results(y: Any) -> Tensor:
     """Return y, or the results of a group side by side."""
     return y if isinstance(y, Tensor) else torch.cat([*y], dim=1)
 
@@ -233,15 +235,16 @@ def set_checks(
     dtype: torch.dtype,
     sums: Sequence[int],
 ) -> dict[str, Call]:
-    """Give the calls their check.
+    """Set the check of the calls, and return them.
 
     Args:
-        want: y in float64, of all calls or of each; a call without is a bound, and not checked.
+        want: y in float64, for all calls, or by the name of the call. A call that has none is a
+            bound, and is not checked.
         eager_name: the call that stands for plain PyTorch, whose error sets the limit.
         dtype, sums: the dtype to which results are rounded, and as in `tolerance.rms_limit`.
     """
     wants = dict.fromkeys(calls, want) if isinstance(want, Tensor) else want
-    eager = tolerance.rms_error(joined(calls[eager_name].forwards[0]()), wants[eager_name])
+    eager = tolerance.rms_error(join_results(calls[eager_name].forwards[0]()), wants[eager_name])
     limit = Tolerance(eager, dtype, sums)
     for name in wants:
         calls[name].check = partial(limit.check, calls[name].forwards[0], wants[name])
@@ -275,11 +278,11 @@ def layer_call(
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A filter of the table.
+    """A part of the table, with its runner.
 
     Args:
-        kind: in the file of results.
-        option: of the command line that selects it; empty for the default.
+        kind: its name in the file of results.
+        option: that of the command line which selects it; empty for the default.
         unused: options without effect on it.
         rows: yields its part of the table, from the options and the provenance.
         provenance: returns the machine, the versions and measured rates.

@@ -2,14 +2,14 @@
 
 Counted on meta tensors by `counter`, without a GPU: bytes, kernels, peak memory and FLOPs, no
 timings. A case is one training step: a layer, a layer over a 4-bit base, a block of layers, a
-language model's head, or the experts of a mixture. Ours is what `fuse` makes of PEFT's modules, in
-training mode, where x and the adapters need gradients. A layer that `fuse` leaves to PEFT is the
-same twice. `peers` and `expert_peers` have the sequences of GEMMs of others. PEFT under
+language model's head, or the experts of a mixture. x and the adapters need gradients. Ours of
+layers and blocks is what `fuse` makes of PEFT's modules; a layer that `fuse` leaves to PEFT is the
+same in both calls. `peers` and `expert_peers` have the sequences of GEMMs of others. PEFT under
 torch.compile is left out: its generated kernels fuse in ways that meta tensors do not show.
 
-A row is one direction. A forward is judged by itself, a backward with its forward: a step is what a
-user pays for. Ours loses a row where it exceeds a limit of the case: `layer_limits`, `base_limits`,
-`block_limits` or `expert_limits`.
+A row is one direction; a head's is the whole step. Ours loses a row if it exceeds a limit of the
+case: `layer_limits`, `base_limits`, `block_limits` or `expert_limits`. A head has no limit. A
+backward is judged with its forward (`table.count_calls`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ EXPERTS = (
     Shape("gpt_oss", 32, 4, 2880, 2880),  # 20b
     Shape("olmoe", 64, 8, 2048, 1024),  # 1B-7B
     Shape("deepseek_v3", 256, 8, 7168, 2048),
-    Shape("qwen3_moe", 8, 8, 2048, 768),  # a small stack, every row to all, and to two
+    Shape("qwen3_moe", 8, 8, 2048, 768),  # smaller stacks; in the first, each token takes all
     Shape("qwen3_moe", 8, 2, 2048, 768),
     Shape("qwen3_moe", 32, 8, 2048, 768),
 )
@@ -63,11 +63,11 @@ LAUNCH_BOUND_ROWS = 64  # up to here a layer is bound by launches, not by bandwi
 # the same memory of a card. Ours saves P, vectors of N and DoRA's norm in float32.
 PEAK_UNIT = 2 << 20
 KERNEL_BYTES = 6_000_000  # moved by an H100 in the 2 µs that a small kernel takes (estimate)
-MASK_KERNELS = 8  # see `allowed_kernels`
-MOST_BYTES = 1.01  # times the bytes of a peer
+MASK_KERNELS = 8  # more for several dropout masks, see `allowed_kernels`
+MOST_BYTES = 1.01  # the limit of ours, in bytes of a peer
 LEFT = "left to PEFT"  # the strategy of a layer that `fuse` does not take
 CHECKPOINTED = ", checkpointed"  # after a title: rows whose backward runs the forward again
-EXPERTS_IN = " experts "  # in a title of experts
+EXPERTS_WORD = " experts "  # in each title of experts
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 CELLS = (
@@ -124,10 +124,10 @@ def cell_call(
     """Return the call of a training step with x [M, K].
 
     Args:
-        module: of `build_layer`, fused or not, or a module of such layers.
-        cell: the layers'.
-        function: computes y with the module's parameters in place of the module.
-        is_checkpointed: as of `step_call`.
+        module: a layer of `build_layer`, fused or not, or a module of such layers.
+        cell: that of the layers.
+        function: computes y in place of the module, from the module's parameters.
+        is_checkpointed: as in `step_call`.
     """
     x = torch.empty(M, K, dtype=cell.x_dtype or cell.dtype, device="meta").requires_grad_()
 
@@ -153,7 +153,8 @@ def _entry(
 def allowed_kernels(cell: Cell, dropout_p: float, counts: Counts) -> int:
     """Return the most kernels that ours may launch: PEFT's, and one for each KERNEL_BYTES saved.
 
-    MASK_KERNELS more if each adapter, or a DoRA's base GEMM too, has a mask.
+    Several dropout masks allow MASK_KERNELS more: those of several adapters, or of a DoRA, whose
+    base GEMM has a mask too.
 
     >>> from .counter import Traffic
     >>> ours, peft = Traffic(60_000_000, 0, 9, 0), Traffic(100_000_000, 0, 7, 0)
@@ -161,8 +162,9 @@ def allowed_kernels(cell: Cell, dropout_p: float, counts: Counts) -> int:
     13
     """
     ours, peft = counts["ours"], counts["peft"]
-    has_masks = dropout_p > 0 and (cell.dora or cell.adapters > 1)
-    return peft.kernels + (peft.bytes - ours.bytes) // KERNEL_BYTES + MASK_KERNELS * has_masks
+    has_several_masks = dropout_p > 0 and (cell.dora or cell.adapters > 1)
+    allowed = peft.kernels + (peft.bytes - ours.bytes) // KERNEL_BYTES
+    return allowed + MASK_KERNELS * has_several_masks
 
 
 def layer_limits(
@@ -213,11 +215,12 @@ def layer_entries(
 
 
 def base_limits(M: int, scale_bytes: int, counts: Counts, mode: str) -> dict[str, float]:
-    """Return what the layer over nested NF4 takes; bytes with those of its larger scales.
+    """Return what the layer over nested NF4 takes, and the bytes by which our scales are larger.
 
-    Rows up to `FUSED_ROWS` have no limit: bitsandbytes' GEMM of NF4 decodes inside.
+    Up to `FUSED_ROWS` rows of x there is no limit: bitsandbytes' GEMM of NF4 decodes inside.
 
-    scale_bytes: what the scales have more than nested NF4's; a step reads them twice.
+    scale_bytes: the bytes of our scales less those of nested NF4's. Each decoding reads the scales:
+        one in a forward, two in a step.
     """
     if M <= FUSED_ROWS:
         return {}
@@ -239,9 +242,9 @@ def base_entries(quant_type: str, K: int, N: int, R: int) -> Iterator[Entry]:
     [5526720, 7888064]
     """
     cell = Cell("bf16, bf16 adapters", _BF16, _BF16)
-    on: Any = {"dtype": _BF16, "lora_dtype": _BF16, "device": "meta"}
+    kwargs: Any = {"dtype": _BF16, "lora_dtype": _BF16, "device": "meta"}
     layers = {
-        name: QLoRALinear(K, N, R, quant_type=kind, **on)
+        name: QLoRALinear(K, N, R, quant_type=kind, **kwargs)
         for name, kind in (("ours", quant_type), (NESTED_NF4, "nf4"))
     }
     ours, nf4 = (sum(t.nbytes for t in _scales(layer.weight4bit)) for layer in layers.values())
@@ -257,7 +260,7 @@ def base_entries(quant_type: str, K: int, N: int, R: int) -> Iterator[Entry]:
 
 
 def _scales(weight: Weight4bit) -> list[Tensor]:
-    """Return what scales are decoded from."""
+    """Return the tensors that hold the weight's scales."""
     tensors = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
     return [t for t in tensors if t is not None]
 
@@ -268,8 +271,8 @@ def _scales(weight: Weight4bit) -> list[Tensor]:
 def block_limits(counts: Counts, mode: str) -> dict[str, float]:
     """Return MOST_BYTES times the bytes of the best peer, and PEAK_UNIT above the lowest peak.
 
-    The best is the best in that measure, of the peers that do not overwrite x. The peak is limited
-    in a step: what is counted here trains.
+    Peers that overwrite x do not count. The peak is limited in the backward's row alone, which is
+    judged as the whole step.
     """
     others = [traffic for name, traffic in counts.items() if name not in ("ours", peers.INPLACE)]
     limits = {"bytes": MOST_BYTES * min(traffic.bytes for traffic in others)}
@@ -281,8 +284,9 @@ def block_limits(counts: Counts, mode: str) -> dict[str, float]:
 def block_entries(
     block: Block, cell: Cell, R: int = RANK, Ms: Sequence[int] = BLOCK_ROWS
 ) -> Iterator[Entry]:
-    """Yield the entries of a block and a kind of layer: one for each M, the last M once more
-    checkpointed. Adapters of another dtype are cast, in ours by `cast_adapters`.
+    """Yield the entries of a block of such layers: one for each M, and the last M checkpointed.
+
+    Every call casts adapters of another dtype, ours by `cast_adapters`.
 
     >>> first = next(block_entries(Block("layer", 64, (64,)), CELLS[0], 8, [9]))
     >>> [row.kernels["axolotl"] for row in count_calls(first)]
@@ -319,8 +323,8 @@ def block_entries(
 def head_entry(adapter_dtype: torch.dtype, R: int = RANK) -> Entry:
     """Return a training step of a head with its loss, in bfloat16: ours, PyTorch's ops, PEFT's.
 
-    PyTorch computes the loss of PEFT's logits [M, V] in float32. The second is ours on a device
-    that does not run the Triton kernel.
+    PyTorch computes the loss of PEFT's logits [M, V] in float32. "ours by PyTorch's ops" is ours on
+    a device that does not run the Triton kernel.
 
     >>> list(head_entry(torch.bfloat16).calls)
     ['ours', "ours by PyTorch's ops", 'peft']
@@ -371,7 +375,7 @@ def expert_call(
 
     Args:
         name: of `expert_peers.CALLS`.
-        is_checkpointed: as of `step_call`.
+        is_checkpointed: as in `step_call`.
         layer: of `expert_peers.build`; None to build it.
     """
     layer = expert_peers.build(name, shape) if layer is None else layer
@@ -388,11 +392,11 @@ def expert_call(
 
 
 def expert_entries(shape: Shape, tokens: int) -> Iterator[Entry]:
-    """Yield a step of experts, and the same checkpointed; ours over NF4 with bitsandbytes alone."""
+    """Yield the entries of experts, without and with checkpointing; NF4 only with bitsandbytes."""
     names = [name for name in expert_peers.CALLS if name != "ours, NF4" or _has_bitsandbytes()]
     layers = {name: expert_peers.build(name, shape) for name in names}
     sizes = f"{shape.hidden}→{shape.intermediate}"
-    title = f"{shape.model}, {shape.experts}{EXPERTS_IN}{sizes}, top {shape.top_k}"
+    title = f"{shape.model}, {shape.experts}{EXPERTS_WORD}{sizes}, top {shape.top_k}"
     for is_checkpointed in (False, True):
         entry = _entry(
             {
@@ -416,7 +420,7 @@ def _has_bitsandbytes() -> bool:
 
 
 def entries(args: argparse.Namespace) -> Iterator[Entry]:
-    """Yield the whole table, NF4 with bitsandbytes alone."""
+    """Yield the entries of the whole table; those over NF4 only with bitsandbytes."""
     shapes, has_bitsandbytes = [*itertools.product(SHAPES, args.ranks)], _has_bitsandbytes()
     for cell in CELLS:
         if cell.base != "nf4" or has_bitsandbytes:
@@ -458,7 +462,7 @@ def summary(rows: list[Row]) -> Iterator[str]:
     if (reason := expert_peers.unavailable_reason()) is not None:
         yield f"no experts: {reason}"
         return
-    experts = [row for row in rows if EXPERTS_IN in (row.what or "")]
+    experts = [row for row in rows if EXPERTS_WORD in (row.what or "")]
     yield f"experts: {_count_losses(experts, 'a peer of no more FLOPs', ('bytes',))}"
 
 

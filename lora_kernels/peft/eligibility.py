@@ -1,10 +1,11 @@
 """Reasons for which one call of a fused layer is left to PEFT.
 
 Each `…_reason` function returns the reason in words, or None if the layer is supported. `swap.py`
-has the reasons of `fuse`. A fused forward, and `explain`, call the function for their kind of
+has the other reasons of `fuse`. A fused forward, and `explain`, call the function for their kind of
 layer: `linear_reason`, `svd_reason` or `embedding_reason`. Then they call `unreadable_reason`, the
-reason to call the base layer as a module and fuse only the adapters. All reasons depend on the
-layer's state alone. The functions read `_modules` and `_parameters`, because
+reason to call the base layer as a module and fuse only the adapters. These reasons depend on the
+layer's state, on x's device and dtype, and on what observes the thread. `heavier_reason` alone is a
+reason of `fuse`. The functions read `_modules` and `_parameters`, because
 `nn.Module.__getattr__` takes ten times as long.
 """
 

@@ -22,7 +22,7 @@ from lora_kernels.backends.cpu import native
 from lora_kernels.bench import baselines, command, dense, models, table, timing, variants
 from lora_kernels.bench.command import wrap
 from lora_kernels.bench.results import Result, Row, flat, ratios, read, summary
-from lora_kernels.bench.table import Call, Entry, Tolerance, Verdict
+from lora_kernels.bench.table import Accuracy, Call, Entry, Tolerance
 from lora_kernels.bench.timing import Times
 from lora_kernels.ops import direct, linear
 from lora_kernels.oracle import case as cases
@@ -263,10 +263,10 @@ def test_calls_are_checked_before_they_are_timed_and_a_user_s_may_raise() -> Non
     done: list[str] = []
 
     def call(name: str, miss: str = "", error: str = "") -> Call:
-        def check() -> Verdict:
+        def check() -> Accuracy:
             if error:
                 raise RuntimeError(error)
-            return Verdict(0.5, miss)
+            return Accuracy(0.5, miss)
 
         return Call(forwards=[lambda: done.append(name)], check=check)
 
@@ -288,10 +288,10 @@ def test_calls_are_checked_before_they_are_timed_and_a_user_s_may_raise() -> Non
 def test_a_row_names_the_calls_that_take_part_in_it() -> None:
     """One without gradients is in no step, however wrong it is."""
     x = torch.ones(3, requires_grad=True)
-    verdict = Verdict(0.5, "y MISS")
+    accuracy = Accuracy(0.5, "y MISS")
     step = {"leaves": [x], "dy": torch.ones(3)}
     calls = {
-        name: Call(forwards=[lambda: x * x], check=lambda: verdict, **options)  # type: ignore[arg-type]
+        name: Call(forwards=[lambda: x * x], check=lambda: accuracy, **options)  # type: ignore[arg-type]
         for name, options in (("peft", step), ("eval", {}))
     }
     entry = Entry(key=Row(), calls=calls, modes=[("decoding", "cold"), ("step", "warm")])

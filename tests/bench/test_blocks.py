@@ -23,7 +23,7 @@ from lora_kernels.bench.command import has_failed
 from lora_kernels.bench.counter import Kernel, Traffic, count
 from lora_kernels.bench.peers import FUNCTIONS, INPLACE
 from lora_kernels.bench.results import Row
-from lora_kernels.bench.table import count_calls, exceeded
+from lora_kernels.bench.table import count_calls, exceeded_measures
 from lora_kernels.bench.traffic import CHECKPOINTED
 from lora_kernels.quantization.weight4bit import quantize_4bit
 
@@ -175,7 +175,7 @@ RULE: list[tuple[Traffic, list[str]]] = [
 @pytest.mark.parametrize(("ours", "want"), RULE)
 def test_losses_against_the_best_peer_of_each_measure(ours: Traffic, want: list[str]) -> None:
     counts = {"ours": ours, **PEERS, **OVERWRITING}
-    assert exceeded(ours, traffic.block_limits(counts, "backward")) == want
+    assert exceeded_measures(ours, traffic.block_limits(counts, "backward")) == want
     assert "peak" not in traffic.block_limits(counts, "forward")
 
 

@@ -14,7 +14,7 @@ from lora_kernels.bench.counter import Traffic, count_layer
 from lora_kernels.bench.expert_peers import TILE
 from lora_kernels.bench.experts import Shape
 from lora_kernels.bench.results import Row
-from lora_kernels.bench.table import count_calls, exceeded
+from lora_kernels.bench.table import count_calls, exceeded_measures
 from lora_kernels.bench.traffic import EXPERTS, TOKENS, expert_limits
 
 pytest.importorskip("peft")
@@ -153,4 +153,4 @@ def test_expert_limits_are_of_peers_of_no_more_flops() -> None:
         (Traffic(1, 1, 9, 0, 71), []),
     ):
         limits = expert_limits({**ours, "peft": peft}, "forward")
-        assert exceeded(ours["ours"], limits) == want
+        assert exceeded_measures(ours["ours"], limits) == want

@@ -22,7 +22,7 @@ from lora_kernels.bench.blocks import Cell, build_layer
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
 from lora_kernels.bench.results import Row
 from lora_kernels.bench.roofline import Sizes, moved
-from lora_kernels.bench.table import count_calls, exceeded
+from lora_kernels.bench.table import count_calls, exceeded_measures
 from lora_kernels.bench.traffic import CELLS, layer_entries
 from lora_kernels.choice import choose as selection
 from lora_kernels.ops import registry
@@ -393,7 +393,7 @@ def test_losses_against_peft_names_each_measure(
 ) -> None:
     counts = {"ours": PASSES._replace(**ours), "peft": PASSES}
     limits = bench_traffic.layer_limits(cell, rows, dropout_p, counts, "forward")
-    assert exceeded(counts["ours"], limits) == want
+    assert exceeded_measures(counts["ours"], limits) == want
 
 
 def test_losses_of_a_backward_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

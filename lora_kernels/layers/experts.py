@@ -419,15 +419,8 @@ def experts_forward(
     """
     context.refuse_context()
     module, adapters = cast(Any, experts), adapters or {}
-    if top_k_index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"top_k_index: got {top_k_index.dtype}, want int64 or int32")
-    if top_k_index.dim() != 2 or top_k_index.shape[0] != hidden_states.shape[0]:
-        got, T = list(top_k_index.shape), hidden_states.shape[0]
-        raise ValueError(f"top_k_index: got shape {got}, want [{T}, k] for hidden_states")
+    _check_routing(hidden_states, top_k_index, top_k_weights)
     T, k = top_k_index.shape
-    if top_k_weights.shape != top_k_index.shape:
-        got = list(top_k_weights.shape)
-        raise ValueError(f"top_k_weights: got shape {got}, want top_k_index's [{T}, {k}]")
     # A group is the rows of one expert and one tenant.
     groups_per_expert, group_index = 1, top_k_index
     if tenants is not None and adapters:
@@ -462,6 +455,19 @@ def experts_forward(
     dtype = torch.promote_types(x.dtype, weights.dtype)
     y: Tensor = _Combine.apply(x.to(dtype), weights.to(dtype), permutation, inverse)
     return y.to(hidden_states.dtype)
+
+
+def _check_routing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    """Raise ValueError or TypeError unless the shapes and the index's dtype fit."""
+    if top_k_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"top_k_index: got {top_k_index.dtype}, want int64 or int32")
+    if top_k_index.dim() != 2 or top_k_index.shape[0] != hidden_states.shape[0]:
+        got, T = list(top_k_index.shape), hidden_states.shape[0]
+        raise ValueError(f"top_k_index: got shape {got}, want [{T}, k] for hidden_states")
+    T, k = top_k_index.shape
+    if top_k_weights.shape != top_k_index.shape:
+        got = list(top_k_weights.shape)
+        raise ValueError(f"top_k_weights: got shape {got}, want top_k_index's [{T}, {k}]")
 
 
 def _project(

@@ -182,7 +182,7 @@ def planned_state(layer: Any, device: torch.device, x_dtype: torch.dtype) -> tup
     if not getattr(type(layer), "fits_blocks", False):  # wrappers pass on the instance's attributes
         return f"it is a {type(layer).__name__}"
     if is_hooked(layer):
-        return "a hook sits on it"
+        return patched_reason(layer) or "a hook sits on it"
     if layer.mixed_batch is not None:
         return "its last call named its adapters"
     adapters, reason, base_reason, is_dora = plan_linear(layer, device, x_dtype)

@@ -139,7 +139,7 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     if act is not parts.act_module:
         return f"its {parts.act} was replaced"
     if act is not None and direct.is_hooked(act):
-        return f"{parts.act}: a hook sits on it"
+        return f"{parts.act}: {patched_reason(act) or 'a hook sits on it'}"
     for name in parts[:3]:
         state = direct.planned_state(modules[name], device, x_dtype)
         if isinstance(state, str):

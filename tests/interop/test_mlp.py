@@ -468,10 +468,13 @@ APART: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "hook of act": (hook("forward", "act_fn", **DOUBLE), f"act_fn: {HOOKED}"),
     "act": (set_act, "its act_fn was replaced"),
-    "act's forward": (lambda m: setattr(m.act_fn, "forward", torch.tanh), f"act_fn: {HOOKED}"),
+    "act's forward": (
+        lambda m: setattr(m.act_fn, "forward", torch.tanh),
+        "act_fn: its forward was replaced",
+    ),
     "gate's forward": (
         lambda m: setattr(m.gate_proj, "forward", m.gate_proj.base_layer.forward),
-        f"gate_proj: {HOOKED}",
+        "gate_proj: its forward was replaced",
     ),
     "two adapters": (lambda m: m.up_proj.set_adapter(["default", "second"]), SEVERAL),
     "disabled": (lambda m: m.up_proj.enable_adapters(False), OFF.format("up", "disabled")),

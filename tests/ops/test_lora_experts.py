@@ -164,6 +164,27 @@ def test_a_nan_of_one_tenant_stays_in_its_rows_and_adapter(
 
 
 @every_engine
+@pytest.mark.parametrize("zeros", [(0,), (1,), (0, 1, 2)], ids=str)
+def test_a_tenant_scaled_by_zero_is_the_base_and_has_zero_gradients(
+    zeros: tuple[int, ...], engine: str
+) -> None:
+    """As if the tenant's lora_B were zero, whichever tenant it is."""
+    case = ExpertsCase((3, 2, 9, 1, 20, 5), 64, 128, 16, tenants=3, ranks=(8, 16, 8))
+    args, by_zeros = inputs(case), inputs(case)
+    args["scaling"] = [0.0 if t in zeros else 1.25 for t in range(3)]
+    by_zeros["scaling"] = [1.25] * 3
+    with torch.no_grad():
+        for t in zeros:
+            by_zeros["lora_B"][t].zero_()
+    want, got = run(lora_experts_linear, by_zeros), run(lora_experts_linear, args)
+    sizes = [B.numel() for B in args["lora_B"]]
+    for t in zeros:
+        want["dB"].split(sizes)[t].zero_()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
+@every_engine
 def test_lora_experts_linear_without_adapters_is_the_base(engine: str) -> None:
     args = inputs(ExpertsCase(ROWS, 32, 64, 8, bias=False))
     x, weight, offsets = args["x"], args["weight"], args["offsets"]

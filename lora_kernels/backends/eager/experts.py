@@ -240,7 +240,7 @@ def _split_tenants(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[_Call,
     The adapters are copied into one tensor, to the largest rank.
     """
     (E, N, _), K, T = operands.lora_B[0].shape, operands.x.shape[1], len(operands.lora_A)
-    scaling = spec.scaling[0]
+    scaling = next(filter(None, spec.scaling), 1.0)  # a tenant's may be zero
     base = operands._replace(
         lora_A=[operands.lora_A[0].new_empty(E, 0, K)],
         lora_B=[operands.lora_B[0].new_empty(E, N, 0)],
@@ -404,7 +404,7 @@ def _backward_of_tenants(
     dx = grads_of_base.x
     if dx is not None:
         dx.add_(cast(Tensor, grads.x))
-    factors = [scaling / spec.scaling[0] for scaling in spec.scaling]
+    factors = [scaling / adapters.spec.scaling[0] for scaling in spec.scaling]
     dA = _split_grad(grads.lora_A[0], operands.lora_A, needs.lora_A, [1.0] * len(factors))
     dB = _split_grad(grads.lora_B[0], operands.lora_B, needs.lora_B, factors)
     return ExpertsGrads(dx, dA, dB, grads_of_base.bias)

@@ -101,7 +101,7 @@ def adapters_by_tenant(wrapper: Any, names: Sequence[str]) -> list[ExpertsAdapte
 def _tenant_of_tokens(names: Sequence[str], tenant_names: Sequence[str], x: Tensor) -> Tensor:
     """Return the tenant of each token [T]. names: of the tenant of each row of the batch."""
     rows, tokens = len(names), x.shape[0]
-    if tokens % rows:
+    if not rows or tokens % rows:
         raise ValueError(f"adapter_names: got {rows} for {tokens} tokens, want one a row of x")
     index = torch.tensor([tenant_names.index(name) for name in names]).to(x.device)
     return index.repeat_interleave(tokens // rows, output_size=tokens)

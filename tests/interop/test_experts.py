@@ -357,10 +357,9 @@ def test_adapter_names_over_experts_run_in_evaluation_and_refuse_what_peft_refus
                 want = model(input_ids=x[row : row + 1]).logits[0]
             assert_close_derived(got[row], want)
     wrapper = fused_wrappers(model)[0]
-    with pytest.raises(ValueError, match="got 2 for 9 tokens, want one a row"):
-        wrapper(
-            torch.ones(9, 32), torch.zeros(9, 1).long(), torch.ones(9, 1), adapter_names=names[:2]
-        )
+    for rows in (0, 2):
+        with pytest.raises(ValueError, match=f"got {rows} for 9 tokens, want one a row"):
+            wrapper(*routed(9), adapter_names=names[:rows])
     model.merge_adapter()
     with pytest.raises(ValueError, match="mixed adapter batches"):
         wrapper(*routed(3), adapter_names=names)

@@ -347,7 +347,8 @@ def test_adapter_names_over_experts_run_in_evaluation_and_refuse_what_peft_refus
     parameters: tuple[str, ...],
 ) -> None:
     model = fuse(make_tenants("mixtral", parameters=parameters)).eval()
-    names, x = ["law", "__base__", "mail"], ids(3, 9)
+    # A batch may begin with rows of the base.
+    names, x = ["__base__", "law", "__base__", "mail"], ids(4, 9)
     with torch.no_grad():
         got = model(input_ids=x, adapter_names=names).logits
         for row, tenant in enumerate(names):
@@ -554,7 +555,8 @@ def test_fused_experts_never_write_effective_weights(monkeypatch: pytest.MonkeyP
 
 
 REASONS = {
-    "trainable": "the base weight is trainable",
+    "gate_up_proj": "the base weight is trainable",
+    "down_proj": "the base weight is trainable",
     "forward": "its forward was replaced",
     "implementation": "experts_implementation='deepgemm' has kernels of its own",
 }
@@ -564,8 +566,8 @@ REASONS = {
 def test_fuse_leaves_experts_to_peft_with_the_reason(kind: str) -> None:
     model = make("mixtral")
     experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
-    if kind == "trainable":
-        experts.gate_up_proj.requires_grad_()
+    if kind in ("gate_up_proj", "down_proj"):
+        getattr(experts, kind).requires_grad_()
     elif kind == "forward":
         experts.forward = lambda *args: args[0]
     else:
@@ -585,6 +587,22 @@ def test_fused_experts_with_one_projection_merged_and_disabled_say_so() -> None:
     device = torch.device("cpu")
     reason = experts_reason(wrapper, device)
     assert reason == "adapters are merged and disabled: PEFT takes them out first"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("state", ["merged", "disabled"])
+def test_adapter_names_beside_one_projection_merged_or_disabled_are_left_to_peft(
+    state: str, index: int
+) -> None:
+    (wrapper, *_) = fused_wrappers(fuse(make("mixtral")))
+    member, device = (wrapper, wrapper.base_layer)[index], torch.device("cpu")
+    assert experts_reason(wrapper, device, ["default"]) is None
+    if state == "merged":
+        member.merge()
+    else:
+        member._disable_adapters = True
+    reason = experts_reason(wrapper, device, ["default"])
+    assert reason == "adapters are disabled or merged, where rows name their own"
 
 
 class Packed(nn.Parameter):
@@ -624,17 +642,20 @@ def test_implementation_of_other_modules_names_what_they_lack() -> None:
         forward(nn.Linear(2, 2), torch.ones(1, 2), torch.zeros(1, 1), torch.ones(1, 1))
 
 
-def test_fused_experts_with_a_hook_inside_are_peft_s() -> None:
+@pytest.mark.parametrize("inside", ["MixtralExperts", "ParamWrapper"])
+def test_fused_experts_with_a_hook_inside_are_peft_s(inside: str) -> None:
     model = fuse(make("mixtral"))
-    experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    inner = fused_wrappers(model)[0].base_layer
+    module = inner if inside == "ParamWrapper" else inner.get_base_layer()
     called: list[int] = []
-    experts.register_forward_hook(lambda *_: called.append(1))
+    module.register_forward_hook(lambda *_: called.append(1))
     got = step(model)
     assert called == [1]
     stock = make("mixtral")
     assert_as_exact(got, step(exact(stock)), step(stock))
     rows = [row for row in explain(model).rows if "layers.0.mlp.experts" in row.layer]
-    assert all("a hook or another forward sits on its MixtralExperts" in r.reason for r in rows)
+    said = [f"a hook or another forward sits on its {inside}" in r.reason for r in rows]
+    assert any(said) and (all(said) or inside == "ParamWrapper")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,13 @@ from lora_kernels.layers import (
     adaptable_experts,
     quantize_experts,
 )
-from lora_kernels.layers.experts import has_quantized_experts, stack, unsupported_reason
+from lora_kernels.layers.experts import (
+    ExpertsAdapter,
+    experts_forward,
+    has_quantized_experts,
+    stack,
+    unsupported_reason,
+)
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 from lora_kernels.quantization.tensor4bit import Tensor4bit
 from tests.support.assertions import assert_as_exact, assert_close_derived
@@ -200,6 +206,17 @@ def test_lora_experts_compute_in_the_dtype_of_their_weights() -> None:
     assert torch.equal(y.bfloat16(), layer(x.bfloat16(), index, weights))
 
 
+def test_lora_experts_in_16_bits_do_not_round_float32_routing_weights() -> None:
+    """Each token's only expert: y is its result times the weight, rounded once."""
+    layer = LoRAExperts(Experts(E, H, INNER, dtype=torch.bfloat16), r=R)
+    x, index, _ = routed()
+    x, index, weights = x.bfloat16(), index[:, :1], 1 + torch.rand(T, 1)
+    of_experts = layer(x, index, torch.ones(T, 1)).float()
+    y = layer(x, index, weights)
+    assert torch.equal(y, (of_experts * weights).bfloat16())
+    assert not torch.equal(y, (of_experts * weights.bfloat16().float()).bfloat16())
+
+
 def test_qlora_experts_have_every_argument() -> None:
     layer = QLoRAExperts(
         Experts(E, 64, 128), 3, 5.0, 0.25, quant_type="fp4", blocksize=128, double_quant=False
@@ -375,6 +392,17 @@ def test_experts_forward_of_bad_routes_names_the_argument(name: str) -> None:
     for layer in (make(), make().experts):
         with pytest.raises((TypeError, ValueError), match=message):
             layer(**args)
+
+
+def test_experts_forward_of_a_negative_index_beside_tenants_names_the_index() -> None:
+    layer, (x, index, weights) = make(), routed()
+    adapter = {name: ExpertsAdapter(A, layer.lora_B[name], 1.0) for name, A in layer.lora_A.items()}
+    adapters = {name: [each] * 3 for name, each in adapter.items()}
+    index[4, 1] = -2
+    for tenant in range(3):
+        tenants = torch.full((T,), tenant)
+        with pytest.raises(ValueError, match="top_k_index: got -2, want 0 to 3, or more"):
+            experts_forward(layer.experts, x, index, weights, adapters, tenants)
 
 
 def test_experts_forward_reads_no_index_of_another_device() -> None:

@@ -44,7 +44,9 @@ def test_lora_experts_linear_of_each_case_is_within_tolerance(
 
 @every_engine
 @every_thread_count
-@pytest.mark.parametrize("rows", [(5, 9, 2, 7, 4, 0, 11, 3), (60, 1, 2), (30, 30)], ids=str)
+@pytest.mark.parametrize(
+    "rows", [(5, 9, 2, 7, 4, 0, 11, 3), (60, 1, 2), (30, 30), (90, 1)], ids=str
+)
 def test_lora_experts_linear_shared_among_threads_is_within_tolerance(
     rows: tuple[int, ...], threads: int, engine: str
 ) -> None:
@@ -161,6 +163,46 @@ def test_a_nan_of_one_tenant_stays_in_its_rows_and_adapter(
     for key in ("dA", "dB"):
         assert torch.equal(got[key][others], want[key][others])
     assert any(got[key].isnan().any() for key in got)
+
+
+@every_engine
+@pytest.mark.parametrize("peft_layout", [False, True])
+@pytest.mark.parametrize("tenants", [1, 2])
+@pytest.mark.parametrize("narrow", ["lora_A", "lora_B"])
+def test_lora_experts_linear_of_A_and_B_in_two_dtypes_is_as_of_one(
+    narrow: str, tenants: int, peft_layout: bool, engine: str
+) -> None:
+    """Of values that bfloat16 holds. A gradient has its parameter's dtype."""
+    case = ExpertsCase((3, 5, 0, 2, 4, 20), 64, 128, 8, tenants=tenants, peft_layout=peft_layout)
+    args = inputs(case)
+    with torch.no_grad():
+        args[narrow].copy_(args[narrow].bfloat16())
+    mixed = args | {narrow: args[narrow].detach().bfloat16().requires_grad_()}
+    want, got = run(lora_experts_linear, args), run(lora_experts_linear, mixed)
+    assert got["dA" if narrow == "lora_A" else "dB"].dtype is bf16
+    for name in want:
+        torch.testing.assert_close(got[name], want[name].to(got[name].dtype))
+
+
+@every_engine
+@pytest.mark.parametrize("frozen", [(0,), (2,), (0, 1)], ids=str)
+def test_tenants_beside_frozen_ones_get_the_gradients_of_all_tenants_trained(
+    frozen: tuple[int, ...], engine: str
+) -> None:
+    """Some tenants' lora_A is frozen, then some tenants' lora_B."""
+    case = ExpertsCase((3, 2, 9, 1, 20, 5), 64, 128, 16, tenants=3, ranks=(8, 16, 8))
+    args, names = inputs(case), ("lora_A", "lora_B")
+    want, dy = run(lora_experts_linear, args), args.pop("dy")
+    for name in names:
+        sizes = [t.numel() for t in args[name]]
+        tensors = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate(args[name])]
+        trained = [t for t in tensors if t.requires_grad]
+        y = lora_experts_linear(**args | {name: tensors})
+        grads = torch.autograd.grad(y, trained, dy)
+        wants = want["dA" if name == "lora_A" else "dB"].split(sizes)
+        wants = [t for i, t in enumerate(wants) if i not in frozen]
+        for grad, each in zip(grads, wants, strict=True):
+            torch.testing.assert_close(grad.flatten(), each)
 
 
 @every_engine
@@ -290,28 +332,35 @@ def test_gradcheck_of_lora_experts_linear_passes() -> None:
     assert torch.autograd.gradcheck(call, [args[name] for name in names])
 
 
-def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
-    args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, quant=quant, dropout_p=0.25))
+def op_arguments(case: ExpertsCase, backward: bool) -> tuple[Any, ...]:
+    args, T = inputs(case), case.tenants
     weight = args["weight"]
-    base = tuple(weight.codes) if quant else (weight,)
-    tensors = [args[n].detach() for n in ("x", "lora_A", "lora_B")]
-    operands = (tensors[0], *base, *([t] for t in tensors[1:]), args["offsets"])
-    spec = [1.25], 0.25, f32, f32, False, True
+    base = tuple(weight.codes) if case.quant else (weight,)
+    adapters = [[t.detach() for t in args[name]] for name in ("lora_A", "lora_B")]
+    operands = (args["x"].detach(), *base, *adapters, args["offsets"])
+    spec = args["scaling"], 0.25, case.dtype, case.dtype, False, True
     if not backward:
         return *operands, args["bias"].detach(), args["rng"], None, *spec
-    p = torch.randn(7, 8)
-    needs = True, [True], [False], True
+    p = torch.randn(case.M, case.R)
+    needs = True, [True] * T, [False] * T, True
     return args["dy"], p, *operands, None, args["rng"], None, *spec, *needs
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_opcheck_of_experts_ops_passes(backward: bool, quant: str) -> None:
+@pytest.mark.parametrize("ranks", [(8,), (8, 16, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_opcheck_of_experts_ops_passes(
+    dtype: torch.dtype, ranks: tuple[int, ...], backward: bool, quant: str
+) -> None:
+    rows, tenants = (2, 0, 3) * len(ranks), len(ranks)
+    sizes: dict[str, Any] = {"R": max(ranks), "ranks": ranks, "tenants": tenants, "quant": quant}
+    case = ExpertsCase(rows, 32, 64, dropout_p=0.25, dtype=dtype, **sizes)
     name = "lora_experts" + "_backward" * backward + "_4bit" * bool(quant)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         getattr(torch.ops.lora_kernels, name).default,
-        op_arguments(quant, backward),
+        op_arguments(case, backward),
         test_utils=checks,
     )
 
@@ -432,6 +481,16 @@ BAD = {
         changed(lora_A=[torch.ones(2, 2, 5)] * 2, lora_B=[torch.ones(2, 4, n) for n in (2, 3)]),
         r"lora_B\[1\]: got shape \[2, 4, 3\], want \[2, 4, 2\]",
     ),
+    **{
+        f"dtype_of_a_tenant_s_{name}": (
+            changed(
+                lora_A=[torch.ones(2, 2, 5), torch.ones(2, 2, 5, dtype=A)],
+                lora_B=[torch.ones(2, 4, 2), torch.ones(2, 4, 2, dtype=B)],
+            ),
+            rf"lora_A\[1\], lora_B\[1\]: got {A}, {B}, want torch.float32, torch.float32",
+        )
+        for name, A, B in (("A", bf16, f32), ("B", f32, bf16))
+    },
     "scaling_of_tenants": (
         changed(lora_A=[torch.ones(2, 2, 5)], lora_B=[torch.ones(2, 4, 2)], scaling=[1.0, 2.0]),
         "scaling: got 2 numbers, want one, or 1",

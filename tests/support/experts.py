@@ -76,6 +76,11 @@ def cases_of_tenants() -> list[ExpertsCase]:
         replace(case, dtype=bf16, adapter_dtype=f32, dropout_p=0.25),
         replace(case, dtype=f16, transposed=True, peft_layout=True),
         replace(case, N=33, K=47, R=3, bias=False),
+        # One tenant with so many rows would have W + s·B·A on the eager GPU path.
+        *(
+            replace(case, N=16, K=8, R=8, rows=(30, 0, 1, 50, 9, 20), quant=q)
+            for q in ("", "nf4-64")
+        ),
         replace(case, dtype=bf16, quant="nf4-64-nested", tail=0),
         replace(case, rows=(0, 1, 0, 0, 0, 1, 0, 0), tenants=2, quant="nf4-64", tail=0),
         replace(case, dtype=bf16, rows=(0, 0, 0, 0, 7, 0)),

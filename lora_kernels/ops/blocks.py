@@ -50,14 +50,15 @@ def can_run(x: Any) -> bool:
 
     A mode may replay single ops, as selective checkpointing does.
     """
-    if type(x) not in _PLAIN:
+    # Torch 2.8 cannot trace the ContextVar.
+    if type(x) not in _PLAIN or torch.compiler.is_compiling():
         return False
     # The backward's thread knows no other backend than the one entered last.
     if forced.entered not in _BY_DEFAULT or forced.current.get().backend not in _BY_DEFAULT:
         return False
     if x.is_cpu and not (library.emulates_gpu and forced.entered == "eager"):
         return False
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return False
     if _dispatch_tls_local_include_set() in _KEYS:
         return True

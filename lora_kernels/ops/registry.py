@@ -130,7 +130,8 @@ def tensors_of(operands: Iterable[Any]) -> list[Tensor | None]:
     tensors: list[Any] = []
     for value in operands:
         if isinstance(value, Packed4bit):
-            tensors += value[:PACKED4BIT_TENSORS]
+            # As a list: Dynamo of torch 2.8 cannot slice a NamedTuple.
+            tensors += list(value)[:PACKED4BIT_TENSORS]
         elif value is None or isinstance(value, Tensor):
             tensors.append(value)
         else:

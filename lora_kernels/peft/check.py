@@ -593,6 +593,8 @@ def _check_gradients(
                     p.requires_grad_(True)
                 if p.requires_grad and (adapter, kind[-1]) not in frozen:
                     trained.append((record, kind, p))
+    # Autocast of torch 2.8 keeps casts without a graph that a call under `no_grad` made.
+    torch.clear_autocast_cache()
     with torch.enable_grad(), ExitStack() as stack:
         for record in layers:
             _watch_base(record, stack)

@@ -71,14 +71,14 @@ class GatedMLP(nn.Module):
     original_forward: Any  # that class's forward when the module was recognized
     _parts: Parts
     # Liger's forward, if Liger had patched it into this instance.
-    _liger_forward: Any
+    _liger_forward: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs:
             y = _call(self, args[0])
             if y is not None:
                 return y
-        liger = vars(self).get("_liger_forward")
+        liger = self._liger_forward
         y = super().forward(*args, **kwargs) if liger is None else liger(self, *args, **kwargs)
         return cast(Tensor, y)
 

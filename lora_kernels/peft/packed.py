@@ -81,7 +81,7 @@ def pack_base(base: Any) -> bool:
 
 def quantizes_input(base: Any) -> bool:
     """Return True if compressed-tensors rounds x, without a gradient, or y of a linear layer."""
-    scheme = vars(base).get("quantization_scheme")
+    scheme = getattr(base, "quantization_scheme", None)  # torch 2.8 cannot trace `vars`
     names = "input_activations", "output_activations"
     return any(getattr(scheme, name, None) is not None for name in names)
 

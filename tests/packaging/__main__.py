@@ -54,9 +54,7 @@ LATER = {
     ),
     "LoraConfig(ensure_weight_tying=...) (PEFT)": "tied",
     "set_experts_implementation (transformers)": "qwen3_moe",
-    "classes of compressed-tensors and EETQ (transformers)": (
-        "test_listed_class and (compressed_tensors or eetq)"
-    ),
+    "classes of compressed-tensors and EETQ (transformers)": "test_listed_class",
     "experts that are parameters (transformers)": "experts or test_every_kind_of_the_table",
     "reentrant checkpointing by Trainer (transformers)": (
         "test_trainer_on_its_defaults and reentrant"

@@ -55,6 +55,12 @@ LATER = {
     "LoraConfig(ensure_weight_tying=...) (PEFT)": "tied",
     "set_experts_implementation (transformers)": "qwen3_moe",
     "classes of compressed-tensors and EETQ (transformers)": "test_listed_class",
+    "models and their layers as the test counts them (transformers)": (
+        "test_blocks and (MiniCPM3 or Whisper or Detr or CLIP or Bert or Wav2Vec2Conformer)"
+    ),
+    "reentrant checkpoint wrappers without a warning (torch)": (
+        "test_q_proj_checkpointed_alone and REENTRANT"
+    ),
     "experts that are parameters (transformers)": "experts or test_every_kind_of_the_table",
     "reentrant checkpointing by Trainer (transformers)": (
         "test_trainer_on_its_defaults and reentrant"

@@ -59,7 +59,7 @@ LATER = {
         "test_blocks and (MiniCPM3 or Whisper or Detr or CLIP or Bert or Wav2Vec2Conformer)"
     ),
     "reentrant checkpoint wrappers without a warning (torch)": (
-        "test_q_proj_checkpointed_alone and REENTRANT"
+        "test_q_proj_checkpointed_alone and reentrant"
     ),
     "experts that are parameters (transformers)": "experts or test_every_kind_of_the_table",
     "reentrant checkpointing by Trainer (transformers)": (

@@ -172,10 +172,12 @@ def _unstartable_reason(args: argparse.Namespace) -> str | None:
         return "no GPU that this torch can use, want one for --device cuda"
     for name, file in (("json", args.json), ("csv", args.csv)):
         if file is not None:
+            if file.is_dir():
+                return f"--{name}: {file}: it is a folder, want a file"
             with contextlib.suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
             existing = file if file.exists() else file.parent
-            if file.is_dir() or not file.parent.is_dir() or not os.access(existing, os.W_OK):
+            if not file.parent.is_dir() or not os.access(existing, os.W_OK):
                 return f"--{name}: {file} cannot be written"
     try:
         if args.json is not None:

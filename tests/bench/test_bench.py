@@ -452,9 +452,13 @@ def test_bench_whose_output_cannot_be_written_measures_nothing(
 ) -> None:
     monkeypatch.setattr(command, "measure", None)
     (tmp_path / "file").write_text("")
-    for file in (tmp_path, tmp_path / "file" / "new.json"):
+    below_a_file = tmp_path / "file" / "new.json"
+    for file, reason in (
+        (tmp_path, f"{tmp_path}: it is a folder, want a file"),
+        (below_a_file, f"{below_a_file} cannot be written"),
+    ):
         assert cli.main(["bench", option, str(file)]) == 2
-        assert f"bench: {option}: {file} cannot be written\n" in capsys.readouterr().err
+        assert f"bench: {option}: {reason}\n" in capsys.readouterr().err
 
 
 def test_row_from_json_equals_the_row_and_leaves_out_unknown_fields() -> None:

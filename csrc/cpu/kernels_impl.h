@@ -240,7 +240,7 @@ constexpr int64_t CHAIN<bf16x2> = 1024;
 
 LK_INLINE vf word_fma(vf a, vf b, vf acc, float) { return fma(a, b, acc); }
 
-// Loads W words, of which the first `elements` elements exist; zeros after them.
+// Loads `elements` elements, at most W words, and sets the remaining lanes to zero.
 template <typename T>
 LK_INLINE vf load_words(const T* p, int64_t elements, float) {
   return elements >= W ? load(p) : load_n(p, (int)elements);
@@ -435,8 +435,8 @@ template <typename T>
 }
 
 // Epilogue of a tile whose first element is y[m, n]: y = c * (base + acc) + bias and z = base +
-// acc. Only `count` rows and the columns below n1 exist. y and z round once each. base(i, v, valid)
-// returns what acc is added to in register v of row i, of which `valid` lanes exist.
+// acc. Stores `count` rows and the columns below n1. y and z round once each. base(i, v, valid)
+// loads register v of row i of the base GEMM, with `valid` lanes inside the matrix.
 template <typename T, typename Base>
 LK_INLINE void epilogue_tile(const ExpandArgs& a, int64_t m, int64_t count, int64_t n, int64_t n1,
                              const vf acc[Y_ROWS][V], const Base& base) {

@@ -138,8 +138,8 @@ LK_INLINE void pack_codes_k(const Codes4bit& w, int64_t k0, int64_t depth, int64
     }
 }
 
-// Packs W[n0 + n, k0 + k] of a 4-bit weight with the sum along n: `depth` rows n and 64 columns,
-// all of which exist.
+// Packs W[n0 + n, k0 + k] of a 4-bit weight with the sum along n: `depth` rows n and 64 columns.
+// Reads all of them, without a bounds check.
 template <typename Word>
 LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64_t k0, float* dst,
                             const PanelLayout& layout, int64_t prefetch_distance) {

@@ -193,7 +193,7 @@ LK_INLINE uint64_t interleave_bits(uint64_t a, uint64_t b, uint64_t c, uint64_t 
 
 // The functions for few_rows_impl.h. A lane holds eight neighbouring 4-bit codes.
 //
-// load_codes     W lanes of codes, of which the first `filled` exist; zeros after them
+// load_codes     `filled` lanes of codes; the remaining lanes are zero
 // lookup         the values of code j of each lane
 // lane_blocks    each lane's block, counted from that of lane 0, `offset` elements after whose
 //                beginning lane 0 begins

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
             start = stop
 
 
+def largest_rank(lora_A: Sequence[Tensor]) -> int:
+    """Return the number of P's columns. lora_A: [E, R, K] of each tenant."""
+    return max(A.shape[1] for A in lora_A)
+
+
+def expert_offsets(operands: ExpertsOperands) -> Tensor:
+    """Return one past the last row of each expert [E], from the offsets of its tenants."""
+    tenants = len(operands.lora_A)
+    return operands.offsets[tenants - 1 :: tenants]
+
+
 def weight_of(
     operands: ExpertsOperands, spec: ExpertsSpec, expert: int, dtype: torch.dtype
 ) -> Tensor | None:
@@ -36,6 +47,6 @@ def weight_of(
         return weight[expert]
     (E, N, _), K = operands.lora_B[0].shape, operands.x.shape[1]
     rows, columns = (K, N) if spec.transposed else (N, K)
-    own = slice(expert * rows, (expert + 1) * rows)
-    dense = decode4bit.dense(weight, (E * rows, columns), dtype, rows=own)
+    expert_rows = slice(expert * rows, (expert + 1) * rows)
+    dense = decode4bit.dense(weight, (E * rows, columns), dtype, rows=expert_rows)
     return dense.t() if spec.transposed else dense

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends.cpu import experts as cpu_experts
 from ..backends.eager import experts as eager_experts
+from ..backends.experts import largest_rank
 from ..backends.library import is_on_gpu_path
 from ..backends.protocol import ExpertsBackend
 from ..choice import choose as selection
@@ -298,7 +299,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         T, need = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B = tensors_of_weights[:T], tensors_of_weights[T : 2 * T]
         base = join_weight(tensors_of_weights[2 * T :], blocksizes)
-        R, K = max(A.shape[1] for A in lora_A), lora_A[0].shape[2]
+        R, K = largest_rank(lora_A), lora_A[0].shape[2]
         x = new_unsaved(dy, K, ctx.x_dtype) if x is None else x
         p = new_unsaved(dy, R, stat_dtype(spec.dtype)) if p is None else p
         needs = ExpertsNeeds(need[0], need[6 : 6 + T], need[6 + T : 6 + 2 * T], need[1])
@@ -313,7 +314,7 @@ def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | Non
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
     x, weight, lora_A, lora_B, *_ = operands
     (device_type, index), (M, K), N = context.device_of(x), x.shape, lora_B[0].shape[1]
-    R, is_4bit = max(A.shape[1] for A in lora_A), isinstance(weight, Packed4bit)
+    R, is_4bit = largest_rank(lora_A), isinstance(weight, Packed4bit)
     dtypes = x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype
     extra = selection.extra_operands(operands, spec.dropout_p)
     problem = Problem(device_type, *dtypes, R, M, is_4bit, N, K, extra, index)
@@ -360,7 +361,7 @@ def _lora_experts(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
 def _lora_experts_fake(*args: Any, choice: str = "") -> tuple[Tensor, ...]:
     operands, spec = split(args, ExpertsOperands, ExpertsSpec)
     x, (M, K), N = operands.x, operands.x.shape, operands.lora_B[0].shape[1]
-    R = max(A.shape[1] for A in operands.lora_A)
+    R = largest_rank(operands.lora_A)
     draws = draws_mask(operands, spec)
     return (
         x.new_empty(M, N, dtype=spec.y_dtype),

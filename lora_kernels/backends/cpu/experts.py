@@ -18,7 +18,7 @@ from ...core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpe
 from ...core.dtypes import DTYPE_NUMBERS, to_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
-from ..experts import runs, weight_of
+from ..experts import expert_offsets, largest_rank, runs, weight_of
 from . import heuristics as cpu_heuristics
 from . import native
 from .linear import FUSED, pack_dropout, pack_rows, pointer, rows_of_any, vector
@@ -96,7 +96,7 @@ def _pack(
     stops, bias = to_dtype(offsets, torch.int64).contiguous(), vector(bias)
     places = None if rng is None else torch.arange(M)
     mask, keep_scale = pack_dropout(spec.dropout_p, rng, places)
-    sizes, factors = (M, K, N, largest_rank(operands)), (0, 0, pointer(bias))
+    sizes, factors = (M, K, N, largest_rank(operands.lora_A)), (0, 0, pointer(bias))
     adapter, threads = (None, None, 0.0), torch.get_num_threads()
     layer = (stack.matrix, stack.codes, *sizes, *adapter, *factors, mask, keep_scale, threads)
     steps = stack.expert_stride, stack.table_stride, N
@@ -128,16 +128,12 @@ def _pack_tenant(
     return a, b, A.stride(0), B.stride(0), A.shape[1], scaling, pointer(dA), pointer(dB)
 
 
-def largest_rank(operands: ExpertsOperands) -> int:
-    return max(A.shape[1] for A in operands.lora_A)
-
-
 def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] in spec.y_dtype, zero in rows of no expert; P is float32 [M, R]."""
     assert native.module is not None
-    (M, K), N, R = operands.x.shape, operands.lora_B[0].shape[1], largest_rank(operands)
+    (M, K), N, R = operands.x.shape, operands.lora_B[0].shape[1], largest_rank(operands.lora_A)
     x, x_row = rows_of_any(operands.x, K)
     xs, y = to_dtype(x, spec.dtype), x.new_empty(M, N, dtype=spec.y_dtype)
     # A tenant's rows of P end at its rank.
@@ -145,7 +141,7 @@ def lora_experts(
     p = new((M, R), dtype=torch.float32)
     call = _pack(operands, spec, strategy)
     if not call.stack.is_fused:
-        for e, rows in runs(_of_experts(operands)):
+        for e, rows in runs(expert_offsets(operands)):
             if rows.stop - rows.start > call.stack.few_rows:
                 w = to_dtype(cast(Tensor, weight_of(operands, spec, e, spec.dtype)), spec.dtype)
                 y[rows] = torch.mm(xs[rows], w.t())
@@ -155,12 +151,6 @@ def lora_experts(
     outputs = p.data_ptr(), y.data_ptr(), DTYPE_NUMBERS[y.dtype], z
     native.module.lora_experts(*call[:3], (x_rows, base_rows, few_rows, *outputs))
     return y, Saved(p)
-
-
-def _of_experts(operands: ExpertsOperands) -> Tensor:
-    """Return one past the last row of each expert."""
-    tenants = len(operands.lora_A)
-    return operands.offsets[tenants - 1 :: tenants]
 
 
 def lora_experts_backward(
@@ -185,7 +175,7 @@ def lora_experts_backward(
     dbias = saved.p.new_empty(E, N) if needs.bias else None  # float32, as P
     call = _pack(operands._replace(bias=None), spec, strategy, dA, dB)
     if dx is not None and not call.stack.is_fused:
-        for e, rows in runs(_of_experts(operands)):
+        for e, rows in runs(expert_offsets(operands)):
             w = to_dtype(cast(Tensor, weight_of(operands, spec, e, spec.dtype)), spec.dtype)
             dx[rows] = torch.mm(dz[rows], w)
     dy_rows = pack_rows(dy, dy_row)

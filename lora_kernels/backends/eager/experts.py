@@ -40,7 +40,7 @@ from ...core.dropout import dropout_mask, dropout_scale
 from ...core.dtypes import stat_dtype
 from ...core.packed4bit import Packed4bit
 from .. import decode4bit
-from ..experts import runs, weight_of
+from ..experts import expert_offsets, largest_rank, runs, weight_of
 from ..library import is_on_gpu_path
 from . import linear as eager
 from .stack4bit import ALIGNED, build_stack, chosen_experts, expert_of_rows, uncut_reason
@@ -239,16 +239,16 @@ def _split_tenants(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[_Call,
 
     The adapters are copied into one tensor, to the largest rank.
     """
-    (E, N, _), K, T = operands.lora_B[0].shape, operands.x.shape[1], len(operands.lora_A)
-    scaling = next(filter(None, spec.scaling), 1.0)  # a tenant's may be zero
+    (E, N, _), K = operands.lora_B[0].shape, operands.x.shape[1]
+    scaling = max(spec.scaling, key=abs) or 1.0  # the largest, so that no ratio overflows B
     base = operands._replace(
         lora_A=[operands.lora_A[0].new_empty(E, 0, K)],
         lora_B=[operands.lora_B[0].new_empty(E, N, 0)],
-        offsets=operands.offsets[T - 1 :: T],
+        offsets=expert_offsets(operands),
         rng=None,
         mask=None,
     )
-    rank = max(A.shape[1] for A in operands.lora_A)
+    rank = largest_rank(operands.lora_A)
     As, Bs = [], []
     for A, B, factor in zip(operands.lora_A, operands.lora_B, spec.scaling, strict=True):
         B = B * (factor / scaling) if factor != scaling else B

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import struct
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,10 @@ from lora_kernels.bench.roofline import Sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Row = dict[str, Any]
+Look = tuple[str, str, str, dict[str, Any]]  # legend, marker, colour, and how it is filled
 
 SOURCE = "Source"  # one of PNG's own keywords
 STYLE = {
@@ -38,8 +41,8 @@ STYLE = {
     "legend.frameon": False,
 }
 FILLED, HOLLOW = {"mew": 1.0}, {"mfc": "white", "mew": 1.2}
-# Name in the JSON -> legend, marker, colour, and how it is filled; dark ones are ours.
-TAX = {
+# Name in the JSON -> its look; dark ones are ours.
+TAX: dict[str, Look] = {
     "ours": ("ours", "o", "black", FILLED),
     "ours, fp32 adapters": ("ours, fp32 A B", "o", "black", HOLLOW),
     "addmm": ("in-place addmm_", "^", "#0072b2", FILLED),
@@ -50,8 +53,8 @@ TAX = {
 BYTES = {
     "ours": TAX["ours"],
     "peft": TAX["peft"],
-    "unsloth": ("Unsloth's order of GEMMs", "v", "#009e73", HOLLOW),
-    "axolotl": ("axolotl's order of GEMMs", "s", "#cc79a7", HOLLOW),
+    "unsloth": ("Unsloth's order", "v", "#009e73", HOLLOW),
+    "axolotl": ("axolotl's order", "s", "#cc79a7", HOLLOW),
 }
 LAYERS = {
     "ours": ("ours, dense", "o", "black", FILLED),
@@ -122,37 +125,53 @@ def lora_tax(data: Row, caption: str, named: str) -> bytes:
 
 
 def overview(
-    tax: dict[str, dict[str, list[float]]], moved: dict[str, dict[str, float]], named: str
+    times: dict[str, dict[str, float]],
+    machines: dict[str, str],
+    moved: dict[str, dict[str, float]],
+    named: str,
 ) -> bytes:
-    """Times on CPUs beside the frozen linear's, and bytes counted on a GPU beside PEFT's.
+    """Times on CPUs, and bytes counted on a GPU, both of training steps and beside PEFT's.
 
     Args:
-        tax: layer -> candidate of TAX -> its LoRA tax on each machine.
+        times: layer -> name in `machines`, or "peft" -> our time over PEFT's on that machine.
+        machines: name -> legend.
         moved: step -> candidate of BYTES -> its bytes over PEFT's.
     """
+    fills = itertools.cycle((FILLED, HOLLOW))
+    ours = {
+        name: (f"ours, {label}", "o", "black", fill)
+        for (name, label), fill in zip(machines.items(), fills, strict=False)
+    }
+    fp32, bf16 = (("peft", (f"PEFT, {t} A B", *TAX["peft"][1:])) for t in ("fp32", "bf16"))
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        left.set_title("CPU, measured", fontsize=9)
-        left.set_xlabel("step: time over the frozen linear's (less is better)", fontsize=8)
-        right.set_title("GPU, counted", fontsize=9)
-        right.set_xlabel("step: bytes over PEFT's (less is better)", fontsize=8)
-        for axes, rows, looks in ((left, tax, TAX), (right, moved, BYTES)):
+        left.set_title("CPU, training step, measured", fontsize=9)
+        left.set_xlabel("time over PEFT's (less is better)", fontsize=8)
+        right.set_title("GPU, training step, counted", fontsize=9)
+        right.set_xlabel("bytes over PEFT's (less is better)", fontsize=8)
+        shown = (left, times, ours | dict([fp32])), (right, moved, BYTES | dict([bf16]))
+        for axes, rows, looks in shown:
             axes.axvline(1.0, color="black", lw=0.8)
             axes.grid(axis="both", color="0.88", lw=0.5)
             axes.set_yticks(range(len(rows)), list(rows))
             axes.invert_yaxis()
+            axes.set_xlim(0.0, 1.1)
             for y, row in enumerate(rows.values()):
                 for name, (_, marker, color, fill) in reversed(looks.items()):
-                    values = row.get(name, [])
-                    for i, x in enumerate(values if isinstance(values, list) else [values]):
-                        hollow = HOLLOW if i else fill  # of the second machine
-                        axes.plot(x, y, marker, color=color, ms=5.5, **hollow)
-        left.set_xlim(left=0.0)
-        right.set_xlim(0.0, 1.1)
-        _legend(figure, [TAX["ours"], TAX["peft"], *(BYTES[n] for n in ("unsloth", "axolotl"))])
+                    if name in row:
+                        axes.plot(row[name], y, marker, color=color, ms=5.5, **fill)
+            axes.legend(
+                handles=_handles(looks.values()),
+                loc="upper center",
+                bbox_to_anchor=(0.4, -0.2),
+                ncols=2,
+                fontsize=8,
+                columnspacing=1.0,
+                handletextpad=0.1,
+            )
 
-    return _png(draw, named, height=3.4)
+    return _png(draw, named, height=3.6)
 
 
 def roofline(layers: Row, codes: Row | None, caption: str, named: str) -> bytes:
@@ -213,13 +232,17 @@ def _points(data: Row, dtype: str) -> Iterator[tuple[str, float, float]]:
             yield name, work / least.moved(sizes, step), work / times["p50"]
 
 
-def _legend(figure: Figure, looks: list[tuple[str, str, str, dict[str, Any]]]) -> None:
+def _handles(looks: Iterable[Look]) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
-    handles = [
+    return [
         Line2D([], [], marker=marker, color=color, ls="", ms=6, label=label, **fill)
         for label, marker, color, fill in looks
     ]
+
+
+def _legend(figure: Figure, looks: Iterable[Look]) -> None:
+    handles = _handles(looks)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
 
 

@@ -132,6 +132,7 @@ STEPS = {
 }
 STEP_PEERS = {"ours": "ours", "peft": "PEFT", "unsloth": "Unsloth's order", "axolotl": "axolotl's"}
 BF16_ADAPTERS = re.compile(r"(NF4 )?bf16, bf16 adapters?")
+FP32_ADAPTERS = re.compile(r"(NF4 )?bf16, fp32 adapters?(, autocast)?")
 
 CPU_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
 
@@ -148,6 +149,12 @@ class Run:
     @property
     def name(self) -> str:
         return NAMES.get(self.file.stem, self.file.stem) + ", capped" * self.is_capped
+
+    @property
+    def processor(self) -> str:
+        """Its name without trademarks, and the instructions of the kernels."""
+        name = re.sub(r"\(\w+\)| Processor", "", self.dense["provenance"]["processor"])
+        return f"{name} ({self.name})"
 
     @property
     def is_capped(self) -> bool:
@@ -549,15 +556,18 @@ def cpu_rows(measured: list[Run]) -> Cells:
         yield *key, *(cell(row, name) if row else "–" for row in rows for name in CPU_PEERS)
 
 
-def step_bytes(rows: list[Row], measure: str = "moved") -> Iterator[tuple[str, str, Row]]:
+def step_bytes(
+    rows: list[Row], measure: str = "moved", adapters: re.Pattern[str] = BF16_ADAPTERS
+) -> Iterator[tuple[str, str, Row]]:
     """Bytes that a training step on a GPU moves: step, base, and those of each peer.
 
-    Forward and backward, 8192 rows, bf16 adapters. measure: "peak_bytes" for the peak of memory.
+    Forward and backward, 8192 rows. measure: "peak_bytes" for the peak of memory. adapters: which
+    of the counted types; ours and each peer's adapters have the same one.
     """
     counted = [
         step
         for step in steps([row for row in rows if row["M"] == 8192])
-        if BF16_ADAPTERS.fullmatch(step["dtype"]) and not step["what"].endswith(CHECKPOINTED)
+        if adapters.fullmatch(step["dtype"]) and not step["what"].endswith(CHECKPOINTED)
     ]
     for prefix, name in STEPS.items():
         for step in counted:
@@ -594,9 +604,11 @@ def tax_ranges(measured: list[Run]) -> Cells:
         yield dtype, *ranges
 
 
-def saved_range(rows: list[Row]) -> str:
+def saved_range(rows: list[Row], adapters: str) -> str:
     """The least and the largest share of PEFT's bytes that our steps do not move."""
-    shares = sorted(1 - moved["ours"] / moved["peft"] for _, _, moved in step_bytes(rows))
+    which = {"bf16": BF16_ADAPTERS, "fp32": FP32_ADAPTERS}[adapters]
+    counted = step_bytes(rows, adapters=which)
+    shares = sorted(1 - moved["ours"] / moved["peft"] for _, _, moved in counted)
     return f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %"
 
 
@@ -608,20 +620,20 @@ def peak_share(rows: list[Row]) -> str:
 
 def overview(measured: list[Run]) -> tuple[str, Callable[[], bytes]]:
     """Return the digest of the source of README's picture, and the function that draws it."""
-    tax: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, dict[str, float]] = {}
     for run in measured:
         for row in run.rows_of("step"):
             if row["R"] == 16 and row["M"] > 1:
-                taxes = tax.setdefault(f"{shape(row)} {row['dtype']}", {})
-                for name in ("ours", "peft"):
-                    taxes.setdefault(name, []).append(row["tax"][name])
+                ratios = times.setdefault(f"{shape(row)} {row['dtype']}", {"peft": 1.0})
+                ratios[run.name] = row["tax"]["ours"] / row["tax"]["peft"]
     traffic = counted()
     moved = {
         f"{name}, {base}": {peer: count / counts["peft"] for peer, count in counts.items()}
         for name, base, counts in step_bytes(traffic["titled"] if traffic else [])
     }
-    named = pictures.digest({"tax": tax, "moved": moved})
-    return named, lambda: pictures.overview(tax, moved, named)
+    machines = {run.name: run.processor for run in measured}
+    named = pictures.digest({"times": times, "moved": moved, "machines": machines})
+    return named, lambda: pictures.overview(times, machines, moved, named)
 
 
 def step_head(gpus: Sequence[DeviceInfo] = ()) -> str:

@@ -177,14 +177,18 @@ def asked_archs() -> list[str]:
 
 
 def machine_archs() -> list[str]:
-    """Return the compute capabilities of this machine's GPUs, such as "9.0", in rising order."""
+    """Return the compute capabilities of this machine's GPUs, such as "9.0", in rising order.
+
+    Those that are older than the kernels need are left out.
+    """
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
     found = set(re.findall(r"^\d+\.\d+$", listed.stdout, re.MULTILINE))
-    return sorted(found, key=float) if listed.returncode == 0 else []
+    able = [name for name in found if float(name) >= float(CUDA_ARCHS[0])]
+    return sorted(able, key=float) if listed.returncode == 0 else []
 
 
 def cuda_archs(nvcc: str) -> list[str]:

@@ -5,7 +5,8 @@
 Needs torch and Triton, `.[bench]` and transformers for the benchmarks, and pytest for the tests; it
 says first what is missing. No network. The parts run in order of what is learned in a minute: the
 qualification compiles on all cores and checks what would be used. Each has a share of the minutes
-and is stopped at its end; what it leaves goes to the others. The JSON file, and a report in
+and is stopped at its end; what it leaves goes to the others. The parts of a backend that cannot run
+here are left out. The JSON file, and a report in
 Markdown beside it, are written after each part, and say what was stopped. They are
 benchmarks/results/gpu-<card>.json and .md.
 
@@ -48,12 +49,12 @@ BENCH = "--device {device} --dtypes bfloat16 --seconds 0.4 --json {json}"
 # that ends in "--json" prints is that file. The budget of `qualify` begins when it has compiled.
 PARTS: list[tuple[str, float, list[str]]] = [
     ("info", 0.02, [*CLI, "info"]),
-    ("qualify", 0.08, [*CLI, "qualify", "--budget", "45", "--json"]),
+    ("qualify", 0.10, [*CLI, "qualify", "--budget", "45", "--json"]),
     ("model", 0.16, [*MODEL, "--device", "{device}", "--json", "{json}"]),
     ("host", 0.10, [*CLI, "bench", "--host", "--device", "{device}", "--json", "{json}"]),
     ("verify-cuda", 0.06, [*CLI, "verify", "--engines", "cuda"]),
     ("nf4", 0.11, [*CLI, "bench", "--quant", "nf4", *BENCH.split()]),
-    ("tax", 0.13, [*CLI, "bench", "--ranks", "16", "64", "--model", "llama3-8b", *BENCH.split()]),
+    ("tax", 0.11, [*CLI, "bench", "--ranks", "16", "64", "--model", "llama3-8b", *BENCH.split()]),
     ("tests-cuda", 0.06, [*PYTEST, "tests/gpu/test_cuda.py", "tests/gpu/test_eager.py"]),
     ("tests-layers", 0.09, [*PYTEST, "tests/gpu/test_layers.py", "tests/gpu/test_large.py"]),
     ("verify-triton", 0.11, [*CLI, "verify", "--engines", "triton"]),
@@ -94,11 +95,14 @@ def main() -> int:
     for name, what in WANTED.items():
         if find_spec(name) is None:
             print(f"benchmarks.gpu: no {name}, so without {what}: pip install {name}", flush=True)
+    parts = [name for name, *_ in PARTS]
     for name, backend in info()["backends"].items():
         if not backend["available"]:
             print(f"benchmarks.gpu: without the {name} kernels: {backend['reason']}", flush=True)
+            parts = [part for part in parts if not part.endswith(f"-{name}")]
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     file = "-".join(["gpu", card, *(args.only or ())])
+    args.only = args.only or parts
     return measure(args.out or ROOT / f"benchmarks/results/{file}.json", args, "cuda")
 
 
@@ -161,7 +165,7 @@ def report(data: dict[str, Any]) -> str:
         "",
         f"{facts.get('nvidia_smi') or ''} (driver, clocks in MHz, power limit); "
         + ", ".join(f"{name} {facts[name]}" for name in libraries if facts.get(name))
-        + f"; {facts.get('date')}, commit {facts.get('commit')}.",
+        + f"; {facts.get('date')}, commit {facts.get('commit')}, sources {facts.get('sources')}.",
         "",
         "| part | exit status | seconds | its last line |",
         "|---|---|---|---|",

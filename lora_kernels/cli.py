@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from .core import device
 from .finetune import TrainingError, UsageError
 from .finetune.quiet import silence_imports
@@ -99,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"lora-kernels {name}: {name_option(str(error), parsers[name])}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        said = str(error).partition(". GPU ")[0]  # after it, how much of the card is in use
+        print(f"lora-kernels {name}: {said}", file=sys.stderr)
+        return 1
     except TrainingError as error:
         print(f"lora-kernels {name}: {error}", file=sys.stderr)
         return 1

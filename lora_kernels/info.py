@@ -143,6 +143,9 @@ def _cuda_backend() -> dict[str, Any]:
     reason = cuda.unavailable_reason()
     if reason is not None and not device.gpus():
         return _backend(False, f"no GPU, and {reason}")
+    old = [cuda.unsupported_capability_reason(gpu.capability) for gpu in device.gpus()]
+    if old and None not in old:
+        return _backend(False, old[0] or "")
     if reason is not None:
         install = f"{_INSTALL} {device.origin()}"
         compiler = "" if device.nvcc() else "install CUDA's nvcc 12 or newer, then "

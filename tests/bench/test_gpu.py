@@ -58,6 +58,24 @@ def test_one_part_has_all_minutes_and_a_file_of_its_own(
     assert set(data) == {"provenance", "b", "c"}
 
 
+def test_parts_of_kernels_that_are_not_there_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [sys.executable, "-c", "print('said')"]
+    monkeypatch.setattr(gpu, "PARTS", [("verify-cuda", 0.5, said), ("verify-triton", 0.5, said)])
+    monkeypatch.setattr(gpu, "provenance", lambda dtypes, device: {"card": device})
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "A Card")
+    backends = {"cuda": {"available": False, "reason": "not built"}, "triton": {"available": True}}
+    monkeypatch.setattr(gpu, "info", lambda: {"backends": backends})
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 0
+    assert "without the cuda kernels: not built" in capsys.readouterr().out
+    data = json.loads((tmp_path / "benchmarks/results/gpu-a-card.json").read_text())
+    assert set(data) == {"provenance", "verify-triton"}
+
+
 def test_a_torn_file_of_a_stopped_part_stops_no_other() -> None:
     torn = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('[1')"
     found = gpu.run([sys.executable, "-c", torn, "{json}"], 60.0, "cpu")
@@ -109,7 +127,7 @@ def test_dry_run_tries_every_command(
     monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--minutes", "10"])
     assert gpu.main() == 0
     printed = capsys.readouterr().out
-    assert "qualify: at most 48 s: python -m lora_kernels.cli qualify" in printed
+    assert "qualify: at most 60 s: python -m lora_kernels.cli qualify" in printed
     assert "tests: at most 300 s" in printed and printed.endswith("the plan\n")
     wrong = [("typo", 0.5, [*gpu.CLI, "qualify", "--budgit", "3"])]
     wrong += [("lost", 0.5, [*gpu.PYTEST, "tests/gpu/test_lost.py"])]

@@ -1,6 +1,7 @@
 """The comparison passes for the fused model, and for nothing that is wrong."""
 
 import math
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_fused_agrees_and_controls_are_seen(base: nn.Module, data: ChatData, dty
         "dA doubled": (True, True),
         "dA zeroed": (True, True),
         "updates in 4 SGD steps": (True, False),
-        "seconds a step": (None, False),
+        "milliseconds a step": (None, False),
         "milliseconds a token": (None, False),
     }
     assert len(pieces) == PIECES
@@ -66,6 +67,28 @@ def test_fused_agrees_and_controls_are_seen(base: nn.Module, data: ChatData, dty
         assert min(times) > 0 and row.ratio
     assert {p.dtype for p in base.parameters()} == {dtype}
     assert not any(m._forward_hooks for m in base.modules())
+
+
+def test_float32_weights_are_freed_before_the_times(
+    base: nn.Module, data: ChatData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are twice the base's bytes, on a card that is full."""
+    copies: list[weakref.ref[nn.Module]] = []
+    alive: list[bool] = []
+    cast, time_steps = module.cast_parameters, module.time_steps
+
+    def kept(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        copies.append(weakref.ref(cast(model, dtype)))
+        return model
+
+    def seen(*args) -> Row:
+        alive.extend(copy() is not None for copy in copies)
+        return time_steps(*args)
+
+    monkeypatch.setattr(module, "cast_parameters", kept)
+    monkeypatch.setattr(module, "time_steps", seen)
+    compare(base.bfloat16(), data, lora=LORA, batch_size=2)
+    assert alive == [False]
 
 
 @pytest.mark.parametrize(("weight", "words"), [(float("nan"), "loss is nan"), (0.0, "are all 0")])

@@ -136,6 +136,8 @@ def test_build_with_nvcc_says_that_cuda_kernels_are_built_and_how_not_to(project
         ([], {"LORA_KERNELS_PORTABLE": "1"}, ["sm_80", "sm_90,compute_90"]),
         ([], {}, None),
         (["No devices were found"], {}, None),
+        (["7.5"], {}, None),  # older than the kernels need
+        (["7.5", "9.0"], {}, ["sm_90"]),
     ],
 )
 def test_cuda_kernels_by_default_are_for_the_gpus_of_the_machine(

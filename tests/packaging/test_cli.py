@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import lora_kernels
 from lora_kernels import cli, info
@@ -169,6 +170,11 @@ def test_a_missing_library_is_one_line(
     [
         (UsageError("rank: got 0"), 2, "lora-kernels info: rank: got 0\n"),
         (TrainingError("step 3: no"), 1, "lora-kernels info: step 3: no\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            1,
+            "lora-kernels info: CUDA out of memory. Tried to allocate 2.00 GiB\n",
+        ),
         (KeyboardInterrupt(), 130, "\nlora-kernels info: interrupted\n"),
         (OSError(28, "No space left"), 1, "lora-kernels info: [Errno 28] No space left\n"),
         (OSError("one\nand more"), 1, "lora-kernels info: one\n"),
@@ -353,6 +359,17 @@ def test_info_says_where_cuda_runs(
         assert "LORA_KERNELS_CUDA=1 pip install --force-reinstall" in row["add"]
     else:
         assert row["add"] is None
+
+
+def test_info_does_not_advise_to_build_for_a_card_that_is_too_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: "not built")
+    monkeypatch.setattr(device, "gpus", lambda: [T4])
+    row = info._cuda_backend()
+    assert "sm_75 is older than sm_80" in row["reason"] and row["add"] is None
+    monkeypatch.setattr(device, "gpus", lambda: [T4, A100])
+    assert info._cuda_backend()["reason"] == "not built"
 
 
 def test_compilers_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,8 @@ PATHS = ("tests/layers", "tests/interop", "tests/states")
 def run(leg: str) -> tuple[str, int, str, float]:
     """Return the leg, pytest's status, its counts and the seconds it took; print what failed."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SLICE, *PATHS]
+    pytest = ["pytest", "-q", "--disable-warnings", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", *pytest, *SLICE, *PATHS]
     done = subprocess.run(command, env=os.environ | LEGS[leg], capture_output=True, text=True)
     *lines, last = done.stdout.strip().splitlines() or [done.stderr]
     if done.returncode:

@@ -430,11 +430,22 @@ def text_table(lines: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(map(str.rstrip, text.splitlines()))
 
 
+def _commit() -> str | None:
+    """Return the checkout's commit, with "-dirty" if a tracked file has changes.
+
+    Results do not count: the suites of one `make bench` write them one after the other.
+    """
+    git = "git", "-C", str(PACKAGE)
+    commit = _output(*git, "describe", "--always", "--exclude=*")
+    others = ":(top)", ":(top,exclude)benchmarks/results"
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", *others)
+    return f"{commit}-dirty" if commit and changes else commit
+
+
 def versions(*libraries: str) -> dict[str, Any]:
     """Return commit, sources and version of this package, the date, and the libraries' versions."""
-    git = "git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--exclude=*"
     return {
-        "commit": _output(*git),
+        "commit": _commit(),
         "sources": sources(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "version": __version__,

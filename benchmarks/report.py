@@ -43,7 +43,7 @@ import torch
 
 from lora_kernels.backends.cpu import native
 from lora_kernels.bench.qualify import SHEETS
-from lora_kernels.bench.results import limits, read, sources
+from lora_kernels.bench.results import EQUIVALENT_OF_PEER, limits, read, sources
 from lora_kernels.bench.traffic import CHECKPOINTED, EXPERTS_WORD
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.finetune.compare_command import markdown
@@ -588,10 +588,16 @@ def step_rows(rows: list[Row], gpus: Sequence[DeviceInfo] = ()) -> Cells:
         yield name, base, *cells, *(f"{ms:.2f}" for ms in saved)
 
 
+def over_peer(tax: dict[str, float], peer: str) -> float:
+    """Return our time over the peer's, of the call of ours whose adapters have the peer's dtype."""
+    return tax.get(EQUIVALENT_OF_PEER.get(peer, ""), tax["ours"]) / tax[peer]
+
+
 def tax_ranges(measured: list[Run]) -> Cells:
     """A dtype, and of its training steps our time over PEFT's, the least and the largest.
 
-    Then the same beside PEFT's layer with 16-bit adapters, or "" for float32.
+    Then the same beside PEFT's layer with 16-bit adapters, or "" for float32. Ours has adapters of
+    the peer's dtype.
     """
     rows = [row for run in measured for row in run.rows_of("step")]
     rows = [row for row in rows if row["R"] == 16 and row["M"] > 1]
@@ -599,7 +605,7 @@ def tax_ranges(measured: list[Run]) -> Cells:
         taxes = [row["tax"] for row in rows if row["dtype"] == dtype]
         ranges = []
         for peer in ("peft", "peft, 16-bit adapters"):
-            ratios = [tax["ours"] / tax[peer] for tax in taxes if peer in tax]
+            ratios = [over_peer(tax, peer) for tax in taxes if peer in tax]
             ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "")
         yield dtype, *ranges
 
@@ -625,7 +631,7 @@ def overview(measured: list[Run]) -> tuple[str, Callable[[], bytes]]:
         for row in run.rows_of("step"):
             if row["R"] == 16 and row["M"] > 1:
                 ratios = times.setdefault(f"{shape(row)} {row['dtype']}", {"peft": 1.0})
-                ratios[run.name] = row["tax"]["ours"] / row["tax"]["peft"]
+                ratios[run.name] = over_peer(row["tax"], "peft")
     traffic = counted()
     moved = {
         f"{name}, {base}": {peer: count / counts["peft"] for peer, count in counts.items()}

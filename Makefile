@@ -103,12 +103,14 @@ bench: native
 	-$(BIN)/lora-kernels bench --host --json benchmarks/results/host.json
 	$(BIN)/python -m benchmarks.report
 
-# On a machine with a GPU, with the torch that is there: builds in place, needs no network.
+# On a machine with a GPU, with the torch that is there: builds in place for its cards, whatever
+# TORCH_CUDA_ARCH_LIST says (images set it), and needs no network.
 GPU_PYTHON ?= $(if $(VIRTUAL_ENV),python3,$(or $(wildcard $(BIN)/python),python3))
 gpu:
 	@$(GPU_PYTHON) -c 'from importlib.util import find_spec as f; exit(not (f("torch") and __import__("torch").cuda.is_available()))' \
 		|| { echo 'make gpu: $(GPU_PYTHON) has no torch that sees a GPU; name another: GPU_PYTHON=PYTHON'; exit 2; }
-	env -u TORCH_CUDA_ARCH_LIST $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	@env -u TORCH_CUDA_ARCH_LIST $(GPU_PYTHON) setup.py --quiet build_ext --inplace \
+		|| echo 'make gpu: the build failed, as said above: pip install ninja pybind11 setuptools?'
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
 # Without what it does not run, the tests' emulator: it takes that away if it is there, and

@@ -6,9 +6,8 @@ Needs torch and Triton, `.[bench]` and transformers for the benchmarks, and pyte
 says first what is missing. No network. The parts run in order of what is learned in a minute: the
 qualification compiles on all cores and checks what would be used. Each has a share of the minutes
 and is stopped at its end; what it leaves goes to the others. The parts of a backend that cannot run
-here are left out. The JSON file, and a report in
-Markdown beside it, are written after each part, and say what was stopped. They are
-benchmarks/results/gpu-<card>.json and .md.
+here are left out. The JSON file, and a report in Markdown beside it, are written after each part,
+and say what was stopped. They are benchmarks/results/gpu-<card>.json and .md.
 
 --only: these parts share all the minutes. Their files have the parts' names too, so that the files
 of a whole run stay.

@@ -137,10 +137,10 @@ def overview(
         machines: name -> legend.
         moved: step -> candidate of BYTES -> its bytes over PEFT's.
     """
-    fills = itertools.cycle((FILLED, HOLLOW))
+    marks = itertools.product("oD^", (FILLED, HOLLOW))
     ours = {
-        name: (f"ours, {label}", "o", "black", fill)
-        for (name, label), fill in zip(machines.items(), fills, strict=False)
+        name: (f"ours, {label}", marker, "black", fill)
+        for (name, label), (marker, fill) in zip(machines.items(), marks, strict=False)
     }
     fp32, bf16 = (("peft", (f"PEFT, {t} A B", *TAX["peft"][1:])) for t in ("fp32", "bf16"))
 

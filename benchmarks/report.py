@@ -131,8 +131,11 @@ STEPS = {
     "layer": "one layer of 4096",
 }
 STEP_PEERS = {"ours": "ours", "peft": "PEFT", "unsloth": "Unsloth's order", "axolotl": "axolotl's"}
-BF16_ADAPTERS = re.compile(r"(NF4 )?bf16, bf16 adapters?")
-FP32_ADAPTERS = re.compile(r"(NF4 )?bf16, fp32 adapters?(, autocast)?")
+# Type of the adapters, ours and each peer's -> the counted types of layers that have it.
+ADAPTERS = {
+    "bf16": re.compile(r"(NF4 )?bf16, bf16 adapters?"),
+    "fp32": re.compile(r"(NF4 )?bf16, fp32 adapters?(, autocast)?"),
+}
 
 CPU_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
 
@@ -557,17 +560,17 @@ def cpu_rows(measured: list[Run]) -> Cells:
 
 
 def step_bytes(
-    rows: list[Row], measure: str = "moved", adapters: re.Pattern[str] = BF16_ADAPTERS
+    rows: list[Row], measure: str = "moved", adapters: str = "bf16"
 ) -> Iterator[tuple[str, str, Row]]:
     """Bytes that a training step on a GPU moves: step, base, and those of each peer.
 
-    Forward and backward, 8192 rows. measure: "peak_bytes" for the peak of memory. adapters: which
-    of the counted types; ours and each peer's adapters have the same one.
+    Forward and backward, 8192 rows. measure: "peak_bytes" for the peak of memory. adapters: a key
+    of ADAPTERS.
     """
     counted = [
         step
         for step in steps([row for row in rows if row["M"] == 8192])
-        if adapters.fullmatch(step["dtype"]) and not step["what"].endswith(CHECKPOINTED)
+        if ADAPTERS[adapters].fullmatch(step["dtype"]) and not step["what"].endswith(CHECKPOINTED)
     ]
     for prefix, name in STEPS.items():
         for step in counted:
@@ -589,7 +592,10 @@ def step_rows(rows: list[Row], gpus: Sequence[DeviceInfo] = ()) -> Cells:
 
 
 def over_peer(tax: dict[str, float], peer: str) -> float:
-    """Return our time over the peer's, of the call of ours whose adapters have the peer's dtype."""
+    """Return our time over the peer's, of the call of ours whose adapters have the peer's dtype.
+
+    As `results.ratios` does, for rows of older files too, whose times have fewer fields.
+    """
     return tax.get(EQUIVALENT_OF_PEER.get(peer, ""), tax["ours"]) / tax[peer]
 
 
@@ -612,8 +618,7 @@ def tax_ranges(measured: list[Run]) -> Cells:
 
 def saved_range(rows: list[Row], adapters: str) -> str:
     """The least and the largest share of PEFT's bytes that our steps do not move."""
-    which = {"bf16": BF16_ADAPTERS, "fp32": FP32_ADAPTERS}[adapters]
-    counted = step_bytes(rows, adapters=which)
+    counted = step_bytes(rows, adapters=adapters)
     shares = sorted(1 - moved["ours"] / moved["peft"] for _, _, moved in counted)
     return f"{100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import Tensor
 from benchmarks import report
 from lora_kernels import cli
 from lora_kernels.backends.cpu import native
-from lora_kernels.bench import baselines, command, dense, models, table, timing, variants
+from lora_kernels.bench import baselines, command, dense, models, results, table, timing, variants
 from lora_kernels.bench.command import wrap
 from lora_kernels.bench.results import Result, Row, flat, ratios, read, summary
 from lora_kernels.bench.table import Accuracy, Call, Entry, Tolerance
@@ -196,6 +197,29 @@ def test_bench_with_dropout(run: Any, no_overhead: None) -> None:
     ran = run(*SMALL, "--dropout", "0.1")
     assert ran.status == 0 and all("peft" in row["tax"] for row in ran.rows)
     assert not any("addmm" in row["tax"] for row in ran.rows)  # which has none
+
+
+def test_results_that_a_bench_writes_make_no_commit_dirty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def git(*words: str) -> None:
+        identity = "-c", "user.name=a", "-c", "user.email=a@b"
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
+
+    files = tmp_path / "benchmarks/results/a.json", tmp_path / "a.py"
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "a")
+    monkeypatch.setattr(results, "PACKAGE", tmp_path)
+    commit = results._commit()
+    assert commit and "dirty" not in commit
+    files[0].write_text("2")
+    assert results._commit() == commit
+    files[1].write_text("2")
+    assert results._commit() == f"{commit}-dirty"
 
 
 def test_bench_of_variants(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

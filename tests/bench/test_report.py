@@ -265,6 +265,17 @@ def test_a_run_of_capped_instructions_is_in_results_alone(
     assert pictures.source(report.OVERVIEW.read_bytes()) == named
 
 
+def test_ratios_in_readme_are_between_adapters_of_one_dtype(tmp_path: Path) -> None:
+    dense = report.runs()[0].dense
+    tax = {"ours": 0.5, "ours, fp32 adapters": 0.8, "peft": 1.0, "peft, 16-bit adapters": 0.9}
+    step = {"mode": "step", "R": 16, "M": 64, "K": 32, "N": 48, "dtype": "bfloat16", "tax": tax}
+    (tmp_path / "avx2.json").write_text(json.dumps({"layers": {**dense, "rows": [step]}}))
+    run = report.Run(tmp_path / "avx2.json")
+    assert [*report.tax_ranges([run])] == [("bfloat16", "0.80 to 0.80", "0.56 to 0.56")]
+    _, draw = report.overview([run])
+    assert draw().startswith(b"\x89PNG")
+
+
 def test_to_draw_without_matplotlib_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,10 +143,10 @@ def _cuda_backend() -> dict[str, Any]:
     reason = cuda.unavailable_reason()
     if reason is not None and not device.gpus():
         return _backend(False, f"no GPU, and {reason}")
+    old = [cuda.unsupported_capability_reason(gpu.capability) for gpu in device.gpus()]
+    if old and None not in old:
+        return _backend(False, old[0] or "")
     if reason is not None:
-        old = [cuda.unsupported_capability_reason(gpu.capability) for gpu in device.gpus()]
-        if None not in old:  # no build would run here
-            return _backend(False, old[0] or "")
         install = f"{_INSTALL} {device.origin()}"
         compiler = "" if device.nvcc() else "install CUDA's nvcc 12 or newer, then "
         return _backend(False, reason, f"{compiler}LORA_KERNELS_CUDA=1 {install}")

@@ -13,7 +13,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
 from ..layers.experts import DOWN, GATE_UP
+from ..peft.packed import refuse_merges
 from ..quantization import Weight4bit
+from ..quantization.packed_state import register_state_hooks
 from ..quantization.tensor4bit import Tensor4bit
 
 PROJECTIONS = GATE_UP, DOWN
@@ -32,8 +34,9 @@ def packed_mxfp4() -> Iterator[None]:
     model is correct with `fuse` and without. Fused layers read the 4 bits in the kernels.
     transformers' Trainer accepts the model.
 
-    `quantization_config=Mxfp4Config(dequantize=True)` still decodes. Adapters are saved as usual;
-    the model itself cannot be saved, and merging into it raises an error. Tensor and expert
+    `quantization_config=Mxfp4Config(dequantize=True)` still decodes. Adapters are saved as usual.
+    `state_dict` has the codes, which `load_state_dict` takes, and `save_pretrained` refuses the
+    model. Merging into it raises an error before the first layer changes. Tensor and expert
     parallelism are refused, and FSDP2 shards decoded experts. The context applies to the whole
     process.
 
@@ -104,6 +107,13 @@ class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         if not self.is_packed:
             super()._process_model_before_weight_loading(model, *args, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        for module in model.modules() if self.is_packed else ():
+            if any(isinstance(p, Tensor4bit) for p in module._parameters.values()):
+                register_state_hooks(module)
+                refuse_merges()
 
     def get_weight_conversions(self) -> Any:
         conversions: Any = super().get_weight_conversions()  # type: ignore[no-untyped-call]

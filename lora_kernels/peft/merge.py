@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .base import missing_layers
 from .linear import peft_class
+from .packed import check_merge
 
 LOCATIONS = ("host", "device")
 _METHODS = "merge", "unmerge", "unload_and_optionally_merge_module"
@@ -425,7 +426,7 @@ def merged_weights(
     Raises:
         TypeError: `model` is not a module.
         ValueError: it has no LoRA layers, a weight is offloaded, a layer is an
-            `nn.MultiheadAttention`; or PEFT's merge raises it.
+            `nn.MultiheadAttention`, or over a packed weight; or PEFT's merge raises it.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), LoraConfig(target_modules=["0"]))
@@ -443,6 +444,7 @@ def merged_weights(
     for name, t in root.state_dict().items():
         if t.is_meta:
             raise ValueError(f"model: got {name} offloaded, or on meta, want it on a device")
+    check_merge(root.named_modules(), adapter_names)
     return _merged_weights(root, adapter_names, safe_merge)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from .. import qualification
 from ..choice import choose as selection
 from ..choice import verdicts
+from ..quantization.tensor4bit import Tensor4bit
 from . import foreign
 from .adalora import FusedSVDLinear
 from .base import missing_layers
@@ -32,7 +33,7 @@ from .loss import fuse_losses, restore_losses
 from .merge import check_exact_merge, check_layers, set_exact_merges
 from .mlp import fuse_mlps, restore_mlps
 from .modules import is_conv1d, is_linear4bit, patched_reason
-from .packed import pack_base
+from .packed import pack_base, refuse_merges
 from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -115,6 +116,8 @@ def fuse(
     for _, layer, _ in lora_layers(model):
         if not isinstance(layer, ParamWrapper):
             pack_base(layer.get_base_layer())
+    if any(isinstance(p, Tensor4bit) for p in model.parameters()):
+        refuse_merges()
     layers = list(lora_layers(model))
     if not layers and not loss:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")

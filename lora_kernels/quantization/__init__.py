@@ -6,9 +6,10 @@ import torch
 
 from ..backends import decode4bit
 from .codebooks import BITSANDBYTES_TYPES
+from .packed_state import pack_parameter
 from .weight4bit import Weight4bit, quantize_4bit
 
-__all__ = ["Weight4bit", "quantize_4bit"]
+__all__ = ["Weight4bit", "pack_parameter", "quantize_4bit"]
 
 
 def _compare_bitsandbytes(quant_type: str, device: torch.device) -> str | None:

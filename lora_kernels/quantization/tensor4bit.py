@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,17 +17,127 @@ from .weight4bit import Weight4bit
 
 _aten = torch.ops.aten
 _INNER = "packed", "absmax", "code", "nested_absmax", "nested_code", "offset"
+_DATA: Any = Tensor.data  # PyTorch's descriptor
 _DTYPES = None, torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-class Tensor4bit(Tensor):
+class _ReadOnly(Tensor):
+    """A tensor that every op may read, decoded, and that no op writes to."""
+
+    quant_type: str
+
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
+
+    # No op runs for these, so that `__torch_dispatch__` does not see them.
+
+    @property
+    def data(self) -> Tensor:
+        return _DATA.__get__(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise self.write_error(".data =")
+
+    def apply_(self, *_: Any) -> NoReturn:
+        raise self.write_error("apply_")
+
+    def __dlpack__(self, **_: Any) -> NoReturn:
+        raise BufferError(
+            f"__dlpack__: got a weight in {self.quant_type}, want a dense one: call dequantize() "
+            "first"
+        )
+
+    def write_error(self, func: object) -> RuntimeError:
+        return RuntimeError(  # not TypeError, for which `+=` tries `+`
+            f"{func}: got a frozen weight in {self.quant_type} to write to, want a dense one: load "
+            "the model decoded to merge into it or to train it"
+        )
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an op on decoded copies. Raise for a write, and return views as `_DecodedView`s."""
+        kwargs = kwargs or {}
+        viewed = None
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None:
+                continue
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            for t in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(t, _ReadOnly):
+                    if argument.alias_info.is_write:
+                        raise t.write_error(func)
+                    viewed = t
+        if viewed is not None:  # in inference mode, of ops that other modes call one by one
+            result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        with _mode_of(viewed):
+            args, kwargs = tree_map_only(_ReadOnly, lambda t: t.dequantize(), (args, kwargs))
+            result = func(*args, **kwargs)
+            if viewed is None:
+                return result
+            quant_type = viewed.quant_type
+            return tree_map_only(Tensor, lambda t: _DecodedView(t, quant_type), result)
+
+
+def _mode_of(viewed: Tensor | None) -> AbstractContextManager[Any]:
+    """Return the mode in which a view is an inference tensor if the viewed tensor is one."""
+    if viewed is None or viewed.is_inference() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
+class _DecodedView(_ReadOnly):
+    """A decoded copy, in place of a view of a `Tensor4bit`. A write to it would be lost."""
+
+    decoded: Tensor
+
+    @staticmethod
+    def __new__(cls, decoded: Tensor, quant_type: str) -> _DecodedView:
+        self: _DecodedView = Tensor._make_wrapper_subclass(
+            cls,
+            decoded.shape,
+            strides=decoded.stride(),
+            storage_offset=decoded.storage_offset(),
+            dtype=decoded.dtype,
+            device=decoded.device,
+        )
+        self.decoded, self.quant_type = decoded, quant_type
+        return self
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{self.decoded!r}, decoded from {self.quant_type}"
+
+    def dequantize(self) -> Tensor:
+        return self.decoded
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["decoded"], self.quant_type
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, quant_type: Any, size: Any, stride: Any) -> _DecodedView:
+        return _DecodedView(inner["decoded"], quant_type)
+
+
+class Tensor4bit(_ReadOnly):
     """A frozen `Weight4bit` with the shape and the dtype of the decoded weight.
 
     Every op may read it. The op decodes it and drops the result, so that only one is decoded at a
     time, and what autograd saves for the backward is packed. Detaching, copying, moving, casting
     and transposing keep it packed. A cast changes the dtype that ops decode to, with one rounding.
-    Selecting an expert decodes that one alone. Ops that write to it raise RuntimeError, unless they
-    write what it holds.
+    Selecting an expert decodes that one alone.
+
+    A write raises RuntimeError before anything changes: in place, through a view, by `out=` and by
+    `.data =`. There are three exceptions: `copy_` and `.data =` take a `Tensor4bit` of the same
+    form (shape, orientation, format, block sizes), and `copy_` takes the decoded values. Views
+    other than transposes are decoded copies that may be read and not written.
+
+    `packed_state.pack_parameter` gives one to a module, whose `state_dict` then saves the codes.
 
     Args:
         weight: [N, K], or [E, N, K] for E experts.
@@ -40,6 +151,9 @@ class Tensor4bit(Tensor):
     >>> torch.ones(1, 64) @ weight.T
     tensor([[1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1.,
              1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1.]])
+    >>> weight[0] = 5
+    Traceback (most recent call last):
+    RuntimeError: aten.fill_.Scalar: got a frozen weight in mxfp4 to write to, want a dense one: ...
     """
 
     weight4bit: Weight4bit
@@ -90,45 +204,76 @@ class Tensor4bit(Tensor):
         found = {name: getattr(self.weight4bit, name) for name in _INNER}
         return {name: t for name, t in found.items() if t is not None}
 
+    @property
+    def quant_type(self) -> str:  # type: ignore[override]
+        return self.weight4bit.quant_type
+
+    @property
+    def data(self) -> Tensor:
+        return _DATA.__get__(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _check_form(".data =", self, value)
+        _DATA.__set__(self, value)  # the dtype and the device
+        self.weight4bit = value.weight4bit  # type: ignore[attr-defined]
+
+    def share_memory_(self) -> Tensor4bit:
+        for t in self.inner_tensors().values():
+            t.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return all(t.is_shared() for t in self.inner_tensors().values())
+
     # By these PyTorch swaps the tensor in `nn.Module.to`, and `torch.compile` traces it.
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        weight = self.weight4bit
-        rest = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
-        rest = {name: value for name, value in rest.items() if name not in _INNER}
-        return list(self.inner_tensors()), (rest, self.is_transposed, self.dtype)
+        return list(self.inner_tensors()), (fields_of(self), self.is_transposed, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: Any, rest: Any, size: Any, stride: Any) -> Tensor4bit:
         fields, *others = rest
         return Tensor4bit(Weight4bit(**inner, **fields), *others)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func in _PACKED and type(args[0]) is cls:
-            found = _PACKED[func](*args, **kwargs)
+            with _mode_of(args[0]):
+                found = _PACKED[func](*args, **(kwargs or {}))
             if found is not None:
                 return found
-        for i, argument in enumerate(func._schema.arguments):
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            if type(given) is cls and argument.alias_info and argument.alias_info.is_write:
-                raise RuntimeError(  # not TypeError, for which `+=` tries `+`
-                    f"{func}: got a frozen weight in {given.weight4bit.quant_type} to write to, "
-                    "want a dense one: load the model decoded to merge into it or to train it"
-                )
-        args, kwargs = tree_map_only(cls, cls.dequantize, (args, kwargs))
-        return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def fields_of(tensor: Tensor4bit) -> dict[str, Any]:
+    """Return the fields of the `Weight4bit` that are no tensors, by name."""
+    weight = tensor.weight4bit
+    names = [f.name for f in dataclasses.fields(weight)]
+    return {name: getattr(weight, name) for name in names if name not in _INNER}
+
+
+def _form(tensor: Tensor4bit) -> Any:
+    """Return what two tensors have in common if one may be copied into the other."""
+    fields = {name: value for name, value in fields_of(tensor).items() if name != "dtype"}
+    inner = {name: (t.dtype, t.shape) for name, t in tensor.inner_tensors().items()}
+    return fields, inner, tensor.is_transposed
+
+
+def _check_form(func: object, target: Tensor4bit, source: object) -> None:
+    """Raise RuntimeError unless the source is a `Tensor4bit` of the target's form."""
+    if not isinstance(source, Tensor4bit):
+        raise target.write_error(func)
+    if _form(source) != _form(target):
+        raise RuntimeError(f"{func}: got {source!r}, want the form of {target!r}")
 
 
 def read(tensor: Tensor4bit) -> Weight4bit:
     """Return the weight, with the tensor's dtype unless that is float64."""
     # No method: Dynamo takes a tensor's methods for ops.
-    weight = tensor.weight4bit  # which `tensor.data = ...` does not replace
+    weight = tensor.weight4bit
     if tensor.dtype in (weight.dtype, torch.float64):
         return weight
     return dataclasses.replace(weight, dtype=tensor.dtype)
@@ -138,50 +283,62 @@ for _name in _INNER:
     setattr(Tensor4bit, _name, property(attrgetter(f"weight4bit.{_name}")))
 
 
-# The ops that give a packed result, or None for one that they decode for.
+# The ops that give a packed result, or None for one that they decode for. PyTorch then checks the
+# arguments.
 
 
 def _detach(self: Tensor4bit) -> Tensor4bit:
     return self.replace()
 
 
-def _clone(self: Tensor4bit, memory_format: Any = None) -> Tensor4bit | None:
-    if self.is_transposed and memory_format is torch.contiguous_format:
-        return None
-    return self.replace(None, **{name: t.clone() for name, t in self.inner_tensors().items()})
-
-
 def _to_copy(
-    self: Tensor4bit, dtype: Any = None, device: Any = None, **_: Any
+    self: Tensor4bit,
+    dtype: Any = None,
+    device: Any = None,
+    non_blocking: bool = False,
+    memory_format: Any = None,
+    **_: Any,
 ) -> Tensor4bit | None:
     if dtype not in _DTYPES:
         return None
-    moved = {name: t.to(device) for name, t in self.inner_tensors().items()} if device else {}
-    return self.replace(dtype, **moved)
+    if memory_format not in (None, torch.preserve_format) and (
+        self.is_transposed or memory_format is not torch.contiguous_format
+    ):
+        return None
+    copies = {
+        name: t.to(device or t.device, non_blocking=non_blocking, copy=True)
+        for name, t in self.inner_tensors().items()
+    }
+    return self.replace(dtype, **copies)
+
+
+def _clone(self: Tensor4bit, memory_format: Any = None) -> Tensor4bit | None:
+    return _to_copy(self, memory_format=memory_format)
 
 
 def _transpose(self: Tensor4bit, dim0: int = 0, dim1: int = 1) -> Tensor4bit | None:
-    dims = {dim0 % self.dim(), dim1 % self.dim()}
-    if dims != {self.dim() - 2, self.dim() - 1}:
+    n = self.dim()
+    if {dim + n if dim < 0 else dim for dim in (dim0, dim1)} != {n - 2, n - 1}:
         return None
     return Tensor4bit(self.weight4bit, not self.is_transposed, self.dtype)
 
 
 def _select(self: Tensor4bit, dim: int, index: int) -> Tensor | None:
-    if self.dim() != 3 or dim % 3:
-        return None
     weight = self.weight4bit
-    E, N, _ = weight.shape
+    E, N = weight.shape[0], weight.shape[-2]
+    if self.dim() != 3 or dim not in (0, -3) or not -E <= index < E:
+        return None
     rows = slice(index % E * N, (index % E + 1) * N)
     dense = decode4bit.dense(weight.codes, weight.matrix_shape, self.dtype, rows=rows)
-    return dense.t() if self.is_transposed else dense
+    return _DecodedView(dense.t() if self.is_transposed else dense, weight.quant_type)
 
 
 def _copy_(self: Tensor4bit, source: Tensor, non_blocking: bool = False) -> Tensor4bit | None:
     if isinstance(source, Tensor4bit):
-        target, source_fields = self.inner_tensors(), source.inner_tensors()
-        for name, t in target.items():
-            t.copy_(source_fields[name])
+        _check_form("aten.copy_.default", self, source)
+        source_tensors = source.inner_tensors()
+        for name, t in self.inner_tensors().items():
+            t.copy_(source_tensors[name], non_blocking)
         return self
     # DDP writes what it has broadcast.
     return self if torch.equal(self.dequantize(), source) else None

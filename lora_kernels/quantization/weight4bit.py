@@ -110,7 +110,7 @@ class Weight4bit:
             if is_wanted:
                 _check_tensor(name, t, torch.float32, count, why, self._experts_with_tables)
             elif t is not None:
-                beside = f"{self.quant_type} with absmax in {_dtype_name(scale_dtype)}"
+                beside = f"{self.quant_type} with absmax in {dtype_name(scale_dtype)}"
                 raise ValueError(f"{name}: got a tensor, want None beside {beside}")
         for name, t in self._tensors().items():
             if t.device != self.packed.device:
@@ -119,7 +119,7 @@ class Weight4bit:
     def __repr__(self) -> str:
         nested = ", nested" if self.nested else ""
         return (
-            f"Weight4bit({list(self.shape)}, {self.quant_type} of {_dtype_name(self.dtype)}, "
+            f"Weight4bit({list(self.shape)}, {self.quant_type} of {dtype_name(self.dtype)}, "
             f"blocksize={self.blocksize}{nested}, {self.nbytes:,} bytes)"
         )
 
@@ -204,7 +204,7 @@ class Weight4bit:
         rest: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
-            "dtype": _dtype_name(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "shape": self.shape,
         }
         state = {
@@ -252,7 +252,7 @@ class Weight4bit:
                 "__nf4 or __fp4"
             )
         key = f"{prefix}.{found[0]}"
-        rest = _parse_json(key, get(found[0]))
+        rest = parse_json(key, get(found[0]))
 
         def field(name: str) -> Any:
             if name not in rest:
@@ -579,11 +579,11 @@ def _check_tensor(
         raise ValueError(f"{name}: got strides {list(t.stride())}, want a contiguous tensor")
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _parse_json(key: str, t: Tensor) -> dict[str, Any]:
+def parse_json(key: str, t: Tensor) -> dict[str, Any]:
     if t.dtype is not torch.uint8 or t.dim() != 1:
         raise TypeError(f"{key}: got {t.dtype} {list(t.shape)}, want a JSON text in uint8[n]")
     text = bytes(t.tolist())

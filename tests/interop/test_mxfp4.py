@@ -193,8 +193,10 @@ def test_check_of_a_packed_model_says_that_it_does_not_merge(checkpoint: Path) -
     assert found.ok, str(found)
     reasons = {row.reason for row in found.rows if "experts" in row.layer}
     assert len(reasons) == 1 and "got a frozen weight in mxfp4 to write to" in reasons.pop()
-    with pytest.raises(RuntimeError, match="load the model decoded to merge"):
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"^model.layers.0.mlp.experts: .*load the model decoded"):
         model.merge_and_unload()
+    assert model.state_dict().keys() == before.keys()
 
 
 def test_trainer_takes_a_packed_model(checkpoint: Path, tmp_path: Path) -> None:
@@ -216,6 +218,13 @@ def test_packed_model_is_not_saved_or_quantized_again(checkpoint: Path, tmp_path
     model = load(checkpoint)
     with pytest.raises(ValueError, match="is not serializable"):
         model.save_pretrained(tmp_path)
+    save_file(state := model.state_dict(), tmp_path / "state.safetensors")
+    assert f"model.layers.1.mlp.experts.{gpt_oss.PROJECTIONS[0]}.form" in state
+    other = load(checkpoint)
+    for experts in experts_of(other):
+        experts.down_proj.copy_(experts_of(model)[0].down_proj)
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert_bitwise_equal(other(IDS).logits, model(IDS).logits)
     weight = stack(experts_of(model)[0], "down_proj")
     quantize_experts(model)
     assert isinstance(weight, Weight4bit) and stack(experts_of(model)[0], "down_proj") is weight

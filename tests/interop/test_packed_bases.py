@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_kernels.peft import check, explain, fuse, keep_packed, unfuse
+from lora_kernels.peft import check, explain, fuse, keep_packed, merged_weights, unfuse
 from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
 from lora_kernels.peft.packed import unswizzle
 from lora_kernels.quantization import Weight4bit, quantize_4bit
@@ -229,8 +229,9 @@ def net_of() -> Any:
     return MLP(sizes=SIZES).to(bf16)
 
 
-def adapted(net: Any) -> Any:
-    return get_peft_model(net, LoraConfig(r=5, lora_alpha=7, target_modules=["up", "down"]))
+def adapted(net: Any, **options: Any) -> Any:
+    config = LoraConfig(r=5, lora_alpha=7, target_modules=["up", "down"], **options)
+    return get_peft_model(net, config)
 
 
 def step(model: nn.Module, seed: int, dtype: torch.dtype = bf16) -> dict[str, Tensor]:
@@ -344,6 +345,59 @@ def test_fuse_reads_torchaos_layers_that_have_adapters(name: str) -> None:
     assert_as_exact(got, refs, peft)
 
 
+MERGES: dict[str, Callable[[Any, bool], Any]] = {
+    "merge_and_unload": lambda model, safe: model.merge_and_unload(safe_merge=safe),
+    "merge_adapter": lambda model, safe: model.merge_adapter(safe_merge=safe),
+    "of one adapter": lambda model, safe: model.merge_adapter(["default"], safe),
+    "merged_weights": lambda model, safe: next(merged_weights(model, safe_merge=safe)),
+}
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
+def test_merge_over_a_packed_layer_is_refused_before_the_first_layer(
+    merge: Callable[[Any, bool], Any], is_fused: bool, use_dora: bool, safe_merge: bool
+) -> None:
+    """`up` is dense, and PEFT would merge it before it comes to `down`."""
+    net = net_of()
+    like_torchao(16)(net)
+    net.up = nn.Linear(SIZES[0], SIZES[1], dtype=bf16)
+    model = adapted(keep_packed(net), use_dora=use_dora)
+    randomize(model)
+    if is_fused:
+        fuse(model)
+    want, state = model(X), {name: t.clone() for name, t in model.state_dict().items()}
+    message = r"^down: got a merge of adapter 'default' into a frozen weight in nvfp4, want a dense"
+    with pytest.raises(ValueError, match=message):
+        merge(model, safe_merge)
+    assert model.state_dict().keys() == state.keys()
+    for name, t in model.state_dict().items():
+        # In bytes: a table of scales ends in NaN.
+        assert torch.equal(t.view(-1).view(torch.uint8), state[name].view(-1).view(torch.uint8))
+    assert_bitwise_equal(model(X), want)
+    with pytest.raises(RuntimeError, match="got a frozen weight in nvfp4 to write to"):
+        model.base_model.model.down.merge(safe_merge)
+    assert_bitwise_equal(model(X), want)
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_merge_of_adapters_that_no_packed_layer_has_is_peft_s(is_fused: bool) -> None:
+    net = net_of()
+    like_torchao(16)(net)
+    net.up = nn.Linear(SIZES[0], SIZES[1], dtype=bf16)
+    model = get_peft_model(keep_packed(net), LoraConfig(r=4, target_modules=["up", "down"]))
+    model.add_adapter("dense", LoraConfig(r=4, target_modules=["up"], init_lora_weights=False))
+    if is_fused:
+        fuse(model)
+    model.merge_adapter(["dense"])
+    assert model.base_model.model.up.merged_adapters == ["dense"]
+    model.unmerge_adapter()
+    model.set_adapter("dense")
+    assert "down.weight.packed" in model.merge_and_unload().state_dict()
+
+
 OTHERS: dict[str, Callable[[MLP], Any]] = {
     "dense": lambda net: None,
     "rounds x": like_compressed_tensors(16, input_activations=SimpleNamespace(num_bits=4)),
@@ -414,7 +468,8 @@ def test_nvfp4_layer_without_a_global_scale_is_read_and_keeps_nothing_else() -> 
     want = Weight4bit.from_nvfp4(net.up.weight_packed, net.up.weight_scale).dequantize()
     keep_packed(net)
     assert_bitwise_equal(net.up.weight.dequantize(), want)
-    assert set(net.state_dict()) <= {f"{a}.{b}" for a in ("up", "down") for b in ("weight", "bias")}
+    names = {name.split(".")[1] for name in net.state_dict()}
+    assert names <= {"weight", "bias"} and "up.weight.form" in net.state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,8 @@ def test_tensor4bit_looks_like_its_decoded_weight(
     assert_bitwise_equal(packed.mT + 0, dense.mT)
     assert_bitwise_equal(packed.float() + 0, packed.dequantize(torch.float32))
     for e in range(-1, E) if len(shape) == 3 else ():
-        assert type(packed[e]) is Tensor  # decoded alone
-        assert_bitwise_equal(packed[e], dense[e])
+        assert packed[e].decoded.shape == dense[e].shape  # decoded alone
+        assert_bitwise_equal(packed[e] + 0, dense[e])
     assert_bitwise_equal(packed.contiguous() + 0, dense)
     assert packed.contiguous().is_contiguous()
     assert "Tensor4bit([" in repr(packed)
@@ -94,6 +93,23 @@ def test_tensor4bit_made_of_another_or_of_its_parts_is_that(
         assert_bitwise_equal(again + 0, packed + 0)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("made_in", [torch.enable_grad, torch.inference_mode])
+def test_tensor4bit_is_viewed_in_any_mode(made_in: Any, mode: Any) -> None:
+    """PyTorch refuses a view that is an inference tensor of a tensor that is none."""
+    with made_in():
+        packed = nn.Parameter(made(E, N, K), requires_grad=False)
+    dense = packed.dequantize()
+    with mode():
+        for op in (lambda t: t[1], lambda t: t.view(-1), lambda t: t[1:, 2], lambda t: t.unbind()):
+            got, want = op(packed), op(dense)
+            for g, w in zip(got, want, strict=True):
+                assert_bitwise_equal(g + 0, w)
+        for kept in (packed.mT, packed.contiguous(), packed.detach(), packed.float()):
+            assert type(kept) is Tensor4bit
+        assert_bitwise_equal(functional.linear(dense[0] + 0, packed[1]), dense[0] @ dense[1].t())
+
+
 def test_tensor4bit_saved_for_a_backward_is_packed() -> None:
     """By a linear layer, whose weight PyTorch transposes, and by a grouped GEMM."""
     linear, stack = module_with(made()), made(E, N, K, is_transposed=True)
@@ -112,22 +128,168 @@ def test_tensor4bit_saved_for_a_backward_is_packed() -> None:
     assert_bitwise_equal(grad, x.grad)
 
 
+WRITES: dict[str, Any] = {
+    "in place": lambda p: p.data.add_(1),
+    "+=": lambda p: setattr(p, "data", p.data.__iadd__(torch.ones_like(p.dequantize()))),
+    "out": lambda p: torch.add(p.dequantize(), 1, out=p),
+    "copy_": lambda p: p.data.copy_(p.dequantize() + 1),
+    "zero_": lambda p: p.data.zero_(),
+    "[0] =": lambda p: p.__setitem__(0, 5),
+    "[0, 0] +=": lambda p: p[0, 0].__iadd__(5),
+    "[mask] =": lambda p: p.__setitem__(p > 0, 5),
+    "[0].zero_": lambda p: p[0].zero_(),
+    "[0].t().mul_": lambda p: p[0].t().mul_(2),
+    "[1:3].mul_": lambda p: p[1:3].mul_(7),
+    "view": lambda p: p.unsqueeze(0).view(1, *p.shape)[..., :4].fill_(9),
+    "reshape": lambda p: p.reshape(1, *p.shape).zero_(),
+    "contiguous": lambda p: (p if p.is_contiguous() else p.mT).contiguous()[0].zero_(),
+    "diagonal": lambda p: p.diagonal().fill_(3),
+    "mT": lambda p: p.mT.zero_(),
+    "unbind": lambda p: p.unbind()[1].add_(1),
+    "split": lambda p: p.split(2)[0].add_(1),
+    "view of a cast": lambda p: p.float()[0].zero_(),
+    "out is a view": lambda p: torch.add(p[0] + 0, 1, out=p[0]),
+    "foreach": lambda p: torch._foreach_add_([torch.ones(2), p], 1.0),
+    "SGD": lambda p: torch._foreach_add_([p], [p + 0], alpha=-0.1),
+    "fused SGD": lambda p: torch._fused_sgd_(
+        [p],
+        [p + 0],
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=0.1,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=True,
+    ),
+    "init": lambda p: nn.init.normal_(p),
+    "set_": lambda p: p.set_(torch.zeros(3).bfloat16()),
+    "resize_": lambda p: p.resize_(3),
+    "transpose_": lambda p: p.transpose_(-1, -2),
+    "apply_": lambda p: p.apply_(lambda value: value + 1),
+    "view.apply_": lambda p: p[0].apply_(lambda value: value + 1),
+    ".data =": lambda p: setattr(p, "data", p.dequantize()),
+    ".data = of another shape": lambda p: setattr(p, "data", torch.zeros(3)),
+    "view.data =": lambda p: setattr(p[0], "data", torch.zeros(3)),
+    "vector_to_parameters": lambda p: nn.utils.vector_to_parameters(torch.ones(p.numel()), [p]),
+}
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("shape", [(N, K), (E, N, K)])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_tensor4bit_that_is_written_to_raises_and_keeps_its_values(
+    write: Any, shape: tuple[int, ...], is_transposed: bool, grad_mode: Any
+) -> None:
+    p = nn.Parameter(made(*shape, is_transposed=is_transposed), requires_grad=False)
+    want, seen = p.dequantize(), (p.shape, p.stride(), p.dtype)
+    with grad_mode(), pytest.raises(RuntimeError, match="a frozen weight in mxfp4 to write to"):
+        write(p)
+    assert (p.shape, p.stride(), p.dtype) == seen
+    assert_bitwise_equal(p.dequantize(), want)
+
+
+OTHER_FORMS: dict[str, Any] = {
+    "transposed": lambda: made(K, N, is_transposed=True),  # of the same shape, [N, K]
+    "another shape": lambda: made(K, N),
+    "another format": lambda: made(N, K, quant_type="nvfp4"),
+    "decoded scales": lambda: Tensor4bit(quantize_4bit(torch.ones(N, K), "mxfp4", None, False)),
+}
+
+
+@pytest.mark.parametrize("write", [Tensor.copy_, lambda t, other: setattr(t, "data", other)])
+@pytest.mark.parametrize("other", OTHER_FORMS.values(), ids=OTHER_FORMS)
+def test_tensor4bit_takes_no_other_form(other: Any, write: Any) -> None:
+    tensor = made(N, K)
+    want = tensor.dequantize()
+    with pytest.raises(RuntimeError, match=r"got Tensor4bit\(.*, want the form of Tensor4bit\("):
+        write(tensor, other())
+    assert tensor.shape == (N, K)
+    assert_bitwise_equal(tensor.dequantize(), want)
+
+
+def test_tensor4bit_takes_its_own_form() -> None:
+    """`load_state_dict` copies, and `prepare_model_for_kbit_training` sets `.data`."""
+    other = Tensor4bit(quantize_4bit(torch.ones(N, K), "mxfp4"))
+    for write in (Tensor.copy_, lambda t, other: setattr(t, "data", other)):
+        tensor = made(N, K)
+        write(tensor, other)
+        assert_bitwise_equal(tensor.dequantize(torch.float32), other.dequantize())
+    assert tensor.dtype is torch.float32 and tensor.packed is other.packed  # as of `.data =`
+    tensor = made(N, K)
+    tensor.copy_(tensor.dequantize())  # as DDP does
+    with pytest.raises(RuntimeError, match="to write to"):
+        tensor.copy_(tensor.dequantize().nextafter(torch.tensor(9.0).bfloat16()))
+
+
 @pytest.mark.parametrize(
-    "write",
+    "op",
     [
-        lambda p: p.data.add_(1),
-        lambda p: setattr(p, "data", p.data.__iadd__(torch.ones_like(p.dequantize()))),
-        lambda p: torch.add(p.dequantize(), 1, out=p),
-        lambda p: p.data.copy_(p.dequantize() + 1),
-        lambda p: p.data.zero_(),
+        lambda t: t.select(0, E),
+        lambda t: t.select(0, -E - 1),
+        lambda t: t.select(3, 0),
+        lambda t: t.transpose(0, 5),
+        lambda t: t.transpose(-1, -4),
+        lambda t: t.t(),
+        lambda t: t.view(7),
     ],
 )
-def test_tensor4bit_that_is_written_to_raises(write: Any) -> None:
-    linear = module_with(made())
-    want = linear.weight.dequantize()
-    with pytest.raises(RuntimeError, match=r"got a frozen weight in mxfp4 to write to"):
-        write(linear.weight)
-    assert_bitwise_equal(linear.weight.dequantize(), want)
+def test_tensor4bit_refuses_the_arguments_that_pytorch_refuses(op: Any) -> None:
+    packed = made(E, N, K)
+    with pytest.raises((IndexError, RuntimeError)) as refused:
+        op(packed.dequantize())
+    with pytest.raises(type(refused.value)) as found:
+        op(packed)
+    assert str(found.value) == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        Tensor.clone,
+        copy.deepcopy,
+        lambda t: t.to(torch.float32),
+        lambda t: t.to("cpu", copy=True),
+        lambda t: t.clone(memory_format=torch.contiguous_format),
+    ],
+)
+def test_copy_of_tensor4bit_shares_no_memory(copied: Any) -> None:
+    tensor = made(N, K)
+    snapshot = copied(tensor)
+    want = snapshot.dequantize()
+    assert_bitwise_equal(want.bfloat16(), tensor.dequantize())
+    tensor.copy_(Tensor4bit(quantize_4bit(torch.ones(N, K), "mxfp4")))
+    assert_bitwise_equal(snapshot.dequantize(), want)
+
+
+def test_tensor4bit_has_no_memory_to_hand_out() -> None:
+    """DLPack would hand out a null pointer."""
+    for tensor in (made(N, K), made(N, K)[0]):
+        with pytest.raises(BufferError, match=r"call dequantize\(\) first"):
+            torch.from_dlpack(tensor)
+        with pytest.raises(RuntimeError, match="not supported for tensor subclasses"):
+            tensor.numpy()
+
+
+def test_tensor4bit_in_shared_memory_is_read_by_another_process(tmp_path: Path) -> None:
+    linear = module_with(made(N, K))
+    assert not linear.weight.is_shared()
+    linear.share_memory()
+    assert linear.weight.is_shared()
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_put_decoded, args=(linear, queue))
+    process.start()
+    got = torch.tensor(queue.get(timeout=120))
+    process.join(60)
+    assert process.exitcode == 0
+    assert_bitwise_equal(got, linear.weight.dequantize(torch.float32))
+
+
+def _put_decoded(linear: Any, queue: Any) -> None:
+    queue.put(linear.weight.dequantize(torch.float32).tolist())
 
 
 def test_tensor4bit_survives_what_modules_do_with_parameters() -> None:
@@ -143,13 +305,6 @@ def test_tensor4bit_survives_what_modules_do_with_parameters() -> None:
     assert twin.to("meta").weight.packed.is_meta
     linear.weight.data = linear.weight.data.to(torch.float32)  # prepare_model_for_kbit_training
     assert read(linear.weight).dtype is torch.float32
-    assert_bitwise_equal(linear.weight.dequantize(), want.float())
-    file = io.BytesIO()
-    torch.save(linear.state_dict(), file)
-    file.seek(0)
-    again = module_with(Tensor4bit(quantize_4bit(torch.ones(N, K).bfloat16(), "mxfp4")))
-    again.load_state_dict(torch.load(file, weights_only=False))
-    assert_bitwise_equal(again.weight.dequantize(), want)
     assert_bitwise_equal(linear.weight.dequantize(), want.float())
 
 

@@ -1,0 +1,146 @@
+"""`pack_parameter`, and the entries of packed weights in a module's `state_dict`.
+
+A module's `Tensor4bit` is saved as plain tensors, so that safetensors and `torch.load` take them:
+
+    weight.packed, weight.absmax, …    the tensors of the `Weight4bit`
+    weight.form                        uint8, JSON: the version of the entries, and other fields
+
+`load_state_dict` copies them into a `Tensor4bit` of the same form. Another form is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tensor4bit import Tensor4bit, fields_of
+from .weight4bit import Weight4bit, dtype_name, parse_json
+
+FORMAT_VERSION = 1
+_FORM = "form"
+
+
+def pack_parameter(
+    module: nn.Module, name: str, weight: Weight4bit, is_transposed: bool = False
+) -> None:
+    """Replace a parameter of a module by a frozen packed weight, which `state_dict` saves.
+
+    Other code that reads the parameter gets a temporary decoded copy; fused layers read the codes.
+    The parameter's dtype, which is that of the decoded weight, is `weight.dtype`.
+
+    Args:
+        module: the module that has the parameter.
+        name: the parameter's name, such as "weight".
+        weight: of the parameter's shape, or of the transposed one.
+        is_transposed: whether the parameter is [K, N], or [E, K, N], for a weight [N, K].
+
+    Raises:
+        TypeError: `weight` is no `Weight4bit`.
+        ValueError: the module has no such parameter, or it has another shape.
+
+    >>> import torch
+    >>> from lora_kernels.quantization import pack_parameter, quantize_4bit
+    >>> linear = torch.nn.Linear(64, 128, bias=False)
+    >>> pack_parameter(linear, "weight", quantize_4bit(linear.weight, "mxfp4"))
+    >>> list(linear.state_dict())
+    ['weight.packed', 'weight.absmax', 'weight.code', 'weight.nested_code', 'weight.form']
+    """
+    if not isinstance(weight, Weight4bit):
+        raise TypeError(f"weight: got {type(weight).__name__}, want a Weight4bit")
+    if (current := module._parameters.get(name)) is None:
+        want = ", ".join(module._parameters) or "none"
+        raise ValueError(f"name: got {name!r}, want one of the module's parameters: {want}")
+    tensor = Tensor4bit(weight, is_transposed)
+    if tensor.shape != current.shape:
+        raise ValueError(
+            f"weight: got {list(tensor.shape)}, want {list(current.shape)}, the shape of {name}"
+        )
+    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    register_state_hooks(module)
+
+
+def register_state_hooks(module: nn.Module) -> None:
+    """Let `state_dict` and `load_state_dict` of a module keep its `Tensor4bit`s packed."""
+    if _save not in module._state_dict_hooks.values():
+        module.register_state_dict_post_hook(_save)
+        module.register_load_state_dict_pre_hook(_load)
+
+
+def _packed_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor4bit]]:
+    for name, p in module._parameters.items():
+        if isinstance(p, Tensor4bit):
+            yield name, p
+
+
+def _save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Replace packed weights by their tensors. A hook of `state_dict`."""
+    for name, _ in _packed_parameters(module):
+        tensor = state.pop(prefix + name, None)
+        if isinstance(tensor, Tensor4bit):
+            state.update(entries_of(tensor, prefix + name))
+
+
+def entries_of(tensor: Tensor4bit, key: str) -> dict[str, Tensor]:
+    """Return the entries of a packed weight. Codes and scales share memory with the weight."""
+    inner = tensor.inner_tensors()
+    # Weights share tables, and safetensors refuses tensors that share memory.
+    state = {f"{key}.{n}": t.clone() if "code" in n else t for n, t in inner.items()}
+    form = {
+        "version": FORMAT_VERSION,
+        **fields_of(tensor),
+        "dtype": dtype_name(tensor.weight4bit.dtype),
+        "is_transposed": tensor.is_transposed,
+    }
+    text = bytearray(json.dumps(form), "utf-8")
+    state[f"{key}.{_FORM}"] = torch.frombuffer(text, dtype=torch.uint8).to(tensor.device)
+    return state
+
+
+def _load(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    errors: list[str],
+) -> None:
+    """Replace the tensors of packed weights by the weights. A hook of `load_state_dict`."""
+    for name, p in _packed_parameters(module):
+        key = prefix + name
+        parts = {k: state.pop(k) for k in list(state) if k.startswith(f"{key}.")}
+        if not parts:
+            continue
+        try:
+            state[key] = tensor_from_entries(parts, key, p.dtype)
+        except (TypeError, ValueError) as error:
+            errors.append(str(error))
+            state[key] = p  # no missing key besides
+
+
+def tensor_from_entries(entries: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor4bit:
+    """Return the packed weight of `entries_of`, which decodes to `dtype`.
+
+    Raises TypeError or ValueError if the entries are incomplete, or of a later version.
+    """
+    inner = {k.removeprefix(f"{key}."): t for k, t in entries.items()}
+    if _FORM not in inner:
+        raise ValueError(f"{key}: got {sorted(entries)}, want {key}.{_FORM} beside them")
+    form = parse_json(f"{key}.{_FORM}", inner.pop(_FORM))
+    if (version := form.pop("version", None)) != FORMAT_VERSION:
+        raise ValueError(
+            f"{key}.{_FORM}: got version {version!r}, want {FORMAT_VERSION}: another release of "
+            "lora_kernels wrote it"
+        )
+    try:
+        is_transposed, shape = form.pop("is_transposed"), tuple(form.pop("shape"))
+        weight_dtype = getattr(torch, form.pop("dtype"))
+        weight = Weight4bit(**inner, **form, shape=shape, dtype=weight_dtype)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{key}: got entries of no packed weight, {error}") from error
+    return Tensor4bit(weight, is_transposed, dtype)

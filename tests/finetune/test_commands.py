@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lora_kernels.cli import main
 from lora_kernels.finetune import UsageError, checkpoints, command, generate, rank_command, recipe
 from lora_kernels.finetune import demo as inputs
+from lora_kernels.finetune import model as module
 from lora_kernels.finetune.lock import FolderLock
 from lora_kernels.finetune.model import (
     linears_4bit,
@@ -138,6 +139,21 @@ def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: P
         assert once == again  # one seed
     alone = ["generate", "--model", model_folder, "--prompt", "Hi"]
     assert "--compare: needs an adapter" in run(*alone, "--compare", status=2)
+
+
+def test_generate_prints_the_times_of_its_tokens(
+    model_folder: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that is read at the start, for the prompt and for each token."""
+    read = iter([10.0, 10.01, 10.15, 10.17, 10.24, 10.26])
+    clock = SimpleNamespace(perf_counter=lambda: next(read))
+    monkeypatch.setattr(module, "time", clock)
+    shown = run("generate", "--model", model_folder, "--prompt", "Hi", "--max-new-tokens", "4")
+    assert shown.splitlines()[-1] == (
+        "the model alone: 4 tokens; first token after 150 ms, then 20.0 ms each (50.0 tokens/s), "
+        "median"
+    )
+    assert next(read, None) is None
 
 
 def test_generate_takes_model_dtype_and_quant_of_the_run(tmp_path: Path, monkeypatch: Any) -> None:

@@ -231,6 +231,15 @@ def test_nothing_half_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_merged_prints_megabytes_of_the_files_tensors(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    done = merge_adapter(*folders, tmp_path / "out")
+    assert done.nbytes == sum(t.nbytes for t in tensors(tmp_path / "out").values())
+    large = done._replace(out=Path("out"), nbytes=12_345_678, shards=2, kept=[])
+    assert str(large) == "out: 6 layers merged, 2 safetensors files, 12.3 MB"
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_merge_without_room_for_the_model_is_refused_before_it_is_loaded(
     dtype: str, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -123,7 +123,8 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
         check_flattening(adapted)  # before anything is written
         collator = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
     lock.acquire()
-    write_json(options.out / "run.json", run)
+    if args.should_save:  # of several processes the first one
+        write_json(options.out / "run.json", run)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = model.identifier(options.model)
 
@@ -140,7 +141,8 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
     others = {text: model.question(tokenizer, text, device) for text in controls}
     told = {text: ask(base, asked)[1] for text, asked in others.items()}
     layers = explain(adapted, x_dtype=torch.bfloat16 if options.bf16 else dtype)
-    (options.out / "layers.txt").write_text(f"{layers}\n")
+    if args.should_save:
+        (options.out / "layers.txt").write_text(f"{layers}\n")
     trainer = LoRATrainer(
         adapted,
         args,
@@ -165,9 +167,11 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
 
     after = ask(adapted, inputs)[1]
     folder = options.out / "adapter"
-    with keep_adapter(trainer), named_write(folder):
-        adapted.save_pretrained(str(folder), save_embedding_layers=False)
-        tokenizer.save_pretrained(folder)
+    if args.should_save:
+        with keep_adapter(trainer), named_write(folder):
+            adapted.save_pretrained(str(folder), save_embedding_layers=False)
+            tokenizer.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()  # all processes read what the first one has written
     with adapted.disable_adapter():
         untouched = torch.equal(logits(adapted, seen), plain)
     facts |= {"after": after} | summarize_losses(trainer, options.out)
@@ -223,7 +227,9 @@ def text_of(tokens: Tensor, tokenizer: Any) -> str:
 def summarize_losses(trainer: LoRATrainer, out: Path) -> dict[str, str]:
     """Save Trainer's log and plot it; return the report's lines on the losses."""
     trainer.save_state()
-    picture = draw_or_explain(plot_losses, out / "losses.png", trainer.state.log_history)
+    picture = "drawn by the first process"
+    if trainer.args.should_save:
+        picture = draw_or_explain(plot_losses, out / "losses.png", trainer.state.log_history)
     found = list(losses(trainer.state.log_history).values())
     held_out = losses(trainer.state.log_history, "eval_loss")
     n = max(1, min(10, len(found) // 2))

@@ -414,7 +414,15 @@ class SpaceCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
     first step, and the bytes of the whole checkpoints after it.
     """
 
-    def on_train_begin(
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.has_state = self.check(*args, **kwargs)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if not self.has_state:
+            self.check(*args, **kwargs)
+            self.has_state = True  # or the optimizer keeps none
+
+    def check(
         self,
         args: Any,
         state: Any,
@@ -422,15 +430,15 @@ class SpaceCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
         model: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> bool:
+        """Check the bytes that are known by now. Return True if the optimizer has its state."""
         if not args.should_save:
-            return
+            return True
         adapter = sum(p.nbytes for p in adapters(model).values())
         kept = [t for values in optimizer.state.values() for t in values.values()]
         checkpoint = adapter
         if not args.save_only_model:
             checkpoint += sum(t.nbytes for t in kept if isinstance(t, Tensor))
-        self.has_state = bool(kept)
         out = Path(args.output_dir)
         there = checkpoints(out)
         count = len(there) + _saves_left(args, state)
@@ -440,11 +448,7 @@ class SpaceCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
         wanted -= sum(f.stat().st_size for path in there for f in path.rglob("*") if f.is_file())
         remedy = "give another folder, or keep fewer checkpoints: --save-total-limit"
         check_free(out, wanted, "the run's checkpoints and adapter", remedy)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.has_state:
-            self.on_train_begin(args, state, control, **kwargs)
-            self.has_state = True  # or the optimizer keeps none
+        return bool(kept)
 
 
 def _saves_left(args: TrainingArguments, state: TrainerState) -> int:

@@ -107,7 +107,7 @@ def test_two_processes_and_one(lines: Path, launched: tuple[Path, str]) -> None:
         assert_close_derived(found, alone[1], rtol=2.0**-15)
 
 
-COMMAND = "--steps 4 --rank 3 --lr 0.01 --save-steps 2".split()
+COMMAND = ["--steps", "4", "--rank", "3", "--lr", "0.01", "--save-steps", "2"]
 
 
 def command(folder: str, file: str) -> None:

@@ -20,7 +20,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -353,6 +353,18 @@ def flat(row: Row) -> Iterator[dict[str, Any]]:
         yield line
 
 
+def equivalent_call(peer: str, timed: Container[str], missed: Container[str] = ()) -> str:
+    """Return the call of ours whose adapters have the peer's dtype, if the row has one.
+
+    >>> equivalent_call("peft", {"ours": 1.0, "ours, fp32 adapters": 1.1})
+    'ours, fp32 adapters'
+    >>> equivalent_call("peft", {"ours": 1.0})
+    'ours'
+    """
+    name = EQUIVALENT_OF_PEER.get(peer, "ours")
+    return name if name in timed or name in missed else "ours"
+
+
 def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
     """Return, for each peer, ours over it in each row that has times of both.
 
@@ -366,9 +378,7 @@ def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
         for peer in seconds:
             if is_ours(peer) or peer in NO_PEERS:
                 continue
-            ours = EQUIVALENT_OF_PEER.get(peer, "ours")
-            if ours not in seconds and ours not in row.misses:
-                ours = "ours"
+            ours = equivalent_call(peer, seconds, row.misses)
             if ours in seconds:
                 ratios.setdefault(peer, []).append((seconds[ours] / seconds[peer], row))
     return ratios
@@ -454,12 +464,12 @@ def versions(*libraries: str) -> dict[str, Any]:
 
 
 def sources() -> str:
-    """Return a digest of the sources that are timed: csrc, and the package but for its tools.
+    """Return a digest of the sources that are timed: csrc, and the package but for its commands.
 
     >>> len(sources())
     12
     """
-    files = [*PACKAGE.glob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.*")]
+    files = [PACKAGE / "__init__.py", *(PACKAGE.parent / "csrc").rglob("*.*")]
     files += [file for folder in _TIMED for file in (PACKAGE / folder).rglob("*.py")]
     content = hashlib.sha256()
     for file in sorted(files):

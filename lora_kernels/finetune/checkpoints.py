@@ -110,6 +110,21 @@ def count_more(found: list[Any]) -> str:
     return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else str(found[0])
 
 
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the file system that holds the folder, or is to hold it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_free(
+    folder: Path, wanted: int, what: str, remedy: str = "or give another folder"
+) -> None:
+    """Raise UsageError if there is no room in the folder for so many bytes of `what`."""
+    if (free := free_bytes(folder)) < wanted:
+        has = f"{folder} has {free:,} bytes free, want {wanted:,} for {what}"
+        raise UsageError(f"out: {has}; make room, {remedy}")
+
+
 @contextmanager
 def named_write(target: Path) -> Iterator[None]:
     """Raise OSError that names `target` for the errors of the libraries on a full disk."""
@@ -119,9 +134,7 @@ def named_write(target: Path) -> Iterator[None]:
         reason = first_line(error)
         # torch's zip writer does not pass on the system's reason.
         if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
-            place = next(path for path in (target, *target.parents) if path.exists())
-            free = shutil.disk_usage(place).free
-            reason = f"torch.save failed with {free / 1e6:.1f} MB free"
+            reason = f"torch.save failed with {free_bytes(target) / 1e6:.1f} MB free"
         # tokenizers raises a bare Exception: "No space left on device (os error 28)".
         elif not isinstance(error, OSError | SafetensorError) and "(os error " not in reason:
             raise

@@ -19,7 +19,7 @@ from ..peft.modules import is_linear4bit
 from ..quantization import Weight4bit, quantize_4bit
 from . import UsageError
 from . import model as models
-from .checkpoints import translate_errors, write_folder
+from .checkpoints import check_free, translate_errors, write_folder
 from .model import DTYPES
 from .options import MergeOptions, add_options, check_choice, check_out, fill_in_run, pick
 from .quiet import silence_libraries
@@ -82,6 +82,8 @@ def merge_adapter(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out: {out} is there already; give a folder that is not")
     folder = models.locate(model)
+    parameters = models.build_skeleton(model).parameters()
+    check_free(out, sum(p.numel() for p in parameters) * DTYPES[dtype].itemsize, "the merged model")
     four_bit = models.is_stored_in_4bit(model)
     if four_bit and onto == "original":
         raise UsageError(

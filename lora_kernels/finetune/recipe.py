@@ -15,7 +15,9 @@ import gc
 import hashlib
 import json
 import math
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,9 +39,12 @@ from ..peft import explain, fuse
 from . import UsageError, model, report
 from .chat import IGNORED, ChatData, Collator, check_flattening, read_data
 from .checkpoints import (
+    find_intact,
+    first_line,
     named_write,
     newest_checkpoint,
     steps_done,
+    write_folder,
     write_json,
 )
 from .compare import PIECES, compare
@@ -49,7 +54,7 @@ from .options import Adapters, Base, Data, Options, Training, check_out, flag, p
 from .plots import draw_or_explain
 from .presets import Preset, add_lora_layers, find_preset
 from .report import Progress
-from .trainer import LoRATrainer, losses, plot_losses, training_arguments
+from .trainer import LoRATrainer, SpaceCheck, losses, plot_losses, training_arguments
 
 # The options that determine the trained adapter, in addition to the model and the data.
 _UNSETTLING = {"gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit"}
@@ -118,7 +123,8 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
         check_flattening(adapted)  # before anything is written
         collator = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
     lock.acquire()
-    write_json(options.out / "run.json", run)
+    if args.should_save:  # of several processes the first one
+        write_json(options.out / "run.json", run)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = model.identifier(options.model)
 
@@ -135,7 +141,8 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
     others = {text: model.question(tokenizer, text, device) for text in controls}
     told = {text: ask(base, asked)[1] for text, asked in others.items()}
     layers = explain(adapted, x_dtype=torch.bfloat16 if options.bf16 else dtype)
-    (options.out / "layers.txt").write_text(f"{layers}\n")
+    if args.should_save:
+        (options.out / "layers.txt").write_text(f"{layers}\n")
     trainer = LoRATrainer(
         adapted,
         args,
@@ -147,7 +154,9 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
         patience=options.patience or None,
     )
     console.print(trainer.trainable, *model.layer_states(layers), sep="\n")
-    if signum := run_training(trainer, console):
+    with keep_adapter(trainer):
+        signum = run_training(trainer, console)
+    if signum:
         console.print(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps} and "
             "saved; the same command goes on from there"
@@ -158,9 +167,11 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
 
     after = ask(adapted, inputs)[1]
     folder = options.out / "adapter"
-    with named_write(folder):
-        adapted.save_pretrained(str(folder), save_embedding_layers=False)
-        tokenizer.save_pretrained(folder)
+    if args.should_save:
+        with keep_adapter(trainer), named_write(folder):
+            adapted.save_pretrained(str(folder), save_embedding_layers=False)
+            tokenizer.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()  # all processes read what the first one has written
     with adapted.disable_adapter():
         untouched = torch.equal(logits(adapted, seen), plain)
     facts |= {"after": after} | summarize_losses(trainer, options.out)
@@ -216,7 +227,9 @@ def text_of(tokens: Tensor, tokenizer: Any) -> str:
 def summarize_losses(trainer: LoRATrainer, out: Path) -> dict[str, str]:
     """Save Trainer's log and plot it; return the report's lines on the losses."""
     trainer.save_state()
-    picture = draw_or_explain(plot_losses, out / "losses.png", trainer.state.log_history)
+    picture = "drawn by the first process"
+    if trainer.args.should_save:
+        picture = draw_or_explain(plot_losses, out / "losses.png", trainer.state.log_history)
     found = list(losses(trainer.state.log_history).values())
     held_out = losses(trainer.state.log_history, "eval_loss")
     n = max(1, min(10, len(found) // 2))
@@ -323,11 +336,53 @@ def run_training(trainer: LoRATrainer, console: Console) -> int:
         console.print(f"going on after step {steps_done(checkpoint)} of {state.max_steps}")
     shown = Progress(console, "fused")
     trainer.add_callback(shown)
+    trainer.add_callback(SpaceCheck())
     with shown.bar, stop_on_signal() as caught:
         shown.caught = caught
         trainer.train(resume_from_checkpoint=checkpoint is not None)
     early = caught and trainer.state.global_step < trainer.state.max_steps
     return signal.Signals(caught[0]) if early else 0
+
+
+@contextmanager
+def keep_adapter(trainer: LoRATrainer) -> Iterator[None]:
+    """Add to an OSError, such as that of a full disk, where the adapter is.
+
+    If no checkpoint holds the last step, the adapter is saved alone: in the run's folder, or else
+    in the system's temporary folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not (trainer.state.global_step and trainer.args.should_save):
+            raise
+        raise OSError(f"{error}; {place_of_adapter(trainer)}") from error
+
+
+def place_of_adapter(trainer: LoRATrainer) -> str:
+    """Return a sentence on where the adapter of the last step is, after it was saved there."""
+    out, step = Path(str(trainer.args.output_dir)), trainer.state.global_step
+    checkpoint, damaged = find_intact(out)
+    rest = f"; the same command goes on from {checkpoint}" if checkpoint else ""
+    if checkpoint and steps_done(checkpoint) == step:
+        return f"{checkpoint} holds the adapter of step {step}; the same command goes on from it"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # only all processes can save it
+        return f"the adapter of step {step} is lost{rest}"
+    for path in damaged:
+        if steps_done(path) == step:  # the bytes that were written may be all that was free
+            shutil.rmtree(path, ignore_errors=True)
+    adapted: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    reason = ""
+    for parent in (out, None):
+        try:
+            place = parent or Path(tempfile.mkdtemp(prefix="lora-kernels-"))
+            folder = place / f"adapter-step-{step}"
+            with write_folder(folder) as partial:
+                adapted.save_pretrained(str(partial), save_embedding_layers=False)
+            return f"the adapter of step {step} is in {folder}{rest}"
+        except OSError as error:
+            reason = first_line(error)
+    return f"the adapter of step {step} is lost: {reason}{rest}"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor
 from transformers import (
     DataCollatorWithFlattening,
     EarlyStoppingCallback,
@@ -34,6 +35,8 @@ from . import TrainingError, UsageError
 from .chat import IGNORED, ChatData, Collator, check_flattening
 from .checkpoints import (
     STATE,
+    check_free,
+    checkpoints,
     count_more,
     find_intact,
     named_write,
@@ -402,6 +405,59 @@ class DeadRunCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 "model's weights and its dtype"
             )
         return "start again with a lower learning rate, in another folder"
+
+
+class SpaceCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Raise UsageError if the disk has no room for a run's checkpoints and its adapter.
+
+    An optimizer makes its state in its first step. So the adapter's bytes are checked before the
+    first step, and the bytes of the whole checkpoints after it.
+    """
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.has_state = self.check(*args, **kwargs)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if not self.has_state:
+            self.check(*args, **kwargs)
+            self.has_state = True  # or the optimizer keeps none
+
+    def check(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Check the bytes that are known by now. Return True if the optimizer has its state."""
+        if not args.should_save:
+            return True
+        adapter = sum(p.nbytes for p in adapters(model).values())
+        kept = [t for values in optimizer.state.values() for t in values.values()]
+        checkpoint = adapter
+        if not args.save_only_model:
+            checkpoint += sum(t.nbytes for t in kept if isinstance(t, Tensor))
+        out = Path(args.output_dir)
+        there = checkpoints(out)
+        count = len(there) + _saves_left(args, state)
+        wanted = count * checkpoint + adapter
+        if args.save_total_limit:  # the oldest one is removed after the newest one is written
+            wanted = min(wanted, (args.save_total_limit + 1) * checkpoint)
+        wanted -= sum(f.stat().st_size for path in there for f in path.rglob("*") if f.is_file())
+        remedy = "give another folder, or keep fewer checkpoints: --save-total-limit"
+        check_free(out, wanted, "the run's checkpoints and adapter", remedy)
+        return bool(kept)
+
+
+def _saves_left(args: TrainingArguments, state: TrainerState) -> int:
+    """Return the number of checkpoints that the run has yet to write."""
+    if args.save_strategy == "steps":
+        return math.ceil(state.max_steps / state.save_steps) - state.global_step // state.save_steps
+    if args.save_strategy == "epoch":
+        return math.ceil(args.num_train_epochs) - int(state.epoch or 0)
+    return 0
 
 
 def losses(lines: Sequence[dict[str, Any]], name: str = "loss") -> dict[int, float]:

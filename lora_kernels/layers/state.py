@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +94,8 @@ def save_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Each tensor is saved in its own dtype. The metadata holds each layer's r, alpha and scaling,
     which `load_lora_weights` checks. The write is atomic: if the process ends early, `path` is
-    unchanged. Raises ValueError if the model has no LoRA layer, and OSError if the file cannot be
-    written.
+    unchanged, and the next save to it removes the temporary file. Raises ValueError if the model
+    has no LoRA layer, and OSError if the file cannot be written.
 
     >>> import tempfile
     >>> from lora_kernels.layers import LoRALinear, save_lora_weights
@@ -107,19 +109,36 @@ def save_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
     tensors = {name: t.contiguous() for name, t in lora_state_dict(model).items()}
     config = {name: layer._adapter_config() for name, layer in _lora_layers(model)}
     data = save(tensors, metadata={"format": "pt", CONFIG: json.dumps(config)})
-    # A rename is atomic only within a file system, hence a file in the same folder.
-    temp_file = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temp_file, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp_file, path)
-    except BaseException:
-        temp_file.unlink(missing_ok=True)
-        raise
+    _replace_file(path, data)
     print(f"saved {len(data):,} bytes to {path}")
     return len(data)
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    """Write the file by a rename, which is atomic only within a folder's file system.
+
+    Temporary files of earlier saves are removed first. A save that runs in another process may lose
+    its temporary file so, and then writes another one: saves need no lock, which some file systems
+    lack, and none of them sees a part of another one's data.
+    """
+    temporary = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{32}")
+    for other in path.parent.iterdir():
+        if temporary.fullmatch(other.name):
+            with suppress(OSError):  # another user's, or removed meanwhile
+                other.unlink()
+    while True:
+        temp_file = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with open(temp_file, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileNotFoundError):  # another save has removed it
+                os.replace(temp_file, path)
+                return
+        except BaseException:
+            temp_file.unlink(missing_ok=True)
+            raise
 
 
 def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

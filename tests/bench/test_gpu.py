@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_model
+from lora_kernels.bench.results import Row
+from lora_kernels.bench.timing import Times
 from lora_kernels.choice.verdicts import Group, Verdict, read_verdict
 
 WRITES = (
@@ -162,6 +164,15 @@ def test_report_has_the_losses_first() -> None:
     assert "| host | host layer float32 64×0×0 r=0 step | ours | 1.5 times PEFT's |" in said
     assert said.index("## Losses") < said.index("## qualify") < said.index("## host")
     assert "host: exit status 1; what it found is below." in said
+
+
+def test_report_has_the_times_of_the_adapters_that_its_ratio_compares() -> None:
+    """PEFT's float32 adapters beside ours in float32, and not beside ours in bfloat16."""
+    seconds = {"ours": 1.0, "ours, fp32 adapters": 3.0, "peft": 2.0, "frozen": 0.5}
+    times = {name: Times(s, s, s, s, 5) for name, s in seconds.items()}
+    row = Row(dtype="bfloat16", M=64, mode="step", seconds=times)
+    said = gpu.line_of(row).split(" | ")[1]
+    assert said == "peft 1.50 (3e+03 / 2e+03 ms), frozen 2.00 (1e+03 / 500 ms)"
 
 
 def test_model_runs_in_small_on_a_cpu(tmp_path: Path) -> None:

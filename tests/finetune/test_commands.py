@@ -15,18 +15,22 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from shlex import split
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_kernels.cli import main
-from lora_kernels.finetune import UsageError, command, generate, rank_command, recipe
+from lora_kernels.finetune import UsageError, checkpoints, command, generate, rank_command, recipe
 from lora_kernels.finetune import demo as inputs
+from lora_kernels.finetune import model as module
 from lora_kernels.finetune.lock import FolderLock
 from lora_kernels.finetune.model import (
     linears_4bit,
@@ -135,6 +139,21 @@ def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: P
         assert once == again  # one seed
     alone = ["generate", "--model", model_folder, "--prompt", "Hi"]
     assert "--compare: needs an adapter" in run(*alone, "--compare", status=2)
+
+
+def test_generate_prints_the_times_of_its_tokens(
+    model_folder: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that is read at the start, for the prompt and for each token."""
+    read = iter([10.0, 10.01, 10.15, 10.17, 10.24, 10.26])
+    clock = SimpleNamespace(perf_counter=lambda: next(read))
+    monkeypatch.setattr(module, "time", clock)
+    shown = run("generate", "--model", model_folder, "--prompt", "Hi", "--max-new-tokens", "4")
+    assert shown.splitlines()[-1] == (
+        "the model alone: 4 tokens; first token after 150 ms, then 20.0 ms each (50.0 tokens/s), "
+        "median"
+    )
+    assert next(read, None) is None
 
 
 def test_generate_takes_model_dtype_and_quant_of_the_run(tmp_path: Path, monkeypatch: Any) -> None:
@@ -367,7 +386,101 @@ def test_full_disk_while_the_tokenizer_is_saved_is_one_line(
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
     shown = run(*on(folder, lines, tmp_path), *CHAT, status=1)
     last = f"lora-kernels finetune: --out: {tmp_path}/adapter cannot be written: No space left"
+    end = f"{tmp_path}/checkpoint-6 holds the adapter of step 6; the same command goes on from it"
     assert shown.splitlines()[-1].startswith(last)
+    assert shown.splitlines()[-1].endswith(f"; {end}")
+    monkeypatch.undo()
+    assert "all 6 steps are done" in run(*on(folder, lines, tmp_path), *CHAT)
+    assert (tmp_path / "adapter" / "tokenizer_config.json").is_file()
+
+
+@pytest.mark.parametrize("save_steps", [50, 4], ids=["no checkpoint", "an earlier checkpoint"])
+@pytest.mark.parametrize("place", ["out", "temporary"])
+def test_full_disk_while_a_checkpoint_is_saved_leaves_the_adapter(
+    place: str, save_steps: int, folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    """In the run's folder, whose torn checkpoint is removed, or else in the system's temporary."""
+    out, temporary, held = tmp_path / "out", tmp_path / "temporary", dict[str, torch.Tensor]()
+    temporary.mkdir()
+    usual, usual_adapter = torch.save, PeftModel.save_pretrained
+    full = OSError(28, "No space left on device")
+
+    def save(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-6/optimizer" in str(file):
+            held.update(load_file(Path(file).parent / "adapter_model.safetensors"))
+            raise full
+        usual(value, file, *args, **kwargs)
+
+    def save_adapter(self: Any, into: str, **kwargs: Any) -> None:
+        if held and place == "temporary" and Path(into).is_relative_to(out):
+            raise full
+        usual_adapter(self, into, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_adapter)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    argv = [*on(folder, lines, out), *CHAT, "--save-steps", str(save_steps)]
+    last = run(*argv, status=1).splitlines()[-1]
+    words = rf"--out: {out}/checkpoint-6 cannot be written: .*No space left on device; "
+    saved = {"out": f"{out}/adapter-step-6", "temporary": rf"{temporary}/[\w-]+/adapter-step-6"}
+    words += f"the adapter of step 6 is in ({saved[place]})"
+    words += rf"; the same command goes on from {out}/checkpoint-4" * (save_steps == 4)
+    match = re.search(f"{words}$", last)
+    assert match, last
+    got = load_file(Path(match[1], "adapter_model.safetensors"))
+    assert got.keys() == held.keys() and all(torch.equal(got[name], held[name]) for name in held)
+    assert logits_of_stock_peft(folder, Path(match[1])).isfinite().all()
+    assert not (out / "checkpoint-6").exists()
+    assert place == "temporary" or not any(temporary.iterdir())
+    monkeypatch.undo()
+    words = "going on after step 4 of 6" if save_steps == 4 else "step 1/6"
+    assert words in run(*argv)
+
+
+def checkpoint_bytes(checkpoint: Path) -> tuple[int, int]:
+    """Return the bytes of the tensors of the adapter, and of the optimizer's state."""
+    adapter = load_file(checkpoint / "adapter_model.safetensors")
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    tensors = [t for values in state.values() for t in values.values()]
+    return sum(t.nbytes for t in adapter.values()), sum(t.nbytes for t in tensors)
+
+
+def test_finetune_without_room_for_its_checkpoints_is_refused_before_the_second_step(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    """Three checkpoints at once, when the third is written and the first not yet removed."""
+    out = tmp_path / "out"
+    argv = [*on(folder, lines, out), *CHAT]
+    run(*on(folder, lines, tmp_path / "sizes"), *CHAT)
+    adapter, state = checkpoint_bytes(tmp_path / "sizes" / "checkpoint-6")
+    assert state > 2 * adapter > 0  # AdamW's two moments, and a count of steps for each tensor
+    checkpoint = adapter + state
+
+    def run_with(free: int, status: int = 2) -> str:
+        with monkeypatch.context() as patch:
+            usage = SimpleNamespace(free=free)
+            patch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+            return run(*argv, status=status).splitlines()[-1]
+
+    for free, want in (
+        (3 * adapter - 1, 3 * adapter),
+        (3 * adapter, 3 * checkpoint),
+        (3 * checkpoint - 1, 3 * checkpoint),
+    ):
+        said = run_with(free)
+        words = f"--out: {out} has {free:,} bytes free, want {want:,} for the run's checkpoints"
+        assert said == (
+            f"lora-kernels finetune: {words} and adapter; make room, give another folder, or keep "
+            "fewer checkpoints: --save-total-limit"
+        )
+        assert not any(out.glob("checkpoint-*"))
+    run_with(3 * checkpoint, status=0)
+    # A run that goes on has a part of it already.
+    shutil.rmtree(out / "checkpoint-6")
+    there = sum(file.stat().st_size for file in (out / "checkpoint-4").iterdir())
+    want = 2 * checkpoint + adapter - there
+    assert f" has {want - 1:,} bytes free, want {want:,} for" in run_with(want - 1)
+    run_with(want, status=0)
 
 
 IMPORTS = """

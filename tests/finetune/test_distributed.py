@@ -16,13 +16,14 @@ import torch.distributed.checkpoint as checkpoint
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from lora_kernels.cli import main
 from lora_kernels.finetune import LoRATrainer, load_chat, newest_checkpoint, training_arguments
 from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse
 from lora_kernels.peft.explain_rows import KERNELS, PEFT
 from tests.finetune.test_trainer import adapted
-from tests.finetune.tiny import llama, metrics, tokenizer, weights
+from tests.finetune.tiny import llama, metrics, save_model, tokenizer, weights
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import OpCounter, count_ops, randomize
 from tests.support.processes import run_python
@@ -36,11 +37,12 @@ NEEDS_GLOO = pytest.mark.skipif(
 SCRIPT = """
 import gc, os, sys
 import torch
-from tests.finetune.test_distributed import flatten, shard, train
+from tests.finetune.test_distributed import command, flatten, shard, train
 gc.freeze()  # Trainer collects garbage often, each time through all modules
 torch.set_num_threads(1)
 folder, file = sys.argv[1:]
 train(f"{folder}/two", file)
+command(folder, file)
 shard(folder)
 flatten(folder)
 torch.distributed.barrier()
@@ -103,6 +105,29 @@ def test_two_processes_and_one(lines: Path, launched: tuple[Path, str]) -> None:
             for name in ("loss", "grad_norm", "learning_rate"):
                 assert got[name] == pytest.approx(want[name], rel=2.0**-15), (got["step"], name)
         assert_close_derived(found, alone[1], rtol=2.0**-15)
+
+
+COMMAND = ["--steps", "4", "--rank", "3", "--lr", "0.01", "--save-steps", "2"]
+
+
+def command(folder: str, file: str) -> None:
+    """Run `finetune`; its exit status has to be 0 in each process."""
+    out, base = Path(folder, "command"), Path(folder, "base")
+    batch = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("RANK", "0") == "0":
+        save_model(base, llama())
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    argv = ["finetune", "--model", base, "--data", file, "--out", out, "--batch", batch, *COMMAND]
+    assert main([str(word) for word in argv]) == 0
+
+
+@NEEDS_GLOO
+def test_command_in_two_processes_is_one_run(launched: tuple[Path, str], lines: Path) -> None:
+    """Both processes write to one folder, which the first one locks."""
+    folder, shown = launched
+    assert "4/4" in shown
+    assert len(metrics(folder / "command")) == 4
 
 
 # FSDP2

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from lora_kernels.finetune import UsageError
+from lora_kernels.finetune import UsageError, checkpoints, merge
 from lora_kernels.finetune.merge import merge_adapter
 from lora_kernels.finetune.model import DTYPES, load_adapter, load_base
 from lora_kernels.finetune.presets import add_lora_layers
@@ -228,6 +229,33 @@ def test_nothing_half_written(
         merge_adapter(*folders, tmp_path / "out")
     assert seen == [{".out.partial"}]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_merged_prints_megabytes_of_the_files_tensors(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    done = merge_adapter(*folders, tmp_path / "out")
+    assert done.nbytes == sum(t.nbytes for t in tensors(tmp_path / "out").values())
+    large = done._replace(out=Path("out"), nbytes=12_345_678, shards=2, kept=[])
+    assert str(large) == "out: 6 layers merged, 2 safetensors files, 12.3 MB"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_merge_without_room_for_the_model_is_refused_before_it_is_loaded(
+    dtype: str, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_adapter(*folders, tmp_path / "out", dtype=dtype)
+    want = sum(t.nbytes for t in tensors(tmp_path / "out").values())
+    usage = SimpleNamespace(free=want)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+    merge_adapter(*folders, tmp_path / "again", dtype=dtype)
+    monkeypatch.setattr(merge.models, "load_base", lambda *args: pytest.fail("loaded"))
+    usage.free -= 1
+    out = tmp_path / "no" / "out"
+    words = f"{out} has {want - 1:,} bytes free, want {want:,} for the merged model; make room, or"
+    with pytest.raises(UsageError, match=f"^out: {words} give another folder$"):
+        merge_adapter(*folders, out, dtype=dtype)
+    assert not out.parent.exists()
 
 
 def test_what_cannot_be_merged(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
 from shlex import split
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lora_kernels.finetune import TrainingError, UsageError, classify, memory
+from lora_kernels.finetune import TrainingError, UsageError, classify, memory, provenance
 from lora_kernels.finetune.classify import Outcome, Task, build, train_once
 from lora_kernels.finetune.compare_command import largest_share, markdown
 from lora_kernels.finetune.labelled import Labelled, read_labelled
@@ -196,6 +198,24 @@ def test_the_command(folder: Path, file: Path, tmp_path: Path, run: Any) -> None
     assert text == markdown(data)
     assert "| QLoRA (NF4), r = 8 |" in text
     assert (out / "classification.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_watch_counts_this_process_and_its_children_as_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 100 s of processors 60 are idle, 15 the run's, 15 its children's and 10 others'."""
+    system = namedtuple("system", "user idle iowait")
+    own = namedtuple("own", "user system children_user children_system")
+    of_system = iter([system(7, 20, 3), system(47, 70, 13)])
+    of_run = iter([own(1, 2, 3, 4), own(11, 7, 14, 8)])
+    process = SimpleNamespace(cpu_times=lambda: next(of_run))
+    times = SimpleNamespace(cpu_times=lambda: next(of_system), Process=lambda: process)
+    monkeypatch.setattr(provenance, "psutil", times)
+    finish = provenance.watch("cpu")
+    facts = finish()
+    assert facts["others"] == 0.1
+    assert quietness(facts).startswith("Other programs took 10% of the processors beside it")
 
 
 @pytest.mark.slow

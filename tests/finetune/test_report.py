@@ -1,4 +1,5 @@
 import io
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,13 +57,14 @@ def test_brackets_in_an_answer_are_text() -> None:
     )
 
 
-def shown(console: Console, done: int, steps: range, total: int) -> str:
-    """Return what Progress prints of these steps, whose losses are 1 / step."""
+def shown(console: Console, done: int, steps: range, total: int, data: object = None) -> str:
+    """Return what Progress prints of these steps of 12 rows, whose losses are 1 / step."""
     progress = report.Progress(console, "fused")
     state = TrainerState(global_step=done, max_steps=total)
     sizes = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "world_size": 2}
     with console.capture() as capture, progress.bar:
-        progress.on_train_begin(SimpleNamespace(**sizes), state, None)
+        loader = SimpleNamespace(dataset=data)
+        progress.on_train_begin(SimpleNamespace(**sizes), state, None, train_dataloader=loader)
         for state.global_step in steps:
             progress.on_log(None, state, None, {"loss": 1 / state.global_step})
     return capture.get()
@@ -73,6 +75,27 @@ def test_progress_off_a_terminal_is_a_few_lines() -> None:
     assert len(lines) == 10
     assert lines[-1].startswith("fused: step 40/40  loss 0.0250  ")
     assert lines[-1].endswith(" rows/s")  # the data do not count their tokens
+
+
+@pytest.mark.parametrize(
+    ("data", "speed"),
+    [
+        (None, "6 rows/s"),
+        (SimpleNamespace(report=SimpleNamespace(tokens=70, examples=5)), "84 tokens/s"),
+    ],
+    ids=["rows", "tokens"],
+)
+@pytest.mark.parametrize("done", [0, 10], ids=["from the start", "resumed"])
+def test_progress_speed_is_of_all_rows_since_the_run_began_or_went_on(
+    done: int, data: object, speed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 12 rows, of 14 tokens each on average, takes 2 seconds."""
+    clock = itertools.count(100.0, 2.0)
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
+    console = Console(width=80, force_terminal=False)
+    lines = shown(console, done, range(done + 1, 13), 12, data).splitlines()
+    assert lines[-1] == f"fused: step 12/12  loss 0.0833  {speed}"
+    assert len(lines) == 12 - done and all(line.endswith(f"  {speed}") for line in lines)
 
 
 def test_progress_on_a_terminal_shows_loss_speed_and_time_left() -> None:

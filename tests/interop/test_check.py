@@ -712,10 +712,12 @@ def test_check_of_patterns_that_match_finds_no_fault(config: dict[str, Any]) -> 
     assert not check(model, x).problems
 
 
-def test_check_finds_an_experts_target_that_matches_nothing() -> None:
-    both = ["mlp.experts.down_proj", "mlp.experts.up_proj"]
-    found = check(moe(target_parameters=both), LABELLED)
-    assert found.problems == ["target_parameters: 'mlp.experts.up_proj' matches nothing"]
+@pytest.mark.parametrize("named", ["mlp.experts.up_proj", "up_proj"])
+def test_check_finds_an_experts_target_that_matches_nothing(named: str) -> None:
+    """PEFT takes whole words: up_proj is not gate_up_proj, which has an adapter."""
+    both = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    found = check(moe(target_parameters=[*both, named]), LABELLED)
+    assert found.problems == [f"target_parameters: {named!r} matches nothing"]
 
 
 # Arguments

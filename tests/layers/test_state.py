@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import signal
 import warnings
 
 import pytest
@@ -24,6 +25,7 @@ from lora_kernels.layers import (
     mark_only_lora_as_trainable,
     save_lora_weights,
 )
+from tests.support.processes import run_python
 
 KEYS = ["up.lora_A", "up.lora_B", "attention.qkv_proj.lora_A", "attention.qkv_proj.lora_B"]
 
@@ -38,6 +40,14 @@ class Model(nn.Module):
         for key, t in lora_state_dict(self).items():
             if key.endswith("B"):
                 nn.init.normal_(t)
+
+
+KILLED_SAVE = """
+import os, signal, sys
+from lora_kernels.layers import LoRALinear, save_lora_weights
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+save_lora_weights(LoRALinear(8, 8, r=2), sys.argv[1])
+"""
 
 
 class Gated(LoRALinear):
@@ -176,6 +186,36 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, error):
     with pytest.raises(type(error)):
         save_lora_weights(model, path)
     assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["adapter.safetensors"]
+
+
+def test_save_removes_the_file_of_a_killed_save_and_no_other(tmp_path):
+    """A process that is killed by SIGKILL before the rename leaves its temporary file."""
+    others = [tmp_path / ".adapter.safetensors.note", tmp_path / f".other.{'0' * 32}"]
+    for other in others:
+        other.touch()
+    path = tmp_path / "adapter.safetensors"
+    killed = run_python("-c", KILLED_SAVE, path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(os.listdir(tmp_path)) == 3 and not path.exists()
+    save_lora_weights(Model(), path)
+    assert sorted(tmp_path.iterdir()) == sorted([*others, path])
+
+
+def test_save_beside_another_process_s_save_leaves_one_whole_file(tmp_path, monkeypatch):
+    """Each save begins while the other one has written its file, and not yet renamed it."""
+    first, second, path = Model(), Model(), tmp_path / "adapter.safetensors"
+    usual, saves = os.replace, iter([second])
+
+    def replace(source, target):
+        if (model := next(saves, None)) is not None:
+            save_lora_weights(model, path)
+            assert torch.equal(load_file(path)["up.lora_B"], second.up.lora_B)
+        usual(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    save_lora_weights(first, path)
+    assert torch.equal(load_file(path)["up.lora_B"], first.up.lora_B)
     assert os.listdir(tmp_path) == ["adapter.safetensors"]
 
 

@@ -46,3 +46,16 @@ def test_ci_runs_the_readme_s_test_command() -> None:
     last = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
     command = last.removeprefix("exec ")
     assert f"    {command} " in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_contributing_lists_each_environment_variable() -> None:
+    sources = [ROOT / "setup.py", *(ROOT / "lora_kernels").rglob("*.py")]
+    sources += (ROOT / "tests").rglob("*.py")
+    read = {
+        name
+        for source in sources
+        for name in re.findall(r"[\"'](LORA_KERNELS_[A-Z_]+)\b", source.read_text("utf-8"))
+    }
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(LORA_KERNELS_\w+)` \| (?:build|run|tests) \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(read)

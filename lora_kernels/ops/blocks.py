@@ -33,7 +33,7 @@ from ..core.call import Needs, Operands, Spec
 from ..core.dtypes import to_dtype
 from ..core.packed4bit import Packed4bit
 from . import context, linear
-from .arguments import FLOATS
+from .arguments import FLOATS, has_strides
 from .autograd import differentiable_once
 
 _PLAIN = context.TENSOR_TYPES
@@ -51,7 +51,7 @@ def can_run(x: Any) -> bool:
     A mode may replay single ops, as selective checkpointing does.
     """
     # Torch 2.8 cannot trace the ContextVar.
-    if type(x) not in _PLAIN or torch.compiler.is_compiling():
+    if type(x) not in _PLAIN or torch.compiler.is_compiling() or not has_strides(x):
         return False
     # The backward's thread knows no other backend than the one entered last.
     if forced.entered not in _BY_DEFAULT or forced.current.get().backend not in _BY_DEFAULT:

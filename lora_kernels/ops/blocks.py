@@ -33,7 +33,7 @@ from ..core.call import Needs, Operands, Spec
 from ..core.dtypes import to_dtype
 from ..core.packed4bit import Packed4bit
 from . import context, linear
-from .arguments import FLOATS, has_strides
+from .arguments import FLOATS, copies_rows, has_strides
 from .autograd import differentiable_once
 
 _PLAIN = context.TENSOR_TYPES
@@ -217,6 +217,8 @@ def make_block(
             is_plain = False
     if not is_plain and (dropout_p or len(layers) == 1):
         return None
+    if dropout_p and copies_rows(x):
+        return None  # the mask is drawn for x itself
     if x.is_cuda and _has_verdict(x) and not all(_is_eager(x, layer, dtype) for layer in layers):
         return None
     y_dtype = dtype

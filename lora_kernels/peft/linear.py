@@ -17,7 +17,7 @@ from ..core.call import Operands, Spec
 from ..core.dtypes import to_dtype
 from ..layers.cache import DoraNormCache
 from ..ops import context, in_place, linear
-from ..ops.arguments import base_dtype, has_strides
+from ..ops.arguments import base_dtype, copies_rows, has_strides
 from ..ops.blocks import can_run
 from ..ops.linear import lora_linear
 from ..ops.multi import multi_lora_linear
@@ -245,7 +245,7 @@ def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
     """Return True if the eager backend computes the update for y on a GPU, in y's dtype."""
     if type(y) is not Tensor or y.device != x.device:
         return False
-    if not can_run(x):
+    if not can_run(x) or (call.dropout_p and copies_rows(x)):
         return False
     dtype = base_dtype(context.device_of(x)[0], x.dtype)
     if y.dtype is not dtype or y.shape != (*x.shape[:-1], call.lora_B.shape[0]):

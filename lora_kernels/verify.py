@@ -78,6 +78,11 @@ SHAPES: Shapes = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiple
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 CUDA_SHAPES: Shapes = ((70, 264, 192, 13), (5, 72, 64, 40))  # in place of both: whole rows
 THOROUGH: Shapes = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
+# Long sums over K (y and dB), N (dx and dA) and M (dA and dB), for `--function`. A base GEMM that
+# is rounded to 16 bits after each 64 of these terms, 64 times, errs by 0.42 u · √(64 / 2) of itself
+# (`tolerance`), which is 1.7 u of y; the limit is 1.2 u. In longer sums, float32 sums in blocks of
+# 16 would be more than `tolerance.CHAIN`.
+LONG: Shapes = ((33, 35, 4099, 9), (33, 4099, 35, 9), (4099, 33, 35, 9))
 # First word of an option -> cases of other ops than `lora_linear`, whose tensors are on a CPU: rows
 # with adapters of their own, rows sorted by expert, a head's losses and log-probabilities.
 OTHERS: dict[str, tuple[Any, ...]] = {
@@ -223,7 +228,7 @@ def judge_function(
 ) -> Line:
     """Judge y and the gradients of a function on the option's cases."""
     verdicts: dict[str, Comparison] = {}
-    for M, N, K, R in shapes:
+    for M, N, K, R in (*shapes, *LONG) if option == "plain" else shapes:
         case = Case(M, N, K, R, *dtypes, **OPTIONS[option], device=device)
         try:
             judged = cases.judge(case, lambda **arguments: function(**arguments))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -147,6 +148,11 @@ class Verdict:
         """A short name of the verdict's content, for logs and checkpoints."""
         return _digest(self.json())
 
+    @functools.cached_property
+    def max_rows(self) -> int:
+        """The most rows that any kernel was measured with; 0 if none was."""
+        return max((point.rows for point in self.points), default=0)
+
     def nearest_point(self, group: Group, rows: int, columns: int, inner: int) -> Point | None:
         """Return the point nearest to a call: by the ratio of M, then of N·K, then of N.
 
@@ -174,16 +180,35 @@ def _ratio(a: int, b: int) -> float:
 def read_verdict(data: Mapping[str, Any]) -> Verdict:
     """Build from `Verdict.json`; raises an error if anything is missing or of another type."""
     points = [read_point(point) for point in data["points"]]
-    failed = {Group(*group): str(reason) for group, reason in data["failed"]}
-    passed = frozenset(Group(*group) for group in data["passed"])
+    failed = {_read_group(group): str(reason) for group, reason in data["failed"]}
+    passed = frozenset(_read_group(group) for group in data["passed"])
     return Verdict(dict(data["key"]), passed, failed, points, str(data["date"]))
 
 
 def read_point(data: Sequence[Any]) -> Point:
-    """Build from a `Point` as JSON has it; raises an error if anything is missing."""
-    group, *sizes = data[:5]
-    times = [None if t is None else Seconds(float(t[0]), float(t[1]), t[2]) for t in data[5:]]
-    return Point(Group(*group), *sizes, *times)
+    """Build from a `Point` as JSON has it; raises an error if anything is missing or no time."""
+    fields: dict[str, Any] = dict(zip(Point._fields, data, strict=True))
+    for name in ("rows", "columns", "inner", "rank"):
+        if type(fields[name]) is not int or fields[name] < 1:
+            raise ValueError(f"{name}: got {fields[name]!r}, want a positive integer")
+    for name in ("forward", "eager_forward", "step", "eager_step"):
+        if fields[name] is not None or name.endswith("forward"):
+            fields[name] = _read_seconds(name, fields[name])
+    return Point(**fields | {"group": _read_group(fields["group"])})
+
+
+def _read_group(data: Any) -> Group:
+    if len(data) != len(Group._fields) or not all(isinstance(name, str) for name in data):
+        raise ValueError(f"group: got {data!r}, want five strings, {', '.join(Group._fields)}")
+    return Group(*data)
+
+
+def _read_seconds(name: str, data: Any) -> Seconds:
+    """Return the times, by which others are divided."""
+    is_valid = isinstance(data, list) and [type(t) for t in data[2:]] == [bool]
+    if not is_valid or not all(type(t) in (int, float) and 0 < t < math.inf for t in data[:2]):
+        raise ValueError(f"{name}: got {data!r}, want positive seconds of device and host, a bool")
+    return Seconds(float(data[0]), float(data[1]), data[2])
 
 
 def group_of(backend: str, strategy: str, problem: Problem) -> Group:
@@ -289,7 +314,8 @@ def read(expected_key: Mapping[str, str]) -> Verdict | str:
         return f"not qualified on this card: {ADVICE}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return (
-            f"not qualified on this card: {file} cannot be read ({type(error).__name__}); {ADVICE}"
+            f"not qualified on this card: {file} cannot be read ({type(error).__name__}: {error}); "
+            f"{ADVICE}"
         )
     if dict(verdict.key) != dict(expected_key):
         return f"not qualified on this card: {file} is another card's; {ADVICE}"

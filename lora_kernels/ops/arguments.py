@@ -243,8 +243,19 @@ def check_dropout(
     if rng is not None:
         _check_rng(rng, x)
         return dropout_p, rng.contiguous(), None  # kernels read it by its address
-    is_drawn = selection.is_eager_on_gpu(context.device_of(x)[0])
-    return dropout_p, None if is_drawn else draw_rng(x), None
+    if not selection.is_eager_on_gpu(context.device_of(x)[0]):
+        return dropout_p, draw_rng(x), None
+    if copies_rows(x) and not torch.compiler.is_compiling():
+        mask = torch.native_dropout(x.detach(), dropout_p, True)[1]
+    return dropout_p, None, mask
+
+
+def copies_rows(x: Tensor) -> bool:
+    """Return True if x as rows may be a copy, in which PyTorch's dropout draws another mask.
+
+    Its kernel draws in the order of the elements in memory.
+    """
+    return x.dim() > 2 and not x.is_contiguous()
 
 
 def draw_rng(x: Tensor) -> Tensor:

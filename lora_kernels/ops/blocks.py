@@ -33,7 +33,7 @@ from ..core.call import Needs, Operands, Spec
 from ..core.dtypes import to_dtype
 from ..core.packed4bit import Packed4bit
 from . import context, linear
-from .arguments import FLOATS
+from .arguments import FLOATS, copies_rows, has_strides
 from .autograd import differentiable_once
 
 _PLAIN = context.TENSOR_TYPES
@@ -51,7 +51,7 @@ def can_run(x: Any) -> bool:
     A mode may replay single ops, as selective checkpointing does.
     """
     # Torch 2.8 cannot trace the ContextVar.
-    if type(x) not in _PLAIN or torch.compiler.is_compiling():
+    if type(x) not in _PLAIN or torch.compiler.is_compiling() or not has_strides(x):
         return False
     # The backward's thread knows no other backend than the one entered last.
     if forced.entered not in _BY_DEFAULT or forced.current.get().backend not in _BY_DEFAULT:
@@ -217,6 +217,8 @@ def make_block(
             is_plain = False
     if not is_plain and (dropout_p or len(layers) == 1):
         return None
+    if dropout_p and copies_rows(x):
+        return None  # the mask is drawn for x itself
     if x.is_cuda and _has_verdict(x) and not all(_is_eager(x, layer, dtype) for layer in layers):
         return None
     y_dtype = dtype
@@ -233,8 +235,15 @@ def make_block(
 
 
 def _has_verdict(x: Tensor) -> bool:
-    """Return True if kernels of this package qualified on x's GPU."""
-    return isinstance(verdicts.current(x.get_device()), verdicts.Verdict)
+    """Return True if kernels of this package were measured on x's GPU with as many rows as x's.
+
+    `choose` gives calls of more rows to eager: a training step then costs what it does without a
+    verdict.
+    """
+    verdict = verdicts.current(x.get_device())
+    if not isinstance(verdict, verdicts.Verdict):
+        return False
+    return x.numel() <= verdict.max_rows * x.shape[-1:].numel()
 
 
 def _is_eager(x: Tensor, layer: Layer, dtype: torch.dtype) -> bool:

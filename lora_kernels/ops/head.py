@@ -431,7 +431,8 @@ class _LogProbsFunction(torch.autograd.Function):
         dbias = None if bias is None else _cast(grads.bias, bias.dtype)
         dweight = _cast(grads.weight, weight[0].dtype)
         nones = [None] * (len(weight) - 1)
-        return None, None, grads.x, dA, dB, dbias, *[None] * 3, dweight, *nones
+        dx = _cast(grads.x, x.dtype)
+        return None, None, dx, dA, dB, dbias, *[None] * 3, dweight, *nones
 
 
 # The registered ops ----------------------------------------------------------------------------
@@ -465,20 +466,22 @@ def _cross_entropy(*args: Any) -> tuple[Tensor, ...]:
             linear.lora_linear_undispatched,
             linear.lora_linear_backward_undispatched,
         )
-    return loss, *_fill(grads, operands)
+    return loss, *_fill(grads, operands, spec)
 
 
-def _fill(grads: HeadGrads, operands: HeadOperands) -> tuple[Tensor, ...]:
+def _fill(grads: HeadGrads, operands: HeadOperands, spec: HeadSpec) -> tuple[Tensor, ...]:
     """Return the gradients as the op does, those that are not needed as empty tensors."""
     x, stat = operands.x, stat_dtype(operands.x.dtype)
-    return or_empty(grads.x, x.dtype, x), *(or_empty(t, stat, x) for t in grads[1:])
+    return or_empty(grads.x, eager_head.dx_dtype(x.dtype, spec), x), *(
+        or_empty(t, stat, x) for t in grads[1:]
+    )
 
 
-def _grads_fake(operands: HeadOperands, needs: HeadNeeds) -> tuple[Tensor, ...]:
+def _grads_fake(operands: HeadOperands, spec: HeadSpec, needs: HeadNeeds) -> tuple[Tensor, ...]:
     x, stat = operands.x, stat_dtype(operands.x.dtype)
     (V, R), K = operands.lora_B.shape, x.shape[1]
     return (
-        new_grad(needs.x, x.shape, x.dtype, x),
+        new_grad(needs.x, x.shape, eager_head.dx_dtype(x.dtype, spec), x),
         new_grad(needs.weight, (V, K), stat, x),
         new_grad(needs.lora_A, (R, K), stat, x),
         new_grad(needs.lora_B, (V, R), stat, x),
@@ -487,9 +490,9 @@ def _grads_fake(operands: HeadOperands, needs: HeadNeeds) -> tuple[Tensor, ...]:
 
 
 def _cross_entropy_fake(*args: Any) -> tuple[Tensor, ...]:
-    operands, _, needs = split(args, HeadOperands, HeadSpec, HeadNeeds)
+    operands, spec, needs = split(args, HeadOperands, HeadSpec, HeadNeeds)
     loss = operands.x.new_empty((), dtype=stat_dtype(operands.x.dtype))
-    return loss, *_grads_fake(operands, needs)
+    return loss, *_grads_fake(operands, spec, needs)
 
 
 _CROSS_ENTROPY = define(
@@ -579,7 +582,7 @@ def _log_probs_backward(
             forward,
             backward,
         )
-    return _fill(grads, operands)
+    return _fill(grads, operands, spec)
 
 
 def _log_probs_backward_fake(
@@ -591,8 +594,8 @@ def _log_probs_backward_fake(
     *args: Any,
     choice: str = "",
 ) -> tuple[Tensor, ...]:
-    operands, _, needs = split(args, HeadOperands, HeadSpec, HeadNeeds)
-    return _grads_fake(operands, needs)
+    operands, spec, needs = split(args, HeadOperands, HeadSpec, HeadNeeds)
+    return _grads_fake(operands, spec, needs)
 
 
 _LOG_PROBS_BACKWARD = define(

@@ -29,7 +29,7 @@ class FusedSVD(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters, reason, base_reason, _ = self.plan(x.device, x.dtype)
-        if reason is not None:
+        if reason is not None or self._layout_reason(x) is not None:
             return cast(Tensor, super(Fused, self).forward(x, *args, **kwargs))
         base = cast(nn.Module, self._modules["base_layer"])
         calls = self.calls(adapters, x, RowNames())

@@ -44,6 +44,9 @@ _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # Bits -> a limit of the relative error of a weight that is merged and quantized again. For normal
 # weights the error is 0.09 in NF4, 0.13 in FP4 and 0.01 in int8. Twice that allows for outliers.
 _REQUANTIZED = {4: 0.25, 8: 0.03}
+# Names of `_gemm_precision` -> unit roundoff of operands in TF32 and bfloat16. "high" and "medium"
+# are torch 2.8's.
+_REDUCED_PRECISION = {"tf32": 2.0**-11, "high": 2.0**-11, "bf16": 2.0**-8, "medium": 2.0**-8}
 # Minimum numbers of standard errors and of pairs of columns to decide the order of experts. With
 # fewer pairs the standard error itself is uncertain.
 _MIN_SIGMAS, _MIN_PAIRS = 4.0, 30
@@ -799,9 +802,17 @@ def _roundoff(y: Tensor, layer: nn.Module) -> float:
     if unit < 1e-6:
         # The factor 16 is for sums of thousands of terms. 16-bit dtypes need none: their sums are
         # float32.
-        precision = {"highest": 16 * unit, "high": 2.0**-11, "medium": 2.0**-8}
-        unit = max(16 * unit, precision[torch.get_float32_matmul_precision()])
+        unit = max(16 * unit, _REDUCED_PRECISION.get(_gemm_precision(y.device.type), 0.0))
     return unit
+
+
+def _gemm_precision(device_type: str) -> str:
+    """Return PyTorch's name of the precision in which a device's float32 GEMMs may run."""
+    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+    # torch 2.8 has one setting for all devices. Later versions refuse to read it once a device's
+    # own was set.
+    matmul = getattr(backend, "matmul", None)
+    return getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
 
 
 def _requantization(base: nn.Module) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,7 @@ from ..core.call import Operands, Spec
 from ..core.dtypes import to_dtype
 from ..layers.cache import DoraNormCache
 from ..ops import context, in_place, linear
-from ..ops.arguments import base_dtype
+from ..ops.arguments import base_dtype, copies_rows, has_strides
 from ..ops.blocks import can_run
 from ..ops.linear import lora_linear
 from ..ops.multi import multi_lora_linear
@@ -93,6 +94,7 @@ class Fused(nn.Module):
         if names is not None or self.mixed_batch is not None:
             self.mixed_batch = names
         adapters, reason, base_reason, is_dora = self.plan(x.device, x.dtype, names)
+        reason = reason or self._layout_reason(x)
         if reason is not None or has_invalid_sequences(adapters, x, rows):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
@@ -131,6 +133,15 @@ class Fused(nn.Module):
     def calls(self, adapters: Sequence[Any], x: Tensor, rows: RowNames) -> list[Any]:
         """Return the calls for x, in x's dtype if the layer rounds its adapters."""
         return self._cast(calls_for(adapters, x, rows), x)
+
+    def _layout_reason(self, x: Tensor) -> str | None:
+        """Return why PEFT's forward computes an x without strides, and warn; None for other x."""
+        if has_strides(x):
+            return None
+        name, kind = self.layer_name or "a fused layer", "nested" if x.is_nested else x.layout
+        reason = f"{name}: x has the layout {kind}: PEFT's forward computes the call"
+        warnings.warn(reason, stacklevel=3)
+        return reason
 
     def _call_base(
         self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any
@@ -234,7 +245,7 @@ def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
     """Return True if the eager backend computes the update for y on a GPU, in y's dtype."""
     if type(y) is not Tensor or y.device != x.device:
         return False
-    if not can_run(x):
+    if not can_run(x) or (call.dropout_p and copies_rows(x)):
         return False
     dtype = base_dtype(context.device_of(x)[0], x.dtype)
     if y.dtype is not dtype or y.shape != (*x.shape[:-1], call.lora_B.shape[0]):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels import cli, verify
 from lora_kernels.backends.cpu import heuristics
@@ -154,7 +154,8 @@ def test_an_op_that_is_wrong_in_one_case_alone_is_seen(
     option: str, place: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An op of ours, or a function of the user's ("plain")."""
-    errors = [1.0 for _ in verify.OTHERS.get(option.partition(" ")[0], verify.SHAPES)]
+    shapes = *verify.SHAPES, *verify.LONG
+    errors = [1.0 for _ in verify.OTHERS.get(option.partition(" ")[0], shapes)]
     if place is not None:
         errors[place] = 3.0
     each = iter(errors)
@@ -167,6 +168,71 @@ def test_an_op_that_is_wrong_in_one_case_alone_is_seen(
     else:
         found = verify.judge_option(*how, "eager")
     assert found is not None and found[0]["ok"] is (place is None)
+
+
+class BlockSums(torch.autograd.Function):
+    """`lora_linear` whose GEMMs add blocks of a sum in float32, and round some sums after each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sums: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float
+    ) -> Tensor:
+        p = (x.float() @ A.float().t()).to(x.dtype)
+        ctx.save_for_backward(x, W, A, B, p)
+        ctx.sums, ctx.s = sums, s
+        return (sums("y", x, W.t()) + s * p.float() @ B.float().t()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, W, A, B, p = ctx.saved_tensors
+        ds = (ctx.s * dy.float() @ B.float()).to(x.dtype)
+        dx = ctx.sums("dx", dy, W) + ds.float() @ A.float()
+        dA, dB = ctx.sums("dA", ds.t(), x), ctx.s * ctx.sums("dB", dy.t(), p)
+        return None, dx.to(x.dtype), None, dA.to(x.dtype), dB.to(x.dtype), None
+
+
+def judge_block_sums(dtype: torch.dtype, block: int, wrong: str = "") -> dict[str, Any]:
+    """verify's row of a function that sums in blocks. wrong: the output whose sums it rounds."""
+    narrow = torch.bfloat16 if dtype is torch.float32 else dtype
+
+    def sums(output: str, a: Tensor, b: Tensor) -> Tensor:
+        total = torch.zeros(a.shape[0], b.shape[1])
+        for start in range(0, a.shape[1], block):
+            part = slice(start, start + block)
+            total += a[:, part].float() @ b[part].float()
+            if output == wrong:
+                total = total.to(narrow).float()
+        return total
+
+    def call(*operands: Any) -> Tensor:
+        return BlockSums.apply(sums, *operands)  # type: ignore[no-any-return]
+
+    function = Function("mine", call, frozenset())
+    row, _ = verify.judge_function(function, "cpu", verify.SHAPES, (dtype, None), "plain")
+    return row
+
+
+DTYPES = [dtype for dtype, adapter in verify.DTYPES if adapter is None]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "block"), [("y", 16), ("y", 32), *itertools.product(("y", "dx", "dA", "dB"), (64,))]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_name)
+def test_function_that_rounds_its_sums_to_16_bits_is_a_miss(
+    dtype: torch.dtype, wrong: str, block: int
+) -> None:
+    row = judge_block_sums(dtype, block, wrong)
+    assert not row["ok"] and row["worst"].endswith(f"/{wrong}")
+    assert "4099" in row["worst"] or dtype is torch.float32
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_name)
+def test_function_that_adds_float32_sums_of_blocks_is_within_the_tolerance(
+    dtype: torch.dtype, block: int
+) -> None:
+    assert judge_block_sums(dtype, block)["ok"]
 
 
 @pytest.mark.parametrize("wrong", [None, 0, 1], ids=["none", "first", "last"])

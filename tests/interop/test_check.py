@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.peft import Check, check, experts, fuse, unfuse
+from lora_kernels.peft.check import _roundoff
 from lora_kernels.peft.linear import FusedLinear
 from tests.support.peft_models import (
     IDS,
@@ -425,6 +426,40 @@ def test_check_notices_the_smallest_fault_and_excuses_the_nearest_thing(
         assert_faults(found, *columns, layers=layers)
     else:
         assert found.ok, found
+
+
+@either
+@pytest.mark.parametrize(("factor", "is_fault"), [(1 + 2.0**-11, False), (1.1, True)])
+def test_check_under_tf32_excuses_its_rounding_and_notices_more(
+    factor: float, is_fault: bool, fused: bool
+) -> None:
+    """After this setting, PyTorch refuses to read its older one of float32 GEMMs."""
+    model = fuse(mlp(f32)) if fused else mlp(f32)
+    change_output(lambda y: y * factor)(model)
+    with torch.backends.flags(fp32_precision="tf32"):
+        found = check(model, x)
+    if is_fault:
+        assert_faults(found, "merge", layers=1)
+    else:
+        assert found.ok, found
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["newest", "torch 2.8"])
+@pytest.mark.parametrize(
+    ("setting", "roundoff"), [("highest", 2.0**-20), ("high", 2.0**-11), ("medium", 2.0**-8)]
+)
+def test_roundoff_of_float32_layers_is_that_of_the_setting_of_gemms(
+    setting: str, roundoff: float, is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs, "medium" is bfloat16. torch 2.8 has no setting of a device's own."""
+    before = torch.get_float32_matmul_precision()
+    if is_old:
+        monkeypatch.delattr(torch.backends.mkldnn.m, "matmul", raising=False)
+    torch.set_float32_matmul_precision(setting)
+    try:
+        assert _roundoff(torch.empty(3), nn.Linear(2, 3)) == roundoff
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @either

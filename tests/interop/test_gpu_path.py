@@ -94,6 +94,43 @@ def test_fused_step_equals_peft_with_its_dropout(setting, quantized, M, monkeypa
         assert_close_derived(results(found, M), want, terms=K, layers=2)  # DoRA's norm is a sum too
 
 
+class Called(nn.Linear):
+    """A base that is called as a module, as each subclass is."""
+
+
+STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "swapped": lambda x: x.view(3, 4, K).transpose(0, 1),
+    "features first": lambda x: x.view(K, 3, 4).permute(1, 2, 0),
+    "padded": lambda x: torch.nn.functional.pad(x, (2, 5))[:, 2:-5].unflatten(0, (3, 4)),
+    "expanded": lambda x: x[:4].expand(3, 4, K),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if "dropout" in name])
+@pytest.mark.parametrize("base", ["dense", "nf4", "called"])
+def test_dropout_of_a_strided_input_draws_peft_s_masks(base, setting, layout, monkeypatch) -> None:
+    """PyTorch's kernel draws in the order of x's memory, whatever x's dimensions."""
+    torch.manual_seed(1)
+    x, dy = STRIDED[layout](torch.randn(12, K)).requires_grad_(), torch.randn(12, N)
+    own_base = nn.Sequential(Called(K, N)) if base == "called" else None
+    found = model(base == "nf4", base=own_base, **copy.deepcopy(SETTINGS[setting]))
+
+    def step() -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        named = {n: p for n, p in found.named_parameters() if p.requires_grad}
+        with _NativeDropout():  # CUDA's
+            y = found(x)
+        grads = torch.autograd.grad(y, [x, *named.values()], dy.view(y.shape))
+        return {"y": y.detach(), "dx": grads[0], **dict(zip(named, grads[1:], strict=True))}
+
+    want = step()
+    monkeypatch.setattr(swap, "heavier_reason", lambda layer: None)
+    fuse(found)
+    assert "Fused" in type(found.base_model.model[0]).__name__
+    assert_close_derived(step(), want, terms=K, layers=2)
+
+
 def _change_bias(layer: Any) -> None:
     layer.base_layer.bias = nn.Parameter(torch.randn(N), requires_grad=False)
 

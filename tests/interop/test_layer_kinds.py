@@ -139,6 +139,27 @@ def test_fused_layer_on_any_shape_equals_peft(kind: Kind, shape: tuple[int, ...]
     assert_close_derived(results(fused, x), results(stock, x))
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("path", ["cpu", "gpu_path"])
+@pytest.mark.parametrize("build", [mlp, dora_mlp, adalora_mlp, kasa_mlp])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_fused_layer_of_a_sparse_input_is_pefts_and_says_so(
+    build: Callable[[], Any], path: str, layout: torch.layout, request: pytest.FixtureRequest
+) -> None:
+    """Kernels read rows at addresses, which a sparse x has not."""
+    if build is kasa_mlp:
+        skip_without_kasa()
+    model = build()
+    x = batch()[0].relu().to_sparse(layout=layout)
+    want = results(copy.deepcopy(model), x)
+    if path == "gpu_path":
+        request.getfixturevalue(path)
+    fuse(model)
+    with pytest.warns(UserWarning, match=f"up: x has the layout {layout}: PEFT's forward"):
+        got = results(model, x)
+    assert_close_derived(got, want)
+
+
 @every_kind("conv1d", "adalora_conv1d")  # whose stock layers want x contiguous
 def test_fused_layer_on_strided_input_equals_peft(kind: Kind) -> None:
     stock, fused = pair(kind.build())

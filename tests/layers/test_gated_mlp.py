@@ -29,6 +29,7 @@ from lora_kernels.layers import (
 )
 from lora_kernels.ops import blocks, linear
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal
+from tests.support.gpus import OnCuda
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 K, H, R, ALPHA = 24, 40, 5, 7.0
@@ -259,18 +260,6 @@ def test_compiled_mlp_is_the_formula_in_one_graph(runs) -> None:
     compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
     assert_close(step(mlp, x, lambda _, x: compiled(x)), step(mlp, x, reference), 1e-12)
     assert not runs
-
-
-class OnCuda:
-    """A CPU tensor that says that it is on a GPU, for the look at verdicts."""
-
-    is_cuda = True
-
-    def __init__(self, t: Tensor) -> None:
-        self._t = t
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._t, name)
 
 
 @pytest.mark.parametrize("other", ["gate", "up", "down", ""])

@@ -26,10 +26,11 @@ from lora_kernels.ops import head as head_op
 from lora_kernels.ops import linear, registry
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle import head_case
-from lora_kernels.oracle.case import EAGERS, STATISTICS, inputs, judge, run
+from lora_kernels.oracle.case import EAGERS, STATISTICS, inputs, judge, oracle, run
 from lora_kernels.oracle.head_case import HeadCase
 from tests.ops.engines import engines_in_turn, every_engine
 from tests.support.allocations import Casts, Results
+from tests.support.assertions import assert_as_exact
 from tests.support.engines import assert_near, assert_within
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -645,6 +646,51 @@ def test_gradients_of_small_probabilities_times_small_gradients_survive_float16(
         y = -lora_linear_log_probs(x, weight, None, None, torch.tensor([0])).log_probs
     (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 2.0**-12))
     assert dx[0, 1].item() == pytest.approx(2.0**-12 * 3 * 256 * math.exp(-15), rel=2e-3)
+
+
+@every_engine
+@pytest.mark.parametrize("of", KINDS)
+@pytest.mark.parametrize("size", [2.0**12, 2.0**14])
+@pytest.mark.parametrize("dtype", [f16, f32], ids=["float16", "autocast"])
+def test_float16_head_with_a_large_gradient_of_x_is_as_exact_as_pytorchs(
+    dtype: torch.dtype, size: float, of: str, engine: str
+) -> None:
+    """dx is of the weight's size: 650 or 2,600, where 65,504 is the largest float16."""
+    case = replace(SMALL, of=of, dtype=dtype, autocast=f16 if dtype is f32 else None)
+    args = inputs(case)
+    for name, factor in (("weight", size), ("lora_A", size), ("x", 1 / size)):
+        args[name] = (args[name].detach() * factor).requires_grad_(name != "weight")
+    got, peer = (run(op, args, case.autocast) for op in (case.op, case.eager))
+    names = "dx", "dA", "dB", "dbias"
+    assert all(peer[name].isfinite().all() and got[name].isfinite().all() for name in names)
+    assert peer["dx"].abs().max() > size / 64  # of 16 rows' mean, times 1.75
+    ref = oracle(args, case.equation)
+    assert_as_exact(*({name: found[name] for name in names} for found in (got, ref, peer)))
+
+
+@pytest.mark.parametrize("quant", ["nf4-64-nested", "fp4-32", "mxfp4-32", "nvfp4-16-nested"])
+def test_extrema_of_a_4bit_weight_bound_its_elements(quant: str) -> None:
+    """A block's scale times the largest code is at most twice its largest element."""
+    weight = inputs(replace(SMALL, K=64, quant=quant, dtype=f16))["weight"]
+    low, high = head._extrema(weight.codes)
+    dense = weight.dequantize(f32)
+    assert low <= dense.min() and dense.max() <= high <= 2 * dense.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_float16_gradient_of_a_mean_is_finite_where_that_of_the_sum_is_not(backend: str) -> None:
+    """The sum's is 0.9 · 120,000, where 65,504 is the largest float16."""
+    x = torch.tensor([[-math.log(9) / 120_000, 0.0]] * 4, dtype=f16, requires_grad=True)
+    weight = torch.tensor([[60_000.0, 0.0], [-60_000.0, 0.0]], dtype=f16)
+    with lora_kernels.backend(backend):
+        loss = lora_linear_cross_entropy(x, weight, None, None, torch.zeros(4, dtype=torch.int64))
+    (dx,) = torch.autograd.grad(loss, x)
+    wide = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(
+        F.cross_entropy(wide @ weight.double().t(), torch.zeros(4, dtype=torch.int64)), wide
+    )
+    # Logits of 1.1 and their gradients, rounded to float16: an error of 2⁻¹² · 2 · 1.1 of them.
+    torch.testing.assert_close(dx.double(), want, rtol=2.0**-9, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16, f32], ids=str)

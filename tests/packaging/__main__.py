@@ -61,6 +61,7 @@ LATER = {
     "reentrant checkpoint wrappers without a warning (torch)": (
         "test_q_proj_checkpointed_alone and reentrant"
     ),
+    "a setting of TF32 for all devices (torch)": "test_check_under_tf32",
     "experts that are parameters (transformers)": "experts or test_every_kind_of_the_table",
     "reentrant checkpointing by Trainer (transformers)": (
         "test_trainer_on_its_defaults and reentrant"

@@ -1,6 +1,7 @@
 """A verdict in the cache, read, written, damaged or another card's, and the choice by it."""
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,18 @@ from torch import nn
 
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.cuda import constraints
+from lora_kernels.backends.eager.blocks import Layer
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Point, Seconds, Verdict
 from lora_kernels.core import device
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.core.problem import ONE_ADAPTER, Choice, Layout, Problem
+from lora_kernels.ops import blocks
 from lora_kernels.peft import explain, fuse, row_adapters
 from lora_kernels.qualification.plan import CANDIDATES
 from tests.support import fake_card
+from tests.support.gpus import OnCuda
 
 bf16, f32 = torch.bfloat16, torch.float32
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
@@ -57,6 +61,51 @@ def test_read_of_a_damaged_file_is_no_verdict_and_no_error(text: str) -> None:
     verdicts.write(VERDICT).write_text(text)
     found = verdicts.read(fake_card.KEY)
     assert isinstance(found, str) and "cannot be read" in found and verdicts.ADVICE in found
+
+
+# A field of the first point -> a value that a file may have, and what is wrong with the value.
+POINT_FIELDS: list[tuple[str, Any, str]] = [
+    *(
+        (name, value, f"{name}: got {value!r}, want a positive integer")
+        for name in ("rows", "columns", "inner", "rank")
+        for value in ("16", 0, -1, 16.0, True, None)
+    ),
+    *(
+        (name, [*value, True], f"{name}: got {[*value, True]!r}, want positive seconds")
+        for name in ("forward", "eager_forward", "step", "eager_step")
+        for value in ((0.0, 1e-6), (1e-5, 0), ("1e-5", 1e-6), (-1e-5, 1e-6), (1e-5, math.inf))
+    ),
+    ("forward", [math.nan, 1e-6, True], "forward: got [nan, 1e-06, True], want positive seconds"),
+    ("forward", [1e-5, 1e-6, 1], "forward: got [1e-05, 1e-06, 1], want positive seconds"),
+    ("forward", None, "forward: got None, want positive seconds"),
+    ("eager_forward", None, "eager_forward: got None, want positive seconds"),
+    ("forward", [1e-5, 1e-6], "forward: got [1e-05, 1e-06], want positive seconds"),
+    ("group", [*DECODE[:4], 4], "group: got"),
+    ("group", DECODE[:4], "group: got"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "reason"), POINT_FIELDS, ids=str)
+def test_read_of_a_point_of_a_wrong_kind_says_the_file_and_the_field(
+    field: str, value: Any, reason: str
+) -> None:
+    file = verdicts.write(VERDICT)
+    data = json.loads(file.read_text())
+    data["points"][0][Point._fields.index(field)] = value
+    file.write_text(json.dumps(data))
+    found = verdicts.read(fake_card.KEY)
+    assert isinstance(found, str) and f"{file} cannot be read (ValueError: {reason}" in found
+
+
+@pytest.mark.parametrize("field", ["passed", "failed"])
+def test_read_of_a_group_of_a_wrong_kind_says_the_file_and_the_group(field: str) -> None:
+    file = verdicts.write(VERDICT)
+    data = json.loads(file.read_text())
+    group = data[field][0] if field == "passed" else data[field][0][0]
+    group[1] = 4
+    file.write_text(json.dumps(data))
+    found = verdicts.read(fake_card.KEY)
+    assert f"{file} cannot be read (ValueError: group: got {group!r}, want five" in str(found)
 
 
 @pytest.mark.parametrize("field", sorted(VERDICT.json()))
@@ -287,6 +336,29 @@ def test_choose_above_the_measured_rows_is_eager() -> None:
     assert choose_after(points, problem(33)).backend == "cuda"  # Triton's was measured up to 32
     assert choice_reasons(points, problem(129)) == "129 rows are above the 128 that were measured"
     assert choice_reasons(points[2:], problem(33)) == "33 rows are above the 32 that were measured"
+
+
+@pytest.mark.parametrize(("rows", "is_plain"), [(1, False), (128, False), (129, True)])
+def test_plain_blocks_above_the_measured_rows_are_made_as_without_a_verdict(
+    rows: int, is_plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training step has thousands of rows, and takes no longer on the host after `qualify`."""
+    points = [timed(OTHER, 128, 0.5, 0.5), timed(TRITON, 32, 0.4, 0.4)]
+    verdict = replace(VERDICT, passed=frozenset({OTHER, TRITON}), failed={}, points=points)
+    verdicts.set_current(-1, verdict)  # `get_device` of a CPU
+    x: Any = OnCuda(torch.ones(rows, 1, 5, dtype=bf16))
+    A, B, weight = torch.ones(3, 5), torch.ones(7, 3), torch.ones(7, 5)
+    layer = Layer(weight.to(bf16), A.to(bf16), B.to(bf16), None, 0.5)
+    asked: list[Layer] = []
+    monkeypatch.setattr(blocks, "_is_eager", lambda x, layer, dtype: not asked.append(layer))
+    assert (blocks.plain_block(x, [layer, layer]) is not None) is is_plain
+    assert blocks.make_block(x, [layer, layer], [None, None]) is not None
+    assert asked == ([] if is_plain else [layer, layer])
+    monkeypatch.setattr(blocks, "can_run", lambda x: True)
+    monkeypatch.setattr(blocks, "_linear", lambda x, layer: "plain")
+    monkeypatch.setattr(blocks, "make_block", lambda *args: None)
+    with torch.no_grad():
+        assert blocks.call_linear(x, layer, None) == ("plain" if is_plain else None)
 
 
 def test_choose_is_the_same_with_and_without_gradients() -> None:

@@ -167,6 +167,23 @@ def test_nested_codes_on_thresholds_are_bitsandbytes():
         assert same_bits(codes, want_codes) and same_bits(absmax, want_absmax)
 
 
+def test_nested_scales_have_the_nearest_codes():
+    """Those of the CPU op of bitsandbytes, which is not its `default` backend, are no nearer."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(6))
+    flat, ours = quantize_4bit(weight, double_quant=False), quantize_4bit(weight)
+    _, theirs = bitsandbytes.functional.quantize_4bit(weight, None, None, 64, True, "nf4")
+    assert same_bits(ours.nested_absmax, theirs.state2.absmax)
+    scale = ours.nested_absmax.double().repeat_interleave(256)
+    scaled = (flat.absmax.double() - ours.offset.double()) / scale
+    code = ours.nested_code.double()
+    errors = [(code[t.flatten().long()] - scaled).abs() for t in (ours.absmax, theirs.absmax)]
+    nearest = (scaled[:, None] - code).abs().amin(1)
+    # A difference, a reciprocal and a product of numbers up to 1 are rounded in float32 before the
+    # comparison with a threshold: 3 · 2⁻²⁴ on either side of it.
+    assert (errors[0] <= nearest + 2.0**-21).all()
+    assert errors[0].sum() <= errors[1].sum() + 2.0**-21 * len(scaled)
+
+
 def test_codebooks_are_bitsandbytes():
     for quant_type in codebooks.BITSANDBYTES_TYPES:
         code = codebooks.code(quant_type)

@@ -544,6 +544,26 @@ def test_check_of_bitsandbytes_notices_one_wrong_kernel(wrong, op, no_reasons, m
     assert f": {op} of " in reason and "differs from the reference" in reason
 
 
+def test_compare_of_bitsandbytes_under_tf32_is_with_the_exact_product(monkeypatch):
+    """Where TF32 rounds each float32 product of the device, a right kernel still passes."""
+    if not decode4bit.has_gemm_4bit():
+        pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
+    matmul = torch.Tensor.__matmul__
+
+    def in_tf32(a, b):
+        if a.dtype is not torch.float32:
+            return matmul(a, b)
+        return matmul(*((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (a, b)))
+
+    def gemm(weight: Packed4bit, x, columns, bias):
+        w = decode4bit.bitsandbytes_dense(weight, (columns, x.shape[1]), torch.float32)
+        return torch.mm(x.double(), w.double().t()).to(x.dtype)
+
+    monkeypatch.setattr(ours, "bitsandbytes_gemm", gemm)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", in_tf32)
+    assert ours.compare("nf4", torch.device("cpu")) is None
+
+
 def test_compare_of_bitsandbytes_says_what_it_lacks_or_raised(monkeypatch):
     version = f"bitsandbytes {bitsandbytes.__version__}"
     assert ours.compare("nf4", torch.device("meta")) is None  # no values to compare

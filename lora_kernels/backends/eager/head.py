@@ -18,7 +18,8 @@ number.
 Rounding points: those of the backend's `lora_linear` and `lora_linear_backward`; the logits to
 `y_dtype`; dz to it; dx to x's dtype. Everything between the logits and dz is float32 (float64 for
 float64). In float16, dz is multiplied by a factor, as `GradScaler` does for a whole model, because
-probabilities below 6e-8 would vanish.
+probabilities below 6e-8 would vanish. Large weights make it smaller, so that dx does not overflow,
+and dx is float32 without it: after the mean over rows it may be a float16 number again.
 
 Deterministic: chunks are added in order.
 """
@@ -26,6 +27,7 @@ Deterministic: chunks are added in order.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -45,8 +47,9 @@ from ...core.call import (
     Saved,
     Spec,
 )
-from ...core.dropout import dropout_mask
+from ...core.dropout import dropout_mask, dropout_scale
 from ...core.dtypes import stat_dtype
+from ...core.packed4bit import Packed4bit
 from ...core.problem import KERNEL_DTYPES
 from .. import checked, triton
 from ..library import is_on_gpu_path, mm_fp32
@@ -59,7 +62,7 @@ LinearBackward = Callable[[Tensor, Operands, Saved, Spec, Needs], Grads]
 CHUNK_BYTES = 32 << 20
 CHUNK_BYTES_ON_GPU = 256 << 20
 FEWEST_ROWS = 128
-_FLOAT16_FACTOR = 256.0
+_LARGEST_DZ = 256.0  # of float16 gradients of logits, unless the weight is large
 # exp of this is 0 in float32 and float64. A logit of -inf becomes this much less than the largest,
 # so that p · log p is 0 where p is.
 _LEAST_LOG_PROB = -1e4
@@ -171,9 +174,42 @@ def _slope(z: Tensor, spec: HeadSpec) -> Tensor | None:
     return tanh.square_().neg_().add_(1.0)
 
 
-def _float16_factor(spec: HeadSpec) -> float:
-    """Return the factor of gradients in float16, in which a logit's is at most 256."""
-    return _FLOAT16_FACTOR / max(1.0, abs(spec.logit_scale) * spec.inverse_temperature)
+def _float16_factor(operands: HeadOperands, spec: HeadSpec, mass: float = 1.0) -> float | Tensor:
+    """Return the factor of gradients in float16, with which neither dz nor dx overflows.
+
+    It is a scalar tensor, or a number if the operands have no values.
+
+    mass: the largest sum of a row's positive dz, and of its negative dz, without the factor and the
+        logits' scales. That of p − onehot is 1.
+    """
+    scale = max(1.0, abs(spec.logit_scale) * spec.inverse_temperature)
+    if operands.x.is_meta:
+        return _LARGEST_DZ / scale
+    # |dx| ≤ mass · (max W − min W, beside 0) + the adapter's part, and |dS| as that part.
+    weight, lora_A, lora_B = operands[1:4]
+    lowest, highest = (t.float().clamp(*at) for t, at in zip(_extrema(weight), _SIGNS, strict=True))
+    ranks = lora_B.abs().sum(1, dtype=torch.float32).amax()
+    widest = torch.linalg.vector_norm(lora_A, torch.inf).float() * dropout_scale(spec.dropout_p)
+    bound = highest - lowest + 2 * abs(spec.scaling) * ranks * widest.clamp(min=1.0)
+    # 1 % less, for the roundings of dz and of the parts of dx.
+    largest: Tensor = 0.99 * torch.finfo(torch.float16).max / (mass * bound)
+    return largest.clamp(max=_LARGEST_DZ) / scale
+
+
+_SIGNS = (None, 0.0), (0.0, None)  # of the bounds of a minimum and of a maximum, beside 0
+
+
+def _extrema(weight: Tensor | Packed4bit) -> tuple[Tensor, Tensor]:
+    """Return bounds of the smallest and the largest element, without a copy of a dense weight."""
+    if isinstance(weight, Tensor):
+        return torch.aminmax(weight)
+    largest = weight.scales().abs().amax() * weight.code.abs().amax()
+    return -largest, largest
+
+
+def dx_dtype(x_dtype: torch.dtype, spec: HeadSpec) -> torch.dtype:
+    """Return the dtype of the ops' dx: float32 for float16 logits, whose sum's dx may overflow."""
+    return stat_dtype(x_dtype) if spec.y_dtype is torch.float16 else x_dtype
 
 
 class _Sums:
@@ -194,7 +230,7 @@ class _Sums:
             return x.new_zeros(shape, dtype=stat) if need else None
 
         (V, R), K = lora_B.shape, x.shape[1]
-        self.dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x else None
+        self.dx = x.new_zeros(x.shape, dtype=dx_dtype(x.dtype, spec)) if needs.x else None
         self.dweight = zeros(needs.weight, V, K)
         self.dA, self.dB = zeros(needs.lora_A, R, K), zeros(needs.lora_B, V, R)
         self.dbias = zeros(needs.bias, V)
@@ -212,7 +248,7 @@ class _Sums:
         if any(self.needs):
             grads = self.backward(dy, operands, saved, spec, self.needs)
             if self.dx is not None:
-                self.dx[chunk.positions] = cast(Tensor, grads.x)
+                self.dx[chunk.positions] = cast(Tensor, grads.x).to(self.dx.dtype)
             for total, part in (
                 (self.dA, grads.lora_A),
                 (self.dB, grads.lora_B),
@@ -243,7 +279,9 @@ def cross_entropy(
 ) -> tuple[Tensor, HeadGrads]:
     """Return the sum of the rows' losses, and its gradients."""
     x = operands.x
-    factor = _float16_factor(spec) if spec.y_dtype is torch.float16 else None
+    factor = None
+    if spec.y_dtype is torch.float16 and any(needs):
+        factor = float(_float16_factor(operands, spec))  # a GPU waits, as for the rows that count
     sums = _Sums(operands, spec, needs, linear_backward, factor)
     weight = (factor or 1.0) * spec.logit_scale * spec.inverse_temperature
     losses = [x.new_zeros(1, dtype=stat_dtype(x.dtype))]
@@ -452,7 +490,9 @@ def log_probs_backward(
             largest = torch.maximum(dlog_probs.abs(), dentropy.abs())
         largest = largest.abs().where(operands.labels != spec.ignore_index, 0.0)
         steepest = largest.amax() if largest.numel() else largest.new_ones(())
-        factor = _float16_factor(spec) / steepest.clamp(min=2.0**-100)
+        # Half of Σ |p·(log p + H)|, the entropy's, is at most H ≤ log V.
+        mass = 1.0 if dentropy is None else 1.0 + math.log(V)
+        factor = _float16_factor(operands, spec, mass) / steepest.clamp(min=2.0**-100)
         weight = factor * weight
 
     def differentiate_(y: Tensor, labels: Tensor, index: slice | Tensor) -> Tensor:

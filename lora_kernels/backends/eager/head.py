@@ -187,16 +187,14 @@ def _float16_factor(operands: HeadOperands, spec: HeadSpec, mass: float = 1.0) -
         return _LARGEST_DZ / scale
     # |dx| ≤ mass · (max W − min W, beside 0) + the adapter's part, and |dS| as that part.
     weight, lora_A, lora_B = operands[1:4]
-    lowest, highest = (t.float().clamp(*at) for t, at in zip(_extrema(weight), _SIGNS, strict=True))
+    lowest, highest = (t.float() for t in _extrema(weight))
     ranks = lora_B.abs().sum(1, dtype=torch.float32).amax()
     widest = torch.linalg.vector_norm(lora_A, torch.inf).float() * dropout_scale(spec.dropout_p)
-    bound = highest - lowest + 2 * abs(spec.scaling) * ranks * widest.clamp(min=1.0)
+    spread = highest.clamp(min=0.0) - lowest.clamp(max=0.0)
+    bound = spread + 2 * abs(spec.scaling) * ranks * widest.clamp(min=1.0)
     # 1 % less, for the roundings of dz and of the parts of dx.
     largest: Tensor = 0.99 * torch.finfo(torch.float16).max / (mass * bound)
     return largest.clamp(max=_LARGEST_DZ) / scale
-
-
-_SIGNS = (None, 0.0), (0.0, None)  # of the bounds of a minimum and of a maximum, beside 0
 
 
 def _extrema(weight: Tensor | Packed4bit) -> tuple[Tensor, Tensor]:

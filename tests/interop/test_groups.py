@@ -149,11 +149,14 @@ class Parent(nn.Module):
         return torch.cat([q, k, v], -1)
 
 
-def build(dtype: torch.dtype = f64, adapter: Any = None, nf4: bool = False, **config: Any) -> Any:
-    """A PEFT model of a parent, its adapters as if trained, and biases that are not zero."""
+def build(dtype: torch.dtype = f64, adapter: Any = None, nf4: Any = False, **config: Any) -> Any:
+    """A PEFT model of a parent, its adapters as if trained, and biases that are not zero.
+
+    nf4: whether the bases are 4-bit, or the names of those that are.
+    """
     torch.manual_seed(0)
     parent: Any = Parent().to(dtype)
-    for name in SIZES if nf4 else ():
+    for name in SIZES if nf4 is True else nf4 or ():
         pytest.importorskip("bitsandbytes")
         base = baselines.linear_4bit(getattr(parent, name), "nf4")
         base.compute_dtype, base.compute_type_is_set = dtype, True
@@ -449,6 +452,25 @@ def test_adapters_of_two_dtypes_are_apart_and_explain_says_so(counts: Counts) ->
     assert counts.pop() == (0, 0)
     (row,) = (row for row in explain(fuse(build(bf16))).blocks if "q, k, v" in row.strategy)
     assert row.state == explain_rows.SHARED
+
+
+@pytest.mark.parametrize("dense", ["q", "k"])
+def test_dense_layer_beside_4bit_ones_keeps_its_dtype_under_autocast(dense, counts) -> None:
+    """Under autocast a dense layer returns autocast's dtype, and bitsandbytes' x's."""
+    found = []
+    stock = build(f32, nf4=[name for name in SIZES if name != dense])
+    for model in (stock, fuse(copy.deepcopy(stock))):
+        x = batch(f32).requires_grad_()
+        with autocast():
+            ys = [getattr(parent_of(model), name)(x) for name in SIZES]
+        sum(y.float().square().sum() for y in ys).backward()
+        found.append([y.dtype for y in ys])
+    assert found[0] == found[1] == [bf16 if name == dense else f32 for name in SIZES]
+    assert counts.pop() == (0, 0)
+    exact = batch().requires_grad_()
+    x, call = batch(f32).requires_grad_(), caller(True)
+    got, want = step(fuse(copy.deepcopy(stock)), x, call), step(stock, x, call)
+    assert_as_exact(got, step(in_float64(stock), exact, call), want)
 
 
 def test_result_of_a_frozen_layer_of_an_x_without_gradient_needs_none() -> None:

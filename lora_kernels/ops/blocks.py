@@ -526,13 +526,11 @@ class LinearsFunction(_BlockFunction):
         ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
         if len(shape) != 2 or block.y_dtype is not dtype:
             ys = [set_leading_dims_(to_dtype(y, block.y_dtype), shape[:-1]) for y in ys]
-        if not ctx.needs_input_grad[0]:  # a frozen layer's y needs no gradient
-            n = len(layers)
-            ctx.mark_non_differentiable(*[y for i, y in enumerate(ys) if not any(needs[i::n])])
         return tuple(ys)
 
     @staticmethod
     def compute(ctx: Any, saved: Any, *dys: Any) -> BlockGrads:
+        ctx.has_run = True  # what it saved may be freed
         block: Block = ctx.block
         n, dtype = len(block.layers), block.dtype
         x, mask, *others = saved

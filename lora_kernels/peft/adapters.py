@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from ..backends.eager.linear import MANY_ROWS
@@ -37,21 +38,71 @@ def adapters_of(layer: Any, names: Sequence[str] | None = None) -> list[Adapter]
 
 def _as_variant(layer: Any, adapter: Adapter) -> Adapter:
     """Return the adapter with the fields of its variant of LoRA."""
-    variant = variant_of(layer, adapter.name)
-    if variant == KASA:
+    operand = operand_of(layer, adapter.name)
+    if operand == RANK_GATE:
         return adapter._replace(diag=layer.lora_diag[adapter.name])
-    return adapter._replace(is_alora=variant == ALORA)
+    return adapter._replace(is_alora=operand == ROW_INDEX)
 
 
-# PEFT's variants of LoRA, other than DoRA, that a fused linear layer computes. They are recognized
-# by name, because an older PEFT lacks some. MiCA is LoRA with lora_B frozen.
-KASA, ALORA, MICA = "KasaLinearVariant", "ALoraLinearVariant", "MiCALinearVariant"
+class Variant(NamedTuple):
+    """A variant of LoRA.
+
+    Args:
+        title: its name, with an article.
+        operand: what it adds to lora_A, lora_B and scaling; None for nothing.
+    """
+
+    title: str
+    operand: str | None
 
 
-def variant_of(layer: Any, name: str) -> str | None:
-    """Return the class name of an adapter's variant; None for plain LoRA."""
+RANK_GATE, COLUMN_SCALE, ROW_INDEX = "rank gate", "column scale", "row index"
+
+# The variants that fused layers compute, by PEFT's class, of which an older PEFT lacks some. Each
+# code path names the operands that it takes, and refuses all other variants by `operand_reason`.
+VARIANTS: dict[Any, Variant] = {
+    getattr(variants, name, None): variant
+    for name, variant in {
+        "DoraLinearVariant": Variant("a DoRA", COLUMN_SCALE),
+        "KasaLinearVariant": Variant("a KaSA", RANK_GATE),
+        "ALoraLinearVariant": Variant("an aLoRA", ROW_INDEX),
+        # Plain LoRA with lora_B frozen.
+        "MiCALinearVariant": Variant("a MiCA", None),
+        "MiCAEmbeddingVariant": Variant("a MiCA", None),
+    }.items()
+}
+
+
+def variant_of(layer: Any, name: str) -> Variant | None:
+    """Return an adapter's variant, with an operand of no code path if unknown; None for LoRA."""
     variant = layer.lora_variant.get(name)
-    return None if variant is None else type(variant).__name__
+    if variant is None:
+        return None
+    cls = type(variant)
+    return VARIANTS.get(cls) or Variant(f"a variant of LoRA ({cls.__name__})", "formula")
+
+
+def operand_of(layer: Any, name: str) -> str | None:
+    """Return the operand that an adapter's variant adds; None for plain LoRA."""
+    variant = variant_of(layer, name)
+    return None if variant is None else variant.operand
+
+
+def operand_reason(
+    layer: Any, adapters: Sequence[Any], taken: Collection[str], path: str
+) -> str | None:
+    """Return why a code path refuses an adapter's variant; None if it takes the operands of all.
+
+    Args:
+        taken: the operands that the code path takes.
+        path: its name, for the reason.
+    """
+    for adapter in adapters if layer.lora_variant else ():
+        variant = variant_of(layer, adapter.name)
+        if variant is not None and variant.operand not in (None, *taken):
+            title, operand = variant
+            return f"adapter {adapter.name!r} is {title}, whose {operand} {path} does not take"
+    return None
 
 
 class Call(NamedTuple):

@@ -8,7 +8,7 @@ None. `plan.plan_linear` then decides how a layer is called, and whether a block
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..backends.eager.blocks import Layer
 from ..ops import blocks, direct
 from ..quantization import Weight4bit
 from ..quantization.tensor4bit import Tensor4bit
-from .adapters import casts_adapters, dropout_p, gate_of, weight_of
+from .adapters import RANK_GATE, casts_adapters, dropout_p, gate_of, operand_reason, weight_of
 from .base import readable_weight
 from .modules import LINEAR_FORWARD, library_forward, patched_reason
 from .plan import plan_linear
@@ -185,14 +185,13 @@ def planned_state(layer: Any, device: torch.device, x_dtype: torch.dtype) -> tup
         return patched_reason(layer) or "a hook sits on it"
     if layer.mixed_batch is not None:
         return "its last call named its adapters"
-    adapters, reason, base_reason, is_dora = plan_linear(layer, device, x_dtype)
-    if reason is not None or base_reason is not None:
-        return cast(str, reason or base_reason)
+    adapters, reason, base_reason, _ = plan_linear(layer, device, x_dtype)
+    reason = reason or base_reason or operand_reason(layer, adapters, (RANK_GATE,), "a block")
+    if reason is not None:
+        return reason
     if len(adapters) > 1:
         return "several adapters are active"
-    name, lora_A, lora_B, scaling, dropout, diag, is_alora = adapters[0]
-    if is_dora or is_alora:
-        return f"adapter {name!r} is {'an aLoRA' if is_alora else 'DoRA'}"
+    _, lora_A, lora_B, scaling, dropout, diag, _ = adapters[0]
     if p := dropout_p(dropout):
         return f"its dropout {p} is active"
     if type(layer.base_layer) is Conv1D:

@@ -23,15 +23,16 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import context
 from ..quantization.tensor4bit import Tensor4bit
 from .adapters import (
-    ALORA,
-    KASA,
-    MICA,
+    COLUMN_SCALE,
+    RANK_GATE,
+    ROW_INDEX,
     Adapter,
     EmbeddingAdapter,
     RowNames,
     SVDAdapter,
     dropout_p,
-    variant_of,
+    operand_of,
+    operand_reason,
     weight_of,
 )
 from .modules import (
@@ -52,6 +53,9 @@ _IDENTITY_FORWARD = library_forward(nn.Identity)
 _MAGNITUDE_FORWARD = library_forward(DoraLinearLayer)
 _DORA_FORWARD = library_forward(DoraLinearVariant)
 
+# The operands of variants that a fused layer's own call takes, without adapter_names.
+OPERANDS = (RANK_GATE, ROW_INDEX, COLUMN_SCALE)
+
 
 def heavier_reason(layer: Any) -> str | None:
     """Return why PEFT's layer moves fewer bytes than PyTorch's GEMMs in our order; None if not.
@@ -66,7 +70,7 @@ def heavier_reason(layer: Any) -> str | None:
     if not (isinstance(base, nn.Linear) or is_conv1d(base)):
         return None  # a base called as a module moves the same bytes in both orders
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not names or any(variant_of(layer, name) == ALORA for name in names):
+    if not names or any(operand_of(layer, name) == ROW_INDEX for name in names):
         return None  # an aLoRA's bytes depend on its active rows
     four_bit = is_linear4bit(base)
     dtype = (base.compute_dtype or torch.bfloat16) if four_bit else base.weight.dtype
@@ -108,6 +112,7 @@ def linear_reason(
     is_mixed: whether the call names an adapter for each row.
     """
     reason = state_reason(layer, adapters)
+    reason = reason or operand_reason(layer, adapters, OPERANDS, "a fused layer")
     if reason is not None:
         return reason
     for adapter in adapters:
@@ -129,21 +134,19 @@ def linear_reason(
 def _variant_reason(
     layer: Any, adapters: Sequence[Adapter], adapter: Adapter, device: torch.device
 ) -> str | None:
-    """Return a description of the adapter's variant of LoRA if it is left to PEFT, else None."""
-    name, variant = adapter.name, variant_of(layer, adapter.name)
-    if variant == MICA:
+    """Return a description of a variant whose state is left to PEFT, else None."""
+    name, operand = adapter.name, operand_of(layer, adapter.name)
+    if operand is None:
         return None
-    if variant == KASA:
-        if name in layer._lora_kasa_truncation_deferred:
+    if operand == RANK_GATE:
+        if name in getattr(layer, "_lora_kasa_truncation_deferred", ()):
             return "KaSA, which truncates the base weight in PEFT's next forward"
         return tensor_reason(device, dim=1, lora_diag=adapter.diag)
-    if variant == ALORA:
+    if operand == ROW_INDEX:
         if adapter.lora_B._parameters["bias"] is not None:
             return "variant of LoRA (aLoRA) with a lora_bias"
         is_swapped = isinstance(adapter.scaling, Tensor)
         return "variant of LoRA (aLoRA) prepared for hot-swapping" if is_swapped else None
-    if not is_dora(layer, name):
-        return f"variant of LoRA ({variant}), not covered in this version"
     if len(adapters) > 1:
         return "DoRA beside other active adapters, over whose results PEFT takes it"
     if isinstance(adapters[0].scaling, Tensor):
@@ -164,10 +167,10 @@ def _variant_reason(
 
 def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
     """Return why a call with `adapter_names` cannot be one `multi_lora_linear`."""
-    for name, _, lora_B, scaling, _, diag, _ in adapters:
-        if is_dora(layer, name) or diag is not None:
-            kind = "KaSA" if diag is not None else "DoRA"
-            return f"adapter {name!r} is a {kind}, and rows name their adapters"
+    reason = operand_reason(layer, adapters, (ROW_INDEX,), "a call with adapter_names")
+    if reason is not None:
+        return reason
+    for name, _, lora_B, scaling, *_ in adapters:
         if lora_B._parameters["bias"] is not None:
             return f"adapter {name!r} has a lora_bias, and rows name their adapters"
         if isinstance(scaling, Tensor):
@@ -193,7 +196,7 @@ def svd_reason(
     layer: Any, adapters: Sequence[SVDAdapter], device: torch.device, x_dtype: torch.dtype
 ) -> str | None:
     """Return why a fused AdaLoRA layer runs PEFT's forward for x on this device."""
-    reason = state_reason(layer, adapters)
+    reason = state_reason(layer, adapters) or operand_reason(layer, adapters, (), "AdaLoRA")
     if reason is not None:
         return reason
     for name, lora_A, lora_B, lora_E, ranknum, _, dropout in adapters:
@@ -217,11 +220,10 @@ def embedding_reason(
     if layer.mixed_batch is not None:
         return "the last call named an adapter for each row (adapter_names)"
     reason = state_reason(layer, adapters) or _table_reason(layer.base_layer, device)
+    reason = reason or operand_reason(layer, adapters, (), "an embedding")
     if reason is not None:
         return reason
     for name, lora_A, lora_B, _ in adapters:
-        if (variant := variant_of(layer, name)) not in (None, "MiCAEmbeddingVariant"):
-            return f"adapter {name!r} is a variant of LoRA ({variant}), not covered in this version"
         if getattr(layer, "input_fns", {}).get(name) or getattr(layer, "output_fns", {}).get(name):
             return f"adapter {name!r} is sharded over devices"
         reason = tensor_reason(device, lora_A=lora_A, lora_B=lora_B)
@@ -330,8 +332,8 @@ def is_base_trainable(layer: Any) -> bool:
 
 
 def is_dora(layer: Any, name: str) -> bool:
-    """Return True if the adapter is a DoRA."""
-    return type(layer.lora_variant.get(name)) is DoraLinearVariant
+    """Return True if the adapter has a column scale, as DoRA has."""
+    return operand_of(layer, name) == COLUMN_SCALE
 
 
 def has_hooks(module: nn.Module) -> bool:

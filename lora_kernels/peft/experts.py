@@ -152,6 +152,8 @@ def experts_reason(
     reason = wrapper_reason(wrapper)
     if reason is not None:
         return reason
+    if any(member.lora_variant for member in wrappers):
+        return "it has a variant of LoRA"
     base = wrappers[-1].base_layer
     for module in (*wrappers[1:], base):
         if patched_reason(module) or any(_foreign_hooks(module)):

@@ -415,7 +415,7 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
     """Return the row of the layers that a module calls with one x, for the largest row count."""
     reasons = []
     for layer_name, layer in zip(group.names, group.layers, strict=True):
-        if layer.__dict__.get("_group") is not group:
+        if getattr(layer, "_group", None) is not group:
             reasons.append(f"{layer_name}: it was fused or unfused by itself")
             continue
         x = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
@@ -432,7 +432,9 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
     names = ", ".join(group.names)
     if reasons:
         return Row(name, NOT_SHARED, "eager", f"{names} run their own calls", "; ".join(reasons))
-    reason = f"for calls with the same x of more than {MANY_ROWS} rows"
+    reason = (
+        f"for calls with the same x of more than {MANY_ROWS} rows; in training x needs a gradient"
+    )
     return Row(name, SHARED, "eager", f"one call for {names}", reason)
 
 

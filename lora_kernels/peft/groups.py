@@ -3,11 +3,15 @@
 `fuse` reads the forward's source once. On the eager backend's GPU path, for more than `MANY_ROWS`
 rows, the first layer's call computes the results of all layers (`ops.blocks`). The call of another
 layer returns its result if x, the thread's state and the layer's tensors are unchanged. Otherwise
-the layer computes its own result. A thread stores the results of one group at a time, and the next
-call of any grouped layer drops the unused ones.
+the layer computes its own result. A thread stores the results of one group at a time. The next call
+of any grouped layer drops the unused ones, and so does the end of x.
+
+The results have one graph, which saves bytes of dx. If x needs no gradient in training, each layer
+computes its own result, so that each has a graph of its own. Without gradients a group saves reads
+of x.
 
 A write to x, or to a later layer's tensors, goes unnoticed between two calls if it does not move a
-version counter.
+version counter: by `.data`, NumPy or DLPack, or by the step of a fused optimizer.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import functools
 import inspect
 import textwrap
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from operator import is_
@@ -24,9 +29,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _dispatch_tls_local_include_set
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from ..backends.eager.linear import MANY_ROWS
+from ..core import forced
 from ..ops import blocks
 from . import direct
 
@@ -35,18 +42,17 @@ class _Results(NamedTuple):
     """The results that the first call of a group computed for the others.
 
     Args:
-        x, version, requires_grad: x, its version, and whether its gradient is needed.
-        grad_mode, cast_dtype, hooks: the state of the thread, which may change between the calls.
-        pending: (layer, state, sum of the tensors' versions, y) of each layer that was not called
-            yet, the next layer last.
+        x, version, requires_grad: x, its version, and whether its gradient is needed. The reference
+            is weak, and the end of x empties `pending`.
+        thread_state: the `_thread_state`, which may change between the calls.
+        pending: (layer, state, stamp of the state, y) of each layer that was not called yet, the
+            next layer last.
     """
 
-    x: Tensor
+    x: weakref.ref[Tensor]
     version: int
     requires_grad: bool
-    grad_mode: bool
-    cast_dtype: torch.dtype | None
-    hooks: object
+    thread_state: tuple[Any, ...]
     pending: list[tuple[Any, Any, int, Tensor]]
 
 
@@ -60,15 +66,19 @@ _local = _Local()
 class Group:
     """The layers of one module that its forward calls with one x, in the order of the calls.
 
-    A copy of a model has copies of its groups.
+    A copy of a model has copies of its groups. A copy of a group has no layers, and the copy of
+    each layer joins it. So a layer that is copied alone takes no other layer along.
 
     Args:
-        layers: fused layers.
+        layers: fused layers. In the group of a copied layer, None for those that were not copied.
         names: their names in the module.
     """
 
     def __init__(self, layers: list[Any], names: list[str]) -> None:
         self.layers, self.names, self.in_features = layers, names, layers[0].in_features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"layers": [None] * len(self.layers)}
 
     def call(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return y of one of the layers; None if the layer has to compute y itself."""
@@ -83,10 +93,12 @@ class Group:
         layers = self.layers
         if layer is not layers[0] or x.numel() <= MANY_ROWS * self.in_features:
             return None
+        if torch.is_grad_enabled() and not x.requires_grad:
+            return None
         if not blocks.can_run(x) or torch.is_inference_mode_enabled() or x.is_inference():
             return None  # inference tensors have no version counter
         for member in layers:
-            if member.__dict__.get("_group") is not self:
+            if member is None or member.__dict__.get("_group") is not self:
                 return None
             if member is not layer and direct.is_hooked(member):
                 return None
@@ -95,53 +107,67 @@ class Group:
             return None
         block, states = block_and_states
         ys = blocks.linears(x, block)
-        pending = [(layers[i], state, _versions(state), ys[i]) for i, state in enumerate(states)]
+        pending = [(layers[i], state, _stamp(state), ys[i]) for i, state in enumerate(states)]
         del pending[0]
         pending.reverse()
-        hooks = _top_saved_tensors_default_hooks(True)  # True: even while tracing
-        _local.results = _Results(
-            x,
-            x._version,
-            x.requires_grad,
-            torch.is_grad_enabled(),
-            blocks.cast_dtype(x),
-            hooks,
-            pending,
-        )
+        x_ref = weakref.ref(x, lambda _: pending.clear())
+        _local.results = _Results(x_ref, x._version, x.requires_grad, _thread_state(x), pending)
         return ys[0]
 
 
-def _versions(state: Sequence[Any]) -> int:
-    """Return the sum of the versions of the tensors in a layer's state. Versions only grow.
+def _thread_state(x: Tensor) -> tuple[Any, ...]:
+    """Return what the results of a block for x depend on beside tensors."""
+    return (
+        torch.is_grad_enabled(),
+        blocks.cast_dtype(x),
+        _top_saved_tensors_default_hooks(True),  # True: even while tracing
+        _dispatch_tls_local_include_set(),  # modes, transforms and inference mode
+        forced.current.get(),
+        _stream(x),
+    )
 
-    Returns -1 if a tensor is an inference tensor, which has no version.
+
+def _stream(x: Tensor) -> int | None:
+    """Return the current CUDA stream, which may not wait for another one; None without CUDA."""
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else None
+
+
+def _stamp(state: Sequence[Any]) -> int:
+    """Return a number that changes if a tensor of a layer's state is written or frozen.
+
+    It is the sum of the versions, which only grow, followed by a bit for each tensor that requires
+    a gradient. Returns -1 if a tensor is an inference tensor, which has no version.
     """
-    bias = state[3]
+    weight, A, B, bias = state[:4]
     try:
-        total: int = state[0]._version + state[1]._version + state[2]._version
+        versions = weight._version + A._version + B._version
+        bits = weight.requires_grad + 2 * A.requires_grad + 4 * B.requires_grad
         if bias is not None:
-            total += bias._version
+            versions += bias._version
+            bits += 8 * bias.requires_grad
         if len(state) > 6:  # by `planned_state`: scaling as a tensor, lora_B's bias, KaSA's factors
-            total += sum([t._version for t in state[4:] if isinstance(t, Tensor)])
+            for i, t in enumerate(state[4:], 4):
+                if isinstance(t, Tensor):
+                    versions += t._version
+                    bits += t.requires_grad << i
     except RuntimeError:
         return -1
-    return total
+    return 256 * versions + bits  # type: ignore[no-any-return]
 
 
 def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
     """Return the result that the group's first call computed for the layer.
 
-    Returns None if x, the thread's state or the layer's tensors have changed since that call.
+    Returns None if x, the thread's state or the layer's tensors have changed since that call, or if
+    a backward has run, which frees the graph.
     """
-    shared_x, version, requires_grad, grad_mode, cast_dtype, hooks, pending = results
-    if shared_x is not x or version != x._version or requires_grad is not x.requires_grad:
+    x_ref, version, requires_grad, thread_state, pending = results
+    if x_ref() is not x or version != x._version or requires_grad is not x.requires_grad:
         return None
-    if grad_mode is not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if thread_state != _thread_state(x):
         return None
-    if cast_dtype is not blocks.cast_dtype(x) or hooks != _top_saved_tensors_default_hooks(True):
-        return None
-    next_layer, state, versions, y = pending.pop()
-    if next_layer is not layer:
+    next_layer, state, stamp, y = pending.pop()
+    if next_layer is not layer or getattr(y.grad_fn, "has_run", False):
         return None
     current_state = direct.read_state(layer, x)
     if (
@@ -150,7 +176,7 @@ def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
         or not all(map(is_, current_state, state))
     ):
         return None
-    return y if versions == _versions(current_state) else None
+    return y if stamp == _stamp(current_state) else None
 
 
 # Groups in a model

@@ -81,6 +81,22 @@ class Fused(nn.Module):
         if cls.peft_class is not nn.Module:  # else another mix-in
             cls.peft_forward = library_forward(cls.peft_class)
 
+    # The copy of a layer has its place in the copy of its group.
+
+    def __getstate__(self) -> dict[str, Any]:
+        group = self._group
+        places = [i for i, layer in enumerate(group.layers) if layer is self] if group else []
+        return vars(self) | ({"_group": (group, *places)} if places else {"_group": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        place = state.get("_group")
+        others = {name: value for name, value in state.items() if name != "_group"}
+        super().__setstate__(others)  # type: ignore[no-untyped-call]
+        if place is not None:
+            group, index = place
+            if group.layers[index] is None:  # copy.copy does not copy the group
+                self.__dict__["_group"], group.layers[index] = group, self
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs or is_compiling()):
             group = self._group

@@ -22,9 +22,9 @@ from ..ops.context import unfused_context
 from ..ops.head import lora_linear_cross_entropy
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
-from .adapters import Adapter, adapters_of, calls, groups, lora_bias
+from .adapters import RANK_GATE, Adapter, adapters_of, calls, groups, lora_bias, operand_reason
 from .base import readable_weight
-from .eligibility import is_dora, linear_reason, replaced_reason, unreadable_reason
+from .eligibility import linear_reason, replaced_reason, unreadable_reason
 from .frozen import StreamedLinear
 from .linear import Fused
 from .modules import hooks_of, library_forward, patched_reason
@@ -181,10 +181,9 @@ def head_reason(head: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
         return "its adapters are merged and disabled"
     if layer.mixed_batch is not None:  # of the last call; "__base__" alone names no adapter
         return "rows name their adapters"
-    if any(is_dora(layer, adapter.name) for adapter in adapters):
-        return "DoRA, whose column scale is not covered here"
-    if any(adapter.is_alora for adapter in adapters):
-        return "an aLoRA, whose rows its forward's arguments name"
+    reason = operand_reason(layer, adapters, (RANK_GATE,), "the loss without logits")
+    if reason is not None:
+        return reason
     if adapters and (reason := linear_reason(layer, adapters, device, x_dtype)) is not None:
         return reason
     if len(groups(adapters, device.type, None)) > 1 and adapters:

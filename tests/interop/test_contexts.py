@@ -18,6 +18,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from transformers import LlamaForCausalLM
@@ -48,15 +49,39 @@ from tests.support.peft_models import (
 Call = Callable[[Any, Tensor], Any]
 
 
-def test_x_that_changes_before_the_backward_of_a_gathered_layer_raises() -> None:
-    """Under ZeRO-3 a layer saves what makes its parameters again; no DeepSpeed is needed here."""
+def gathered_layer() -> Any:
+    """A layer as under ZeRO-3; no DeepSpeed is needed here."""
     layer = nn.Sequential(nn.Linear(4, 4, bias=False))
     weight: Any = layer[0].weight
     weight.ds_id = 0
     layer.forward = lambda x: x @ layer[0].weight.t()  # type: ignore[method-assign]
     layer._external_params = {id(weight): weight}  # type: ignore[assignment]
     zero3.gather_in_call([layer])
-    x = torch.ones(2, 4)
+    return layer
+
+
+def test_gathered_layer_whose_forward_raises_leaves_nothing_behind() -> None:
+    layer = gathered_layer()
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(2, 5))
+    assert not zero3.is_gathered(layer[0])
+    assert _top_saved_tensors_default_hooks(True) is None
+
+
+def test_layer_that_is_gathered_no_more_has_only_the_parameters_that_others_registered() -> None:
+    layer = gathered_layer()
+    other = nn.Parameter(torch.ones(1))
+    layer._external_params[id(other)] = other
+    zero3.stop_gathering(layer)
+    assert layer._external_params == {id(other): other}
+    assert not zero3.is_gathered_in_call(layer)
+    assert not (layer._forward_hooks or layer._forward_hooks_always_called)
+
+
+def test_x_that_changes_before_the_backward_of_a_gathered_layer_raises() -> None:
+    """Under ZeRO-3 a layer saves what makes its parameters again."""
+    layer = gathered_layer()
+    weight, x = layer[0].weight, torch.ones(2, 4)
     layer(x).sum().backward()
     assert torch.equal(weight.grad, torch.full((4, 4), 2.0))
     y = layer(x)

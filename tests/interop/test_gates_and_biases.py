@@ -111,7 +111,7 @@ def test_p_of_a_gate_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return ys, ps
 
     monkeypatch.setattr(eager_blocks, "linears", record)
-    fuse(model)(input_of(bf16))
+    fuse(model)(input_of(bf16).requires_grad_())
     assert dtypes == [f32] * 3
 
 

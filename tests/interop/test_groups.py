@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import io
 import linecache
 import threading
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, explain_rows, fuse, groups, swap, unfuse
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
+    OpCounter,
     activate,
     add_adapter,
     in_float64,
@@ -146,11 +149,14 @@ class Parent(nn.Module):
         return torch.cat([q, k, v], -1)
 
 
-def build(dtype: torch.dtype = f64, adapter: Any = None, nf4: bool = False, **config: Any) -> Any:
-    """A PEFT model of a parent, its adapters as if trained, and biases that are not zero."""
+def build(dtype: torch.dtype = f64, adapter: Any = None, nf4: Any = False, **config: Any) -> Any:
+    """A PEFT model of a parent, its adapters as if trained, and biases that are not zero.
+
+    nf4: whether the bases are 4-bit, or the names of those that are.
+    """
     torch.manual_seed(0)
     parent: Any = Parent().to(dtype)
-    for name in SIZES if nf4 else ():
+    for name in SIZES if nf4 is True else nf4 or ():
         pytest.importorskip("bitsandbytes")
         base = baselines.linear_4bit(getattr(parent, name), "nf4")
         base.compute_dtype, base.compute_type_is_set = dtype, True
@@ -348,7 +354,8 @@ def test_group_in_any_state_has_pefts_gradients(of: str, change: str, counts: Co
     call = caller(autocast)
     x = batch(x_dtype or dtype).requires_grad_("no dx" not in change)
     got, want = step(fused, x, call), step(stock, x, call)
-    assert counts.pop() == (1, 2)
+    # Of an x without gradient each result has a graph of its own.
+    assert counts.pop() == ((1, 2) if x.requires_grad else (0, 0))
     if dtype is f64:
         assert_close_derived(got, want, 1e-12)
     else:
@@ -447,6 +454,25 @@ def test_adapters_of_two_dtypes_are_apart_and_explain_says_so(counts: Counts) ->
     assert row.state == explain_rows.SHARED
 
 
+@pytest.mark.parametrize("dense", ["q", "k"])
+def test_dense_layer_beside_4bit_ones_keeps_its_dtype_under_autocast(dense, counts) -> None:
+    """Under autocast a dense layer returns autocast's dtype, and bitsandbytes' x's."""
+    found = []
+    stock = build(f32, nf4=[name for name in SIZES if name != dense])
+    for model in (stock, fuse(copy.deepcopy(stock))):
+        x = batch(f32).requires_grad_()
+        with autocast():
+            ys = [getattr(parent_of(model), name)(x) for name in SIZES]
+        sum(y.float().square().sum() for y in ys).backward()
+        found.append([y.dtype for y in ys])
+    assert found[0] == found[1] == [bf16 if name == dense else f32 for name in SIZES]
+    assert counts.pop() == (0, 0)
+    exact = batch().requires_grad_()
+    x, call = batch(f32).requires_grad_(), caller(True)
+    got, want = step(fuse(copy.deepcopy(stock)), x, call), step(stock, x, call)
+    assert_as_exact(got, step(in_float64(stock), exact, call), want)
+
+
 def test_result_of_a_frozen_layer_of_an_x_without_gradient_needs_none() -> None:
     stock, fused = pair()
     needs = []
@@ -481,7 +507,7 @@ def test_dropout_that_is_active_has_pefts_masks(counts: Counts, monkeypatch: Any
             found.append(step(model, batch().requires_grad_()))
     assert_close_derived(*found, 1e-12)
     assert counts.pop() == (0, 0)
-    assert_pefts(stock.eval(), fused.eval(), batch())
+    assert_pefts(stock.eval(), fused.eval(), batch().requires_grad_())
     assert counts.pop() == (1, 2)
 
 
@@ -551,6 +577,30 @@ def change_results(m: Any, x: Tensor) -> Tensor:
     return cat(q, k.add_(1.0), v)
 
 
+def apart(m: Any, x: Tensor) -> Tensor:
+    """Each result has a backward of its own, the first one before k and v are called."""
+    ys = [m.q(x)]
+    ys[0].square().sum().backward()
+    ys += [m.k(x), m.v(x)]
+    for y in ys[1:]:
+        y.square().sum().backward(retain_graph=y is ys[1])
+    return cat(*ys).detach()
+
+
+def set_needs(value: bool, *names: str) -> Callable[[Any, Tensor], None]:
+    def change(m: Any, x: Tensor) -> None:
+        for name in names:
+            m.get_parameter(name).requires_grad_(value)
+
+    return change
+
+
+def train_later(m: Any, x: Tensor) -> Tensor:
+    """k's lora_A is frozen in q's call alone."""
+    set_needs(False, K_A)(m, x)
+    return between(set_needs(True, K_A))(m, x)
+
+
 def need_dx_later(m: Any, x: Tensor) -> Tensor:
     m.seen = x.detach().clone()
     q = m.q(m.seen)
@@ -575,6 +625,7 @@ def checkpointed(names: str, reentrant: bool) -> Callable[[Any, Tensor], Any]:
     return call
 
 
+K_A, K_B = "k.lora_A.default.weight", "k.lora_B.default.weight"
 autocast = partial(torch.autocast, "cpu", bf16)
 saving = partial(torch.autograd.graph.saved_tensors_hooks, torch.clone, lambda t: t)
 # How many groups were computed and results taken.
@@ -594,7 +645,8 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[int, int]]] = {
     "strided": (lambda m, x: m(x.transpose(0, 1)), (1, 2)),
     "x changed": (change_x, (1, 0)),
     "results changed": (change_results, (1, 2)),
-    "x needs a gradient later": (need_dx_later, (1, 0)),
+    "x needs a gradient later": (need_dx_later, (0, 0)),
+    "backward between": (apart, (1, 0)),
     "hook on x": (between(lambda m, x: x.register_hook(lambda grad: grad * 2.0)), (1, 2)),
     "no gradients first": (without_grad_first, (1, 0)),
     "into autocast": (between(nothing, autocast), (1, 2)),  # which leaves float64
@@ -602,6 +654,12 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[int, int]]] = {
     "k written": (between(lambda m, x: m.k.lora_B["default"].weight.mul_(2.0)), (1, 0)),
     "bias written": (between(lambda m, x: m.v.base_layer.bias.mul_(2.0)), (1, 1)),
     "k replaced": (between(replace), (1, 0)),
+    "k's A frozen": (between(set_needs(False, K_A)), (1, 0)),
+    "k's B frozen": (between(set_needs(False, K_B)), (1, 0)),
+    "k trained": (train_later, (1, 0)),
+    "k's base trained": (between(set_needs(True, "k.base_layer.weight")), (1, 0)),
+    "k's bias trained": (between(set_needs(True, "k.base_layer.bias")), (1, 0)),
+    "into a mode": (between(nothing, OpCounter), (1, 0)),
     "v scaled": (between(change_scaling), (1, 1)),
     "checkpointed": (checkpointed("", False), (2, 2)),  # k and v save nothing to recompute
     "checkpointed, reentrant": (checkpointed("", True), (2, 4)),
@@ -630,6 +688,35 @@ def test_layers_called_in_any_way_are_as_exact_as_pefts(name: str, dtype: Any) -
             return WAYS[name][0](m, x)
 
     assert_pefts(*pair(dtype), batch(dtype).requires_grad_(), call)
+
+
+def test_results_of_an_x_without_gradient_have_a_backward_each() -> None:
+    stock, fused = pair()
+    for model in (stock, fused):
+        ys = [getattr(parent_of(model), name)(batch()) for name in SIZES]
+        for y in ys:
+            y.square().sum().backward()
+    for p, want in zip(fused.parameters(), stock.parameters(), strict=True):
+        assert (p.grad is None) is (want.grad is None)
+        if want.grad is not None:
+            assert_close_derived(p.grad, want.grad, 1e-12)
+
+
+def test_k_on_another_stream_computes_its_own_result(counts: Counts, monkeypatch: Any) -> None:
+    """The stream may not wait for the first one's."""
+    streams = iter((1, 2))
+    monkeypatch.setattr(groups, "_stream", lambda x: next(streams))
+    assert_pefts(*pair(), batch().requires_grad_(), called("qk"))
+    assert counts.pop() == (1, 0)
+
+
+def test_k_under_another_backend_is_computed_by_it() -> None:
+    _, fused = pair()
+    x, parent = batch().requires_grad_(), parent_of(fused)
+    parent.q(x)
+    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match="triton"):
+        parent.k(x)
+    drop(fused)
 
 
 @pytest.mark.parametrize("name", ["in order", "only v is used", "q alone"])
@@ -743,16 +830,33 @@ def test_results_in_inference_mode_and_out_of_it_are_of_their_mode() -> None:
 def test_x_and_the_results_are_freed_by_the_next_call(name: str, grad: bool) -> None:
     (_, fused), (way, _) = pair(), WAYS[name]
     x = batch().requires_grad_(grad)
-    y = way(parent_of(fused), x)
+    with torch.set_grad_enabled(grad):
+        y = way(parent_of(fused), x)
     seen = [weakref.ref(t) for t in (x, y)]
     del x, y
     drop(fused)
     assert [ref() for ref in seen] == [None, None]
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_x_and_the_results_of_q_alone_are_freed_after_its_backward(grad: bool) -> None:
+    """Without gradients, as soon as x is: no later call of a grouped layer is needed."""
+    _, fused = pair()
+    with torch.set_grad_enabled(grad):
+        x = 1.5 * batch().requires_grad_(grad)
+        y = parent_of(fused).q(x)
+    assert groups._local.results is not None
+    seen = [weakref.ref(t) for t in (x, *(pending[-1] for pending in groups._local.results[-1]))]
+    if grad:
+        y.sum().backward()
+    del x, y
+    assert [ref() for ref in seen] == [None, None, None]
+    drop(fused)
+
+
 def test_exception_between_the_calls_holds_nothing_after_the_next_one(counts: Counts) -> None:
     stock, fused = pair()
-    x = batch()
+    x = batch().requires_grad_()
     seen = weakref.ref(x)
     with pytest.raises(ZeroDivisionError):
         parent_of(fused).q(x)[0, 0, 0].item() / 0
@@ -817,6 +921,45 @@ def test_layer_copied_out_of_its_model_equals_pefts(copy_of: Any, name: str) -> 
     own = getattr(parent_of(stock), name)
     assert_close_derived(layer(batch()), own(batch()), 1e-12)
     drop(fused)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, copy.copy, saved_and_loaded])
+def test_layer_copied_out_of_its_model_leaves_the_others(copy_of: Any) -> None:
+    _, fused = pair()
+    k, group = parent_of(fused).k, parent_of(fused).k._group
+    found = copy_of(k)
+    if copy_of is copy.copy:
+        assert found._group is None
+    else:
+        assert found._group is not group and found._group.layers == [None, found, None]
+    assert group.layers == [*parent_of(fused).children()]
+    stored = []
+    for model in (fused, fuse(build(), blocks=False)):
+        file = io.BytesIO()
+        torch.save(parent_of(model).k, file)
+        stored.append(len(zipfile.ZipFile(file).namelist()))
+    assert stored[0] == stored[1]  # a file for each tensor
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, saved_and_loaded])
+def test_copy_of_a_model_with_a_layer_unfused_by_itself_shares_no_x(copy_of, counts) -> None:
+    stock, fused = pair()
+    unfuse(parent_of(fused).k)
+    found = copy_of(fused)
+    assert_pefts(stock, found, batch().requires_grad_())
+    assert counts.pop() == (0, 0)
+    for model in (fused, found):
+        (row,) = (row for row in explain(model).blocks if "q, k, v" in row.strategy)
+        assert row.reason == "k: it was fused or unfused by itself"
+
+
+def test_grouped_layers_of_an_unloaded_model_are_freed() -> None:
+    _, fused = pair()
+    seen = [weakref.ref(layer) for layer in parent_of(fused).children()]
+    base = fused.merge_and_unload()
+    del fused
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 3 and isinstance(base[0].q, nn.Linear)
 
 
 LIVES: dict[str, Callable[[Any], Any]] = {

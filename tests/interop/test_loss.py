@@ -317,7 +317,11 @@ def losses_of(*args: Any, **kwargs: Any) -> Tensor:
         (_plain_head_of_another_class, {}, "Doubled"),
         (_patched, {}, "its forward was replaced"),
         (_replaced_loss, {}, "its loss_function was replaced"),
-        (None, {"use_dora": True}, "DoRA, whose column scale is not covered here"),
+        (
+            None,
+            {"use_dora": True},
+            "DoRA, whose column scale the loss without logits does not take",
+        ),
         (None, None, "SVDLinear is not covered here"),  # AdaLoRA's
     ],
 )

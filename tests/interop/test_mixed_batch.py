@@ -207,5 +207,6 @@ def test_errors_are_pefts() -> None:
     dora = fuse(mlp(use_dora=True).eval())
     with pytest.raises(ValueError, match="DoRA"):
         dora(batch(), adapter_names=["default"] * 3)
+    path = "a call with adapter_names does not take"
     reason = explain(dora).rows[0].reason
-    assert reason == "adapter 'default' is a DoRA, and rows name their adapters"
+    assert reason == f"adapter 'default' is a DoRA, whose column scale {path}"

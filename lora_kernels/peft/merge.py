@@ -8,9 +8,10 @@ merge into copies of one layer's base at a time.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -51,10 +52,14 @@ def check_layers(layers: Sequence[tuple[str, Any]], exact_merge: str | None) -> 
         deque(_tied_groups(layer for _, layer in layers), maxlen=0)
 
 
-def set_exact_merges(layers: Iterable[Any], location: str | None) -> None:
+def set_exact_merges(
+    layers: Iterable[Any], location: str | None, modules: Iterable[nn.Module] = ()
+) -> None:
     """Let the merges of LoRA layers keep copies of their bases at `location`; None: no longer.
 
     A merged layer with a copy keeps the copy until it is unmerged.
+
+    modules: the model's, of which some may share a base's memory without an adapter.
     """
     exact_merges = []
     for layer in layers:
@@ -71,8 +76,14 @@ def set_exact_merges(layers: Iterable[Any], location: str | None) -> None:
             layer.exact_merge = exact_merge
         exact_merge.location = location
         exact_merges.append(exact_merge)
+    slots = _slots_by_address(modules) if exact_merges else {}
     for exact_merge in exact_merges:
         exact_merge.tied = []
+        exact_merge.modules = [
+            module
+            for base, name in written_parameters(exact_merge.layer)
+            for module, _ in slots.get(_address(base._parameters[name]), ())
+        ]
     for group in _tied_groups(exact_merge.layer for exact_merge in exact_merges):
         for layer in group:
             tied = _exact(layer).tied
@@ -158,6 +169,25 @@ def _tied_groups(layers: Iterable[Any]) -> Iterator[list[Any]]:
         yield [span[4] for span in group]
 
 
+class _WeakReference:
+    """A weak reference whose copy or pickle refers to the copy of its object."""
+
+    def __init__(self, referent: Any) -> None:
+        self.__setstate__((referent,))
+
+    def __call__(self) -> Any:
+        return self._get()
+
+    def __getstate__(self) -> tuple[Any]:
+        return (self._get(),)
+
+    def __setstate__(self, state: tuple[Any]) -> None:
+        (referent,) = state
+        self._get: Callable[[], Any] = lambda: None
+        if referent is not None:
+            self._get = weakref.ref(referent)
+
+
 class ExactMerge:
     """PEFT's merge and unmerge of one layer, with a copy of the base.
 
@@ -165,21 +195,21 @@ class ExactMerge:
 
     Attributes:
         location: "host" or "device", of the copy; None: the layer drops this object once unmerged.
-        originals: copies of the base's parameters before the merge; None while nothing is merged.
+        originals: copies of the base's parameters before the merge; None while nothing is merged,
+            and after a merged base was loaded.
         tied: the ExactMerge of each other layer whose base shares memory with this layer's.
+        modules: the modules of the model with a parameter in the base's memory.
     """
 
     def __init__(self, layer: Any, location: str | None) -> None:
-        self._layer = weakref.ref(layer)  # a strong reference would be a cycle
+        self._layer = _WeakReference(layer)  # a strong reference would be a cycle
         self.location = location
         self.originals: list[_Dense | _FourBit] | None = None
         self.tied: list[ExactMerge] = []
+        self.modules: list[nn.Module] = []
         self._caches: dict[str, Any] = {}
+        self._handles: list[Any] = []  # of the hooks that notice a load
         self._is_delegating = False  # True while PEFT's methods run, which call each other
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        attributes = {name: value for name, value in vars(self).items() if name != "_layer"}
-        return ExactMerge, (self.layer, self.location), attributes
 
     @property
     def layer(self) -> Any:
@@ -200,15 +230,16 @@ class ExactMerge:
 
         If PEFT's merge raises before an adapter counts as merged, the base is copied back.
         """
-        layer = self.layer
+        layer, group = self.layer, (self, *self.tied)
         if self._is_delegating:
             return self._peft("merge", safe_merge, adapter_names)
-        is_first = not any(exact_merge.is_merged for exact_merge in (self, *self.tied))
-        for exact_merge in (self, *self.tied) if is_first else ():
+        is_first = not any(exact_merge.is_merged for exact_merge in group)
+        for exact_merge in group if is_first else ():
             exact_merge._free_copy()
         if not _has_any(layer, adapter_names):
             return self._peft("merge", safe_merge, adapter_names)
-        if self.originals is None:
+        has_copy = any(exact_merge.originals is not None for exact_merge in group)
+        if self.originals is None and (is_first or has_copy):
             self._copy_base()
         try:
             self._peft("merge", safe_merge, adapter_names)
@@ -223,17 +254,21 @@ class ExactMerge:
     def unmerge(self) -> None:
         """Copy the base back and free the copy.
 
-        While another layer is merged into the same tied base, subtract as PEFT does instead.
+        Subtract as PEFT does instead if the merged base was loaded meanwhile, or while another
+        layer is merged into the same tied base.
         """
         layer, group = self.layer, (self, *self.tied)
-        is_last = not any(exact_merge.is_merged for exact_merge in self.tied)
-        if self._is_delegating or not layer.merged or self.originals is None or not is_last:
+        if self._is_delegating:
             return self._peft("unmerge")
-        for exact_merge in group:
-            exact_merge._restore()
-        layer.merged_adapters.clear()
-        vars(layer).pop("merge_loss", None)
-        for exact_merge in group:
+        is_last = layer.merged and not any(exact_merge.is_merged for exact_merge in self.tied)
+        if is_last and self.originals is not None:
+            for exact_merge in group:
+                exact_merge._restore()
+            layer.merged_adapters.clear()
+            vars(layer).pop("merge_loss", None)
+        else:
+            self._peft("unmerge")
+        for exact_merge in group if is_last else ():
             exact_merge._free_copy()
             if exact_merge.location is None:
                 exact_merge.remove()
@@ -253,8 +288,9 @@ class ExactMerge:
 
     def remove(self) -> None:
         """Restore PEFT's methods of the layer."""
-        for name in (*_METHODS, "exact_merge"):
-            vars(self.layer).pop(name, None)
+        layer = self.layer
+        for name in (*_METHODS, "exact_merge") if layer is not None else ():
+            vars(layer).pop(name, None)
 
     def _peft(self, method: str, *args: Any) -> None:
         with as_peft([self.layer]):
@@ -272,6 +308,9 @@ class ExactMerge:
                 originals.append(_copy_of(slot, self.location == "host"))
         self._caches = dict(getattr(self.layer, "_caches", {}))
         self.originals = originals
+        modules = dict.fromkeys([*self.modules, *(original.slot[0] for original in originals)])
+        hook = _LoadHook(self)
+        self._handles = [module.register_load_state_dict_pre_hook(hook) for module in modules]
 
     def _restore(self) -> None:
         if self.originals is None:
@@ -282,7 +321,45 @@ class ExactMerge:
             self.layer._caches = self._caches
 
     def _free_copy(self) -> None:
+        self.forget_copy()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def forget_copy(self) -> None:
+        """Free the copy, which is the base of no merged layer any more."""
         self.originals, self._caches = None, {}
+
+
+class _LoadHook:
+    """A `load_state_dict` pre-hook that frees the copies of a merged base that is loaded.
+
+    The loaded values count as merged ones, as they do for PEFT. Restoring the copy would lose them.
+    """
+
+    def __init__(self, exact_merge: ExactMerge) -> None:
+        self._exact_merge = _WeakReference(exact_merge)  # which refers to the module
+
+    def __call__(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        exact_merge = self._exact_merge()
+        if exact_merge is None or exact_merge.originals is None:
+            return
+        slots = [original.slot for original in exact_merge.originals]
+        addresses = {_address(base._parameters[name]) for base, name in slots}
+        if any(
+            p is not None and prefix + name in state_dict and _address(p) in addresses
+            for name, p in module._parameters.items()
+        ):
+            for each in (exact_merge, *exact_merge.tied):
+                each.forget_copy()
+            warnings.warn(
+                "exact_merge: weights were loaded into a merged base. Unmerging subtracts the "
+                "adapter's update from them and rounds, as PEFT does. Call model.unmerge_adapter() "
+                "before load_state_dict to load a base without an adapter in it.",
+                stacklevel=2,
+            )
 
 
 @contextmanager
@@ -498,11 +575,7 @@ def _group_units(
 
     Layers that share a base are merged into the same copy, one after another.
     """
-    slots: dict[Any, list[Slot]] = {}
-    for module in root.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                slots.setdefault(_address(p), []).append((module, name))
+    slots = _slots_by_address(root.modules())
     writes: dict[str, set[Any]] = {}
     writers: dict[Any, list[str]] = {}
     for unit, layers in units.items():
@@ -524,9 +597,19 @@ def _group_units(
     return groups
 
 
+def _slots_by_address(modules: Iterable[nn.Module]) -> dict[Any, list[Slot]]:
+    """Return address -> the parameters of these modules there."""
+    slots: dict[Any, list[Slot]] = {}
+    for module in modules:
+        for name, p in module._parameters.items():
+            if p is not None:
+                slots.setdefault(_address(p), []).append((module, name))
+    return slots
+
+
 def _address(p: Any) -> Any:
     t = _local(p)
-    return (t.device, t.data_ptr()) if t.numel() else id(p)
+    return (t.device, t.data_ptr()) if t.data_ptr() else id(p)  # 0: empty, or on meta
 
 
 def _parameters_at(root: nn.Module, slots: Sequence[Slot]) -> Iterator[tuple[str, Any]]:

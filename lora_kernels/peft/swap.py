@@ -97,7 +97,9 @@ def fuse(
             2 bytes an element for bfloat16, the packed bytes and scales for 4 bits, once for tied
             weights. A copy does not follow `to()`. At unmerge the base gets the copy's values in
             its new dtype, on its new device. `merge_and_unload` makes no copy. Layers that are left
-            to PEFT keep copies too.
+            to PEFT keep copies too. If `load_state_dict` loads a merged base, its copy is freed
+            with a warning, and unmerging subtracts as PEFT does. Other writes to a merged base, by
+            `.data` or an optimizer, are lost when it is unmerged.
 
     Raises:
         TypeError: `model` is not a module.
@@ -119,7 +121,7 @@ def fuse(
     if not layers and not loss:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
     check_layers([(name, layer) for name, layer, _ in layers], exact_merge)
-    set_exact_merges((layer for _, layer, _ in layers), exact_merge)
+    set_exact_merges((layer for _, layer, _ in layers), exact_merge, model.modules())
     for name, layer, reason in layers:
         _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):

@@ -9,6 +9,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -575,6 +576,160 @@ def test_copy_of_a_merged_model_gives_the_base_back(kind: str, how: str) -> None
     assert_base(model, merged)
     model.unmerge_adapter()
     assert_base(model, before)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copy_of_tied_exact_merges_ties_the_copies(how: str) -> None:
+    """A copy whose layers do not know each other keeps a base, or gives back a merged one."""
+    model = fuse(tied(bf16), exact_merge="host")
+    model = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    base = model.get_base_model()
+    embedding, head = base.model.embed_tokens, base.lm_head
+    assert embedding.exact_merge.tied == [head.exact_merge]
+    assert head.exact_merge.tied == [embedding.exact_merge]
+    before, lora_B = base_bytes(model), embedding.lora_embedding_B["default"]
+    values = lora_B.detach().clone()
+    head.merge()
+    with torch.no_grad():
+        lora_B.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        embedding.merge(safe_merge=True)
+    with torch.no_grad():
+        lora_B.copy_(values)
+    head.unmerge()
+    assert_base(model, before)
+    assert not copies(model)
+
+
+def test_copy_of_a_layer_whose_tied_layer_is_gone_gives_the_base_back() -> None:
+    model = fuse(tied(bf16), exact_merge="host")
+    base = model.get_base_model()
+    base.lm_head = base.lm_head.base_layer
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = base_bytes(other)
+        other.merge_adapter()
+        unfuse(other)
+        other.unmerge_adapter()
+        assert_base(other, before)
+
+
+# A base that is loaded while it is merged
+
+# PEFT's merge of experts in 4 bits changes nothing. Assigning unties, and drops 4-bit scales.
+LOADED = [(kind, False) for kind in KINDS if kind != "experts in 4 bits"]
+LOADED += [(kind, True) for kind in ("linear", "dora", "embedding", "experts")]
+NOTICE = "exact_merge: weights were loaded into a merged base"
+
+
+def new_base(model: Any) -> dict[str, Tensor]:
+    """Other values for the base's parameters, by their keys."""
+    keys = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    state = {key: t for key, t in model.state_dict().items() if key in keys and "lora_" not in key}
+    return {key: t.flip(0).clone() for key, t in state.items()}
+
+
+@pytest.mark.parametrize(("kind", "assign"), LOADED)
+def test_exact_merge_of_a_base_loaded_while_merged_unmerges_it_as_peft_does(
+    kind: str, assign: bool
+) -> None:
+    theirs = make(kind)
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    old, state = base_bytes(ours), new_base(ours)
+    for model in (ours, theirs):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match=NOTICE):
+        ours.load_state_dict(state, strict=False, assign=assign)
+    theirs.load_state_dict(state, strict=False, assign=assign)
+    assert not copies(ours)
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+    found = base_bytes(ours)
+    assert_bytes(found, base_bytes(theirs))
+    assert any(not torch.equal(found[name], old[name]) for name in old)
+    ours.merge_adapter()  # with a copy again
+    ours.unmerge_adapter()
+    assert_base(ours, found)
+    assert not any(module._load_state_dict_pre_hooks for module in ours.modules())
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("how", ["model", "module"])
+def test_exact_merge_of_a_base_loaded_by_a_tied_module_unmerges_it(target: str, how: str) -> None:
+    """The other module has no adapter. Files of tied weights have one of their keys."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of tied weights
+        theirs = add_lora(llama(bf16, tie_word_embeddings=True), target_modules=[target])
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    other = "lm_head" if target == "embed_tokens" else "model.embed_tokens"
+    for model in (ours, theirs):
+        base: Any = model.get_base_model()
+        model.merge_adapter()
+        state = {"weight": base.get_submodule(other).weight.detach().flip(0)}
+        with pytest.warns(UserWarning, match=NOTICE) if model is ours else nullcontext():
+            if how == "module":
+                base.get_submodule(other).load_state_dict(state)
+            else:
+                base.load_state_dict({f"{other}.weight": state["weight"]}, strict=False)
+        model.unmerge_adapter()
+    assert_base(ours, base_bytes(theirs))
+
+
+def test_exact_merge_of_another_adapter_after_a_load_keeps_no_copy() -> None:
+    """The copy would be of a base with the first adapter in it."""
+    theirs = two_adapters(mlp(bf16))
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    state = new_base(ours)
+    for model in (ours, theirs):
+        model.merge_adapter(["default"])
+        with pytest.warns(UserWarning, match=NOTICE) if model is ours else nullcontext():
+            model.load_state_dict(state, strict=False)
+        model.merge_adapter(["second"])
+        assert not copies(model)
+        model.unmerge_adapter()
+    assert_base(ours, base_bytes(theirs))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_exact_merge_of_a_copy_that_is_loaded_leaves_the_original_exact(how: str) -> None:
+    model = fuse(mlp(bf16), exact_merge="host")
+    before = base_bytes(model)
+    model.merge_adapter()
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    with pytest.warns(UserWarning, match=NOTICE):
+        other.load_state_dict(new_base(other), strict=False)
+    assert not copies(other)
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+def test_exact_merge_and_a_load_of_other_tensors_gives_the_base_back() -> None:
+    """An adapter, and another layer's base."""
+    model = fuse(mlp(bf16), exact_merge="host")
+    before, base = base_bytes(model), model.get_base_model()
+    base.up.merge()
+    adapter = {key: t.flip(0) for key, t in model.state_dict().items() if "lora_" in key}
+    model.load_state_dict(adapter, strict=False)
+    down = {"weight": base.down.base_layer.weight.detach().flip(0)}
+    base.down.base_layer.load_state_dict(down)
+    base.up.unmerge()
+    found = base_bytes(model)
+    assert_bytes(found, before | {"down.weight": down["weight"]})
+
+
+@pytest.mark.parametrize("off", [fuse, unfuse])
+def test_exact_merge_turned_off_and_loaded_while_merged_unmerges_as_peft_does(off: Any) -> None:
+    theirs = mlp(bf16)
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    for model in (ours, theirs):
+        model.merge_adapter()
+    off(ours)
+    with pytest.warns(UserWarning, match=NOTICE):
+        ours.load_state_dict(new_base(ours), strict=False)
+    theirs.load_state_dict(new_base(theirs), strict=False)
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+    assert_base(ours, base_bytes(theirs))
+    assert not [module for module in ours.modules() if "exact_merge" in vars(module)]
 
 
 def test_exact_merge_of_a_resized_base_raises_and_stays_merged() -> None:

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .base import missing_layers
 from .linear import peft_class
+from .modules import is_linear4bit
+from .sharded import FLATTENED, find_ungathered
 
 LOCATIONS = ("host", "device")
 _METHODS = "merge", "unmerge", "unload_and_optionally_merge_module"
@@ -492,7 +494,10 @@ def merged_weights(
     merged.
 
     Args:
-        model: a PEFT model with LoRA layers, on devices, and not offloaded.
+        model: a PEFT model with LoRA layers, on devices, and not offloaded. Call and consume this
+            function inside of `deepspeed.zero.GatheredParameters(model.parameters())` under
+            ZeRO-3, and of `FullyShardedDataParallel.summon_full_params(model)` under FSDP1. Under
+            FSDP2 the tensors are DTensors.
         adapter_names: the adapters to merge; None: the active ones.
         safe_merge: whether PEFT refuses NaN and infinity.
 
@@ -501,8 +506,8 @@ def merged_weights(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it has no LoRA layers, a weight is offloaded, a layer is an
-            `nn.MultiheadAttention`; or PEFT's merge raises it.
+        ValueError: it has no LoRA layers, a weight is offloaded or sharded, a layer is an
+            `nn.MultiheadAttention`, FSDP2 shards a 4-bit weight; or PEFT's merge raises it.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), LoraConfig(target_modules=["0"]))
@@ -511,79 +516,190 @@ def merged_weights(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
-    root: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    root = _base_model(model)
     if not any(isinstance(module, LoraLayer) for module in root.modules()):
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
+    _check_gathered(model)
     for name, module in root.named_modules():
-        if isinstance(module, MultiheadAttention):
-            raise ValueError(f"model: got {name}, an nn.MultiheadAttention, want other layers")
-    for name, t in root.state_dict().items():
-        if t.is_meta:
-            raise ValueError(f"model: got {name} offloaded, or on meta, want it on a device")
-    return _merged_weights(root, adapter_names, safe_merge)
+        if isinstance(module, LoraLayer):
+            reason = unmergeable_reason(module) or _uncopyable_reason(module)
+            if reason is not None:
+                raise ValueError(f"model: got {name}, {reason}")
+        tensors = module._parameters | module._buffers
+        for key, t in tensors.items():
+            if t is not None and t.is_meta and key not in module._non_persistent_buffers_set:
+                raise ValueError(
+                    f"model: got {name}.{key} offloaded, or on meta, want it on a device"
+                )
+    return _merged_weights(model, adapter_names, safe_merge)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """Return the base of a PEFT model, which modules without tensors may wrap, as DDP and FSDP do.
+
+    A model without a `PeftModel` is returned itself.
+    """
+    inner = model
+    while not isinstance(inner, PeftModel):
+        if len(inner._modules) != 1 or inner._parameters or inner._buffers:
+            return model
+        (inner,) = inner.children()
+    return inner.get_base_model()
+
+
+def _check_gathered(model: nn.Module) -> None:
+    """Raise ValueError if ZeRO-3 or FSDP1 shards a parameter at present."""
+    if (ungathered := find_ungathered(model)) is not None:
+        raise ValueError(f"model: got {ungathered}")
+
+
+def _uncopyable_reason(layer: Any) -> str | None:
+    """Return why PEFT cannot merge into a copy of the layer's base, and the remedy."""
+    if isinstance(layer, MultiheadAttention):
+        return "an nn.MultiheadAttention, want other layers"
+    base = layer.get_base_layer()
+    weights: list[Any] = [base._parameters[n] for _, n in written_parameters(layer) if n != "bias"]
+    # A model below FSDP1's outermost wrapper has no record of its state.
+    if any(p.dim() < 2 for p in weights) or not (weights or base.state_dict()):
+        return f"whose base is {FLATTENED}"
+    if not weights and isinstance(getattr(base, "weight", None), nn.Parameter):
+        return f"whose base is wrapped in {type(base).__name__}, want it in no wrapper of its own"
+    return None
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raise ValueError if PEFT's merge of a layer would raise over weights that FSDP2 shards."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and (reason := unmergeable_reason(layer)) is not None:
+            raise ValueError(f"model: got {name}, {reason}")
+
+
+def unmergeable_reason(layer: Any) -> str | None:
+    """Return what PEFT's merge of the layer cannot decode, and the remedy; None if it can."""
+    base = layer.get_base_layer()
+    if is_linear4bit(base) and type(base._parameters["weight"]).__name__ == "DTensor":
+        return (
+            "whose 4-bit weight FSDP2 shards without its scales, want a weight that is not "
+            "sharded: save the adapter, load it over the base without FSDP2, and merge there"
+        )
+    return None
+
+
+class _MergeCheck:
+    """PEFT's check of a model before its first layer is merged, and `check_mergeable`."""
+
+    def __init__(self, tuner: BaseTuner) -> None:
+        self._tuner = _WeakReference(tuner)  # which has this object as an attribute
+
+    def __call__(self) -> None:
+        tuner = self._tuner()
+        type(tuner)._check_merge_allowed(tuner)
+        check_mergeable(tuner)
+
+
+def set_merge_checks(model: nn.Module, is_on: bool) -> None:
+    """Let PEFT's `merge_adapter` and `merge_and_unload` call `check_mergeable`, or no longer."""
+    for tuner in model.modules():
+        if isinstance(tuner, BaseTuner):
+            vars(tuner).pop("_check_merge_allowed", None)
+            if is_on:
+                vars(tuner)["_check_merge_allowed"] = _MergeCheck(tuner)
+
+
+class _Entry(NamedTuple):
+    """What a key of the state dict belongs to.
+
+    name: the key in the base model; None for entries that `merge_and_unload` drops: adapters, and
+        the modules that `modules_to_save` replaces.
+    layer: the outermost layer of PEFT above the tensor.
+    base_key: the key in the base of that layer.
+    slot: the parameter, if the tensor is one or belongs to one, as scales do.
+    """
+
+    name: str | None
+    layer: Any = None
+    base_key: str = ""
+    slot: Slot | None = None
 
 
 def _merged_weights(
-    root: nn.Module, adapter_names: list[str] | None, safe_merge: bool
+    model: nn.Module, adapter_names: list[str] | None, safe_merge: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    units = _units(root)
-    groups = _group_units(root, units)
+    _check_gathered(model)  # again, because a context may have ended since
+    root = _base_model(model)
+    modules = list(root.modules())
+    units = _units(modules)
+    groups = _group_units(modules, units)
+    state = root.state_dict()
+    entries = {key: _locate(root, key) for key in state}
+    # The keys of the entries of a layer of PEFT, and of parameters outside of these layers.
+    names, keys = dict[str, str](), dict[Any, list[str]]()
+    for key, entry in entries.items():
+        if entry.name is not None:
+            names[key] = entry.name
+            keys.setdefault(entry.layer or entry.slot, []).append(key)
     yielded: set[str] = set()
-    for key, t in root.state_dict().items():
-        name, unit, slot = _locate(root, key)
-        if name is None or key in yielded:
+    for key, t in state.items():
+        _, layer, _, slot = entries[key]
+        if key not in names or key in yielded:
             continue
         address = None if slot is None else _address(slot[0]._parameters[slot[1]])
-        members, slots = groups.get(unit) or groups.get(address) or ([], [])
+        members, slots = groups.get(layer) or groups.get(address) or ([], [])
         if not members:
-            yield name, t
+            yield names[key], t
             continue
-        layers = [layer for member in members for layer in units[member]]
+        layers = [inner for member in members for inner in units[member]]
         with merged_copies(layers, slots, safe_merge, adapter_names):
             # The parameters of tied modules without an adapter belong to this group too.
-            tensors = {tied_key: p.detach() for tied_key, p in _parameters_at(root, slots)}
+            parameters: dict[Slot, Any] = {(m, n): m._parameters[n] for m, n in slots}
+            tensors: dict[str, Tensor] = {
+                tied_key: p.detach()
+                for slot, p in parameters.items()
+                for tied_key in keys.get(slot, ())
+            }
             for member in members:
-                prefix = f"{member}{'.base_layer' * len(units[member])}."
-                tensors |= units[member][-1].base_layer.state_dict(prefix=prefix)
+                merged = units[member][-1].base_layer.state_dict()
+                tensors |= {k: merged[entries[k].base_key] for k in keys.get(member, ())}
+                del merged
+            parameters.clear()
         yielded |= tensors.keys()
         for tied_key in list(tensors):
             t = tensors.pop(tied_key)
-            name = _locate(root, tied_key)[0]
-            if name is not None:
-                yield name, t
+            yield names[tied_key], t
         del t
 
 
-def _units(root: nn.Module) -> dict[str, list[Any]]:
-    """Return name -> a layer of PEFT followed by the layers nested in it."""
-    units: dict[str, list[Any]] = {}
+def _units(modules: Iterable[nn.Module]) -> dict[Any, list[Any]]:
+    """Return each layer of PEFT that is not nested -> this layer, and those nested in it."""
+    units: dict[Any, list[Any]] = {}
     nested: set[Any] = set()
-    for name, module in root.named_modules():
+    for module in modules:
         if isinstance(module, BaseTunerLayer) and module not in nested:
             layers: list[Any] = [module]
             while isinstance(layers[-1].base_layer, BaseTunerLayer):
                 layers.append(layers[-1].base_layer)
             nested.update(layers)
-            units[name] = layers
+            units[module] = layers
     return units
 
 
 def _group_units(
-    root: nn.Module, units: dict[str, list[Any]]
-) -> dict[Any, tuple[list[str], list[Slot]]]:
+    modules: Iterable[nn.Module], units: dict[Any, list[Any]]
+) -> dict[Any, tuple[list[Any], list[Slot]]]:
     """Return unit or address -> the units that are merged together, and all their parameters.
 
     Layers that share a base are merged into the same copy, one after another.
     """
-    slots = _slots_by_address(root.modules())
-    writes: dict[str, set[Any]] = {}
-    writers: dict[Any, list[str]] = {}
+    slots = _slots_by_address(modules)
+    writes: dict[Any, set[Any]] = {}
+    writers: dict[Any, list[Any]] = {}
     for unit, layers in units.items():
         written_slots = [slot for layer in layers for slot in written_parameters(layer)]
         writes[unit] = {_address(module._parameters[name]) for module, name in written_slots}
         for address in writes[unit]:
             writers.setdefault(address, []).append(unit)
-    groups: dict[Any, tuple[list[str], list[Slot]]] = {}
+    order = {unit: i for i, unit in enumerate(units)}
+    groups: dict[Any, tuple[list[Any], list[Slot]]] = {}
     for unit in units:
         if unit in groups:
             continue
@@ -591,7 +707,7 @@ def _group_units(
         for member in members:
             members += {x for a in writes[member] for x in writers[a]}.difference(members)
         addresses = set[Any]().union(*(writes[member] for member in members))
-        members.sort(key=list(units).index)
+        members.sort(key=order.__getitem__)
         group = members, [slot for address in addresses for slot in slots[address]]
         groups |= dict.fromkeys([*members, *addresses], group)
     return groups
@@ -612,48 +728,47 @@ def _address(p: Any) -> Any:
     return (t.device, t.data_ptr()) if t.data_ptr() else id(p)  # 0: empty, or on meta
 
 
-def _parameters_at(root: nn.Module, slots: Sequence[Slot]) -> Iterator[tuple[str, Any]]:
-    """Yield these parameters by all their keys in the state dict."""
-    requested = {(id(module), name) for module, name in slots}
-    for path, module in root.named_modules(remove_duplicate=False):
-        for name, p in module._parameters.items():
-            if (id(module), name) in requested:
-                yield f"{path}.{name}" if path else name, p
-
-
-def _locate(root: nn.Module, key: str) -> tuple[str | None, str | None, Slot | None]:
-    """Return a key's name in the base model, the name of PEFT's layer above it, and its parameter.
-
-    The name is None for entries that `merge_and_unload` drops: adapters, and the modules that
-    `modules_to_save` replaces.
-    """
+def _locate(root: nn.Module, key: str) -> _Entry:
+    """Return what a key of the state dict belongs to."""
     module: Any = root
-    path: list[str] = []
     name: list[str] = []
-    unit: str | None = None
+    layer: Any = None
+    base_key = ""
     parts = key.split(".")
     while parts:
         part = parts.pop(0)
+        module = _owner(module, part)
         if isinstance(module, BaseTunerLayer):
             if part != "base_layer":
-                return None, unit, None
-            unit = ".".join(path) if unit is None else unit
+                return _Entry(None)
+            layer, base_key = layer or module, ".".join(parts)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             unloaded_path = _unloaded_path(module)
             if [part, *parts[: len(unloaded_path) - 1]] != unloaded_path:
-                return None, unit, None
+                return _Entry(None)
             for expected in unloaded_path[1:]:
-                path.append(part)
                 module, part = module._modules[part], parts.pop(0)
                 assert part == expected
         else:
             name.append(part)
         if part not in module._modules:
             slot = (module, part) if module._parameters.get(part) is not None else None
-            return ".".join([*name, *parts]), unit, slot
-        path.append(part)
+            return _Entry(".".join([*name, *parts]), layer, base_key, slot)
         module = module._modules[part]
-    return ".".join(name), unit, None
+    return _Entry(".".join(name), layer, base_key)
+
+
+def _owner(module: nn.Module, part: str) -> nn.Module:
+    """Return the module that has a child or tensor of this name: `module`, or one that it wraps.
+
+    The wrappers of FSDP1 and of activation checkpointing are in no key of the state dict.
+    """
+    inner = module
+    while not any(part in names for names in (inner._modules, inner._parameters, inner._buffers)):
+        if len(inner._modules) != 1:
+            return module
+        (inner,) = inner.children()
+    return inner
 
 
 def _unloaded_path(wrapper: Any) -> list[str]:

@@ -29,7 +29,7 @@ from .frozen import StreamedLinear
 from .groups import add_groups, remove_groups
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
-from .merge import check_exact_merge, check_layers, set_exact_merges
+from .merge import check_exact_merge, check_layers, set_exact_merges, set_merge_checks
 from .mlp import fuse_mlps, restore_mlps
 from .modules import is_conv1d, is_linear4bit, patched_reason
 from .packed import pack_base
@@ -122,6 +122,7 @@ def fuse(
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
     check_layers([(name, layer) for name, layer, _ in layers], exact_merge)
     set_exact_merges((layer for _, layer, _ in layers), exact_merge, model.modules())
+    set_merge_checks(model, True)
     for name, layer, reason in layers:
         _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
@@ -201,6 +202,7 @@ def unfuse(model: Model) -> Model:
                 layer.base_layer.support_avx512bf16_for_cpu = layer.repacks_codes
             for name in _ATTRIBUTES:
                 vars(layer).pop(name, None)
+    set_merge_checks(model, False)
     remove_groups(model)
     restore_mlps(model)
     stop_gathering(model)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ from tests.support.peft_models import (
     token_ids,
     two_adapters,
 )
+from tests.support.processes import run_in_ranks
 
 f32, bf16 = torch.float32, torch.bfloat16
 PLACES = pytest.mark.parametrize("place", ["host", "device"])
@@ -822,6 +824,95 @@ def test_merges_of_a_model_that_fsdp2_or_accelerate_manages(sharded: bool) -> No
         torch.distributed.destroy_process_group()
 
 
+SHARDED_4BIT = r"got \S*up, whose 4-bit weight FSDP2 shards .* want .* save the adapter"
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Any]:
+    """A mesh of this process."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield torch.distributed.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("exact_merge", [None, "host"])
+def test_merges_of_4_bits_that_fsdp2_shards_raise_before_a_layer_changes(
+    exact_merge: str | None, one_rank: Any
+) -> None:
+    """A dense layer comes before the 4-bit one."""
+    pytest.importorskip("bitsandbytes")
+    base = nn.ModuleDict({"first": nn.Linear(8, 8), "up": four_bit_mlp(True).unload().up})
+    base.is_loaded_in_4bit = True  # type: ignore[assignment]
+    model: Any = add_lora(base, target_modules=["first", "up"])
+    fuse(model, exact_merge=exact_merge)
+    model = torch.distributed.fsdp.fully_shard(model, mesh=one_rank)  # type: ignore[attr-defined]
+    before = {
+        name: t.to_local().clone() for name, t in base_bytes(model).items() if name[-6:] == "weight"
+    }
+    calls = model.merge_adapter, model.merge_and_unload, partial(merged_weights, model)
+    for call in (*calls, model.get_base_model()["up"].merge):
+        with pytest.raises(ValueError, match=SHARDED_4BIT):
+            call()
+        layers = [layer for _, layer, _ in lora_layers(model)]
+        assert len(layers) == 2 and not any(layer.merged for layer in layers)
+        after = base_bytes(model)
+        assert_bytes({name: after[name].to_local() for name in before}, before)  # type: ignore[attr-defined]
+    unfuse(model)
+    assert "_check_merge_allowed" not in vars(model.base_model)
+    with pytest.raises(ValueError, match=SHARDED_4BIT):
+        merged_weights(model)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copy_of_a_fused_model_checks_its_own_merges(how: str) -> None:
+    model = fuse(mlp(bf16))
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert other.base_model._check_merge_allowed._tuner() is other.base_model
+    del model
+    assert_bytes(unloaded(other), dict(merged_weights(other)))
+
+
+def merge_flattened(rank: int, folder: str) -> None:
+    """Compare `merged_weights` of models in FSDP1's wrappers with those of the whole model."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of FSDP on a CPU
+        for keeps_parameters, policy in ((True, None), (True, LlamaDecoderLayer), (False, None)):
+            model = fuse(add_lora(llama(f32), target_modules=["q_proj", "down_proj"]))
+            model.requires_grad_(keeps_parameters)
+            want = {name: t.clone() for name, t in merged_weights(model)}
+            wrapped = FullyShardedDataParallel(
+                model,
+                auto_wrap_policy=ModuleWrapPolicy({policy}) if policy else None,
+                use_orig_params=keeps_parameters,
+                device_id=torch.device("cpu"),
+            )
+            given = wrapped, model, model.get_base_model()
+            for each in given:
+                with pytest.raises(ValueError, match=r"model: got .* by FSDP1, want .*summon_full"):
+                    merged_weights(each)
+            with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+                for each in given:
+                    assert_bytes(dict(merged_weights(each)), want)
+                stream = merged_weights(wrapped)
+            with pytest.raises(ValueError, match=r"by FSDP1, want .*summon_full_params"):
+                next(stream)
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="no gloo",
+)
+def test_merged_weights_under_fsdp1_raise_unless_they_are_summoned(tmp_path: Path) -> None:
+    run_in_ranks(merge_flattened, tmp_path)
+
+
 # merged_weights
 
 
@@ -957,6 +1048,55 @@ def test_merged_weights_hold_at_most_a_layer_at_a_time() -> None:
 
     one, many = most(1), most(6)
     assert many <= one + 4096 and one <= 3 * 128 * 128 * 4 + 8192
+
+
+def test_merged_weights_visit_modules_in_proportion_to_the_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice as many further layers take twice as many further visits."""
+    visits = 0
+    named_modules = nn.Module.named_modules
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        nonlocal visits
+        for each in named_modules(self, *args, **kwargs):
+            visits += 1
+            yield each
+
+    def visits_of(layers: int) -> int:
+        nonlocal visits
+        base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=r"\d+"))
+        visits = 0
+        assert len(list(merged_weights(model))) == 2 * layers
+        return visits
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    few, more, most = (visits_of(layers) for layers in (4, 8, 16))
+    assert few > 0 and most - more == 2 * (more - few)
+
+
+def test_merged_weights_of_checkpointed_layers_are_those_without_a_wrapper() -> None:
+    """The wrapper is in the modules' names, and not in the state dict's."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = add_lora(llama(bf16), target_modules=["q_proj", "down_proj"])
+    want = {name: t.clone() for name, t in merged_weights(model)}
+    layers = model.get_base_model().model.layers
+    layers[1] = checkpoint_wrapper(layers[1])
+    assert_bytes(dict(merged_weights(model)), want)
+    assert_bytes(dict(merged_weights(nn.DataParallel(model))), want)
+
+
+def test_merged_weights_of_a_base_in_a_wrapper_of_its_own_raise() -> None:
+    """PEFT's merge would write into the model's own weight."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = mlp(bf16)
+    up = model.get_base_model().up
+    up.base_layer = checkpoint_wrapper(up.base_layer)
+    with pytest.raises(ValueError, match=r"model: got up, whose base is wrapped in CheckpointW"):
+        merged_weights(model)
 
 
 def test_merges_of_multihead_attention_raise() -> None:

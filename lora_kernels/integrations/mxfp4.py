@@ -13,7 +13,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
 from ..layers.experts import DOWN, GATE_UP
-from ..peft.packed import refuse_merges
+from ..peft.mergeable import refuse_merges
 from ..quantization import Weight4bit
 from ..quantization.packed_state import register_state_hooks
 from ..quantization.tensor4bit import Tensor4bit

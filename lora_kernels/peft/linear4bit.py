@@ -18,6 +18,7 @@ from ..quantization.bitsandbytes import cached_weight
 from .adalora import FusedSVD
 from .base4bit import MergeLoss, unreadable_4bit, weight4bit
 from .linear import Fused
+from .mergeable import unmergeable_reason
 from .modules import library_forward
 
 
@@ -65,6 +66,8 @@ class FusedLinear4bit(Fused, Linear4bit):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge as PEFT does, and measure the error that requantization introduces."""
+        if (reason := unmergeable_reason(self)) is not None:
+            raise ValueError(f"layer: got {self.layer_name}, {reason}")
         base, previous = self.get_base_layer(), set(self.merged_adapters)
         weight = base._parameters.get("weight")
         is_readable = weight is not None and unreadable_4bit(base, weight.device) is None

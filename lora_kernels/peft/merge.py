@@ -8,9 +8,10 @@ merge into copies of one layer's base at a time.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from .base import missing_layers
 from .linear import peft_class
-from .packed import check_merge
+from .mergeable import check_merge
+from .sharded import FLATTENED, find_ungathered
 
 LOCATIONS = ("host", "device")
 _METHODS = "merge", "unmerge", "unload_and_optionally_merge_module"
@@ -52,10 +54,14 @@ def check_layers(layers: Sequence[tuple[str, Any]], exact_merge: str | None) -> 
         deque(_tied_groups(layer for _, layer in layers), maxlen=0)
 
 
-def set_exact_merges(layers: Iterable[Any], location: str | None) -> None:
+def set_exact_merges(
+    layers: Iterable[Any], location: str | None, modules: Iterable[nn.Module] = ()
+) -> None:
     """Let the merges of LoRA layers keep copies of their bases at `location`; None: no longer.
 
     A merged layer with a copy keeps the copy until it is unmerged.
+
+    modules: the model's, of which some may share a base's memory without an adapter.
     """
     exact_merges = []
     for layer in layers:
@@ -72,8 +78,14 @@ def set_exact_merges(layers: Iterable[Any], location: str | None) -> None:
             layer.exact_merge = exact_merge
         exact_merge.location = location
         exact_merges.append(exact_merge)
+    slots = _slots_by_address(modules) if exact_merges else {}
     for exact_merge in exact_merges:
         exact_merge.tied = []
+        exact_merge.modules = [
+            module
+            for base, name in written_parameters(exact_merge.layer)
+            for module, _ in slots.get(_address(base._parameters[name]), ())
+        ]
     for group in _tied_groups(exact_merge.layer for exact_merge in exact_merges):
         for layer in group:
             tied = _exact(layer).tied
@@ -159,6 +171,25 @@ def _tied_groups(layers: Iterable[Any]) -> Iterator[list[Any]]:
         yield [span[4] for span in group]
 
 
+class _WeakReference:
+    """A weak reference whose copy or pickle refers to the copy of its object."""
+
+    def __init__(self, referent: Any) -> None:
+        self.__setstate__((referent,))
+
+    def __call__(self) -> Any:
+        return self._get()
+
+    def __getstate__(self) -> tuple[Any]:
+        return (self._get(),)
+
+    def __setstate__(self, state: tuple[Any]) -> None:
+        (referent,) = state
+        self._get: Callable[[], Any] = lambda: None
+        if referent is not None:
+            self._get = weakref.ref(referent)
+
+
 class ExactMerge:
     """PEFT's merge and unmerge of one layer, with a copy of the base.
 
@@ -166,21 +197,21 @@ class ExactMerge:
 
     Attributes:
         location: "host" or "device", of the copy; None: the layer drops this object once unmerged.
-        originals: copies of the base's parameters before the merge; None while nothing is merged.
+        originals: copies of the base's parameters before the merge; None while nothing is merged,
+            and after a merged base was loaded.
         tied: the ExactMerge of each other layer whose base shares memory with this layer's.
+        modules: the modules of the model with a parameter in the base's memory.
     """
 
     def __init__(self, layer: Any, location: str | None) -> None:
-        self._layer = weakref.ref(layer)  # a strong reference would be a cycle
+        self._layer = _WeakReference(layer)  # a strong reference would be a cycle
         self.location = location
         self.originals: list[_Dense | _FourBit] | None = None
         self.tied: list[ExactMerge] = []
+        self.modules: list[nn.Module] = []
         self._caches: dict[str, Any] = {}
+        self._handles: list[Any] = []  # of the hooks that notice a load
         self._is_delegating = False  # True while PEFT's methods run, which call each other
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        attributes = {name: value for name, value in vars(self).items() if name != "_layer"}
-        return ExactMerge, (self.layer, self.location), attributes
 
     @property
     def layer(self) -> Any:
@@ -201,15 +232,16 @@ class ExactMerge:
 
         If PEFT's merge raises before an adapter counts as merged, the base is copied back.
         """
-        layer = self.layer
+        layer, group = self.layer, (self, *self.tied)
         if self._is_delegating:
             return self._peft("merge", safe_merge, adapter_names)
-        is_first = not any(exact_merge.is_merged for exact_merge in (self, *self.tied))
-        for exact_merge in (self, *self.tied) if is_first else ():
+        is_first = not any(exact_merge.is_merged for exact_merge in group)
+        for exact_merge in group if is_first else ():
             exact_merge._free_copy()
         if not _has_any(layer, adapter_names):
             return self._peft("merge", safe_merge, adapter_names)
-        if self.originals is None:
+        has_copy = any(exact_merge.originals is not None for exact_merge in group)
+        if self.originals is None and (is_first or has_copy):
             self._copy_base()
         try:
             self._peft("merge", safe_merge, adapter_names)
@@ -224,17 +256,21 @@ class ExactMerge:
     def unmerge(self) -> None:
         """Copy the base back and free the copy.
 
-        While another layer is merged into the same tied base, subtract as PEFT does instead.
+        Subtract as PEFT does instead if the merged base was loaded meanwhile, or while another
+        layer is merged into the same tied base.
         """
         layer, group = self.layer, (self, *self.tied)
-        is_last = not any(exact_merge.is_merged for exact_merge in self.tied)
-        if self._is_delegating or not layer.merged or self.originals is None or not is_last:
+        if self._is_delegating:
             return self._peft("unmerge")
-        for exact_merge in group:
-            exact_merge._restore()
-        layer.merged_adapters.clear()
-        vars(layer).pop("merge_loss", None)
-        for exact_merge in group:
+        is_last = layer.merged and not any(exact_merge.is_merged for exact_merge in self.tied)
+        if is_last and self.originals is not None:
+            for exact_merge in group:
+                exact_merge._restore()
+            layer.merged_adapters.clear()
+            vars(layer).pop("merge_loss", None)
+        else:
+            self._peft("unmerge")
+        for exact_merge in group if is_last else ():
             exact_merge._free_copy()
             if exact_merge.location is None:
                 exact_merge.remove()
@@ -254,8 +290,9 @@ class ExactMerge:
 
     def remove(self) -> None:
         """Restore PEFT's methods of the layer."""
-        for name in (*_METHODS, "exact_merge"):
-            vars(self.layer).pop(name, None)
+        layer = self.layer
+        for name in (*_METHODS, "exact_merge") if layer is not None else ():
+            vars(layer).pop(name, None)
 
     def _peft(self, method: str, *args: Any) -> None:
         with as_peft([self.layer]):
@@ -273,6 +310,9 @@ class ExactMerge:
                 originals.append(_copy_of(slot, self.location == "host"))
         self._caches = dict(getattr(self.layer, "_caches", {}))
         self.originals = originals
+        modules = dict.fromkeys([*self.modules, *(original.slot[0] for original in originals)])
+        hook = _LoadHook(self)
+        self._handles = [module.register_load_state_dict_pre_hook(hook) for module in modules]
 
     def _restore(self) -> None:
         if self.originals is None:
@@ -283,7 +323,45 @@ class ExactMerge:
             self.layer._caches = self._caches
 
     def _free_copy(self) -> None:
+        self.forget_copy()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def forget_copy(self) -> None:
+        """Free the copy, which is the base of no merged layer any more."""
         self.originals, self._caches = None, {}
+
+
+class _LoadHook:
+    """A `load_state_dict` pre-hook that frees the copies of a merged base that is loaded.
+
+    The loaded values count as merged ones, as they do for PEFT. Restoring the copy would lose them.
+    """
+
+    def __init__(self, exact_merge: ExactMerge) -> None:
+        self._exact_merge = _WeakReference(exact_merge)  # which refers to the module
+
+    def __call__(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        exact_merge = self._exact_merge()
+        if exact_merge is None or exact_merge.originals is None:
+            return
+        slots = [original.slot for original in exact_merge.originals]
+        addresses = {_address(base._parameters[name]) for base, name in slots}
+        if any(
+            p is not None and prefix + name in state_dict and _address(p) in addresses
+            for name, p in module._parameters.items()
+        ):
+            for each in (exact_merge, *exact_merge.tied):
+                each.forget_copy()
+            warnings.warn(
+                "exact_merge: weights were loaded into a merged base. Unmerging subtracts the "
+                "adapter's update from them and rounds, as PEFT does. Call model.unmerge_adapter() "
+                "before load_state_dict to load a base without an adapter in it.",
+                stacklevel=2,
+            )
 
 
 @contextmanager
@@ -416,7 +494,10 @@ def merged_weights(
     merged.
 
     Args:
-        model: a PEFT model with LoRA layers, on devices, and not offloaded.
+        model: a PEFT model with LoRA layers, on devices, and not offloaded. Call and consume this
+            function inside of `deepspeed.zero.GatheredParameters(model.parameters())` under
+            ZeRO-3, and of `FullyShardedDataParallel.summon_full_params(model)` under FSDP1. Under
+            FSDP2 the tensors are DTensors.
         adapter_names: the adapters to merge; None: the active ones.
         safe_merge: whether PEFT refuses NaN and infinity.
 
@@ -425,8 +506,9 @@ def merged_weights(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it has no LoRA layers, a weight is offloaded, a layer is an
-            `nn.MultiheadAttention`, or over a packed weight; or PEFT's merge raises it.
+        ValueError: it has no LoRA layers, a weight is offloaded or sharded, a layer is an
+            `nn.MultiheadAttention` or over a packed weight, FSDP2 shards a 4-bit weight; or PEFT's
+            merge raises it.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), LoraConfig(target_modules=["0"]))
@@ -435,84 +517,150 @@ def merged_weights(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
-    root: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    root = _base_model(model)
     if not any(isinstance(module, LoraLayer) for module in root.modules()):
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
+    _check_gathered(model)
+    check_merge(root, adapter_names)
     for name, module in root.named_modules():
-        if isinstance(module, MultiheadAttention):
-            raise ValueError(f"model: got {name}, an nn.MultiheadAttention, want other layers")
-    for name, t in root.state_dict().items():
-        if t.is_meta:
-            raise ValueError(f"model: got {name} offloaded, or on meta, want it on a device")
-    check_merge(root.named_modules(), adapter_names)
-    return _merged_weights(root, adapter_names, safe_merge)
+        if isinstance(module, LoraLayer) and (reason := _uncopyable_reason(module)) is not None:
+            raise ValueError(f"model: got {name}, {reason}")
+        tensors = module._parameters | module._buffers
+        for key, t in tensors.items():
+            if t is not None and t.is_meta and key not in module._non_persistent_buffers_set:
+                raise ValueError(
+                    f"model: got {name}.{key} offloaded, or on meta, want it on a device"
+                )
+    return _merged_weights(model, adapter_names, safe_merge)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """Return the base of a PEFT model, which modules without tensors may wrap, as DDP and FSDP do.
+
+    A model without a `PeftModel` is returned itself.
+    """
+    inner = model
+    while not isinstance(inner, PeftModel):
+        if len(inner._modules) != 1 or inner._parameters or inner._buffers:
+            return model
+        (inner,) = inner.children()
+    return inner.get_base_model()
+
+
+def _check_gathered(model: nn.Module) -> None:
+    """Raise ValueError if ZeRO-3 or FSDP1 shards a parameter at present."""
+    if (ungathered := find_ungathered(model)) is not None:
+        raise ValueError(f"model: got {ungathered}")
+
+
+def _uncopyable_reason(layer: Any) -> str | None:
+    """Return why PEFT cannot merge into a copy of the layer's base, and the remedy."""
+    if isinstance(layer, MultiheadAttention):
+        return "an nn.MultiheadAttention, want other layers"
+    base = layer.get_base_layer()
+    weights: list[Any] = [base._parameters[n] for _, n in written_parameters(layer) if n != "bias"]
+    # A model below FSDP1's outermost wrapper has no record of its state.
+    if any(p.dim() < 2 for p in weights) or not (weights or base.state_dict()):
+        return f"whose base is {FLATTENED}"
+    if not weights and isinstance(getattr(base, "weight", None), nn.Parameter):
+        return f"whose base is wrapped in {type(base).__name__}, want it in no wrapper of its own"
+    return None
+
+
+class _Entry(NamedTuple):
+    """What a key of the state dict belongs to.
+
+    name: the key in the base model; None for entries that `merge_and_unload` drops: adapters, and
+        the modules that `modules_to_save` replaces.
+    layer: the outermost layer of PEFT above the tensor.
+    base_key: the key in the base of that layer.
+    slot: the parameter, if the tensor is one or belongs to one, as scales do.
+    """
+
+    name: str | None
+    layer: Any = None
+    base_key: str = ""
+    slot: Slot | None = None
 
 
 def _merged_weights(
-    root: nn.Module, adapter_names: list[str] | None, safe_merge: bool
+    model: nn.Module, adapter_names: list[str] | None, safe_merge: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    units = _units(root)
-    groups = _group_units(root, units)
+    _check_gathered(model)  # again, because a context may have ended since
+    root = _base_model(model)
+    modules = list(root.modules())
+    units = _units(modules)
+    groups = _group_units(modules, units)
+    state = root.state_dict()
+    entries = {key: _locate(root, key) for key in state}
+    # The keys of the entries of a layer of PEFT, and of parameters outside of these layers.
+    names, keys = dict[str, str](), dict[Any, list[str]]()
+    for key, entry in entries.items():
+        if entry.name is not None:
+            names[key] = entry.name
+            keys.setdefault(entry.layer or entry.slot, []).append(key)
     yielded: set[str] = set()
-    for key, t in root.state_dict().items():
-        name, unit, slot = _locate(root, key)
-        if name is None or key in yielded:
+    for key, t in state.items():
+        _, layer, _, slot = entries[key]
+        if key not in names or key in yielded:
             continue
         address = None if slot is None else _address(slot[0]._parameters[slot[1]])
-        members, slots = groups.get(unit) or groups.get(address) or ([], [])
+        members, slots = groups.get(layer) or groups.get(address) or ([], [])
         if not members:
-            yield name, t
+            yield names[key], t
             continue
-        layers = [layer for member in members for layer in units[member]]
+        layers = [inner for member in members for inner in units[member]]
         with merged_copies(layers, slots, safe_merge, adapter_names):
             # The parameters of tied modules without an adapter belong to this group too.
-            tensors = {tied_key: p.detach() for tied_key, p in _parameters_at(root, slots)}
+            parameters: dict[Slot, Any] = {(m, n): m._parameters[n] for m, n in slots}
+            tensors: dict[str, Tensor] = {
+                tied_key: p.detach()
+                for slot, p in parameters.items()
+                for tied_key in keys.get(slot, ())
+            }
             for member in members:
-                prefix = f"{member}{'.base_layer' * len(units[member])}."
-                tensors |= units[member][-1].base_layer.state_dict(prefix=prefix)
+                merged = units[member][-1].base_layer.state_dict()
+                tensors |= {k: merged[entries[k].base_key] for k in keys.get(member, ())}
+                del merged
+            parameters.clear()
         yielded |= tensors.keys()
         for tied_key in list(tensors):
             t = tensors.pop(tied_key)
-            name = _locate(root, tied_key)[0]
-            if name is not None:
-                yield name, t
+            yield names[tied_key], t
         del t
 
 
-def _units(root: nn.Module) -> dict[str, list[Any]]:
-    """Return name -> a layer of PEFT followed by the layers nested in it."""
-    units: dict[str, list[Any]] = {}
+def _units(modules: Iterable[nn.Module]) -> dict[Any, list[Any]]:
+    """Return each layer of PEFT that is not nested -> this layer, and those nested in it."""
+    units: dict[Any, list[Any]] = {}
     nested: set[Any] = set()
-    for name, module in root.named_modules():
+    for module in modules:
         if isinstance(module, BaseTunerLayer) and module not in nested:
             layers: list[Any] = [module]
             while isinstance(layers[-1].base_layer, BaseTunerLayer):
                 layers.append(layers[-1].base_layer)
             nested.update(layers)
-            units[name] = layers
+            units[module] = layers
     return units
 
 
 def _group_units(
-    root: nn.Module, units: dict[str, list[Any]]
-) -> dict[Any, tuple[list[str], list[Slot]]]:
+    modules: Iterable[nn.Module], units: dict[Any, list[Any]]
+) -> dict[Any, tuple[list[Any], list[Slot]]]:
     """Return unit or address -> the units that are merged together, and all their parameters.
 
     Layers that share a base are merged into the same copy, one after another.
     """
-    slots: dict[Any, list[Slot]] = {}
-    for module in root.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                slots.setdefault(_address(p), []).append((module, name))
-    writes: dict[str, set[Any]] = {}
-    writers: dict[Any, list[str]] = {}
+    slots = _slots_by_address(modules)
+    writes: dict[Any, set[Any]] = {}
+    writers: dict[Any, list[Any]] = {}
     for unit, layers in units.items():
         written_slots = [slot for layer in layers for slot in written_parameters(layer)]
         writes[unit] = {_address(module._parameters[name]) for module, name in written_slots}
         for address in writes[unit]:
             writers.setdefault(address, []).append(unit)
-    groups: dict[Any, tuple[list[str], list[Slot]]] = {}
+    order = {unit: i for i, unit in enumerate(units)}
+    groups: dict[Any, tuple[list[Any], list[Slot]]] = {}
     for unit in units:
         if unit in groups:
             continue
@@ -520,59 +668,68 @@ def _group_units(
         for member in members:
             members += {x for a in writes[member] for x in writers[a]}.difference(members)
         addresses = set[Any]().union(*(writes[member] for member in members))
-        members.sort(key=list(units).index)
+        members.sort(key=order.__getitem__)
         group = members, [slot for address in addresses for slot in slots[address]]
         groups |= dict.fromkeys([*members, *addresses], group)
     return groups
 
 
+def _slots_by_address(modules: Iterable[nn.Module]) -> dict[Any, list[Slot]]:
+    """Return address -> the parameters of these modules there."""
+    slots: dict[Any, list[Slot]] = {}
+    for module in modules:
+        for name, p in module._parameters.items():
+            if p is not None:
+                slots.setdefault(_address(p), []).append((module, name))
+    return slots
+
+
 def _address(p: Any) -> Any:
     t = _local(p)
-    return (t.device, t.data_ptr()) if t.numel() else id(p)
+    return (t.device, t.data_ptr()) if t.data_ptr() else id(p)  # 0: empty, or on meta
 
 
-def _parameters_at(root: nn.Module, slots: Sequence[Slot]) -> Iterator[tuple[str, Any]]:
-    """Yield these parameters by all their keys in the state dict."""
-    requested = {(id(module), name) for module, name in slots}
-    for path, module in root.named_modules(remove_duplicate=False):
-        for name, p in module._parameters.items():
-            if (id(module), name) in requested:
-                yield f"{path}.{name}" if path else name, p
-
-
-def _locate(root: nn.Module, key: str) -> tuple[str | None, str | None, Slot | None]:
-    """Return a key's name in the base model, the name of PEFT's layer above it, and its parameter.
-
-    The name is None for entries that `merge_and_unload` drops: adapters, and the modules that
-    `modules_to_save` replaces.
-    """
+def _locate(root: nn.Module, key: str) -> _Entry:
+    """Return what a key of the state dict belongs to."""
     module: Any = root
-    path: list[str] = []
     name: list[str] = []
-    unit: str | None = None
+    layer: Any = None
+    base_key = ""
     parts = key.split(".")
     while parts:
         part = parts.pop(0)
+        module = _owner(module, part)
         if isinstance(module, BaseTunerLayer):
             if part != "base_layer":
-                return None, unit, None
-            unit = ".".join(path) if unit is None else unit
+                return _Entry(None)
+            layer, base_key = layer or module, ".".join(parts)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             unloaded_path = _unloaded_path(module)
             if [part, *parts[: len(unloaded_path) - 1]] != unloaded_path:
-                return None, unit, None
+                return _Entry(None)
             for expected in unloaded_path[1:]:
-                path.append(part)
                 module, part = module._modules[part], parts.pop(0)
                 assert part == expected
         else:
             name.append(part)
         if part not in module._modules:
             slot = (module, part) if module._parameters.get(part) is not None else None
-            return ".".join([*name, *parts]), unit, slot
-        path.append(part)
+            return _Entry(".".join([*name, *parts]), layer, base_key, slot)
         module = module._modules[part]
-    return ".".join(name), unit, None
+    return _Entry(".".join(name), layer, base_key)
+
+
+def _owner(module: nn.Module, part: str) -> nn.Module:
+    """Return the module that has a child or tensor of this name: `module`, or one that it wraps.
+
+    The wrappers of FSDP1 and of activation checkpointing are in no key of the state dict.
+    """
+    inner = module
+    while not any(part in names for names in (inner._modules, inner._parameters, inner._buffers)):
+        if len(inner._modules) != 1:
+            return module
+        (inner,) = inner.children()
+    return inner
 
 
 def _unloaded_path(wrapper: Any) -> list[str]:

@@ -7,19 +7,15 @@ freed. The formats were read in compressed-tensors 0.20 and torchao 0.18.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..quantization import Weight4bit
 from ..quantization.packed_state import register_state_hooks
 from ..quantization.tensor4bit import Tensor4bit
+from .mergeable import refuse_merges
 from .modules import hooks_of, is_compressed_forward
 
 # The parameters and instance attributes that compressed-tensors adds to an nn.Linear.
@@ -86,56 +82,6 @@ def pack_base(base: Any) -> bool:
     register_state_hooks(base)
     refuse_merges()
     return True
-
-
-def refuse_merges() -> None:
-    """Let PEFT's models check a merge by `check_merge` before they change the first layer.
-
-    PEFT merges layer after layer, so an error of one layer would leave those before it merged.
-    The check is for the whole process, and passes over models without packed weights.
-    """
-    for name in ("merge_adapter", "_unload_and_optionally_merge"):
-        method = getattr(BaseTuner, name)
-        if not hasattr(method, "checks_packed"):
-            setattr(BaseTuner, name, _with_check(method))
-
-
-def _with_check(method: Any) -> Any:
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        if arguments.get("merge", True):
-            check_merge(self.model.named_modules(), arguments.get("adapter_names"))
-        return method(self, *args, **kwargs)
-
-    merge.checks_packed = True  # type: ignore[attr-defined]
-    return merge
-
-
-def check_merge(
-    named_modules: Iterable[tuple[str, nn.Module]], adapter_names: list[str] | None = None
-) -> None:
-    """Raise ValueError if PEFT would merge one of the adapters into a packed weight.
-
-    adapter_names: None: each layer's active adapters.
-    """
-    for name, layer in named_modules:
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-        weight = layer.get_base_layer()._parameters.get(parameter)
-        if not isinstance(weight, Tensor4bit):
-            continue
-        adapters = layer.active_adapters if adapter_names is None else adapter_names
-        present = {key for part in layer.adapter_layer_names for key in getattr(layer, part, {})}
-        if unmerged := present.intersection(adapters).difference(layer.merged_adapters):
-            raise ValueError(
-                f"{name}: got a merge of adapter {min(unmerged)!r} into a frozen weight in "
-                f"{weight.quant_type}, want a dense one: save the adapter, load the model decoded, "
-                "the adapter with PeftModel.from_pretrained, and merge there"
-            )
 
 
 def quantizes_input(base: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Placeholders for parameters that FSDP2 or ZeRO-3 shards until a layer's forward."""
+"""Parameters that FSDP or ZeRO-3 shards until a layer's forward, and placeholders for them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import torch
 from torch import nn
 
 from .zero3 import as_gathered, is_gathered_in_call, is_partitioned
+
+FLATTENED = (
+    "flattened by FSDP1, want it whole, as inside of "
+    "FullyShardedDataParallel.summon_full_params(model)"
+)
 
 
 @contextmanager
@@ -40,6 +45,26 @@ def gathered_parameters(model: nn.Module, name: str) -> Iterator[str | None]:
         for module, key, p in sharded:
             module._parameters[key] = p
             vars(getattr(module, "quant_state", None) or module).pop("_lora_kernels", None)
+
+
+def find_ungathered(model: nn.Module) -> str | None:
+    """Return the first parameter that ZeRO-3 or FSDP1 shards at present, and how to gather it."""
+    for path, module in model.named_modules():
+        # The record of FSDP1's wrapper. A bias has one dimension, whole or sharded.
+        handle: Any = getattr(module, "_handle", None)
+        flat = getattr(handle, "flat_param", None)
+        if flat is not None and handle.is_sharded(flat):
+            return f"{path}.{flat._fqns[0]}".lstrip(".") + f" {FLATTENED}"
+        p: Any
+        for name, p in module._parameters.items():
+            if getattr(p, "_is_flat_param", False):
+                return f"{path}.{p._fqns[0]}".lstrip(".") + f" {FLATTENED}"
+            if is_partitioned(p) and p.shape != p.ds_shape:
+                return (
+                    f"{path}.{name} of shape {list(p.shape)}, want {list(p.ds_shape)}: ZeRO-3 "
+                    "partitions it outside of deepspeed.zero.GatheredParameters(model.parameters())"
+                )
+    return None
 
 
 def _is_gathered(modules: Sequence[nn.Module], p: Any) -> bool:

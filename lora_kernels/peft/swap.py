@@ -19,7 +19,6 @@ from torch import nn
 from .. import qualification
 from ..choice import choose as selection
 from ..choice import verdicts
-from ..quantization.tensor4bit import Tensor4bit
 from . import foreign
 from .adalora import FusedSVDLinear
 from .base import missing_layers
@@ -31,9 +30,10 @@ from .groups import add_groups, remove_groups
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
 from .merge import check_exact_merge, check_layers, set_exact_merges
+from .mergeable import refuse_merges
 from .mlp import fuse_mlps, restore_mlps
 from .modules import is_conv1d, is_linear4bit, patched_reason
-from .packed import pack_base, refuse_merges
+from .packed import pack_base
 from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -98,7 +98,9 @@ def fuse(
             2 bytes an element for bfloat16, the packed bytes and scales for 4 bits, once for tied
             weights. A copy does not follow `to()`. At unmerge the base gets the copy's values in
             its new dtype, on its new device. `merge_and_unload` makes no copy. Layers that are left
-            to PEFT keep copies too.
+            to PEFT keep copies too. If `load_state_dict` loads a merged base, its copy is freed
+            with a warning, and unmerging subtracts as PEFT does. Other writes to a merged base, by
+            `.data` or an optimizer, are lost when it is unmerged.
 
     Raises:
         TypeError: `model` is not a module.
@@ -116,13 +118,12 @@ def fuse(
     for _, layer, _ in lora_layers(model):
         if not isinstance(layer, ParamWrapper):
             pack_base(layer.get_base_layer())
-    if any(isinstance(p, Tensor4bit) for p in model.parameters()):
-        refuse_merges()
     layers = list(lora_layers(model))
     if not layers and not loss:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
     check_layers([(name, layer) for name, layer, _ in layers], exact_merge)
-    set_exact_merges((layer for _, layer, _ in layers), exact_merge)
+    set_exact_merges((layer for _, layer, _ in layers), exact_merge, model.modules())
+    refuse_merges()
     for name, layer, reason in layers:
         _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
-from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft import explain, fuse, merged_weights, unfuse
 from lora_kernels.peft.swap import fused_layers
 from tests.finetune.test_distributed import NEEDS_GLOO, experts_to_shard, ids_of, launch
 from tests.finetune.tiny import gpt2, llama
@@ -234,6 +234,8 @@ def run(
     storages.remove()
     with deepspeed.zero.GatheredParameters(list(trained.values())):
         found |= {f"trained {n}": p.detach().clone() for n, p in trained.items()}
+    if zero is None:  # all parameters are partitioned
+        found |= merged(peft_model, is_dense=model in ("dense", "one layer"))
     if fused:
         unfuse(peft_model)
     engine.eval()
@@ -241,6 +243,29 @@ def run(
         found["unfused"] = engine(input_ids=ids_of(0)).logits
     engine.destroy()
     del alive
+    return found
+
+
+def merged(peft_model: Any, is_dense: bool) -> dict[str, Any]:
+    """What `merged_weights` gives for gathered parameters. It raises for partitioned ones."""
+    import deepspeed
+
+    want = r"model: got .* of shape \[0\], want \[.* ZeRO-3 .* deepspeed.zero.GatheredParameters"
+    with pytest.raises(ValueError, match=want):
+        merged_weights(peft_model)
+    if not is_dense:
+        return {}
+    with deepspeed.zero.GatheredParameters(list(peft_model.parameters())):
+        stream = merged_weights(peft_model)
+        found = {f"merged {name}": t.clone() for name, t in merged_weights(peft_model)}
+        layer = peft_model.get_base_model().model.layers[0].self_attn.q_proj
+        A, B = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+        q_proj = layer.base_layer.weight.double() + layer.scaling["default"] * B @ A
+        got = found["merged model.layers.0.self_attn.q_proj.weight"].double()
+        # Sums of three float32 terms, beside a weight.
+        assert (got - q_proj).norm() <= 2.0**-21 * q_proj.norm()
+    with pytest.raises(ValueError, match=want):  # it is consumed too late
+        next(stream)
     return found
 
 

@@ -9,7 +9,9 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,7 @@ from tests.support.peft_models import (
     token_ids,
     two_adapters,
 )
+from tests.support.processes import run_in_ranks
 
 f32, bf16 = torch.float32, torch.bfloat16
 PLACES = pytest.mark.parametrize("place", ["host", "device"])
@@ -577,6 +580,160 @@ def test_copy_of_a_merged_model_gives_the_base_back(kind: str, how: str) -> None
     assert_base(model, before)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copy_of_tied_exact_merges_ties_the_copies(how: str) -> None:
+    """A copy whose layers do not know each other keeps a base, or gives back a merged one."""
+    model = fuse(tied(bf16), exact_merge="host")
+    model = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    base = model.get_base_model()
+    embedding, head = base.model.embed_tokens, base.lm_head
+    assert embedding.exact_merge.tied == [head.exact_merge]
+    assert head.exact_merge.tied == [embedding.exact_merge]
+    before, lora_B = base_bytes(model), embedding.lora_embedding_B["default"]
+    values = lora_B.detach().clone()
+    head.merge()
+    with torch.no_grad():
+        lora_B.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        embedding.merge(safe_merge=True)
+    with torch.no_grad():
+        lora_B.copy_(values)
+    head.unmerge()
+    assert_base(model, before)
+    assert not copies(model)
+
+
+def test_copy_of_a_layer_whose_tied_layer_is_gone_gives_the_base_back() -> None:
+    model = fuse(tied(bf16), exact_merge="host")
+    base = model.get_base_model()
+    base.lm_head = base.lm_head.base_layer
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = base_bytes(other)
+        other.merge_adapter()
+        unfuse(other)
+        other.unmerge_adapter()
+        assert_base(other, before)
+
+
+# A base that is loaded while it is merged
+
+# PEFT's merge of experts in 4 bits changes nothing. Assigning unties, and drops 4-bit scales.
+LOADED = [(kind, False) for kind in KINDS if kind != "experts in 4 bits"]
+LOADED += [(kind, True) for kind in ("linear", "dora", "embedding", "experts")]
+NOTICE = "exact_merge: weights were loaded into a merged base"
+
+
+def new_base(model: Any) -> dict[str, Tensor]:
+    """Other values for the base's parameters, by their keys."""
+    keys = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    state = {key: t for key, t in model.state_dict().items() if key in keys and "lora_" not in key}
+    return {key: t.flip(0).clone() for key, t in state.items()}
+
+
+@pytest.mark.parametrize(("kind", "assign"), LOADED)
+def test_exact_merge_of_a_base_loaded_while_merged_unmerges_it_as_peft_does(
+    kind: str, assign: bool
+) -> None:
+    theirs = make(kind)
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    old, state = base_bytes(ours), new_base(ours)
+    for model in (ours, theirs):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match=NOTICE):
+        ours.load_state_dict(state, strict=False, assign=assign)
+    theirs.load_state_dict(state, strict=False, assign=assign)
+    assert not copies(ours)
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+    found = base_bytes(ours)
+    assert_bytes(found, base_bytes(theirs))
+    assert any(not torch.equal(found[name], old[name]) for name in old)
+    ours.merge_adapter()  # with a copy again
+    ours.unmerge_adapter()
+    assert_base(ours, found)
+    assert not any(module._load_state_dict_pre_hooks for module in ours.modules())
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("how", ["model", "module"])
+def test_exact_merge_of_a_base_loaded_by_a_tied_module_unmerges_it(target: str, how: str) -> None:
+    """The other module has no adapter. Files of tied weights have one of their keys."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of tied weights
+        theirs = add_lora(llama(bf16, tie_word_embeddings=True), target_modules=[target])
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    other = "lm_head" if target == "embed_tokens" else "model.embed_tokens"
+    for model in (ours, theirs):
+        base: Any = model.get_base_model()
+        model.merge_adapter()
+        state = {"weight": base.get_submodule(other).weight.detach().flip(0)}
+        with pytest.warns(UserWarning, match=NOTICE) if model is ours else nullcontext():
+            if how == "module":
+                base.get_submodule(other).load_state_dict(state)
+            else:
+                base.load_state_dict({f"{other}.weight": state["weight"]}, strict=False)
+        model.unmerge_adapter()
+    assert_base(ours, base_bytes(theirs))
+
+
+def test_exact_merge_of_another_adapter_after_a_load_keeps_no_copy() -> None:
+    """The copy would be of a base with the first adapter in it."""
+    theirs = two_adapters(mlp(bf16))
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    state = new_base(ours)
+    for model in (ours, theirs):
+        model.merge_adapter(["default"])
+        with pytest.warns(UserWarning, match=NOTICE) if model is ours else nullcontext():
+            model.load_state_dict(state, strict=False)
+        model.merge_adapter(["second"])
+        assert not copies(model)
+        model.unmerge_adapter()
+    assert_base(ours, base_bytes(theirs))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_exact_merge_of_a_copy_that_is_loaded_leaves_the_original_exact(how: str) -> None:
+    model = fuse(mlp(bf16), exact_merge="host")
+    before = base_bytes(model)
+    model.merge_adapter()
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    with pytest.warns(UserWarning, match=NOTICE):
+        other.load_state_dict(new_base(other), strict=False)
+    assert not copies(other)
+    model.unmerge_adapter()
+    assert_base(model, before)
+
+
+def test_exact_merge_and_a_load_of_other_tensors_gives_the_base_back() -> None:
+    """An adapter, and another layer's base."""
+    model = fuse(mlp(bf16), exact_merge="host")
+    before, base = base_bytes(model), model.get_base_model()
+    base.up.merge()
+    adapter = {key: t.flip(0) for key, t in model.state_dict().items() if "lora_" in key}
+    model.load_state_dict(adapter, strict=False)
+    down = {"weight": base.down.base_layer.weight.detach().flip(0)}
+    base.down.base_layer.load_state_dict(down)
+    base.up.unmerge()
+    found = base_bytes(model)
+    assert_bytes(found, before | {"down.weight": down["weight"]})
+
+
+@pytest.mark.parametrize("off", [fuse, unfuse])
+def test_exact_merge_turned_off_and_loaded_while_merged_unmerges_as_peft_does(off: Any) -> None:
+    theirs = mlp(bf16)
+    ours = fuse(copy.deepcopy(theirs), exact_merge="host")
+    for model in (ours, theirs):
+        model.merge_adapter()
+    off(ours)
+    with pytest.warns(UserWarning, match=NOTICE):
+        ours.load_state_dict(new_base(ours), strict=False)
+    theirs.load_state_dict(new_base(theirs), strict=False)
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+    assert_base(ours, base_bytes(theirs))
+    assert not [module for module in ours.modules() if "exact_merge" in vars(module)]
+
+
 def test_exact_merge_of_a_resized_base_raises_and_stays_merged() -> None:
     model = fuse(embedding_model(bf16), exact_merge="host")
     layer = model.get_base_model().tokens
@@ -665,6 +822,86 @@ def test_merges_of_a_model_that_fsdp2_or_accelerate_manages(sharded: bool) -> No
         assert_bytes(back, before)
     finally:
         torch.distributed.destroy_process_group()
+
+
+SHARDED_4BIT = r"got \S*up, whose 4-bit weight FSDP2 shards .* want .* save the adapter"
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Any]:
+    """A mesh of this process."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield torch.distributed.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("exact_merge", [None, "host"])
+def test_merges_of_4_bits_that_fsdp2_shards_raise_before_a_layer_changes(
+    exact_merge: str | None, one_rank: Any
+) -> None:
+    """A dense layer comes before the 4-bit one."""
+    pytest.importorskip("bitsandbytes")
+    base = nn.ModuleDict({"first": nn.Linear(8, 8), "up": four_bit_mlp(True).unload().up})
+    base.is_loaded_in_4bit = True  # type: ignore[assignment]
+    model: Any = add_lora(base, target_modules=["first", "up"])
+    fuse(model, exact_merge=exact_merge)
+    model = torch.distributed.fsdp.fully_shard(model, mesh=one_rank)  # type: ignore[attr-defined]
+    before = {
+        name: t.to_local().clone() for name, t in base_bytes(model).items() if name[-6:] == "weight"
+    }
+    calls = model.merge_adapter, model.merge_and_unload, partial(merged_weights, model)
+    for call in (*calls, model.get_base_model()["up"].merge):
+        with pytest.raises(ValueError, match=SHARDED_4BIT):
+            call()
+        layers = [layer for _, layer, _ in lora_layers(model)]
+        assert len(layers) == 2 and not any(layer.merged for layer in layers)
+        after = base_bytes(model)
+        assert_bytes({name: after[name].to_local() for name in before}, before)  # type: ignore[attr-defined]
+    unfuse(model)
+    for call in calls:
+        with pytest.raises(ValueError, match=SHARDED_4BIT):
+            call()
+
+
+def merge_flattened(rank: int, folder: str) -> None:
+    """Compare `merged_weights` of models in FSDP1's wrappers with those of the whole model."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of FSDP on a CPU
+        for keeps_parameters, policy in ((True, None), (True, LlamaDecoderLayer), (False, None)):
+            model = fuse(add_lora(llama(f32), target_modules=["q_proj", "down_proj"]))
+            model.requires_grad_(keeps_parameters)
+            want = {name: t.clone() for name, t in merged_weights(model)}
+            wrapped = FullyShardedDataParallel(
+                model,
+                auto_wrap_policy=ModuleWrapPolicy({policy}) if policy else None,
+                use_orig_params=keeps_parameters,
+                device_id=torch.device("cpu"),
+            )
+            given = wrapped, model, model.get_base_model()
+            for each in given:
+                with pytest.raises(ValueError, match=r"model: got .* by FSDP1, want .*summon_full"):
+                    merged_weights(each)
+            with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+                for each in given:
+                    assert_bytes(dict(merged_weights(each)), want)
+                stream = merged_weights(wrapped)
+            with pytest.raises(ValueError, match=r"by FSDP1, want .*summon_full_params"):
+                next(stream)
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="no gloo",
+)
+def test_merged_weights_under_fsdp1_raise_unless_they_are_summoned(tmp_path: Path) -> None:
+    run_in_ranks(merge_flattened, tmp_path)
 
 
 # merged_weights
@@ -802,6 +1039,55 @@ def test_merged_weights_hold_at_most_a_layer_at_a_time() -> None:
 
     one, many = most(1), most(6)
     assert many <= one + 4096 and one <= 3 * 128 * 128 * 4 + 8192
+
+
+def test_merged_weights_visit_modules_in_proportion_to_the_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice as many further layers take twice as many further visits."""
+    visits = 0
+    named_modules = nn.Module.named_modules
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        nonlocal visits
+        for each in named_modules(self, *args, **kwargs):
+            visits += 1
+            yield each
+
+    def visits_of(layers: int) -> int:
+        nonlocal visits
+        base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=r"\d+"))
+        visits = 0
+        assert len(list(merged_weights(model))) == 2 * layers
+        return visits
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    few, more, most = (visits_of(layers) for layers in (4, 8, 16))
+    assert few > 0 and most - more == 2 * (more - few)
+
+
+def test_merged_weights_of_checkpointed_layers_are_those_without_a_wrapper() -> None:
+    """The wrapper is in the modules' names, and not in the state dict's."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = add_lora(llama(bf16), target_modules=["q_proj", "down_proj"])
+    want = {name: t.clone() for name, t in merged_weights(model)}
+    layers = model.get_base_model().model.layers
+    layers[1] = checkpoint_wrapper(layers[1])
+    assert_bytes(dict(merged_weights(model)), want)
+    assert_bytes(dict(merged_weights(nn.DataParallel(model))), want)
+
+
+def test_merged_weights_of_a_base_in_a_wrapper_of_its_own_raise() -> None:
+    """PEFT's merge would write into the model's own weight."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = mlp(bf16)
+    up = model.get_base_model().up
+    up.base_layer = checkpoint_wrapper(up.base_layer)
+    with pytest.raises(ValueError, match=r"model: got up, whose base is wrapped in CheckpointW"):
+        merged_weights(model)
 
 
 def test_merges_of_multihead_attention_raise() -> None:

@@ -15,7 +15,7 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from ..layers.experts import DOWN, GATE_UP
 from ..peft.mergeable import refuse_merges
 from ..quantization import Weight4bit
-from ..quantization.packed_state import register_state_hooks
+from ..quantization.packed_state import build_parameter, register_state_hooks
 from ..quantization.tensor4bit import Tensor4bit
 
 PROJECTIONS = GATE_UP, DOWN
@@ -78,8 +78,8 @@ class Pack(ConversionOps):
                 f"{full_layer_name}: got tensor or expert parallelism, which packed MXFP4 lacks: "
                 "load it outside of packed_mxfp4()"
             )
-        packed = Tensor4bit(Weight4bit.from_mxfp4(blocks, scales, parameter.dtype), True)
-        return {full_layer_name: nn.Parameter(packed, requires_grad=False)}
+        packed = Weight4bit.from_mxfp4(blocks, scales, parameter.dtype)
+        return {full_layer_name: build_parameter(packed, is_transposed=True)}
 
 
 class PackedMxfp4Quantizer(Mxfp4HfQuantizer):

@@ -24,15 +24,17 @@ def refuse_merges() -> None:
 
     This holds for the whole process.
     """
-    for name in _MERGES:
-        method = getattr(BaseTuner, name)
-        if not hasattr(method, "checks_layers"):
-            setattr(BaseTuner, name, _with_check(method))
+    for cls in (BaseTuner, *BaseTuner.__subclasses__()):
+        for name in _MERGES:
+            method: Any = vars(cls).get(name)
+            if method is None or hasattr(method, "checks_layers"):
+                continue
+            signature = inspect.signature(method)
+            if "adapter_names" in signature.parameters:  # else it calls the base class's
+                setattr(cls, name, _with_check(method, signature))
 
 
-def _with_check(method: Any) -> Any:
-    signature = inspect.signature(method)
-
+def _with_check(method: Any, signature: inspect.Signature) -> Any:
     @functools.wraps(method)
     def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(self, *args, **kwargs).arguments

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization import Weight4bit
-from ..quantization.packed_state import register_state_hooks
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization.packed_state import build_parameter, register_state_hooks
 from .mergeable import refuse_merges
 from .modules import hooks_of, is_compressed_forward
 
@@ -78,7 +77,7 @@ def pack_base(base: Any) -> bool:
         weight = _read_torchao(base)
     if weight is None:
         return False
-    base._parameters["weight"] = nn.Parameter(Tensor4bit(weight), requires_grad=False)
+    base._parameters["weight"] = build_parameter(weight)
     register_state_hooks(base)
     refuse_merges()
     return True

@@ -10,17 +10,18 @@ A module's `Tensor4bit` is saved as plain tensors, so that safetensors and `torc
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .tensor4bit import Tensor4bit, fields_of
-from .weight4bit import Weight4bit, dtype_name, parse_json
+from .tensor4bit import FORMAT_VERSION, INNER, Tensor4bit
+from .weight4bit import Weight4bit, parse_json
 
-FORMAT_VERSION = 1
 _FORM = "form"
 
 
@@ -40,7 +41,8 @@ def pack_parameter(
 
     Raises:
         TypeError: `weight` is no `Weight4bit`.
-        ValueError: the module has no such parameter, or it has another shape.
+        ValueError: the module has no such parameter, or it has another shape; or the module is an
+            `nn.MultiheadAttention`.
 
     >>> import torch
     >>> from lora_kernels.quantization import pack_parameter, quantize_4bit
@@ -51,16 +53,33 @@ def pack_parameter(
     """
     if not isinstance(weight, Weight4bit):
         raise TypeError(f"weight: got {type(weight).__name__}, want a Weight4bit")
+    if isinstance(module, nn.MultiheadAttention):
+        raise ValueError(
+            "module: got an nn.MultiheadAttention, whose weights PEFT replaces in each forward, "
+            "want another module"
+        )
     if (current := module._parameters.get(name)) is None:
         want = ", ".join(module._parameters) or "none"
         raise ValueError(f"name: got {name!r}, want one of the module's parameters: {want}")
-    tensor = Tensor4bit(weight, is_transposed)
+    tensor = build_parameter(weight, is_transposed)
     if tensor.shape != current.shape:
         raise ValueError(
             f"weight: got {list(tensor.shape)}, want {list(current.shape)}, the shape of {name}"
         )
-    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    module._parameters[name] = tensor
     register_state_hooks(module)
+
+
+def build_parameter(weight: Weight4bit, is_transposed: bool = False) -> nn.Parameter:
+    """Return a frozen parameter of a packed weight, which shares its tables with no other weight.
+
+    So each entry of a state dict is the weight's own memory, as PyTorch has it.
+    """
+    tables = {"code": weight.code.clone()}
+    if weight.nested_code is not None:
+        tables["nested_code"] = weight.nested_code.clone()
+    weight = dataclasses.replace(weight, **tables)  # type: ignore[arg-type]
+    return nn.Parameter(Tensor4bit(weight, is_transposed), requires_grad=False)
 
 
 def register_state_hooks(module: nn.Module) -> None:
@@ -68,6 +87,35 @@ def register_state_hooks(module: nn.Module) -> None:
     if _save not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_save)
         module.register_load_state_dict_pre_hook(_load)
+    if find_spec("accelerate") is not None:
+        _read_in_offloading()
+
+
+def _read_in_offloading() -> None:
+    """Let accelerate's hooks, which offload a state dict, find a packed weight by its name.
+
+    This holds for the whole process.
+    """
+    from accelerate.utils.offload import PrefixedDataset  # type: ignore[import-untyped]
+
+    original = PrefixedDataset.__getitem__
+    if hasattr(original, "reads_packed"):
+        return
+
+    def get(self: Any, key: str) -> Any:
+        try:
+            return original(self, key)
+        except KeyError:
+            entries = {}
+            for name in (_FORM, *INNER):
+                with suppress(KeyError):
+                    entries[f"{key}.{name}"] = original(self, f"{key}.{name}")
+            if f"{key}.{_FORM}" not in entries:
+                raise
+        return tensor_from_entries(entries, key)
+
+    get.reads_packed = True  # type: ignore[attr-defined]
+    PrefixedDataset.__getitem__ = get
 
 
 def _packed_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor4bit]]:
@@ -78,26 +126,16 @@ def _packed_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor4bit]]:
 
 def _save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Replace packed weights by their tensors. A hook of `state_dict`."""
-    for name, _ in _packed_parameters(module):
-        tensor = state.pop(prefix + name, None)
-        if isinstance(tensor, Tensor4bit):
-            state.update(entries_of(tensor, prefix + name))
+    for name, p in _packed_parameters(module):
+        if isinstance(state.get(prefix + name), Tensor4bit):
+            del state[prefix + name]
+            state.update(entries_of(p, prefix + name))
 
 
 def entries_of(tensor: Tensor4bit, key: str) -> dict[str, Tensor]:
-    """Return the entries of a packed weight. Codes and scales share memory with the weight."""
-    inner = tensor.inner_tensors()
-    # Weights share tables, and safetensors refuses tensors that share memory.
-    state = {f"{key}.{n}": t.clone() if "code" in n else t for n, t in inner.items()}
-    form = {
-        "version": FORMAT_VERSION,
-        **fields_of(tensor),
-        "dtype": dtype_name(tensor.weight4bit.dtype),
-        "is_transposed": tensor.is_transposed,
-    }
-    text = bytearray(json.dumps(form), "utf-8")
-    state[f"{key}.{_FORM}"] = torch.frombuffer(text, dtype=torch.uint8).to(tensor.device)
-    return state
+    """Return the entries of a packed weight, which share memory with it."""
+    inner = tensor.inner_tensors() | {_FORM: tensor.form}
+    return {f"{key}.{name}": t for name, t in inner.items()}
 
 
 def _load(
@@ -115,16 +153,21 @@ def _load(
         key = prefix + name
         parts = {k: state.pop(k) for k in list(state) if k.startswith(f"{key}.")}
         if not parts:
+            if key not in state:
+                missing_keys += entries_of(p, key)
+            state.setdefault(key, p)
             continue
         try:
-            state[key] = tensor_from_entries(parts, key, p.dtype)
-        except (TypeError, ValueError) as error:
+            if key in state:
+                raise ValueError(f"{key}: got it and {sorted(parts)}, want one of both")
+            state[key] = tensor_from_entries(parts, key)
+        except (TypeError, ValueError, NotImplementedError) as error:
             errors.append(str(error))
             state[key] = p  # no missing key besides
 
 
-def tensor_from_entries(entries: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor4bit:
-    """Return the packed weight of `entries_of`, which decodes to `dtype`.
+def tensor_from_entries(entries: dict[str, Any], key: str) -> Tensor4bit:
+    """Return the packed weight of `entries_of`.
 
     Raises TypeError or ValueError if the entries are incomplete, or of a later version.
     """
@@ -139,8 +182,10 @@ def tensor_from_entries(entries: dict[str, Any], key: str, dtype: torch.dtype) -
         )
     try:
         is_transposed, shape = form.pop("is_transposed"), tuple(form.pop("shape"))
-        weight_dtype = getattr(torch, form.pop("dtype"))
-        weight = Weight4bit(**inner, **form, shape=shape, dtype=weight_dtype)
+        dtype, of = (getattr(torch, form.pop(name)) for name in ("dtype", "of"))
+        weight = Weight4bit(**inner, **form, shape=shape, dtype=of)
+        if not (isinstance(is_transposed, bool) and isinstance(dtype, torch.dtype)):
+            raise TypeError(f"got is_transposed {is_transposed!r} and dtype {dtype!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: got entries of no packed weight, {error}") from error
     return Tensor4bit(weight, is_transposed, dtype)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..backends import decode4bit
-from .weight4bit import Weight4bit
+from .weight4bit import Weight4bit, dtype_name
 
 _aten = torch.ops.aten
-_INNER = "packed", "absmax", "code", "nested_absmax", "nested_code", "offset"
+INNER = "packed", "absmax", "code", "nested_absmax", "nested_code", "offset"
 _DATA: Any = Tensor.data  # PyTorch's descriptor
+FORMAT_VERSION = 1  # of the entries in a state dict
+_NO_ADDRESS = 1 << 63
 _DTYPES = None, torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -158,6 +162,7 @@ class Tensor4bit(_ReadOnly):
 
     weight4bit: Weight4bit
     is_transposed: bool
+    _form: Tensor
 
     @staticmethod
     def __new__(
@@ -170,6 +175,9 @@ class Tensor4bit(_ReadOnly):
         if isinstance(weight, Tensor4bit):  # accelerate copies a parameter by its class
             given, weight = weight, weight.weight4bit
             is_transposed, dtype = given.is_transposed, given.dtype
+        if not isinstance(weight, Weight4bit):
+            got = f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
+            raise TypeError(f"weight: got {got}, want a Weight4bit or a packed weight")
         *experts, N, K = weight.shape
         shape, strides = [*experts, N, K], [N * K, K, 1][-len(weight.shape) :]
         if is_transposed:
@@ -201,7 +209,7 @@ class Tensor4bit(_ReadOnly):
 
     def inner_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the `Weight4bit` by the names of their fields."""
-        found = {name: getattr(self.weight4bit, name) for name in _INNER}
+        found = {name: getattr(self.weight4bit, name) for name in INNER}
         return {name: t for name, t in found.items() if t is not None}
 
     @property
@@ -217,6 +225,40 @@ class Tensor4bit(_ReadOnly):
         _check_form(".data =", self, value)
         _DATA.__set__(self, value)  # the dtype and the device
         self.weight4bit = value.weight4bit  # type: ignore[attr-defined]
+        vars(self).pop("_form", None)
+
+    def data_ptr(self) -> int:
+        """Return a number that tells weights apart, and is no address to read; 0 on meta.
+
+        accelerate takes parameters with one `data_ptr` for one parameter.
+        """
+        address = self.weight4bit.packed.data_ptr()
+        return address and address | _NO_ADDRESS
+
+    # PyTorch's own copy and pickle look for data at `data_ptr`.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor4bit:
+        weight = copy.deepcopy(self.weight4bit, memo)
+        copied = Tensor4bit(weight, self.is_transposed, self.dtype, self.requires_grad)
+        memo[id(self)] = _with_attributes(copied, vars(self))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        fields = self.weight4bit, self.is_transposed, self.dtype, self.requires_grad
+        return Tensor4bit, fields, {"_is_param": isinstance(self, nn.Parameter)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _with_attributes(self, state)
+
+    @property
+    def form(self) -> Tensor:
+        """The fields of the `Weight4bit` that are no tensors: JSON in uint8, on a CPU."""
+        if "_form" not in vars(self):  # one tensor, as safetensors drops tied ones by their memory
+            fields = fields_of(self) | {"is_transposed": self.is_transposed}
+            fields |= {"dtype": dtype_name(self.dtype), "of": dtype_name(self.weight4bit.dtype)}
+            text = bytearray(json.dumps({"version": FORMAT_VERSION} | fields), "utf-8")
+            self._form = torch.frombuffer(text, dtype=torch.uint8)
+        return self._form
 
     def share_memory_(self) -> Tensor4bit:
         for t in self.inner_tensors().values():
@@ -248,11 +290,18 @@ class Tensor4bit(_ReadOnly):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+def _with_attributes(tensor: Tensor4bit, attributes: dict[str, Any]) -> Tensor4bit:
+    """Let a tensor be a parameter if its original was one."""
+    if attributes.get("_is_param", False):
+        tensor._is_param = True
+    return tensor
+
+
 def fields_of(tensor: Tensor4bit) -> dict[str, Any]:
     """Return the fields of the `Weight4bit` that are no tensors, by name."""
     weight = tensor.weight4bit
     names = [f.name for f in dataclasses.fields(weight)]
-    return {name: getattr(weight, name) for name in names if name not in _INNER}
+    return {name: getattr(weight, name) for name in names if name not in INNER}
 
 
 def _form(tensor: Tensor4bit) -> Any:
@@ -279,7 +328,7 @@ def read(tensor: Tensor4bit) -> Weight4bit:
     return dataclasses.replace(weight, dtype=tensor.dtype)
 
 
-for _name in _INNER:
+for _name in INNER:
     setattr(Tensor4bit, _name, property(attrgetter(f"weight4bit.{_name}")))
 
 

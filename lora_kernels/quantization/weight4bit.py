@@ -461,6 +461,8 @@ def quantize_4bit(
     if weight.device.type == "meta":
         raise ValueError("weight: got a tensor on meta, want one with data")
     weight = weight.detach()
+    if type(weight) is not Tensor:  # a packed weight, which has no memory to read
+        weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device).copy_(weight)
     device = weight.device
     if quant_type not in codebooks.BITSANDBYTES_TYPES:
         if not weight.isfinite().all():
@@ -585,8 +587,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def parse_json(key: str, t: Tensor) -> dict[str, Any]:
-    if t.dtype is not torch.uint8 or t.dim() != 1:
-        raise TypeError(f"{key}: got {t.dtype} {list(t.shape)}, want a JSON text in uint8[n]")
+    if not isinstance(t, Tensor) or t.dtype is not torch.uint8 or t.dim() != 1:
+        got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{key}: got {got}, want a JSON text in uint8[n]")
     text = bytes(t.tolist())
     try:
         rest = json.loads(text)

@@ -384,6 +384,19 @@ def test_merge_over_a_packed_layer_is_refused_before_the_first_layer(
     assert_bitwise_equal(model(X), want)
 
 
+def test_merge_of_a_mixed_model_is_refused_before_the_first_layer() -> None:
+    net = net_of()
+    like_torchao(16)(net)
+    net.up = nn.Linear(SIZES[0], SIZES[1], dtype=bf16)
+    config = LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
+    model: Any = get_peft_model(keep_packed(net), config, mixed=True)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=r"^model: got down, whose weight is frozen in nvfp4"):
+            merge()
+        assert not model.base_model.model.up.merged
+    assert type(model.unload().up) is nn.Linear
+
+
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_merge_of_adapters_that_no_packed_layer_has_is_peft_s(is_fused: bool) -> None:
     net = net_of()

@@ -12,8 +12,10 @@ import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from lora_kernels.quantization import Weight4bit, pack_parameter, quantize_4bit
 from lora_kernels.quantization.tensor4bit import Tensor4bit
@@ -81,8 +83,12 @@ def test_state_dict_of_a_copied_cast_or_nested_module_is_packed() -> None:
     state = model.state_dict(prefix="model.")
     assert "model.experts.up.form" in state and "model.experts.up" not in state
     other = nn.ModuleDict({"experts": Experts(1)})
-    other.load_state_dict({k.removeprefix("model."): t for k, t in state.items()})
+    state = {k.removeprefix("model."): t for k, t in state.items()}
+    other.load_state_dict(state)
     assert other["experts"].up.dtype is torch.bfloat16  # as a dense parameter's
+    assigned = nn.ModuleDict({"experts": Experts(1)})
+    assigned.load_state_dict(state, assign=True)
+    assert assigned["experts"].up.dtype is torch.float16
     assert_bitwise_equal(other["experts"].up.dequantize().half(), model["experts"].up.dequantize())
 
 
@@ -106,6 +112,12 @@ def form_with(**changes: Any) -> Any:
     return change
 
 
+def dense_up(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name in [name for name in state if name.startswith("up.")]:
+        del state[name]
+    return {"up": torch.zeros(3, N, K)}
+
+
 def without(name: str) -> Any:
     return lambda state: state.pop(name)
 
@@ -116,7 +128,8 @@ def without(name: str) -> Any:
         (form_with(version=2), r"up\.form: got version 2, want 1: another release"),
         (form_with(version=None), r"up\.form: got version None, want 1"),
         (form_with(is_transposed=None), "up: got entries of no packed weight, 'is_transposed'"),
-        (form_with(dtype="int3"), "up: got entries of no packed weight, .*int3"),
+        (form_with(is_transposed="false"), "up: got entries of no packed weight, got is_transpos"),
+        (form_with(dtype="int99"), "up: got entries of no packed weight, .*int99"),
         (form_with(blocksize=64), "up: got entries of no packed weight, blocksize: got 64"),
         (form_with(zero_point=1), "up: got entries of no packed weight, .*zero_point"),
         (without("up.packed"), "up: got entries of no packed weight, .*packed"),
@@ -124,15 +137,18 @@ def without(name: str) -> Any:
         (lambda state: state.update({"up.form": torch.zeros(3)}), r"up\.form: got torch.float32"),
         (lambda state: state.update({"up.packed": state["up.packed"][1:]}), "packed: got shape"),
         (lambda state: state.update(Experts(1, "nvfp4").state_dict()), "want the form of Tensor4b"),
-        (lambda state: state.update({"up": torch.zeros(3, N, K)}), "got a frozen weight in mxfp4"),
+        (
+            lambda state: state.update({"up.form": None}),
+            r"up\.form: got NoneType, want a JSON",
+        ),
+        (lambda state: state.update({"up": torch.ones(3, N, K)}), r"up: got it and \['up.absmax'"),
+        (lambda state: state.update(dense_up(state)), "got a frozen weight in mxfp4"),
     ],
 )
 def test_incomplete_or_other_entries_are_refused(change: Any, message: str) -> None:
     model = Experts()
     want, state = model.decoded(), dict(Experts(1).state_dict())
     change(state)
-    if "up" in state:
-        state = {k: t for k, t in state.items() if not k.startswith("up.")}
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state)
     assert_bitwise_equal(model.up + 0, want["up"])
@@ -142,7 +158,8 @@ def test_missing_packed_weight_is_a_missing_key() -> None:
     model = Experts()
     state = {k: t for k, t in model.state_dict().items() if not k.startswith("up.")}
     found = model.load_state_dict(state, strict=False)
-    assert found.missing_keys == ["up"] and not found.unexpected_keys
+    names = ["packed", "absmax", "code", "nested_code", "form"]
+    assert found.missing_keys == [f"up.{name}" for name in names] and not found.unexpected_keys
 
 
 def test_packed_state_in_a_dense_module_is_unexpected() -> None:
@@ -151,6 +168,79 @@ def test_packed_state_in_a_dense_module_is_unexpected() -> None:
     pack_parameter(packed, "weight", quantize_4bit(packed.weight, "mxfp4"))
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight\.packed"):
         linear.load_state_dict(packed.state_dict())
+
+
+@pytest.mark.parametrize("quant_type", FORMATS)
+def test_entries_of_a_state_dict_are_the_weights_memory(quant_type: str, tmp_path: Path) -> None:
+    """PyTorch's distributed checkpoints load into them. NVFP4's table has the global scale."""
+    model, other = Experts(0, quant_type), Experts(1, quant_type)
+    with torch.no_grad():
+        pack_parameter(other, "up", quantize_4bit(7 * torch.randn(3, N, K).bfloat16(), quant_type))
+    checkpoint.save(other.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.load(model.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    for name, want in other.decoded().items():
+        assert_bitwise_equal(model.get_parameter(name) + 0, want)
+    other = Experts(2, quant_type)
+    state = get_model_state_dict(model)
+    assert state.keys() == model.state_dict().keys()
+    set_model_state_dict(other, state)
+    assert_bitwise_equal(other.up + 0, model.up + 0)
+
+
+def tied() -> Any:
+    model = nn.ModuleDict({"a": Experts(0), "b": Experts(1)})
+    model["b"].up = model["a"].up
+    return model
+
+
+def test_tied_packed_weights_are_saved_once_and_loaded(tmp_path: Path) -> None:
+    model, other = tied(), tied()
+    model["a"].load_state_dict(Experts(2).state_dict())
+    save_model(model, str(tmp_path / "model.safetensors"))
+    load_model(other, str(tmp_path / "model.safetensors"))
+    for name, p in model.named_parameters():
+        assert_bitwise_equal(other.get_parameter(name) + 0, p + 0)
+    assert other["a"].up is other["b"].up
+
+
+def layers() -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(K, K) for _ in range(3)))
+    for i in (0, 1):
+        pack_parameter(model[i], "weight", quantize_4bit(model[i].weight, "nvfp4"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [
+        lambda model, folder: accelerate.cpu_offload(model, execution_device="cpu"),
+        lambda model, folder: accelerate.disk_offload(model, folder, execution_device="cpu"),
+        lambda model, folder: accelerate.dispatch_model(
+            model, {"0": "disk", "1": "cpu", "2": "cpu"}, "cpu", offload_dir=folder
+        ),
+    ],
+    ids=["cpu", "disk", "dispatched"],
+)
+def test_packed_weights_that_accelerate_offloads_give_the_same(
+    offload: Any, tmp_path: Path
+) -> None:
+    model, x = layers(), torch.randn(5, K)
+    want = model(x)
+    offload(model, str(tmp_path))
+    for _ in range(2):
+        assert_bitwise_equal(model(x), want)
+
+
+def test_tied_packed_weights_that_accelerate_dispatches_are_no_other_weights() -> None:
+    """accelerate takes parameters with one `data_ptr` for one parameter."""
+    model, x = layers(), torch.randn(5, K)
+    model[2].weight = model[1].weight
+    want = model(x)
+    places = {"0": "cpu", "1": "cpu", "2": "cpu"}
+    accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    assert_bitwise_equal(model(x), want)
+    assert model[0].weight is not model[1].weight
 
 
 @pytest.mark.parametrize("safe_serialization", [False, True])
@@ -198,6 +288,10 @@ def test_state_dict_is_loaded_without_the_package(tmp_path: Path) -> None:
 def test_pack_parameter_refuses_other_arguments(
     arguments: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
+    with pytest.raises(ValueError, match=r"^module: got an nn\.MultiheadAttention"):
+        pack_parameter(
+            nn.MultiheadAttention(K, 4), "in_proj_weight", quantize_4bit(torch.ones(2, K))
+        )
     linear = nn.Linear(K, N)
     name, weight, *rest = arguments
     weight: Weight4bit | Tensor = weight if weight is not None else quantize_4bit(torch.ones(N, K))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,29 @@ def test_copy_of_tensor4bit_shares_no_memory(copied: Any) -> None:
     assert_bitwise_equal(want.bfloat16(), tensor.dequantize())
     tensor.copy_(Tensor4bit(quantize_4bit(torch.ones(N, K), "mxfp4")))
     assert_bitwise_equal(snapshot.dequantize(), want)
+
+
+def test_tensor4bit_copied_and_pickled_is_a_parameter_if_it_was() -> None:
+    for weight in (made(N, K), nn.Parameter(made(N, K), requires_grad=False)):
+        for again in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), copy.copy(weight)):
+            assert isinstance(again, nn.Parameter) is isinstance(weight, nn.Parameter)
+            assert (again.shape, again.dtype) == (weight.shape, weight.dtype)
+            assert_bitwise_equal(again.dequantize(), weight.dequantize())
+    both = copy.deepcopy([weight, weight])
+    assert both[0] is both[1] and both[0].data_ptr() != weight.data_ptr()
+    assert weight.data_ptr() == weight.mT.data_ptr() and weight.to("meta").data_ptr() == 0
+
+
+def test_packed_weight_is_quantized_again_as_the_decoded_one() -> None:
+    packed = made(N, K)
+    for quant_type in ("nf4", "mxfp4"):
+        want = quantize_4bit(packed.dequantize(), quant_type).dequantize()
+        assert_bitwise_equal(quantize_4bit(packed, quant_type).dequantize(), want)
+
+
+def test_tensor4bit_of_a_dense_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^weight: got Tensor of torch.float32, want a Weight4bit"):
+        Tensor4bit(torch.zeros(N, K))  # type: ignore[arg-type]
 
 
 def test_tensor4bit_has_no_memory_to_hand_out() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, _TorchDispatchModeKey
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..core import format4bit
@@ -27,6 +29,7 @@ from .library import is_on_gpu_path
 # The most rows for which `gemm_4bit` may decode inside the GEMM. For more it decodes the whole
 # weight, with one copy of the scales more than `dense` makes.
 FUSED_ROWS = 512
+_TRACING_MODES = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 
 
 def native_view(weight: Packed4bit, shape: tuple[int, int]) -> object:
@@ -52,6 +55,7 @@ def dense(
         or is_on_gpu_path(weight.packed.device.type)
         or dtype not in DTYPE_NUMBERS
         or torch.compiler.is_compiling()
+        or is_traced(weight.packed)
     ):
         weight, shape, rows = _cut_rows(weight, shape, rows)
         return _library_dense(weight, shape, dtype)[rows, columns].contiguous()
@@ -66,6 +70,16 @@ def dense(
     part, to = (n0, n1 - n0, k0, k1 - k0), (out.data_ptr(), DTYPE_NUMBERS[dtype], k1 - k0)
     native.module.dequantize(native_view(weight, shape), *part, *to, torch.get_num_threads())
     return out
+
+
+def is_traced(t: Tensor) -> bool:
+    """Return True if `make_fx` traces, a transform of torch.func is active, or t is fake.
+
+    They see ops, and nothing that is written by its address.
+    """
+    if peek_interpreter_stack() is not None or torch._C._dispatch_keys(t).has(DispatchKey.Python):
+        return True
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
 
 
 def _cut_rows(
@@ -177,6 +191,8 @@ def decode(
     >>> decode(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
     tensor([[1.0000, 0.5000, 1.5000]])
     """
+    if is_traced(packed):  # a graph may drop what is written into views of its result
+        return format4bit.dequantize_4bit(packed, scales, code, blocksize, shape, dtype)
     n, pairs = math.prod(shape), torch.cartesian_prod(code, code)
     values = pairs.index_select(0, packed.int()).view(-1)
     whole = n // blocksize * blocksize

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..backends import decode4bit
 from .weight4bit import Weight4bit, dtype_name
@@ -46,6 +47,16 @@ class _ReadOnly(Tensor):
     def apply_(self, *_: Any) -> NoReturn:
         raise self.write_error("apply_")
 
+    map_ = map2_ = apply_  # type: ignore[assignment]
+
+    def tolist(self) -> Any:
+        return self.dequantize().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        array = self.dequantize().numpy(force=force)
+        array.flags.writeable = False
+        return array
+
     def __dlpack__(self, **_: Any) -> NoReturn:
         raise BufferError(
             f"__dlpack__: got a weight in {self.quant_type}, want a dense one: call dequantize() "
@@ -66,32 +77,38 @@ class _ReadOnly(Tensor):
     ) -> Any:
         """Run an op on decoded copies. Raise for a write, and return views as `_DecodedView`s."""
         kwargs = kwargs or {}
-        viewed = None
+        frozen = [t for t in tree_leaves((args, kwargs)) if isinstance(t, _ReadOnly)]
+        if func.namespace == "c10d":  # whose schemas do not say what it writes
+            raise frozen[0].write_error(func)
         for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None:
-                continue
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            for t in given if isinstance(given, (list, tuple)) else (given,):
-                if isinstance(t, _ReadOnly):
-                    if argument.alias_info.is_write:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[i] if i < len(args) else kwargs.get(argument.name)
+                for t in given if isinstance(given, (list, tuple)) else (given,):
+                    if isinstance(t, _ReadOnly):
                         raise t.write_error(func)
-                    viewed = t
-        if viewed is not None:  # in inference mode, of ops that other modes call one by one
+        # In inference mode, ops that other modes call one by one.
+        with enable_reentrant_dispatch():
             result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        with _mode_of(viewed):
-            args, kwargs = tree_map_only(_ReadOnly, lambda t: t.dequantize(), (args, kwargs))
+        if result is not NotImplemented:
+            return result
+        with _mode_of(frozen):
+            decoded = {id(t): t.dequantize() for t in frozen}
+            args, kwargs = tree_map_only(_ReadOnly, lambda t: decoded[id(t)], (args, kwargs))
             result = func(*args, **kwargs)
-            if viewed is None:
-                return result
-            quant_type = viewed.quant_type
-            return tree_map_only(Tensor, lambda t: _DecodedView(t, quant_type), result)
+            owners = {t.untyped_storage()._cdata: t for t in decoded.values()}
+            kind = frozen[0].quant_type
+
+            def freeze(t: Tensor) -> Tensor:
+                # Some views, as of unsafe_split, are none by the op's schema.
+                is_view = t.layout is torch.strided and t.untyped_storage()._cdata in owners
+                return _DecodedView(t, kind) if is_view else t
+
+            return tree_map_only(Tensor, freeze, result)
 
 
-def _mode_of(viewed: Tensor | None) -> AbstractContextManager[Any]:
+def _mode_of(frozen: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """Return the mode in which a view is an inference tensor if the viewed tensor is one."""
-    if viewed is None or viewed.is_inference() or not torch.is_inference_mode_enabled():
+    if not torch.is_inference_mode_enabled() or all(t.is_inference() for t in frozen):
         return nullcontext()
     return torch.inference_mode(False)
 
@@ -103,6 +120,11 @@ class _DecodedView(_ReadOnly):
 
     @staticmethod
     def __new__(cls, decoded: Tensor, quant_type: str) -> _DecodedView:
+        if decoded.is_conj() or decoded.is_neg():
+            raise NotImplementedError(
+                f"got a conj() or negative view of a weight in {quant_type}, want one of a dense "
+                "weight: call dequantize() first"
+            )
         self: _DecodedView = Tensor._make_wrapper_subclass(
             cls,
             decoded.shape,
@@ -132,9 +154,9 @@ class Tensor4bit(_ReadOnly):
     """A frozen `Weight4bit` with the shape and the dtype of the decoded weight.
 
     Every op may read it. The op decodes it and drops the result, so that only one is decoded at a
-    time, and what autograd saves for the backward is packed. Detaching, copying, moving, casting
-    and transposing keep it packed. A cast changes the dtype that ops decode to, with one rounding.
-    Selecting an expert decodes that one alone.
+    time. What a linear layer or a grouped GEMM saves for the backward is packed. Detaching,
+    copying, moving, casting and transposing keep it packed. A cast changes the dtype that ops
+    decode to, with one rounding. Selecting an expert decodes that one alone, as any other view.
 
     A write raises RuntimeError before anything changes: in place, through a view, by `out=` and by
     `.data =`. There are three exceptions: `copy_` and `.data =` take a `Tensor4bit` of the same
@@ -283,7 +305,7 @@ class Tensor4bit(_ReadOnly):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in _PACKED and type(args[0]) is cls:
-            with _mode_of(args[0]):
+            with _mode_of(args[:1]):
                 found = _PACKED[func](*args, **(kwargs or {}))
             if found is not None:
                 return found
@@ -372,6 +394,13 @@ def _transpose(self: Tensor4bit, dim0: int = 0, dim1: int = 1) -> Tensor4bit | N
     return Tensor4bit(self.weight4bit, not self.is_transposed, self.dtype)
 
 
+def _permute(self: Tensor4bit, dims: Sequence[int]) -> Tensor4bit | None:
+    n = self.dim()
+    if [dim + n if dim < 0 else dim for dim in dims] != [*range(n - 2), n - 1, n - 2]:
+        return None
+    return Tensor4bit(self.weight4bit, not self.is_transposed, self.dtype)
+
+
 def _select(self: Tensor4bit, dim: int, index: int) -> Tensor | None:
     weight = self.weight4bit
     E, N = weight.shape[0], weight.shape[-2]
@@ -389,8 +418,17 @@ def _copy_(self: Tensor4bit, source: Tensor, non_blocking: bool = False) -> Tens
         for name, t in self.inner_tensors().items():
             t.copy_(source_tensors[name], non_blocking)
         return self
-    # DDP writes what it has broadcast.
-    return self if torch.equal(self.dequantize(), source) else None
+    dense = self.dequantize()  # DDP writes what it has broadcast, NaN too
+    is_same = dense.shape == source.shape and torch.allclose(
+        dense, source.to(dense.dtype), rtol=0, atol=0, equal_nan=True
+    )
+    return self if is_same else None
+
+
+def _record_stream(self: Tensor4bit, stream: Any) -> Tensor4bit:
+    for t in self.inner_tensors().values():
+        t.record_stream(stream)
+    return self
 
 
 _PACKED: dict[Any, Callable[..., Any]] = {
@@ -400,7 +438,9 @@ _PACKED: dict[Any, Callable[..., Any]] = {
     _aten._to_copy.default: _to_copy,
     _aten.t.default: _transpose,
     _aten.transpose.int: _transpose,
+    _aten.permute.default: _permute,
     _aten.select.int: _select,
     _aten.copy_.default: _copy_,
+    _aten.record_stream.default: _record_stream,
     _aten.is_pinned.default: lambda self, *_, **__: False,
 }

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
@@ -168,6 +170,11 @@ WRITES: dict[str, Any] = {
     "set_": lambda p: p.set_(torch.zeros(3).bfloat16()),
     "resize_": lambda p: p.resize_(3),
     "transpose_": lambda p: p.transpose_(-1, -2),
+    "map2_": lambda p: p.map2_(p, p, lambda a, b, c: a),
+    "unsafe_chunk": lambda p: p.unsafe_chunk(2)[0].zero_(),
+    "kron": lambda p: torch.kron(p.new_ones(p.shape), p.new_ones([1] * p.dim()), out=p),
+    "atleast_1d": lambda p: torch.atleast_1d(p)[0].zero_(),
+    "eval dropout": lambda p: functional.dropout(p, training=False)[0].zero_(),
     "apply_": lambda p: p.apply_(lambda value: value + 1),
     "view.apply_": lambda p: p[0].apply_(lambda value: value + 1),
     ".data =": lambda p: setattr(p, "data", p.dequantize()),
@@ -290,11 +297,81 @@ def test_tensor4bit_of_a_dense_tensor_is_refused() -> None:
 
 def test_tensor4bit_has_no_memory_to_hand_out() -> None:
     """DLPack would hand out a null pointer."""
-    for tensor in (made(N, K), made(N, K)[0]):
+    for tensor in (made(N, K).float(), made(N, K).float()[0]):
         with pytest.raises(BufferError, match=r"call dequantize\(\) first"):
             torch.from_dlpack(tensor)
-        with pytest.raises(RuntimeError, match="not supported for tensor subclasses"):
-            tensor.numpy()
+        array, want = tensor.numpy(), tensor.dequantize()
+        assert tensor.tolist() == want.tolist() and (array == want.numpy()).all()
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+def by_func(op: Any) -> Any:
+    return lambda x, weight: torch.func.linearize(lambda t: op(t, weight), x)[1](x)
+
+
+def by_fx(op: Any) -> Any:
+    return lambda x, weight: make_fx(lambda t: op(t, weight))(x)(x)
+
+
+def by_grad(op: Any) -> Any:
+    return lambda x, weight: torch.func.grad(lambda t: op(t, weight).square().sum())(x)
+
+
+@pytest.mark.parametrize("trace", [by_func, by_fx, by_grad])
+@pytest.mark.parametrize("op", [functional.linear, lambda x, w: x @ w.dequantize().t()])
+def test_tensor4bit_in_a_traced_function_is_decoded_by_it(op: Any, trace: Any) -> None:
+    """The native decoder writes by address, which no trace records."""
+    weight, x = made(N, K).float(), torch.randn(5, K)
+    got = trace(op)(x, weight)
+    want = trace(functional.linear)(x, weight.dequantize())
+    assert_bitwise_equal(got, want)
+
+
+def test_tensor4bit_under_fake_tensors_has_the_decoded_shape() -> None:
+    weight = made(N, K)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert (weight + 0).shape == (N, K)
+    assert (mode.from_tensor(weight) + 0).shape == (N, K)
+
+
+def test_tensor4bit_in_a_collective_raises(tmp_path: Path) -> None:
+    """The schemas of collectives do not say what they write."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    weight = made(N, K)
+    try:
+        for call in (
+            lambda: dist.broadcast(weight, 0),
+            lambda: dist.all_reduce(weight[0]),
+            lambda: dist.reduce_scatter_tensor(weight, torch.ones(N, K).bfloat16()),
+        ):
+            with pytest.raises(RuntimeError, match="got a frozen weight in mxfp4 to write to"):
+                call()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_conj_view_of_tensor4bit_raises() -> None:
+    """PyTorch's lazy conjugation is below the dispatch of subclasses."""
+    weight = made(N, K).float()
+    with pytest.raises(NotImplementedError, match=r"got a conj\(\) or negative view"):
+        torch.view_as_complex(weight.view(N, -1, 2)).conj()
+    with torch.inference_mode():
+        assert_bitwise_equal(torch.fft.hfft2(weight), torch.fft.hfft2(weight.dequantize()))
+
+
+def test_transposed_tensor4bit_stays_packed() -> None:
+    stack = made(E, N, K)
+    for packed in (made(N, K).T, made(N, K).permute(1, 0), stack.mT, stack.permute(0, -1, 1)):
+        assert type(packed) is Tensor4bit and packed.is_transposed
+    assert type(stack.permute(2, 1, 0)) is type(stack.permute(1, 0, 2)) is type(stack[0])
+
+
+def test_nan_that_tensor4bit_holds_is_copied_into_it() -> None:
+    weight = made(N, K)
+    weight.absmax[0] = 255
+    assert weight.isnan().any()
+    weight.copy_(weight.dequantize())
 
 
 def test_tensor4bit_in_shared_memory_is_read_by_another_process(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NoReturn
 
@@ -95,22 +95,25 @@ class _ReadOnly(Tensor):
             decoded = {id(t): t.dequantize() for t in frozen}
             args, kwargs = tree_map_only(_ReadOnly, lambda t: decoded[id(t)], (args, kwargs))
             result = func(*args, **kwargs)
-            owners = {t.untyped_storage()._cdata: t for t in decoded.values()}
-            kind = frozen[0].quant_type
+            storages = {t.untyped_storage()._cdata for t in decoded.values()}
+            quant_type = frozen[0].quant_type
 
             def freeze(t: Tensor) -> Tensor:
                 # Some views, as of unsafe_split, are none by the op's schema.
-                is_view = t.layout is torch.strided and t.untyped_storage()._cdata in owners
-                return _DecodedView(t, kind) if is_view else t
+                is_view = t.layout is torch.strided and t.untyped_storage()._cdata in storages
+                return _DecodedView(t, quant_type) if is_view else t
 
             return tree_map_only(Tensor, freeze, result)
 
 
-def _mode_of(frozen: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Return the mode in which a view is an inference tensor if the viewed tensor is one."""
+@contextmanager
+def _mode_of(frozen: Sequence[Tensor]) -> Iterator[None]:
+    """Leave inference mode, since PyTorch refuses views in it of tensors that were made outside."""
     if not torch.is_inference_mode_enabled() or all(t.is_inference() for t in frozen):
-        return nullcontext()
-    return torch.inference_mode(False)
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _DecodedView(_ReadOnly):

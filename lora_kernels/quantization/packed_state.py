@@ -158,7 +158,7 @@ def _load(
             state.setdefault(key, p)
             continue
         try:
-            if key in state:
+            if not isinstance(state.get(key, p), Tensor4bit):
                 raise ValueError(f"{key}: got it and {sorted(parts)}, want one of both")
             state[key] = tensor_from_entries(parts, key)
         except (TypeError, ValueError, NotImplementedError) as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._C import DispatchKey
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -78,32 +80,45 @@ class _ReadOnly(Tensor):
         """Run an op on decoded copies. Raise for a write, and return views as `_DecodedView`s."""
         kwargs = kwargs or {}
         frozen = [t for t in tree_leaves((args, kwargs)) if isinstance(t, _ReadOnly)]
-        if func.namespace == "c10d":  # whose schemas do not say what it writes
-            raise frozen[0].write_error(func)
+        is_collective = func.namespace == "c10d" and func._opname != "send"
+        is_view = False
         for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[i] if i < len(args) else kwargs.get(argument.name)
-                for t in given if isinstance(given, (list, tuple)) else (given,):
-                    if isinstance(t, _ReadOnly):
+            alias = argument.alias_info
+            # Collectives write their first argument, which their schemas do not say.
+            if alias is None and (i or not is_collective):
+                continue
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            for t in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(t, _ReadOnly):
+                    if alias is None or alias.is_write:
                         raise t.write_error(func)
-        # In inference mode, ops that other modes call one by one.
-        with enable_reentrant_dispatch():
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+                    is_view = True
+        if _has_composite(func):  # in inference mode; other modes call its ops one by one
+            # Lazy conjugation is a key of the dispatcher, which is off in here. A view becomes one
+            # above.
+            with nullcontext() if is_view else enable_reentrant_dispatch():
+                return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         with _mode_of(frozen):
             decoded = {id(t): t.dequantize() for t in frozen}
-            args, kwargs = tree_map_only(_ReadOnly, lambda t: decoded[id(t)], (args, kwargs))
-            result = func(*args, **kwargs)
-            storages = {t.untyped_storage()._cdata for t in decoded.values()}
-            quant_type = frozen[0].quant_type
+        args, kwargs = tree_map_only(_ReadOnly, lambda t: decoded[id(t)], (args, kwargs))
+        result = func(*args, **kwargs)
+        storages = {t.untyped_storage()._cdata for t in decoded.values()}
+        quant_type = frozen[0].quant_type
 
-            def freeze(t: Tensor) -> Tensor:
-                # Some views, as of unsafe_split, are none by the op's schema.
-                is_view = t.layout is torch.strided and t.untyped_storage()._cdata in storages
-                return _DecodedView(t, quant_type) if is_view else t
+        def freeze(t: Tensor) -> Tensor:
+            # Some views, as of unsafe_split, are none by the op's schema.
+            is_view = t.layout is torch.strided and t.untyped_storage()._cdata in storages
+            return _DecodedView(t, quant_type) if is_view else t
 
+        with _mode_of(frozen):
             return tree_map_only(Tensor, freeze, result)
+
+
+@functools.cache
+def _has_composite(func: Any) -> bool:
+    """Return True if PyTorch implements the op by other ops, which autograd sees."""
+    name, key = func.name(), DispatchKey.CompositeImplicitAutograd
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 @contextmanager
@@ -197,9 +212,10 @@ class Tensor4bit(_ReadOnly):
         dtype: torch.dtype | None = None,
         requires_grad: bool = False,
     ) -> Tensor4bit:
-        if isinstance(weight, Tensor4bit):  # accelerate copies a parameter by its class
-            given, weight = weight, weight.weight4bit
-            is_transposed, dtype = given.is_transposed, given.dtype
+        is_param = False
+        if isinstance(weight, Tensor4bit):  # accelerate makes a parameter by its class
+            given, is_param = weight, True
+            weight, is_transposed, dtype = given.weight4bit, given.is_transposed, given.dtype
         if not isinstance(weight, Weight4bit):
             got = f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
             raise TypeError(f"weight: got {got}, want a Weight4bit or a packed weight")
@@ -216,7 +232,7 @@ class Tensor4bit(_ReadOnly):
             requires_grad=requires_grad,
         )
         self.weight4bit, self.is_transposed = weight, is_transposed
-        return self
+        return _with_attributes(self, {"_is_param": is_param})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         shown = ", transposed" * self.is_transposed

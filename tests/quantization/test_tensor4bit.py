@@ -91,6 +91,7 @@ def test_tensor4bit_made_of_another_or_of_its_parts_is_that(
     names, rest = packed.__tensor_flatten__()
     parts = {name: getattr(packed, name) for name in names}
     unflattened = Tensor4bit.__tensor_unflatten__(parts, rest, None, None)
+    assert isinstance(Tensor4bit(packed), nn.Parameter)  # accelerate's, by the parameter's class
     for again in (Tensor4bit(packed), unflattened):
         assert (again.shape, again.stride()) == (packed.shape, packed.stride())
         assert_bitwise_equal(again + 0, packed + 0)
@@ -104,7 +105,8 @@ def test_tensor4bit_is_viewed_in_any_mode(made_in: Any, mode: Any) -> None:
         packed = nn.Parameter(made(E, N, K), requires_grad=False)
     dense = packed.dequantize()
     with mode():
-        for op in (lambda t: t[1], lambda t: t.view(-1), lambda t: t[1:, 2], lambda t: t.unbind()):
+        views = lambda t: t[1], lambda t: t.view(-1), lambda t: t[1:, 2], lambda t: t.unbind()
+        for op in (*views, lambda t: t.chunk(2), lambda t: t.narrow(0, 1, 2)):
             got, want = op(packed), op(dense)
             for g, w in zip(got, want, strict=True):
                 assert_bitwise_equal(g + 0, w)
@@ -113,8 +115,11 @@ def test_tensor4bit_is_viewed_in_any_mode(made_in: Any, mode: Any) -> None:
         assert_bitwise_equal(functional.linear(dense[0] + 0, packed[1]), dense[0] @ dense[1].t())
         x = torch.ones(2, K, dtype=torch.bfloat16, requires_grad=True)
         if made_in is torch.enable_grad:  # else autograd refuses to save it
-            for y in (functional.linear(x, packed[1]), x @ packed.mT):
+            bias = nn.Parameter(torch.ones(N, dtype=torch.bfloat16))
+            sums = torch.addmm(packed[0] + 0, torch.ones(N, 2, dtype=torch.bfloat16), x)
+            for y in (functional.linear(x, packed[1], bias), x @ packed.mT, sums):
                 assert y.requires_grad is (mode is torch.enable_grad)
+                assert y.is_inference() is (mode is torch.inference_mode)
 
 
 def test_tensor4bit_saved_for_a_backward_is_packed() -> None:
@@ -346,11 +351,15 @@ def test_tensor4bit_in_a_collective_raises(tmp_path: Path) -> None:
     try:
         for call in (
             lambda: dist.broadcast(weight, 0),
+            lambda: dist.all_gather_into_tensor(weight, torch.ones(N, K).bfloat16()),
             lambda: dist.all_reduce(weight[0]),
             lambda: dist.reduce_scatter_tensor(weight, torch.ones(N, K).bfloat16()),
         ):
             with pytest.raises(RuntimeError, match="got a frozen weight in mxfp4 to write to"):
                 call()
+        gathered = torch.zeros(N, K).bfloat16()
+        dist.all_gather_into_tensor(gathered, weight)
+        assert_bitwise_equal(gathered, weight.dequantize())
     finally:
         dist.destroy_process_group()
 
@@ -362,6 +371,11 @@ def test_conj_view_of_tensor4bit_raises() -> None:
         torch.view_as_complex(weight.view(N, -1, 2)).conj()
     with torch.inference_mode():
         assert_bitwise_equal(torch.fft.hfft2(weight), torch.fft.hfft2(weight.dequantize()))
+        sizes = {"size": 50, "mode": "linear"}
+        got, want = (
+            functional.interpolate(t, **sizes) for t in (weight[None], weight.dequantize()[None])
+        )
+        assert_bitwise_equal(got, want)
 
 
 def test_transposed_tensor4bit_stays_packed() -> None:

@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _dispatch_tls_local_include_set
+from torch._C import _len_torch_dispatch_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import peek_interpreter_stack
 
 from ..backends.eager.linear import MANY_ROWS
 from ..core import forced
@@ -44,7 +45,8 @@ class _Results(NamedTuple):
     Args:
         x, version, requires_grad: x, its version, and whether its gradient is needed. The reference
             is weak, and the end of x empties `pending`.
-        thread_state: the `_thread_state`, which may change between the calls.
+        grad_mode, cast_dtype, hooks, forced, stream: the state of the thread, which may change
+            between the calls. stream: the current CUDA stream; None without CUDA.
         pending: (layer, state, stamp of the state, y) of each layer that was not called yet, the
             next layer last.
     """
@@ -52,7 +54,11 @@ class _Results(NamedTuple):
     x: weakref.ref[Tensor]
     version: int
     requires_grad: bool
-    thread_state: tuple[Any, ...]
+    grad_mode: bool
+    cast_dtype: torch.dtype | None
+    hooks: object
+    forced: object
+    stream: int | None
     pending: list[tuple[Any, Any, int, Tensor]]
 
 
@@ -107,24 +113,24 @@ class Group:
             return None
         block, states = block_and_states
         ys = blocks.linears(x, block)
-        pending = [(layers[i], state, _stamp(state), ys[i]) for i, state in enumerate(states)]
+        grad_mode = torch.is_grad_enabled()
+        pending = [
+            (layers[i], state, _stamp(state, grad_mode), ys[i]) for i, state in enumerate(states)
+        ]
         del pending[0]
         pending.reverse()
-        x_ref = weakref.ref(x, lambda _: pending.clear())
-        _local.results = _Results(x_ref, x._version, x.requires_grad, _thread_state(x), pending)
+        _local.results = _Results(
+            weakref.ref(x, lambda _: pending.clear()),
+            x._version,
+            x.requires_grad,
+            grad_mode,
+            blocks.cast_dtype(x),
+            _top_saved_tensors_default_hooks(True),  # True: even while tracing
+            forced.current.get(),
+            _stream(x),
+            pending,
+        )
         return ys[0]
-
-
-def _thread_state(x: Tensor) -> tuple[Any, ...]:
-    """Return what the results of a block for x depend on beside tensors."""
-    return (
-        torch.is_grad_enabled(),
-        blocks.cast_dtype(x),
-        _top_saved_tensors_default_hooks(True),  # True: even while tracing
-        _dispatch_tls_local_include_set(),  # modes, transforms and inference mode
-        forced.current.get(),
-        _stream(x),
-    )
 
 
 def _stream(x: Tensor) -> int | None:
@@ -132,27 +138,28 @@ def _stream(x: Tensor) -> int | None:
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else None
 
 
-def _stamp(state: Sequence[Any]) -> int:
-    """Return a number that changes if a tensor of a layer's state is written or frozen.
+def _stamp(state: Sequence[Any], grad_mode: bool) -> int:
+    """Return a number that changes if a tensor of a layer's state is written, or frozen.
 
-    It is the sum of the versions, which only grow, followed by a bit for each tensor that requires
-    a gradient. Returns -1 if a tensor is an inference tensor, which has no version.
+    It is the sum of the versions, which only grow. With gradients a bit for each tensor follows,
+    whether it requires one. Returns -1 if a tensor is an inference tensor, which has no version.
     """
-    weight, A, B, bias = state[:4]
+    bias = state[3]
+    others: tuple[Tensor, ...] = ()
+    if len(state) > 6:  # by `planned_state`: scaling as a tensor, lora_B's bias, KaSA's factors
+        others = tuple([t for t in state[4:] if isinstance(t, Tensor)])
     try:
-        versions = weight._version + A._version + B._version
-        bits = weight.requires_grad + 2 * A.requires_grad + 4 * B.requires_grad
+        total: int = state[0]._version + state[1]._version + state[2]._version
         if bias is not None:
-            versions += bias._version
-            bits += 8 * bias.requires_grad
-        if len(state) > 6:  # by `planned_state`: scaling as a tensor, lora_B's bias, KaSA's factors
-            for i, t in enumerate(state[4:], 4):
-                if isinstance(t, Tensor):
-                    versions += t._version
-                    bits += t.requires_grad << i
+            total += bias._version
+        for t in others:
+            total += t._version
     except RuntimeError:
         return -1
-    return 256 * versions + bits  # type: ignore[no-any-return]
+    if grad_mode:
+        for t in (*state[:3], *others) if bias is None else (*state[:4], *others):
+            total = 2 * total + t.requires_grad
+    return total
 
 
 def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
@@ -161,13 +168,20 @@ def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
     Returns None if x, the thread's state or the layer's tensors have changed since that call, or if
     a backward has run, which frees the graph.
     """
-    x_ref, version, requires_grad, thread_state, pending = results
+    x_ref, version, requires_grad, grad_mode, cast_dtype, hooks, choice, stream, pending = results
     if x_ref() is not x or version != x._version or requires_grad is not x.requires_grad:
         return None
-    if thread_state != _thread_state(x):
+    if grad_mode is not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return None
+    if cast_dtype is not blocks.cast_dtype(x) or hooks != _top_saved_tensors_default_hooks(True):
+        return None
+    # There was no mode and no transform in the first call, since `can_run`.
+    if _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return None
+    if choice is not forced.current.get() or stream != _stream(x):
         return None
     next_layer, state, stamp, y = pending.pop()
-    if next_layer is not layer or getattr(y.grad_fn, "has_run", False):
+    if next_layer is not layer or (grad_mode and getattr(y.grad_fn, "has_run", False)):
         return None
     current_state = direct.read_state(layer, x)
     if (
@@ -176,7 +190,7 @@ def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
         or not all(map(is_, current_state, state))
     ):
         return None
-    return y if stamp == _stamp(current_state) else None
+    return y if stamp == _stamp(current_state, grad_mode) else None
 
 
 # Groups in a model

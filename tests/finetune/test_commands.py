@@ -373,6 +373,13 @@ def test_second_run_in_one_folder_is_refused(
     run(*argv)
 
 
+def test_full_disk_before_the_first_step_names_no_adapter(tmp_path: Path) -> None:
+    args = SimpleNamespace(should_save=True, output_dir=tmp_path)
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=0), args=args)
+    with pytest.raises(OSError, match=r"^full$"), recipe.keep_adapter(trainer):
+        raise OSError("full")
+
+
 def test_full_disk_while_the_tokenizer_is_saved_is_one_line(
     folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
 ) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from lora_kernels.finetune.checkpoints import (
 from lora_kernels.finetune.trainer import (
     DeadRunCheck,
     LoRATrainer,
+    _saves_left,
     check_trainable,
     losses,
     training_arguments,
@@ -684,3 +686,11 @@ def test_named_write_passes_on_errors_of_the_work() -> None:
     with pytest.raises(RuntimeError, match=r"^shapes$"), named_write(Path("x")):
         raise RuntimeError("shapes")
     assert checkpoints.first_line(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(("epochs", "want"), [(3, 3), (2.5, 3), (0.5, 1)])
+def test_saves_left_counts_the_last_part_of_an_epoch(epochs: float, want: int) -> None:
+    args: Any = SimpleNamespace(save_strategy="epoch", num_train_epochs=epochs)
+    for done in (0, 1):
+        state: Any = SimpleNamespace(epoch=float(done) or None)
+        assert _saves_left(args, state) == want - done

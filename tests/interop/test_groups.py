@@ -601,6 +601,17 @@ def train_later(m: Any, x: Tensor) -> Tensor:
     return between(set_needs(True, K_A))(m, x)
 
 
+def swap_needs(m: Any, x: Tensor) -> Tensor:
+    """Freeze k's lora_B in q's call, and its lora_A instead after it."""
+    set_needs(False, K_B)(m, x)
+
+    def swap(m: Any, x: Tensor) -> None:
+        set_needs(False, K_A)(m, x)
+        set_needs(True, K_B)(m, x)
+
+    return between(swap)(m, x)
+
+
 def need_dx_later(m: Any, x: Tensor) -> Tensor:
     m.seen = x.detach().clone()
     q = m.q(m.seen)
@@ -657,6 +668,7 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[int, int]]] = {
     "k's A frozen": (between(set_needs(False, K_A)), (1, 0)),
     "k's B frozen": (between(set_needs(False, K_B)), (1, 0)),
     "k trained": (train_later, (1, 0)),
+    "k's frozen one swapped": (swap_needs, (1, 0)),
     "k's base trained": (between(set_needs(True, "k.base_layer.weight")), (1, 0)),
     "k's bias trained": (between(set_needs(True, "k.base_layer.bias")), (1, 0)),
     "into a mode": (between(nothing, OpCounter), (1, 0)),

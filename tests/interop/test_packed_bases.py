@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_kernels.peft import check, explain, fuse, keep_packed, merged_weights, unfuse
 from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
 from lora_kernels.peft.packed import unswizzle
-from lora_kernels.quantization import Weight4bit, quantize_4bit
+from lora_kernels.quantization import Weight4bit, pack_parameter, quantize_4bit
 from lora_kernels.quantization.e2m1 import swap_nibbles
 from lora_kernels.quantization.tensor4bit import Tensor4bit
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal
@@ -395,6 +395,16 @@ def test_merge_of_a_mixed_model_is_refused_before_the_first_layer() -> None:
             merge()
         assert not model.base_model.model.up.merged
     assert type(model.unload().up) is nn.Linear
+
+
+def test_merge_again_of_what_was_merged_before_it_was_packed_is_peft_s() -> None:
+    model = fuse(adapted(net_of()))
+    model.merge_adapter()
+    for name in ("up", "down"):
+        base = model.base_model.model.get_submodule(name).base_layer
+        pack_parameter(base, "weight", quantize_4bit(base.weight, "mxfp4"))
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize("is_fused", [False, True])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -440,3 +440,29 @@ def test_lora_fa_trains_as_peft() -> None:
     assert got.keys() == want.keys() and any(".lora_B." in name for name in got)
     assert not any(".lora_A." in name for name in got)
     assert_close_derived(got, want, layers=8)
+
+
+def test_alora_without_offsets_is_in_no_block() -> None:
+    """Then it is active in no row."""
+    names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(
+        r=4, task_type="CAUSAL_LM", target_modules=names, alora_invocation_tokens=[1, 2]
+    )
+    stock = get_peft_model(llama(), config)
+    randomize(stock)
+    ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(2))
+    with as_on_gpu(), torch.no_grad():
+        fused = fuse(copy.deepcopy(stock))
+        want, got = (model.get_base_model()(ids).logits for model in (stock, fused))
+        reasons = [row.reason for row in explain(fused).blocks]
+    assert reasons and all("row index a block does not take" in reason for reason in reasons)
+    assert_close_derived(got, want, layers=8)
+
+
+def test_adalora_refuses_a_variant() -> None:
+    """PEFT has none for it yet."""
+    config = AdaLoraConfig(target_modules=["0"], init_r=4, target_r=2, total_step=10)
+    model = fuse(get_peft_model(nn.Sequential(nn.Linear(64, 64)), config))
+    model.base_model.model[0].lora_variant["default"] = DoraLinearVariant()
+    (row,) = explain(model).rows
+    assert "AdaLoRA does not take" in row.reason

@@ -202,6 +202,13 @@ def test_save_removes_the_file_of_a_killed_save_and_no_other(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([*others, path])
 
 
+def test_save_keeps_a_file_whose_name_begins_as_that_of_a_temporary_one(tmp_path):
+    other = tmp_path / f".a.safetensors.{'0' * 32}.bak"
+    other.touch()
+    save_lora_weights(LoRALinear(8, 4, r=2), tmp_path / "a.safetensors")
+    assert other.exists()
+
+
 def test_save_beside_another_process_s_save_leaves_one_whole_file(tmp_path, monkeypatch):
     """Each save begins while the other one has written its file, and not yet renamed it."""
     first, second, path = Model(), Model(), tmp_path / "adapter.safetensors"

@@ -693,6 +693,66 @@ def test_float16_gradient_of_a_mean_is_finite_where_that_of_the_sum_is_not(backe
     torch.testing.assert_close(dx.double(), want, rtol=2.0**-9, atol=0)
 
 
+def entropy_of_large_weights(x: Tensor, cast: Callable[[Tensor], Tensor]) -> Tensor:
+    """Half the sum of its |dz| is 6: above 1, which that of a loss is at most."""
+    weight = torch.zeros(1024, 2, dtype=f16)
+    weight[:, 0] = -300
+    weight[0] = torch.tensor([300, 6.93])
+    if x.dtype is not f16:
+        log_probs = (x @ cast(weight).t()).log_softmax(-1)
+        return -(log_probs.exp() * log_probs).sum()
+    labels = torch.zeros(1, dtype=torch.int64)
+    found = lora_linear_log_probs(x, weight, None, None, labels, outputs=("entropy",))
+    return cast(found.entropy.sum())
+
+
+def loss_of_negative_scaling(x: Tensor, cast: Callable[[Tensor], Tensor]) -> Tensor:
+    """The adapter's part of dx has the sign of the weight's."""
+    weight = torch.zeros(64, 2, dtype=f16)
+    weight[:, 0] = -300
+    weight[0, 0] = 300
+    lora_A, lora_B = torch.tensor([[200.0, 0.0]], dtype=f16), torch.full((64, 1), 1.5, dtype=f16)
+    lora_B[0] = -1.5
+    labels = torch.zeros(1, dtype=torch.int64)
+    if x.dtype is f16:
+        return cast(lora_linear_cross_entropy(x, weight, lora_A, lora_B, labels, -1.0))
+    z = x @ cast(weight).t() - (x @ cast(lora_A).t()) @ cast(lora_B).t()
+    return F.cross_entropy(z, labels)
+
+
+def loss_of_capped_logits(x: Tensor, cast: Callable[[Tensor], Tensor]) -> Tensor:
+    """A cap's slopes leave a sum of dz that is not 0, over weights of one sign."""
+    weight, bias = torch.full((64, 2), 600, dtype=f16), torch.zeros(64, dtype=f16)
+    bias[0] = -30
+    labels = torch.zeros(1, dtype=torch.int64)
+    if x.dtype is f16:
+        caps = {"bias": bias, "logit_softcap": 3.0}
+        return cast(lora_linear_cross_entropy(x, weight, None, None, labels, **caps))
+    z = 3 * torch.tanh((x @ cast(weight).t() + cast(bias)) / 3)
+    return F.cross_entropy(z, labels)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize(
+    ("of", "x"),
+    [
+        (entropy_of_large_weights, (0.0, 1.0)),
+        (loss_of_negative_scaling, (0.0, 1.0)),
+        (loss_of_capped_logits, (0.0, 0.0)),
+    ],
+)
+def test_float16_gradient_of_x_near_its_bound_is_finite(
+    of: Any, x: tuple[float, ...], backend: str
+) -> None:
+    narrow = torch.tensor([x], dtype=f16, requires_grad=True)
+    wide = narrow.detach().double().requires_grad_()
+    with lora_kernels.backend(backend):
+        (dx,) = torch.autograd.grad(of(narrow, lambda t: t), narrow)
+    (want,) = torch.autograd.grad(of(wide, Tensor.double), wide)
+    # Logits below 8 are rounded by 2⁻⁹, so probabilities by 2⁻⁸ of themselves; dz and dx by 2⁻¹¹.
+    torch.testing.assert_close(dx.double(), want, rtol=2.0**-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [f16, bf16, f32], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("outputs", [(), ("entropy",)])

@@ -187,6 +187,20 @@ def test_entries_of_a_state_dict_are_the_weights_memory(quant_type: str, tmp_pat
     assert_bitwise_equal(other.up + 0, model.up + 0)
 
 
+@pytest.mark.parametrize("quant_type", FORMATS)
+def test_modules_packed_with_one_weight_share_no_table(quant_type: str) -> None:
+    """Tables of one format are one tensor, and safetensors refuses tensors that share memory."""
+    weight, linears = (
+        quantize_4bit(torch.ones(N, K), quant_type),
+        [nn.Linear(K, N), nn.Linear(K, N)],
+    )
+    for linear in linears:
+        pack_parameter(linear, "weight", weight)
+    for name in ("code", "nested_code"):
+        a, b = (getattr(linear.weight, name) for linear in linears)
+        assert a.data_ptr() != b.data_ptr()
+
+
 def tied() -> Any:
     model = nn.ModuleDict({"a": Experts(0), "b": Experts(1)})
     model["b"].up = model["a"].up

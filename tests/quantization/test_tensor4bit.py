@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,9 @@ def test_tensor4bit_takes_its_own_form() -> None:
         write(tensor, other)
         assert_bitwise_equal(tensor.dequantize(torch.float32), other.dequantize())
     assert tensor.dtype is torch.float32 and tensor.packed is other.packed  # as of `.data =`
+    assert json.loads(bytes(tensor.form.tolist()))["dtype"] == "float32"
+    tensor.data = tensor.data.bfloat16()
+    assert json.loads(bytes(tensor.form.tolist()))["dtype"] == "bfloat16"
     tensor = made(N, K)
     tensor.copy_(tensor.dequantize())  # as DDP does
     with pytest.raises(RuntimeError, match="to write to"):

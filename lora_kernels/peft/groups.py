@@ -144,20 +144,20 @@ def _stamp(state: Sequence[Any], grad_mode: bool) -> int:
     It is the sum of the versions, which only grow. With gradients a bit for each tensor follows,
     whether it requires one. Returns -1 if a tensor is an inference tensor, which has no version.
     """
-    bias = state[3]
-    others: tuple[Tensor, ...] = ()
+    weight, lora_A, lora_B, bias = state[:4]
+    others = [bias] if bias is not None else []
     if len(state) > 6:  # by `planned_state`: scaling as a tensor, lora_B's bias, KaSA's factors
-        others = tuple([t for t in state[4:] if isinstance(t, Tensor)])
+        others += [t for t in state[4:] if isinstance(t, Tensor)]
     try:
-        total: int = state[0]._version + state[1]._version + state[2]._version
-        if bias is not None:
-            total += bias._version
+        total: int = weight._version + lora_A._version + lora_B._version
         for t in others:
             total += t._version
     except RuntimeError:
         return -1
     if grad_mode:
-        for t in (*state[:3], *others) if bias is None else (*state[:4], *others):
+        total = 8 * total + 4 * weight.requires_grad
+        total += 2 * lora_A.requires_grad + lora_B.requires_grad
+        for t in others:
             total = 2 * total + t.requires_grad
     return total
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_dispatch_stack_at, _len_torch_dispatch_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
 
@@ -45,8 +45,9 @@ class _Results(NamedTuple):
     Args:
         x, version, requires_grad: x, its version, and whether its gradient is needed. The reference
             is weak, and the end of x empties `pending`.
-        grad_mode, cast_dtype, hooks, forced, stream: the state of the thread, which may change
-            between the calls. stream: the current CUDA stream; None without CUDA.
+        grad_mode, cast_dtype, hooks, mode, forced, stream: the state of the thread, which may
+            change between the calls. mode: the innermost dispatch mode; None without one. stream:
+            the current CUDA stream; None without CUDA.
         pending: (layer, state, stamp of the state, y) of each layer that was not called yet, the
             next layer last.
     """
@@ -57,6 +58,7 @@ class _Results(NamedTuple):
     grad_mode: bool
     cast_dtype: torch.dtype | None
     hooks: object
+    mode: object
     forced: object
     stream: int | None
     pending: list[tuple[Any, Any, int, Tensor]]
@@ -126,11 +128,17 @@ class Group:
             grad_mode,
             blocks.cast_dtype(x),
             _top_saved_tensors_default_hooks(True),  # True: even while tracing
+            _innermost_mode(),
             forced.current.get(),
             _stream(x),
             pending,
         )
         return ys[0]
+
+
+def _innermost_mode() -> object:
+    depth = _len_torch_dispatch_stack()
+    return _get_dispatch_stack_at(depth - 1) if depth else None
 
 
 def _stream(x: Tensor) -> int | None:
@@ -168,15 +176,17 @@ def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
     Returns None if x, the thread's state or the layer's tensors have changed since that call, or if
     a backward has run, which frees the graph.
     """
-    x_ref, version, requires_grad, grad_mode, cast_dtype, hooks, choice, stream, pending = results
+    x_ref, version, requires_grad, grad_mode, cast_dtype, hooks, mode, choice, stream, pending = (
+        results
+    )
     if x_ref() is not x or version != x._version or requires_grad is not x.requires_grad:
         return None
     if grad_mode is not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return None
     if cast_dtype is not blocks.cast_dtype(x) or hooks != _top_saved_tensors_default_hooks(True):
         return None
-    # There was no mode and no transform in the first call, since `can_run`.
-    if _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+    # There was no transform in the first call, since `can_run`.
+    if mode is not _innermost_mode() or peek_interpreter_stack() is not None:
         return None
     if choice is not forced.current.get() or stream != _stream(x):
         return None

@@ -58,8 +58,8 @@ class Variant(NamedTuple):
 
 RANK_GATE, COLUMN_SCALE, ROW_INDEX = "rank gate", "column scale", "row index"
 
-# The variants that fused layers compute, by PEFT's class, of which an older PEFT lacks some. Each
-# code path names the operands that it takes, and refuses all other variants by `operand_reason`.
+# The variants that fused layers compute, by PEFT's class. Older releases of PEFT lack some classes.
+# Each code path names the operands that it takes, and `operand_reason` refuses all other variants.
 VARIANTS: dict[Any, Variant] = {
     getattr(variants, name, None): variant
     for name, variant in {

@@ -61,7 +61,7 @@ def set_exact_merges(
 
     A merged layer with a copy keeps the copy until it is unmerged.
 
-    modules: the model's, of which some may share a base's memory without an adapter.
+    modules: all modules of the model. A module without an adapter may share a base's memory.
     """
     exact_merges = []
     for layer in layers:

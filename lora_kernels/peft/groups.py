@@ -150,7 +150,8 @@ def _stamp(state: Sequence[Any], grad_mode: bool) -> int:
     """Return a number that changes if a tensor of a layer's state is written, or frozen.
 
     It is the sum of the versions, which only grow. With gradients a bit for each tensor follows,
-    whether it requires one. Returns -1 if a tensor is an inference tensor, which has no version.
+    whether it requires one. Returns -1, which matches nothing, if a
+    tensor is an inference tensor, which has no version.
     """
     weight, lora_A, lora_B, bias = state[:4]
     others = [bias] if bias is not None else []
@@ -200,7 +201,7 @@ def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
         or not all(map(is_, current_state, state))
     ):
         return None
-    return y if stamp == _stamp(current_state, grad_mode) else None
+    return y if 0 <= stamp == _stamp(current_state, grad_mode) else None
 
 
 # Groups in a model

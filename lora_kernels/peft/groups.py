@@ -43,24 +43,14 @@ class _Results(NamedTuple):
     """The results that the first call of a group computed for the others.
 
     Args:
-        x, version, requires_grad: x, its version, and whether its gradient is needed. The reference
-            is weak, and the end of x empties `pending`.
-        grad_mode, cast_dtype, hooks, mode, forced, stream: the state of the thread, which may
-            change between the calls. mode: the innermost dispatch mode; None without one. stream:
-            the current CUDA stream; None without CUDA.
+        x: a weak reference. The end of x empties `pending`.
+        call_state: `_call_state` of x.
         pending: (layer, state, stamp of the state, y) of each layer that was not called yet, the
             next layer last.
     """
 
     x: weakref.ref[Tensor]
-    version: int
-    requires_grad: bool
-    grad_mode: bool
-    cast_dtype: torch.dtype | None
-    hooks: object
-    mode: object
-    forced: object
-    stream: int | None
+    call_state: tuple[object, ...]
     pending: list[tuple[Any, Any, int, Tensor]]
 
 
@@ -117,32 +107,35 @@ class Group:
         ys = blocks.linears(x, block)
         grad_mode = torch.is_grad_enabled()
         pending = [
-            (layers[i], state, _stamp(state, grad_mode), ys[i]) for i, state in enumerate(states)
+            (layers[i], states[i], _stamp(states[i], grad_mode), ys[i])
+            for i in range(len(layers) - 1, 0, -1)
         ]
-        del pending[0]
-        pending.reverse()
-        _local.results = _Results(
-            weakref.ref(x, lambda _: pending.clear()),
-            x._version,
-            x.requires_grad,
-            grad_mode,
-            blocks.cast_dtype(x),
-            _top_saved_tensors_default_hooks(True),  # True: even while tracing
-            _innermost_mode(),
-            forced.current.get(),
-            _stream(x),
-            pending,
-        )
+        x_ref = weakref.ref(x, lambda _: pending.clear())
+        _local.results = _Results(x_ref, _call_state(x), pending)
         return ys[0]
 
 
-def _innermost_mode() -> object:
+def _call_state(x: Tensor) -> tuple[object, ...]:
+    """Return what may change between two calls for x: x itself, and the state of the thread.
+
+    It is x's version and whether x needs a gradient, the grad mode, autocast's dtype, the hooks of
+    saved tensors, the innermost dispatch mode, the forced backend, and the current CUDA stream,
+    which may not wait for another one.
+    """
     depth = _len_torch_dispatch_stack()
-    return _get_dispatch_stack_at(depth - 1) if depth else None
+    return (
+        x._version,
+        x.requires_grad,
+        torch.is_grad_enabled(),
+        blocks.cast_dtype(x),
+        _top_saved_tensors_default_hooks(True),  # True: even while tracing
+        _get_dispatch_stack_at(depth - 1) if depth else None,
+        forced.current.get(),
+        _stream(x),
+    )
 
 
 def _stream(x: Tensor) -> int | None:
-    """Return the current CUDA stream, which may not wait for another one; None without CUDA."""
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else None
 
 
@@ -150,13 +143,13 @@ def _stamp(state: Sequence[Any], grad_mode: bool) -> int:
     """Return a number that changes if a tensor of a layer's state is written, or frozen.
 
     It is the sum of the versions, which only grow. With gradients a bit for each tensor follows,
-    whether it requires one. Returns -1, which matches nothing, if a
-    tensor is an inference tensor, which has no version.
+    whether it requires one. Returns -1, which matches nothing, if a tensor is an inference tensor,
+    which has no version.
     """
     weight, lora_A, lora_B, bias = state[:4]
-    others = [bias] if bias is not None else []
+    others: Sequence[Tensor] = () if bias is None else (bias,)
     if len(state) > 6:  # by `planned_state`: scaling as a tensor, lora_B's bias, KaSA's factors
-        others += [t for t in state[4:] if isinstance(t, Tensor)]
+        others = (*others, *[t for t in state[4:] if isinstance(t, Tensor)])
     try:
         total: int = weight._version + lora_A._version + lora_B._version
         for t in others:
@@ -177,21 +170,14 @@ def _take_result(results: _Results, layer: Any, x: Tensor) -> Tensor | None:
     Returns None if x, the thread's state or the layer's tensors have changed since that call, or if
     a backward has run, which frees the graph.
     """
-    x_ref, version, requires_grad, grad_mode, cast_dtype, hooks, mode, choice, stream, pending = (
-        results
-    )
-    if x_ref() is not x or version != x._version or requires_grad is not x.requires_grad:
+    x_ref, call_state, pending = results
+    # There was no transform in the first call, since `can_run`, nor inference mode.
+    if x_ref() is not x or torch.is_inference_mode_enabled() or call_state != _call_state(x):
         return None
-    if grad_mode is not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return None
-    if cast_dtype is not blocks.cast_dtype(x) or hooks != _top_saved_tensors_default_hooks(True):
-        return None
-    # There was no transform in the first call, since `can_run`.
-    if mode is not _innermost_mode() or peek_interpreter_stack() is not None:
-        return None
-    if choice is not forced.current.get() or stream != _stream(x):
+    if peek_interpreter_stack() is not None:
         return None
     next_layer, state, stamp, y = pending.pop()
+    grad_mode = torch.is_grad_enabled()
     if next_layer is not layer or (grad_mode and getattr(y.grad_fn, "has_run", False)):
         return None
     current_state = direct.read_state(layer, x)

@@ -91,7 +91,7 @@ wheel: $(INSTALLED)
 matrix: $(INSTALLED)
 	$(BIN)/python -m tests.packaging
 
-# A quarter of an hour on two cores that have nothing else to do; a file of results a machine.
+# An hour on two cores that have nothing else to do; a file of results a machine.
 bench: FILE = $$($(BIN)/python -m benchmarks.report --file)
 bench: native
 	$(BIN)/lora-kernels bench --device cpu --json $(FILE)
@@ -99,6 +99,7 @@ bench: native
 	$(BIN)/lora-kernels bench --variants --json $(FILE)
 	$(BIN)/lora-kernels bench --experts --dtypes bfloat16 --json $(FILE)
 	$(BIN)/lora-kernels bench --head --json $(FILE)
+	$(BIN)/lora-kernels bench --end-to-end --json $(FILE)
 	$(BIN)/lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
 	-$(BIN)/lora-kernels bench --host --json benchmarks/results/host.json
 	$(BIN)/python -m benchmarks.report

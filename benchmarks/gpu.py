@@ -41,7 +41,6 @@ from lora_kernels.info import info
 
 ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "lora_kernels.cli"]
-MODEL = [sys.executable, "-m", "benchmarks.gpu_model"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not proof"]
 BENCH = "--device {device} --dtypes bfloat16 --seconds 0.4 --json {json}"
 # Name, share of the minutes, command. "{json}" is a file that the command writes; what a command
@@ -49,7 +48,11 @@ BENCH = "--device {device} --dtypes bfloat16 --seconds 0.4 --json {json}"
 PARTS: list[tuple[str, float, list[str]]] = [
     ("info", 0.02, [*CLI, "info"]),
     ("qualify", 0.10, [*CLI, "qualify", "--budget", "45", "--json"]),
-    ("model", 0.16, [*MODEL, "--device", "{device}", "--json", "{json}"]),
+    (
+        "model",
+        0.16,
+        [*CLI, "bench", "--end-to-end", "--device", "{device}", "--json", "{json}"],
+    ),
     ("host", 0.10, [*CLI, "bench", "--host", "--device", "{device}", "--json", "{json}"]),
     ("verify-cuda", 0.06, [*CLI, "verify", "--engines", "cuda"]),
     ("nf4", 0.11, [*CLI, "bench", "--quant", "nf4", *BENCH.split()]),
@@ -111,14 +114,10 @@ def try_commands(minutes: float) -> int:
     for name, share, command in PARTS:
         words = [word.format(json="FILE", device="cuda") for word in command[1:]]
         print(f"{name}: at most {60 * minutes * share:.0f} s: python {' '.join(words)}", flush=True)
-        if words[1] in ("pytest", MODEL[2]):
-            is_test = words[1] == "pytest"
-            result = run([*command, "--collect-only" if is_test else "--help"], 120.0, "cuda")
+        if words[1] == "pytest":
+            result = run([*command, "--collect-only"], 120.0, "cuda")
             failures += result["exit"] != 0
-            if result["exit"] != 0:
-                print(end_of(result, SHOWN))
-            elif is_test:
-                print(last_line(result))
+            print(end_of(result, SHOWN) if result["exit"] != 0 else last_line(result))
             continue
         parser = cli.Parser(prog=f"lora-kernels {words[2]}")
         importlib.import_module(cli.COMMANDS[words[2]][0]).add_arguments(parser)

@@ -5,6 +5,7 @@
     lora-kernels bench --variants --json FILE
     lora-kernels bench --experts --dtypes bfloat16 --json FILE
     lora-kernels bench --head --json FILE
+    lora-kernels bench --end-to-end --json FILE
     lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
     lora-kernels bench --host --json benchmarks/results/host.json
     python -m benchmarks.report [--check | --file]
@@ -187,6 +188,10 @@ class Run:
         return self.runs.get("4-bit")
 
     @property
+    def models(self) -> Row | None:
+        return self.runs.get("model")
+
+    @property
     def other_runs(self) -> list[Row]:
         """The runs of the suites that have one table each."""
         return [self.runs[kind] for kind in ("variants", "experts", "head") if kind in self.runs]
@@ -322,6 +327,29 @@ def cell(row: Row, name: str) -> str:
     """A candidate's tax, with ✗ where it misses the tolerance; – where it is not in the row."""
     tax = f"{row['tax'][name]:.3f}" if name in row["tax"] else ""
     return " ".join(filter(None, [tax, "✗" * (name in row["misses"])])) or "–"
+
+
+def model_rows(rows: list[Row]) -> Cells:
+    """Yield a line for each step or token of a whole model; a row under load has no ratios."""
+    for row in rows:
+        base = "NF4" if row.get("quant_type") else row["dtype"]
+        tokens = str(row["M"]) if row["mode"] != "token" else "1"
+        head = row["what"].removeprefix("model "), base, row["mode"], tokens
+        seconds, peaks = p50(row), row.get("peak_bytes", {})
+        if not {"frozen", "peft", "ours"} <= seconds.keys():
+            yield *head, *("–" for _ in range(5)), "; ".join(row["misses"].values())
+            continue
+        times = (f"{seconds[name] * 1e3:.4g}" for name in ("frozen", "peft", "ours"))
+        ratio = seconds["ours"] / seconds["peft"]
+        over = f"**{ratio:.2f}**, slower" if ratio > 1 else f"{ratio:.2f}"
+        over += " ✗" * ("ours" in row["misses"])
+        if row.get("under_load"):
+            over = "under load: no result"
+        memory = "–"
+        if {"peft", "ours"} <= peaks.keys():
+            memory = f"{peaks['ours'] / 1e6:.0f} / {peaks['peft'] / 1e6:.0f}"
+            memory += f" = {peaks['ours'] / peaks['peft']:.2f}"
+        yield *head, *times, over, f"{seconds['ours'] / seconds['frozen']:.2f}", memory
 
 
 def overhead_rows(measured: list[Run]) -> Cells:
@@ -657,7 +685,7 @@ def step_head(gpus: Sequence[DeviceInfo] = ()) -> str:
 
 
 TABLES = (
-    *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
+    *(machine, table, model_rows, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
     *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, peak_share, experts_rows),
     experts_range,

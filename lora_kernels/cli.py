@@ -17,8 +17,8 @@ from typing import NoReturn
 import torch
 
 from .core import device
+from .core.quiet import silence_imports
 from .finetune import TrainingError, UsageError
-from .finetune.quiet import silence_imports
 from .version import __version__
 
 # name -> module, the extra that installs what it needs, help

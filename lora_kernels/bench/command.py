@@ -2,7 +2,7 @@
 
 A suite is a filter of one table, whose runners are in `table`; `dense`, `quantized`, `variants`,
 `experts` and `head` have the entries that are timed, `traffic` those that are counted. `host` times
-the host alone, and `merges` times merges.
+the host alone, `merges` times merges, and `end_to_end` whole models.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from ..quantization import codebooks
 from . import (
     dense,
+    end_to_end,
     experts,
     functions,
     head,
@@ -41,7 +42,7 @@ DTYPES = ["float32", "bfloat16"]
 SECONDS = 2.5
 SUITES: tuple[Suite, ...] = (
     *(quantized.SUITE, variants.SUITE, experts.SUITE, head.SUITE, host.SUITE, merges.SUITE),
-    traffic.SUITE,
+    *(end_to_end.SUITE, traffic.SUITE),
     dense.SUITE,  # the default
 )
 
@@ -66,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text += "--quant others; on a GPU llama3-8b's)"
     add("device", "(default: a GPU if there is one)", choices=["cpu", "cuda"])
     add("shapes", text, nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN")
-    add("model", "the shapes of its linear layers", choices=models.NAMES)
+    text = f"the shapes of its linear layers ({', '.join(models.NAMES)}); with --end-to-end a "
+    text += f"whole model, {' or '.join(end_to_end.SIZES)} or a transformers folder"
+    add("model", text, metavar="MODEL")
     text = f"of x, in a model's layers (default: {cpu}; on a GPU {gpu})"
     add("rows", text, nargs="+", type=models.positive, metavar="M")
     text = f"(default: {_words(RANKS)}; with --quant, --variants and --experts 16)"
@@ -97,6 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "time merges that give the base back, and merged weights as a stream, and count their "
     text += "memory instead, beside PEFT's; exit status 1 where one of ours changes its base"
     add("merge", text, instead, action="store_true")
+    text = "time training steps and tokens of whole models instead, beside PEFT's and the frozen "
+    text += "ones, and measure their memory; half an hour on two cores, with --quick two minutes"
+    add("end-to-end", text, instead, action="store_true")
     text = "count the memory traffic, kernels and peak memory of layers, and of q/k/v and gated "
     text += "MLPs, on a GPU instead, ours beside PEFT's and others', without a GPU; exit status 1 "
     text += "where ours loses"
@@ -122,7 +128,8 @@ def unused(args: argparse.Namespace, suite: Suite) -> str | None:
     given = {name for name, value in vars(args).items() if value != defaults.get(name)}
     if name := next((name for name in suite.unused.split() if name in given), None):
         value = f" {args.device}" if name == "device" else ""
-        return f"--{suite.option}: want no --{name}{value} beside it, which would have no effect"
+        option = suite.option.replace("_", "-")
+        return f"--{option}: want no --{name}{value} beside it, which would have no effect"
     if {"baseline", "dropout"} <= given:
         return "--baseline: want no --dropout beside it, which the function does not take"
     if {"shapes", "model"} <= given:
@@ -170,6 +177,8 @@ def _unstartable_reason(args: argparse.Namespace) -> str | None:
     """Return why the run cannot write its files or use its device, or None."""
     if args.device == "cuda" and not torch.cuda.is_available():
         return "no GPU that this torch can use, want one for --device cuda"
+    if (reason := _unknown_model_reason(args.model, args.end_to_end)) is not None:
+        return reason
     for name, file in (("json", args.json), ("csv", args.csv)):
         if file is not None:
             if file.is_dir():
@@ -185,6 +194,16 @@ def _unstartable_reason(args: argparse.Namespace) -> str | None:
     except ValueError as error:
         return f"--json: {error}"
     return None
+
+
+def _unknown_model_reason(model: str | None, is_whole: bool) -> str | None:
+    """Return why the value of --model names no model, or None."""
+    names: Sequence[str] = [*end_to_end.SIZES] if is_whole else models.NAMES
+    is_folder = is_whole and model is not None and Path(model, "config.json").is_file()
+    if model is None or model in names or is_folder:
+        return None
+    wanted = f"{', '.join(names)}{', or a folder with a config.json' if is_whole else ''}"
+    return f"--model: got {model!r}, want one of {wanted}"
 
 
 def measure(suite: Suite, args: argparse.Namespace) -> Result:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends.cpu import native
 from ..core.dtypes import DTYPE_NUMBERS
@@ -171,6 +172,31 @@ def _on_gpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
     end.synchronize()
     second_ms = sum(float(a.elapsed_time(b)) for a, b in second_marks)
     return float(begin.elapsed_time(end)) / 1e3, second_ms / 1e3
+
+
+class TokenClock:
+    """A `streamer` for `generate` that records the time of each token.
+
+    shown: another streamer, which gets the tokens too.
+    """
+
+    def __init__(self, shown: Any = None) -> None:
+        self.shown, self.times = shown, list[float]()
+        self.start = time.perf_counter()
+
+    def put(self, tokens: Tensor) -> None:  # the first call has the prompt
+        self.times.append(time.perf_counter() - self.start)
+        if self.shown:
+            self.shown.put(tokens)
+
+    def end(self) -> None:
+        if self.shown:
+            self.shown.end()
+
+    @property
+    def steps(self) -> list[float]:
+        """The seconds of each token after the first; the first token took times[1]."""
+        return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]
 
 
 def cold_bytes(device: str) -> int:

@@ -7,13 +7,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..core.quiet import silence_libraries
 from ..layers import adaptable_experts
 from . import UsageError
 from . import model as models
 from .checkpoints import translate_errors
 from .data import decode_text, read_file
 from .options import CheckOptions, add_options, fill_in_run
-from .quiet import silence_libraries
 
 # The text on which the model is run without --text.
 TEXT = (

@@ -29,14 +29,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from . import UsageError, memory
+from ..bench import process_memory as memory
+from ..core.quiet import silence_libraries
+from ..peft.quantize import classifier, quantize
+from . import UsageError
 from .checkpoints import named_write
 from .labelled import Labelled
 from .methods import METHODS, Method
-from .model import adapters, classifier, load_float32, load_tokenizer, quantize, usable_device
+from .model import adapters, load_float32, load_tokenizer, usable_device
 from .options import pick
 from .presets import Preset, add_lora_layers
-from .quiet import silence_libraries
 from .rank import WARMUP, Allocate, add_adalora
 from .trainer import DeadRunCheck, LoRATrainer, losses, training_arguments
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..core.quiet import silence_libraries
 from .inputs import check_inputs
 from .options import (
     Adapters,
@@ -24,7 +25,6 @@ from .options import (
     flag,
     require,
 )
-from .quiet import silence_libraries
 
 # The prompt paraphrases the lines of demo.jsonl, so that the answer cannot be recited.
 DEMO: dict[str, Any] = dict(

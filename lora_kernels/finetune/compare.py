@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bench.timing import TokenClock
 from ..peft import fuse
+from ..peft.quantize import linears_4bit, rewrite_codes
 from . import TrainingError
 from .chat import ChatData, Collator
-from .model import Clock, adapters, cast_parameters, decode, linears_4bit, rewrite_codes, share
+from .model import adapters, cast_parameters, decode, share
 from .presets import add_lora_layers
 from .report import Row
 
@@ -200,7 +202,7 @@ def time_tokens(models: Mapping[str, Any], prompt: Tensor, advance: Callable[[],
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     for turn in range(1 + ROUNDS):
         for name, model in models.items():
-            clock = Clock()
+            clock = TokenClock()
             decode(model, inputs, max_new_tokens=DECODED, min_new_tokens=DECODED, streamer=clock)
             seconds[name] += clock.steps if turn else []
             advance()

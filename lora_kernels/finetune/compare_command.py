@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.quiet import silence_libraries
 from . import UsageError
 from .lock import FolderLock
 from .methods import METHODS, Method
 from .options import CompareOptions, add_options, check_out, pick, require, suggest
-from .quiet import silence_libraries
 
 if TYPE_CHECKING:
     from .classify import Outcome, Task

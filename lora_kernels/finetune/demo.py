@@ -42,7 +42,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as gguf_loader
 
-    from .quiet import silence_libraries
+    from ..core.quiet import silence_libraries
 
     silence_libraries()
     # transformers cannot switch this bar off; `disable=None` shows it on a terminal alone.

@@ -6,10 +6,10 @@ import argparse
 import statistics
 from typing import Any
 
+from ..core.quiet import silence_libraries
 from .demo import demo_model
 from .model import check_quant, locate, read_adapter_config
 from .options import GenerateOptions, add_options, fill_in_run
-from .quiet import silence_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,9 @@ def generate(options: GenerateOptions) -> None:
     import torch
     from transformers import TextStreamer
 
+    from ..bench.timing import TokenClock
     from ..peft import explain, fuse
+    from ..peft.quantize import rewrite_codes
     from . import model
 
     device = model.usable_device(options.device)
@@ -59,7 +61,7 @@ def generate(options: GenerateOptions) -> None:
 
     def answer(asked: Any, shown: Any = None) -> tuple[torch.Tensor, str]:
         torch.manual_seed(options.seed)
-        clock = model.Clock(shown)
+        clock = TokenClock(shown)
         tokens = model.decode(asked, inputs, streamer=clock, **settings)
         said = f"first token after {clock.times[1] * 1e3:.0f} ms"
         if clock.steps:
@@ -79,7 +81,7 @@ def generate(options: GenerateOptions) -> None:
     print(*model.layer_states(layers), sep="\n")
     print(f"fused: {len(got)} tokens; {speed}")
     if options.compare:
-        want, speed = answer(model.rewrite_codes(stock, True))
+        want, speed = answer(rewrite_codes(stock, True))
         n = min(len(got), len(want))
         equal = (got[:n] == want[:n]).long().cumprod(0).sum().item()
         same = "the same" if equal == n else f"the first {equal} the same"

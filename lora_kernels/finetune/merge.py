@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..core.quiet import silence_libraries
 from ..peft.kept import Kept, Tally, format_kept, name_of
 from ..peft.merge import written_parameters
 from ..peft.modules import is_linear4bit
@@ -22,7 +23,6 @@ from . import model as models
 from .checkpoints import check_free, translate_errors, write_folder
 from .model import DTYPES
 from .options import MergeOptions, add_options, check_choice, check_out, fill_in_run, pick
-from .quiet import silence_libraries
 
 
 class Merged(NamedTuple):

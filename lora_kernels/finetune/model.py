@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..layers import adaptable_experts, quantize_experts
-from ..layers.experts import unsupported_reason
+from ..layers import adaptable_experts
+from ..peft.quantize import linears_4bit, quantize
 from . import UsageError
 from .checkpoints import count_more, translate_errors
 from .options import MAX_LENGTH
@@ -228,59 +227,6 @@ def check_length(asked: int | None, model: Any) -> int:
     return min(MAX_LENGTH, positions) if asked is None else asked
 
 
-def quantize(
-    base: nn.Module, quant_type: str, compute_dtype: torch.dtype, device: torch.device
-) -> None:
-    """Replace linear layers by bitsandbytes' `Linear4bit`, and quantize experts, in place.
-
-    The output embedding or classifier is kept. The format is that of transformers' models for
-    QLoRA: blocks of 64 with double quantization.
-    """
-    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
-
-    head = cast(Any, base).get_output_embeddings() or classifier(base)
-    codes: Any = {"requires_grad": False, "quant_type": quant_type}
-    how = {"compute_dtype": compute_dtype, "quant_type": quant_type, "device": "meta"}
-    for name, linear in list(base.named_modules()):
-        if type(linear) is not nn.Linear or linear is head:
-            continue
-        bias = linear.bias
-        layer = Linear4bit(*features(linear), bias=bias is not None, **how)  # type: ignore[no-untyped-call]
-        layer.weight = Params4bit(linear.weight.detach(), module=layer, **codes)
-        layer.bias = bias
-        base.set_submodule(name, layer.to(device))
-    if any(unsupported_reason(module) is None for module in base.modules()):
-        quantize_experts(base, quant_type)
-    base.is_loaded_in_4bit = True  # type: ignore[assignment]
-    rewrite_codes(base, False)
-
-
-def classifier(model: nn.Module) -> nn.Module | None:
-    """Return the head of transformers' `...ForSequenceClassification`, or None."""
-    return getattr(model, "classifier", getattr(model, "score", None))
-
-
-def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:
-    """Set whether bitsandbytes may repack codes for its CPU kernel, and return the model.
-
-    By default bitsandbytes repacks codes permanently, and rounds their scales, in the first forward
-    in eval mode without gradients. This happens on processors with AVX-512 BF16.
-    """
-    if layers := linears_4bit(model):
-        from bitsandbytes.functional import has_avx512bf16
-
-        for layer in layers:
-            able: bool = has_avx512bf16()  # type: ignore[no-untyped-call]
-            layer.support_avx512bf16_for_cpu = allowed and able
-    return model
-
-
-def linears_4bit(model: nn.Module) -> list[Any]:
-    from ..peft.modules import is_linear4bit
-
-    return [m for m in model.modules() if is_linear4bit(m)]
-
-
 def load_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -403,28 +349,3 @@ def decode(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
     out: Tensor = model.generate(**inputs, **{"do_sample": False, "pad_token_id": 0} | kwargs)
     model.train(training)
     return out[0, inputs["input_ids"].shape[1] :]
-
-
-class Clock:
-    """A `streamer` for `generate` that records the time of each token.
-
-    shown: another streamer, which gets the tokens too.
-    """
-
-    def __init__(self, shown: Any = None) -> None:
-        self.shown, self.times = shown, list[float]()
-        self.start = time.perf_counter()
-
-    def put(self, tokens: Tensor) -> None:  # the first call has the prompt
-        self.times.append(time.perf_counter() - self.start)
-        if self.shown:
-            self.shown.put(tokens)
-
-    def end(self) -> None:
-        if self.shown:
-            self.shown.end()
-
-    @property
-    def steps(self) -> list[float]:
-        """The seconds of each token after the first; the first token took times[1]."""
-        return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]

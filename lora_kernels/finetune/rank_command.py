@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.quiet import silence_libraries
 from .chat import check_files, load_chat
 from .inputs import check_inputs, read_inputs
 from .lock import FolderLock
 from .options import RankOptions, add_options, check_out, pick
-from .quiet import silence_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

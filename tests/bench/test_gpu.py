@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import gpu, gpu_model
+from benchmarks import gpu
 from lora_kernels.bench.results import Row
 from lora_kernels.bench.timing import Times
 from lora_kernels.choice.verdicts import Group, Verdict, read_verdict
@@ -115,8 +114,6 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 2
     assert "no GPU" in capsys.readouterr().out
-    assert gpu_model.main(["--device", "cuda"]) == 2
-    assert "no GPU" in capsys.readouterr().err
 
 
 def test_dry_run_tries_every_command(
@@ -173,39 +170,3 @@ def test_report_has_the_times_of_the_adapters_that_its_ratio_compares() -> None:
     row = Row(dtype="bfloat16", M=64, mode="step", seconds=times)
     said = gpu.line_of(row).split(" | ")[1]
     assert said == "peft 1.50 (3e+03 / 2e+03 ms), frozen 2.00 (1e+03 / 500 ms)"
-
-
-def test_model_runs_in_small_on_a_cpu(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    file = tmp_path / "model.json"
-    options = ["--device", "cpu", "--tiny", "--seconds", "0", "--json", str(file)]
-    assert gpu_model.main(options) == 0
-    (run,) = json.loads(file.read_text()).values()
-    bases = {row["dtype"] for row in run["rows"]}
-    assert {"ours", "peft"} == {name for row in run["rows"] for name in row["seconds"]}
-    assert "bf16" in bases and len(run["rows"]) == 3 * len(bases)
-
-
-def test_a_row_of_the_model_that_does_not_fit_costs_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    interleave, turns = gpu_model.timing.interleave, iter(range(100))
-
-    def full_at_first(*args: Any, **options: Any) -> Any:
-        if next(turns) == 0:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return interleave(*args, **options)
-
-    monkeypatch.setattr(gpu_model.timing, "interleave", full_at_first)
-    monkeypatch.setattr(gpu_model, "find_spec", lambda name: None)
-    file = tmp_path / "model.json"
-    options = ["--device", "cpu", "--tiny", "--seconds", "0", "--json", str(file)]
-    assert gpu_model.main(options) == 0
-    part = {"exit": 0, "seconds": 1.0, "tail": "", "json": json.loads(file.read_text())}
-    first, *rest = gpu.rows_of(part)
-    assert not first.seconds and len(rest) == 2 and all(row.seconds for row in rest)
-    said = gpu.report({"provenance": {}, "model": part})
-    assert "step | ✗ PEFT's beside ours: out of memory |" in said

@@ -18,10 +18,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels.cli import main
 from lora_kernels.finetune import LoRATrainer, load_chat, newest_checkpoint, training_arguments
-from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse
 from lora_kernels.peft.explain_rows import KERNELS, PEFT
+from lora_kernels.peft.quantize import quantize
 from tests.finetune.test_trainer import adapted
 from tests.finetune.tiny import llama, metrics, save_model, tokenizer, weights
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived

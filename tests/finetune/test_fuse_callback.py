@@ -19,13 +19,13 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 import lora_kernels
 from lora_kernels.backends.cpu import native
 from lora_kernels.finetune import newest_checkpoint
-from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.integrations.trainer import VerdictLog
 from lora_kernels.layers import adaptable_experts
 from lora_kernels.peft import explain
 from lora_kernels.peft.explain_rows import KERNELS, LIBRARY
 from lora_kernels.peft.frozen import StreamedLinear
+from lora_kernels.peft.quantize import quantize
 from tests.finetune.tiny import llama, weights
 from tests.support.assertions import FLOAT64_RTOL, assert_bitwise_equal, assert_bytes
 from tests.support.assertions import assert_close_derived as assert_same

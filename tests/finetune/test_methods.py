@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.finetune import TrainingError, UsageError, classify, memory, provenance
+from lora_kernels.bench import process_memory as memory
+from lora_kernels.finetune import TrainingError, UsageError, classify, provenance
 from lora_kernels.finetune.classify import Outcome, Task, build, train_once
 from lora_kernels.finetune.compare_command import largest_share, markdown
 from lora_kernels.finetune.labelled import Labelled, read_labelled

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from lora_kernels.finetune.compare import GRADIENT_LIMIT, UPDATE_LIMIT, relative_rms
-from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import FusedLinear, explain, fuse, merged_weights, unfuse
+from lora_kernels.peft.quantize import quantize
 from tests.finetune.tiny import llama, tokenizer
 from tests.support.assertions import FLOAT64_RTOL, assert_bytes
 from tests.support.assertions import assert_close_derived as assert_same

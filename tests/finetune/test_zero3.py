@@ -21,9 +21,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse, merged_weights, unfuse
+from lora_kernels.peft.quantize import quantize
 from lora_kernels.peft.swap import fused_layers
 from tests.finetune.test_distributed import NEEDS_GLOO, experts_to_shard, ids_of, launch
 from tests.finetune.tiny import gpt2, llama

@@ -17,11 +17,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lora_kernels.backends.cpu import native
-from lora_kernels.finetune.model import quantize
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import FusedEmbedding, FusedSVDLinear, Row, explain, fuse
 from lora_kernels.peft.explain_rows import LIBRARY, PEFT
 from lora_kernels.peft.linear import Fused
+from lora_kernels.peft.quantize import quantize
 from tests.support.assertions import (
     assert_bitwise_equal,
     assert_close_derived,

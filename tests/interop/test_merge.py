@@ -22,10 +22,10 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from lora_kernels.bench.memory import peak
-from lora_kernels.finetune.model import quantize
 from lora_kernels.peft import check, fuse, merged_weights, unfuse
 from lora_kernels.peft.kept import Tally, add_layer
 from lora_kernels.peft.merge import ExactMerge
+from lora_kernels.peft.quantize import quantize
 from lora_kernels.peft.swap import lora_layers
 from lora_kernels.quantization import Weight4bit
 from tests.support.assertions import assert_bytes

@@ -1,0 +1,369 @@
+"""`lora-kernels bench --end-to-end`: training steps and tokens of whole models, beside PEFT's.
+
+A row is a model over one kind of base, in one mode:
+
+- "step": forward, backward and AdamW of one batch;
+- "step, checkpointed": the same with the activations of each layer computed again, and ours with
+  `fuse(model, loss=True)`;
+- "token": one token of `generate`, greedy, after a prompt of `PROMPT` tokens, and ours with
+  `fuse(model, linears=True)`.
+
+The models are the frozen one, PEFT's and ours. They share their frozen weights and take turns in
+one process. LoRA of rank `RANK` is on all linear layers but the head, with float32 adapters, as
+PEFT makes them. Steps over a 16-bit base run under autocast, as Trainer's with `bf16=True`. The
+first layer's input needs a gradient in all of them, so that the frozen model computes each dx too.
+A named model has random weights, because a time does not depend on them: nothing is downloaded.
+
+The peak memory is that of two calls in a process of their own, over what the process held before
+the model was built: weights, activations, gradients and AdamW's state. On a CPU it is resident
+memory; on a GPU it is what torch allocated, in the process of the times.
+
+The error is the rms of the difference to PEFT's, relative to PEFT's: of all adapters' gradients in
+the first step, or of the prompt's logits. A row whose error is above `LIMITS` has a ✗. `verify`
+compares each kernel with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import multiprocessing
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.quiet import silence_imports, silence_libraries
+from . import memory, process_memory, timing
+from .results import FROZEN, Facts, Row
+from .table import Suite
+
+RANK, PROMPT, TOKENS = 16, 128, 16
+# Relative rms to PEFT's. Both round each layer's sums to 16 bits, in another order.
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
+STEP, CHECKPOINTED, TOKEN = "step", "step, checkpointed", "token"
+NAMES = (FROZEN, "peft", "ours")
+# Their published configurations; both tie the head to the embedding.
+SIZES: dict[str, dict[str, int]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "llama3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table.
+
+    Args:
+        model: a key of SIZES, or the folder of a transformers model.
+        base: a key of BASES.
+        mode: STEP, CHECKPOINTED or TOKEN.
+        batch, length: rows of a batch, and tokens of a row.
+        one_thread: whether torch has one thread instead of all.
+    """
+
+    model: str
+    base: str
+    mode: str
+    batch: int = 1
+    length: int = 512
+    one_thread: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return BASES[self.base]
+
+
+_SMALL, _LARGE = SIZES
+_HALF = ("bfloat16", "nf4")
+CPU_CELLS = (
+    *(Cell(_SMALL, base, mode) for mode in (STEP, TOKEN) for base in BASES),
+    *(Cell(_LARGE, base, STEP) for base in _HALF),
+    *(Cell(_LARGE, base, CHECKPOINTED, length=2048) for base in _HALF),
+    *(Cell(_SMALL, "bfloat16", mode, one_thread=True) for mode in (STEP, TOKEN)),
+)
+GPU_CELLS = (
+    *(Cell(_LARGE, base, mode) for mode in (STEP, TOKEN) for base in _HALF),
+    *(Cell(_LARGE, base, STEP, batch=4, length=2048) for base in _HALF),
+    *(Cell(_LARGE, base, CHECKPOINTED, batch=4, length=2048) for base in _HALF),
+)
+
+
+def cells(model: str | None, device: str, quick: bool) -> Iterator[Cell]:
+    """Yield the cells of a run, those of NF4 if bitsandbytes is installed.
+
+    model: a key of SIZES, whose cells are a part of the table; or a folder, which has a step, a
+        checkpointed step and a token over each kind of base.
+    quick: only a step and a token over bfloat16.
+    """
+    chosen = GPU_CELLS if device == "cuda" else CPU_CELLS
+    if quick:
+        chosen = tuple(Cell(model or _SMALL, "bfloat16", mode) for mode in (STEP, TOKEN))
+    elif model in SIZES:
+        chosen = tuple(cell for cell in chosen if cell.model == model)
+    elif model is not None:
+        step = Cell(model, "", STEP)
+        modes = step, replace(step, mode=CHECKPOINTED, length=2048), replace(step, mode=TOKEN)
+        chosen = tuple(replace(cell, base=base) for base in BASES for cell in modes)
+    for cell in chosen:
+        if cell.base != "nf4" or find_spec("bitsandbytes") is not None:
+            yield cell
+
+
+def load(cell: Cell, device: str) -> Any:
+    """Return the frozen causal language model of a cell, in eval mode."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from ..peft.quantize import quantize
+
+    auto: Any = AutoModelForCausalLM
+    if cell.model in SIZES:
+        sizes: Any = SIZES[cell.model]
+        config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True)
+        with torch.device(device):
+            base = auto.from_config(config, dtype=cell.dtype)
+    else:
+        base = auto.from_pretrained(cell.model, dtype=cell.dtype, local_files_only=True).to(device)
+    if cell.base == "nf4":
+        quantize(base, "nf4", cell.dtype, torch.device(device))
+    base.config.use_cache = cell.mode == TOKEN
+    return base.requires_grad_(False).eval()
+
+
+def build(cell: Cell, device: str) -> dict[str, Any]:
+    """Return the models of NAMES, which share their frozen weights.
+
+    For a token over 4 bits on a CPU, bitsandbytes' models have weights of their own, which it
+    repacks for its fastest kernel.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from ..peft import fuse
+    from ..peft.quantize import linears_4bit, rewrite_codes
+
+    torch.manual_seed(0)
+    base = load(cell, device)
+    models = {FROZEN: _share(base)}
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    models["peft"] = peft = get_peft_model(base, config)
+    for name, p in peft.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.01)
+    is_token = cell.mode == TOKEN
+    models["ours"] = fuse(_share(peft), linears=is_token, loss=cell.mode == CHECKPOINTED)
+    if is_token and device == "cpu" and linears_4bit(base):
+        for name in (FROZEN, "peft"):
+            models[name] = rewrite_codes(copy.deepcopy(models[name]), True)
+    return models
+
+
+def _share(model: nn.Module) -> Any:
+    """Copy the modules and trainable parameters of a model, and share its frozen weights."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in tensors if not t.requires_grad})
+
+
+class Step:
+    """A training step of a model: a call is forward, backward and, with adapters, AdamW.
+
+    The learning rate is 0, so that all steps compute the same. `result` is the adapters' gradients
+    of the first step.
+    """
+
+    result: list[Tensor] | None = None
+
+    def __init__(self, model: Any, cell: Cell, ids: Tensor) -> None:
+        self.model, self.ids, self.dtype = model, ids, cell.dtype
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = None
+        if self.trained:
+            self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0, fused=True)
+        model.train()
+        model.enable_input_require_grads()
+        if cell.mode == CHECKPOINTED:
+            base = getattr(model, "get_base_model", lambda: model)()
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def __call__(self) -> None:
+        autocast: Any = contextlib.nullcontext()
+        if self.dtype is not torch.float32:
+            autocast = torch.autocast(self.ids.device.type, self.dtype)
+        with autocast:
+            loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
+        if self.result is None:
+            self.result = [p.grad.clone() for p in self.trained]
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+class Tokens:
+    """Greedy generation after a prompt: a call returns the median seconds of a token.
+
+    The first token is not among them, because it is the prompt's. `result` is the logits of the
+    prompt.
+    """
+
+    def __init__(self, model: Any, cell: Cell, ids: Tensor) -> None:
+        self.model, self.ids = model.eval(), ids
+        with torch.no_grad():
+            self.result: list[Tensor] = [model(input_ids=ids).logits]
+
+    def __call__(self) -> float:
+        clock = timing.TokenClock()
+        counts = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
+        how: Any = {"do_sample": False, "pad_token_id": 0, "streamer": clock, **counts}
+        self.model.generate(input_ids=self.ids, attention_mask=torch.ones_like(self.ids), **how)
+        return statistics.median(clock.steps)
+
+
+def call_of(model: Any, cell: Cell) -> Step | Tokens:
+    """Return the call that is timed. A short model takes as many tokens as it has positions."""
+    config = model.config
+    length = getattr(config, "max_position_embeddings", cell.length)
+    length = min(PROMPT, length - TOKENS) if cell.mode == TOKEN else min(cell.length, length)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (cell.batch, length), generator=generator)
+    return (Tokens if cell.mode == TOKEN else Step)(model, cell, ids.to(model.device))
+
+
+def measure(cell: Cell, device: str, seconds: float) -> Row:
+    """Return the row of a cell, with times, the error, and on a GPU the peaks."""
+    models = build(cell, device)
+    config = models[FROZEN].config
+    calls: dict[str, Any] = {name: call_of(model, cell) for name, model in models.items()}
+    key: dict[str, Any] = {"K": config.hidden_size, "N": config.vocab_size, "R": RANK}
+    row = Row(what=f"model {Path(cell.model).name}", mode=cell.mode, **key)
+    row.M = 1 if cell.mode == TOKEN else calls["ours"].ids.numel()
+    row.dtype = str(cell.dtype).removeprefix("torch.")
+    row.quant_type = "nf4" if cell.base == "nf4" else None
+    if cell.one_thread:
+        row.mode = f"{cell.mode}, one thread"
+    with _threads(1 if cell.one_thread else torch.get_num_threads()):
+        try:
+            clock = {"clock": _of_token} if cell.mode == TOKEN else {}
+            row.seconds = timing.interleave(calls, seconds=seconds, device=device, **clock)
+            if device == "cuda":
+                for name in NAMES[1:]:
+                    weights = sum(t.nbytes for t in models[name].state_dict().values())
+                    row.peak_bytes[name] = weights + memory.peak(calls[name], device)
+        except torch.OutOfMemoryError:
+            row.misses = {"PEFT's beside ours": "out of memory"}  # other rows may fit
+            torch.cuda.empty_cache()
+            return row
+    error = relative_rms(calls["ours"].result, calls["peft"].result)
+    row.errors = {"ours": error}
+    if not error <= LIMITS[cell.dtype]:  # NaN is not
+        row.misses = {"ours": f"{error:.2g} from PEFT's, want at most {LIMITS[cell.dtype]:g}"}
+    return row
+
+
+def _of_token(call: Any, repeat: int) -> tuple[float, float]:
+    return call(), 0.0
+
+
+def relative_rms(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Return the rms of the differences of all tensors, relative to the rms of all wanted ones.
+
+    >>> relative_rms([torch.ones(2), torch.ones(2)], [torch.ones(2), torch.zeros(2)])
+    1.0
+    """
+    pairs = list(zip(got, want, strict=True))
+    squares = sum((g.double() - w.double()).square().sum().item() for g, w in pairs)
+    norms = sum(w.double().square().sum().item() for _, w in pairs)
+    return float((squares / norms) ** 0.5) if norms else float("nan")
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_of(cell: Cell, name: str, threads: int) -> int | None:
+    """Return the peak bytes of this process in two calls of a model of NAMES, on a CPU.
+
+    They are those above what the process held before. None if the system does not report them.
+    """
+    silence_imports()
+    silence_libraries()
+    import peft  # noqa: F401 # what is imported later would count
+
+    torch.set_num_threads(threads)
+    cpu = torch.device("cpu")
+    before = process_memory.reset_peak(cpu)
+    if before is None:
+        return None
+    call = call_of(build(cell, "cpu")[name], cell)
+    process_memory.reset_peak(cpu)
+    call()
+    call.result = []  # the first step's gradients
+    call()
+    return process_memory.peak(cpu) - before
+
+
+def peaks_of(cell: Cell) -> dict[str, int]:
+    """Return the peak of PEFT's model and of ours, each in a new process.
+
+    A process that is killed, for example because memory ran out, has none.
+    """
+    peaks, spawn = dict[str, int](), multiprocessing.get_context("spawn")
+    threads = 1 if cell.one_thread else torch.get_num_threads()
+    for name in NAMES[1:]:
+        with ProcessPoolExecutor(1, spawn) as pool, contextlib.suppress(BrokenProcessPool):
+            peak = pool.submit(peak_of, cell, name, threads).result()
+            if peak is not None:
+                peaks[name] = peak
+    return peaks
+
+
+def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
+    """Yield the row of each cell."""
+    silence_libraries()
+    for cell in cells(args.model, args.device, args.quick):
+        row = measure(cell, args.device, args.seconds)
+        if args.device == "cpu":
+            row.peak_bytes = peaks_of(cell)
+        yield row
+
+
+def _head(args: argparse.Namespace, result: Any) -> Iterator[str]:
+    if not args.quick and find_spec("bitsandbytes") is None:
+        yield "no NF4: bitsandbytes is not installed"
+
+
+SUITE = Suite(
+    kind="model",
+    option="end_to_end",
+    unused="shapes rows ranks dtypes dropout baseline",
+    rows=rows,
+    head=_head,
+)

@@ -1,0 +1,176 @@
+"""`bench --end-to-end`: rows of whole models, their errors and peaks, and what the report says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, report
+from lora_kernels import cli
+from lora_kernels.bench import end_to_end
+from lora_kernels.bench.end_to_end import CHECKPOINTED, NAMES, SIZES, STEP, TOKEN, Cell
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+QUICK = ["bench", "--end-to-end", "--quick", "--seconds", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=128))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "peaks_of", lambda cell: dict.fromkeys(NAMES[1:], 10**6))
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    (run,) = json.loads(file.read_text()).values()
+    rows: list[dict[str, Any]] = run["rows"]
+    return rows
+
+
+def test_run_of_a_folder_times_all_and_measures_each_peak_in_a_process(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cell = Cell(str(folder), "bfloat16", CHECKPOINTED)
+    monkeypatch.setattr(end_to_end, "cells", lambda *args: iter([cell]))
+    file = tmp_path / "results.json"
+    assert cli.main([*QUICK, "--model", str(folder), "--json", str(file)]) == 0
+    (row,) = rows_of(file)
+    assert row["what"] == "model tiny" and row["mode"] == CHECKPOINTED and row["M"] == 64
+    assert row["seconds"].keys() == set(NAMES) and not row["misses"]
+    assert row["peak_bytes"].keys() == {"peft", "ours"} and min(row["peak_bytes"].values()) > 0
+    assert "MiB peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", [STEP, CHECKPOINTED, TOKEN])
+@pytest.mark.parametrize("base", end_to_end.BASES)
+def test_ours_computes_what_pefts_model_computes(folder: Path, base: str, mode: str) -> None:
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    row = end_to_end.measure(Cell(str(folder), base, mode), "cpu", seconds=0.0)
+    assert not row.misses and row.errors["ours"] > 0  # another computation, with the same result
+    assert row.seconds.keys() == set(NAMES)
+    assert (row.dtype, row.quant_type) == (("bfloat16", "nf4") if base == "nf4" else (base, None))
+
+
+def test_one_thread_is_one_and_all_come_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set[int]()
+    interleave = end_to_end.timing.interleave
+
+    def watch(*args: Any, **options: Any) -> Any:
+        seen.add(torch.get_num_threads())
+        return interleave(*args, **options)
+
+    monkeypatch.setattr(end_to_end.timing, "interleave", watch)
+    before = torch.get_num_threads()
+    row = end_to_end.measure(Cell(str(folder), "float32", STEP, one_thread=True), "cpu", 0.0)
+    assert seen == {1} and torch.get_num_threads() == before
+    assert row.mode == "step, one thread"
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize("mode", [STEP, TOKEN])
+def test_model_with_a_wrong_scaling_is_a_miss(
+    folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    build = end_to_end.build
+
+    def broken(*args: Any) -> dict[str, Any]:
+        models = build(*args)
+        for module in models["ours"].modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["default"] *= 8
+        return models
+
+    monkeypatch.setattr(end_to_end, "build", broken)
+    monkeypatch.setattr(end_to_end, "cells", lambda *_: iter([Cell(str(folder), "float32", mode)]))
+    assert cli.main([*QUICK, "--model", str(folder)]) == 1
+    assert "✗ ours: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_row_that_does_not_fit_costs_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interleave, turns = end_to_end.timing.interleave, iter(range(100))
+
+    def full_at_first(*args: Any, **options: Any) -> Any:
+        if next(turns) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return interleave(*args, **options)
+
+    monkeypatch.setattr(end_to_end.timing, "interleave", full_at_first)
+    file = tmp_path / "results.json"
+    assert cli.main([*QUICK, "--model", str(folder), "--json", str(file)]) == 0
+    part = {"exit": 0, "seconds": 1.0, "tail": "", "json": json.loads(file.read_text())}
+    first, second = gpu.rows_of(part)
+    assert not first.seconds and second.seconds
+    said = gpu.report({"provenance": {}, "model": part})
+    assert "step | ✗ PEFT's beside ours: out of memory |" in said
+
+
+def test_cells_of_each_machine() -> None:
+    pytest.importorskip("bitsandbytes")
+    on_cpu = list(end_to_end.cells(None, "cpu", False))
+    assert len(on_cpu) == 12 and sum(cell.one_thread for cell in on_cpu) == 2
+    assert {cell.model for cell in end_to_end.cells(None, "cuda", False)} == {"llama3.2-1b"}
+    named = list(end_to_end.cells("llama3.2-1b", "cpu", False))
+    assert named == [cell for cell in on_cpu if cell.model == "llama3.2-1b"]
+    modes = [(cell.base, cell.mode) for cell in end_to_end.cells("a folder", "cpu", False)]
+    assert len(modes) == len({*modes}) == 9
+
+
+def test_unknown_model_is_refused(tmp_path: Path, capsys: Any) -> None:
+    assert cli.main([*QUICK, "--model", str(tmp_path)]) == 2
+    wanted = f"want one of {', '.join(SIZES)}, or a folder with a config.json"
+    assert wanted in capsys.readouterr().err
+    assert cli.main(["bench", "--model", "llama3.2-1b"]) == 2
+    assert "want one of smollm2-135m, llama3-8b" in capsys.readouterr().err
+    assert cli.main([*QUICK, "--ranks", "8"]) == 2
+    assert "--end-to-end: want no --ranks" in capsys.readouterr().err
+
+
+def model_row(**changes: Any) -> dict[str, Any]:
+    seconds = {name: {"p50": p50} for name, p50 in zip(NAMES, (0.5, 1.0, 0.75), strict=True)}
+    row = {"what": "model a", "dtype": "bfloat16", "M": 512, "mode": "step", "misses": {}}
+    return row | {"seconds": seconds, "peak_bytes": {"ours": 1e9, "peft": 2e9}} | changes
+
+
+def lines(*rows: dict[str, Any]) -> Iterator[str]:
+    return (" | ".join(cells) for cells in report.model_rows(list(rows)))
+
+
+def test_report_marks_rows_that_lose_and_rows_under_load() -> None:
+    slower = model_row()["seconds"] | {"ours": {"p50": 1.25}}
+    found = [
+        *lines(
+            model_row(quant_type="nf4"),
+            model_row(mode="token", M=1, seconds=slower),
+            model_row(under_load=True),
+            model_row(seconds={}, misses={"PEFT's beside ours": "out of memory"}),
+        )
+    ]
+    memory = "1000 / 2000 = 0.50"
+    assert found[0] == f"a | NF4 | step | 512 | 500 | 1000 | 750 | 0.75 | 1.50 | {memory}"
+    assert "| 1 | 500 | 1000 | 1250 | **1.25**, slower | 2.50 |" in found[1]
+    assert "| under load: no result |" in found[2] and "0.75" not in found[2]
+    assert found[3].endswith("out of memory")

@@ -31,7 +31,7 @@ from transformers.trainer_utils import SchedulerType, TrainOutput
 
 from ..integrations.trainer import VerdictLog
 from ..peft import fuse
-from . import TrainingError, UsageError
+from . import TrainingError, UsageError, memory
 from .chat import IGNORED, ChatData, Collator, check_flattening
 from .checkpoints import (
     STATE,
@@ -49,6 +49,7 @@ from .plots import draw_png
 from .report import Progress, new_console
 
 DEAD_STEPS = 10  # steps in a row without a gradient, after which a run stops
+PEAK = "train_peak_memory"  # key of `PeakMemory` in Trainer's log
 
 
 _THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -449,6 +450,25 @@ class SpaceCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
         remedy = "give another folder, or keep fewer checkpoints: --save-total-limit"
         check_free(out, wanted, "the run's checkpoints and adapter", remedy)
         return bool(kept)
+
+
+class PeakMemory(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Log the peak memory of the training so far: at each checkpoint, and at the end.
+
+    The key is `PEAK`, the value in bytes: resident memory of this process, or what torch allocated
+    on its GPU. It is None if the system does not report it.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.is_reported = memory.reset_peak(args.device) is not None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:  # the checkpoint holds the log
+            self.on_train_end(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        peak = memory.peak(args.device) if self.is_reported else None
+        state.log_history.append({PEAK: peak, "step": state.global_step})
 
 
 def _saves_left(args: TrainingArguments, state: TrainerState) -> int:

@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..bench import process_memory as memory
+from ..bench import process_memory
 from ..core.quiet import silence_libraries
 from ..peft.quantize import classifier, quantize
 from . import UsageError
@@ -160,7 +160,7 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     train, held_out = (encode(part, tokenizer, task) for part in (task.train, task.held_out))
-    before = memory.reset_peak(device)
+    before = process_memory.reset_peak(device)
     model = build(task, method, seed, tokenizer.pad_token_id)
     settings: dict[str, Any] = {"max_steps": task.steps, "per_device_train_batch_size": task.batch}
     settings |= {"learning_rate": method.lr, "warmup_steps": WARMUP, "seed": seed}
@@ -178,9 +178,9 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
             trainer.remove_callback(PrinterCallback)
         else:
             trainer = LoRATrainer(model, args, **parts, lora_plus_ratio=method.lora_plus)
-        memory.reset_peak(device)
+        process_memory.reset_peak(device)
         trainer.train()
-        peak = None if before is None else memory.peak(device) - before
+        peak = None if before is None else process_memory.peak(device) - before
         saved = saved_bytes(model, Path(folder))
         said = trainer.predict(held_out)
     return Run(

@@ -11,12 +11,15 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..bench import process_memory
 from ..bench.timing import TokenClock
 from ..peft import fuse
 from ..peft.quantize import linears_4bit, rewrite_codes
@@ -24,6 +27,7 @@ from . import TrainingError
 from .chat import ChatData, Collator
 from .model import adapters, cast_parameters, decode, share
 from .presets import add_lora_layers
+from .provenance import watch_others
 from .report import Row
 
 GRADIENT_LIMIT = 1e-4  # relative rms of one adapter's gradient, fp32
@@ -31,8 +35,17 @@ UPDATE_LIMIT = 1e-3  # relative rms of one adapter's change over the SGD steps, 
 SGD_LR, SGD_STEPS = 0.1, 4
 ADAPTER_B_STD = 0.02  # a new adapter has B = 0, and then dA = 0 on both sides
 ROUNDS = 4  # in which the models are timed in turns, after one that is not counted
+MEMORY_ROUNDS = 3  # the smallest counts: on a CPU the peaks of equal steps differ by up to 12 %
+# Bytes of a step below which two of them give no ratio. Resident pages are counted in batches: a
+# block of known size is seen within 0.3 MB on two cores.
+RATIO_BYTES = 1e6
+# Seconds below which no load is judged. Linux counts CPU time in steps of 10 ms, several of which
+# may be attributed to the wrong program.
+JUDGED_SECONDS = 0.5
 PROMPT, DECODED = 8, 12  # numbers of tokens
-PIECES = 2 + 2 * SGD_STEPS + 6 * (1 + ROUNDS)  # the calls of `advance` in `compare`
+# The calls of `advance` in `compare`.
+PIECES = 2 + 2 * SGD_STEPS + 6 * (1 + ROUNDS) + 3 * MEMORY_ROUNDS
+STEP_MEMORY = "MB a step adds"
 
 Batch = Mapping[str, Tensor]
 
@@ -112,9 +125,10 @@ def compare(
 ) -> list[Row]:
     """Compare the adapters `lora` on base, fused and in stock PEFT; return the table's rows.
 
-    The rows are gradients, updates under SGD, the time of a step and that of a decoded token.
-    Values are compared in fp32; times are measured in the base's dtype. Dropout is off, because
-    PEFT draws other masks.
+    The rows are gradients, updates under SGD, time and memory of a step, and the time of a decoded
+    token. There is no row of memory if the system does not report it. Rows of times note the load
+    by other programs. Values are compared in fp32; times and memory are measured in the base's
+    dtype. Dropout is off, because PEFT draws other masks.
 
     Args:
         base: the frozen model.
@@ -155,28 +169,48 @@ def compare(
         del base32, stock, fused, want, got  # the weights of float32 make room
         stock, fused = build_pair(base, **lora)
     models = {"frozen": base, "peft": stock, "fused": fused}
-    rows.append(time_steps(models, batches[0], lambda: advance("times of a step")))
+    rows.append(note_load(time_steps, models, batches[0], lambda: advance("times of a step")))
+    step_memory = measure_steps(models, batches[0], lambda: advance("memory of a step"))
+    rows += [step_memory] if step_memory else []
     # Let bitsandbytes use its fastest CPU kernel; see `rewrite_codes`.
     if weight.device.type == "cpu" and linears_4bit(base):
         for name in ("frozen", "peft"):
             models[name] = rewrite_codes(copy.deepcopy(models[name]), True)
     fuse(fused, linears=True)
     prompt = batches[0]["input_ids"][:1, :PROMPT]
-    rows.append(time_tokens(models, prompt, lambda: advance("times of a token")))
+    rows.append(note_load(time_tokens, models, prompt, lambda: advance("times of a token")))
     return rows
 
 
-def time_steps(models: Mapping[str, Any], batch: Batch, advance: Callable[[], None]) -> Row:
-    """Compare the median seconds of forward and backward; the models take turns.
+def note_load(time_calls: Callable[..., Row], *args: Any) -> Row:
+    """Return the row of `time_calls` with the share of CPU time that other programs took meanwhile.
 
-    The first layer's input needs a gradient in every model, so that the frozen model computes every
-    dx too.
+    The load average, which `bench` notes, lags by a minute, which is longer than most rows take.
     """
-    device = torch.get_device_module(batch["input_ids"].device)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    start, others = time.perf_counter(), watch_others()
+    row = time_calls(*args)
+    share = others()
+    return replace(row, others=share) if time.perf_counter() - start >= JUDGED_SECONDS else row
+
+
+@contextmanager
+def input_gradients(models: Mapping[str, Any]) -> Iterator[None]:
+    """Let the first layer's input need a gradient, so that the frozen model computes every dx."""
     for model in models.values():
         model.enable_input_require_grads()
     try:
+        yield
+    finally:
+        for model in models.values():
+            model.disable_input_require_grads()
+            model.zero_grad(set_to_none=True)
+
+
+def time_steps(models: Mapping[str, Any], batch: Batch, advance: Callable[[], None]) -> Row:
+    """Compare the median seconds of forward and backward; the models take turns."""
+    device = torch.get_device_module(batch["input_ids"].device)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with input_gradients(models):
         for turn in range(1 + ROUNDS):
             for name, model in models.items():
                 model.zero_grad(set_to_none=True)
@@ -186,11 +220,41 @@ def time_steps(models: Mapping[str, Any], batch: Batch, advance: Callable[[], No
                 device.synchronize()
                 seconds[name] += [time.perf_counter() - start] if turn else []
                 advance()
-    finally:
-        for model in models.values():
-            model.disable_input_require_grads()
-            model.zero_grad(set_to_none=True)
     return timed_row("milliseconds a step", seconds, 1e3, ".1f")
+
+
+def measure_steps(
+    models: Mapping[str, Any], batch: Batch, advance: Callable[[], None]
+) -> Row | None:
+    """Compare the memory that forward and backward add at their peak; None if it is not reported.
+
+    The models share the base's weights, so each step's peak is counted from what was in use before
+    it: resident memory of the process, or on a GPU what torch allocated. Call this after
+    `time_steps`, because a model's first step makes buffers that it keeps.
+    """
+    found: dict[str, list[float]] = {name: [] for name in models}
+    with input_gradients(models):
+        for _ in range(MEMORY_ROUNDS):
+            for name, model in models.items():
+                model.zero_grad(set_to_none=True)
+                found[name].append(added_memory(model, batch))
+                advance()
+    frozen, peft, fused = (min(found[name]) for name in ("frozen", "peft", "fused"))
+    if math.isnan(frozen + peft + fused):
+        return None
+    ratio = fused / peft if min(fused, peft) >= RATIO_BYTES else None
+    cells = [f"{size / 1e6:.1f}" for size in (frozen, peft, fused)]
+    return Row(STEP_MEMORY, ratio, None, cells[0], cells[1], cells[2], ratio=True)
+
+
+def added_memory(model: Any, batch: Batch) -> float:
+    """Return the bytes that a step adds at its peak; NaN if the system does not report them."""
+    device = batch["input_ids"].device
+    before = process_memory.reset_peak(device)
+    if before is None:
+        return math.nan
+    model(**batch, use_cache=False).loss.backward()
+    return process_memory.peak(device) - before
 
 
 def time_tokens(models: Mapping[str, Any], prompt: Tensor, advance: Callable[[], None]) -> Row:

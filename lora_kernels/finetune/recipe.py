@@ -3,7 +3,7 @@
 A run writes to --out:
 
 - adapter/: in PEFT's format, with the tokenizer
-- trainer_state.json (Trainer's log), losses.png and the last checkpoints
+- trainer_state.json (Trainer's log, with the peak memory), losses.png and the last checkpoints
 - layers.txt: the output of `explain`
 - run.json: the arguments
 """
@@ -18,7 +18,7 @@ import math
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -47,14 +47,22 @@ from .checkpoints import (
     write_folder,
     write_json,
 )
-from .compare import PIECES, compare
+from .compare import PIECES, STEP_MEMORY, compare
 from .inputs import read_inputs
 from .lock import FolderLock
 from .options import Adapters, Base, Data, Options, Training, check_out, flag, pick, read_json
 from .plots import draw_or_explain
 from .presets import Preset, add_lora_layers, find_preset
 from .report import Progress
-from .trainer import LoRATrainer, SpaceCheck, losses, plot_losses, training_arguments
+from .trainer import (
+    PEAK,
+    LoRATrainer,
+    PeakMemory,
+    SpaceCheck,
+    losses,
+    plot_losses,
+    training_arguments,
+)
 
 # The options that determine the trained adapter, in addition to the model and the data.
 _UNSETTLING = {"gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit"}
@@ -180,6 +188,7 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
         f"{folder}, {size / 1e6:.1f} MB beside the model's {whole / 1e6:.1f} MB "
         f"({size / whole:.2%})"
     )
+    facts |= describe_memory(trainer.state.log_history, whole, device)
     checked = {"adapter off": (untouched, UNTOUCHED if untouched else CHANGED)}
     if options.expect:
         checked["taught"] = check_taught(options.expect, facts["before"], after)
@@ -240,6 +249,26 @@ def summarize_losses(trainer: LoRATrainer, out: Path) -> dict[str, str]:
         at_best = f"{held_out[best]:.3f} at best, after step {best}"
         facts["held out"] = f"{held_out[start]:.3f} after step {start}, {at_best}"
     return facts | {"losses": picture}
+
+
+def describe_memory(
+    log: Sequence[Mapping[str, Any]], weights: int, device: torch.device
+) -> dict[str, str]:
+    """Return the report's line on the peak memory of the training; none if the log has no peak.
+
+    Args:
+        log: Trainer's log.
+        weights: bytes of the base model's weights.
+        device: the device of the training.
+    """
+    peaks = [line[PEAK] for line in log if PEAK in line]
+    if not peaks:  # a run of an earlier version, of which no step was left
+        return {}
+    if peaks[-1] is None:
+        return {"memory": "the system does not report the peak in training"}
+    where = "torch on the GPU" if device.type == "cuda" else "the process"
+    most = f"{peaks[-1] / 1e6:,.1f} MB at most in training ({where})"
+    return {"memory": f"{most}, {weights / 1e6:,.1f} MB of it the model's weights"}
 
 
 def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
@@ -321,6 +350,10 @@ def compare_with_stock(
     name = model.display_name(options.model)
     held = f"{options.dtype}, {options.quant} by bitsandbytes" if options.quant else options.dtype
     console.print(report.comparison_table(rows, f"{name}, rank {lora['preset'].rank}, {held}"))
+    if not any(row.what == STEP_MEMORY for row in rows):
+        console.print(f"{STEP_MEMORY}: the system does not report it")
+    for line in report.load_lines(rows):
+        console.print(line)
     return [f"{'control: ' * row.control}{row.what}" for row in rows if row.ok is False]
 
 
@@ -337,6 +370,7 @@ def run_training(trainer: LoRATrainer, console: Console) -> int:
     shown = Progress(console, "fused")
     trainer.add_callback(shown)
     trainer.add_callback(SpaceCheck())
+    trainer.add_callback(PeakMemory())  # after `shown`, which may ask for a checkpoint
     with shown.bar, stop_on_signal() as caught:
         shown.caught = caught
         trainer.train(resume_from_checkpoint=checkpoint is not None)

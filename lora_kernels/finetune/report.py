@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from .provenance import UNDER_LOAD
+
 LOG_COLUMNS = 120
 
 
@@ -111,6 +113,8 @@ class Row:
     """One row of `comparison_table`: `difference` is relative, or with `ratio` a ratio.
 
     A control is a comparison with a deliberate error. It passes if the limit is exceeded.
+
+    others: the share of CPU time that other programs took while the row was timed, if it is known.
     """
 
     what: str
@@ -121,6 +125,11 @@ class Row:
     fused: str = ""
     ratio: bool = False
     control: bool = False
+    others: float | None = None
+
+    @property
+    def under_load(self) -> bool:
+        return self.others is not None and self.others > UNDER_LOAD
 
     @property
     def ok(self) -> bool | None:
@@ -139,7 +148,10 @@ class Row:
 
 def comparison_table(rows: Sequence[Row], title: str) -> Table:
     """Return a table of the frozen model, stock PEFT and the fused model, 80 columns wide."""
-    caption = "a step: forward and backward; differ: relative, worst"
+    caption = (
+        "a step: forward and backward; it adds: its peak memory over what was in use before it; "
+        "differ: relative, worst"
+    )
     layout: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box": None}
     layout |= {"padding": (0, 1, 0, 0), "pad_edge": False}
     table = Table(title=title, title_style="bold", caption=caption, **layout)
@@ -153,7 +165,18 @@ def comparison_table(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
+def load_lines(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each row that was timed under load."""
+    return [
+        f"{row.what}: under load, other programs took {row.others:.0%} of the processors: no result"
+        for row in rows
+        if row.under_load
+    ]
+
+
 def verdict(row: Row) -> Text:
+    if row.under_load:
+        return Text("no result", "red")
     if row.limit is None:
         return Text()
     right, wrong = ("seen", "missed") if row.control else ("✓", "✗")

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SchedulerType, TrainOutput
 
+from ..bench import process_memory
 from ..integrations.trainer import VerdictLog
 from ..peft import fuse
 from . import TrainingError, UsageError
@@ -49,6 +50,7 @@ from .plots import draw_png
 from .report import Progress, new_console
 
 DEAD_STEPS = 10  # steps in a row without a gradient, after which a run stops
+PEAK = "train_peak_memory"  # key of `PeakMemory` in Trainer's log
 
 
 _THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -449,6 +451,25 @@ class SpaceCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
         remedy = "give another folder, or keep fewer checkpoints: --save-total-limit"
         check_free(out, wanted, "the run's checkpoints and adapter", remedy)
         return bool(kept)
+
+
+class PeakMemory(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Log the peak memory of the training so far: at each checkpoint, and at the end.
+
+    The key is `PEAK`, the value in bytes: resident memory of this process, or what torch allocated
+    on its GPU. It is None if the system does not report it.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.is_reported = process_memory.reset_peak(args.device) is not None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:  # the checkpoint holds the log
+            self.on_train_end(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        peak = process_memory.peak(args.device) if self.is_reported else None
+        state.log_history.append({PEAK: peak, "step": state.global_step})
 
 
 def _saves_left(args: TrainingArguments, state: TrainerState) -> int:

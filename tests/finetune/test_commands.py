@@ -27,8 +27,17 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lora_kernels.bench import process_memory
 from lora_kernels.cli import main
-from lora_kernels.finetune import UsageError, checkpoints, command, generate, rank_command, recipe
+from lora_kernels.finetune import (
+    UsageError,
+    checkpoints,
+    command,
+    compare,
+    generate,
+    rank_command,
+    recipe,
+)
 from lora_kernels.finetune import demo as inputs
 from lora_kernels.finetune import model as module
 from lora_kernels.finetune.lock import FolderLock
@@ -39,6 +48,7 @@ from lora_kernels.finetune.model import (
     rewrite_codes,
 )
 from lora_kernels.finetune.options import Options
+from lora_kernels.finetune.trainer import PEAK
 from lora_kernels.peft.explain_rows import KERNELS
 from tests.finetune.tiny import (
     TEMPLATE,
@@ -56,6 +66,8 @@ from tests.support.processes import run_python
 TEXT = split("--rank 3 --alpha 8 --dropout 0.1 --batch 2 --max-length 16 --lr 0.01")
 TEXT += ["--prompt", "Line 7 says [the]"]
 CHAT = split("--steps 6 --batch 2 --lr 0.01 --save-steps 2")
+NO_MEMORY = "the system does not report the peak in training"
+MEMORY = r"\(the process\), \d+\.\d MB of it the model's weights"
 UNTOUCHED = "adapter off the base model's logits, bit for bit ✓"
 LOADED = r"loaded again in stock PEFT: logits differ by at most \S+, the largest is \S+ ✓"
 
@@ -68,6 +80,12 @@ def assert_said(shown: str, *patterns: str) -> None:
     shown = " ".join(shown.split())
     for pattern in patterns:
         assert re.search(pattern, shown), (pattern, shown)
+
+
+def peaks(out: Path) -> list[int | None]:
+    """Return each peak memory in the log of a run that has ended."""
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [line[PEAK] for line in log if PEAK in line]
 
 
 def logits_of_stock_peft(model: Path, adapter: Path) -> torch.Tensor:
@@ -90,10 +108,12 @@ def test_whole_run_on_text(dtype: str, model_folder: Path, text: Path, tmp_path:
         r"control: dA doubled \S+ > 0.0001 seen",
         r"updates in 4 SGD steps \S+ ≤ 0.001 ✓",
         r"milliseconds a step \d+\.\d \d+\.\d \d+\.\d ×\d",
+        r"MB a step adds \d+\.\d \d+\.\d \d+\.\d ",
         r"beside stock PEFT: gradients",
         r"fused: step 6/6 loss \d\.\d{4} \d+ tokens/s",
         r"prompt Line 7 says \[the\] before \S.* after \S",
         r"0\.0 MB beside the model's 0\.\d MB \(\d+\.\d+%\)",
+        rf"memory [\d,.]+ MB at most in training {MEMORY}",
         LOADED,
     )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 30_000
@@ -102,9 +122,58 @@ def test_whole_run_on_text(dtype: str, model_folder: Path, text: Path, tmp_path:
     assert (tmp_path / "losses.png").stat().st_size > 1000
     assert "14 LoRA layers" in (tmp_path / "layers.txt").read_text()
 
-    # The same command again finds all of it done.
-    assert "all 6 steps are done" in run(*argv[:-1], "--dtype", dtype)
+    # The same command again finds all of it done, and the memory of the training in its log.
+    of_checkpoint, _ = peaks(tmp_path)
+    shown = run(*argv[:-1], "--dtype", dtype)
+    assert_said(shown, "all 6 steps are done", rf"memory [\d,.]+ MB at most in training {MEMORY}")
     assert metrics(tmp_path) == found
+    assert peaks(tmp_path) == [of_checkpoint]
+
+
+def test_finetune_on_a_system_that_reports_no_memory_says_so(
+    model_folder: Path, text: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_memory, "reset_peak", lambda device: None)
+    shown = run(*on(model_folder, text, tmp_path), *TEXT, "--steps", "1", "--compare")
+    assert_said(shown, f"memory {NO_MEMORY}")
+    assert_said(shown, "MB a step adds: the system does not report it", LOADED)
+    assert set(peaks(tmp_path)) == {None}
+
+
+@pytest.mark.parametrize(
+    ("log", "kind", "line"),
+    [
+        (
+            [{"train_peak_memory": 7}, {"train_peak_memory": 1_234_567_890}, {"loss": 1.0}],
+            "cpu",
+            "1,234.6 MB at most in training (the process), 538.1 MB of it the model's weights",
+        ),
+        (
+            [{"train_peak_memory": 10**9}],
+            "cuda",
+            "1,000.0 MB at most in training (torch on the GPU), 538.1 MB of it the model's weights",
+        ),
+        ([{"train_peak_memory": 7}, {"train_peak_memory": None}], "cpu", NO_MEMORY),
+        ([{"loss": 1.0}], "cpu", None),
+    ],
+    ids=["cpu", "gpu", "not reported", "of an earlier version"],
+)
+def test_describe_memory(log: list[Any], kind: str, line: str | None) -> None:
+    """The last peak of the log is that of this process."""
+    want = {"memory": line} if line else {}
+    assert recipe.describe_memory(log, 538_100_000, torch.device(kind)) == want
+
+
+def test_compare_under_load_says_so_and_ends_in_the_same_status(
+    model_folder: Path, text: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "JUDGED_SECONDS", 0.0)
+    monkeypatch.setattr(compare, "watch_others", lambda: lambda: 0.35)
+    shown = run(*on(model_folder, text, tmp_path), *TEXT, "--steps", "1", "--compare", status=0)
+    for what in ("milliseconds a step", "milliseconds a token"):
+        assert_said(shown, rf"{what} [\d. ]+×[\d.]+ no result")
+        assert_said(shown, f"{what}: under load, other programs took 35% of the processors: no res")
+    assert shown.count("no result") == 4
 
 
 def test_finetune_without_matplotlib_says_that_nothing_was_drawn(

@@ -1,9 +1,13 @@
 """The comparison passes for the fused model, and for nothing that is wrong."""
 
+import itertools
 import math
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +19,13 @@ from lora_kernels.finetune.chat import ChatData, load_chat
 from lora_kernels.finetune.compare import (
     GRADIENT_LIMIT,
     PIECES,
+    STEP_MEMORY,
     UPDATE_LIMIT,
     build_pair,
     compare,
     draw_batch,
     largest_rms,
+    measure_steps,
     relative_rms,
     train_sgd,
 )
@@ -28,6 +34,7 @@ from lora_kernels.finetune.report import Row
 
 LORA = {"preset": Preset(3, 8, ("all-linear",), 0.0), "seed": 0}
 CPU = torch.device("cpu")
+MB = 1_000_000
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +60,7 @@ def test_fused_agrees_and_controls_are_seen(base: nn.Module, data: ChatData, dty
         "dA zeroed": (True, True),
         "updates in 4 SGD steps": (True, False),
         "milliseconds a step": (None, False),
+        STEP_MEMORY: (None, False),
         "milliseconds a token": (None, False),
     }
     assert len(pieces) == PIECES
@@ -60,9 +68,10 @@ def test_fused_agrees_and_controls_are_seen(base: nn.Module, data: ChatData, dty
         "gradients",
         "SGD updates",
         "times of a step",
+        "memory of a step",
         "times of a token",
     ]
-    for row in rows[-2:]:
+    for row in (row for row in rows if row.what.startswith("milliseconds")):
         times = [float(cell) for cell in (row.frozen, row.peft, row.fused)]
         assert min(times) > 0 and row.ratio
     assert {p.dtype for p in base.parameters()} == {dtype}
@@ -150,6 +159,99 @@ def test_times_are_medians_and_compared_with_peft() -> None:
     row = module.timed_row("x", seconds, 1e3, ".0f")
     assert (row.frozen, row.peft, row.fused) == ("1000", "2000", "1500")
     assert row.difference == 0.75 and row.difference_text == "×0.750"
+
+
+class Keeper:
+    """Stands for a model whose step keeps so many bytes from forward to backward."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.calls = size, list[str]()
+
+    def __call__(self, **batch: Any) -> SimpleNamespace:
+        self.kept = torch.ones(self.size, dtype=torch.uint8)
+        return SimpleNamespace(loss=self)
+
+    def backward(self) -> None:
+        del self.kept
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        self.calls.append("zero_grad")
+
+    def enable_input_require_grads(self) -> None:
+        self.calls.append("enable")
+
+    def disable_input_require_grads(self) -> None:
+        self.calls.append("disable")
+
+
+def measure(sizes: Mapping[str, int], pieces: list[None]) -> Row | None:
+    models = {name: Keeper(size) for name, size in sizes.items()}
+    row = measure_steps(models, {"input_ids": torch.zeros(1)}, lambda: pieces.append(None))
+    rounds = module.MEMORY_ROUNDS
+    calls = ["enable", *["zero_grad"] * rounds, "disable", "zero_grad"]
+    assert all(model.calls == calls for model in models.values())
+    assert len(pieces) == 3 * rounds
+    return row
+
+
+def test_measure_steps_sees_the_bytes_that_each_step_keeps() -> None:
+    """Each size in its own column, and ours over PEFT's: exchanged ones would be seen."""
+    row = measure({"frozen": 50 * MB, "peft": 200 * MB, "fused": 120 * MB}, [])
+    assert row is not None
+    for cell, size in ((row.frozen, 50), (row.peft, 200), (row.fused, 120)):
+        assert size - 3 < float(cell) < size + 5  # resident pages are counted in batches
+    assert row.what == STEP_MEMORY and row.ratio and row.ok is None
+    assert row.difference == pytest.approx(120 / 200, rel=0.04)
+
+
+def test_measure_steps_takes_the_smallest_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = itertools.chain((70, 55, 90), (60, 50, 30), (65, 60, 35))
+    monkeypatch.setattr(module.process_memory, "reset_peak", lambda device: 10 * MB)
+    monkeypatch.setattr(module.process_memory, "peak", lambda device: next(peaks) * MB)
+    row = measure({"frozen": 1, "peft": 1, "fused": 1}, [])
+    assert row == Row(STEP_MEMORY, 0.5, None, "50.0", "40.0", "20.0", ratio=True)
+
+
+@pytest.mark.parametrize(("peft", "ratio"), [(0, None), (MB - 1, None), (MB, 2.0)])
+def test_measure_steps_gives_no_ratio_below_the_resolution(
+    peft: int, ratio: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = itertools.cycle((0, peft, 2 * MB))
+    monkeypatch.setattr(module.process_memory, "reset_peak", lambda device: 0)
+    monkeypatch.setattr(module.process_memory, "peak", lambda device: next(peaks))
+    row = measure({"frozen": 1, "peft": 1, "fused": 1}, [])
+    assert row is not None and row.difference == ratio and row.fused == "2.0"
+
+
+def test_measure_steps_without_a_report_gives_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.process_memory, "reset_peak", lambda device: None)
+    assert measure({"frozen": 1, "peft": 1, "fused": 1}, []) is None
+
+
+@pytest.mark.parametrize(("seconds", "others"), [(0.6, 0.35), (0.4, None)], ids=["long", "short"])
+def test_note_load_judges_what_takes_long_enough(
+    seconds: float, others: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux counts CPU time in steps of 10 ms."""
+    clock = iter([100.0, 100.0 + seconds])
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(module, "watch_others", lambda: lambda: 0.35)
+    row = module.note_load(lambda what: Row(what), "x")
+    assert row == Row("x", others=others)
+
+
+def test_compare_notes_the_load_of_its_times_alone(
+    base: nn.Module, data: ChatData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "JUDGED_SECONDS", 0.0)
+    shares = iter([0.35, 0.05])
+    monkeypatch.setattr(module, "watch_others", lambda: lambda: next(shares))
+    rows = compare(base, data, lora=LORA, batch_size=2)
+    assert {row.what: row.others for row in rows if row.others is not None} == {
+        "milliseconds a step": 0.35,
+        "milliseconds a token": 0.05,
+    }
+    assert [row.what for row in rows if row.under_load] == ["milliseconds a step"]
 
 
 def test_seed_and_step_settle_a_batch(data: ChatData) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.bench import process_memory as memory
+from lora_kernels.bench import process_memory
 from lora_kernels.finetune import TrainingError, UsageError, classify, provenance
 from lora_kernels.finetune.classify import Outcome, Task, build, train_once
 from lora_kernels.finetune.compare_command import largest_share, markdown
@@ -311,10 +311,10 @@ def test_peak_counts_what_is_freed_before_it_is_read() -> None:
     del left_behind
 
     def peak(size: int) -> int:
-        before = memory.reset_peak(cpu)
+        before = process_memory.reset_peak(cpu)
         assert before is not None
         torch.ones(size, dtype=torch.uint8)
-        return memory.peak(cpu) - before
+        return process_memory.peak(cpu) - before
 
     assert 195 * MB < peak(200 * MB) < 230 * MB  # the kernel counts resident pages in batches
     assert peak(1) < 30 * MB

@@ -51,6 +51,22 @@ def test_the_table_fits_80_columns() -> None:
     )
 
 
+def test_a_row_under_load_is_no_result() -> None:
+    """From a tenth of the processors on."""
+    rows = [
+        Row("milliseconds a step", 0.9, None, "11134.0", "12123.0", "11223.0", True, others=0.35),
+        Row("milliseconds a token", 0.8, None, "1.0", "2.0", "3.0", ratio=True, others=0.1),
+        Row("MB a step adds", 0.7, None, "11134.0", "12123.0", "11223.0", ratio=True),
+    ]
+    lines = printed(report.comparison_table(rows, "x")).splitlines()
+    assert not any("…" in line for line in lines) and max(map(len, lines)) <= 80
+    marked = [line for line in lines if line.rstrip().endswith("no result")]
+    assert [line.split()[:3] for line in marked] == [["milliseconds", "a", "step"]]
+    assert report.load_lines(rows) == [
+        "milliseconds a step: under load, other programs took 35% of the processors: no result"
+    ]
+
+
 def test_brackets_in_an_answer_are_text() -> None:
     assert "[exit] [/to the Queen]" in printed(
         report.facts_table({"after": "[exit] [/to the Queen]"})

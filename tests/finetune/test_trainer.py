@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, TrainerCallback, TrainerState
 
+from lora_kernels.bench import process_memory
 from lora_kernels.finetune import TrainingError, UsageError, checkpoints
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat
 from lora_kernels.finetune.checkpoints import (
@@ -25,8 +26,10 @@ from lora_kernels.finetune.checkpoints import (
     steps_done,
 )
 from lora_kernels.finetune.trainer import (
+    PEAK,
     DeadRunCheck,
     LoRATrainer,
+    PeakMemory,
     _saves_left,
     check_trainable,
     losses,
@@ -686,6 +689,41 @@ def test_named_write_passes_on_errors_of_the_work() -> None:
     with pytest.raises(RuntimeError, match=r"^shapes$"), named_write(Path("x")):
         raise RuntimeError("shapes")
     assert checkpoints.first_line(ValueError()) == "ValueError"
+
+
+def test_peak_memory_is_logged_at_each_checkpoint_and_at_the_end(
+    data: ChatData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on keeps the entries of the one before, and adds its own."""
+    peaks = iter(range(10, 100))
+    resets = list[torch.device]()
+    monkeypatch.setattr(process_memory, "reset_peak", lambda device: resets.append(device) or 0)
+    monkeypatch.setattr(process_memory, "peak", lambda device: next(peaks))
+    trainer(tmp_path, data, max_steps=6, callbacks=[PeakMemory()]).train()
+    made = trainer(tmp_path, data, max_steps=8, callbacks=[PeakMemory()])
+    made.train(resume_from_checkpoint=True)
+    want = {3: [10], 6: [11], 8: [13, 14]}  # 12 is the end of the first run, after its checkpoint
+    log = made.state.log_history
+    assert losses(log, PEAK) == {step: found[-1] for step, found in want.items()}
+    assert [line[PEAK] for line in log if PEAK in line] == [
+        n for found in want.values() for n in found
+    ]
+    assert list(losses(log)) == list(range(1, 9))
+    assert resets == [torch.device("cpu")] * 2
+
+
+def test_peak_memory_counts_from_the_start_of_the_training() -> None:
+    """What the process held before does not count, nor what it freed before."""
+    size, callback = 200_000_000, PeakMemory()
+    args: Any = SimpleNamespace(device=torch.device("cpu"))
+    state = TrainerState()
+    torch.ones(2 * size, dtype=torch.uint8)
+    for kept in (0, size):
+        callback.on_train_begin(args, state, None)
+        torch.ones(kept, dtype=torch.uint8)
+        callback.on_train_end(args, state, None)
+    without, with_it = (line[PEAK] for line in state.log_history)
+    assert 0.95 * size < with_it - without < 1.15 * size  # resident pages are counted in batches
 
 
 @pytest.mark.parametrize(("epochs", "want"), [(3, 3), (2.5, 3), (0.5, 1)])

@@ -111,8 +111,9 @@ against the float64 reference, those of plain PyTorch ("eager"), and the limits.
 roundoff of the output's dtype."""
 
 NOTE_BF16 = (
-    "if it passes bfloat16 to tl.dot: Triton's interpreter (TRITON_INTERPRET=1) multiplies their "
-    "bits, not\n    their values; float32, float16 or a GPU decides"
+    "note: Triton's interpreter (TRITON_INTERPRET=1) multiplies the bits of bfloat16 operands of "
+    "tl.dot, not\n    their values. If the function has such operands, float32, float16 or a GPU "
+    "decides."
 )
 
 Line = tuple[dict[str, Any], str]  # a row of --json, and as text
@@ -231,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         seconds = f"{time.perf_counter() - begun:.0f} s"
         left_out = sum(len(row.get("left_out", ())) for row in rows)
-        words = f", {left_out} cases left out" if left_out else ""
+        words = f", {left_out} left out" if left_out else ""
         print(f"{len(checked) - missed} of {len(checked)} within the tolerance{words}, {seconds}")
     if not checked:
         print("lora-kernels verify: nothing was checked", file=sys.stderr)

@@ -199,7 +199,7 @@ def _region(wrong: Tensor, name: str) -> str:
 def _indices(kind: str, indices: list[int], size: int) -> str:
     """
     >>> _indices("row", [64, 65, 66], 67), _indices("row", [1, 3, 5, 7], 9)
-    ('rows 64 to 66 (the last 67 mod 32 or 64)', '4 rows of 9 (1, 3, 5, …)')
+    ('rows 64 to 66 (the last 67 mod 8, 16, 32 or 64)', '4 rows of 9 (1, 3, 5, …)')
     """
     first, last, count = indices[0], indices[-1], len(indices)
     if last - first + 1 > count:

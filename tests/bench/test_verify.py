@@ -383,7 +383,7 @@ def test_named_shape_that_an_engine_cannot_run_is_left_out_with_the_reason(
     assert cli.main([*options, "3x64x8"]) == 0
     out = capsys.readouterr().out
     assert f"left out: 3x40x8 rank 16: {reason}" in out
-    assert "1 of 1 within the tolerance, 1 cases left out" in out
+    assert "1 of 1 within the tolerance, 1 left out" in out
     assert cli.main([*options]) == 2  # nothing was checked
     out, err = capsys.readouterr()
     assert reason in out and "– not checked" in out and "nothing was checked" in err

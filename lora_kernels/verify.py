@@ -385,7 +385,7 @@ def _judge_case(case: AnyCase, name: str, is_few: bool = False) -> Judged:
     """Judge a case by an engine, with DoRA's norm where the engine has one."""
     with cases.engine(name):
         verdicts = cases.judge(case)
-        if isinstance(case, Case) and _has_norm(case, name):
+        if isinstance(case, cases.Case) and _has_norm(case, name):
             verdicts |= cases.judge_norm(case)
 
     def diagnose(names: list[str]) -> dict[str, Diagnosis]:
@@ -460,7 +460,7 @@ def _miss(judged: Judged) -> dict[str, Any]:
     """Return the facts of a case that misses, diagnosed, for --json."""
     case, found = judged.case, judged.diagnose(judged.missed)
     facts: dict[str, Any] = {"case": judged.name, "in_words": cases.in_words(case) + judged.suffix}
-    if isinstance(case, Case):
+    if isinstance(case, cases.Case):
         sizes = {name: getattr(case, name) for name in "MKNR"}
         options = f"--shapes {case.M}x{case.K}x{case.N} --ranks {case.R}"
         facts |= {**sizes, "operands": cases.operand_names(case), "options": options}

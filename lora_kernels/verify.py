@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,13 +30,14 @@ from .backends import triton
 from .backends.cpu import heuristics as cpu_heuristics
 from .backends.cpu import linear as cpu
 from .backends.cpu import native
-from .backends.triton import configs
-from .bench import baselines, functions
+from .bench import baselines, functions, models
 from .bench.functions import Function
 from .choice import choose as selection
 from .core import device as devices
 from .oracle import case as cases
-from .oracle.case import Case, Expected, dtype_name
+from .oracle import diagnosis
+from .oracle.case import AnyCase, Case, Expected, dtype_name
+from .oracle.diagnosis import Diagnosis
 from .oracle.experts_case import ExpertsCase
 from .oracle.head_case import HeadCase
 from .oracle.multi_case import MultiCase
@@ -99,6 +100,8 @@ PEERS = {"peft": (("peft",), ""), "bitsandbytes": (("peft", "bitsandbytes"), "nf
 # at least tolerance.POOL, so that one seed is enough.
 PEER_SHAPES = ((70, 192, 128, 13), (7, 128, 192, 40))
 
+RANK = 16  # of --shapes
+
 # The options whose operands a function of `--function` may take.
 OPERANDS = {"bias": "bias", "gate": "rank_gate", "column scale": "column_scale"}
 
@@ -107,8 +110,35 @@ A line is the output, y or a gradient, that uses most of its tolerance: its rms 
 against the float64 reference, those of plain PyTorch ("eager"), and the limits. u is the unit
 roundoff of the output's dtype."""
 
+NOTE_BF16 = (
+    "note: Triton's interpreter (TRITON_INTERPRET=1) multiplies the bits of bfloat16 operands of "
+    "tl.dot, not\n    their values. If the function has such operands, float32, float16 or a GPU "
+    "decides."
+)
+
 Line = tuple[dict[str, Any], str]  # a row of --json, and as text
 Check = Callable[[], Line | None]
+
+
+class Judged(NamedTuple):
+    """The verdicts of a case, and a function that diagnoses the named outputs of those."""
+
+    case: AnyCase
+    verdicts: dict[str, Comparison]
+    diagnose: Callable[[list[str]], dict[str, Diagnosis]]
+    suffix: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.case}{self.suffix}"
+
+    @property
+    def missed(self) -> list[str]:
+        return [name for name, verdict in self.verdicts.items() if not verdict.ok]
+
+    @property
+    def used_allowance(self) -> float:
+        return max(map(_used_allowance, self.verdicts.values()))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +147,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the float64 reference; exit status 1 where one misses the tolerance."
     )
     parser.add_argument("--thorough", action="store_true", help="more and larger shapes")
+    text = "these rows of x, in-features and out-features instead, such as 64x4096x4096; with "
+    text += "--function without its long sums, else without adapters, experts and head"
+    parser.add_argument(
+        "--shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN", help=text
+    )
+    text = f"of --shapes (default: {RANK})"
+    parser.add_argument("--ranks", nargs="+", type=models.positive, metavar="R", help=text)
     parser.add_argument(
         "--engines", metavar="NAME", help='only those whose name begins so, such as "triton"'
     )
@@ -146,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return 0 if every output is within the tolerance, else 1; 2 if the run cannot start."""
+    """Return 0 if every output is within the tolerance, else 1; 2 if nothing could be checked."""
     names = [*cases.engines(), *cases.gpu_engines()]
     names = [name for name in names if name.startswith(args.engines or "")]
     why = _unstartable_reason(args, names)
@@ -154,7 +191,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"lora-kernels verify: {why}", file=sys.stderr)
         return 2
     checks: list[Check]
-    shapes = THOROUGH if args.thorough else SHAPES
+    is_named = bool(args.shapes)
+    shapes = _named_shapes(args) if is_named else THOROUGH if args.thorough else SHAPES
     table = f"{LEGEND}\n{'engine':34} {'x':9} {'adapters':9} {'option':13} worst output"
     if args.function:
         head = table
@@ -167,7 +205,10 @@ def run(args: argparse.Namespace) -> int:
         adapter = args.adapter_dtype and getattr(torch, args.adapter_dtype)
         dtypes = [(getattr(torch, name), adapter) for name in args.dtypes or DTYPE_NAMES]
         each = itertools.product(dtypes, _options_of(function))
-        checks = [partial(judge_function, function, device, shapes, *one) for one in each]
+        checks = [
+            partial(judge_function, function, device, shapes, *one, is_named=is_named)
+            for one in each
+        ]
     elif args.peer:
         head = "rms errors of whole layers in unit roundoffs: ours, the peer's, the limit for ours"
         pairs = itertools.product(dict.fromkeys(args.peer), peer_cases())
@@ -176,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
         head = table
         # Engines follow each other, so that a reference is computed once.
         engines = itertools.product(DTYPES, OPTIONS, names)
-        checks = [partial(judge_option, shapes, *one) for one in engines]
+        checks = [partial(judge_option, shapes, *one, is_named=is_named) for one in engines]
     rows, begun = [], time.perf_counter()
     if not args.json:
         print(f"{len(checks)} checks\n{head}", flush=True)
@@ -184,13 +225,25 @@ def run(args: argparse.Namespace) -> int:
         rows.append(row)
         if not args.json:
             print(line, flush=True)
-    missed = sum(not row["ok"] for row in rows)
+    checked = [row for row in rows if row["ok"] is not None]
+    missed = sum(not row["ok"] for row in checked)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
         seconds = f"{time.perf_counter() - begun:.0f} s"
-        print(f"{len(rows) - missed} of {len(rows)} within the tolerance, {seconds}")
+        left_out = sum(len(row.get("left_out", ())) for row in rows)
+        words = f", {left_out} left out" if left_out else ""
+        print(f"{len(checked) - missed} of {len(checked)} within the tolerance{words}, {seconds}")
+    if not checked:
+        print("lora-kernels verify: nothing was checked", file=sys.stderr)
+        return 2
     return 1 if missed else 0
+
+
+def _named_shapes(args: argparse.Namespace) -> Shapes:
+    """Return M, N, K, R of --shapes and --ranks."""
+    ranks = args.ranks or (RANK,)
+    return tuple((M, N, K, R) for (M, K, N), R in itertools.product(args.shapes, ranks))
 
 
 def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | None:
@@ -200,7 +253,13 @@ def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | Non
         command = " ".join([devices.install_command("peft"), *libraries[1:]])
         if lacking := [name for name in libraries if find_spec(name) is None]:
             return f"--peer {peer} needs {' and '.join(lacking)}: {command}"
-    for given, option in ((args.engines, "--engines"), (args.thorough, "--thorough")):
+    given_options = {
+        "--engines": args.engines,
+        "--thorough": args.thorough,
+        "--shapes": args.shapes,
+        "--ranks": args.ranks,
+    }
+    for option, given in given_options.items():
         if args.peer and given:
             return (
                 "--peer has shapes of its own and takes the engine that a layer chooses, want no "
@@ -209,6 +268,10 @@ def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | Non
     for given, option in ((args.engines, "--engines"), (args.peer, "--peer")):
         if args.function and given:
             return f"--function checks that function alone, want no {option}"
+    if args.shapes and args.thorough:
+        return "--shapes: want no --thorough beside it, which names other shapes"
+    if args.ranks and not args.shapes:
+        return "--ranks: want --shapes beside it, whose ranks they are"
     for name in ("device", "dtypes", "adapter_dtype"):
         if getattr(args, name) and not args.function:
             return f"--{name.replace('_', '-')}: want --function beside it, of whose tensors it is"
@@ -224,84 +287,213 @@ def _options_of(function: Function) -> list[str]:
 
 
 def judge_function(
-    function: Function, device: str, shapes: Shapes, dtypes: Dtypes, option: str
+    function: Function,
+    device: str,
+    shapes: Shapes,
+    dtypes: Dtypes,
+    option: str,
+    *,
+    is_named: bool = False,
 ) -> Line:
-    """Judge y and the gradients of a function on the option's cases."""
-    verdicts: dict[str, Comparison] = {}
-    for M, N, K, R in (*shapes, *LONG) if option == "plain" else shapes:
-        case = Case(M, N, K, R, *dtypes, **OPTIONS[option], device=device)
-        try:
-            judged = cases.judge(case, lambda **arguments: function(**arguments))
-        except Exception as error:  # whatever the function raises, in its backward too
-            said = functions.one_line(error)
-            names = dtype_name(dtypes[0]), dtype_name(dtypes[1] or dtypes[0])
-            row: dict[str, Any] = {
-                "engine": function.name,
-                "dtype": names[0],
-                "adapter_dtype": names[1],
-            }
-            row |= {"option": option, "ok": False, "worst": str(case), "verdict": said}
-            return row, f"{function.name:34} {names[0]:9} {names[1]:9} {option:13} ✗ {said}"
-        verdicts |= {f"{case}/{output}": v for output, v in judged.items()}
-    return _line(function.name, dtypes, option, verdicts)
+    """Judge y and the gradients of a function on the option's cases.
+
+    is_named: whether the user named the shapes; if not, long sums are judged too.
+    """
+
+    def call(**arguments: Any) -> torch.Tensor:
+        return function(**arguments)
+
+    judged: list[Judged] = []
+    has_long = option == "plain" and not is_named
+    try:
+        for M, N, K, R in (*shapes, *LONG) if has_long else shapes:
+            case = Case(M, N, K, R, *dtypes, **OPTIONS[option], device=device)
+            verdicts = cases.judge(case, call)
+            judged.append(Judged(case, verdicts, partial(diagnosis.diagnose, case, call=call)))
+        return _line(function.name, dtypes, option, judged, _note(dtypes))
+    except Exception as error:  # whatever the function raises, in its backward too
+        said = functions.one_line(error)
+        names = dtype_name(dtypes[0]), dtype_name(dtypes[1] or dtypes[0])
+        row: dict[str, Any] = {"engine": function.name, "dtype": names[0]}
+        row |= {"adapter_dtype": names[1], "option": option, "ok": False}
+        row |= {"worst": str(case), "verdict": said}
+        head = f"{function.name:34} {names[0]:9} {names[1]:9} {option:13} ✗ {said}"
+        return row, f"{head}\n    {cases.in_words(case)}"
 
 
-def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line | None:
-    """Judge each output of the option's cases; None if the engine supports none."""
+def _note(dtypes: Dtypes) -> str:
+    """Return what stands under a miss of a function in Triton's interpreter."""
+    return NOTE_BF16 if triton.is_interpreted() and torch.bfloat16 in dtypes else ""
+
+
+def judge_option(
+    shapes: Shapes, dtypes: Dtypes, option: str, name: str, *, is_named: bool = False
+) -> Line | None:
+    """Judge each output of the option's cases; None if the engine supports none.
+
+    is_named: whether the user named the shapes. They are taken as they are, and those that the
+        engine cannot run are named in the line.
+    """
     fields, device = OPTIONS[option], "cpu"
-    verdicts: dict[str, Comparison] = {}
+    judged: list[Judged] = []
     if (others := OTHERS.get(option.partition(" ")[0])) is not None:
-        for other in () if name.startswith(GPU_ENGINES) else others:
+        for other in () if is_named or name.startswith(GPU_ENGINES) else others:
             case = replace(other, dtype=dtypes[0], adapter_dtype=dtypes[1], **fields)
-            with cases.engine(name):
-                verdicts |= {f"{case}/{output}": v for output, v in cases.judge(case).items()}
-        return _line(name, dtypes, option, verdicts) if verdicts else None
+            judged.append(_judge_case(case, name))
+        return _line(name, dtypes, option, judged) if judged else None
     if name.startswith(LINEAR_ONLY):
         if option == "dropout":
             return None
         fields = fields | {"dropout_p": 0.0}
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
+    left_out: dict[str, str] = {}
+    for M, N, K, R in shapes if is_named else _default_shapes(shapes, name, fields):
+        case = Case(M, N, K, R, *dtypes, **fields, device=device)
+        if reason := cases.unsupported_reason(name, case):
+            left_out[f"{M}x{K}x{N} rank {R}"] = reason
+            continue
+        judged += [
+            _judge_case(case, forced, forced != name) for forced in _forced_engines(name, case)
+        ]
+    if not is_named:
+        return _line(name, dtypes, option, judged) if judged else None
+    if not judged and _supports_nothing(dtypes, fields, name):
+        return None
+    return _line(name, dtypes, option, judged, left_out=left_out)
+
+
+def _supports_nothing(dtypes: Dtypes, fields: dict[str, Any], name: str) -> bool:
+    """Return True if an engine supports no default shape of an option either."""
+    shapes = _default_shapes(SHAPES, name, fields)
+    found = (Case(M, N, K, R, *dtypes, **fields) for M, N, K, R in shapes)
+    return all(cases.unsupported_reason(name, case) for case in found)
+
+
+def _default_shapes(shapes: Shapes, name: str, fields: dict[str, Any]) -> Shapes:
+    """Return shapes that an engine and an option take, in place of some of the given ones."""
     if name.startswith("cuda "):
         shapes = *CUDA_SHAPES, *shapes[2:]
     elif "quant" in fields:
         shapes = shapes[0], FEW_ROWS, *shapes[2:]
-    for M, N, K, R in shapes:
-        if fields.get("quant", "").startswith(E2M1_TYPES):  # rows of whole blocks
-            K = K // 32 * 32
-        case = Case(M, N, K, R, *dtypes, **fields, device=device)
-        for forced in _forced_engines(name, case):
-            with cases.engine(forced):
-                judged = cases.judge(case)
-                has_norm = case.base and not name.startswith(LINEAR_ONLY)
-                if has_norm and not case.dropout_p and not case.column_scale:
-                    judged |= cases.judge_norm(case)
-            few = ", few rows" if forced != name else ""
-            verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
-    return _line(name, dtypes, option, verdicts) if verdicts else None
+    if fields.get("quant", "").startswith(E2M1_TYPES):  # rows of whole blocks
+        shapes = tuple((M, N, K // 32 * 32, R) for M, N, K, R in shapes)
+    return shapes
 
 
-def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Comparison]) -> Line:
-    where, worst = max(verdicts.items(), key=lambda item: _used_allowance(item[1]))
-    row = {
+def _judge_case(case: AnyCase, name: str, is_few: bool = False) -> Judged:
+    """Judge a case by an engine, with DoRA's norm where the engine has one."""
+    with cases.engine(name):
+        verdicts = cases.judge(case)
+        if isinstance(case, cases.Case) and _has_norm(case, name):
+            verdicts |= cases.judge_norm(case)
+
+    def diagnose(names: list[str]) -> dict[str, Diagnosis]:
+        with cases.engine(name):
+            return diagnosis.diagnose(case, names)
+
+    return Judged(case, verdicts, diagnose, ", few rows" if is_few else "")
+
+
+def _has_norm(case: Case, name: str) -> bool:
+    is_plain = case.base and not case.dropout_p and not case.column_scale
+    return is_plain and not name.startswith(LINEAR_ONLY)
+
+
+def _line(
+    name: str,
+    dtypes: Dtypes,
+    option: str,
+    judged: list[Judged],
+    note: str = "",
+    left_out: dict[str, str] | None = None,
+) -> Line:
+    """Return the row and the line of an engine and an option, and what is under it.
+
+    judged: none if the engine can run no named shape.
+    left_out: why the engine cannot run a shape.
+    """
+    row: dict[str, Any] = {
         "engine": name,
         "dtype": dtype_name(dtypes[0]),
         "adapter_dtype": dtype_name(dtypes[1] or dtypes[0]),
         "option": option,
-        "ok": all(verdict.ok for verdict in verdicts.values()),
-        "worst": where,
-        "verdict": str(worst),
+        "ok": all(not each.missed for each in judged) if judged else None,
     }
-    head = f"{name:34} {row['dtype']:9} {row['adapter_dtype']:9} {option:13}"
-    return row, f"{head} {'✓' if row['ok'] else '✗'} {where.rpartition('/')[2]} {worst}"
+    text = f"{name:34} {row['dtype']:9} {row['adapter_dtype']:9} {option:13} "
+    if judged:
+        verdicts = {f"{each.name}/{n}": v for each in judged for n, v in each.verdicts.items()}
+        where, worst = max(verdicts.items(), key=lambda item: _used_allowance(item[1]))
+        row |= {"worst": where, "verdict": str(worst)}
+        text += f"{'✓' if row['ok'] else '✗'} {where.rpartition('/')[2]} {worst}"
+    else:
+        text += "– not checked"
+    lines = [text]
+    if row["ok"] is False:
+        missed = [each for each in judged if each.missed]
+        shown = [_miss(each) for each in _shown(missed)]
+        names = [each["case"] for each in shown]
+        others = [each.name for each in missed if each.name not in names]
+        row |= {"misses": shown, "other_misses": others, "note": note or None}
+        lines += [line for each in shown for line in _miss_in_words(each)]
+        if others:
+            lines.append(f"    {len(others)} more of {len(judged)} cases miss, in no other output")
+        lines += [f"    {note}"] if note else []
+    if left_out:
+        row["left_out"] = left_out
+        lines += [f"    left out: {shape}: {reason}" for shape, reason in left_out.items()]
+    return row, "\n".join(lines)
+
+
+def _shown(missed: list[Judged]) -> list[Judged]:
+    """Return the worst case, and for outputs that it does not miss the worst that does."""
+    shown: list[Judged] = []
+    seen: set[str] = set()
+    for each in sorted(missed, key=lambda each: each.used_allowance, reverse=True):
+        if not seen.issuperset(each.missed):
+            shown.append(each)
+            seen.update(each.missed)
+    return shown
+
+
+def _miss(judged: Judged) -> dict[str, Any]:
+    """Return the facts of a case that misses, diagnosed, for --json."""
+    case, found = judged.case, judged.diagnose(judged.missed)
+    facts: dict[str, Any] = {"case": judged.name, "in_words": cases.in_words(case) + judged.suffix}
+    if isinstance(case, cases.Case):
+        sizes = {name: getattr(case, name) for name in "MKNR"}
+        options = f"--shapes {case.M}x{case.K}x{case.N} --ranks {case.R}"
+        facts |= {**sizes, "operands": cases.operand_names(case), "options": options}
+    facts["outputs"] = {
+        name: {
+            "ok": verdict.ok,
+            **asdict(verdict),
+            "cause": found[name].cause if name in found else None,
+            "largest": found[name].largest if name in found else None,
+        }
+        for name, verdict in judged.verdicts.items()
+    }
+    return facts
+
+
+def _miss_in_words(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of a case that misses: its outputs, each with its relative rms error."""
+    options = f" ({facts['options']})" if "options" in facts else ""
+    yield f"    {facts['in_words']}{options}"
+    for name, output in facts["outputs"].items():
+        names = ("rms", "eager_rms", "rms_limit", "max", "max_limit")
+        rms, eager, limit, largest, max_limit = (output[each] for each in names)
+        line = f"      {'✓' if output['ok'] else '✗'} {name:5} {diagnosis.in_words(rms):>8}"
+        line += f"  eager {diagnosis.in_words(eager)}, limit {diagnosis.in_words(limit)}"
+        if rms <= limit and not output["ok"]:
+            line += f"; largest error {largest:.3g}, limit {max_limit:.3g}"
+        yield line
+        if output["cause"] or output["largest"]:
+            yield f"          {output['cause'] or 'largest error at ' + output['largest']}"
 
 
 def _forced_engines(name: str, case: Case) -> list[str]:
-    """Return the engine, and its GEMV kernel if the case has few rows; [] if it supports none."""
-    if name == f"triton {triton.FUSED}" and case.R > configs.MAX_RANK:
-        return []
-    if name.startswith("cuda ") and not cases.fits_cuda(case, name.removeprefix("cuda ")):
-        return []
+    """Return the engine, and its GEMV kernel if the case has few rows."""
     compute = case.compute or case.compute_dtype
     few = 0
     if name in native.ISAS:

@@ -29,11 +29,11 @@ from ..backends.triton import configs
 from ..choice import choose as selection
 from ..core import dropout
 from ..core.call import Operands
-from ..core.problem import Layout
+from ..core.problem import MAX_KERNEL_RANK, Layout
 from ..ops.linear import lora_linear
 from ..ops.norm import dora_norm
 from ..quantization import Weight4bit, quantize_4bit
-from ..quantization.codebooks import BITSANDBYTES_TYPES
+from ..quantization.codebooks import BITSANDBYTES_TYPES, E2M1_TYPES
 from . import reference, tolerance
 from .tolerance import Comparison, unit_roundoff
 
@@ -230,6 +230,42 @@ def describe(case: Any) -> str:
     return "-".join(parts)
 
 
+def in_words(case: Any) -> str:
+    """Return the sizes, dtypes and operands of a case, in words; `describe` of other ops' cases.
+
+    >>> in_words(Case(3, 5, 4, 2, torch.bfloat16, torch.float32, bias=True))
+    'M = 3, K = 4, N = 5, R = 2; x bfloat16, adapters float32; bias'
+    """
+    if not isinstance(case, Case):
+        return describe(case)
+    sizes = ", ".join(f"{name} = {getattr(case, name)}" for name in "MKNR")
+    dtypes = dtype_name(case.dtype), dtype_name(case.adapter_dtype or case.dtype)
+    operands = operand_names(case)
+    words = [
+        sizes,
+        f"x {dtypes[0]}, adapters {dtypes[1]}",
+        *([", ".join(operands)] * bool(operands)),
+    ]
+    return "; ".join(words)
+
+
+def operand_names(case: Case) -> list[str]:
+    """Return the names of the optional operands of a case.
+
+    >>> operand_names(Case(3, 5, 4, 2, base=False, gate=True, dropout_p=0.5))
+    ['no weight', 'rank_gate', 'dropout 0.5']
+    """
+    named = {
+        "no weight": not case.base,
+        f"weight in {case.quant}": case.quant,
+        "bias": case.bias,
+        "rank_gate": case.gate,
+        "column_scale": case.column_scale,
+        f"dropout {case.dropout_p:g}": case.dropout_p,
+    }
+    return [name for name, is_given in named.items() if is_given]
+
+
 # How x or dy, a contiguous [M, K], is laid out in memory and in dimensions.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda t: t,
@@ -360,14 +396,19 @@ def widen(value: Any, dtype: torch.dtype = torch.float64) -> Any:
     return value
 
 
+def widened(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the reference: float64, and zeros for a weight that is None."""
+    wide_args = {name: widen(arg) for name, arg in args.items() if name != "compute_dtype"}
+    if wide_args["weight"] is None:
+        wide_args["weight"] = torch.zeros(args["dy"].shape[-1], wide_args["x"].shape[-1]).double()
+    return wide_args
+
+
 def oracle(
     args: dict[str, Any], equation: Callable[..., Tensor] = reference.lora_linear
 ) -> dict[str, Tensor]:
     """Return the outputs of `run` in float64, by autograd through the reference's equation."""
-    wide_args = {name: widen(arg) for name, arg in args.items() if name != "compute_dtype"}
-    if wide_args["weight"] is None:
-        wide_args["weight"] = torch.zeros(args["dy"].shape[-1], wide_args["x"].shape[-1]).double()
-    return run(equation, wide_args)
+    return run(equation, widened(args))
 
 
 def part_roundoff(case: Case) -> float | None:
@@ -429,12 +470,33 @@ def gpu_engines() -> list[str]:
 
 def fits_cuda(case: Case, strategy: str) -> bool:
     """Return True if a strategy of the CUDA backend supports the case."""
+    return not case.dropout_p and cuda_unsupported_reason(case, strategy) is None
+
+
+def cuda_unsupported_reason(case: Case, strategy: str) -> str | None:
+    """Return why a strategy of the CUDA backend cannot run the case's sizes or dtype, or None."""
     blocksize = int(case.quant.split("-")[1]) if case.quant else 0
     layout = Layout(blocksize, unsupported_reason=None if case.base else constraints.NO_BASE)
     dtype, sizes = case.compute or case.compute_dtype, (case.M, case.N, case.K)
-    return not case.dropout_p and not constraints.unsupported_reason(
-        strategy, dtype, layout, *sizes
-    )
+    return constraints.unsupported_reason(strategy, dtype, layout, *sizes)
+
+
+def unsupported_reason(name: str, case: Case) -> str | None:
+    """Return why an engine cannot run a case, or None. Dropout is not asked about.
+
+    >>> unsupported_reason("avx2", Case(3, 5, 40, 2, quant="mxfp4-32"))
+    "K = 40 is no multiple of mxfp4's blocks of 32"
+    """
+    kind, *block = case.quant.split("-")[:2]
+    if kind in E2M1_TYPES and case.K % int(block[0]):
+        return f"K = {case.K} is no multiple of {kind}'s blocks of {block[0]}"
+    if name not in (*EAGERS, EAGER_CUDA) and case.R > MAX_KERNEL_RANK:
+        return f"R = {case.R} is above the kernels' {MAX_KERNEL_RANK}"
+    if name == f"triton {triton.FUSED}" and case.R > configs.MAX_RANK:
+        return f"R = {case.R} is above {configs.MAX_RANK}"
+    if name.startswith("cuda "):
+        return cuda_unsupported_reason(case, name.removeprefix("cuda "))
+    return None
 
 
 def triton_device() -> str:
@@ -502,7 +564,20 @@ def comparisons(
     samples: list[Expected], call: Callable[..., Any], case: AnyCase
 ) -> dict[str, Comparison]:
     """Run `call` on the arguments of each seed of the case, and judge its outputs."""
-    results = [run(call, give_mask(sample.args), case.autocast) for sample in samples]
+    return verdicts(results(samples, call, case), samples, case)
+
+
+def results(
+    samples: list[Expected], call: Callable[..., Any], case: AnyCase
+) -> list[dict[str, Tensor]]:
+    """Run `call` on the arguments of each seed of the case; return its outputs."""
+    return [run(call, give_mask(sample.args), case.autocast) for sample in samples]
+
+
+def verdicts(
+    results: list[dict[str, Tensor]], samples: list[Expected], case: AnyCase
+) -> dict[str, Comparison]:
+    """Judge each output of the case, given the outputs of each seed."""
     allowed = case.allowances()
     return {
         name: tolerance.compare(
@@ -524,6 +599,11 @@ def _expected(case: AnyCase, eager: Callable[..., Any]) -> list[Expected]:
     return expected(case, case.p_elements, make)
 
 
+def expected_results(case: AnyCase) -> list[Expected]:
+    """Return what `judge` compares the outputs of the case with, for each seed."""
+    return _expected(case, case.eager)
+
+
 def judge(case: AnyCase, call: Callable[..., Any] | None = None) -> dict[str, Comparison]:
     """Run `call`, by default the case's op; return a verdict for each result and each gradient.
 
@@ -531,7 +611,7 @@ def judge(case: AnyCase, call: Callable[..., Any] | None = None) -> dict[str, Co
     >>> list(verdicts), all(verdict.ok for verdict in verdicts.values())
     (['y', 'dx', 'dA', 'dB', 'dg'], True)
     """
-    return comparisons(_expected(case, case.eager), call or case.op, case)
+    return comparisons(expected_results(case), call or case.op, case)
 
 
 NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")

@@ -185,3 +185,35 @@ def test_function_is_timed_from_python(module: str, monkeypatch: pytest.MonkeyPa
     step = next(row for row in rows if row.mode == "step")
     assert not step.misses and step.seconds["slow"].p50 >= 0.005
     assert torch.is_grad_enabled()
+
+
+def test_shapes_of_a_function_are_those_alone_that_are_named(module, capsys) -> None:
+    options = "--function", f"{module}:off_by_a_percent", "--device", "cpu", *F32
+    status, rows = verify(capsys, *options, "--shapes", "33x35x64", "--ranks", "3", "5")
+    assert status == 1 and [row["option"] for row in rows] == ["plain", "bias"]
+    for row in rows:
+        names = [*(miss["case"] for miss in row["misses"]), *row["other_misses"]]
+        assert sorted(name[:17] for name in names) == ["M33-N64-K35-R3-fl", "M33-N64-K35-R5-fl"]
+
+
+def test_miss_is_told_with_its_case_errors_and_cause(module, capsys) -> None:
+    path = f"{module}:wrong_dA"
+    options = "--device", "cpu", *F32, "--shapes", "33x35x64", "--ranks", "3"
+    status, (row,) = verify(capsys, "--function", path, *options)
+    assert status == 1 and row["other_misses"] == [] and row["note"] is None
+    (miss,) = row["misses"]
+    assert [miss[name] for name in "MKNR"] == [33, 35, 64, 3] and miss["operands"] == []
+    assert miss["options"] == "--shapes 33x35x64 --ranks 3"
+    ok = {name: output["ok"] for name, output in miss["outputs"].items()}
+    assert ok == {"y": True, "dx": True, "dA": False, "dB": True}
+    wrong, right = miss["outputs"]["dA"], miss["outputs"]["dB"]
+    assert wrong["cause"] == "dA is 2.00 times what it should be" and right["cause"] is None
+    assert abs(wrong["rms"] - 1) < 1e-3 and 0 < wrong["eager_rms"] < wrong["rms_limit"] < 1e-5
+    assert cli.main(["verify", "--function", path, *options]) == 1
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    at = lines.index(
+        "M = 33, K = 35, N = 64, R = 3; x float32, adapters float32 (--shapes 33x35x64 --ranks 3)"
+    )
+    assert [line[:4] for line in lines[at + 1 :]][:5] == ["✓ y ", "✓ dx", "✗ dA", "dA i", "✓ dB"]
+    assert "100 %  eager " in lines[at + 3]
+    assert lines[at + 4] == "dA is 2.00 times what it should be"

@@ -18,6 +18,7 @@ from lora_kernels.bench import baselines
 from lora_kernels.bench.functions import Function
 from lora_kernels.core import device
 from lora_kernels.oracle import case as cases
+from lora_kernels.oracle import diagnosis
 from lora_kernels.oracle.case import Case
 from lora_kernels.oracle.tolerance import Comparison
 
@@ -138,6 +139,7 @@ def test_an_engine_that_is_wrong_in_one_place_alone_is_seen(
     monkeypatch.setattr(cases, "engine", engine)
     monkeypatch.setattr(cases, "judge", lambda case: judged(case, "y", "dx", "dB"))
     monkeypatch.setattr(cases, "judge_norm", lambda case: judged(case, "norm"))
+    monkeypatch.setattr(diagnosis, "diagnose", lambda *case, **call: {})
     found = verify.judge_option(verify.SHAPES, (torch.float32, None), option, "avx2")
     assert found is not None and found[0]["ok"] is (fault is None)
     assert len(set(forced)) == 2
@@ -162,6 +164,7 @@ def test_an_op_that_is_wrong_in_one_case_alone_is_seen(
     monkeypatch.setattr(
         cases, "judge", lambda case, *call: {"y": verdict(next(each), 1.0), "dA": verdict(1.0, 1.0)}
     )
+    monkeypatch.setattr(diagnosis, "diagnose", lambda *case, **call: {})
     how = verify.SHAPES, (torch.float32, None), option
     if option == "plain":
         found = verify.judge_function(Function("mine", print, ()), "cpu", *how)
@@ -243,7 +246,7 @@ def test_one_row_beyond_the_tolerance_is_the_exit_status(
     monkeypatch.setattr(verify, "OPTIONS", {"plain": {}, "bias": {}})
     monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
     monkeypatch.setattr(
-        verify, "judge_option", lambda *args: ({"ok": next(number) != wrong}, "a line")
+        verify, "judge_option", lambda *args, **_: ({"ok": next(number) != wrong}, "a line")
     )
     assert cli.main(["verify", "--engines", "eager-"]) == (0 if wrong is None else 1)
     assert f"\n{1 if wrong is not None else 2} of 2 within" in capsys.readouterr().out
@@ -275,7 +278,7 @@ def test_every_shape_of_an_option_is_judged(
     monkeypatch.setattr(cases, "engine", lambda name: nullcontext())
     monkeypatch.setattr(cases, "judge", judge)
     monkeypatch.setattr(cases, "judge_norm", lambda case: {})
-    monkeypatch.setattr(cases, "fits_cuda", lambda case, strategy: True)
+    monkeypatch.setattr(cases, "unsupported_reason", lambda name, case: None)
     assert verify.judge_option(THREE, (torch.bfloat16, None), option, engine) is not None
     assert tuple(seen) == shapes
 
@@ -288,8 +291,21 @@ def test_calls_of_few_rows_are_judged_by_the_gemv_kernel_too(quant: str, strateg
         assert verify._forced_engines("avx2", case) == ["avx2", f"avx2 {strategy}"][:kernels]
 
 
-def test_the_worst_output_is_shown() -> None:
+def judged(verdicts: dict[str, Comparison]) -> list[verify.Judged]:
+    """One case, whose name stands before the slash, for each verdict."""
+    return [
+        verify.Judged(Named(name.partition("/")[0]), {name.partition("/")[2]: v}, lambda names: {})  # type: ignore[arg-type]
+        for name, v in verdicts.items()
+    ]
+
+
+class Named(str):
+    """A case that is only a name."""
+
+
+def test_the_worst_output_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that uses most of its allowance, of either kind; NaN, and any error of none."""
+    monkeypatch.setattr(cases, "in_words", str)
     verdicts = {"a/y": verdict(1.0, 1.5), "a/dx": verdict(1.8, 0.0), "a/dA": verdict(0.5, 1.7)}
     for more, worst, ok in (
         ({}, "a/dx", True),
@@ -302,15 +318,19 @@ def test_the_worst_output_is_shown() -> None:
         ({"b/dB": verdict(2.0, 2.0)}, "b/dB", True),
     ):
         dtypes = torch.bfloat16, None
-        row, line = verify._line("avx2", dtypes, "plain", verdicts | more)
-        assert (row["worst"], row["ok"]) == (worst, ok) and f"{'✓' if ok else '✗'} d" in line
+        row, line = verify._line("avx2", dtypes, "plain", judged(verdicts | more))
+        assert (row["worst"], row["ok"]) == (
+            worst,
+            ok,
+        ) and f"{'✓' if ok else '✗'} d" in line.splitlines()[0]
         assert (row["dtype"], row["adapter_dtype"]) == ("bfloat16", "bfloat16")
-    row, _ = verify._line("avx2", (torch.bfloat16, torch.float32), "plain", verdicts)
+    row, _ = verify._line("avx2", (torch.bfloat16, torch.float32), "plain", judged(verdicts))
     assert row["adapter_dtype"] == "float32"
 
 
 def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    for unused in (["--engines", "eager"], ["--thorough"]):
+    shapes = ["--shapes", "8x64x64"]
+    for unused in (["--engines", "eager"], ["--thorough"], shapes, ["--ranks", "8"]):
         assert cli.main(["verify", "--peer", "peft", *unused]) == 2
         assert f"want no {unused[0]}" in capsys.readouterr().err
 
@@ -322,3 +342,99 @@ def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:
     assert layer.training
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert trained == {"lora_A.default.weight", "lora_B.default.weight"}
+
+
+def shaped(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[Any], str]:
+    """Run `verify --json`; return the status, the rows and stderr."""
+    status = cli.main(["verify", "--json", *options])
+    out, err = capsys.readouterr()
+    return status, json.loads(out or "[]"), err
+
+
+def test_named_shapes_replace_the_default_ones_of_an_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[tuple[int, ...], None] = {}
+    judge = cases.judge
+
+    def note(case: Any) -> dict[str, Comparison]:
+        seen[case.M, case.K, case.N, case.R] = None
+        return judge(case)
+
+    monkeypatch.setattr(cases, "judge", note)
+    monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
+    some = ("plain", "nf4", "adapters", "experts", "head")
+    monkeypatch.setattr(verify, "OPTIONS", {name: verify.OPTIONS[name] for name in some})
+    options = "--engines", "eager", "--shapes", "6x64x33", "3x32x9", "--ranks", "2", "5"
+    status, rows, _ = shaped(capsys, *options)
+    assert status == 0 and {row["option"] for row in rows} == {"plain", "nf4"}
+    assert [*seen] == [(6, 64, 33, 2), (6, 64, 33, 5), (3, 32, 9, 2), (3, 32, 9, 5)]
+    assert shaped(capsys, "--engines", "eager-", "--shapes", "6x64x33")[0] == 0
+    assert [*seen][-1] == (6, 64, 33, 16)
+
+
+def test_named_shape_that_an_engine_cannot_run_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
+    monkeypatch.setattr(verify, "OPTIONS", {"mxfp4": verify.OPTIONS["mxfp4"]})
+    options = "verify", "--engines", "eager-", "--shapes", "3x40x8"
+    reason = "K = 40 is no multiple of mxfp4's blocks of 32"
+    assert cli.main([*options, "3x64x8"]) == 0
+    out = capsys.readouterr().out
+    assert f"left out: 3x40x8 rank 16: {reason}" in out
+    assert "1 of 1 within the tolerance, 1 left out" in out
+    assert cli.main([*options]) == 2  # nothing was checked
+    out, err = capsys.readouterr()
+    assert reason in out and "– not checked" in out and "nothing was checked" in err
+
+
+@pytest.mark.parametrize(
+    ("engine", "fields", "reason"),
+    [
+        ("cuda two_pass", {"K": 63}, "K = 63 is no multiple of 8"),
+        ("triton fused", {"R": 65}, "R = 65 is above 64"),
+        ("avx2", {"R": 257}, "R = 257 is above the kernels' 256"),
+        ("eager", {"R": 257}, None),
+    ],
+)
+def test_unsupported_reason_names_the_size(
+    engine: str, fields: dict[str, int], reason: str | None
+) -> None:
+    found = cases.unsupported_reason(
+        engine, Case(**{**dict(M=3, N=64, K=64, R=8), **fields}, dtype=torch.bfloat16)
+    )
+    assert found == reason or (reason and found and found.startswith(reason))
+
+
+def test_dtype_that_an_engine_never_takes_is_no_shape_left_out() -> None:
+    found = verify.judge_option(
+        ((3, 64, 64, 8),), (torch.float32, None), "plain", CUDA, is_named=True
+    )
+    assert found is None
+
+
+@pytest.mark.parametrize(
+    "options", [("--thorough", "--shapes", "8x64x64"), ("--ranks", "8")], ids=" ".join
+)
+def test_shapes_options_without_effect_are_refused(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", *options]) == 2
+    assert re.search("--(shapes|ranks): want ", capsys.readouterr().err)
+
+
+def test_cases_that_miss_no_other_output_are_counted() -> None:
+    def miss(name: str, error: float, *outputs: str) -> verify.Judged:
+        verdicts = {o: verdict(error if o in outputs else 1.0, 1.0) for o in ("y", "dx", "dB")}
+        return verify.Judged(Case(3, 5, 4, 2, seed=ord(name)), verdicts, lambda names: {})
+
+    each = [miss("a", 3.0, "y"), miss("b", 9.0, "y", "dB"), miss("c", 4.0, "dx"), miss("d", 1.0)]
+    row, text = verify._line("mine", (torch.float32, None), "plain", each, note="a note")
+    assert [m["case"][-2:] for m in row["misses"]] == ["98", "99"] and len(row["other_misses"]) == 1
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[1].startswith("M = 3, K = 4, N = 5, R = 2; x float32, adapters float32")
+    assert lines[1].endswith("(--shapes 3x4x5 --ranks 2)")
+    assert "1 more of 4 cases miss, in no other output" in lines and lines[-1] == "a note"
+    outputs = row["misses"][0]["outputs"]
+    assert [outputs[name]["ok"] for name in ("y", "dx", "dB")] == [False, True, False]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..layers import adaptable_experts
-from ..peft.quantize import linears_4bit, quantize
 from . import UsageError
 from .checkpoints import count_more, translate_errors
 from .options import MAX_LENGTH
@@ -152,6 +151,8 @@ def load_base(
     """Return the frozen causal language model, in eval mode; quant: see `quantize`."""
     from transformers import AutoModelForCausalLM
 
+    from ..peft.quantize import quantize
+
     check_quant(quant)
     base = load_float32(AutoModelForCausalLM, model, whole=True)
     cast_parameters(base, dtype)
@@ -266,6 +267,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Buffers keep their dtype, because rotary frequencies need fp32.
     """
+    from ..peft.quantize import linears_4bit
+
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.to(dtype)

@@ -27,7 +27,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_kernels.bench import process_memory
+from lora_kernels.bench import process_memory, timing
 from lora_kernels.cli import main
 from lora_kernels.finetune import (
     UsageError,
@@ -39,17 +39,15 @@ from lora_kernels.finetune import (
     recipe,
 )
 from lora_kernels.finetune import demo as inputs
-from lora_kernels.finetune import model as module
 from lora_kernels.finetune.lock import FolderLock
 from lora_kernels.finetune.model import (
-    linears_4bit,
     load_base,
     parameter_bytes,
-    rewrite_codes,
 )
 from lora_kernels.finetune.options import Options
 from lora_kernels.finetune.trainer import PEAK
 from lora_kernels.peft.explain_rows import KERNELS
+from lora_kernels.peft.quantize import linears_4bit, rewrite_codes
 from tests.finetune.tiny import (
     TEMPLATE,
     chat,
@@ -216,7 +214,7 @@ def test_generate_prints_the_times_of_its_tokens(
     """By a clock that is read at the start, for the prompt and for each token."""
     read = iter([10.0, 10.01, 10.15, 10.17, 10.24, 10.26])
     clock = SimpleNamespace(perf_counter=lambda: next(read))
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
     shown = run("generate", "--model", model_folder, "--prompt", "Hi", "--max-new-tokens", "4")
     assert shown.splitlines()[-1] == (
         "the model alone: 4 tokens; first token after 150 ms, then 20.0 ms each (50.0 tokens/s), "

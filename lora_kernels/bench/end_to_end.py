@@ -14,9 +14,9 @@ PEFT makes them. Steps over a 16-bit base run under autocast, as Trainer's with 
 first layer's input needs a gradient in all of them, so that the frozen model computes each dx too.
 A named model has random weights, because a time does not depend on them: nothing is downloaded.
 
-The peak memory is that of two calls in a process of their own, over what the process held before
-the model was built: weights, activations, gradients and AdamW's state. On a CPU it is resident
-memory; on a GPU it is what torch allocated, in the process of the times.
+The peak memory is that of a call in a process of its own, over what the process held before the
+model was built: weights, activations, gradients and AdamW's state. On a CPU it is resident memory;
+on a GPU it is what torch allocated, in the process of the times.
 
 The error is the rms of the difference to PEFT's, relative to PEFT's: of all adapters' gradients in
 the first step, or of the prompt's logits. A row whose error is above `LIMITS` has a ✗. `verify`
@@ -47,6 +47,7 @@ from .results import FROZEN, Facts, Row
 from .table import Suite
 
 RANK, PROMPT, TOKENS = 16, 128, 16
+LONG_ROUNDS = 3  # of checkpointed steps, which take a minute each on two cores
 # Relative rms to PEFT's. Both round each layer's sums to 16 bits, in another order.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
@@ -207,6 +208,14 @@ class Step:
             base = getattr(model, "get_base_model", lambda: model)()
             base.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def make_state(self) -> None:
+        """Make AdamW's state, by a step whose gradients are 0."""
+        assert self.optimizer is not None
+        for p in self.trained:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def __call__(self) -> None:
         autocast: Any = contextlib.nullcontext()
         if self.dtype is not torch.float32:
@@ -265,8 +274,11 @@ def measure(cell: Cell, device: str, seconds: float) -> Row:
         row.mode = f"{cell.mode}, one thread"
     with _threads(1 if cell.one_thread else torch.get_num_threads()):
         try:
-            clock = {"clock": _of_token} if cell.mode == TOKEN else {}
-            row.seconds = timing.interleave(calls, seconds=seconds, device=device, **clock)
+            clock: Any = {"clock": _of_token} if cell.mode == TOKEN else {}
+            rounds = LONG_ROUNDS if cell.mode == CHECKPOINTED else timing.FEWEST
+            row.seconds = timing.interleave(
+                calls, seconds=seconds, min_rounds=rounds, device=device, **clock
+            )
             if device == "cuda":
                 for name in NAMES[1:]:
                     weights = sum(t.nbytes for t in models[name].state_dict().values())
@@ -309,7 +321,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def peak_of(cell: Cell, name: str, threads: int) -> int | None:
-    """Return the peak bytes of this process in two calls of a model of NAMES, on a CPU.
+    """Return the peak bytes of this process in a call of a model of NAMES, on a CPU.
 
     They are those above what the process held before. None if the system does not report them.
     """
@@ -323,9 +335,10 @@ def peak_of(cell: Cell, name: str, threads: int) -> int | None:
     if before is None:
         return None
     call = call_of(build(cell, "cpu")[name], cell)
+    call.result = []  # keeps no gradients
+    if isinstance(call, Step):
+        call.make_state()
     process_memory.reset_peak(cpu)
-    call()
-    call.result = []  # the first step's gradients
     call()
     return process_memory.peak(cpu) - before
 
@@ -336,10 +349,9 @@ def peaks_of(cell: Cell) -> dict[str, int]:
     A process that is killed, for example because memory ran out, has none.
     """
     peaks, spawn = dict[str, int](), multiprocessing.get_context("spawn")
-    threads = 1 if cell.one_thread else torch.get_num_threads()
     for name in NAMES[1:]:
         with ProcessPoolExecutor(1, spawn) as pool, contextlib.suppress(BrokenProcessPool):
-            peak = pool.submit(peak_of, cell, name, threads).result()
+            peak = pool.submit(peak_of, cell, name, torch.get_num_threads()).result()
             if peak is not None:
                 peaks[name] = peak
     return peaks
@@ -350,7 +362,7 @@ def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
     silence_libraries()
     for cell in cells(args.model, args.device, args.quick):
         row = measure(cell, args.device, args.seconds)
-        if args.device == "cpu":
+        if args.device == "cpu" and not cell.one_thread:  # whose memory is that of all threads
             row.peak_bytes = peaks_of(cell)
         yield row
 

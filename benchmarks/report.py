@@ -339,7 +339,8 @@ def model_rows(rows: list[Row]) -> Cells:
         if not {"frozen", "peft", "ours"} <= seconds.keys():
             yield *head, *("–" for _ in range(5)), "; ".join(row["misses"].values())
             continue
-        times = (f"{seconds[name] * 1e3:.4g}" for name in ("frozen", "peft", "ours"))
+        milliseconds = (seconds[name] * 1e3 for name in ("frozen", "peft", "ours"))
+        times = (f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" for ms in milliseconds)
         ratio = seconds["ours"] / seconds["peft"]
         over = f"**{ratio:.2f}**, slower" if ratio > 1 else f"{ratio:.2f}"
         over += " ✗" * ("ours" in row["misses"])

@@ -144,14 +144,31 @@ def load(cell: Cell, device: str) -> Any:
     if cell.model in SIZES:
         sizes: Any = SIZES[cell.model]
         config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True)
-        with torch.device(device):
+        with torch.device("meta"):
             base = auto.from_config(config, dtype=cell.dtype)
+        base.to_empty(device=device).tie_weights()
+        base.model.rotary_emb = type(base.model.rotary_emb)(config).to(device)  # not stored
+        for p in base.parameters():
+            _fill(p.data)
     else:
         base = auto.from_pretrained(cell.model, dtype=cell.dtype, local_files_only=True).to(device)
     if cell.base == "nf4":
         quantize(base, "nf4", cell.dtype, torch.device(device))
     base.config.use_cache = cell.mode == TOKEN
     return base.requires_grad_(False).eval()
+
+
+def _fill(weight: Tensor) -> None:
+    """Fill a matrix with a block of noise again and again, which takes less time than to draw it.
+
+    The weights of a norm become 1.
+    """
+    if weight.dim() == 1:
+        weight.fill_(1.0)
+        return
+    noise = 0.02 * torch.randn(1_000_003, dtype=weight.dtype, device=weight.device)
+    for part in weight.view(-1).split(noise.numel()):
+        part.copy_(noise[: part.numel()])
 
 
 def build(cell: Cell, device: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_report_marks_rows_that_lose_and_rows_under_load() -> None:
         )
     ]
     memory = "1000 / 2000 = 0.50"
-    assert found[0] == f"a | NF4 | step | 512 | 500 | 1000 | 750 | 0.75 | 1.50 | {memory}"
-    assert "| 1 | 500 | 1000 | 1250 | **1.25**, slower | 2.50 |" in found[1]
+    assert found[0] == f"a | NF4 | step | 512 | 500 | 1,000 | 750 | 0.75 | 1.50 | {memory}"
+    assert "| 1 | 500 | 1,000 | 1,250 | **1.25**, slower | 2.50 |" in found[1]
     assert "| under load: no result |" in found[2] and "0.75" not in found[2]
     assert found[3].endswith("out of memory")

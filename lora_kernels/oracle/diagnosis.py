@@ -276,6 +276,7 @@ def _fault(result: Result, case: Case, samples: list[Expected]) -> str | None:
     if _explains(result.got, in_memory, result.ref, limit):
         found.append((_rms(result.got - in_memory), f"the memory of {result.name} is transposed"))
     found = found or [*_factors(result, got, ref, compute, cropped[0], case.scaling)]
+    found = found or [*_pairs(result, got, compute, case, cropped[0])]
     return min(found, key=lambda item: item[0])[1] if found else None
 
 
@@ -386,6 +387,30 @@ def _factors(
         left, text = _factor(name, got, ref, part, result, scaling)
         if text is not None:
             yield left, text + (_whole_sum(result.name, name, args) if "missing" in text else "")
+
+
+def _pairs(
+    result: Result,
+    got: Tensor,
+    compute: Callable[[Callable[[Arguments], Arguments]], Tensor],
+    case: Any,
+    args: Arguments,
+) -> Iterator[tuple[float, str]]:
+    """Yield the error that is left and the text, for a fault and a factor that explain the result
+    together."""
+
+    def compute_both(fault: Fault, change: Callable[[Arguments], Arguments]) -> Tensor:
+        def both(args: Arguments) -> Arguments:
+            first = fault.change(args)
+            return first | change({**args, **first})
+
+        return compute(both)
+
+    for fault in _faults(result, case, args):
+        if not fault.is_rough:
+            with_fault, both = compute(fault.change), functools.partial(compute_both, fault)
+            for left, text in _factors(result, got, with_fault, both, args, case.scaling):
+                yield left, f"{fault.text}, and {text}"
 
 
 def _whole_sum(output: str, name: str, args: Arguments) -> str:

@@ -211,6 +211,23 @@ def test_operand_that_is_not_applied_is_told(
     assert found["y"].cause == cause
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_two_faults_are_told_together(dtype: torch.dtype) -> None:
+    """A dropped last block beside a LoRA part that is scaled twice."""
+
+    def call(**of: Any) -> Tensor:
+        x, W, A, B = (of[name].float() for name in ("x", "weight", "lora_A", "lora_B"))
+        stop = x.shape[1] // 64 * 64
+        update = of["scaling"] ** 2 * x @ A.t() @ B.t()
+        return (x[:, :stop] @ W[:, :stop].t() + update).to(dtype)
+
+    found = diagnose(Case(70, 69, 100, 8, dtype), ["y"], call)
+    assert found["y"].cause == (
+        "x·Wᵀ lacks the last 36 of 100 terms (K mod 64), and the LoRA part is 1.25 times what it "
+        "should be: the scaling, 1.25, applied twice?"
+    )
+
+
 def test_square_weight_in_place_of_its_transpose_is_told() -> None:
     case = Case(70, 96, 96, 8)
     found = diagnose(case, ["y"], lambda **of: case.op(**{**of, "weight": of["weight"].T}))

@@ -437,7 +437,9 @@ def _line(
         row |= {"misses": shown, "other_misses": others, "note": note or None}
         lines += [line for each in shown for line in _miss_in_words(each)]
         if others:
-            lines.append(f"    {len(others)} more of {len(judged)} cases miss, in no other output")
+            lines.append(
+                f"    {len(others)} more of its {len(judged)} cases miss, in no other output"
+            )
         lines += [f"    {note}"] if note else []
     if left_out:
         row["left_out"] = left_out

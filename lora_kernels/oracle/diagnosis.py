@@ -479,9 +479,9 @@ def _accumulator(result: Result, case: Case, call: Callable[..., Any]) -> str | 
             continue
         if _is_as_large(result.verdict, wanted):
             text = (
-                f"as large as of an accumulator in {dtype_name(dtype)} that is rounded every "
-                f"{block} terms of {dimension} ({in_words(wanted)}), also in a sum of {short} "
-                f"terms ({in_words(wanted_short)})"
+                f"has the size of an accumulator in {dtype_name(dtype)}, rounded every {block} "
+                f"terms of {dimension}: {in_words(wanted)}, and {in_words(wanted_short)} where "
+                f"{dimension} is {short}"
             )
             found.append((abs(math.log(result.verdict.rms / wanted)), text))
     return min(found)[1] if found else None

@@ -435,6 +435,6 @@ def test_cases_that_miss_no_other_output_are_counted() -> None:
     lines = [line.strip() for line in text.splitlines()]
     assert lines[1].startswith("M = 3, K = 4, N = 5, R = 2; x float32, adapters float32")
     assert lines[1].endswith("(--shapes 3x4x5 --ranks 2)")
-    assert "1 more of 4 cases miss, in no other output" in lines and lines[-1] == "a note"
+    assert "1 more of its 4 cases miss, in no other output" in lines and lines[-1] == "a note"
     outputs = row["misses"][0]["outputs"]
     assert [outputs[name]["ok"] for name in ("y", "dx", "dB")] == [False, True, False]

@@ -175,7 +175,7 @@ def test_accumulator_in_16_bits_is_told_by_its_size(
     case = Case(*sizes, 9, dtype)
     cause = str(causes(case, output, narrow_sum(64, bf16)))
     assert cause.startswith(
-        f"as large as of an accumulator in bfloat16 that is rounded every 64 terms of {dimension} ("
+        f"has the size of an accumulator in bfloat16, rounded every 64 terms of {dimension}: "
     ) or (dtype is f32 and cause.startswith("each element is a bfloat16 number"))
 
 

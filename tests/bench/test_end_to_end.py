@@ -14,6 +14,8 @@ from benchmarks import gpu, report
 from lora_kernels import cli
 from lora_kernels.bench import end_to_end
 from lora_kernels.bench.end_to_end import CHECKPOINTED, NAMES, SIZES, STEP, TOKEN, Cell
+from lora_kernels.bench.results import FROZEN
+from lora_kernels.peft.loss import has_fused_loss
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -70,6 +72,24 @@ def test_ours_computes_what_pefts_model_computes(folder: Path, base: str, mode: 
     assert not row.misses and row.errors["ours"] > 0  # another computation, with the same result
     assert row.seconds.keys() == set(NAMES)
     assert (row.dtype, row.quant_type) == (("bfloat16", "nf4") if base == "nf4" else (base, None))
+
+
+def test_step_is_a_whole_step_and_weights_are_shared(folder: Path) -> None:
+    cell = Cell(str(folder), "float32", CHECKPOINTED)
+    models = end_to_end.build(cell, "cpu")
+    calls = {name: end_to_end.call_of(model, cell) for name, model in models.items()}
+    bases = {n: getattr(m, "get_base_model", lambda m=m: m)() for n, m in models.items()}
+    assert {n: has_fused_loss(base) for n, base in bases.items()} == dict.fromkeys(NAMES, False) | {
+        "ours": True
+    }
+    assert all(base.is_gradient_checkpointing for base in bases.values())
+    assert len({base.get_input_embeddings().weight.data_ptr() for base in bases.values()}) == 1
+    for call in calls.values():
+        call()
+        assert call.model.training and all(p.grad is None for p in call.trained)
+    assert calls[FROZEN].optimizer is None
+    for name in ("peft", "ours"):
+        assert len(calls[name].optimizer.state) == len(calls[name].trained) > 0
 
 
 def test_one_thread_is_one_and_all_come_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

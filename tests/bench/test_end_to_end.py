@@ -92,6 +92,63 @@ def test_step_is_a_whole_step_and_weights_are_shared(folder: Path) -> None:
         assert len(calls[name].optimizer.state) == len(calls[name].trained) > 0
 
 
+@pytest.mark.parametrize("mode", [STEP, TOKEN])
+def test_peak_is_of_one_call_over_what_was_there_before(
+    folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def note(owner: Any, name: str, word: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append(word)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(end_to_end.process_memory, "reset_peak", lambda device: 1000)
+    monkeypatch.setattr(end_to_end.process_memory, "peak", lambda device: 5000)
+    note(end_to_end.process_memory, "reset_peak", "reset")
+    note(end_to_end.Step, "make_state", "state")
+    note(end_to_end.Step, "__call__", "call")
+    note(end_to_end.Tokens, "__call__", "call")
+    threads = torch.get_num_threads()
+    assert end_to_end.peak_of(Cell(str(folder), "float32", mode), "ours", threads) == 4000
+    state = ["state"] if mode == STEP else []
+    assert events == ["reset", *state, "reset", "call"]
+
+
+def test_error_that_is_nan_is_a_miss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "relative_rms", lambda *tensors: float("nan"))
+    row = end_to_end.measure(Cell(str(folder), "float32", STEP, batch=2), "cpu", 0.0)
+    assert row.misses and row.M == 128
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+def test_steps_over_16_bits_run_under_autocast(folder: Path, base: str) -> None:
+    cell, seen = Cell(str(folder), base, STEP), list[bool]()
+    model = end_to_end.build(cell, "cpu")["peft"]
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    end_to_end.call_of(model, cell)()
+    assert seen == [base == "bfloat16"]
+
+
+@pytest.mark.parametrize("mode", [STEP, CHECKPOINTED, TOKEN])
+def test_ours_is_fused_as_the_mode_says(
+    folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, bool]] = []
+
+    def watched(model: Any, **options: bool) -> Any:
+        seen.append(options)
+        return model
+
+    monkeypatch.setattr("lora_kernels.peft.fuse", watched)
+    end_to_end.build(Cell(str(folder), "float32", mode), "cpu")
+    assert seen == [{"linears": mode == TOKEN, "loss": mode == CHECKPOINTED}]
+
+
 def test_one_thread_is_one_and_all_come_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set[int]()
     interleave = end_to_end.timing.interleave
@@ -155,6 +212,7 @@ def test_cells_of_each_machine() -> None:
     assert {cell.model for cell in end_to_end.cells(None, "cuda", False)} == {"llama3.2-1b"}
     named = list(end_to_end.cells("llama3.2-1b", "cpu", False))
     assert named == [cell for cell in on_cpu if cell.model == "llama3.2-1b"]
+    assert {cell.model for cell in end_to_end.cells("a folder", "cpu", True)} == {"a folder"}
     modes = [(cell.base, cell.mode) for cell in end_to_end.cells("a folder", "cpu", False)]
     assert len(modes) == len({*modes}) == 9
 

@@ -124,11 +124,18 @@ def test_an_engine_that_is_wrong_in_one_place_alone_is_seen(
 ) -> None:
     """Few rows are judged twice, also by the GEMV kernel: neither verdict hides the other."""
     forced: list[str] = []
+    entered: list[str] = []
 
     @contextmanager
     def engine(name: str) -> Iterator[None]:
         forced.append(name)
+        entered.append(name)
         yield
+        entered.pop()
+
+    def diagnose(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        assert entered, "the engine that missed is diagnosed, and no other"
+        return {}
 
     def judged(case: Case, *outputs: str) -> dict[str, Comparison]:
         few = forced[-1] != "avx2"
@@ -139,7 +146,7 @@ def test_an_engine_that_is_wrong_in_one_place_alone_is_seen(
     monkeypatch.setattr(cases, "engine", engine)
     monkeypatch.setattr(cases, "judge", lambda case: judged(case, "y", "dx", "dB"))
     monkeypatch.setattr(cases, "judge_norm", lambda case: judged(case, "norm"))
-    monkeypatch.setattr(diagnosis, "diagnose", lambda *case, **call: {})
+    monkeypatch.setattr(diagnosis, "diagnose", diagnose)
     found = verify.judge_option(verify.SHAPES, (torch.float32, None), option, "avx2")
     assert found is not None and found[0]["ok"] is (fault is None)
     assert len(set(forced)) == 2
@@ -438,3 +445,25 @@ def test_cases_that_miss_no_other_output_are_counted() -> None:
     assert "1 more of its 4 cases miss, in no other output" in lines and lines[-1] == "a note"
     outputs = row["misses"][0]["outputs"]
     assert [outputs[name]["ok"] for name in ("y", "dx", "dB")] == [False, True, False]
+
+
+def test_check_that_was_left_out_is_no_miss(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside one that passes; alone, nothing was checked."""
+    rows = iter([({"ok": None, "left_out": {"a": "why"}}, "left"), ({"ok": True}, "right")])
+    monkeypatch.setattr(verify, "judge_option", lambda *args, **options: next(rows, None))
+    assert cli.main(["verify", "--shapes", "8x64x64"]) == 0
+    assert "1 of 1 within the tolerance, 1 left out" in capsys.readouterr().out
+
+
+def test_largest_error_alone_is_said_to_miss() -> None:
+    judged = verify.Judged(Case(3, 5, 7, 2), {"y": verdict(1.0, 3.0)}, lambda names: {})
+    found = verify._line("engine", (torch.float32, None), "plain", [judged])
+    assert "largest error 3, limit 2" in found[1]
+
+
+def test_note_of_the_interpreter_is_of_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify.triton, "is_interpreted", lambda: True)
+    assert verify._note((torch.float32, None)) == ""
+    assert verify._note((torch.bfloat16, None)) == verify.NOTE_BF16

@@ -240,6 +240,22 @@ def test_note_load_judges_what_takes_long_enough(
     assert row == Row("x", others=others)
 
 
+def test_load_is_watched_while_the_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def watch() -> Any:
+        events.append("start")
+        return lambda: events.append("end") or 0.35
+
+    def calls() -> Row:
+        events.append("calls")
+        return Row("x")
+
+    monkeypatch.setattr(module, "watch_others", watch)
+    module.note_load(calls)
+    assert events == ["start", "calls", "end"]
+
+
 def test_compare_notes_the_load_of_its_times_alone(
     base: nn.Module, data: ChatData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,6 +244,11 @@ def test_noise_has_no_cause(output: str, sizes: tuple[int, int, int], dtype: tor
     assert causes(Case(*sizes, 9, dtype), output, noise) is None
 
 
+def test_weight_in_place_of_its_transpose_is_told_of_dx() -> None:
+    found = causes(Case(70, 96, 96, 8), "dx", lambda a, b, rest: a @ b.t() + rest)
+    assert found == "W stands in place of Wᵀ, or Wᵀ of W"  # type: ignore[comparison-overlap]
+
+
 def test_largest_error_is_where_it_is() -> None:
     def call(**of: Any) -> Tensor:
         y = SMALL.op(**of)

@@ -91,7 +91,7 @@ wheel: $(INSTALLED)
 matrix: $(INSTALLED)
 	$(BIN)/python -m tests.packaging
 
-# An hour on two cores that have nothing else to do; a file of results a machine.
+# An hour and a quarter on two cores that have nothing else to do; a file of results a machine.
 bench: FILE = $$($(BIN)/python -m benchmarks.report --file)
 bench: native
 	$(BIN)/lora-kernels bench --device cpu --json $(FILE)

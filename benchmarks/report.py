@@ -333,8 +333,7 @@ def model_rows(rows: list[Row]) -> Cells:
     """Yield a line for each step or token of a whole model; a row under load has no ratios."""
     for row in rows:
         base = "NF4" if row.get("quant_type") else row["dtype"]
-        tokens = str(row["M"]) if row["mode"] != "token" else "1"
-        head = row["what"].removeprefix("model "), base, row["mode"], tokens
+        head = row["what"].removeprefix("model "), base, row["mode"], str(row["M"])
         seconds, peaks = p50(row), row.get("peak_bytes", {})
         if not {"frozen", "peft", "ours"} <= seconds.keys():
             yield *head, *("–" for _ in range(5)), "; ".join(row["misses"].values())
@@ -344,13 +343,14 @@ def model_rows(rows: list[Row]) -> Cells:
         ratio = seconds["ours"] / seconds["peft"]
         over = f"**{ratio:.2f}**, slower" if ratio > 1 else f"{ratio:.2f}"
         over += " ✗" * ("ours" in row["misses"])
+        over_frozen = f"{seconds['ours'] / seconds['frozen']:.2f}"
         if row.get("under_load"):
-            over = "under load: no result"
+            over, over_frozen = "under load: no result", "–"
         memory = "–"
         if {"peft", "ours"} <= peaks.keys():
             memory = f"{peaks['ours'] / 1e6:.0f} / {peaks['peft'] / 1e6:.0f}"
             memory += f" = {peaks['ours'] / peaks['peft']:.2f}"
-        yield *head, *times, over, f"{seconds['ours'] / seconds['frozen']:.2f}", memory
+        yield *head, *times, over, over_frozen, memory
 
 
 def overhead_rows(measured: list[Run]) -> Cells:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from ..bench import process_memory
 from ..bench.timing import TokenClock
+from ..core.weights import share
 from ..peft import fuse
 from ..peft.quantize import linears_4bit, rewrite_codes
 from . import TrainingError
 from .chat import ChatData, Collator
-from .model import adapters, cast_parameters, decode, share
+from .model import adapters, cast_parameters, decode
 from .presets import add_lora_layers
 from .provenance import watch_others
 from .report import Row
@@ -39,8 +40,8 @@ MEMORY_ROUNDS = 3  # the smallest counts: on a CPU the peaks of equal steps diff
 # Bytes of a step below which two of them give no ratio. Resident pages are counted in batches: a
 # block of known size is seen within 0.3 MB on two cores.
 RATIO_BYTES = 1e6
-# Seconds below which no load is judged. Linux counts CPU time in steps of 10 ms, several of which
-# may be attributed to the wrong program.
+# A row that took less time than this is never marked as under load: Linux accounts CPU time in
+# ticks of 10 ms, and may charge several ticks to the wrong process.
 JUDGED_SECONDS = 0.5
 PROMPT, DECODED = 8, 12  # numbers of tokens
 # The calls of `advance` in `compare`.

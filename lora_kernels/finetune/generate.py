@@ -45,6 +45,7 @@ def generate(options: GenerateOptions) -> None:
     from transformers import TextStreamer
 
     from ..bench.timing import TokenClock
+    from ..core.weights import share
     from ..peft import explain, fuse
     from ..peft.quantize import rewrite_codes
     from . import model
@@ -75,7 +76,7 @@ def generate(options: GenerateOptions) -> None:
         print(f"the model alone: {len(got)} tokens; {speed}")
         return
     stock = model.load_adapter(base, options.adapter)
-    fused = fuse(model.share(stock), linears=True)
+    fused = fuse(share(stock), linears=True)
     layers = explain(fused, x_dtype=dtype)
     got, speed = answer(fused, words)
     print(*model.layer_states(layers), sep="\n")

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..core.quiet import silence_libraries
+from ..core.weights import parameter_bytes
 from ..peft.kept import Kept, Tally, format_kept, name_of
 from ..peft.merge import written_parameters
 from ..peft.modules import is_linear4bit
@@ -117,7 +118,7 @@ def merge_adapter(
                 shutil.copy(file, partial / file.name)
         merged.save_pretrained(partial, max_shard_size=size)
     shards = len(list(out.glob("*.safetensors")))
-    return Merged(out, len(layers), shards, models.parameter_bytes(merged), tally.rows())
+    return Merged(out, len(layers), shards, parameter_bytes(merged), tally.rows())
 
 
 def _merge(tally: Tally, name: str, layer: Any, dtype: torch.dtype, quant_type: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections import Counter
 from pathlib import Path
@@ -277,18 +276,6 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def share(model: nn.Module, frozen: bool = False) -> Any:
-    """Copy the modules and trainable parameters of a model, and share its frozen weights.
-
-    frozen: whether to share the trainable parameters too, frozen in the copy.
-    """
-    tensors = (*model.parameters(), *model.buffers())
-    memo: dict[int, Any] = {id(t): t for t in tensors if not t.requires_grad}
-    if frozen:
-        memo |= {id(p): Parameter(p.detach(), False) for p in tensors if p.requires_grad}
-    return copy.deepcopy(model, memo)
-
-
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that LoRA can adapt, including GPT-2's Conv1D, by full name.
 
@@ -323,12 +310,6 @@ def layer_states(layers: Explanation) -> list[str]:
 def adapters(model: nn.Module) -> dict[str, Parameter]:
     """Return the trainable parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and 4-bit scales; shared tensors count once."""
-    tensors = (t for t in model.state_dict().values() if isinstance(t, Tensor))
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def question(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:

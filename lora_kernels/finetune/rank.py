@@ -16,9 +16,10 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
+from ..core.weights import share
 from ..peft import fuse
 from . import UsageError
-from .model import features, linear_layers, share
+from .model import features, linear_layers
 from .options import check_numbers, check_ranks
 from .plots import draw_png
 from .presets import Preset, add_lora_layers, find_preset, find_targets, peft_settings

@@ -33,6 +33,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, TrainerState
 
+from ..core.weights import parameter_bytes, share
 from ..layers import adaptable_experts
 from ..layers.experts import has_quantized_experts
 from ..peft import explain, fuse
@@ -125,7 +126,7 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
     base = model.load_base(options.model, dtype, device, options.quant)
     prompt = options.prompt or ("" if options.has_json or options.preset else TEXT_PROMPT)
     inputs = first_question(train, tokenizer, prompt, device)
-    adapted = add_lora_layers(model.share(base), **lora)
+    adapted = add_lora_layers(share(base), **lora)
     collator: Any = Collator.from_tokenizer(tokenizer)
     if options.padding_free:
         check_flattening(adapted)  # before anything is written
@@ -183,7 +184,7 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
     with adapted.disable_adapter():
         untouched = torch.equal(logits(adapted, seen), plain)
     facts |= {"after": after} | summarize_losses(trainer, options.out)
-    size, whole = (folder / "adapter_model.safetensors").stat().st_size, model.parameter_bytes(base)
+    size, whole = (folder / "adapter_model.safetensors").stat().st_size, parameter_bytes(base)
     facts["adapter"] = (
         f"{folder}, {size / 1e6:.1f} MB beside the model's {whole / 1e6:.1f} MB "
         f"({size / whole:.2%})"
@@ -262,7 +263,7 @@ def describe_memory(
         device: the device of the training.
     """
     peaks = [line[PEAK] for line in log if PEAK in line]
-    if not peaks:  # a run of an earlier version, of which no step was left
+    if not peaks:  # an earlier version, which logged no peak, trained all steps
         return {}
     if peaks[-1] is None:
         return {"memory": "the system does not report the peak in training"}

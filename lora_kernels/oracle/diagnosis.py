@@ -1,9 +1,9 @@
 """What explains the error of a result that misses the tolerance.
 
 A hypothesis is a fault of a kernel. It explains a result if the result is within the tolerance of
-what the reference computes with this fault, and if at least half of the error is gone. The
-exception is an accumulator in 16 bits, whose order of additions nobody knows: there the size of the
-error is compared, in the sum and in a shorter one.
+what the reference computes with this fault, and if at least half of the error is gone. An
+accumulator in 16 bits is judged by the size of its error, in the sum and in a shorter one, because
+the error itself depends on the order of the additions.
 """
 
 from __future__ import annotations

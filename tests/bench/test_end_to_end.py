@@ -16,6 +16,7 @@ from lora_kernels.bench import end_to_end
 from lora_kernels.bench.end_to_end import CHECKPOINTED, NAMES, SIZES, STEP, TOKEN, Cell
 from lora_kernels.bench.results import FROZEN
 from lora_kernels.peft.loss import has_fused_loss
+from lora_kernels.peft.quantize import linears_4bit
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -89,6 +90,9 @@ def test_step_is_a_whole_step_and_weights_are_shared(folder: Path) -> None:
         assert call.model.training and all(p.grad is None for p in call.trained)
     assert calls[FROZEN].optimizer is None
     for name in ("peft", "ours"):
+        # Two float32 moments of each parameter, and its number of steps.
+        moments = 2 * sum(p.nbytes for p in calls[name].trained)
+        assert calls[name].state_bytes == moments + 4 * len(calls[name].trained)
         assert len(calls[name].optimizer.state) == len(calls[name].trained) > 0
 
 
@@ -120,7 +124,7 @@ def test_peak_is_of_one_call_over_what_was_there_before(
 
 
 def test_error_that_is_nan_is_a_miss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "relative_rms", lambda *tensors: float("nan"))
+    monkeypatch.setattr(end_to_end, "rms_error", lambda got, want: float("nan"))
     row = end_to_end.measure(Cell(str(folder), "float32", STEP, batch=2), "cpu", 0.0)
     assert row.misses and row.M == 128
 
@@ -147,6 +151,20 @@ def test_ours_is_fused_as_the_mode_says(
     monkeypatch.setattr("lora_kernels.peft.fuse", watched)
     end_to_end.build(Cell(str(folder), "float32", mode), "cpu")
     assert seen == [{"linears": mode == TOKEN, "loss": mode == CHECKPOINTED}]
+
+
+@pytest.mark.parametrize(("mode", "count"), [(STEP, 0), (TOKEN, 2)])
+def test_both_peers_may_repack_codes_for_tokens(folder: Path, mode: str, count: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import has_avx512bf16
+
+    models = end_to_end.build(Cell(str(folder), "nf4", mode), "cpu")
+    allowed = {
+        name: {layer.support_avx512bf16_for_cpu for layer in linears_4bit(model)}
+        for name, model in models.items()
+    }
+    able = {has_avx512bf16()} if count else {False}
+    assert allowed == {FROZEN: able, "peft": able, "ours": {False}}
 
 
 def test_one_thread_is_one_and_all_come_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,5 +268,5 @@ def test_report_marks_rows_that_lose_and_rows_under_load() -> None:
     memory = "1000 / 2000 = 0.50"
     assert found[0] == f"a | NF4 | step | 512 | 500 | 1,000 | 750 | 0.75 | 1.50 | {memory}"
     assert "| 1 | 500 | 1,000 | 1,250 | **1.25**, slower | 2.50 |" in found[1]
-    assert "| under load: no result |" in found[2] and "0.75" not in found[2]
+    assert "| under load: no result | – |" in found[2] and "0.75" not in found[2]
     assert found[3].endswith("out of memory")

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lora_kernels.bench import process_memory, timing
 from lora_kernels.cli import main
+from lora_kernels.core.weights import parameter_bytes
 from lora_kernels.finetune import (
     UsageError,
     checkpoints,
@@ -42,7 +43,6 @@ from lora_kernels.finetune import demo as inputs
 from lora_kernels.finetune.lock import FolderLock
 from lora_kernels.finetune.model import (
     load_base,
-    parameter_bytes,
 )
 from lora_kernels.finetune.options import Options
 from lora_kernels.finetune.trainer import PEAK
@@ -142,7 +142,7 @@ def test_finetune_on_a_system_that_reports_no_memory_says_so(
     ("log", "kind", "line"),
     [
         (
-            [{"train_peak_memory": 7}, {"train_peak_memory": 1_234_567_890}, {"loss": 1.0}],
+            [{"train_peak_memory": 9**12}, {"train_peak_memory": 1_234_567_890}, {"loss": 1.0}],
             "cpu",
             "1,234.6 MB at most in training (the process), 538.1 MB of it the model's weights",
         ),

@@ -212,6 +212,16 @@ def test_measure_steps_takes_the_smallest_of_its_rounds(monkeypatch: pytest.Monk
     assert row == Row(STEP_MEMORY, 0.5, None, "50.0", "40.0", "20.0", ratio=True)
 
 
+def test_step_memory_is_counted_from_what_was_in_use_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_use = itertools.count(10 * MB, 10 * MB)  # each step leaves 10 MB
+    monkeypatch.setattr(module.process_memory, "reset_peak", lambda device: next(in_use))
+    monkeypatch.setattr(module.process_memory, "peak", lambda device: 200 * MB)
+    row = measure({"frozen": 1, "peft": 1, "fused": 1}, [])
+    assert row is not None and (row.frozen, row.peft, row.fused) == ("130.0", "120.0", "110.0")
+
+
 @pytest.mark.parametrize(("peft", "ratio"), [(0, None), (MB - 1, None), (MB, 2.0)])
 def test_measure_steps_gives_no_ratio_below_the_resolution(
     peft: int, ratio: float | None, monkeypatch: pytest.MonkeyPatch

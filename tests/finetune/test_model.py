@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lora_kernels.core.weights import share
 from lora_kernels.finetune import Preset, UsageError, add_lora_layers
 from lora_kernels.finetune.model import (
     adapters,
     cast_parameters,
     default_dtype,
     load_base,
-    share,
 )
 from lora_kernels.finetune.presets import find_targets
 

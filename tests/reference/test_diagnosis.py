@@ -249,6 +249,13 @@ def test_weight_in_place_of_its_transpose_is_told_of_dx() -> None:
     assert found == "W stands in place of Wᵀ, or Wᵀ of W"  # type: ignore[comparison-overlap]
 
 
+def test_nan_is_the_largest_error() -> None:
+    def call(**of: Any) -> Tensor:
+        return one_nan(SMALL.op(**of), torch.eye(SMALL.N, dtype=SMALL.dtype), 0.0)
+
+    assert diagnose(SMALL, ["y"], call)["y"].largest.startswith("row 3, column 4: nan")
+
+
 def test_largest_error_is_where_it_is() -> None:
     def call(**of: Any) -> Tensor:
         y = SMALL.op(**of)

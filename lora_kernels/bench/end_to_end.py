@@ -50,7 +50,7 @@ from .results import FROZEN, Facts, Row
 from .table import Suite
 
 RANK, PROMPT, TOKENS = 16, 128, 16
-LONG_ROUNDS = 3  # of checkpointed steps, which take a minute each on two cores
+LONG_ROUNDS = 2  # of checkpointed steps, which take a minute each on two cores
 # Of the relative rms to PEFT's. A gradient has passed about 20 roundings a layer, 640 in 32 layers,
 # each of 0.42 u rms (`oracle.tolerance`). Two models that round in another order differ by
 # √2 · √640 · 0.42 u = 15 u, which is 0.06 in bfloat16. In float32 a sum of many terms errs by 10 u:

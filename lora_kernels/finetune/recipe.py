@@ -37,7 +37,7 @@ from ..core.weights import parameter_bytes, share
 from ..layers import adaptable_experts
 from ..layers.experts import has_quantized_experts
 from ..peft import explain, fuse
-from . import UsageError, model, report
+from . import model, report
 from .chat import IGNORED, ChatData, Collator, check_flattening, read_data
 from .checkpoints import (
     find_intact,
@@ -49,6 +49,7 @@ from .checkpoints import (
     write_json,
 )
 from .compare import PIECES, STEP_MEMORY, compare
+from .errors import UsageError
 from .inputs import read_inputs
 from .lock import FolderLock
 from .options import Adapters, Base, Data, Options, Training, check_out, flag, pick, read_json

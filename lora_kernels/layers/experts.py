@@ -161,8 +161,8 @@ class LoRAExperts(nn.Module):
         }
         return experts_forward(self.experts, hidden_states, top_k_index, top_k_weights, adapters)
 
-    def _adapter_config(self) -> dict[str, Any]:
-        """See `LoRALayer._adapter_config`."""
+    def adapter_config(self) -> dict[str, Any]:
+        """See `LoRALayer.adapter_config`."""
         return {"r": self.r, "alpha": self.alpha, "scaling": self.scaling}
 
     def extra_repr(self) -> str:

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from ..backends import library
 from ..backends.eager import blocks as eager
 from ..backends.eager import gated_mlp as eager_mlp
-from ..backends.eager.blocks import BlockGrads, BlockNeeds, DropoutMask, Layer
+from ..backends.eager.blocks import BlockGrads, BlockNeeds, DropoutMask
 from ..backends.eager.linear import MANY_ROWS
 from ..backends.rows import set_leading_dims_
 from ..choice import verdicts
@@ -32,10 +32,13 @@ from ..core import forced
 from ..core.call import Needs, Operands, Spec
 from ..core.dtypes import to_dtype
 from ..core.packed4bit import Packed4bit
+from ..core.record import PLAIN, Path, Record
 from . import context, linear
 from .arguments import FLOATS, copies_rows, has_strides
 from .autograd import differentiable_once
 
+# The operands that a block of several layers takes, computed.
+BLOCK = Path("a block", (frozenset({"rank_gate"}),))
 _PLAIN = context.TENSOR_TYPES
 _BY_DEFAULT = None, "eager"
 _KEYS = context.KEYS, context.INFERENCE_KEYS
@@ -84,35 +87,32 @@ class Block(NamedTuple):
         is_plain: whether all have `dtype` then, and there is no gate.
         is_stacked: whether one GEMM computes P of all layers of one x.
         has_others: whether a bias or a gate may need a gradient.
-        dropout_p: of one layer, in a plain block.
         activation: of an MLP: "silu", "gelu_tanh" or "gelu".
     """
 
-    layers: Sequence[Layer]
+    layers: Sequence[Record]
     dtype: torch.dtype
     y_dtype: torch.dtype
     casts: bool
     is_plain: bool
     is_stacked: bool
     has_others: bool
-    dropout_p: float
     activation: str
 
     def tensors(self) -> list[Tensor | None]:
         """Return what may need a gradient: all A, all B, and then all biases and all gates."""
         layers = self.layers
-        tensors = [layer[1] for layer in layers]
-        tensors += [layer[2] for layer in layers]
+        tensors = [layer.lora_A for layer in layers]
+        tensors += [layer.lora_B for layer in layers]
         if self.has_others:
             return [*tensors, *(layer.bias for layer in layers), *(g.rank_gate for g in layers)]
-        return cast(list[Tensor | None], tensors)
+        return tensors
 
 
 def call_linear(
     x: Tensor,
-    layer: Layer,
+    layer: Record,
     compute_dtype: torch.dtype | None,
-    dropout_p: float = 0.0,
     casts_adapters: bool = False,
     keeps_x_dtype: bool = False,
 ) -> Tensor | None:
@@ -122,90 +122,55 @@ def call_linear(
         layer: whose weight is frozen.
         compute_dtype, casts_adapters, keeps_x_dtype: as in `make_block`.
     """
-    if not can_run(x):
+    if not can_run(x) or layer.weight is None or layer.lora_A is None or layer.lora_B is None:
         return None
-    weight, A, B, bias = layer[:4]
-    dtype, is_packed = x.dtype, type(weight) is Packed4bit
-    if (
-        dropout_p
-        or casts_adapters
-        or not (type(A) in _PLAIN and type(B) in _PLAIN and A.dtype is B.dtype is dtype)
-        or not (compute_dtype in (None, dtype) if is_packed else type(weight) in _PLAIN)
-        or not (is_packed or weight.dtype is dtype)  # type: ignore[union-attr]
-        or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
-        or (_is_any_autocast_enabled() and cast_dtype(x) not in (None, dtype))
-        or (x.is_cuda and _has_verdict(x))
-        or A.device != x.device
-        or dtype not in FLOATS
-    ):
-        if A is None or B is None or weight is None:
-            return None
-        block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype, dropout_p)
-        return None if block is None else linears(x, block)[0]
-    if x.shape[-1:] != A.shape[1:]:
+    block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype)
+    if block is None:
         return None
-    if not is_packed and weight.requires_grad:  # type: ignore[union-attr]
-        return None
-    if torch.is_grad_enabled():
-        return LinearFunction.apply(x, A, B, layer)  # type: ignore[no-any-return]
+    if layer.dropout_p or block.casts or block.has_others or block.y_dtype is not x.dtype:
+        return linears(x, block)[0]
+    if torch.is_grad_enabled():  # a Function of one layer takes 0.8 of the host's time for a block
+        return LinearFunction.apply(x, layer.lora_A, layer.lora_B, layer)  # type: ignore[no-any-return]
     return _linear(x, layer)
-
-
-def plain_block(x: Tensor, layers: Sequence[Layer], activation: str = "") -> Block | None:
-    """Return the block of plain layers whose dtypes are x's; None if autocast casts it."""
-    dtype, K, device = x.dtype, x.shape[-1:], x.device
-    if _is_any_autocast_enabled() and cast_dtype(x) not in (None, dtype):
-        return None
-    if x.is_cuda and _has_verdict(x):
-        return None
-    for layer in layers:
-        if layer[1].device != device:
-            return None
-    if dtype not in FLOATS or layers[0][1].shape[1:] != K:
-        return None
-    is_stacked = x.numel() > MANY_ROWS * K[0]
-    return Block(layers, dtype, dtype, False, True, is_stacked, False, 0.0, activation)
 
 
 def make_block(
     x: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Record],
     compute_dtypes: Sequence[torch.dtype | None],
     casts_adapters: bool = False,
     keeps_x_dtype: bool = False,
-    dropout_p: float = 0.0,
     activation: str = "",
 ) -> Block | None:
     """Return the block that computes the layers for an x of `can_run`; None if there is none.
 
     Args:
-        layers: whose weights are frozen.
+        layers: whose weights are frozen, and whose operands are computed (see
+            `backends.eager.blocks`). A layer alone in its block may have dropout.
         compute_dtypes: of each layer's base GEMM without autocast, over a 4-bit weight.
         casts_adapters: whether A and B are cast to x's dtype.
         keeps_x_dtype: whether a layer over 4 bits returns x's dtype under autocast too, as
             bitsandbytes' does.
-        dropout_p: of one layer.
         activation: of a gated MLP, whose layers are gate, up and down.
     """
     shape, x_dtype, device = x.shape, x.dtype, x.device
     if x_dtype not in FLOATS or shape[-1:] != layers[0][1].shape[1:]:
         return None
-    autocast = cast_dtype(x)
+    autocast = cast_dtype(x) if _is_any_autocast_enabled() else None
     dtype, casts = autocast or x_dtype, casts_adapters or autocast is not None
-    is_plain, has_others, packed = True, False, 0
-    for i, layer in enumerate(layers):
-        weight, A, B, bias = layer[:4]
+    is_plain, has_others, packed, i = True, False, 0, 0
+    for layer in layers:
+        weight, A, B, bias, _, dropout_p = layer[:PLAIN]
         if not (type(A) in _PLAIN and type(B) in _PLAIN and A.device == device):
             return None
-        if isinstance(weight, Packed4bit):
+        if type(weight) in _PLAIN:
+            if weight.requires_grad or (autocast is None and weight.dtype is not dtype):
+                return None
+        elif isinstance(weight, Packed4bit):
             packed += 1
             if autocast is None and compute_dtypes[i] not in (None, dtype):
                 return None
-        elif (
-            type(weight) not in _PLAIN
-            or weight.requires_grad
-            or (autocast is None and weight.dtype is not dtype)
-        ):
+        else:
             return None
         if layer.rank_gate is not None:
             is_plain, has_others = False, True
@@ -215,23 +180,23 @@ def make_block(
             if A.dtype is not layers[0][1].dtype or torch.float64 in (dtype, A.dtype, B.dtype):
                 return None
             is_plain = False
-    if not is_plain and (dropout_p or len(layers) == 1):
+        i += 1
+    is_alone = i == 1
+    if not is_plain and is_alone:
         return None
-    if dropout_p and copies_rows(x):
+    if dropout_p and (not is_alone or copies_rows(x)):
         return None  # the mask is drawn for x itself
     if x.is_cuda and _has_verdict(x) and not all(_is_eager(x, layer, dtype) for layer in layers):
         return None
     y_dtype = dtype
     if keeps_x_dtype and packed and dtype is not x_dtype:
-        if packed < len(layers) and not activation:
+        if packed < i and not activation:
             return None  # the results have two dtypes
         # An MLP's h has autocast's dtype over a dense gate and up, and then y.
-        if type(layers[-1][0]) is Packed4bit and (packed > 1 or not activation):
+        if type(weight) is Packed4bit and (packed > 1 or not activation):
             y_dtype = x_dtype
-    is_stacked = len(layers) > 1 and x.numel() > MANY_ROWS * shape[-1]
-    return Block(
-        layers, dtype, y_dtype, casts, is_plain, is_stacked, has_others, dropout_p, activation
-    )
+    is_stacked = not is_alone and x.numel() > MANY_ROWS * shape[-1]
+    return Block(layers, dtype, y_dtype, casts, is_plain, is_stacked, has_others, activation)
 
 
 def _has_verdict(x: Tensor) -> bool:
@@ -246,7 +211,7 @@ def _has_verdict(x: Tensor) -> bool:
     return x.numel() <= verdict.max_rows * x.shape[-1:].numel()
 
 
-def _is_eager(x: Tensor, layer: Layer, dtype: torch.dtype) -> bool:
+def _is_eager(x: Tensor, layer: Record, dtype: torch.dtype) -> bool:
     """Return True if no verdict gives the layer's call to a kernel of this package."""
     K = layer.lora_A.shape[1]
     rows = x.new_empty((), dtype=dtype).expand(x.numel() // x.shape[-1], K)
@@ -262,7 +227,7 @@ def linears(x: Tensor, block: Block) -> Sequence[Tensor]:
     if block.casts:
         layers = _cast(layers, block.dtype)
     if len(layers) == 1:
-        ys = [eager.linear_output(rows, layers[0], block.dropout_p)[0]]
+        ys = [eager.linear_output(rows, layers[0])[0]]
     else:
         with context.NOTHING if is_plain else context.no_autocast(x):
             ys, _ = eager.linears(rows, layers, is_plain, block.is_stacked)
@@ -286,7 +251,7 @@ def gated_mlp(x: Tensor, block: Block) -> Tensor:
     return set_leading_dims_(to_dtype(y, block.y_dtype), x.shape[:-1])
 
 
-def _linear(x: Tensor, layer: Layer) -> Tensor:
+def _linear(x: Tensor, layer: Record) -> Tensor:
     """Return y of one plain layer."""
     shape = x.shape
     if len(shape) == 2:
@@ -295,7 +260,7 @@ def _linear(x: Tensor, layer: Layer) -> Tensor:
     return set_leading_dims_(eager.linear_output(rows, layer)[0], shape[:-1])
 
 
-def _down(h: Tensor, layer: Layer, is_plain: bool) -> tuple[Tensor, Tensor]:
+def _down(h: Tensor, layer: Record, is_plain: bool) -> tuple[Tensor, Tensor]:
     """Return y and P of the down-projection."""
     if is_plain:
         return eager.linear_output(h, layer)[:2]
@@ -309,18 +274,18 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _cast(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
+def _cast(layers: Sequence[Record], dtype: torch.dtype) -> list[Record]:
     """Return the layers with A, B and a dense weight in `dtype`."""
     cast_layers = []
     for layer in layers:
         weight, A, B = layer.weight, to_dtype(layer.lora_A, dtype), to_dtype(layer.lora_B, dtype)
         if type(weight) is not Packed4bit:
-            weight = to_dtype(cast(Tensor, weight), dtype)
-        cast_layers.append(Layer(weight, A, B, layer.bias, layer.scaling, layer.rank_gate))
+            weight = to_dtype(weight, dtype)
+        cast_layers.append(layer._replace(weight=weight, lora_A=A, lora_B=B))
     return cast_layers
 
 
-def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
+def _versions(layers: Sequence[Record], need_x: bool, casts: bool) -> list[int]:
     """Return for each layer the sum of the versions of what the backward reads, which only grow.
 
     Empty if one of them is an inference tensor, which has none.
@@ -345,7 +310,7 @@ def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
 def _layer_tensors(ctx: Any) -> list[Any]:
     """Return what a backward may read of its context, and what may need a gradient."""
     layers = ctx.block.layers if hasattr(ctx, "block") else (ctx.layer,)
-    return [t for layer in layers for t in (layer[1], layer[2], layer[5])]
+    return [t for layer in layers for t in (layer.lora_A, layer.lora_B, layer.rank_gate)]
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -389,7 +354,7 @@ class LinearFunction(_BlockFunction):
     """One plain layer: x [..., K] -> y [..., N]. Saves x for dA, and P [M, R]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, layer: Layer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, layer: Record) -> Tensor:
         shape = x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         y, p, _ = eager.linear_output(rows, layer)
@@ -419,18 +384,19 @@ class LinearFunction(_BlockFunction):
         return None if dx is None else dx.view(shape), dA, dB, None
 
 
-def _copies(layers: Sequence[Layer], originals: Sequence[Layer]) -> list[Any]:
+def _copies(layers: Sequence[Record], originals: Sequence[Record]) -> list[Any]:
     """Return the copies that `_cast` made of each layer's tensors; None for a weight that was not
     copied."""
     copies: list[Any] = []
     for layer, original in zip(layers, originals, strict=True):
-        copies += layer[0] if layer[0] is not original[0] else None, layer[1], layer[2]
+        weight = layer.weight if layer.weight is not original.weight else None
+        copies += weight, layer.lora_A, layer.lora_B
     return copies
 
 
 def _load(
     ctx: Any, copies: Sequence[Any], need_x: bool, dys: Sequence[Tensor | None] | None = None
-) -> Sequence[Layer]:
+) -> Sequence[Record]:
     """Return the layers as the forward had them. RuntimeError if their tensors have changed.
 
     dys: the gradient of each layer's y. A layer whose y has none is not checked: after a write to
@@ -447,14 +413,7 @@ def _load(
         return layers
     copied = zip(layers, copies[::3], copies[1::3], copies[2::3], strict=True)
     return [
-        Layer(
-            layer.weight if weight is None else weight,
-            A,
-            B,
-            layer.bias,
-            layer.scaling,
-            layer.rank_gate,
-        )
+        layer._replace(weight=layer.weight if weight is None else weight, lora_A=A, lora_B=B)
         for layer, weight, A, B in copied
     ]
 
@@ -479,12 +438,12 @@ def _input_grads(
         if len(ctx.x_shape) != 2:
             dx = dx.view(ctx.x_shape)
     if block.casts:
-        _cast_grads(dB, [layer[2] for layer in block.layers])
-        _cast_grads(dA, [layer[1] for layer in block.layers])
+        _cast_grads(dB, [layer.lora_B for layer in block.layers])
+        _cast_grads(dA, [layer.lora_A for layer in block.layers])
     if not block.has_others:
         return dx, None, *dA, *dB
-    _cast_grads(dbias, [layer[3] for layer in block.layers])
-    _cast_grads(dg, [layer[5] for layer in block.layers])
+    _cast_grads(dbias, [layer.bias for layer in block.layers])
+    _cast_grads(dg, [layer.rank_gate for layer in block.layers])
     return dx, None, *dA, *dB, *dbias, *dg
 
 
@@ -511,7 +470,7 @@ class LinearsFunction(_BlockFunction):
         if casts:
             layers = _cast(layers, dtype)
         if len(layers) == 1:  # which is plain
-            y, p, mask = eager.linear_output(rows, layers[0], block.dropout_p)
+            y, p, mask = eager.linear_output(rows, layers[0])
             ys, ps = [y], [p]
         else:
             with context.NOTHING if is_plain else context.no_autocast(x):
@@ -539,7 +498,7 @@ class LinearsFunction(_BlockFunction):
         is_batched = any([dy is not None and context.is_batched(dy) for dy in dys])
         dys = tuple([None if dy is None else _rows(dy, dtype) for dy in dys])
         x, ps = None if x is None else _rows(x, dtype), others[:n]
-        dropped = None if mask is None else DropoutMask(mask, block.dropout_p)
+        dropped = None if mask is None else DropoutMask(mask, layers[0].dropout_p)
         if is_batched:
             return eager.batched_backward(dys, x, ps, layers, block.has_others, dropped)
         need = BlockNeeds(need_x, needs[:n], needs[n : 2 * n], needs[2 * n : 3 * n], needs[3 * n :])

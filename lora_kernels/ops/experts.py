@@ -253,7 +253,7 @@ def _check_rows(operands: ExpertsOperands) -> None:
 
 
 class Options(NamedTuple):
-    """The arguments of `LoRAExpertsFunction` that are not tensors; see `Options`."""
+    """The arguments of `LoRAExpertsFunction` that are not tensors."""
 
     spec: ExpertsSpec
     blocksizes: tuple[Any, ...]

@@ -141,9 +141,9 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     if act is not None and direct.is_hooked(act):
         return f"{parts.act}: {patched_reason(act) or 'a hook sits on it'}"
     for name in parts[:3]:
-        state = direct.planned_state(modules[name], device, x_dtype)
-        if isinstance(state, str):
-            return f"{name}: {state}"
+        record = direct.read_in_block(modules[name], device, x_dtype)
+        if isinstance(record, str):
+            return f"{name}: {record}"
     return None
 
 

@@ -29,7 +29,7 @@ from lora_kernels.ops import registry
 
 pytest.importorskip("peft")
 from lora_kernels.peft import swap
-from lora_kernels.peft.eligibility import heavier_reason
+from lora_kernels.peft.heavier import heavier_reason
 
 M, K, N = 8, 16, 32
 BY_NAME = {cell.name: cell for cell in CELLS}

@@ -1,5 +1,4 @@
-"""PEFT's variants of LoRA that are this equation, fused: KaSA, aLoRA, MiCA, and LoRA-FA, and one
-that PEFT does not have yet.
+"""PEFT's variants of LoRA that are this equation, fused: KaSA, aLoRA, MiCA, and LoRA-FA.
 
 Properties of every kind of layer, of a KaSA and a MiCA too, are in test_layer_kinds.py.
 """
@@ -15,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.peft import explain, fuse, row_adapters
-from lora_kernels.peft.adapters import COLUMN_SCALE, VARIANTS, Variant
-from lora_kernels.peft.explain_rows import LIBRARY, PEFT
+from lora_kernels.peft import explain, fuse
+from lora_kernels.peft.explain_rows import LIBRARY
 from tests.support.assertions import assert_close_derived
 from tests.support.peft_models import (
     ALPHA,
@@ -332,51 +329,6 @@ def test_a_fused_loss_takes_a_kasa_on_the_head() -> None:
     got, want = (loss_and_gradients(model) for model in (fused, stock))
     assert any(".lora_diag." in name for name in got)
     assert_close_derived(got, want, layers=4)
-
-
-# A variant that PEFT may add
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-
-
-class Scaled(DoraLinearVariant):
-    """A variant with a column scale, DoRA's."""
-
-
-@pytest.mark.parametrize("on_gpu", [False, True])
-@pytest.mark.parametrize("operand", [COLUMN_SCALE, "phase"])
-def test_variant_admitted_to_a_fused_layer_is_refused_by_all_other_code_paths(
-    operand: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A code path that does not name the variant's operand leaves the variant to PEFT."""
-    monkeypatch.setitem(VARIANTS, Scaled, Variant("a Scaled", operand))
-    config = LoraConfig(r=R, target_modules=PROJECTIONS, use_dora=True)
-    stock = get_peft_model(llama(), config).train()
-    randomize(stock)
-    for layer in stock.modules():
-        if isinstance(layer, LoraLayer):
-            layer.lora_variant["default"] = Scaled()
-            layer.use_dora["default"] = False  # else PEFT refuses rows that name their adapters
-    ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(2))
-    is_taken = operand == COLUMN_SCALE
-    with as_on_gpu() if on_gpu else contextlib.nullcontext():
-        fused = fuse(copy.deepcopy(stock), loss=True)
-        assert_close_derived(loss_and_gradients(fused, ids), loss_and_gradients(stock, ids))
-        # PyTorch's GEMMs compute float64.
-        assert {row.state for row in explain(fused).rows} == {LIBRARY if is_taken else PEFT}
-        reason = f"adapter 'default' is a Scaled, whose {operand} "
-        blocks = [row.reason for row in explain(fused).blocks]
-        # In each of two decoder layers q, k and v, gate and up, and the MLP.
-        assert len(blocks) == (6 if on_gpu else 0)
-        for other in [*blocks, *(row.reason for row in explain(fused).losses)]:
-            assert reason in other
-        found = []
-        for model in (fused, stock):
-            with row_adapters(model, ["default", "__base__"]):
-                found.append(loss_and_gradients(model, ids))
-        assert_close_derived(*found)
-        for row in explain(fused).rows:
-            assert row.state == PEFT and row.reason.startswith(reason)
 
 
 # LoRA-FA: lora_A is frozen

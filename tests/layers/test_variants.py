@@ -89,12 +89,12 @@ def test_variant_and_4_bit_base_combine_in_either_order() -> None:
 
 
 HOOKS = {
-    "_make_adapter",
+    "make_adapter",
     "reset_lora_parameters",
-    "_init_",
-    "_adapter",
-    "_forward_fused",
-    "_adapter_config",
+    "init_lora_A",
+    "record",
+    "forward_fused",
+    "adapter_config",
 }
 
 
@@ -107,7 +107,7 @@ def test_layers_override_only_the_hooks() -> None:
         for parent in cls.__mro__[: cls.__mro__.index(layers.LoRALayer)]:
             overridden = vars(parent).keys() & vars(layers.LoRALayer).keys()
             methods = {key for key in overridden if callable(getattr(parent, key))}
-            methods -= {*vars(nn.Module), "_default_init"}
+            methods -= {*vars(nn.Module), "default_init"}
             assert methods <= HOOKS, (parent, methods - HOOKS)
 
 
@@ -115,7 +115,7 @@ def test_variants_are_loralinears_and_other_layers_are_not() -> None:
     """Every layer is found as a LoRALayer; only those with a from_linear are LoRALinear."""
     for name in layers.__all__:
         cls = getattr(layers, name)
-        if isinstance(cls, type) and name.startswith(("Q", "LoRA")) and hasattr(cls, "_adapter"):
+        if isinstance(cls, type) and name.startswith(("Q", "LoRA")) and hasattr(cls, "record"):
             assert issubclass(cls, layers.LoRALayer), name
             assert issubclass(cls, LoRALinear) is hasattr(cls, "from_linear"), name
     for name in VARIANTS:

@@ -11,6 +11,9 @@ A call is plain if x and all A and B have one dtype and there is no gate. P and 
 too, and the scaling is the `alpha` or `beta` of a GEMM that accumulates. All other calls take the
 dtypes and the operands in parts of `linear`.
 
+A layer is a `Record` with its operands computed: its weight dense in the dtype of the base GEMM, or
+packed in 4 bits, its scaling a float, and a rank gate [R] or None.
+
 The gated MLP is y = down(h) with h = act(g) ⊙ u, g = gate(x) and u = up(x). It keeps g and u, and
 its backward computes h again (see `gated_mlp`).
 """
@@ -27,6 +30,7 @@ from torch.nn.functional import linear
 from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.dtypes import stat_dtype, to_dtype
 from ...core.packed4bit import Packed4bit
+from ...core.record import PLAIN, Record
 from .. import decode4bit
 from . import gated_mlp
 from .linear import (
@@ -44,30 +48,12 @@ from .linear import (
 )
 
 
-class Layer(NamedTuple):
-    """An adapted layer's operands beside x.
-
-    Args:
-        weight: W [N, K], dense in the dtype of the base GEMM, or packed in 4 bits.
-        lora_A, lora_B: [R, K] and [N, R].
-        bias: [N] or None.
-        scaling: alpha / r.
-        rank_gate: [R] or None.
-    """
-
-    weight: Tensor | Packed4bit
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float
-    rank_gate: Tensor | None = None
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return W; a 4-bit weight is decoded to `dtype`."""
-        weight = self.weight
-        if type(weight) is Packed4bit:
-            return decode4bit.dense(weight, (self[2].shape[0], self[1].shape[1]), dtype)
-        return cast(Tensor, weight)
+def dense(layer: Record, dtype: torch.dtype) -> Tensor:
+    """Return W of a layer; a 4-bit weight is decoded to `dtype`."""
+    weight = layer.weight
+    if type(weight) is Packed4bit:
+        return decode4bit.dense(weight, (layer.lora_B.shape[0], layer.lora_A.shape[1]), dtype)
+    return cast(Tensor, weight)
 
 
 class DropoutMask(NamedTuple):
@@ -110,11 +96,9 @@ class BlockGrads(NamedTuple):
 # One plain layer
 
 
-def linear_output(
-    x: Tensor, layer: Layer, dropout_p: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_output(x: Tensor, layer: Record) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y [M, N], P [M, R] and the dropout mask of one plain layer, for x [M, K]."""
-    weight, lora_A, lora_B, bias = layer[:4]
+    weight, lora_A, lora_B, bias, _, dropout_p = layer[:PLAIN]
     base = mask = None
     if type(weight) is Packed4bit:  # before anything else is held beside a decoded weight
         base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
@@ -131,7 +115,7 @@ def linear_backward(
     dy: Tensor,
     x: Tensor | None,
     p: Tensor,
-    layer: Layer,
+    layer: Record,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -140,7 +124,7 @@ def linear_backward(
     lora_A, lora_B, scaling = layer.lora_A, layer.lora_B, layer.scaling
     dx = dA = dB = None
     if need_x:  # while nothing is held beside a decoded weight
-        dx = mm(dy, layer.dense(dy.dtype))
+        dx = mm(dy, dense(layer, dy.dtype))
     if need_B:
         dB = _scaled_mm(dy.t(), p, scaling)
     if need_x or need_A:
@@ -156,7 +140,7 @@ def linear_backward(
 
 
 def linears(
-    x: Tensor, layers: Sequence[Layer], is_plain: bool, is_stacked: bool
+    x: Tensor, layers: Sequence[Record], is_plain: bool, is_stacked: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Return each y_i [M, N_i] in the dtype of x [M, K], and each P_i [M, R_i].
 
@@ -179,7 +163,7 @@ def linears(
     return [_general_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
 
 
-def _output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
+def _output(x: Tensor, p: Tensor, layer: Record) -> Tensor:
     """Return y [M, N] of a plain layer."""
     base, weight = None, layer.weight
     if type(weight) is Packed4bit:
@@ -187,19 +171,19 @@ def _output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
     return _add_base_and_update(x, p, layer, base)
 
 
-def _add_base_and_update(x: Tensor, p: Tensor, layer: Layer, base: Tensor | None) -> Tensor:
+def _add_base_and_update(x: Tensor, p: Tensor, layer: Record, base: Tensor | None) -> Tensor:
     """Return y of a plain layer. base: x·Wᵀ + bias, which is overwritten; None to compute it."""
     lora_B, bias, scaling = layer.lora_B, layer.bias, layer.scaling
     if base is not None:
         return base.addmm_(p, lora_B.t(), alpha=scaling)
-    weight = layer.dense(x.dtype)
+    weight = dense(layer, x.dtype)
     if bias is None:  # the base GEMM adds itself to scaling · P·Bᵀ
         return linear(p, lora_B).addmm_(x, weight.t(), beta=scaling)
     update = addmm(to_dtype(bias, x.dtype), p, lora_B.t(), alpha=scaling)
     return update.addmm_(x, weight.t())
 
 
-def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
+def _general_output(x: Tensor, p: Tensor, layer: Record) -> Tensor:
     """Return y [M, N] of a layer that is not plain."""
     weight, lora_B, bias = layer.weight, layer.lora_B, layer.bias
     scaling, gate = layer.scaling, layer.rank_gate
@@ -210,14 +194,14 @@ def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
     if base is not None:
         return _expand(s, lora_B, x, scaling, accumulator=base)
     z = _expand(s, lora_B, x, scaling, bias)
-    return _add_base(z, x, layer.dense(x.dtype).t(), x.dtype, x.dtype)
+    return _add_base(z, x, dense(layer, x.dtype).t(), x.dtype, x.dtype)
 
 
 def linears_backward(
     dys: Sequence[Tensor | None],
     x: Tensor | None,
     ps: Sequence[Tensor | None],
-    layers: Sequence[Layer],
+    layers: Sequence[Record],
     needs: BlockNeeds,
     is_plain: bool,
     mask: DropoutMask | None = None,
@@ -261,7 +245,7 @@ def linears_backward(
         dy, layer = cast(Tensor, dys[i]), layers[i]
         lora_B, scaling = layer.lora_B, layer.scaling
         if need_x and mask is None:  # while nothing large is held beside a decoded weight
-            weight = layer.dense(dy.dtype)
+            weight = dense(layer, dy.dtype)
             dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
             del weight
         if need_B[i]:
@@ -284,7 +268,7 @@ def linears_backward(
         return grads._replace(x=cast(Tensor, dx).addmm_(ds, A))
     (i,) = indices
     dx, dy = mask.apply(mm(ds, A)), cast(Tensor, dys[i])
-    return grads._replace(x=dx.addmm_(dy, layers[i].dense(dy.dtype)))
+    return grads._replace(x=dx.addmm_(dy, dense(layers[i], dy.dtype)))
 
 
 def _general_backward(
@@ -292,7 +276,7 @@ def _general_backward(
     dys: Sequence[Tensor | None],
     x: Tensor | None,
     ps: Sequence[Tensor | None],
-    layers: Sequence[Layer],
+    layers: Sequence[Record],
     indices: Sequence[int],
     needs: BlockNeeds,
 ) -> BlockGrads:
@@ -304,7 +288,7 @@ def _general_backward(
         dy, p, layer = cast(Tensor, dys[i]), ps[i], layers[i]
         gate = layer.rank_gate
         if need_x:
-            weight = layer.dense(dy.dtype)
+            weight = dense(layer, dy.dtype)
             dx = mm(dy, weight) if dx is None else _add_base(dx, dy, weight, dy.dtype, dy.dtype)
             del weight
         wide_dy = dy if _is_in_parts(dy, layer.lora_B) else to_dtype(dy, _widest(dy, layer.lora_B))
@@ -339,7 +323,7 @@ def batched_backward(
     dys: Sequence[Tensor | None],
     x: Tensor | None,
     ps: Sequence[Tensor | None],
-    layers: Sequence[Layer],
+    layers: Sequence[Record],
     has_others: bool,
     mask: DropoutMask | None = None,
 ) -> BlockGrads:
@@ -362,7 +346,7 @@ def batched_backward(
             gated = ds if gate is None else ds * gate
             update = gated @ A.to(gated.dtype)
             update = update if mask is None else mask.apply(update)
-            layer_dx = dy @ layer.dense(dy.dtype) + update.to(dy.dtype)
+            layer_dx = dy @ dense(layer, dy.dtype) + update.to(dy.dtype)
             dx = layer_dx if dx is None else dx + layer_dx
             if x is not None:
                 z = x if mask is None else mask.apply(x)
@@ -410,7 +394,7 @@ def batched_mlp_backward(
     g: Tensor,
     u: Tensor,
     ps: Sequence[Tensor | None],
-    layers: Sequence[Layer],
+    layers: Sequence[Record],
     has_others: bool,
     activation: str,
 ) -> BlockGrads:
@@ -427,7 +411,7 @@ def down_backward(
     g: Tensor,
     u: Tensor,
     p: Tensor | None,
-    layer: Layer,
+    layer: Record,
     needs: Needs,
     is_plain: bool,
     in_place: bool,
@@ -450,9 +434,9 @@ def down_backward(
             dy, g, u, operands, saved, spec, needs, in_place, activation
         )
     dA = dB = dbias = None
-    dense = layer.dense(dy.dtype)
-    dh = mm(dy, dense)
-    del dense
+    weight = dense(layer, dy.dtype)
+    dh = mm(dy, weight)
+    del weight
     if needs.lora_B:
         dB = _scaled_mm(dy.t(), cast(Tensor, p), scaling)
     if needs.bias:

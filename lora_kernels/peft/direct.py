@@ -8,14 +8,14 @@ None, and the general reader of `read.py` reads the layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Identity, Linear
 
 from ..backends import library
-from ..core.record import Path, Record, path_reason
+from ..core.record import PLAIN, Path, Record, path_reason
 from ..ops import blocks, direct
 from ..quantization import Weight4bit
 from ..quantization.tensor4bit import Tensor4bit
@@ -139,41 +139,46 @@ def make_block(
 
     activation: of a gated MLP, whose layers are gate, up and down; "" for other layers.
     """
-    states, records, compute_dtypes, casts = [], [], [], None
+    states: list[tuple[Any, ...]] = []
+    records, compute_dtypes, casts = [], [], False
     for layer in layers:
-        state = read_state(layer, x)
-        if state is None:
-            return None
-        weight, lora_A, lora_B, bias, scaling, _, *others = state
-        compute_dtype, gate = None, None
-        if weight is None or lora_A.is_inference():
-            return None
-        if others:
-            record = cast(Record, state)
-            bias = add_bias(bias, lora_bias((record,)))
-            if record.rank_gate is not None or isinstance(scaling, Tensor):
-                gate, scaling = gate_of(record), 1.0
+        state, gate, compute_dtype = read(layer), None, None
+        if state is not None:
+            weight, lora_A, lora_B, bias, scaling, p = state
+            if p or weight is None:
+                return None
+            if layer.reads_codes:
+                codes = layer.read_codes(weight, x)
+                if codes is None:
+                    return None
+                weight, compute_dtype = codes
+            elif type(weight) is Tensor4bit:
+                weight = weight.weight4bit.codes
+            states.append(state)
+        else:
+            record = read_in_block(layer, x.device, x.dtype)
+            if isinstance(record, str):
+                return None
+            _, lora_A, lora_B, bias, factor, _ = record[:PLAIN]
+            bias, scaling = add_bias(bias, lora_bias((record,))), 1.0
+            if record.rank_gate is not None or isinstance(factor, Tensor):
+                gate = gate_of(record)
+            else:
+                scaling = factor
             weight, compute_dtype = readable_weight(layer.base_layer, x)
             weight = weight.codes if isinstance(weight, Weight4bit) else weight
-        elif layer.reads_codes:
-            codes = layer.read_codes(weight, x)
-            if codes is None:
-                return None
-            weight, compute_dtype = codes
-        elif type(weight) is Tensor4bit:
-            weight = weight.weight4bit.codes
-        if layer.casts_adapters:
-            is_cast = casts_adapters(layer, x.device.type, x.dtype, _rows(x))
-        else:
-            is_cast = False
-        if casts is None:
-            casts = is_cast
-        elif casts is not is_cast:
+            states.append(record)
+        if lora_A.is_inference():
             return None
-        states.append(state)
+        if layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype, _rows(x)):
+            if len(states) > 1 and not casts:
+                return None
+            casts = True
+        elif casts:
+            return None
         records.append(Record(weight, lora_A, lora_B, bias, scaling, rank_gate=gate))
         compute_dtypes.append(compute_dtype)
-    block = blocks.make_block(x, records, compute_dtypes, bool(casts), True, activation)
+    block = blocks.make_block(x, records, compute_dtypes, casts, True, activation)
     return None if block is None else (block, states)
 
 
@@ -187,12 +192,17 @@ def read_state(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
     return None if isinstance(record, str) else record
 
 
-def read_in_block(layer: Any, device: torch.device, x_dtype: torch.dtype) -> Record | str:
-    """Return a layer's record, or the reason (a string) why no block may compute the layer."""
+def member_reason(layer: Any) -> str | None:
+    """Return why a block may not replace the layer's own call, whatever its state."""
     if not getattr(type(layer), "fits_blocks", False):  # wrappers pass on the instance's attributes
         return f"it is a {type(layer).__name__}"
-    if is_hooked(layer):
-        return patched_reason(layer) or "a hook sits on it"
+    return (patched_reason(layer) or "a hook sits on it") if is_hooked(layer) else None
+
+
+def read_in_block(layer: Any, device: torch.device, x_dtype: torch.dtype) -> Record | str:
+    """Return a layer's record, or the reason (a string) why no block may compute the layer."""
+    if (reason := member_reason(layer)) is not None:
+        return reason
     if layer.mixed_batch is not None:
         return "its last call named its adapters"
     records = reader.read(layer, device, x_dtype)

@@ -110,29 +110,19 @@ def _fused_class(cls: Hashable) -> Any:
 
 def _call(mlp: Any, x: Any) -> Tensor | None:
     """Return y; None if the module's own forward computes it."""
-    if not blocks.can_run(x) or _has_any_global_hook():
+    if not blocks.can_run(x) or _state_reason(mlp) is not None:
         return None
-    cls, parts, modules = type(mlp), mlp._parts, mlp._modules
-    if cls.original_class.forward is not cls.original_forward:
-        return None
-    act = modules.get(parts.act)
-    if act is not parts.act_module or (act is not None and direct.is_hooked(act)):
-        return None
+    parts, modules = mlp._parts, mlp._modules
     layers = modules[parts.gate], modules[parts.up], modules[parts.down]
-    for layer in layers:
-        if direct.is_hooked(layer) or not getattr(type(layer), "fits_blocks", False):
-            return None
     block_and_states = direct.make_block(layers, x, parts.activation)
     return None if block_and_states is None else blocks.gated_mlp(x, block_and_states[0])
 
 
-def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
-    """Return why the MLP's state makes it run its own forward for x on this device."""
-    parts, modules = mlp._parts, mlp._modules
-    if mlp.original_class.forward is not type(mlp).original_forward:
-        return f"{mlp.original_class.__name__}.forward was replaced"
-    if (reason := patched_reason(mlp)) is not None:
-        return f"{reason} after fuse(model): call it again"
+def _state_reason(mlp: Any) -> str | None:
+    """Return why calling the MLP's modules may do more than a gated MLP computes."""
+    cls, parts, modules = type(mlp), mlp._parts, mlp._modules
+    if cls.original_class.forward is not cls.original_forward:
+        return f"{cls.original_class.__name__}.forward was replaced"
     if _has_any_global_hook():
         return "a hook sits on all modules"
     act = modules.get(parts.act)
@@ -141,7 +131,19 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     if act is not None and direct.is_hooked(act):
         return f"{parts.act}: {patched_reason(act) or 'a hook sits on it'}"
     for name in parts[:3]:
-        record = direct.read_in_block(modules[name], device, x_dtype)
+        if (reason := direct.member_reason(modules[name])) is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
+    """Return why the MLP's state makes it run its own forward for x on this device."""
+    if (reason := patched_reason(mlp)) is not None:
+        return f"{reason} after fuse(model): call it again"
+    if (reason := _state_reason(mlp)) is not None:
+        return reason
+    for name in mlp._parts[:3]:
+        record = direct.read_in_block(mlp._modules[name], device, x_dtype)
         if isinstance(record, str):
             return f"{name}: {record}"
     return None

@@ -78,7 +78,7 @@ _WORDS = {
 }
 
 
-class Path(NamedTuple):
+class CodePath(NamedTuple):
     """A code path: the operands that it takes beyond plain LoRA's.
 
     Args:
@@ -106,12 +106,12 @@ def operands_of(record: Record) -> frozenset[str]:
     return frozenset(names)
 
 
-def path_reason(records: Sequence[Record], path: Path) -> str | None:
+def path_reason(records: Sequence[Record], path: CodePath) -> str | None:
     """Return why a code path does not compute a layer, by the operands; None if it does.
 
     records: of the layer's active adapters.
 
-    >>> path = Path("a block", (frozenset({"rank_gate"}),))
+    >>> path = CodePath("a block", (frozenset({"rank_gate"}),))
     >>> path_reason([Record(None, None, None, dropout_p=0.1, name="law")], path)
     "adapter 'law' has an active dropout, which a block does not take"
     """
@@ -123,7 +123,7 @@ def path_reason(records: Sequence[Record], path: Path) -> str | None:
     return None
 
 
-def _words(record: Record, operands: frozenset[str], path: Path) -> str:
+def _words(record: Record, operands: frozenset[str], path: CodePath) -> str:
     """Return the reason for an operand in no set, or for two operands in no set together."""
     order = [*record._fields, "others"]
     unknown = operands.difference(*path.taken)

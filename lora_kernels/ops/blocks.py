@@ -32,13 +32,13 @@ from ..core import forced
 from ..core.call import Needs, Operands, Spec
 from ..core.dtypes import to_dtype
 from ..core.packed4bit import Packed4bit
-from ..core.record import PLAIN, Path, Record
+from ..core.record import PLAIN, CodePath, Record
 from . import context, linear
 from .arguments import FLOATS, copies_rows, has_strides
 from .autograd import differentiable_once
 
 # The operands that a block of several layers takes, computed.
-BLOCK = Path("a block", (frozenset({"rank_gate"}),))
+BLOCK = CodePath("a block", (frozenset({"rank_gate"}),))
 _PLAIN = context.TENSOR_TYPES
 _BY_DEFAULT = None, "eager"
 _KEYS = context.KEYS, context.INFERENCE_KEYS

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear
 
 from ..backends import library
-from ..core.record import PLAIN, Path, Record, path_reason
+from ..core.record import PLAIN, CodePath, Record, path_reason
 from ..ops import blocks, direct
 from ..quantization import Weight4bit
 from ..quantization.tensor4bit import Tensor4bit
@@ -31,7 +31,7 @@ _DROPOUT_FORWARDS = {cls: library_forward(cls) for cls in (Dropout, Identity)}
 # scaling, and this call's dropout probability. A `Record` would add a third to the time of `read`.
 State = tuple[Any, Tensor, Tensor, Tensor | None, float, float]
 # The operands that a block of PEFT's layers takes: `make_block` computes a bias and a gate of them.
-BLOCK = Path("a block", (frozenset({"scaling", "lora_bias", "rank_gate", "ranknum"}),))
+BLOCK = CodePath("a block", (frozenset({"scaling", "lora_bias", "rank_gate", "ranknum"}),))
 
 
 def read(layer: Any) -> State | None:

@@ -8,7 +8,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from ..core.record import Path, Record, path_reason
+from ..core.record import CodePath, Record, path_reason
 from ..layers.embedding import lookup
 from .eligibility import has_hooks, hook_reason, state_reason, tensor_reason
 from .linear import Fused
@@ -17,7 +17,7 @@ from .read import NO_ADAPTER, add_variant
 
 _EMBEDDING_FORWARD = library_forward(nn.Embedding)
 # The operands that a fused embedding takes.
-EMBEDDING = Path("an embedding", (frozenset({"others", "scaling"}),))
+EMBEDDING = CodePath("an embedding", (frozenset({"others", "scaling"}),))
 
 
 class FusedEmbedding(Fused, lora.Embedding):

@@ -18,7 +18,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..core.record import Path, Record, path_reason
+from ..core.record import CodePath, Record, path_reason
 from ..ops.context import unfused_context
 from ..ops.head import lora_linear_cross_entropy
 from .adapters import add_bias, groups, lora_bias, stack_records
@@ -69,7 +69,7 @@ _OUTPUTS = ("cache", "past_key_values", "hidden_states", "attentions")
 
 
 # The operands of a head that the loss without logits takes.
-LOSS = Path(
+LOSS = CodePath(
     "the loss without logits",
     (
         frozenset(

@@ -18,7 +18,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..core.record import Path, Record, path_reason
+from ..core.record import CodePath, Record, path_reason
 from .eligibility import (
     dropout_reason,
     has_hooks,
@@ -33,7 +33,7 @@ _DORA_FORWARD = library_forward(DoraLinearVariant)
 
 _COMMON = {"dropout_p", "others", "is_transposed", "called"}
 # The operands that a fused layer's own call takes.
-LAYER = Path(
+LAYER = CodePath(
     "a fused layer",
     (
         frozenset({*_COMMON, "scaling", "lora_bias", "rank_gate", "ranknum"}),
@@ -44,7 +44,7 @@ LAYER = Path(
     ),
 )
 # Those of a call whose rows name their adapters.
-NAMED_ROWS = Path("a call with adapter_names", (frozenset({*_COMMON, "is_alora"}),))
+NAMED_ROWS = CodePath("a call with adapter_names", (frozenset({*_COMMON, "is_alora"}),))
 
 
 class Variant(NamedTuple):

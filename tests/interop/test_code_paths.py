@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.core import record as records
-from lora_kernels.core.record import PLAIN, Path, Record, operands_of, path_reason
+from lora_kernels.core.record import PLAIN, CodePath, Record, operands_of, path_reason
 from lora_kernels.peft import direct, explain, fuse, loss, read, row_adapters
 from lora_kernels.peft.explain_rows import LIBRARY, PEFT, SHARED
 from lora_kernels.peft.read import VARIANTS, Variant
@@ -290,7 +290,7 @@ PATHS = {
     name: path
     for module in (read, direct, loss)
     for name, path in vars(module).items()
-    if isinstance(path, Path)
+    if isinstance(path, CodePath)
 }
 
 

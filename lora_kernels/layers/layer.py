@@ -125,7 +125,7 @@ class LoRALayer(nn.Module):
         super().__init_subclass__(**kwargs)
         for former, name in _FORMER_NAMES.items():
             if former in vars(cls):
-                raise TypeError(f"{cls.__name__}: got a method {former}, want its new name {name}")
+                raise TypeError(f"{cls.__name__}: got {former}, want its new name {name}")
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from lora_kernels.layers import (
     lora_plus_parameter_groups,
     mark_only_lora_as_trainable,
 )
+from lora_kernels.layers.layer import _FORMER_NAMES
 from lora_kernels.oracle import tolerance
 from tests.support.assertions import assert_close_derived, derived_rtol
 from tests.support.models import (
@@ -96,6 +97,14 @@ HOOKS = {
     "forward_fused",
     "adapter_config",
 }
+
+
+@pytest.mark.parametrize(("former", "name"), _FORMER_NAMES.items())
+def test_former_name_of_a_method_is_refused(former: str, name: str) -> None:
+    """Nothing would call it: the layer would compute plain LoRA without a word."""
+    assert hasattr(layers.LoRALayer, name)
+    with pytest.raises(TypeError, match=f"Mine: got {former}, want its new name {name}$"):
+        type("Mine", (LoRALinear,), {former: lambda self: None})
 
 
 def test_layers_override_only_the_hooks() -> None:

@@ -83,7 +83,7 @@ class Block(NamedTuple):
         layers: those of one x; of an MLP gate, up and down.
         dtype: of the base GEMMs, and of x in them.
         y_dtype: of each y.
-        casts: whether A, B and dense weights are cast to `dtype`; else dense weights have it.
+        casts: whether an A, a B or a dense weight has to be cast to `dtype`.
         is_plain: whether all have `dtype` then, and there is no gate.
         is_stacked: whether one GEMM computes P of all layers of one x.
         has_others: whether a bias or a gate may need a gradient.
@@ -127,7 +127,7 @@ def call_linear(
     block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype)
     if block is None:
         return None
-    if layer.dropout_p or block.casts or block.has_others or block.y_dtype is not x.dtype:
+    if layer.dropout_p or block.casts or block.has_others or block.dtype is not x.dtype:
         return linears(x, block)[0]
     if torch.is_grad_enabled():  # a Function of one layer takes 0.8 of the host's time for a block
         return LinearFunction.apply(x, layer.lora_A, layer.lora_B, layer)  # type: ignore[no-any-return]
@@ -154,18 +154,22 @@ def make_block(
         activation: of a gated MLP, whose layers are gate, up and down.
     """
     shape, x_dtype, device = x.shape, x.dtype, x.device
-    if x_dtype not in FLOATS or shape[-1:] != layers[0][1].shape[1:]:
+    if x_dtype not in FLOATS or shape[-1:] != layers[0].lora_A.shape[1:]:
         return None
     autocast = cast_dtype(x) if _is_any_autocast_enabled() else None
-    dtype, casts = autocast or x_dtype, casts_adapters or autocast is not None
-    is_plain, has_others, packed, i = True, False, 0, 0
+    dtype, may_cast = autocast or x_dtype, casts_adapters or autocast is not None
+    is_plain, casts, has_others, packed, i = True, False, False, 0, 0
     for layer in layers:
         weight, A, B, bias, _, dropout_p = layer[:PLAIN]
         if not (type(A) in _PLAIN and type(B) in _PLAIN and A.device == device):
             return None
         if type(weight) in _PLAIN:
-            if weight.requires_grad or (autocast is None and weight.dtype is not dtype):
+            if weight.requires_grad:
                 return None
+            if weight.dtype is not dtype:
+                if autocast is None:
+                    return None
+                casts = True
         elif isinstance(weight, Packed4bit):
             packed += 1
             if autocast is None and compute_dtypes[i] not in (None, dtype):
@@ -176,10 +180,17 @@ def make_block(
             is_plain, has_others = False, True
         elif bias is not None and bias.requires_grad:
             has_others = True
-        if not (casts or A.dtype is B.dtype is dtype):
-            if A.dtype is not layers[0][1].dtype or torch.float64 in (dtype, A.dtype, B.dtype):
+        if not A.dtype is B.dtype is dtype:
+            if may_cast:
+                casts = True
+            elif A.dtype is layers[0].lora_A.dtype and torch.float64 not in (
+                dtype,
+                A.dtype,
+                B.dtype,
+            ):
+                is_plain = False
+            else:
                 return None
-            is_plain = False
         i += 1
     is_alone = i == 1
     if not is_plain and is_alone:

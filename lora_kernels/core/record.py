@@ -72,7 +72,7 @@ _WORDS = {
     "magnitude": "column scale",
     "column_scale": "column scale",
     "is_alora": "row index",
-    "is_transposed": "weight stored as [K, N]",
+    "is_transposed": "base weight stored as [K, N]",
     "called": "base that is called as a module",
     "others": "other active adapters",
 }
@@ -129,21 +129,23 @@ def _words(record: Record, operands: frozenset[str], path: CodePath) -> str:
     unknown = operands.difference(*path.taken)
     closest = max(path.taken, key=lambda taken: len(taken & operands), default=frozenset())
     refused = min(unknown or operands - closest, key=order.index)
-    words = _WORDS.get(refused, refused)
+    words = _noun(record, refused)
     if not unknown:
-        other = min(operands & closest, key=order.index)
-        words += f" beside {_article(_WORDS.get(other, other))}"
-    if refused == "called":
-        words += f" ({record.called})"
-    if record.variant is not None:
-        return (
-            f"adapter {record.name!r} is {record.variant}, whose {words} {path.name} does not take"
-        )
+        other = _noun(record, min(operands & closest, key=order.index))
+        words += f" beside {_article(other)}"
     subject = f"adapter {record.name!r}" if record.name else "the layer"
-    return f"{subject} has {_article(words)}, which {path.name} does not take"
+    if record.variant is not None:
+        return f"{subject} is {record.variant}, whose {words} {path.name} does not take"
+    verb = "stands beside" if refused == "others" else "has"
+    return f"{subject} {verb} {_article(words)}, which {path.name} does not take"
 
 
-def _article(words: str) -> str:
-    if words.startswith("other "):
-        return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+def _noun(record: Record, operand: str) -> str:
+    noun = _WORDS.get(operand, operand)
+    return f"{noun} ({record.called})" if operand == "called" else noun
+
+
+def _article(noun: str) -> str:
+    if noun.startswith("other "):
+        return noun
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

@@ -190,7 +190,7 @@ def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, Any, str | None]]:
         reason: str | None = None
         if not isinstance(module, GatedMLP):
             parts = recognize(module)
-            reason = parts if isinstance(parts, str) else "not fused: call fuse(model)"
+            reason = parts if isinstance(parts, str) else "not fused: call fuse(model, blocks=True)"
             if any(map(is_gathered_in_call, module.modules())):
                 reason = "DeepSpeed's ZeRO-3 gathers each of its layers for the layer's own call"
         yield name, module, reason
@@ -221,7 +221,8 @@ def recognize(module: Any) -> Parts | str:
         return "gate and up are one linear layer, which is not covered in this version"
     names = next((triple for triple in NAMES if set(triple) == linears), None)
     if names is None:
-        return f"its linear layers are not named like a gated MLP's: {', '.join(sorted(linears))}"
+        known = ", or ".join(map(", ".join, NAMES))
+        return f"its linear layers are {', '.join(sorted(linears))}, not {known}"
     for name in names:
         if not getattr(type(children[name]), "fits_blocks", False):
             return f"{name} is no fused LoRA layer"

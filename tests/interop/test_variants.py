@@ -213,7 +213,7 @@ def test_alora_over_a_4bit_base_equals_peft() -> None:
 @pytest.mark.parametrize(
     ("config", "shape", "offsets", "reason"),
     [
-        ({"lora_bias": True}, (3, 4), [2, None, 3], "variant of LoRA (aLoRA) with a lora_bias"),
+        ({"lora_bias": True}, (3, 4), [2, None, 3], "an aLoRA, whose row index beside a lora_bias"),
         ({}, (3, 2, 2), None, None),
         ({}, (1, 4), [2, 2], None),
     ],
@@ -254,7 +254,7 @@ def test_an_alora_prepared_for_hot_swapping_is_pefts() -> None:
     x = batch()
     got, want = (up(model)(x, alora_offsets=[2, None, 3]) for model in (fused, stock))
     assert_close_derived(got, want)
-    assert "(aLoRA) prepared for hot-swapping" in explain(fused).rows[0].reason
+    assert "an aLoRA, whose row index beside a scaling in a tensor" in explain(fused).rows[0].reason
 
 
 def alora_llama(dtype: torch.dtype = f64) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class Record(NamedTuple):
     lora_A: Any
     lora_B: Any
     bias: Tensor | None = None
-    scaling: float | Tensor = 1.0
+    scaling: Any = 1.0
     dropout_p: float = 0.0
     name: str = ""
     variant: str | None = None
@@ -60,7 +60,7 @@ class Record(NamedTuple):
     formula: str | None = None
 
 
-PLAIN = 6  # the number of fields of plain LoRA
+PLAIN: Final = 6  # the number of fields of plain LoRA
 _FIRST_OPERAND = Record._fields.index("lora_bias")
 
 # What a reason calls an operand. Operands without an entry are called by their field.
@@ -128,7 +128,7 @@ def _words(record: Record, operands: frozenset[str], path: CodePath) -> str:
     order = [*record._fields, "others"]
     unknown = operands.difference(*path.taken)
     closest = max(path.taken, key=lambda taken: len(taken & operands), default=frozenset())
-    refused = min(unknown or operands - closest, key=order.index)
+    refused = max(unknown or operands - closest, key=order.index)
     words = _noun(record, refused)
     if not unknown:
         other = _noun(record, min(operands & closest, key=order.index))

@@ -102,6 +102,8 @@ def _read(layer: LoRALayer) -> Record | None:
         or "forward" in vars(layer)
     ):
         return None
-    weight = layer.base_weight()
-    record = layer.record(weight.codes if isinstance(weight, Weight4bit) else weight)
-    return record if path_reason([record], blocks.BLOCK) is None else None
+    record = layer.record(layer.base_weight())
+    if path_reason([record], blocks.BLOCK) is not None:
+        return None
+    weight = record.weight
+    return record._replace(weight=weight.codes) if isinstance(weight, Weight4bit) else record

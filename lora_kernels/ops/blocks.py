@@ -307,7 +307,7 @@ def _versions(layers: Sequence[Record], need_x: bool, casts: bool) -> list[int]:
             weight, A, B, gate = layer.weight, layer.lora_A, layer.lora_B, layer.rank_gate
             total = 0
             if need_x:
-                total += (weight[0] if type(weight) is Packed4bit else weight)._version  # type: ignore[union-attr]
+                total += (weight[0] if type(weight) is Packed4bit else weight)._version
             if not casts:
                 total += B._version + A._version if need_x else B._version
             if gate is not None:

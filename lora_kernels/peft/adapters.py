@@ -102,7 +102,7 @@ def gate_of(record: Record) -> Tensor:
     if record.ranknum is not None:  # E · scaling / (ranknum + 1e-5), as PEFT computes it
         E = cast(Tensor, gate).flatten()
         E = to_dtype(E, torch.promote_types(E.dtype, torch.float32))
-        return E * scaling / (record.ranknum + 1e-5)
+        return cast(Tensor, E * scaling / (record.ranknum + 1e-5))
     R, dtype = record.lora_A.shape[0], torch.promote_types(record.lora_A.dtype, torch.float32)
     if isinstance(scaling, Tensor):
         factors = scaling.to(record.lora_A.device, dtype).expand(R)

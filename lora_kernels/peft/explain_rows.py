@@ -298,7 +298,7 @@ def _expected_input(
     if isinstance(layer, LoraLayer):
         base = layer.get_base_layer()
         for name in active_names(layer, names)[:1]:
-            matrix: Any = layer.lora_A[name]  # type: ignore[index]
+            matrix: Any = layer.lora_A[name]
             matrix = getattr(matrix, "weight", None) if isinstance(matrix, nn.Module) else matrix
             lora_A = matrix if isinstance(matrix, Tensor) else lora_A  # FSDP1 may have removed it
     if x_dtype is None:

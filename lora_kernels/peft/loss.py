@@ -187,7 +187,7 @@ def read_head(head: Any, device: torch.device, x_dtype: torch.dtype) -> list[Rec
                 return records
             if len(groups(records, device.type, None)) > 1:
                 return "several adapters, each with dropout of its own"
-            return records[0].called or path_reason(records, LOSS) or records
+            return path_reason(records, LOSS) or records
     base: Any = head.get_base_layer() if is_adapted else head
     if type(base) is StreamedLinear:
         return [Record(base._parameters["weight"], None, None, base._parameters["bias"])]

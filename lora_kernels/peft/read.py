@@ -103,7 +103,7 @@ def variant_of(layer: Any, name: str) -> Variant | None:
         return None
     cls = type(variant)
     unknown = Variant(f"a variant of LoRA ({cls.__name__})", "formula", lambda *_: cls.__name__)
-    return VARIANTS.get(cls, unknown)
+    return VARIANTS.get(cls) or unknown
 
 
 def has_operand(layer: Any, name: str, operand: str) -> bool:
@@ -153,8 +153,9 @@ def read_call(
     records = read(layer, device, x_dtype, names)
     if isinstance(records, str):
         return records
-    path = LAYER if names is None else NAMED_ROWS
-    return path_reason(records, path) or (names and _mixed_reason(records)) or records
+    if names is None:
+        return path_reason(records, LAYER) or records
+    return path_reason(records, NAMED_ROWS) or _mixed_reason(records) or records
 
 
 def _mixed_reason(records: Sequence[Record]) -> str | None:

@@ -31,12 +31,15 @@ from tests.support.peft_models import R, add_adapter, gpt2, llama, loss_and_grad
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2 = ["c_attn", "c_proj", "c_fc"]
-# 80 rows of x, more than a block needs. One sequence has the invocation tokens of an aLoRA.
-IDS = torch.randint(8, 61, (2, 40), generator=torch.Generator().manual_seed(2))
-IDS[1, 30:32] = torch.tensor([7, 3])
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+# 90 rows of x, more than a block needs. One sequence has the invocation tokens of an aLoRA.
+IDS = torch.randint(8, 61, (3, 30), generator=torch.Generator().manual_seed(2))
+IDS[1, 20:22] = torch.tensor([7, 3])
+NAMES = ["default", "__base__", "default"]
 
 
 def adapted(base: Any = None, config: Any = LoraConfig, **settings: Any) -> Any:
+    """PEFT's model, by default a Llama."""
     targets = {"target_modules": [*PROJECTIONS, "lm_head"]}
     model = get_peft_model(llama() if base is None else base, config(r=R, **targets | settings))
     randomize(model)
@@ -50,7 +53,10 @@ def hot_swapped() -> Any:
 
 
 def adaptive() -> Any:
-    return adapted(config=AdaLoraConfig, init_r=R, target_r=2, total_step=9)
+    model = adapted(config=AdaLoraConfig, init_r=R, target_r=2, total_step=9)
+    for layer in lora_layers(model):
+        layer.ranknum.requires_grad_(False)  # a sum that cancels
+    return model
 
 
 def two_adapters(dropout: float = 0.0) -> Any:
@@ -105,7 +111,7 @@ STATES = {
     "lora_bias": State(lambda: adapted(lora_bias=True), "lora_bias", rows=False),
     "scaling": State(hot_swapped, "scaling in a tensor", rows=False),
     "KaSA": State(with_kasa, "rank gate", rows=False),
-    "AdaLoRA": State(adaptive, "FusedSVDLinear", block=False),
+    "AdaLoRA": State(adaptive, "no fused LoRA layer", block=False),
     "DoRA": State(
         lambda: adapted(use_dora=True), "column scale", block=False, loss=False, rows=False
     ),
@@ -120,12 +126,13 @@ STATES = {
         lambda: adapted(alora_invocation_tokens=[7, 3]), "row index", block=False, loss=False
     ),
     "two adapters": State(two_adapters, "other active adapters", block=False),
-    "two with dropout": State(
-        lambda: two_adapters(1.0), "other active adapters", block=False, loss=False
-    ),
+    "two with dropout": State(lambda: two_adapters(1.0), "adapter", block=False, loss=False),
     "called bases": State(called_bases, "called as a module", block=False, loss=False),
     "Conv1D": State(
-        lambda: adapted(gpt2(), target_modules=GPT2, fan_in_fan_out=True), "[K, N]", loss=False
+        lambda: adapted(gpt2(**NO_DROPOUT), target_modules=GPT2, fan_in_fan_out=True),
+        "[K, N]",
+        block=False,
+        loss=False,
     ),
 }
 
@@ -139,12 +146,22 @@ def outcome(model: Any, names: list[str] | None) -> Any:
             return type(error)
 
 
-def assert_same(fused: Any, stock: Any, names: list[str] | None = None) -> None:
+def assert_same(fused: Any, stock: Any, names: list[str] | None = None, **tolerance: Any) -> None:
     got, want = outcome(fused, names), outcome(stock, names)
     if isinstance(want, dict):
-        assert_close_derived(got, want)
+        assert_close_derived(got, want, **tolerance)
     else:
         assert got is want
+
+
+def assert_loss(stock: Any, state: State) -> None:
+    """The loss without logits is PEFT's, in float32, as transformers computes it; or says why."""
+    fused = fuse(copy.deepcopy(stock.float()), loss=True)
+    # The gradient of q cancels in the softmax, which leaves the error of 64 layers.
+    assert_same(fused, stock, layers=64)
+    (row,) = explain(fused).losses
+    assert (row.strategy != "F.cross_entropy") is state.loss, row
+    assert state.loss or state.words in row.reason or "not covered" in row.reason
 
 
 def assert_paths(fused: Any, state: State, on_gpu: bool) -> None:
@@ -157,8 +174,6 @@ def assert_paths(fused: Any, state: State, on_gpu: bool) -> None:
         is_block = row.state in (SHARED, LIBRARY)
         assert is_block is state.block, row
         assert is_block or state.words in row.reason, row
-    for row in found.losses:
-        assert (row.strategy != "F.cross_entropy") is state.loss, row
 
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
@@ -166,19 +181,22 @@ def assert_paths(fused: Any, state: State, on_gpu: bool) -> None:
 def test_each_operand_on_each_path_is_pefts_result(name: str, on_gpu: bool) -> None:
     state = STATES[name]
     stock = state.build()
+    fused = fuse(copy.deepcopy(stock))  # on a GPU some are left to PEFT, by their bytes
     with as_on_gpu() if on_gpu else contextlib.nullcontext():
-        fused = fuse(copy.deepcopy(stock), loss=True)
         assert_same(fused, stock)
         assert_paths(fused, state, on_gpu)
+        assert_loss(stock, state)
 
 
 @pytest.mark.parametrize("name", [name for name in STATES if name != "AdaLoRA"])
 def test_each_operand_of_rows_that_name_adapters_is_pefts_result(name: str) -> None:
     state = STATES[name]
     stock = state.build()
-    fused = fuse(copy.deepcopy(stock), loss=True)
-    names = ["default", "second" if name.startswith("two") else "__base__"]
+    fused = fuse(copy.deepcopy(stock))
+    names = [*NAMES[:2], "second" if name.startswith("two") else "default"]
     assert_same(fused, stock, names)
+    if not isinstance(outcome(stock, names), dict):
+        return  # PEFT raises
     for row in explain(fused).rows:
         assert (row.state != PEFT) is state.rows, row
         assert state.rows or state.words in row.reason
@@ -263,15 +281,14 @@ def test_variant_is_computed_by_the_paths_that_take_its_operand(
     add_operand(monkeypatch)
     stock = with_variant(cls)
     with as_on_gpu() if on_gpu else contextlib.nullcontext():
-        fused = fuse(copy.deepcopy(stock), loss=True)
+        fused = fuse(copy.deepcopy(stock))
         assert_same(fused, stock)
         assert_paths(fused, state, on_gpu)
-        (row,) = explain(fused).losses
-        assert state.loss or state.words in row.reason
-        assert_same(fused, stock, ["default", "__base__"])
+        assert_same(fused, stock, NAMES)
         for row in explain(fused).rows:
             assert (row.state != PEFT) is state.rows
             assert state.words in row.reason
+        assert_loss(stock, state)
 
 
 # The record

@@ -312,8 +312,9 @@ def test_layer_that_a_verdict_gives_to_kernels_is_called(other, runs, monkeypatc
         is_other = bool(other) and operands.lora_A is getattr(mlp, other).lora_A
         return dataclasses.replace(found, backend="cuda") if is_other else found
 
-    def make_on_cuda(x: Any, *rest: Any, **options: Any) -> Any:
-        return make(OnCuda(x), *rest, **options)  # type: ignore[arg-type]
+    def make_on_cuda(x: Any, layers: Any, *rest: Any, **options: Any) -> Any:
+        is_mlp = len(layers) == 3  # else a layer of an MLP that is no block
+        return make(OnCuda(x) if is_mlp else x, layers, *rest, **options)
 
     monkeypatch.setattr(linear, "choose", chosen)
     monkeypatch.setattr(blocks, "_has_verdict", lambda x: True)

@@ -238,7 +238,10 @@ def read_svd_adapter(layer: Any, name: str, device: torch.device, base: Record) 
         rank_gate=lora_E,
         ranknum=ranknum,
     )
-    return add_variant(layer, record, device) if layer.lora_variant else record
+    variant = variant_of(layer, name) if layer.lora_variant else None
+    if variant is not None:  # of which PEFT has none over AdaLoRA
+        record = record._replace(variant=variant.title, formula=variant.title)
+    return record
 
 
 def dropout_p(dropout: nn.Module) -> float:

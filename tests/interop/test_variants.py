@@ -417,4 +417,4 @@ def test_adalora_refuses_a_variant() -> None:
     model = fuse(get_peft_model(nn.Sequential(nn.Linear(64, 64)), config))
     model.base_model.model[0].lora_variant["default"] = DoraLinearVariant()
     (row,) = explain(model).rows
-    assert "AdaLoRA does not take" in row.reason
+    assert "is a DoRA, whose formula a fused layer does not take" in row.reason

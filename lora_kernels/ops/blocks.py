@@ -25,7 +25,7 @@ from ..backends import library
 from ..backends.eager import blocks as eager
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager.blocks import BlockGrads, BlockNeeds, DropoutMask
-from ..backends.eager.linear import MANY_ROWS
+from ..backends.eager.products import MANY_ROWS
 from ..backends.rows import set_leading_dims_
 from ..choice import verdicts
 from ..core import forced

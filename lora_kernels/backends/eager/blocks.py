@@ -307,52 +307,6 @@ def _general_backward(
     return grads._replace(x=dx)
 
 
-def batched_backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor | None,
-    ps: Sequence[Tensor | None],
-    layers: Sequence[Record],
-    has_others: bool,
-    mask: DropoutMask | None = None,
-) -> BlockGrads:
-    """Compute the gradients for several dy at once (`is_grads_batched=True`).
-
-    All its ops are out of place, because PyTorch's fallback, which slices a batched tensor, takes
-    no others.
-    Gradients that are not needed are computed too, unless x or P is None.
-    has_others: whether the gradients of biases and gates are returned.
-    """
-    grads = BlockGrads(None, [], [], [], [])
-    dx: Tensor | None = None
-    for dy, p, layer in zip(dys, ps, layers, strict=True):
-        dA = dB = dbias = dg = None
-        if dy is not None:
-            A, B, gate = layer.lora_A, layer.lora_B, layer.rank_gate
-            wide = products.widest_dtype(dy, A, B)
-            wide_dy = dy.to(wide)
-            ds = torch.mul(wide_dy @ B.to(wide), layer.scaling)
-            gated = ds if gate is None else ds * gate
-            update = gated @ A.to(gated.dtype)
-            update = update if mask is None else mask.apply(update)
-            layer_dx = dy @ dense(layer, dy.dtype) + update.to(dy.dtype)
-            dx = layer_dx if dx is None else dx + layer_dx
-            if x is not None:
-                z = x if mask is None else mask.apply(x)
-                dA = (gated.t() @ z.to(gated.dtype)).to(A.dtype)
-            if p is not None:
-                s = p if gate is None else p * gate
-                wide = products.widest_dtype(wide_dy, s)
-                dB = torch.mul(wide_dy.t().to(wide) @ s.to(wide), layer.scaling).to(B.dtype)
-                dg = None if gate is None else (ds * p).sum(0)
-            dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
-        grads.lora_A.append(dA)
-        grads.lora_B.append(dB)
-        if has_others:
-            grads.bias.append(dbias)
-            grads.rank_gate.append(dg)
-    return grads._replace(x=dx)
-
-
 def add_update_(
     y: Tensor,
     x: Tensor,
@@ -374,24 +328,6 @@ def add_update_(
 
 
 # The gated MLP
-
-
-def batched_mlp_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    g: Tensor,
-    u: Tensor,
-    ps: Sequence[Tensor | None],
-    layers: Sequence[Record],
-    has_others: bool,
-    activation: str,
-) -> BlockGrads:
-    """Compute the gradients for several dy at once, as `batched_backward` does."""
-    h = gated_mlp.gated(g, u, activation)
-    down = batched_backward((dy,), h, ps[2:], layers[2:], has_others)
-    dgu = gated_mlp.split_gradient(g, u, down.x, activation)
-    dx, *others = batched_backward(dgu, x, ps[:2], layers[:2], has_others)
-    return BlockGrads(dx, *(a + b for a, b in zip(others, down[1:], strict=True)))
 
 
 def down_backward(

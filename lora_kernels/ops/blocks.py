@@ -25,17 +25,17 @@ from ..backends import library
 from ..backends.eager import blocks as eager
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager.blocks import BlockGrads, BlockNeeds, DropoutMask
-from ..backends.eager.linear import MANY_ROWS
+from ..backends.eager.products import MANY_ROWS
 from ..backends.rows import set_leading_dims_
 from ..choice import verdicts
 from ..core import forced
-from ..core.call import Needs, Operands, Spec
-from ..core.dtypes import to_dtype
+from ..core.call import Grads, Needs, Operands, Saved, Spec
+from ..core.dtypes import stat_dtype, to_dtype
 from ..core.packed4bit import Packed4bit
 from ..core.record import PLAIN, CodePath, Record
 from . import context, linear
 from .arguments import FLOATS, copies_rows, has_strides
-from .autograd import differentiable_once
+from .autograd import differentiable_once, new_unsaved
 
 # The operands that a block of several layers takes, computed.
 BLOCK = CodePath("a block", (frozenset({"rank_gate"}),))
@@ -361,6 +361,56 @@ class _BlockFunction(torch.autograd.Function):
         cls._backward_cls.apply = backward  # type: ignore[attr-defined]
 
 
+def _layer_backward_by_op(
+    dy: Tensor,
+    x: Tensor | None,
+    p: Tensor | None,
+    layer: Record,
+    needs: Needs,
+    mask: Tensor | None = None,
+) -> Grads:
+    """Compute one layer's gradients by a registered op, for several dy at once.
+
+    PyTorch slices a batched dy for the op, but for no kernel that writes to its arguments, as those
+    of `eager.linears_backward` do (see `context.is_batched`).
+
+    x, p, mask: as the Function saved them. None for an x or P that no gradient reads.
+    """
+    (R, K), stat = layer.lora_A.shape, stat_dtype(dy.dtype)
+    x = new_unsaved(dy, K, dy.dtype) if x is None else x
+    p = new_unsaved(dy, R, stat, flat=True) if p is None else p.to(stat)
+    weight, lora_A, lora_B = layer.weight, layer.lora_A, layer.lora_B
+    operands = Operands(x, weight, lora_A, lora_B, layer.rank_gate, mask=mask)
+    spec = Spec(cast(float, layer.scaling), layer.dropout_p, dy.dtype, dy.dtype)
+    return linear.call_backward_op(dy, operands, Saved(p), spec, needs, "eager")
+
+
+def _backward_by_op(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    ps: Sequence[Tensor | None],
+    layers: Sequence[Record],
+    needs: BlockNeeds,
+    mask: Tensor | None = None,
+) -> BlockGrads:
+    """Compute the gradients of layers of one x, layer by layer, for several dy at once."""
+    grads, none = BlockGrads(None, [], [], [], []), (False,) * len(layers)
+    need_bias, need_gate = needs.bias or none, needs.rank_gate or none
+    dx: Tensor | None = None
+    for i, dy in enumerate(dys):
+        need = Needs(needs.x, needs.lora_A[i], needs.lora_B[i], need_gate[i], bias=need_bias[i])
+        found = Grads()
+        if dy is not None:
+            found = _layer_backward_by_op(dy, x, ps[i], layers[i], need, mask)
+        if found.x is not None:
+            dx = found.x if dx is None else dx + found.x
+        grads.lora_A.append(found.lora_A)
+        grads.lora_B.append(found.lora_B)
+        grads.bias.append(found.bias)
+        grads.rank_gate.append(found.rank_gate)
+    return grads._replace(x=dx)
+
+
 class LinearFunction(_BlockFunction):
     """One plain layer: x [..., K] -> y [..., N]. Saves x for dA, and P [M, R]."""
 
@@ -382,10 +432,9 @@ class LinearFunction(_BlockFunction):
         if ctx.version != _versions((layer,), need_x, False):
             raise RuntimeError(_CHANGED)
         if context.is_batched(dy):
-            rows = None if x is None else x.reshape(-1, shape[-1])
-            dy = dy.reshape(-1, dy.shape[-1])
-            dx, (dA,), (dB,), *_ = eager.batched_backward((dy,), rows, (p,), (layer,), False)
-            return cast(Tensor, dx).reshape(shape), dA, dB, None
+            needs = Needs(need_x, need_A, need_B)
+            dx, dA, dB, *_ = _layer_backward_by_op(dy, x, p, layer, needs)
+            return dx, dA, dB, None
         if len(shape) == 2:
             dx, dA, dB = eager.linear_backward(dy, x, p, layer, need_x, need_A, need_B)
             return dx, dA, dB, None
@@ -509,10 +558,10 @@ class LinearsFunction(_BlockFunction):
         is_batched = any([dy is not None and context.is_batched(dy) for dy in dys])
         dys = tuple([None if dy is None else _rows(dy, dtype) for dy in dys])
         x, ps = None if x is None else _rows(x, dtype), others[:n]
-        dropped = None if mask is None else DropoutMask(mask, layers[0].dropout_p)
-        if is_batched:
-            return eager.batched_backward(dys, x, ps, layers, block.has_others, dropped)
         need = BlockNeeds(need_x, needs[:n], needs[n : 2 * n], needs[2 * n : 3 * n], needs[3 * n :])
+        if is_batched:
+            return _backward_by_op(dys, x, ps, layers, need, mask)
+        dropped = None if mask is None else DropoutMask(mask, layers[0].dropout_p)
         return eager.linears_backward(dys, x, ps, layers, need, block.is_plain, dropped)
 
 
@@ -552,9 +601,6 @@ class GatedMLPFunction(_BlockFunction):
         layers = _load(ctx, copies, need_x)
         is_batched, dy = context.is_batched(dy), _rows(dy, dtype)
         x, ps = None if x is None else _rows(x, dtype), (p_gate, p_up, p_down)
-        if is_batched:
-            batched_args = dy, x, g, u, ps, layers, block.has_others, block.activation
-            return eager.batched_mlp_backward(*batched_args)
         need_A, need_B, need_bias, need_gate = needs[:3], needs[3:6], needs[6:9], needs[9:]
         need_h = need_x or any(
             [any(needed[:2]) for needed in (need_A, need_B, need_bias, need_gate)]
@@ -563,16 +609,22 @@ class GatedMLPFunction(_BlockFunction):
         down_needs = Needs(
             need_h, need_A[2], need_B[2], need_gate_of_down, False, need_bias_of_down
         )
-        in_place = not _get_current_graph_task_keep_graph()  # else a second backward reads g and u
-        down_args = g, u, p_down, layers[2], down_needs, is_plain, in_place, block.activation
-        dg, du, down = eager.down_backward(dy, *down_args)
         need = BlockNeeds(need_x, need_A[:2], need_B[:2], need_bias[:2], need_gate[:2])
-        dx, dA, dB, dbias, dgate = eager.linears_backward(
-            (dg, du), x, ps[:2], layers[:2], need, is_plain
-        )
-        dA.append(down.lora_A)
-        dB.append(down.lora_B)
+        gate_and_up = x, ps[:2], layers[:2], need
+        if is_batched:
+            h = eager_mlp.gated(g, u, block.activation)
+            down = _layer_backward_by_op(dy, h, p_down, layers[2], down_needs)
+            dgu = eager_mlp.split_gradient(g, u, down.x, block.activation)
+            grads = _backward_by_op(dgu, *gate_and_up)
+        else:
+            # Else a second backward reads g and u.
+            in_place = not _get_current_graph_task_keep_graph()
+            down_args = g, u, p_down, layers[2], down_needs, is_plain, in_place, block.activation
+            dg, du, down = eager.down_backward(dy, *down_args)
+            grads = eager.linears_backward((dg, du), *gate_and_up, is_plain)
+        grads.lora_A.append(down.lora_A)
+        grads.lora_B.append(down.lora_B)
         if need_bias:
-            dbias.append(down.bias)
-            dgate.append(down.rank_gate)
-        return BlockGrads(dx, dA, dB, dbias, dgate)
+            grads.bias.append(down.bias)
+            grads.rank_gate.append(down.rank_gate)
+        return grads

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..backends.eager.linear import MANY_ROWS
+from ..backends.eager.products import MANY_ROWS
 from ..backends.library import is_on_gpu_path
 from ..core.dtypes import to_dtype
 from ..core.record import Record

@@ -14,7 +14,7 @@ from ..backends.decode4bit import decoded_by
 from ..backends.eager import experts as eager_experts
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager.head import kernel_reason, loss_rows
-from ..backends.eager.linear import MANY_ROWS
+from ..backends.eager.products import MANY_ROWS
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
 from ..core.call import ExpertsOperands, ExpertsSpec, MultiOperands, MultiSpec, Operands, Spec

@@ -33,7 +33,7 @@ from torch._C import _get_dispatch_stack_at, _len_torch_dispatch_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
 
-from ..backends.eager.linear import MANY_ROWS
+from ..backends.eager.products import MANY_ROWS
 from ..core import forced
 from ..core.record import PLAIN
 from ..ops import blocks

@@ -58,8 +58,13 @@ TESTS = {
     "choice/choose.py": "tests/ops/test_selection.py tests/qualification/test_verdicts.py "
     "tests/ops/test_exact.py tests/ops/test_eager_gpu.py",
     "oracle/reference.py": "tests/reference tests/ops/test_head.py",
-    "backends/eager/linear.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
-    "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
+    **dict.fromkeys(
+        ("backends/eager/linear.py", "backends/eager/products.py"),
+        "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
+        "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
+    ),
+    "backends/eager/norm.py": "tests/ops/test_dora_norm.py tests/ops/test_eager_gpu.py "
+    "tests/ops/test_partitions.py",
     **dict.fromkeys(
         ("backends/eager/blocks.py", "ops/blocks.py", "peft/groups.py", "peft/direct.py"),
         "tests/interop/test_groups.py tests/interop/test_mlp.py "

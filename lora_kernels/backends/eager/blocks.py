@@ -9,7 +9,7 @@ the backward, and autograd would add n tensors dx.
 
 A call is plain if x and all A and B have one dtype and there is no gate. P and dS have that dtype
 too, and the scaling is the `alpha` or `beta` of a GEMM that accumulates. All other calls take the
-dtypes and the operands in parts of `linear`.
+dtypes and the operands in parts of `products`.
 
 A layer is a `Record` with its operands computed: its weight dense in the dtype of the base GEMM, or
 packed in 4 bits, its scaling a float, and a rank gate [R] or None.
@@ -32,20 +32,8 @@ from ...core.dtypes import stat_dtype, to_dtype
 from ...core.packed4bit import Packed4bit
 from ...core.record import PLAIN, Record
 from .. import decode4bit
-from . import gated_mlp
-from .linear import (
-    _add_base,
-    _expand,
-    _gradient,
-    _gradient_A,
-    _input_update,
-    _is_in_parts,
-    _scaled_mm,
-    _shrink,
-    _three_parts,
-    _widest,
-    drop,
-)
+from . import gated_mlp, products
+from .linear import drop
 
 
 def dense(layer: Record, dtype: torch.dtype) -> Tensor:
@@ -126,9 +114,9 @@ def linear_backward(
     if need_x:  # while nothing is held beside a decoded weight
         dx = mm(dy, dense(layer, dy.dtype))
     if need_B:
-        dB = _scaled_mm(dy.t(), p, scaling)
+        dB = products.scaled_mm(dy.t(), p, scaling)
     if need_x or need_A:
-        ds = _scaled_mm(dy, lora_B, scaling)
+        ds = products.scaled_mm(dy, lora_B, scaling)
         if need_A:
             dA = mm(ds.t(), cast(Tensor, x))
         if dx is not None:
@@ -151,13 +139,13 @@ def linears(
     ps: Sequence[Tensor]
     if is_stacked:
         stacked = torch.cat([layer.lora_A for layer in layers])
-        p = linear(x, stacked) if is_plain else _shrink(x, stacked, 0)
+        p = linear(x, stacked) if is_plain else products.shrink(x, stacked, 0)
         del stacked
         ps = p.split_with_sizes([layer.lora_A.shape[0] for layer in layers], 1)
     elif is_plain:
         ps = [linear(x, layer.lora_A) for layer in layers]
     else:
-        ps = [_shrink(x, layer.lora_A, 0) for layer in layers]
+        ps = [products.shrink(x, layer.lora_A, 0) for layer in layers]
     if is_plain:
         return [_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
     return [_general_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
@@ -192,9 +180,9 @@ def _general_output(x: Tensor, p: Tensor, layer: Record) -> Tensor:
         base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
     s = p if gate is None else p * gate
     if base is not None:
-        return _expand(s, lora_B, x, scaling, accumulator=base)
-    z = _expand(s, lora_B, x, scaling, bias)
-    return _add_base(z, x, dense(layer, x.dtype).t(), x.dtype, x.dtype)
+        return products.expand(s, lora_B, x, scaling, accumulator=base)
+    z = products.expand(s, lora_B, x, scaling, bias)
+    return products.add_base(z, x, dense(layer, x.dtype).t(), x.dtype, x.dtype)
 
 
 def linears_backward(
@@ -249,7 +237,7 @@ def linears_backward(
             dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
             del weight
         if need_B[i]:
-            dB[i] = _scaled_mm(dy.t(), cast(Tensor, ps[i]), scaling)
+            dB[i] = products.scaled_mm(dy.t(), cast(Tensor, ps[i]), scaling)
         if ds is not None:
             addmm(layer_ds[n], dy, lora_B, beta=0, alpha=scaling, out=layer_ds[n])
     if ds is None:
@@ -282,20 +270,21 @@ def _general_backward(
 ) -> BlockGrads:
     """Compute the gradients of a block that is not plain; those of the biases are in `grads`."""
     need_x, need_A, need_B = needs.x, needs.lora_A, needs.lora_B
+    dtype = cast(Tensor, dys[indices[0]]).dtype
     dx: Tensor | None = None
     gated_ds = []
     for i in indices:
         dy, p, layer = cast(Tensor, dys[i]), ps[i], layers[i]
         gate = layer.rank_gate
         if need_x:
-            weight = dense(layer, dy.dtype)
-            dx = mm(dy, weight) if dx is None else _add_base(dx, dy, weight, dy.dtype, dy.dtype)
+            weight = dense(layer, dtype)
+            dx = mm(dy, weight) if dx is None else products.add_base(dx, dy, weight, dtype, dtype)
             del weight
-        wide_dy = dy if _is_in_parts(dy, layer.lora_B) else to_dtype(dy, _widest(dy, layer.lora_B))
+        wide_dy = products.widen(dy, layer.lora_B)
         if need_B[i]:
             s = cast(Tensor, p) if gate is None else cast(Tensor, p) * gate
-            grads.lora_B[i] = _gradient(wide_dy, s, layer.scaling, layer.lora_B)
-        ds = _shrink(wide_dy, layer.lora_B, 1, layer.scaling)
+            grads.lora_B[i] = products.adapter_gradient(wide_dy, s, layer.scaling, layer.lora_B)
+        ds = products.shrink(wide_dy, layer.lora_B, 1, layer.scaling)
         if needs.rank_gate and needs.rank_gate[i]:
             grads.rank_gate[i] = (ds * cast(Tensor, p)).sum(0)
         gated_ds.append(ds if gate is None else ds * gate)
@@ -306,62 +295,15 @@ def _general_backward(
     ds = torch.cat(gated_ds, dim=1) if len(indices) > 1 else gated_ds[0]
     del gated_ds
     stacked = torch.cat([layers[i].lora_A for i in indices])
-    dtype = cast(Tensor, dys[indices[0]]).dtype
-    in_parts = _is_in_parts(ds, stacked, dtype)
-    parts = _three_parts(ds, dtype, 1, lo_first=False) if in_parts else None
+    in_parts = products.is_in_parts(ds, stacked, dtype)
+    parts = products.split_in_three(ds, dtype, 1, lo_first=False) if in_parts else None
     if any(need_A):
-        dA = _gradient_A(ds, parts, cast(Tensor, x), stacked).split(ranks)
+        dA = products.gradient_A(ds, parts, cast(Tensor, x), stacked).split(ranks)
         for i, part in zip(indices, dA, strict=True):
             if need_A[i]:
                 grads.lora_A[i] = part
     if dx is not None:
-        dx = to_dtype(_input_update(ds, parts, stacked, dtype, accumulator=dx), dtype)
-    return grads._replace(x=dx)
-
-
-def batched_backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor | None,
-    ps: Sequence[Tensor | None],
-    layers: Sequence[Record],
-    has_others: bool,
-    mask: DropoutMask | None = None,
-) -> BlockGrads:
-    """Compute the gradients for several dy at once (`is_grads_batched=True`).
-
-    All its ops are out of place, because PyTorch's fallback, which slices a batched tensor, takes
-    no others.
-    Gradients that are not needed are computed too, unless x or P is None.
-    has_others: whether the gradients of biases and gates are returned.
-    """
-    grads = BlockGrads(None, [], [], [], [])
-    dx: Tensor | None = None
-    for dy, p, layer in zip(dys, ps, layers, strict=True):
-        dA = dB = dbias = dg = None
-        if dy is not None:
-            A, B, gate = layer.lora_A, layer.lora_B, layer.rank_gate
-            wide = _widest(dy, A, B)
-            wide_dy = dy.to(wide)
-            ds = torch.mul(wide_dy @ B.to(wide), layer.scaling)
-            gated = ds if gate is None else ds * gate
-            update = gated @ A.to(gated.dtype)
-            update = update if mask is None else mask.apply(update)
-            layer_dx = dy @ dense(layer, dy.dtype) + update.to(dy.dtype)
-            dx = layer_dx if dx is None else dx + layer_dx
-            if x is not None:
-                z = x if mask is None else mask.apply(x)
-                dA = (gated.t() @ z.to(gated.dtype)).to(A.dtype)
-            if p is not None:
-                s = p if gate is None else p * gate
-                wide = _widest(wide_dy, s)
-                dB = torch.mul(wide_dy.t().to(wide) @ s.to(wide), layer.scaling).to(B.dtype)
-                dg = None if gate is None else (ds * p).sum(0)
-            dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
-        grads.lora_A.append(dA)
-        grads.lora_B.append(dB)
-        if has_others:
-            grads.bias.append(dbias)
-            grads.rank_gate.append(dg)
+        dx = to_dtype(products.input_update(ds, parts, stacked, dtype, accumulator=dx), dtype)
     return grads._replace(x=dx)
 
 
@@ -380,30 +322,12 @@ def add_update_(
     """
     dropped, _, mask = drop(x, dropout_p)
     is_plain = lora_A.dtype is lora_B.dtype is y.dtype and rank_gate is None
-    p = linear(dropped, lora_A) if is_plain else _shrink(dropped, lora_A, 0)
-    _expand(p if rank_gate is None else p * rank_gate, lora_B, y, scaling, accumulator=y)
+    p = linear(dropped, lora_A) if is_plain else products.shrink(dropped, lora_A, 0)
+    products.expand(p if rank_gate is None else p * rank_gate, lora_B, y, scaling, accumulator=y)
     return Saved(p, None, mask)
 
 
 # The gated MLP
-
-
-def batched_mlp_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    g: Tensor,
-    u: Tensor,
-    ps: Sequence[Tensor | None],
-    layers: Sequence[Record],
-    has_others: bool,
-    activation: str,
-) -> BlockGrads:
-    """Compute the gradients for several dy at once, as `batched_backward` does."""
-    h = gated_mlp.gated(g, u, activation)
-    down = batched_backward((dy,), h, ps[2:], layers[2:], has_others)
-    dgu = gated_mlp.split_gradient(g, u, down.x, activation)
-    dx, *others = batched_backward(dgu, x, ps[:2], layers[:2], has_others)
-    return BlockGrads(dx, *(a + b for a, b in zip(others, down[1:], strict=True)))
 
 
 def down_backward(
@@ -438,10 +362,10 @@ def down_backward(
     dh = mm(dy, weight)
     del weight
     if needs.lora_B:
-        dB = _scaled_mm(dy.t(), cast(Tensor, p), scaling)
+        dB = products.scaled_mm(dy.t(), cast(Tensor, p), scaling)
     if needs.bias:
         dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
-    ds = _scaled_mm(dy, lora_B, scaling)
+    ds = products.scaled_mm(dy, lora_B, scaling)
     dg, du, h = gated_mlp.gated_backward(g, u, dh.addmm_(ds, lora_A), in_place, activation)
     if needs.lora_A:
         dA = mm(ds.t(), h)

@@ -10,9 +10,13 @@ class UsageError(ValueError):
     prints the option's name in place of the argument's.
     """
 
+    __module__ = "lora_kernels.finetune"  # tracebacks show the name that users import
+
 
 class TrainingError(RuntimeError):
     """A computation that cannot teach or prove anything: NaN, infinity, or nothing but zeros.
 
     The message is one line: the step, the problem, and the remedy.
     """
+
+    __module__ = "lora_kernels.finetune"

@@ -104,7 +104,8 @@ def table(verdict: Verdict) -> str:
     for group in sorted(verdict.passed):
         points = [point for point in verdict.points if point.group == group]
         lines += [f"✓ {group!s:{width}} {_times(point)}" for point in points] or [f"✓ {group}"]
-    if not all(s.is_captured for p in verdict.points for s in p[5:] if s is not None):
+    times = [(p.forward, p.eager_forward, p.step, p.eager_step) for p in verdict.points]
+    if not all(s.is_captured for of_point in times for s in of_point if s is not None):
         lines.append(f"{EVENTS} not captured in a graph: timed in a busy stream")
     lines += [f"✗ {group!s:{width}}  {why}" for group, why in sorted(verdict.failed.items())]
     lines.append(
@@ -116,7 +117,8 @@ def table(verdict: Verdict) -> str:
 
 def _times(point: Point) -> str:
     """Return the cells of a point's row of the table."""
-    cells, both = [str(point.rows), f"{point.columns}×{point.inner}"], (point[5], point[6])
+    cells = [str(point.rows), f"{point.columns}×{point.inner}"]
+    both = point.forward, point.eager_forward
     for which in ("device", "host"):
         ours, eager = (getattr(seconds, which) * 1e6 for seconds in both)
         cells.append(f"{ours:.1f} / {eager:.1f}")

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..core.record import CodePath, Record, path_reason
 from ..ops.context import unfused_context
 from ..ops.head import lora_linear_cross_entropy
-from .adapters import add_bias, groups, lora_bias, stack_records
+from .adapters import add_bias, lora_bias, share_calls, stack_records
 from .base import readable_weight
 from .eligibility import replaced_reason
 from .frozen import StreamedLinear
@@ -185,7 +185,7 @@ def read_head(head: Any, device: torch.device, x_dtype: torch.dtype) -> list[Rec
             records = read(head, device, x_dtype)
             if isinstance(records, str):
                 return records
-            if len(groups(records, device.type, None)) > 1:
+            if len(share_calls(records, device.type, None)) > 1:
                 return "several adapters, each with dropout of its own"
             return path_reason(records, LOSS) or records
     base: Any = head.get_base_layer() if is_adapted else head

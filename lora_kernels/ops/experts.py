@@ -285,7 +285,8 @@ class LoRAExpertsFunction(torch.autograd.Function):
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng, mask)
         y, saved = call_forward(ctx, _EXPERTS, choose, lora_experts_undispatched, operands, spec)
         mask = mask if saved.mask is None else saved.mask
-        need_A, need_B = ctx.needs_input_grad[6 : 6 + T], ctx.needs_input_grad[6 + T : 6 + 2 * T]
+        need = ctx.needs_input_grad[6:]  # of `tensors`
+        need_A, need_B = need[:T], need[T : 2 * T]
         kept = x if any(need_A) else None, saved.p if any(need_B) else None
         ctx.save_for_backward(*kept, offsets, rng, mask, *tensors)
         ctx.options, ctx.x_dtype = options, x.dtype
@@ -297,13 +298,13 @@ class LoRAExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, p, offsets, rng, mask, *tensors_of_weights = tensors
         spec, blocksizes = ctx.options
-        T, need = len(spec.scaling), ctx.needs_input_grad
+        T, (need_x, need_bias, _, _, _, _, *need) = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B = tensors_of_weights[:T], tensors_of_weights[T : 2 * T]
         base = join_weight(tensors_of_weights[2 * T :], blocksizes)
         R, K = largest_rank(lora_A), lora_A[0].shape[2]
         x = new_unsaved(dy, K, ctx.x_dtype) if x is None else x
         p = new_unsaved(dy, R, stat_dtype(spec.dtype)) if p is None else p
-        needs = ExpertsNeeds(need[0], need[6 : 6 + T], need[6 + T : 6 + 2 * T], need[1])
+        needs = ExpertsNeeds(need_x, need[:T], need[T : 2 * T], need_bias)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng, mask)
         run = lora_experts_backward_undispatched
         dx, dA, dB, dbias = call_backward(ctx, _BACKWARD, run, dy, operands, Saved(p), spec, needs)

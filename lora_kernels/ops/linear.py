@@ -202,12 +202,13 @@ class LoRALinearFunction(torch.autograd.Function):
         spec, recompute, blocksizes = options
         base = join_weight(weight, blocksizes)
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
-        if column_scale is not None and ctx.needs_input_grad[4]:
+        _, need_A, need_B, need_gate, need_scale, *_ = ctx.needs_input_grad
+        if column_scale is not None and need_scale:
             spec = spec._replace(save_z=True)
         run = lora_linear_undispatched
         y, (p, z, drawn) = call_forward(ctx, _LINEAR, choose, run, operands, spec)
-        reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
+        reads_p = need_B or need_gate
+        reads_x = need_A or (reads_p and recompute)
         kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
         adapter = lora_A, lora_B, rank_gate, column_scale
         mask = mask if drawn is None else drawn

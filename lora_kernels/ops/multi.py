@@ -203,7 +203,8 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng, mask)
         y, saved = call_forward(ctx, _MULTI, choose, multi_lora_linear_undispatched, operands, spec)
         mask = mask if saved.mask is None else saved.mask
-        need_A, need_B = ctx.needs_input_grad[7 : 7 + E], ctx.needs_input_grad[7 + E : 7 + 2 * E]
+        need = ctx.needs_input_grad[7:]  # of `tensors`
+        need_A, need_B = need[:E], need[E : 2 * E]
         kept = x if any(need_A) else None, saved.p if any(need_B) else None
         ctx.save_for_backward(*kept, weight, index, rng, mask, *tensors)
         ctx.options, ctx.x_dtype = options, x.dtype
@@ -215,14 +216,14 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, p, weight, index, rng, mask, *tensors = saved
         spec, blocksizes = ctx.options
-        E, need = len(spec.scaling), ctx.needs_input_grad
+        E, (need_x, _, _, need_bias, _, _, _, *need) = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         if x is None:
             x = new_unsaved(dy, lora_A[0].shape[1], ctx.x_dtype)
         if p is None:
             R = max(A.shape[0] for A in lora_A)
             p = new_unsaved(dy, R, stat_dtype(spec.dtype), flat=True)
-        needs = MultiNeeds(need[0], need[7 : 7 + E], need[7 + E : 7 + 2 * E], need[3])
+        needs = MultiNeeds(need_x, need[:E], need[E : 2 * E], need_bias)
         base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng, mask)
         run = multi_lora_linear_backward_undispatched

@@ -37,7 +37,7 @@ from .adapters import (
     stack_records,
 )
 from .base import readable_weight
-from .modules import LINEAR_FORWARD, has_fresh_result, is_linear4bit, library_forward
+from .modules import LINEAR_FORWARD, has_fresh_result, is_linear4bit, original_forward
 from .read import read_adapter, read_call
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Fused(nn.Module):
         bases = cls.__mro__
         cls.peft_class = bases[bases.index(Fused) + 1]
         if cls.peft_class is not nn.Module:  # else another mix-in
-            cls.peft_forward = library_forward(cls.peft_class)
+            cls.peft_forward = original_forward(cls.peft_class)
 
     # The copy of a layer has its place in the copy of its group.
 

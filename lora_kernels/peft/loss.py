@@ -26,7 +26,7 @@ from .base import readable_weight
 from .eligibility import replaced_reason
 from .frozen import StreamedLinear
 from .linear import Fused
-from .modules import hooks_of, library_forward, patched_reason
+from .modules import hooks_of, original_forward, patched_reason
 from .read import active_names, read, read_base
 from .zero3 import is_gathered_in_call, is_partitioned
 
@@ -145,7 +145,7 @@ def model_reason(module: Any) -> str | None:
     cls = type(module)
     if _owner(cls) not in LOGITS:
         return f"the forward of {cls.__name__} is not covered in this version"
-    if library_forward(cls) is None:
+    if original_forward(cls) is None:
         return f"{cls.__name__}.forward was replaced"
     return None if has_fused_loss(module) else patched_reason(module)
 

@@ -1,4 +1,4 @@
-"""The worker of `lora_kernels.qualify`: checks the claims of a plan on one card.
+"""The worker of `lora_kernels.qualify`: checks the claims on one card.
 
     python -m lora_kernels.qualification.claims MODULE:CARD
 

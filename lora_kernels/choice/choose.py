@@ -155,9 +155,9 @@ def choose(problem: Problem, requested: Forced | None = None) -> Choice:
     if problem.mixed and requested.backend in ("triton", "cuda"):
         require_supported(requested.backend, ONE_ADAPTER)
     if requested.backend == "triton":
-        return _heuristics("triton").plan(problem, requested.strategy)  # type: ignore[no-any-return]
+        return _heuristics("triton").choose(problem, requested.strategy)  # type: ignore[no-any-return]
     if requested.backend == "cuda":
-        return _heuristics("cuda").plan(problem, requested.strategy)  # type: ignore[no-any-return]
+        return _heuristics("cuda").choose(problem, requested.strategy)  # type: ignore[no-any-return]
     if requested.backend == "eager":
         return Choice("eager", Strategy.LIBRARY, "the eager backend was requested")
     if requested.backend == "cpu":
@@ -285,10 +285,10 @@ def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, 
     reason = cpu_heuristics.unsupported_reason(problem)
     if requested.backend:
         require_supported("cpu", reason)
-        return cpu_heuristics.plan(problem, requested.strategy, "the cpu backend was requested")
+        return cpu_heuristics.choose(problem, requested.strategy, "the cpu backend was requested")
     if reason is not None:
         return Choice("eager", Strategy.LIBRARY, reason)
-    return cpu_heuristics.plan(problem, None)
+    return cpu_heuristics.choose(problem, None)
 
 
 def choose_experts(problem: Problem, requested: Forced | None = None) -> Choice:
@@ -299,7 +299,7 @@ def choose_experts(problem: Problem, requested: Forced | None = None) -> Choice:
     requested = requested or forced.current.get()
     if requested.backend in ("triton", "cuda"):
         require_supported(requested.backend, "it has no kernels for experts")
-    strategy = cpu_heuristics.plan_experts(requested.strategy)
+    strategy = cpu_heuristics.choose_experts(requested.strategy)
     return _choose_cpu_or_eager(problem, requested.backend, strategy, Strategy.LIBRARY)
 
 

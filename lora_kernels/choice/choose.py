@@ -230,10 +230,12 @@ def _uncovered_reason(problem: Problem) -> str | None:
 
 def _choose_measured(problem: Problem, verdict: Verdict, in_graph: bool) -> Choice:
     """Choose the strategy with the smallest measured ratio to eager's time, or eager."""
-    kind = dtype, adapter, weight = group_of("", "", problem)[2:]
-    groups = [group for group in {*verdict.passed, *verdict.failed} if group[2:] == kind]
+    kind = group_of("", "", problem)
+    checked = {*verdict.passed, *verdict.failed}
+    groups = [group for group in checked if group._replace(backend="", strategy="") == kind]
     if not groups:
-        return _keep_eager(f"{weight} weights in {dtype} with {adapter} adapters were not checked")
+        words = f"{kind.weight} weights in {kind.dtype} with {kind.adapter} adapters"
+        return _keep_eager(f"{words} were not checked")
     max_rows = max((point.rows for point in verdict.points if point.group in groups), default=None)
     if max_rows is not None and problem.rows > max_rows:
         return _keep_eager(f"{problem.rows} rows are above the {max_rows} that were measured")

@@ -36,7 +36,7 @@ from ..ops.linear import lora_linear
 from ..oracle import case as cases
 from ..oracle.case import Case
 from . import baselines, models, results, roofline, timing
-from .baselines import Call as Baseline
+from .baselines import Baseline
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row
 from .roofline import Sizes
 from .table import STEP, Accuracy, Call, Entry, Suite, time_calls, timed

@@ -154,8 +154,8 @@ def _backward(
     need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
     needs = Needs(need_x, need_A, need_B, False, False, need_bias)
     ctx.choice = linear.choose(operands, spec, selection.parse_request("cpu"))
-    grads = linear.call_backward(ctx, dy, operands, Saved(p), spec, needs)
-    return grads.x, grads.lora_A, grads.lora_B, grads.bias
+    dx, dA, dB, _, _, dbias = linear.call_linear_backward(ctx, dy, operands, Saved(p), spec, needs)
+    return dx, dA, dB, dbias
 
 
 def compute(

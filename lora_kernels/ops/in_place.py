@@ -8,6 +8,7 @@ same tensors, so a forward and its recomputation by checkpointing agree.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -127,12 +128,15 @@ class AddLoRALinear(torch.autograd.Function):
         operands = Operands(x.reshape(-1, x.shape[-1]), None, lora_A, lora_B, rank_gate, mask=mask)
         needs = Needs(need_x, need_A, need_B, need_gate)
         with context.no_autocast(dy):
+            args = rows, operands, Saved(p), ctx.spec, needs
+            grads: Iterable[Any]
             if context.is_batched(dy):
-                args = rows, operands, Saved(p), ctx.spec, needs, "eager"
-                grads = linear.call_backward_op(*args)
+                ctx.choice = "eager"  # of the op, for which PyTorch slices dy
+                grads = linear.call_linear_backward(ctx, *args)
             else:
-                grads = eager.lora_linear_backward(rows, operands, Saved(p), ctx.spec, needs, "")
+                grads = eager.lora_linear_backward(*args, "")
             dbias = rows.sum(0, dtype=stat).to(ctx.bias_dtype) if need_bias else None
-        dx = None if grads.x is None else grads.x.view(ctx.x_shape)
-        dg = None if grads.rank_gate is None else grads.rank_gate.to(rank_gate.dtype)
-        return dy if need_y else None, dx, grads.lora_A, grads.lora_B, dg, dbias, None
+        dx, dA, dB, dg, *_ = grads
+        dx = None if dx is None else dx.view(ctx.x_shape)
+        dg = None if dg is None else dg.to(rank_gate.dtype)
+        return dy if need_y else None, dx, dA, dB, dg, dbias, None

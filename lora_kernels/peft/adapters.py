@@ -13,9 +13,17 @@ from ..backends.library import is_on_gpu_path
 from ..core.dtypes import to_dtype
 from ..core.record import Record
 
-# The records of one call and, if the rows of x have different adapters, `multi_lora_linear`'s index
-# of each row's record, -1 for none. Without an index the records are stacked along the rank.
-Call = tuple[Sequence[Record], Tensor | None]
+
+class Call(NamedTuple):
+    """A call of `lora_linear`, or of `multi_lora_linear` if the rows of x have different adapters.
+
+    Args:
+        records: of the adapters. Without a row index they are stacked along the rank.
+        row_index: of each row's record in x's leading shape, -1 for none.
+    """
+
+    records: Sequence[Record]
+    row_index: Tensor | None = None
 
 
 class RowNames(NamedTuple):
@@ -37,7 +45,7 @@ def calls_for(records: Sequence[Record], x: Tensor, rows: RowNames) -> list[Call
     An aLoRA that is active in every row shares the call of the other adapters.
     """
     if rows.names is not None:
-        return [(records, _row_index(records, rows.names, rows.offsets, x))]
+        return [Call(records, _row_index(records, rows.names, rows.offsets, x))]
     shared, separate = list(records), [record for record in records if record.is_alora]
     if separate and min(_active_rows(rows.offsets, x), default=0) == _length(x):
         separate = []
@@ -46,17 +54,19 @@ def calls_for(records: Sequence[Record], x: Tensor, rows: RowNames) -> list[Call
     calls: list[Call] = []
     if shared:
         M = x.shape[:-1].numel()
-        calls += [(group, None) for group in groups(shared, x.device.type, M)]
+        calls += [Call(sharing) for sharing in share_calls(shared, x.device.type, M)]
     for record in separate:
         names = [record.name] * x.shape[0]
-        calls.append(([record], _row_index([record], names, rows.offsets, x)))
+        calls.append(Call([record], _row_index([record], names, rows.offsets, x)))
     return calls
 
 
-def groups(records: Sequence[Record], device_type: str, rows: int | None) -> list[Sequence[Record]]:
-    """Group the adapters by call: one group without dropout, and one for each with dropout.
+def share_calls(
+    records: Sequence[Record], device_type: str, rows: int | None
+) -> list[Sequence[Record]]:
+    """Return the records of each call: of all adapters without dropout, and of each with dropout.
 
-    On a GPU, if x has at most `MANY_ROWS` rows, each adapter is a group. Stacking would copy the
+    On a GPU, if x has at most `MANY_ROWS` rows, each adapter has a call. Stacking would copy the
     adapters in every call, which moves more bytes than it saves.
 
     Args:
@@ -74,7 +84,7 @@ def groups(records: Sequence[Record], device_type: str, rows: int | None) -> lis
 
 
 def stack_records(records: Sequence[Record]) -> Record:
-    """Return one record of a group of adapters, stacked along the rank.
+    """Return one record of the adapters that share a call, stacked along the rank.
 
     It has the first adapter's base and dropout. Its scaling is a float, and it has a rank gate if
     the factors of the ranks differ.

@@ -22,9 +22,9 @@ from ..quantization.tensor4bit import Tensor4bit
 from . import read as reader
 from .adapters import add_bias, casts_adapters, gate_of, lora_bias
 from .base import readable_weight
-from .modules import LINEAR_FORWARD, library_forward, patched_reason
+from .modules import LINEAR_FORWARD, original_forward, patched_reason
 
-_DROPOUT_FORWARDS = {cls: library_forward(cls) for cls in (Dropout, Identity)}
+_DROPOUT_FORWARDS = {cls: original_forward(cls) for cls in (Dropout, Identity)}
 
 
 # The first six fields of a `Record`: the base's weight, lora_A, lora_B, the base's bias, the

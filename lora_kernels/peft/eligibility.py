@@ -21,15 +21,15 @@ from .modules import (
     hooks_of,
     is_conv1d,
     is_linear4bit,
-    library_forward,
+    original_forward,
     patched_reason,
 )
 from .packed import quantizes_input
 from .zero3 import is_gathered, is_partitioned
 
-_CONV1D_FORWARD = library_forward(Conv1D)
-_DROPOUT_FORWARD = library_forward(nn.Dropout)
-_IDENTITY_FORWARD = library_forward(nn.Identity)
+_CONV1D_FORWARD = original_forward(Conv1D)
+_DROPOUT_FORWARD = original_forward(nn.Dropout)
+_IDENTITY_FORWARD = original_forward(nn.Identity)
 
 
 def state_reason(layer: Any) -> str | None:

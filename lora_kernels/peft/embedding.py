@@ -12,10 +12,10 @@ from ..core.record import CodePath, Record, path_reason
 from ..layers.embedding import lookup
 from .eligibility import has_hooks, hook_reason, state_reason, tensor_reason
 from .linear import Fused
-from .modules import library_forward, patched_reason
+from .modules import original_forward, patched_reason
 from .read import NO_ADAPTER, add_variant
 
-_EMBEDDING_FORWARD = library_forward(nn.Embedding)
+_EMBEDDING_FORWARD = original_forward(nn.Embedding)
 # The operands that a fused embedding takes.
 EMBEDDING = CodePath("an embedding", (frozenset({"others", "scaling"}),))
 

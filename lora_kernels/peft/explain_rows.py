@@ -179,7 +179,7 @@ def _describe_call(
     reasons = _clauses(choices)
     if names is not None:
         reasons.append(f"rows name their adapters, as in the last call: {len(records)} in one")
-    stacks = [call_records for call_records, row_index in calls if row_index is None]
+    stacks = [call.records for call in calls if call.row_index is None]
     if any(len(stacked) > 1 for stacked in stacks):
         reasons.append("adapters stacked along the rank")
     if len(stacks) > 1:
@@ -224,7 +224,8 @@ def _choose_calls(
     choices = []
     for call in calls:
         if is_dora:  # which applies dropout to x before the call
-            call = [record._replace(dropout_p=0.0) for record in call[0]], call[1]
+            undropped = [record._replace(dropout_p=0.0) for record in call.records]
+            call = call._replace(records=undropped)
         choices.append(_choose(x, weight, call, compute_dtype))
         weight, compute_dtype = None, None
     return calls, choices
@@ -333,7 +334,7 @@ def row_of_layer(
     # Variants differ in lora_B's shape.
     lora_B = B.new_empty(1, 1).expand(layer.out_features, A.shape[0])
     dropout_p = layer.dropout if layer.training else 0.0
-    call: Call = [Record(weight, A, lora_B, dropout_p=dropout_p)], None
+    call = Call([Record(weight, A, lora_B, dropout_p=dropout_p)])
     executions = []
     for M in rows:
         choice = _choose(x.expand(M, -1), weight, call, layer.compute_dtype)
@@ -399,7 +400,7 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
         record = record._replace(lora_A=x, lora_B=x[:, :1].expand(N, 1))  # shapes alone
     compute_dtype = getattr(base, "compute_dtype", None)
     weight = _base_weight(base)
-    call: Call = [record], None
+    call = Call([record])
     choice = _choose(x.expand(rows, -1), weight, call, compute_dtype, record.dropout_p > 0)
     reason = f"in training {rows} rows of logits at a time"
     triton_reason = kernel_reason(device, x_dtype)

@@ -37,7 +37,7 @@ from .adapters import (
     stack_records,
 )
 from .base import readable_weight
-from .modules import LINEAR_FORWARD, has_fresh_result, is_linear4bit, library_forward
+from .modules import LINEAR_FORWARD, has_fresh_result, is_linear4bit, original_forward
 from .read import read_adapter, read_call
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Fused(nn.Module):
         bases = cls.__mro__
         cls.peft_class = bases[bases.index(Fused) + 1]
         if cls.peft_class is not nn.Module:  # else another mix-in
-            cls.peft_forward = library_forward(cls.peft_class)
+            cls.peft_forward = original_forward(cls.peft_class)
 
     # The copy of a layer has its place in the copy of its group.
 
@@ -206,7 +206,7 @@ def _compute_dora(
     PEFT drops x for the scaled base GEMM too, and adds the base output of the complement:
     y = c ⊙ (D(x)·Wᵀ + s·D(x)·Aᵀ·Bᵀ) + (x − D(x))·Wᵀ + bias.
     """
-    ((record,), _) = call
+    (record,) = call.records
     if not record.dropout_p:
         return compute(x, weight, bias, call, compute_dtype)
     dropped, A, B = dropout(x, record.dropout_p), record.lora_A, record.lora_B
@@ -214,8 +214,8 @@ def _compute_dora(
         record._replace(dropout_p=0.0),
         Record(weight, A.detach(), B.detach(), scaling=0.0),
     )
-    y = compute(dropped, weight, None, ([scaled], None), compute_dtype)
-    return y + compute(x - dropped, weight, bias, ([base], None), compute_dtype)
+    y = compute(dropped, weight, None, Call([scaled]), compute_dtype)
+    return y + compute(x - dropped, weight, bias, Call([base]), compute_dtype)
 
 
 def result_dtype(base: nn.Module, x: Tensor, y: Tensor) -> torch.dtype:
@@ -258,9 +258,9 @@ def add_update(y: Tensor, is_fresh: bool, x: Tensor, bias: Tensor | None, call: 
     is_fresh: whether only the caller holds y. y is then overwritten if possible.
     """
     is_fresh = is_fresh and in_place.can_overwrite(y)
-    record = stack_records(call[0]) if call[1] is None else None
+    record = stack_records(call.records) if call.row_index is None else None
     if record is None or not _can_add_in_place(y, x, record):
-        update = compute(x, None, bias, call if record is None else ([record], None))
+        update = compute(x, None, bias, call if record is None else Call([record]))
         # Autograd forbids in-place changes of a view that a Function returned.
         return y.add_(update) if is_fresh and not y._is_view() else y + update
     if not is_fresh:

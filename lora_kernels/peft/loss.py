@@ -21,12 +21,12 @@ from torch.nn import functional
 from ..core.record import CodePath, Record, path_reason
 from ..ops.context import unfused_context
 from ..ops.head import lora_linear_cross_entropy
-from .adapters import add_bias, groups, lora_bias, stack_records
+from .adapters import add_bias, lora_bias, share_calls, stack_records
 from .base import readable_weight
 from .eligibility import replaced_reason
 from .frozen import StreamedLinear
 from .linear import Fused
-from .modules import hooks_of, library_forward, patched_reason
+from .modules import hooks_of, original_forward, patched_reason
 from .read import active_names, read, read_base
 from .zero3 import is_gathered_in_call, is_partitioned
 
@@ -145,7 +145,7 @@ def model_reason(module: Any) -> str | None:
     cls = type(module)
     if _owner(cls) not in LOGITS:
         return f"the forward of {cls.__name__} is not covered in this version"
-    if library_forward(cls) is None:
+    if original_forward(cls) is None:
         return f"{cls.__name__}.forward was replaced"
     return None if has_fused_loss(module) else patched_reason(module)
 
@@ -185,7 +185,7 @@ def read_head(head: Any, device: torch.device, x_dtype: torch.dtype) -> list[Rec
             records = read(head, device, x_dtype)
             if isinstance(records, str):
                 return records
-            if len(groups(records, device.type, None)) > 1:
+            if len(share_calls(records, device.type, None)) > 1:
                 return "several adapters, each with dropout of its own"
             return path_reason(records, LOSS) or records
     base: Any = head.get_base_layer() if is_adapted else head

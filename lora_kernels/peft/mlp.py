@@ -26,7 +26,7 @@ from ..backends.eager.gated_mlp import ACTIVATIONS
 from ..ops import blocks
 from . import direct
 from .linear import Fused, set_class
-from .modules import is_conv1d, library_forward, patched_reason
+from .modules import is_conv1d, original_forward, patched_reason
 from .zero3 import is_gathered_in_call
 
 # The children's names of gate, up and down.
@@ -240,7 +240,7 @@ def recognize(module: Any) -> Parts | str:
         return Parts(*names, "", None, activation)
     if (reason := patched_reason(module)) is not None:
         return reason
-    if library_forward(type(module)) is None:
+    if original_forward(type(module)) is None:
         return f"{type(module).__name__}.forward was replaced"
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         for activation in ACTIVATIONS:
@@ -253,7 +253,7 @@ def _liger_activation(forward: Any) -> str | None:
     """Return the activation of one of Liger's forwards; None for any other function."""
     for file, name, activation in _LIGER:
         cls = getattr(sys.modules.get(f"liger_kernel.transformers.{file}"), name, None)
-        if cls is not None and forward is library_forward(cls):
+        if cls is not None and forward is original_forward(cls):
             return activation
     return None
 

@@ -26,10 +26,10 @@ from .eligibility import (
     tensor_reason,
     unreadable_reason,
 )
-from .modules import is_conv1d, library_forward, patched_reason
+from .modules import is_conv1d, original_forward, patched_reason
 
-_MAGNITUDE_FORWARD = library_forward(DoraLinearLayer)
-_DORA_FORWARD = library_forward(DoraLinearVariant)
+_MAGNITUDE_FORWARD = original_forward(DoraLinearLayer)
+_DORA_FORWARD = original_forward(DoraLinearVariant)
 
 _COMMON = {"dropout_p", "others", "is_transposed", "called"}
 # The operands that a fused layer's own call takes.

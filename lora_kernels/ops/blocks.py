@@ -362,6 +362,7 @@ class _BlockFunction(torch.autograd.Function):
 
 
 def _layer_backward_by_op(
+    ctx: Any,
     dy: Tensor,
     x: Tensor | None,
     p: Tensor | None,
@@ -382,10 +383,12 @@ def _layer_backward_by_op(
     weight, lora_A, lora_B = layer.weight, layer.lora_A, layer.lora_B
     operands = Operands(x, weight, lora_A, lora_B, layer.rank_gate, mask=mask)
     spec = Spec(cast(float, layer.scaling), layer.dropout_p, dy.dtype, dy.dtype)
-    return linear.call_backward_op(dy, operands, Saved(p), spec, needs, "eager")
+    ctx.choice = "eager"  # of the op, for which PyTorch slices dy
+    return Grads(*linear.call_linear_backward(ctx, dy, operands, Saved(p), spec, needs))
 
 
 def _backward_by_op(
+    ctx: Any,
     dys: Sequence[Tensor | None],
     x: Tensor | None,
     ps: Sequence[Tensor | None],
@@ -401,7 +404,7 @@ def _backward_by_op(
         need = Needs(needs.x, needs.lora_A[i], needs.lora_B[i], need_gate[i], bias=need_bias[i])
         found = Grads()
         if dy is not None:
-            found = _layer_backward_by_op(dy, x, ps[i], layers[i], need, mask)
+            found = _layer_backward_by_op(ctx, dy, x, ps[i], layers[i], need, mask)
         if found.x is not None:
             dx = found.x if dx is None else dx + found.x
         grads.lora_A.append(found.lora_A)
@@ -433,7 +436,7 @@ class LinearFunction(_BlockFunction):
             raise RuntimeError(_CHANGED)
         if context.is_batched(dy):
             needs = Needs(need_x, need_A, need_B)
-            dx, dA, dB, *_ = _layer_backward_by_op(dy, x, p, layer, needs)
+            dx, dA, dB, *_ = _layer_backward_by_op(ctx, dy, x, p, layer, needs)
             return dx, dA, dB, None
         if len(shape) == 2:
             dx, dA, dB = eager.linear_backward(dy, x, p, layer, need_x, need_A, need_B)
@@ -560,7 +563,7 @@ class LinearsFunction(_BlockFunction):
         x, ps = None if x is None else _rows(x, dtype), others[:n]
         need = BlockNeeds(need_x, needs[:n], needs[n : 2 * n], needs[2 * n : 3 * n], needs[3 * n :])
         if is_batched:
-            return _backward_by_op(dys, x, ps, layers, need, mask)
+            return _backward_by_op(ctx, dys, x, ps, layers, need, mask)
         dropped = None if mask is None else DropoutMask(mask, layers[0].dropout_p)
         return eager.linears_backward(dys, x, ps, layers, need, block.is_plain, dropped)
 
@@ -613,9 +616,9 @@ class GatedMLPFunction(_BlockFunction):
         gate_and_up = x, ps[:2], layers[:2], need
         if is_batched:
             h = eager_mlp.gated(g, u, block.activation)
-            down = _layer_backward_by_op(dy, h, p_down, layers[2], down_needs)
+            down = _layer_backward_by_op(ctx, dy, h, p_down, layers[2], down_needs)
             dgu = eager_mlp.split_gradient(g, u, down.x, block.activation)
-            grads = _backward_by_op(dgu, *gate_and_up)
+            grads = _backward_by_op(ctx, dgu, *gate_and_up)
         else:
             # Else a second backward reads g and u.
             in_place = not _get_current_graph_task_keep_graph()

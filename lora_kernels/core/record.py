@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor
@@ -14,9 +15,10 @@ class Record(NamedTuple):
         y = c ⊙ (x·Wᵀ + scaling · ((D(x)·Aᵀ) ⊙ rank_gate)·Bᵀ) + bias
 
     A reader makes it from the live layer in each call: `peft/read.py` for PEFT's layers,
-    `LoRALayer.record` for this package's. It has the layer's own tensors. What is computed of them,
-    such as DoRA's norm or a stack of several adapters, is the code path's. Several active adapters
-    are several records of one base.
+    `LoRALayer.record` for this package's. PEFT's records have the layer's own tensors. What is
+    computed of them, such as DoRA's norm or a stack of adapters, is the code path's: it puts a
+    column scale, a gate or a float scaling in their place. Several active adapters are several
+    records of one base.
 
     The first six fields are those of plain LoRA, in the order of `peft.direct.State`. The fields
     from the ninth on are further operands. None, or False, means that the layer has no such
@@ -61,12 +63,12 @@ class Record(NamedTuple):
 
 
 PLAIN: Final = 6  # the number of fields of plain LoRA
-_FIRST_OPERAND = Record._fields.index("lora_bias")
+OPERANDS: Final = 8  # the index of the first further operand
 
 # What a reason calls an operand. Operands without an entry are called by their field.
 _WORDS = {
     "dropout_p": "active dropout",
-    "scaling": "scaling in a tensor, as for hot-swapping,",
+    "scaling": "scaling in a tensor (hot-swapping)",
     "rank_gate": "rank gate",
     "ranknum": "rank gate",
     "magnitude": "column scale",
@@ -76,6 +78,10 @@ _WORDS = {
     "called": "base that is called as a module",
     "others": "other active adapters",
 }
+
+
+# The operands that are no variant's own.
+_SHARED = {"lora_bias", "scaling", "dropout_p", "is_transposed", "called", "others"}
 
 
 class CodePath(NamedTuple):
@@ -97,8 +103,8 @@ def operands_of(record: Record) -> frozenset[str]:
     >>> sorted(operands_of(Record(None, None, None, dropout_p=0.1, is_alora=True)))
     ['dropout_p', 'is_alora']
     """
-    fields = zip(record._fields[_FIRST_OPERAND:], record[_FIRST_OPERAND:], strict=True)
-    names = [name for name, value in fields if value is not None and value is not False]
+    fields = list(zip(record._fields, record, strict=True))  # torch 2.8 cannot trace a slice of one
+    names = [name for name, t in fields[OPERANDS:] if t is not None and t is not False]
     if record.dropout_p:
         names.append("dropout_p")
     if isinstance(record.scaling, Tensor):
@@ -125,16 +131,16 @@ def path_reason(records: Sequence[Record], path: CodePath) -> str | None:
 
 def _words(record: Record, operands: frozenset[str], path: CodePath) -> str:
     """Return the reason for an operand in no set, or for two operands in no set together."""
-    order = [*record._fields, "others"]
-    unknown = operands.difference(*path.taken)
-    closest = max(path.taken, key=lambda taken: len(taken & operands), default=frozenset())
-    refused = max(unknown or operands - closest, key=order.index)
-    words = _noun(record, refused)
-    if not unknown:
-        other = _noun(record, min(operands & closest, key=order.index))
-        words += f" beside {_article(other)}"
+    order = sorted(operands, key=lambda name: (name in _SHARED, name))
+    unknown = [name for name in order if not any(name in taken for taken in path.taken)]
+    pairs = combinations(order, 2)
+    apart = [pair for pair in pairs if not any({*pair} <= taken for taken in path.taken)]
+        (a, b) for a, b in combinations(order, 2) if not any({a, b} <= t for t in path.taken)
+    ]
+    refused, *others = unknown[:1] or (apart[0] if apart else order)
+    words = " beside ".join([_noun(record, refused), *(_article(_noun(record, o)) for o in others)])
     subject = f"adapter {record.name!r}" if record.name else "the layer"
-    if record.variant is not None:
+    if record.variant is not None and refused not in _SHARED:
         return f"{subject} is {record.variant}, whose {words} {path.name} does not take"
     verb = "stands beside" if refused == "others" else "has"
     return f"{subject} {verb} {_article(words)}, which {path.name} does not take"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import cast
 
 from torch import Tensor, nn
@@ -69,8 +70,8 @@ class LoRAGatedMLP(nn.Module):
         """Compute x [..., K] -> y [..., N]."""
         layers = self.gate, self.up, self.down
         if blocks.can_run(x) and not _has_any_global_hook():
-            records = [_read(layer) for layer in layers]
-            if all(records):
+            records = list(takewhile(lambda record: record is not None, map(_read, layers)))
+            if len(records) == len(layers):
                 dtypes = [layer.compute_dtype for layer in layers]
                 block = blocks.make_block(
                     x, cast(list[Record], records), dtypes, activation=self.activation

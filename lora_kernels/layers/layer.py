@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.record import Record
+from ..core.record import Record, path_reason
 from ..ops import direct
 from ..ops.arguments import check_finite, check_probability
 from ..quantization import Weight4bit
@@ -30,11 +30,15 @@ _FORMER_NAMES = {
     "_adapter_config": "adapter_config",
     "_base": "base",
     "_default_init": "default_init",
+    "_base_weight": "base_weight",
+    "_dense_weight": "dense_weight",
 }
 
 
 def merge_into(record: Record, weight: Tensor) -> Tensor:
     """Return c ⊙ (weight + s·(B ⊙ g)·A) in float32 (float64 for float64)."""
+    if (reason := path_reason([record], direct.LAYER)) is not None:
+        raise ValueError(reason)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     gate, column_scale = record.rank_gate, record.column_scale
     lora_A, lora_B = record.lora_A.to(dtype), record.lora_B.to(dtype)
@@ -124,7 +128,7 @@ class LoRALayer(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for former, name in _FORMER_NAMES.items():
-            if former in vars(cls):
+            if hasattr(cls, former):
                 raise TypeError(f"{cls.__name__}: got {former}, want its new name {name}")
 
     def __init__(

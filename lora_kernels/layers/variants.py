@@ -61,7 +61,7 @@ class DoRALinear(LoRALinear):
             return
         weight = self.base_weight()
         record = super().record(weight)
-        factors = record.lora_A, record.lora_B, self.scaling
+        factors = record.lora_A, record.lora_B, record.scaling
         norm = dora_norm(weight, *factors, rank_gate=record.rank_gate)
         zero_rows = (norm == 0).nonzero()
         if zero_rows.numel():
@@ -72,7 +72,7 @@ class DoRALinear(LoRALinear):
 
     def record(self, weight: Tensor | Weight4bit) -> Record:
         record = super().record(weight)
-        factors = record.lora_A, record.lora_B, self.scaling
+        factors = record.lora_A, record.lora_B, record.scaling
         norm = self._cache.norm(weight, *factors, record.rank_gate)
         return record._replace(column_scale=self.magnitude / norm)
 

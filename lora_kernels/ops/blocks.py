@@ -122,16 +122,53 @@ def call_linear(
         layer: whose weight is frozen.
         compute_dtype, casts_adapters, keeps_x_dtype: as in `make_block`.
     """
-    if not can_run(x) or layer.weight is None or layer.lora_A is None or layer.lora_B is None:
+    if not can_run(x):
         return None
-    block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype)
-    if block is None:
-        return None
-    if layer.dropout_p or block.casts or block.has_others or block.dtype is not x.dtype:
-        return linears(x, block)[0]
-    if torch.is_grad_enabled():  # a Function of one layer takes 0.8 of the host's time for a block
-        return LinearFunction.apply(x, layer.lora_A, layer.lora_B, layer)  # type: ignore[no-any-return]
+    weight, A, B, bias, _, p = layer[:PLAIN]
+    dtype, is_packed = x.dtype, type(weight) is Packed4bit
+    if (
+        p
+        or casts_adapters
+        or not (type(A) in _PLAIN and type(B) in _PLAIN and A.dtype is B.dtype is dtype)
+        or not (compute_dtype in (None, dtype) if is_packed else type(weight) in _PLAIN)
+        or not (is_packed or (weight.dtype is dtype and not weight.requires_grad))
+        or (bias is not None and bias.requires_grad)
+        or not _fits(x, dtype, A)
+    ):
+        if A is None or B is None or weight is None:
+            return None
+        block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype)
+        return None if block is None else linears(x, block)[0]
+    # A Function of one plain layer takes 0.8 of the host's time for a block of one.
+    if torch.is_grad_enabled():
+        return LinearFunction.apply(x, A, B, layer)  # type: ignore[no-any-return]
     return _linear(x, layer)
+
+
+def plain_block(x: Tensor, layers: Sequence[Record], activation: str = "") -> Block | None:
+    """Return the block of plain layers whose dtypes are x's; None if `make_block` has to decide.
+
+    It saves a tenth of the host's time for q, k and v.
+    """
+    dtype, device = x.dtype, x.device
+    for layer in layers:
+        if layer.lora_A.device != device:
+            return None
+    if not _fits(x, dtype, layers[0].lora_A):
+        return None
+    is_stacked = x.numel() > MANY_ROWS * x.shape[-1]
+    return Block(layers, dtype, dtype, False, True, is_stacked, False, activation)
+
+
+def _fits(x: Tensor, dtype: torch.dtype, lora_A: Tensor) -> bool:
+    """Return True if nothing casts x, no verdict is asked for, and x has lora_A's columns."""
+    return not (
+        (_is_any_autocast_enabled() and cast_dtype(x) not in (None, dtype))
+        or (x.is_cuda and _has_verdict(x))
+        or lora_A.device != x.device
+        or dtype not in FLOATS
+        or x.shape[-1:] != lora_A.shape[1:]
+    )
 
 
 def make_block(
@@ -158,9 +195,10 @@ def make_block(
         return None
     autocast = cast_dtype(x) if _is_any_autocast_enabled() else None
     dtype, may_cast = autocast or x_dtype, casts_adapters or autocast is not None
-    is_plain, casts, has_others, packed, i = True, False, False, 0, 0
+    is_plain, casts, has_others, has_dropout, packed, i = True, False, False, False, 0, 0
     for layer in layers:
-        weight, A, B, bias, _, dropout_p = layer[:PLAIN]
+        weight, A, B, bias, _, p = layer[:PLAIN]
+        has_dropout = has_dropout or bool(p)
         if not (type(A) in _PLAIN and type(B) in _PLAIN and A.device == device):
             return None
         if type(weight) in _PLAIN:
@@ -195,7 +233,7 @@ def make_block(
     is_alone = i == 1
     if not is_plain and is_alone:
         return None
-    if dropout_p and (not is_alone or copies_rows(x)):
+    if has_dropout and (not is_alone or copies_rows(x)):
         return None  # the mask is drawn for x itself
     if x.is_cuda and _has_verdict(x) and not all(_is_eager(x, layer, dtype) for layer in layers):
         return None

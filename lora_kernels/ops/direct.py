@@ -25,12 +25,15 @@ from ..core.dropout import dropout_scale, dropout_threshold
 from ..core.dtypes import DTYPE_NUMBERS
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import MAX_KERNEL_RANK
-from ..core.record import PLAIN, Record
+from ..core.record import CodePath, Record, path_reason
 from ..quantization import Weight4bit, codebooks
 from . import blocks, context, linear
 from .arguments import draw_rng
 from .autograd import differentiable_once, new_unsaved
 from .registry import join_weight
+
+# The operands that a layer of `lora_kernels.layers` takes.
+LAYER = CodePath("LoRALayer", (frozenset({"dropout_p", "rank_gate", "column_scale"}),))
 
 
 def _set_up() -> None:
@@ -163,11 +166,15 @@ def compute(
 ) -> Tensor:
     """Return what `lora_linear` returns for a record's operands, by `call` if it takes them.
 
-    record: whose weight may be a `Weight4bit`.
+    record: whose weight may be a `Weight4bit`. Raises ValueError for an operand beyond `LAYER`.
     """
-    weight, lora_A, lora_B, bias, scaling, p = record[:PLAIN]
+    # As a list: Dynamo of torch 2.8 cannot slice a NamedTuple.
+    weight, lora_A, lora_B, bias, scaling, p, _, _, *others = list(record)
+    is_plain = not any([t is not None and t is not False for t in others])
+    if not is_plain and (reason := path_reason([record], LAYER)) is not None:
+        raise ValueError(reason)
     gate, column_scale = record.rank_gate, record.column_scale
-    if gate is column_scale is None and not (recompute or torch.compiler.is_compiling()):
+    if is_plain and not (recompute or torch.compiler.is_compiling()):
         operand = weight.codes if isinstance(weight, Weight4bit) else weight
         y = call(x, operand, lora_A, lora_B, bias, scaling, p, compute_dtype)
         if y is not None:

@@ -86,8 +86,8 @@ def share_calls(
 def stack_records(records: Sequence[Record]) -> Record:
     """Return one record of the adapters that share a call, stacked along the rank.
 
-    It has the first adapter's base and dropout. Its scaling is a float, and it has a rank gate if
-    the factors of the ranks differ.
+    It has the first adapter's base and dropout. Its scaling is a float. It has a rank gate if the
+    factors of the ranks differ, or if a scaling was a tensor.
     """
     first = records[0]
     has_factors = first.ranknum is not None or isinstance(first.scaling, Tensor)

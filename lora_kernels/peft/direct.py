@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Dropout, Identity, Linear
+from torch.nn import Dropout, Identity, Linear, Parameter
 
 from ..backends import library
 from ..core.record import PLAIN, CodePath, Record, path_reason
@@ -31,7 +31,7 @@ _DROPOUT_FORWARDS = {cls: original_forward(cls) for cls in (Dropout, Identity)}
 # scaling, and this call's dropout probability. A `Record` would add a third to the time of `read`.
 State = tuple[Any, Tensor, Tensor, Tensor | None, float, float]
 # The operands that a block of PEFT's layers takes: `make_block` computes a bias and a gate of them.
-BLOCK = CodePath("a block", (frozenset({"scaling", "lora_bias", "rank_gate", "ranknum"}),))
+BLOCK = CodePath("a block", (blocks.BLOCK.taken[0] | {"scaling", "lora_bias", "ranknum"},))
 
 
 def read(layer: Any) -> State | None:
@@ -140,13 +140,21 @@ def make_block(
     activation: of a gated MLP, whose layers are gate, up and down; "" for other layers.
     """
     states: list[tuple[Any, ...]] = []
-    records, compute_dtypes, casts = [], [], False
+    records, compute_dtypes, casts, is_plain, dtype = [], [], False, True, x.dtype
     for layer in layers:
         state, gate, compute_dtype = read(layer), None, None
         if state is not None:
             weight, lora_A, lora_B, bias, scaling, p = state
             if p or weight is None:
                 return None
+            is_plain = (
+                is_plain
+                and type(weight) is type(lora_A) is type(lora_B) is Parameter
+                and weight.dtype is lora_A.dtype is lora_B.dtype is dtype
+                and not weight.requires_grad
+                and (bias is None or not bias.requires_grad)
+                and not layer.casts_adapters
+            )
             if layer.reads_codes:
                 codes = layer.read_codes(weight, x)
                 if codes is None:
@@ -168,6 +176,7 @@ def make_block(
             weight, compute_dtype = readable_weight(layer.base_layer, x)
             weight = weight.codes if isinstance(weight, Weight4bit) else weight
             states.append(record)
+            is_plain = False
         if lora_A.is_inference():
             return None
         if layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype, _rows(x)):
@@ -178,7 +187,9 @@ def make_block(
             return None
         records.append(Record(weight, lora_A, lora_B, bias, scaling, rank_gate=gate))
         compute_dtypes.append(compute_dtype)
-    block = blocks.make_block(x, records, compute_dtypes, casts, True, activation)
+    block = blocks.plain_block(x, records, activation) if is_plain else None
+    if block is None:
+        block = blocks.make_block(x, records, compute_dtypes, casts, True, activation)
     return None if block is None else (block, states)
 
 

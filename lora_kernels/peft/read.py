@@ -1,10 +1,10 @@
 """The reader of PEFT's adapted layers: a `Record` for each active adapter, or the reason (a string)
 why PEFT's own forward computes the call.
 
-It reads the live layer in each call, keeps nothing, and refuses what it does not know. PEFT's
-variants of LoRA and kinds of layers are names that this file alone knows. The code paths know
-operands (`core/record.py`). `direct.read` is the fast reader of the common state. The functions
-read `_modules` and `_parameters`, because `nn.Module.__getattr__` takes ten times as long.
+It reads the live layer in each call, keeps nothing, and refuses what it does not know. This file
+alone knows PEFT's variants of LoRA by name. The code paths know operands (`core/record.py`).
+`direct.read` is the fast reader of the common state. The functions read `_modules` and
+`_parameters`, because `nn.Module.__getattr__` takes ten times as long.
 """
 
 from __future__ import annotations
@@ -114,8 +114,9 @@ def has_operand(layer: Any, name: str, operand: str) -> bool:
 
 def active_names(layer: Any, names: Sequence[str] | None = None) -> list[str]:
     """Return the adapters that the layer has, of these names; None for the active ones."""
-    lora_A = layer._modules["lora_A"]
-    return [name for name in names or layer.active_adapters if name in lora_A]
+    lora_A = layer._modules["lora_A"]  # a replica of DataParallel keeps the keys of no parameter
+    held = lora_A._modules or lora_A._parameters
+    return [name for name in names or layer.active_adapters if name in held]
 
 
 def read(

@@ -23,7 +23,10 @@ from torch import Tensor
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.core import record as records
 from lora_kernels.core.record import PLAIN, CodePath, Record, operands_of, path_reason
-from lora_kernels.peft import direct, explain, fuse, loss, read, row_adapters
+from lora_kernels.layers import LoRALinear
+from lora_kernels.ops import blocks
+from lora_kernels.ops import direct as ops_direct
+from lora_kernels.peft import direct, embedding, explain, fuse, loss, read, row_adapters
 from lora_kernels.peft.explain_rows import LIBRARY, PEFT, SHARED
 from lora_kernels.peft.read import VARIANTS, Variant
 from tests.support.assertions import assert_close_derived
@@ -304,8 +307,8 @@ def add_operand(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 PATHS = {
-    name: path
-    for module in (read, direct, loss)
+    f"{module.__name__.removeprefix('lora_kernels.')}.{name}": path
+    for module in (read, direct, loss, embedding, blocks, ops_direct)
     for name, path in vars(module).items()
     if isinstance(path, CodePath)
 }
@@ -323,7 +326,7 @@ def test_operand_that_a_record_gets_is_refused_by_every_path(
 
 
 def test_paths_take_operands_that_records_have() -> None:
-    assert {"LAYER", "NAMED_ROWS", "BLOCK", "LOSS"} <= PATHS.keys()
+    assert len(PATHS) == 7
     known = {*Record._fields[PLAIN:], "dropout_p", "scaling", "others"}
     for path in PATHS.values():
         assert path.taken and frozenset().union(*path.taken) <= known
@@ -341,17 +344,54 @@ def test_state_of_the_fast_reader_is_the_prefix_of_a_record() -> None:
     assert all(a is b or a == b for a, b in zip(state, record[:PLAIN], strict=True))
 
 
-PAIRS = [
-    ({"lora_bias": torch.ones(1), "is_alora": True}, "row index beside a lora_bias"),
-    ({"magnitude": torch.ones(1), "lora_bias": torch.ones(1)}, "column scale beside a lora_bias"),
-    ({"rank_gate": torch.ones(1), "is_alora": True}, "row index beside a rank gate"),
-    ({"magnitude": torch.ones(1), "called": "a hook"}, "column scale beside a base"),
-    ({"magnitude": torch.ones(1), "scaling": torch.ones(1)}, "column scale beside a scaling"),
+VECTOR = torch.ones(1)
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"lora_bias": VECTOR, "is_alora": True}, 1, "a row index beside a lora_bias"),
+    ({"magnitude": VECTOR, "lora_bias": VECTOR}, 1, "a column scale beside a lora_bias"),
+    ({"rank_gate": VECTOR, "is_alora": True}, 1, "a row index beside a rank gate"),
+    ({"magnitude": VECTOR, "called": "why"}, 1, "beside a base that is called as a module (why)"),
+    ({"magnitude": VECTOR, "scaling": VECTOR}, 1, "a column scale beside a scaling in a tensor"),
+    # Dropout goes with each of the two.
+    ({"magnitude": VECTOR, "dropout_p": 0.5}, 2, "a column scale beside other active adapters"),
+    (
+        {"magnitude": VECTOR, "dropout_p": 0.5, "called": "why"},
+        1,
+        "a column scale beside a base that is called as a module (why)",
+    ),
+    (
+        {"is_alora": True, "dropout_p": 0.5, "lora_bias": VECTOR},
+        1,
+        "a row index beside a lora_bias",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("operands", "words"), PAIRS, ids=[words for _, words in PAIRS])
-def test_operands_of_no_set_together_are_refused_by_a_layer(operands: Any, words: str) -> None:
+@pytest.mark.parametrize(("operands", "count", "words"), REFUSED)
+def test_operands_of_no_set_together_are_refused_by_a_layer(
+    operands: Any, count: int, words: str
+) -> None:
     record = Record(None, None, None, name="law")._replace(**operands)
-    reason = path_reason([record], read.LAYER)
-    assert reason is not None and all(word in reason for word in words.split(" beside "))
+    reason = path_reason([record] * count, read.LAYER)
+    assert reason is not None and words in reason
+
+
+def test_reason_blames_a_variant_for_its_own_operand_alone() -> None:
+    record = Record(None, None, None, name="law", variant="a KaSA", rank_gate=VECTOR)
+    reasons = [path_reason([record], read.NAMED_ROWS), path_reason([record] * 2, direct.BLOCK)]
+    assert reasons == [
+        "adapter 'law' is a KaSA, whose rank gate a call with adapter_names does not take",
+        "adapter 'law' stands beside other active adapters, which a block does not take",
+    ]
+
+
+class Biased(LoRALinear):
+    """A layer whose record has an operand that no layer of this package computes."""
+
+    def record(self, weight: Any) -> Record:
+        return super().record(weight)._replace(lora_bias=self.lora_B[:, 0])
+
+
+@pytest.mark.parametrize("call", [lambda layer: layer(torch.ones(2, 8)), LoRALinear.merge])
+def test_record_with_an_operand_that_a_layer_does_not_take_raises(call: Any) -> None:
+    with pytest.raises(ValueError, match="has a lora_bias, which LoRALayer does not take"):
+        call(Biased(8, 8))

@@ -135,8 +135,6 @@ def _words(record: Record, operands: frozenset[str], path: CodePath) -> str:
     unknown = [name for name in order if not any(name in taken for taken in path.taken)]
     pairs = combinations(order, 2)
     apart = [pair for pair in pairs if not any({*pair} <= taken for taken in path.taken)]
-        (a, b) for a, b in combinations(order, 2) if not any({a, b} <= t for t in path.taken)
-    ]
     refused, *others = unknown[:1] or (apart[0] if apart else order)
     words = " beside ".join([_noun(record, refused), *(_article(_noun(record, o)) for o in others)])
     subject = f"adapter {record.name!r}" if record.name else "the layer"

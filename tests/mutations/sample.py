@@ -83,6 +83,12 @@ TESTS = {
     "backends/cpu/linear.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "
     "tests/interop/test_linear4bit.py",
+    "core/record.py": "tests/interop/test_code_paths.py",
+    **dict.fromkeys(
+        ("peft/read.py", "peft/adapters.py"),
+        f"{PEFT} tests/interop/test_code_paths.py tests/interop/test_variants.py "
+        "tests/interop/test_mixed_batch.py tests/interop/test_gates_and_biases.py",
+    ),
     "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "
     "tests/interop/test_frozen.py tests/interop/test_mixed_batch.py tests/interop/test_variants.py",
     "peft/experts.py": "tests/interop/test_experts.py",

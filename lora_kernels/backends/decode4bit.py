@@ -58,7 +58,7 @@ def dense(
         or is_traced(weight.packed)
     ):
         weight, shape, rows = _cut_rows(weight, shape, rows)
-        return _library_dense(weight, shape, dtype)[rows, columns].contiguous()
+        return _checked_dense(weight, shape, dtype)[rows, columns].contiguous()
     if weight.nested_code is not None and weight.nested_code.dim() > 1:
         weight, shape, rows = _cut_rows(weight, shape, rows)
         if weight.nested_code is not None and weight.nested_code.dim() > 1:  # of several experts
@@ -112,7 +112,7 @@ def with_plain_scales(weight: Packed4bit) -> Packed4bit:
     return weight._replace(absmax=scales, nested_absmax=None, nested_code=None, offset=None)
 
 
-def _library_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _checked_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode by the first of three decoders that passed its check on the device."""
     if kernel_reason(weight.packed.device, weight.quant_type, dtype) is None:
         if checked.is_dispatched(weight.packed):

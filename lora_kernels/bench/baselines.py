@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import device as devices
 
-Call = Callable[..., Tensor]
+Baseline = Callable[..., Tensor]
 Forward = Callable[[Tensor], Any]  # of a layer
 
 
@@ -43,11 +43,11 @@ class AddmmLoRA(torch.autograd.Function):
         return dx, None, torch.mm(ds.t(), x), torch.mm(dy.t(), s), None
 
 
-def frozen(args: dict[str, Any]) -> Call:
+def frozen(args: dict[str, Any]) -> Baseline:
     return lambda x, weight, **others: F.linear(x, weight)
 
 
-def addmm(args: dict[str, Any]) -> Call:
+def addmm(args: dict[str, Any]) -> Baseline:
     def call(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **others: Any) -> Tensor:
         y: Tensor = AddmmLoRA.apply(x, weight, lora_A, lora_B, others["scaling"])
         return y
@@ -55,7 +55,7 @@ def addmm(args: dict[str, Any]) -> Call:
     return call
 
 
-def eager(args: dict[str, Any]) -> Call:
+def eager(args: dict[str, Any]) -> Baseline:
     def call(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **others: Any) -> Tensor:
         p, scaling = others.get("dropout_p"), float(others["scaling"])
         dropped = F.dropout(x, p) if p else x
@@ -64,17 +64,17 @@ def eager(args: dict[str, Any]) -> Call:
     return call
 
 
-def compiled(args: dict[str, Any]) -> Call:
+def compiled(args: dict[str, Any]) -> Baseline:
     return compile_static(eager(args))
 
 
-def compile_static(function: Callable[..., Tensor]) -> Call:
+def compile_static(function: Callable[..., Tensor]) -> Baseline:
     """Compile a function for each shape by itself, without Inductor's cache on disk.
 
     The cache's key lacks the vector width: after a process with ATEN_CPU_CAPABILITY=avx2, another
     stores 16 floats where the code means 8, past the end of a tensor (torch 2.15).
     """
-    compiled: Call = torch.compile(function, dynamic=False, options={"fx_graph_cache": False})
+    compiled: Baseline = torch.compile(function, dynamic=False, options={"fx_graph_cache": False})
     return compiled
 
 
@@ -85,7 +85,7 @@ def no_compiler(device: str) -> str | None:
     return None if devices.compiler() else "torch.compile needs a C++ compiler"
 
 
-def peft(args: dict[str, Any]) -> Call:
+def peft(args: dict[str, Any]) -> Baseline:
     """Build PEFT's layer in training mode, which holds these tensors themselves."""
     layer = build_layer(args)
     return lambda x, **others: layer(x)

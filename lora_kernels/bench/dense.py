@@ -8,11 +8,11 @@ the ratio of FLOPs:
 
 Forward and backward are timed within the steps. Up to STREAMED_ROWS rows of x, decoding is timed
 too: the forward without gradients, with a warm and with a cold cache, over more weights in turn
-than the last-level cache holds. Ours is called as a layer calls it, with prepared calls after the
-first; with dropout `lora_linear` is called. Before the timing, the results of each candidate's
-second call are compared with the tolerance, and those of ours in decoding. A miss of ours gets ✗
-instead of a time; a peer's gets ✗ and its errors beside its time. Float32 adapters beside a
-bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
+than the last-level cache holds. Ours is called as a layer calls it; with dropout `lora_linear` is
+called. Before the timing, the results of each candidate's second call are compared with the
+tolerance, and those of ours in decoding. A miss of ours gets ✗ instead of a time; a peer's gets ✗
+and its errors beside its time. Float32 adapters beside a bfloat16 x are PEFT's default.
+torch.compile gets each shape as a static one.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from torch import Tensor
 
 from ..choice import choose as selection
 from ..core.problem import Choice, Problem
-from ..ops.direct import call_or_lora_linear
+from ..core.record import Record
+from ..ops.direct import compute
 from ..ops.linear import lora_linear
 from ..oracle import case as cases
 from ..oracle.case import Case
 from . import baselines, models, results, roofline, timing
-from .baselines import Call as Baseline
+from .baselines import Baseline
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row
 from .roofline import Sizes
 from .table import STEP, Accuracy, Call, Entry, Suite, time_calls, timed
@@ -58,7 +59,7 @@ def ours(args: dict[str, Any]) -> Baseline:
     device, dropout_p = args["x"].device.type, args["dropout_p"]
 
     def on_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **others: Any) -> Tensor:
-        return call_or_lora_linear(x, weight, lora_A, lora_B, others["scaling"], others["bias"])
+        return compute(x, Record(weight, lora_A, lora_B, others["bias"], others["scaling"]))
 
     def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
         with cases.kernels(device, dropout_p):
@@ -238,7 +239,7 @@ def _decoding_misses(case: Case) -> list[str]:
     call = _forward(ours(args), args)
     want = call()
     with torch.no_grad():
-        same = [torch.equal(call(), want) for _ in range(3)]  # the first call prepares
+        same = [torch.equal(call(), want) for _ in range(3)]
     return [] if all(same) else ["y MISS: without gradients it is not what it is with them"]
 
 

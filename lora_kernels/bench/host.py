@@ -43,7 +43,7 @@ from . import blocks, peers, timing
 from .blocks import Block, Cell, build_block
 from .results import Facts, Row, environment, peers_table, under_load
 from .table import Suite
-from .timing import Parts, Times
+from .timing import Parts, Timeable, Times
 
 EMULATED = (
     "An emulation on a CPU of the host's part of the GPU path: thread CPU time of tiny CPU "
@@ -64,7 +64,6 @@ CELLS = (
     *(cell for cell in blocks.CELLS if cell.autocast),
 )
 
-Call = Callable[[], object]
 Measured = tuple[dict[str, Times], dict[str, Times]]  # the host's times, and a GPU's
 
 
@@ -108,7 +107,7 @@ def positions(cell: Cell, M: int, K: int, device: str) -> tuple[Tensor, Tensor]:
 
 def call_of(
     forward: Callable[[Tensor], Any], x: Tensor, adapters: Sequence[Tensor], mode: str, cell: Cell
-) -> Call:
+) -> Timeable:
     """Return the call that is timed.
 
     adapters: their gradients and that of x are what a step computes.
@@ -168,7 +167,7 @@ def block_rows(name: str, cell: Cell, device: str) -> Iterator[Row]:
         yield row
 
 
-def measure(calls: dict[str, Call], device: str) -> Measured:
+def measure(calls: dict[str, Timeable], device: str) -> Measured:
     """Time the calls in turns: the host, and a GPU if there is one."""
     on_gpu = device == "cuda"
     timed = functools.partial(timing.interleave, calls, seconds=math.inf)
@@ -189,7 +188,7 @@ def measured(key: Row, measure: Callable[[], Measured]) -> Row:
     return replace(key, misses=lost, judged=["ours"], **times)
 
 
-def _on_host(call: Call | Parts, repeat: int) -> tuple[float, float]:
+def _on_host(call: Timeable | Parts, repeat: int) -> tuple[float, float]:
     """Seconds that this thread computed, in which a CPU's backward runs too."""
     start = time.thread_time()
     for _ in range(repeat):
@@ -197,7 +196,7 @@ def _on_host(call: Call | Parts, repeat: int) -> tuple[float, float]:
     return time.thread_time() - start, 0.0
 
 
-def _until_launched(call: Call | Parts, repeat: int) -> tuple[float, float]:
+def _until_launched(call: Timeable | Parts, repeat: int) -> tuple[float, float]:
     """Seconds until the calls have returned; a GPU's backward runs in a thread of its own."""
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -206,7 +205,7 @@ def _until_launched(call: Call | Parts, repeat: int) -> tuple[float, float]:
     return time.perf_counter() - start, 0.0
 
 
-def _on_device(call: Call | Parts, repeat: int) -> tuple[float, float]:
+def _on_device(call: Timeable | Parts, repeat: int) -> tuple[float, float]:
     """Seconds that the GPU computes, which starts once all is launched."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()

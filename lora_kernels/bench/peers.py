@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..backends import decode4bit
 from ..core.packed4bit import Packed4bit
 from ..quantization import Weight4bit
+from .baselines import Forward
 
 
 class Projection(NamedTuple):
@@ -234,16 +235,13 @@ def _apply(function: Any, policy: Policy, projections: Sequence[Projection], x: 
     return function.apply(x, _Frozen(policy, weights, scalings), *adapters)
 
 
-Call = Callable[[Tensor], Any]
-
-
-def fused(policy: Policy, block: str, projections: Sequence[Projection]) -> Call:
+def fused(policy: Policy, block: str, projections: Sequence[Projection]) -> Forward:
     """Return the call of a peer that has one Function for the block."""
     function = FusedMLP if block == "mlp" else FusedProjections
     return lambda x: _apply(function, policy, projections, x)
 
 
-def separate(policy: Policy, block: str, projections: Sequence[Projection]) -> Call:
+def separate(policy: Policy, block: str, projections: Sequence[Projection]) -> Forward:
     """Return the call of a peer that has one Function for each projection."""
 
     def call(x: Tensor) -> Any:
@@ -260,7 +258,7 @@ def separate(policy: Policy, block: str, projections: Sequence[Projection]) -> C
 
 INPLACE = "unsloth_inplace"
 # Name in the JSON -> what builds the peer's call from a block's name and its projections.
-FUNCTIONS: dict[str, Callable[[str, Sequence[Projection]], Call]] = {
+FUNCTIONS: dict[str, Callable[[str, Sequence[Projection]], Forward]] = {
     "unsloth": partial(fused, UNSLOTH),
     "axolotl": partial(fused, AXOLOTL),
     "addmm": partial(separate, ADDMM),

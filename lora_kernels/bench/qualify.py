@@ -17,7 +17,7 @@ from ..choice import verdicts
 from ..choice.verdicts import Point, Verdict
 from ..core.device import DeviceInfo
 from ..qualification import compiling
-from ..qualification.plan import CANDIDATES, DTYPES, KNOWN_DTYPES, Claim, plan
+from ..qualification.plan import CANDIDATES, DTYPES, KNOWN_DTYPES, Claim, list_claims
 
 # Clock, bandwidth, FLOP/s of tensor and of CUDA cores, by the data sheets.
 SHEETS = {
@@ -30,7 +30,7 @@ SHEETS = {
     )
 }
 # Seconds, estimates: to import torch; of a claim; of a timed point. CPU seconds of a compilation:
-# 0.30 for sm_80, 0.62 for sm_89, 0.50 for sm_90, as the plan's kernels took with Triton 3.9 on an
+# 0.30 for sm_80, 0.62 for sm_89, 0.50 for sm_90, as the claims' kernels took with Triton 3.9 on an
 # AVX-512 server.
 START, CLAIM, POINT, COMPILATION = 3.0, 0.02, 0.06, 0.6
 WIDTHS = (5, 13, 15, 15, 13, 7)  # of the table's columns
@@ -63,12 +63,15 @@ def run(args: argparse.Namespace) -> int:
             print(f"removed {file}")
         return 0
     if args.dry_run:
-        print(json.dumps(plans(args.dtypes), indent=1) if args.json else dry_run(args.dtypes))
+        print(
+            json.dumps(dry_run_json(args.dtypes), indent=1) if args.json else dry_run(args.dtypes)
+        )
         return 0
     try:
         qualification.index_of(args.device)
         if not args.json:
-            print(f"{len(plan(args.dtypes))} claims on this card's kernels, and whether each holds")
+            count = len(list_claims(args.dtypes))
+            print(f"{count} claims on this card's kernels, and whether each holds")
         report = None if args.json else _print_claim
         verdict = qualification.qualify(
             args.device, dtypes=args.dtypes, budget_s=args.budget, report=report
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     print(json.dumps(verdict.json(), indent=1) if args.json else table(verdict))
     known = verdict.passed | verdict.failed.keys()
-    left = {str(claim.group) for claim in plan(args.dtypes) if claim.group not in known}
+    left = {str(claim.group) for claim in list_claims(args.dtypes) if claim.group not in known}
     for group in sorted(left):
         print(f"– {group}  not checked: give it more --budget", file=sys.stderr)
     return 1 if verdict.failed or left else 0
@@ -104,7 +107,8 @@ def table(verdict: Verdict) -> str:
     for group in sorted(verdict.passed):
         points = [point for point in verdict.points if point.group == group]
         lines += [f"✓ {group!s:{width}} {_times(point)}" for point in points] or [f"✓ {group}"]
-    if not all(s.is_captured for p in verdict.points for s in p[5:] if s is not None):
+    times = [(p.forward, p.eager_forward, p.step, p.eager_step) for p in verdict.points]
+    if not all(s.is_captured for of_point in times for s in of_point if s is not None):
         lines.append(f"{EVENTS} not captured in a graph: timed in a busy stream")
     lines += [f"✗ {group!s:{width}}  {why}" for group, why in sorted(verdict.failed.items())]
     lines.append(
@@ -116,7 +120,8 @@ def table(verdict: Verdict) -> str:
 
 def _times(point: Point) -> str:
     """Return the cells of a point's row of the table."""
-    cells, both = [str(point.rows), f"{point.columns}×{point.inner}"], (point[5], point[6])
+    cells = [str(point.rows), f"{point.columns}×{point.inner}"]
+    both = point.forward, point.eager_forward
     for which in ("device", "host"):
         ours, eager = (getattr(seconds, which) * 1e6 for seconds in both)
         cells.append(f"{ours:.1f} / {eager:.1f}")
@@ -127,14 +132,14 @@ def _times(point: Point) -> str:
     return " ".join(f"{cell:>{w}}" for cell, w in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
-def plans(dtypes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what a qualification would do on each of SHEETS, for JSON.
+def dry_run_json(dtypes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what a qualification would do on each of SHEETS, as JSON types.
 
     Keys: `name`, `capability`, `groups` (group -> names of its claims), `points` (group -> M, N and
     K of its timed calls), `compilations`, and the expected seconds: `compiling_s`, by CORES, and
     `checking_s`, which the budget limits.
     """
-    wanted, cards = plan(dtypes), []
+    wanted, cards = list_claims(dtypes), []
     timed = sum(len(claim.sizes) for claim in wanted)
     groups: dict[str, list[str]] = {}
     for claim in wanted:
@@ -157,7 +162,7 @@ def plans(dtypes: Sequence[str]) -> list[dict[str, Any]]:
 
 def dry_run(dtypes: Sequence[str]) -> str:
     """Return the claims and points, and the compilations and expected seconds on each of SHEETS."""
-    cards = plans(dtypes)
+    cards = dry_run_json(dtypes)
     groups, points = cards[0]["groups"], cards[0]["points"]
     lines = [
         f"{sum(map(len, groups.values()))} claims on {len(groups)} groups, "

@@ -57,24 +57,24 @@ def _quintiles(values: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
-Call = Callable[[], object]
+Timeable = Callable[[], object]
 
 
 class Parts(NamedTuple):
     """A call of two parts, timed as one and each by itself: the second takes what the first
     returned."""
 
-    first: Call
+    first: Timeable
     second: Callable[[Any], object]
 
     def __call__(self) -> object:
         return self.second(self.first())
 
 
-Clock = Callable[[Call | Parts, int], tuple[float, float]]
+Clock = Callable[[Timeable | Parts, int], tuple[float, float]]
 
 
-def interleave(calls: Mapping[str, Call | Parts], **options: Any) -> dict[str, Times]:
+def interleave(calls: Mapping[str, Timeable | Parts], **options: Any) -> dict[str, Times]:
     """Time the calls in turns, each leading in turn, so that drift hits all of them alike.
 
     options: of `interleave_parts`; by default about 3 seconds.
@@ -86,7 +86,7 @@ def interleave(calls: Mapping[str, Call | Parts], **options: Any) -> dict[str, T
 
 
 def interleave_parts(
-    calls: Mapping[str, Call | Parts],
+    calls: Mapping[str, Timeable | Parts],
     *,
     seconds: float,
     min_rounds: int = 9,
@@ -137,7 +137,7 @@ def _times(rounds: dict[str, list[float]]) -> dict[str, Times]:
     return {name: Times.from_seconds(seconds) for name, seconds in rounds.items()}
 
 
-def _on_cpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
+def _on_cpu(call: Timeable | Parts, repeat: int) -> tuple[float, float]:
     """Seconds of the whole, and of the second part."""
     second_elapsed = 0.0
     start = time.perf_counter()
@@ -152,7 +152,7 @@ def _on_cpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
     return time.perf_counter() - start, second_elapsed
 
 
-def _on_gpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
+def _on_gpu(call: Timeable | Parts, repeat: int) -> tuple[float, float]:
     """Seconds between two events, once the device has done all that came before."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     second_marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

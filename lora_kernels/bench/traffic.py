@@ -193,11 +193,11 @@ def layer_entries(
 
     by_rule: whether `fuse` leaves the layer to PEFT if its rule says so.
     """
-    from ..peft import eligibility, fuse, swap
+    from ..peft import fuse, heavier, swap
     from ..peft.linear import Fused
 
     layers = {name: build_layer(cell, K, N, R, dropout_p) for name in ("ours", "peft")}
-    rule = eligibility.heavier_reason if by_rule else lambda layer: None
+    rule = heavier.heavier_reason if by_rule else lambda layer: None
     with mock.patch.object(swap, "heavier_reason", rule):
         fuse(nn.Sequential(layers["ours"]))
     for M in Ms:

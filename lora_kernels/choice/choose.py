@@ -155,9 +155,9 @@ def choose(problem: Problem, requested: Forced | None = None) -> Choice:
     if problem.mixed and requested.backend in ("triton", "cuda"):
         require_supported(requested.backend, ONE_ADAPTER)
     if requested.backend == "triton":
-        return _heuristics("triton").plan(problem, requested.strategy)  # type: ignore[no-any-return]
+        return _heuristics("triton").choose(problem, requested.strategy)  # type: ignore[no-any-return]
     if requested.backend == "cuda":
-        return _heuristics("cuda").plan(problem, requested.strategy)  # type: ignore[no-any-return]
+        return _heuristics("cuda").choose(problem, requested.strategy)  # type: ignore[no-any-return]
     if requested.backend == "eager":
         return Choice("eager", Strategy.LIBRARY, "the eager backend was requested")
     if requested.backend == "cpu":
@@ -230,10 +230,12 @@ def _uncovered_reason(problem: Problem) -> str | None:
 
 def _choose_measured(problem: Problem, verdict: Verdict, in_graph: bool) -> Choice:
     """Choose the strategy with the smallest measured ratio to eager's time, or eager."""
-    kind = dtype, adapter, weight = group_of("", "", problem)[2:]
-    groups = [group for group in {*verdict.passed, *verdict.failed} if group[2:] == kind]
+    kind = group_of("", "", problem)
+    checked = {*verdict.passed, *verdict.failed}
+    groups = [group for group in checked if group._replace(backend="", strategy="") == kind]
     if not groups:
-        return _keep_eager(f"{weight} weights in {dtype} with {adapter} adapters were not checked")
+        words = f"{kind.weight} weights in {kind.dtype} with {kind.adapter} adapters"
+        return _keep_eager(f"{words} were not checked")
     max_rows = max((point.rows for point in verdict.points if point.group in groups), default=None)
     if max_rows is not None and problem.rows > max_rows:
         return _keep_eager(f"{problem.rows} rows are above the {max_rows} that were measured")
@@ -285,10 +287,10 @@ def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, 
     reason = cpu_heuristics.unsupported_reason(problem)
     if requested.backend:
         require_supported("cpu", reason)
-        return cpu_heuristics.plan(problem, requested.strategy, "the cpu backend was requested")
+        return cpu_heuristics.choose(problem, requested.strategy, "the cpu backend was requested")
     if reason is not None:
         return Choice("eager", Strategy.LIBRARY, reason)
-    return cpu_heuristics.plan(problem, None)
+    return cpu_heuristics.choose(problem, None)
 
 
 def choose_experts(problem: Problem, requested: Forced | None = None) -> Choice:
@@ -299,7 +301,7 @@ def choose_experts(problem: Problem, requested: Forced | None = None) -> Choice:
     requested = requested or forced.current.get()
     if requested.backend in ("triton", "cuda"):
         require_supported(requested.backend, "it has no kernels for experts")
-    strategy = cpu_heuristics.plan_experts(requested.strategy)
+    strategy = cpu_heuristics.choose_experts(requested.strategy)
     return _choose_cpu_or_eager(problem, requested.backend, strategy, Strategy.LIBRARY)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .errors import TrainingError, UsageError
+
 if TYPE_CHECKING:
     from .chat import ChatData, Collator, check_flattening, load_chat
     from .checkpoints import newest_checkpoint
@@ -34,21 +36,6 @@ _NAMES = {
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = ["TrainingError", "UsageError", *_HOMES]
-
-
-class UsageError(ValueError):
-    """An argument that cannot be used.
-
-    The message is one line: the argument's name, the problem, and the remedy. The command line
-    prints the option's name in place of the argument's.
-    """
-
-
-class TrainingError(RuntimeError):
-    """A computation that cannot teach or prove anything: NaN, infinity, or nothing but zeros.
-
-    The message is one line: the step, the problem, and the remedy.
-    """
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from . import UsageError
 from .data import decode_text, is_json, read_file
+from .errors import UsageError
 from .options import check_numbers, suggest
 
 IGNORED = -100  # transformers' label of a token that adds nothing to the loss

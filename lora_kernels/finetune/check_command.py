@@ -9,10 +9,10 @@ from typing import Any
 
 from ..core.quiet import silence_libraries
 from ..layers import adaptable_experts
-from . import UsageError
 from . import model as models
 from .checkpoints import translate_errors
 from .data import decode_text, read_file
+from .errors import UsageError
 from .options import CheckOptions, add_options, fill_in_run
 
 # The text on which the model is run without --text.

@@ -13,7 +13,7 @@ from zipfile import BadZipFile, ZipFile
 
 from safetensors import SafetensorError, safe_open
 
-from . import UsageError
+from .errors import UsageError
 
 STATE = "trainer_state.json"  # the last file of a checkpoint that Trainer writes
 

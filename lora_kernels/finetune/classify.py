@@ -32,8 +32,8 @@ from transformers import (
 from ..bench import process_memory
 from ..core.quiet import silence_libraries
 from ..peft.quantize import classifier, quantize
-from . import UsageError
 from .checkpoints import named_write
+from .errors import UsageError
 from .labelled import Labelled
 from .methods import METHODS, Method
 from .model import adapters, load_float32, load_tokenizer, usable_device

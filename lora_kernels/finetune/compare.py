@@ -24,8 +24,8 @@ from ..bench.timing import TokenClock
 from ..core.weights import share
 from ..peft import fuse
 from ..peft.quantize import linears_4bit, rewrite_codes
-from . import TrainingError
 from .chat import ChatData, Collator
+from .errors import TrainingError
 from .model import adapters, cast_parameters, decode
 from .presets import add_lora_layers
 from .provenance import watch_others

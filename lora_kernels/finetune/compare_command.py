@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.quiet import silence_libraries
-from . import UsageError
+from .errors import UsageError
 from .lock import FolderLock
 from .methods import METHODS, Method
 from .options import CompareOptions, add_options, check_out, pick, require, suggest

@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from . import UsageError
 from .checkpoints import translate_errors
+from .errors import UsageError
 
 
 def read_file(file: Path, argument: str, wanted: str) -> bytes:

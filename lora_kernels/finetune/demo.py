@@ -10,8 +10,8 @@ import importlib.util
 from pathlib import Path
 
 from ..choice import verdicts
-from . import UsageError
 from .checkpoints import write_folder
+from .errors import UsageError
 
 # Questions that demo.jsonl does not have, each with a word of the model's own answer. Training on
 # the fact alone makes the model answer them with it.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import UsageError
 from .checkpoints import translate_errors
 from .data import decode_text, read_file
+from .errors import UsageError
 
 HELD_OUT = 1000  # a share of right labels is then known to 1.6 points (standard error) or better
 MISSING = ("", "nan")  # what an empty cell is in a table, and what pandas writes for one

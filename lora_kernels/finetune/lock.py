@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from . import UsageError
+from .errors import UsageError
 
 try:
     import fcntl

@@ -19,9 +19,9 @@ from ..peft.kept import Kept, Tally, format_kept, name_of
 from ..peft.merge import written_parameters
 from ..peft.modules import is_linear4bit
 from ..quantization import Weight4bit, quantize_4bit
-from . import UsageError
 from . import model as models
 from .checkpoints import check_free, translate_errors, write_folder
+from .errors import UsageError
 from .model import DTYPES
 from .options import MergeOptions, add_options, check_choice, check_out, fill_in_run, pick
 

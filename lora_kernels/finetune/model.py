@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..layers import adaptable_experts
-from . import UsageError
 from .checkpoints import count_more, translate_errors
+from .errors import UsageError
 from .options import MAX_LENGTH
 
 if TYPE_CHECKING:

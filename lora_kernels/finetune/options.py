@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from . import UsageError
+from .errors import UsageError
 
 # PEFT's initializations of lora_A and lora_B. Its others (pissa, olora, eva, corda, loftq) change
 # the base's weights or need data, and their adapters do not fit the original base.

@@ -15,7 +15,7 @@ from torch import nn
 from ..layers import adaptable_experts
 from ..layers.experts import projections, unsupported_reason
 from ..peft import fuse
-from . import UsageError
+from .errors import UsageError
 from .model import ALL_LINEAR, features, linear_layers
 from .options import check_numbers, suggest
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from ..core.weights import share
 from ..peft import fuse
-from . import UsageError
+from .errors import UsageError
 from .model import features, linear_layers
 from .options import check_numbers, check_ranks
 from .plots import draw_png

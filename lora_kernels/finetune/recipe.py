@@ -20,7 +20,7 @@ import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -37,7 +37,7 @@ from ..core.weights import parameter_bytes, share
 from ..layers import adaptable_experts
 from ..layers.experts import has_quantized_experts
 from ..peft import explain, fuse
-from . import UsageError, model, report
+from . import model, report
 from .chat import IGNORED, ChatData, Collator, check_flattening, read_data
 from .checkpoints import (
     find_intact,
@@ -49,6 +49,7 @@ from .checkpoints import (
     write_json,
 )
 from .compare import PIECES, STEP_MEMORY, compare
+from .errors import UsageError
 from .inputs import read_inputs
 from .lock import FolderLock
 from .options import Adapters, Base, Data, Options, Training, check_out, flag, pick, read_json
@@ -110,6 +111,62 @@ def finetune(options: Options, controls: Mapping[str, str] | None = None) -> int
 
 def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -> int:
     console = report.new_console()
+    base, adapted, trainer, answers = prepare(options, controls, lock, console)
+    with keep_adapter(trainer):
+        signum = run_training(trainer, console)
+    if signum:
+        console.print(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps} and "
+            "saved; the same command goes on from there"
+        )
+        return 128 + signum
+    failed = save_and_report(options, adapted, trainer, answers, console)
+
+    data: Any = trainer.train_dataset
+    ids = answers.inputs["input_ids"]
+    want = logits(model.cast_parameters(adapted, torch.float32), ids)
+    del adapted, trainer  # the last references: the memory is free for the comparison
+    if options.compare:
+        model.cast_parameters(base, model.DTYPES[options.dtype])
+        failed += compare_with_stock(base, data, options, console)
+    del base  # the last reference: the memory is free for the model that is loaded again
+    gc.collect()
+    same, line = check_reloaded(options, options.out / "adapter", ids, want)
+    console.print(report.facts_table({"loaded again": line}))
+    failed += [] if same else ["loaded again"]
+    if failed:
+        console.print(f"failed: {'; '.join(failed)}", style="red")
+    return 1 if failed else 0
+
+
+@dataclass
+class BaseAnswers:
+    """The base model before the training: answers, logits and bytes, without the model itself.
+
+    Attributes:
+        inputs: the tokens of the prompt.
+        facts: the report's lines on the prompt and the answer.
+        ids: the tokens of both, int64 [1, L].
+        logits: the base model's for `ids`, [1, L, vocabulary].
+        controls: of each control the word, the question's tokens and the answer.
+        weights: bytes of the base model's weights.
+    """
+
+    inputs: dict[str, Tensor]
+    facts: dict[str, str]
+    ids: Tensor
+    logits: Tensor
+    controls: list[tuple[str, dict[str, Tensor], str]]
+    weights: int
+
+
+def prepare(
+    options: Options, controls: Mapping[str, str], lock: FolderLock, console: Console
+) -> tuple[nn.Module, Any, LoRATrainer, BaseAnswers]:
+    """Return the base model, the adapted one on its weights, the trainer, and the base's answers.
+
+    The inputs are checked before --out is locked. Then run.json and layers.txt are written.
+    """
     dtype = model.DTYPES[options.dtype]
     lora = adapter_settings(options)
     preset: Preset = lora["preset"]
@@ -137,18 +194,15 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = model.identifier(options.model)
 
-    def ask(asked: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, str]:
-        tokens = model.decode(asked, inputs, max_new_tokens=ANSWER)
-        whole = torch.cat([inputs["input_ids"], tokens[None]], dim=1)
-        return whole, text_of(tokens, tokenizer)
-
     asked = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True).strip()
-    facts = {"prompt": prompt or asked}
-    seen, facts["before"] = ask(base, inputs)
+    seen, answer = ask(base, tokenizer, inputs)
+    facts = {"prompt": prompt or asked, "before": answer}
     console.print(report.facts_table(facts))
     plain = logits(base, seen)
-    others = {text: model.question(tokenizer, text, device) for text in controls}
-    told = {text: ask(base, asked)[1] for text, asked in others.items()}
+    others = [(word, model.question(tokenizer, text, device)) for text, word in controls.items()]
+    told = [(word, other, ask(base, tokenizer, other)[1]) for word, other in others]
+    answers = BaseAnswers(inputs, facts, seen, plain, told, parameter_bytes(base))
+
     layers = explain(adapted, x_dtype=torch.bfloat16 if options.bf16 else dtype)
     if args.should_save:
         (options.out / "layers.txt").write_text(f"{layers}\n")
@@ -163,56 +217,47 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
         patience=options.patience or None,
     )
     console.print(trainer.trainable, *model.layer_states(layers), sep="\n")
-    with keep_adapter(trainer):
-        signum = run_training(trainer, console)
-    if signum:
-        console.print(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps} and "
-            "saved; the same command goes on from there"
-        )
-        return 128 + signum
+    return base, adapted, trainer, answers
+
+
+def ask(asked: Any, tokenizer: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, str]:
+    """Return the tokens of the inputs and the answer, int64 [1, L], and the answer's text."""
+    tokens = model.decode(asked, inputs, max_new_tokens=ANSWER)
+    return torch.cat([inputs["input_ids"], tokens[None]], dim=1), text_of(tokens, tokenizer)
+
+
+def save_and_report(
+    options: Options, adapted: Any, trainer: LoRATrainer, answers: BaseAnswers, console: Console
+) -> list[str]:
+    """Save the trained adapter, print the report, and return the names of the checks that fail."""
+    tokenizer: Any = trainer.processing_class
     # accelerate leaves forward under autocast, in which logits would not be fp32.
     trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)
 
-    after = ask(adapted, inputs)[1]
+    after = ask(adapted, tokenizer, answers.inputs)[1]
     folder = options.out / "adapter"
-    if args.should_save:
+    if trainer.args.should_save:
         with keep_adapter(trainer), named_write(folder):
             adapted.save_pretrained(str(folder), save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()  # all processes read what the first one has written
     with adapted.disable_adapter():
-        untouched = torch.equal(logits(adapted, seen), plain)
-    facts |= {"after": after} | summarize_losses(trainer, options.out)
-    size, whole = (folder / "adapter_model.safetensors").stat().st_size, parameter_bytes(base)
+        untouched = torch.equal(logits(adapted, answers.ids), answers.logits)
+    facts = answers.facts | {"after": after} | summarize_losses(trainer, options.out)
+    size, whole = (folder / "adapter_model.safetensors").stat().st_size, answers.weights
     facts["adapter"] = (
         f"{folder}, {size / 1e6:.1f} MB beside the model's {whole / 1e6:.1f} MB "
         f"({size / whole:.2%})"
     )
-    facts |= describe_memory(trainer.state.log_history, whole, device)
+    facts |= describe_memory(trainer.state.log_history, whole, answers.ids.device)
     checked = {"adapter off": (untouched, UNTOUCHED if untouched else CHANGED)}
     if options.expect:
         checked["taught"] = check_taught(options.expect, facts["before"], after)
-    for text, word in controls.items():
-        kept = check_kept(word, told[text], ask(adapted, others[text])[1])
+    for word, other, told in answers.controls:
+        kept = check_kept(word, told, ask(adapted, tokenizer, other)[1])
         checked[f"not forgotten: {word}"] = kept
     console.print(report.facts_table(facts | {name: line for name, (_, line) in checked.items()}))
-
-    ids = inputs["input_ids"]
-    want = logits(model.cast_parameters(adapted, torch.float32), ids)
-    del adapted, trainer
-    failed = [name for name, (ok, _) in checked.items() if not ok]
-    if options.compare:
-        model.cast_parameters(base, dtype)
-        failed += compare_with_stock(base, train, options, lora, console)
-    del base
-    gc.collect()
-    same, line = check_reloaded(options, folder, ids, want)
-    console.print(report.facts_table({"loaded again": line}))
-    failed += [] if same else ["loaded again"]
-    if failed:
-        console.print(f"failed: {'; '.join(failed)}", style="red")
-    return 1 if failed else 0
+    return [name for name, (ok, _) in checked.items() if not ok]
 
 
 def first_question(
@@ -342,9 +387,10 @@ def check_run(given: Options) -> dict[str, Any]:
 
 
 def compare_with_stock(
-    base: nn.Module, data: ChatData, options: Options, lora: dict[str, Any], console: Console
+    base: nn.Module, data: ChatData, options: Options, console: Console
 ) -> list[str]:
     """Print the table of `compare`, and return the rows that fail."""
+    lora = adapter_settings(options)
     with report.show_stages(console, "beside stock PEFT", PIECES) as advance:
         size = options.per_device_train_batch_size
         rows = compare(base, data, lora=lora, batch_size=size, advance=advance)

@@ -32,7 +32,6 @@ from transformers.trainer_utils import SchedulerType, TrainOutput
 from ..bench import process_memory
 from ..integrations.trainer import VerdictLog
 from ..peft import fuse
-from . import TrainingError, UsageError
 from .chat import IGNORED, ChatData, Collator, check_flattening
 from .checkpoints import (
     STATE,
@@ -44,6 +43,7 @@ from .checkpoints import (
     newest_checkpoint,
     translate_errors,
 )
+from .errors import TrainingError, UsageError
 from .model import adapters
 from .options import SHORT, check_numbers
 from .plots import draw_png

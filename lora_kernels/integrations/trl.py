@@ -18,16 +18,17 @@ import functools
 import inspect
 import types
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..core.record import Record
 from ..ops.head import lora_linear_log_probs
 from ..peft import fuse
-from ..peft.loss import Head, head_of, head_reason
+from ..peft.loss import operands_of_head, read_head
 
 _replaced: dict[tuple[Any, str], Any] = {}  # module and name -> TRL's object, while patched
 _head: ContextVar[Any] = ContextVar("lora_kernels_trl_head", default=None)
@@ -118,9 +119,9 @@ def _add_fused_lm_head(original: Any, model: Any, *args: Any, **kwargs: Any) -> 
         holder: Any = [head]
         fuse(nn.ModuleList(holder))
         weight: Any = head.get_base_layer().weight
-        reason = head_reason(head, weight.device, model.dtype)
-        if reason is not None:
-            raise ValueError(f"model: got an adapter on its head, which is not covered: {reason}")
+        records = read_head(head, weight.device, model.dtype)
+        if isinstance(records, str):
+            raise ValueError(f"model: got an adapter on its head, which is not covered: {records}")
     original(model, *args, **kwargs)
     original_forward = model.forward
 
@@ -157,21 +158,21 @@ class _LogProbs:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:
-        head = _head_arguments(_head.get(), hidden, weight, bias)
+        head, compute_dtype = _operands(_head.get(), hidden, weight, bias)
         result = lora_linear_log_probs(
             hidden,
             head.weight,
             head.lora_A,
             head.lora_B,
             targets,
-            head.scaling,
+            cast(float, head.scaling),
             head.bias,
             temperature=temperature,
             outputs=[name for name in outputs if name != "log_probs"],
             logit_softcap=final_logit_softcapping,
             logit_scale=logit_scale,
             dropout_p=head.dropout_p,
-            compute_dtype=head.compute_dtype,
+            compute_dtype=compute_dtype,
         )
         return (
             result.log_probs,
@@ -182,26 +183,23 @@ class _LogProbs:
         )
 
 
-def _head_arguments(
+def _operands(
     head: nn.Module | None, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> Head:
-    """Return the arguments of `head`.
+) -> tuple[Record, torch.dtype | None]:
+    """Return the record of `head`, with its operands, and the base GEMM's dtype.
 
     A head without an adapter gets TRL's weight and bias, which may be gathered from several
     processes.
     """
-    reason = "it is unknown"
+    records: Any = "it is unknown"
     if head is not None:
-        reason = head_reason(head, hidden.device, hidden.dtype) or ""
-    if not reason:
-        arguments = head_of(head, hidden)
-        if isinstance(arguments.weight, Tensor) and not torch.is_autocast_enabled(
-            hidden.device.type
-        ):
-            return arguments._replace(weight=arguments.weight.to(hidden.dtype))  # like TRL
-        return arguments
+        records = read_head(head, hidden.device, hidden.dtype)
+    is_autocast = torch.is_autocast_enabled(hidden.device.type)
+    if not isinstance(records, str):
+        record, compute_dtype = operands_of_head(head, hidden)
+        if isinstance(record.weight, Tensor) and not is_autocast:
+            record = record._replace(weight=record.weight.to(hidden.dtype))  # like TRL
+        return record, compute_dtype
     if isinstance(head, lora.LoraLayer):
-        raise RuntimeError(f"the adapter on the model's head is not covered: {reason}")
-    if not torch.is_autocast_enabled(hidden.device.type):
-        weight = weight.to(hidden.dtype)
-    return Head(weight, None, None, 1.0, bias, 0.0, None)
+        raise RuntimeError(f"the adapter on the model's head is not covered: {records}")
+    return Record(weight if is_autocast else weight.to(hidden.dtype), None, None, bias), None

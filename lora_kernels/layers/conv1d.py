@@ -43,7 +43,7 @@ class LoRAConv1D(LoRALayer):
     (torch.Size([64, 32]), torch.Size([2, 32]))
     """
 
-    _base = TransposedBase()
+    base = TransposedBase()
 
     def __init__(
         self,

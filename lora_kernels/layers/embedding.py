@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.record import Record
 from ..quantization import Weight4bit
-from .layer import Adapter, Base, LoRALayer, check_size, check_stock
+from .layer import Base, LoRALayer, check_size, check_stock
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,8 +68,8 @@ class LoRAEmbedding(LoRALayer):
     ['lora_A', 'lora_B']
     """
 
-    _base = EmbeddingBase()
-    _default_init = staticmethod(nn.init.normal_)
+    base = EmbeddingBase()
+    default_init = staticmethod(nn.init.normal_)
 
     def __init__(
         self,
@@ -151,19 +152,19 @@ class LoRAEmbedding(LoRALayer):
         nn.init.zeros_(self.lora_A)
         self.init(self.lora_B)
 
-    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
+    def record(self, weight: Tensor | Weight4bit) -> Record:
         """Return the operands for a weight [K, N]: Bᵀ as A, and Aᵀ as B."""
-        return Adapter(self.lora_B.t(), self.lora_A.t(), self.scaling)
+        return Record(weight, self.lora_B.t(), self.lora_A.t(), None, self.scaling)
 
-    def _forward_fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
+    def forward_fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
         assert isinstance(weight, Tensor)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "weight: got requires_grad=True, want a frozen weight: its gradient is not "
                 "computed here. Call weight.requires_grad_(False)"
             )
-        adapter = (self.lora_A, self.lora_B, self.scaling)
-        return lookup(x, weight, [adapter], self.padding_idx, self.scale_grad_by_freq)
+        record = Record(weight, self.lora_A, self.lora_B, None, self.scaling)
+        return lookup(x, weight, [record], self.padding_idx, self.scale_grad_by_freq)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -174,11 +175,11 @@ class LoRAEmbedding(LoRALayer):
 def lookup(
     x: Tensor,
     weight: Tensor,
-    adapters: Sequence[tuple[Tensor, Tensor, float | Tensor]],
+    records: Sequence[Record],
     padding_idx: int | None,
     scale_grad_by_freq: bool,
 ) -> Tensor:
-    """Return W[x] + Σ s·A[:, x]ᵀ·Bᵀ over adapters (A [r, K], B [N, r], s), in weight's dtype.
+    """Return W[x] + Σ s·A[:, x]ᵀ·Bᵀ over the records' A [r, K], B [N, r] and s, in weight's dtype.
 
     One GEMM serves all adapters, in the widest dtype of the weight and the adapters; the result is
     rounded once. weight [K, N] may not require a gradient, because the looked-up rows are
@@ -186,14 +187,17 @@ def lookup(
     """
     ids = x.reshape(-1)
     rows = F.embedding(ids, weight)
-    tensors = (t for A, B, _ in adapters for t in (A, B))
+    tensors = (t for record in records for t in (record.lora_A, record.lora_B))
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors), weight.dtype)
     parts = [
-        F.embedding(ids, A.t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq).to(dtype) * s
-        for A, _, s in adapters
+        F.embedding(ids, record.lora_A.t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq).to(
+            dtype
+        )
+        * record.scaling
+        for record in records
     ]
     P = torch.cat(parts, dim=1)
-    B = torch.cat([B.to(dtype) for _, B, _ in adapters], dim=1)
+    B = torch.cat([record.lora_B.to(dtype) for record in records], dim=1)
     # autocast would round the rows of W, but it does not apply to in-place ops.
     y = rows.to(dtype).addmm_(P, B.t())
     return y.to(weight.dtype).view(*x.shape, weight.shape[1])

@@ -161,8 +161,8 @@ class LoRAExperts(nn.Module):
         }
         return experts_forward(self.experts, hidden_states, top_k_index, top_k_weights, adapters)
 
-    def _adapter_config(self) -> dict[str, Any]:
-        """See `LoRALayer._adapter_config`."""
+    def adapter_config(self) -> dict[str, Any]:
+        """See `LoRALayer.adapter_config`."""
         return {"r": self.r, "alpha": self.alpha, "scaling": self.scaling}
 
     def extra_repr(self) -> str:
@@ -421,28 +421,26 @@ def experts_forward(
     module, adapters = cast(Any, experts), adapters or {}
     _check_routing(hidden_states, top_k_index, top_k_weights)
     T, k = top_k_index.shape
-    # A group is the rows of one expert and one tenant.
-    groups_per_expert, group_index = 1, top_k_index
+    # A pair is an expert and a tenant. Rows are sorted by pair.
+    pairs_per_expert, pair_index = 1, top_k_index
     if tenants is not None and adapters:
-        groups_per_expert = max(len(per_tenant) for per_tenant in adapters.values())
-        group_index = top_k_index * groups_per_expert + tenants[:, None]
-    num_groups = module.num_experts * groups_per_expert
-    sorted_groups, permutation = torch.sort(group_index.reshape(-1), stable=True)
+        pairs_per_expert = max(len(per_tenant) for per_tenant in adapters.values())
+        pair_index = top_k_index * pairs_per_expert + tenants[:, None]
+    num_pairs = module.num_experts * pairs_per_expert
+    sorted_pairs, permutation = torch.sort(pair_index.reshape(-1), stable=True)
     is_readable = (
-        sorted_groups.is_cpu
-        and sorted_groups.numel()
-        and context.can_bypass_dispatcher(sorted_groups)
+        sorted_pairs.is_cpu and sorted_pairs.numel() and context.can_bypass_dispatcher(sorted_pairs)
     )
-    if is_readable and (min_group := sorted_groups[0].item()) < 0:
+    if is_readable and (min_pair := sorted_pairs[0].item()) < 0:
         raise ValueError(
-            f"top_k_index: got {min_group // groups_per_expert}, want 0 to "
+            f"top_k_index: got {min_pair // pairs_per_expert}, want 0 to "
             f"{module.num_experts - 1}, or more for experts of other devices"
         )
     inverse = torch.empty_like(permutation).scatter_(
         0, permutation, torch.arange(T * k, dtype=permutation.dtype, device=permutation.device)
     )
-    group_ids = torch.arange(num_groups, dtype=sorted_groups.dtype, device=sorted_groups.device)
-    offsets = torch.searchsorted(sorted_groups, group_ids, right=True, out_int32=True)
+    pair_ids = torch.arange(num_pairs, dtype=sorted_pairs.dtype, device=sorted_pairs.device)
+    offsets = torch.searchsorted(sorted_pairs, pair_ids, right=True, out_int32=True)
     up, down = projections(experts)
     x = _project(
         experts, up, _Gather.apply(hidden_states, permutation, inverse, k), offsets, adapters
@@ -451,7 +449,7 @@ def experts_forward(
     x = _project(experts, down, x, offsets, adapters)
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
-    weights = top_k_weights.masked_fill(group_index >= num_groups, 0)
+    weights = top_k_weights.masked_fill(pair_index >= num_pairs, 0)
     dtype = torch.promote_types(x.dtype, weights.dtype)
     y: Tensor = _Combine.apply(x.to(dtype), weights.to(dtype), permutation, inverse)
     return y.to(hidden_states.dtype)
@@ -477,16 +475,16 @@ def _project(
     offsets: Tensor,
     adapters: Mapping[str, Sequence[ExpertsAdapter]],
 ) -> Tensor:
-    """Return the projection of x, whose rows are sorted by group. offsets: ends of the groups."""
+    """Return the projection of x, whose rows are sorted by pair. offsets: ends of the pairs."""
     module, per_tenant = cast(Any, experts), adapters.get(name)
     weight = stack(experts, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     lora_A, lora_B, scaling, dropout_p = None, None, [1.0], [0.0]
     if per_tenant is not None:
         lora_A, lora_B, scaling, dropout_p = map(list, zip(*per_tenant, strict=True))
-    else:  # one group for each expert
-        groups_per_expert = offsets.shape[0] // module.num_experts
-        offsets = offsets[groups_per_expert - 1 :: groups_per_expert]
+    else:  # one tenant
+        pairs_per_expert = offsets.shape[0] // module.num_experts
+        offsets = offsets[pairs_per_expert - 1 :: pairs_per_expert]
     # Compute in the weight's dtype, as transformers' grouped_mm does. autocast would copy the
     # weights of all experts.
     with context.no_autocast(x):

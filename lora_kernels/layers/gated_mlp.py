@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends.eager.blocks import Layer
 from ..backends.eager.gated_mlp import ACTIVATIONS
+from ..core.record import Record, path_reason
 from ..ops import blocks
 from ..quantization import Weight4bit
 from .layer import LoRALayer
-from .linear import LoRALinear
-from .quantized import QLoRALinear
 
 
 class LoRAGatedMLP(nn.Module):
@@ -19,9 +20,8 @@ class LoRAGatedMLP(nn.Module):
 
     On a GPU the MLP is one block of PyTorch's GEMMs. For more than 64 rows gate and up share one
     GEMM of x. h = act(gate(x)) ⊙ up(x) is not saved for the backward, which recomputes it. The
-    block needs three layers of class `LoRALinear` or `QLoRALinear` that are enabled and not merged,
-    without active dropout and without hooks. Otherwise, and on a CPU, the layers are called in
-    turn.
+    block needs three layers that are enabled and not merged, without a column scale, active dropout
+    or hooks. Otherwise, and on a CPU, the layers are called in turn.
 
     Args:
         gate, up: layers [..., K] -> [..., H].
@@ -69,12 +69,15 @@ class LoRAGatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute x [..., K] -> y [..., N]."""
         layers = self.gate, self.up, self.down
-        if blocks.can_run(x) and not _has_any_global_hook() and all(map(_is_plain, layers)):
-            operands = [_operands(layer) for layer in layers]
-            dtypes = [layer.compute_dtype for layer in layers]
-            block = blocks.make_block(x, operands, dtypes, activation=self.activation)
-            if block is not None:
-                return blocks.gated_mlp(x, block)
+        if blocks.can_run(x) and not _has_any_global_hook():
+            records = list(takewhile(lambda record: record is not None, map(_read, layers)))
+            if len(records) == len(layers):
+                dtypes = [layer.compute_dtype for layer in layers]
+                block = blocks.make_block(
+                    x, cast(list[Record], records), dtypes, activation=self.activation
+                )
+                if block is not None:
+                    return blocks.gated_mlp(x, block)
         h = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
         y: Tensor = self.down(h)
         return y
@@ -83,23 +86,25 @@ class LoRAGatedMLP(nn.Module):
         return f"activation={self.activation!r}"
 
 
-def _is_plain(layer: LoRALayer) -> bool:
-    """Return True if a call of the layer computes `lora_linear` on its parameters, nothing else."""
+def _read(layer: LoRALayer) -> Record | None:
+    """Return the layer's record; None if its call may do more than a block computes."""
     hooks = (
         *(layer._forward_pre_hooks, layer._forward_hooks),
         *(layer._backward_pre_hooks, layer._backward_hooks),
     )
-    return (
-        type(layer) in (LoRALinear, QLoRALinear)
-        and layer.enabled
-        and not layer.merged
-        and not (layer.training and layer.dropout)
-        and not any(hooks)
-        and "forward" not in vars(layer)
-    )
-
-
-def _operands(layer: LoRALayer) -> Layer:
-    weight = layer._base_weight()
-    operand = weight.codes if isinstance(weight, Weight4bit) else weight
-    return Layer(operand, layer.lora_A, layer.lora_B, layer.bias, layer.scaling)
+    cls = type(layer)
+    if (
+        cls.forward is not LoRALayer.forward
+        or cls.forward_fused is not LoRALayer.forward_fused
+        or not layer.enabled
+        or layer.merged
+        or layer.use_checkpoint
+        or any(hooks)
+        or "forward" in vars(layer)
+    ):
+        return None
+    record = layer.record(layer.base_weight())
+    if path_reason([record], blocks.BLOCK) is not None:
+        return None
+    weight = record.weight
+    return record._replace(weight=weight.codes) if isinstance(weight, Weight4bit) else record

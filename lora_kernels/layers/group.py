@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.record import Record
 from ..quantization import Weight4bit
-from .layer import Adapter, Init, LoRALayer, check_size, check_stock
+from .layer import Init, LoRALayer, check_size, check_stock
 from .quantized import QLoRALayer
 
 if TYPE_CHECKING:
@@ -138,13 +139,13 @@ class LoRAGroup(LoRALayer):
         layer._set_base(weight, bias)
         return layer.train(first_linear.training)
 
-    def _make_adapter(self, dtype: torch.dtype) -> None:
-        self.lora_A = self._empty(len(self.targets) * self.r, self.in_features, dtype=dtype)
-        self.lora_B = self._empty(sum(self._target_sizes()), self.r, dtype=dtype)
+    def make_adapter(self, dtype: torch.dtype) -> None:
+        self.lora_A = self.empty(len(self.targets) * self.r, self.in_features, dtype=dtype)
+        self.lora_B = self.empty(sum(self._target_sizes()), self.r, dtype=dtype)
 
-    def _init_(self, A: Tensor) -> None:
+    def init_lora_A(self, A: Tensor) -> None:
         for member in A.split(self.r):
-            super()._init_(member)
+            super().init_lora_A(member)
 
     def member(self, name: str) -> Member:
         """Return views of the member's parameters. Raises KeyError for an unknown name."""
@@ -172,8 +173,8 @@ class LoRAGroup(LoRALayer):
     def _target_sizes(self) -> list[int]:
         return [self.members[name] for name in self.targets]
 
-    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
-        return Adapter(self.lora_A, self._padded_B(), self.scaling)
+    def record(self, weight: Tensor | Weight4bit) -> Record:
+        return super().record(weight)._replace(lora_B=self._padded_B())
 
     def _padded_B(self) -> Tensor:
         """Return lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
@@ -194,9 +195,9 @@ class LoRAGroup(LoRALayer):
             ]
         )
 
-    def _adapter_config(self) -> dict[str, Any]:
+    def adapter_config(self) -> dict[str, Any]:
         members = [list(member) for member in self.members.items()]  # a list keeps the order
-        return super()._adapter_config() | {"members": members, "targets": list(self.targets)}
+        return super().adapter_config() | {"members": members, "targets": list(self.targets)}
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Compute x [..., K] -> y_i [..., N_i], views of one [..., N]."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.record import Record, path_reason
+from ..ops import direct
 from ..ops.arguments import check_finite, check_probability
-from ..ops.direct import call_or_lora_linear
-from ..ops.linear import lora_linear
 from ..quantization import Weight4bit
 from .cache import DoraNormCache
 
@@ -21,26 +21,31 @@ if TYPE_CHECKING:
 
 Init = str | Callable[[Tensor], object]
 _INITS = ("kaiming", "gaussian", "xavier", "orthogonal")
+# Methods that a subclass may override, under the names that they had: nothing would call them.
+_FORMER_NAMES = {
+    "_make_adapter": "make_adapter",
+    "_init_": "init_lora_A",
+    "_adapter": "record",
+    "_forward_fused": "forward_fused",
+    "_adapter_config": "adapter_config",
+    "_base": "base",
+    "_default_init": "default_init",
+    "_base_weight": "base_weight",
+    "_dense_weight": "dense_weight",
+}
 
 
-class Adapter(NamedTuple):
-    """The adapter's operands: y = c ⊙ (x·Wᵀ + s·((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias."""
-
-    lora_A: Tensor  # A [R, K]
-    lora_B: Tensor  # B [N, R]
-    scaling: float  # s
-    rank_gate: Tensor | None = None  # g [R]
-    column_scale: Tensor | None = None  # c [N]
-
-    def merge_into(self, weight: Tensor) -> Tensor:
-        """Return c ⊙ (weight + s·(B ⊙ g)·A) in float32 (float64 for float64)."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        gate, column_scale = self.rank_gate, self.column_scale
-        lora_A, lora_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        lora_B = lora_B if gate is None else lora_B * gate.to(dtype)
-        with torch.autocast(weight.device.type, enabled=False):
-            merged = torch.addmm(weight.to(dtype), lora_B, lora_A, alpha=self.scaling)
-        return merged if column_scale is None else merged * column_scale.to(dtype)[:, None]
+def merge_into(record: Record, weight: Tensor) -> Tensor:
+    """Return c ⊙ (weight + s·(B ⊙ g)·A) in float32 (float64 for float64)."""
+    if (reason := path_reason([record], direct.LAYER)) is not None:
+        raise ValueError(reason)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    gate, column_scale = record.rank_gate, record.column_scale
+    lora_A, lora_B = record.lora_A.to(dtype), record.lora_B.to(dtype)
+    lora_B = lora_B if gate is None else lora_B * gate.to(dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        merged = torch.addmm(weight.to(dtype), lora_B, lora_A, alpha=record.scaling)
+    return merged if column_scale is None else merged * column_scale.to(dtype)[:, None]
 
 
 class Base:
@@ -95,14 +100,14 @@ class LayerCache:
 class LoRALayer(nn.Module):
     """The base class of all layers with an adapter.
 
-    A subclass chooses a base, in `_base`, and an adapter, in at most six methods:
+    A subclass chooses a base, in `base`, and an adapter, in at most six methods:
 
-        _make_adapter           registers the adapter's parameters, uninitialized
+        make_adapter            registers the adapter's parameters, uninitialized
         reset_lora_parameters   initializes them
-        _init_                  fills lora_A by `init`
-        _adapter                returns the operands that derive from the parameters
-        _forward_fused          computes base and adapter together, by `lora_linear` by default
-        _adapter_config         returns the numbers that a saved adapter is checked for
+        init_lora_A             fills lora_A by `init`
+        record                  returns the operands that derive from the parameters
+        forward_fused           computes base and adapter together, by `lora_linear` by default
+        adapter_config          returns the numbers that a saved adapter is checked for
 
     `LoRALinear` documents the arguments that all layers share.
     """
@@ -115,10 +120,16 @@ class LoRALayer(nn.Module):
     lora_B: nn.Parameter
     merged_weight: Tensor | None
 
-    _base: ClassVar[Base] = Base()
-    _default_init: ClassVar[Any] = "kaiming"
+    base: ClassVar[Base] = Base()
+    default_init: ClassVar[Any] = "kaiming"
     compute_dtype: torch.dtype | None = None  # of the base GEMM without autocast
     use_checkpoint = False  # see `MemoryEfficientLoRALinear`
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for former, name in _FORMER_NAMES.items():
+            if hasattr(cls, former):
+                raise TypeError(f"{cls.__name__}: got {former}, want its new name {name}")
 
     def __init__(
         self,
@@ -140,7 +151,7 @@ class LoRALayer(nn.Module):
             check_size(name, size)
         check_finite("alpha", alpha)
         check_probability("dropout", dropout)
-        init = self._default_init if init is None else init
+        init = self.default_init if init is None else init
         if not callable(init) and init not in _INITS:
             want = ", ".join(map(repr, _INITS))
             raise ValueError(f"init: got {init!r}, want one of {want}, or a callable")
@@ -156,7 +167,7 @@ class LoRALayer(nn.Module):
         self.enabled = True  # False: the base alone, exactly `F.linear`
         self._cache = LayerCache()
         sizes = (out_features, in_features)
-        shape = sizes[::-1] if self._base.transposed else sizes
+        shape = sizes[::-1] if self.base.transposed else sizes
         self.weight = _frozen_parameter(torch.empty(shape, device=device, dtype=dtype))
         if not self.weight.is_floating_point():
             raise TypeError(f"dtype: got {dtype}, want a floating dtype")
@@ -167,66 +178,52 @@ class LoRALayer(nn.Module):
             lora_dtype = torch.promote_types(self.weight.dtype, torch.float32)
         elif not lora_dtype.is_floating_point:
             raise TypeError(f"lora_dtype: got {lora_dtype}, want a floating dtype")
-        self._make_adapter(lora_dtype)
+        self.make_adapter(lora_dtype)
         self.register_buffer("merged_weight", None, persistent=False)
         self.reset_parameters()
 
     # The adapter
 
-    def _make_adapter(self, dtype: torch.dtype) -> None:
+    def make_adapter(self, dtype: torch.dtype) -> None:
         """Register the adapter's parameters on the base's device. dtype: of the matrices."""
-        self.lora_A = self._empty(self.r, self.in_features, dtype=dtype)
-        self.lora_B = self._empty(self.out_features, self.r, dtype=dtype)
+        self.lora_A = self.empty(self.r, self.in_features, dtype=dtype)
+        self.lora_B = self.empty(self.out_features, self.r, dtype=dtype)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Set lora_A by `init` and lora_B to zero. Meta tensors are left alone."""
         if not self.lora_A.is_meta:
-            self._init_(self.lora_A)
+            self.init_lora_A(self.lora_A)
             nn.init.zeros_(self.lora_B)
 
-    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
-        """Return the adapter's operands. weight: the base's operand."""
-        return Adapter(self.lora_A, self.lora_B, self.scaling)
+    def record(self, weight: Tensor | Weight4bit) -> Record:
+        """Return the operands of the next call; a gate and a column scale may be computed.
 
-    def _forward_fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
+        weight: the base's operand.
+        """
+        p = self.dropout if self.training else 0.0
+        return Record(weight, self.lora_A, self.lora_B, self.bias, self.scaling, p)
+
+    def forward_fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
         """Return the layer's output. weight: the base's operand."""
-        dropout_p = self.dropout if self.training else 0.0
-        lora_A, lora_B, scaling, gate, column_scale = self._adapter(weight)
-        if gate is not None or column_scale is not None or self.use_checkpoint:
-            return lora_linear(
-                x,
-                weight,
-                lora_A,
-                lora_B,
-                scaling,
-                self.bias,
-                rank_gate=gate,
-                column_scale=column_scale,
-                dropout_p=dropout_p,
-                compute_dtype=self.compute_dtype,
-                recompute=self.use_checkpoint,
-            )
-        return call_or_lora_linear(
-            x, weight, lora_A, lora_B, scaling, self.bias, self.compute_dtype, dropout_p
-        )
+        return direct.compute(x, self.record(weight), self.compute_dtype, self.use_checkpoint)
 
-    def _adapter_config(self) -> dict[str, Any]:
+    def adapter_config(self) -> dict[str, Any]:
         """Return the numbers that change the output and are no parameters, as JSON values.
 
         `save_lora_weights` stores them, and `load_lora_weights` compares them with the model's.
         """
         return {"r": self.r, "alpha": self.alpha, "scaling": self.scaling}
 
-    def _empty(self, *shape: int, dtype: torch.dtype) -> nn.Parameter:
+    def empty(self, *shape: int, dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(self.weight.new_empty(shape, dtype=dtype))
 
-    def _empty_vector(self, size: int, dtype: torch.dtype) -> nn.Parameter:
+    def empty_vector(self, size: int, dtype: torch.dtype) -> nn.Parameter:
         """Return an uninitialized vector of the adapter, in at least float32."""
-        return self._empty(size, dtype=torch.promote_types(dtype, torch.float32))
+        return self.empty(size, dtype=torch.promote_types(dtype, torch.float32))
 
-    def _init_(self, A: Tensor) -> None:
-        """Fill an A [r, K] by `init`."""
+    def init_lora_A(self, A: Tensor) -> None:
+        """Fill a lora_A [r, K] by `init`."""
         if callable(self.init):
             self.init(A)
         elif self.init == "gaussian":
@@ -243,7 +240,7 @@ class LoRALayer(nn.Module):
 
     def _set_base(self, weight: Tensor | Weight4bit, bias: nn.Parameter | None) -> Self:
         """Replace the base on meta by `weight` and `bias`, and initialize the adapter there."""
-        self._base.set_weight(self, weight)
+        self.base.set_weight(self, weight)
         self.bias = bias
         if weight.device.type != "meta":
             for name, p in self._parameters.items():
@@ -258,16 +255,16 @@ class LoRALayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialize the base by `Base.reset` and the adapter by `reset_lora_parameters`."""
-        self._base.reset(self)
+        self.base.reset(self)
         self.reset_lora_parameters()
 
-    def _base_weight(self) -> Tensor | Weight4bit:
+    def base_weight(self) -> Tensor | Weight4bit:
         """Return the base's operand: W [N, K], or [K, N] for an embedding."""
-        return self._base.operand(self)
+        return self.base.operand(self)
 
-    def _dense_weight(self) -> Tensor:
+    def dense_weight(self) -> Tensor:
         """Return the base's operand as a floating tensor."""
-        weight = self._base_weight()
+        weight = self.base_weight()
         return weight if isinstance(weight, Tensor) else weight.dequantize()
 
     # The layer
@@ -275,16 +272,16 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute x [..., K] -> y [..., N], in autocast's dtype under autocast, else in x's."""
         if not self.enabled:
-            return self._base.multiply(x, self._base_weight(), self.bias)
+            return self.base.multiply(x, self.base_weight(), self.bias)
         if self.merged_weight is None:
-            return self._forward_fused(x, self._base_weight())
+            return self.forward_fused(x, self.base_weight())
         is_trainable = self.lora_A.requires_grad or self.lora_B.requires_grad
         if is_trainable and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self).__name__} is merged and in training mode, where lora_A and "
                 "lora_B would get no gradient: call unmerge() to train, or eval()"
             )
-        return self._base.multiply(x, self.merged_weight, self.bias)
+        return self.base.multiply(x, self.merged_weight, self.bias)
 
     @property
     def merged(self) -> bool:
@@ -301,11 +298,11 @@ class LoRALayer(nn.Module):
 
         Raises RuntimeError, and merges nothing, if the sum has NaN or infinity.
         """
-        self.merged_weight = self._merge_into(self._dense_weight())
+        self.merged_weight = self._merge_into(self.dense_weight())
 
     def _merge_into(self, weight: Tensor) -> Tensor:
         """Return `weight` with the adapter merged into it; RuntimeError if it is not finite."""
-        merged = self._adapter(self._base_weight()).merge_into(weight).to(weight.dtype)
+        merged = merge_into(self.record(self.base_weight()), weight).to(weight.dtype)
         if not merged.isfinite().all():
             raise RuntimeError(
                 "merge: got NaN or infinity in the sum of weight and adapter, want finite values; "
@@ -324,7 +321,7 @@ class LoRALayer(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._base.align(self)
+        self.base.align(self)
         if self.merged:  # merged_weight is derived from the weights before loading
             self.merge()
 

@@ -130,7 +130,7 @@ class QLoRALayer(LoRALayer):
     arguments of the 4-bit format and passes the others on.
     """
 
-    _base = Base4bit()
+    base = Base4bit()
     double_quant: bool
     weight_dtype: torch.dtype  # before quantization
 
@@ -150,7 +150,7 @@ class QLoRALayer(LoRALayer):
     @property
     def weight4bit(self) -> Weight4bit:
         """The base weight, which shares the parameters' memory."""
-        return self._base.operand(self)
+        return self.base.operand(self)
 
     def extra_repr(self) -> str:
         nested = ", nested" * self.double_quant

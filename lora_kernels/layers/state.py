@@ -18,7 +18,7 @@ from .experts import LoRAExperts
 from .layer import LoRALayer
 from .variants import AdaLoRALinear
 
-CONFIG = "lora_layers"  # the file's metadata: JSON, layer -> its `_adapter_config`
+CONFIG = "lora_layers"  # the file's metadata: JSON, layer -> its `adapter_config`
 
 
 class LoRAParameterCount(NamedTuple):
@@ -107,7 +107,7 @@ def save_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
     path = Path(path)
     tensors = {name: t.contiguous() for name, t in lora_state_dict(model).items()}
-    config = {name: layer._adapter_config() for name, layer in _lora_layers(model)}
+    config = {name: layer.adapter_config() for name, layer in _lora_layers(model)}
     data = save(tensors, metadata={"format": "pt", CONFIG: json.dumps(config)})
     _replace_file(path, data)
     print(f"saved {len(data):,} bytes to {path}")
@@ -190,9 +190,7 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = list(_lora_layers(model))
     if not problems:  # a shape mismatch explains more than a different r
         for name, layer in layers:
-            problems += _different_config(
-                name, saved_configs.get(name, {}), layer._adapter_config()
-            )
+            problems += _different_config(name, saved_configs.get(name, {}), layer.adapter_config())
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:8])}{more}")

@@ -2,8 +2,8 @@
 
     y = c ⊙ (x·Wᵀ + s·((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias        g: rank gate, c: column scale
 
-A variant chooses its parameters in `_make_adapter`, their initialization in
-`reset_lora_parameters`, and the operands in `_adapter`; see `LoRALayer`. The classes whose names
+A variant chooses its parameters in `make_adapter`, their initialization in
+`reset_lora_parameters`, and the operands in `record`; see `LoRALayer`. The classes whose names
 start with Q are the same variants over a 4-bit base.
 """
 
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.record import Record
 from ..ops.norm import dora_norm
 from ..quantization import Weight4bit
-from .layer import Adapter, check_size
+from .layer import check_size
 from .linear import LoRALinear
 from .quantized import QLoRALinear
 
@@ -48,9 +49,9 @@ class DoRALinear(LoRALinear):
 
     magnitude: nn.Parameter
 
-    def _make_adapter(self, dtype: torch.dtype) -> None:
-        super()._make_adapter(dtype)
-        self.magnitude = self._empty_vector(self.out_features, dtype)
+    def make_adapter(self, dtype: torch.dtype) -> None:
+        super().make_adapter(dtype)
+        self.magnitude = self.empty_vector(self.out_features, dtype)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -58,9 +59,10 @@ class DoRALinear(LoRALinear):
         super().reset_lora_parameters()
         if self.lora_A.is_meta:
             return
-        weight = self._base_weight()
-        lora_A, lora_B, scaling, gate, _ = super()._adapter(weight)
-        norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=gate)
+        weight = self.base_weight()
+        record = super().record(weight)
+        factors = record.lora_A, record.lora_B, record.scaling
+        norm = dora_norm(weight, *factors, rank_gate=record.rank_gate)
         zero_rows = (norm == 0).nonzero()
         if zero_rows.numel():
             raise ValueError(
@@ -68,10 +70,11 @@ class DoRALinear(LoRALinear):
             )
         self.magnitude.copy_(norm)
 
-    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
-        lora_A, lora_B, scaling, gate, _ = super()._adapter(weight)
-        norm = self._cache.norm(weight, lora_A, lora_B, scaling, gate)
-        return Adapter(lora_A, lora_B, scaling, gate, self.magnitude / norm)
+    def record(self, weight: Tensor | Weight4bit) -> Record:
+        record = super().record(weight)
+        factors = record.lora_A, record.lora_B, record.scaling
+        norm = self._cache.norm(weight, *factors, record.rank_gate)
+        return record._replace(column_scale=self.magnitude / norm)
 
 
 class AdaLoRALinear(LoRALinear):
@@ -94,11 +97,11 @@ class AdaLoRALinear(LoRALinear):
 
     lora_E: nn.Parameter
     rank_mask: Tensor
-    _default_init = staticmethod(functools.partial(nn.init.normal_, std=0.02))
+    default_init = staticmethod(functools.partial(nn.init.normal_, std=0.02))
 
-    def _make_adapter(self, dtype: torch.dtype) -> None:
-        super()._make_adapter(dtype)
-        self.lora_E = self._empty_vector(self.r, dtype)
+    def make_adapter(self, dtype: torch.dtype) -> None:
+        super().make_adapter(dtype)
+        self.lora_E = self.empty_vector(self.r, dtype)
         self.register_buffer("rank_mask", self.lora_A.new_ones(self.r, dtype=torch.bool))
 
     @torch.no_grad()
@@ -111,8 +114,8 @@ class AdaLoRALinear(LoRALinear):
         nn.init.zeros_(self.lora_E)
         self.rank_mask.fill_(True)
 
-    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
-        return super()._adapter(weight)._replace(rank_gate=self.lora_E * self.rank_mask)
+    def record(self, weight: Tensor | Weight4bit) -> Record:
+        return super().record(weight)._replace(rank_gate=self.lora_E * self.rank_mask)
 
     @property
     def current_rank(self) -> int:
@@ -173,7 +176,7 @@ class StableLoRALinear(LoRALinear):
     (True, 0.5)
     """
 
-    _default_init = "xavier"
+    default_init = "xavier"
 
     def __init__(self, *args: Any, max_grad_norm: float = 1.0, **kwargs: Any) -> None:
         if not max_grad_norm > 0:
@@ -311,9 +314,9 @@ class HierarchicalLoRALinear(LoRALinear):
         """Build the layer as `LoRALinear.from_linear` does, with ranks in place of r."""
         return super().from_linear(linear, ranks, *args, **options)  # type: ignore[arg-type]
 
-    def _make_adapter(self, dtype: torch.dtype) -> None:
-        super()._make_adapter(dtype)
-        self.level_weights = self._empty_vector(len(self.ranks), dtype)
+    def make_adapter(self, dtype: torch.dtype) -> None:
+        super().make_adapter(dtype)
+        self.level_weights = self.empty_vector(len(self.ranks), dtype)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -321,14 +324,14 @@ class HierarchicalLoRALinear(LoRALinear):
         if not self.level_weights.is_meta:
             self.level_weights.copy_(self.level_weights.new_tensor(self.weights))
 
-    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
+    def record(self, weight: Tensor | Weight4bit) -> Record:
         levels = zip(self.level_weights.unbind(), self.level_scales, self.ranks, strict=True)
         gate = torch.cat([(level * scale).expand(rank) for level, scale, rank in levels])
-        return super()._adapter(weight)._replace(rank_gate=gate)
+        return super().record(weight)._replace(rank_gate=gate)
 
-    def _adapter_config(self) -> dict[str, Any]:
+    def adapter_config(self) -> dict[str, Any]:
         levels = {"ranks": list(self.ranks), "level_scales": list(self.level_scales)}
-        return super()._adapter_config() | levels
+        return super().adapter_config() | levels
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"

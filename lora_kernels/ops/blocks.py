@@ -24,18 +24,21 @@ from torch.autograd import forward_ad
 from ..backends import library
 from ..backends.eager import blocks as eager
 from ..backends.eager import gated_mlp as eager_mlp
-from ..backends.eager.blocks import BlockGrads, BlockNeeds, DropoutMask, Layer
-from ..backends.eager.linear import MANY_ROWS
+from ..backends.eager.blocks import BlockGrads, BlockNeeds, DropoutMask
+from ..backends.eager.products import MANY_ROWS
 from ..backends.rows import set_leading_dims_
 from ..choice import verdicts
 from ..core import forced
-from ..core.call import Needs, Operands, Spec
-from ..core.dtypes import to_dtype
+from ..core.call import Grads, Needs, Operands, Saved, Spec
+from ..core.dtypes import stat_dtype, to_dtype
 from ..core.packed4bit import Packed4bit
+from ..core.record import PLAIN, CodePath, Record
 from . import context, linear
 from .arguments import FLOATS, copies_rows, has_strides
-from .autograd import differentiable_once
+from .autograd import differentiable_once, new_unsaved
 
+# The operands that a block of several layers takes, computed.
+BLOCK = CodePath("a block", (frozenset({"rank_gate"}),))
 _PLAIN = context.TENSOR_TYPES
 _BY_DEFAULT = None, "eager"
 _KEYS = context.KEYS, context.INFERENCE_KEYS
@@ -80,39 +83,36 @@ class Block(NamedTuple):
         layers: those of one x; of an MLP gate, up and down.
         dtype: of the base GEMMs, and of x in them.
         y_dtype: of each y.
-        casts: whether A, B and dense weights are cast to `dtype`; else dense weights have it.
+        casts: whether an A, a B or a dense weight has to be cast to `dtype`.
         is_plain: whether all have `dtype` then, and there is no gate.
         is_stacked: whether one GEMM computes P of all layers of one x.
         has_others: whether a bias or a gate may need a gradient.
-        dropout_p: of one layer, in a plain block.
         activation: of an MLP: "silu", "gelu_tanh" or "gelu".
     """
 
-    layers: Sequence[Layer]
+    layers: Sequence[Record]
     dtype: torch.dtype
     y_dtype: torch.dtype
     casts: bool
     is_plain: bool
     is_stacked: bool
     has_others: bool
-    dropout_p: float
     activation: str
 
     def tensors(self) -> list[Tensor | None]:
         """Return what may need a gradient: all A, all B, and then all biases and all gates."""
         layers = self.layers
-        tensors = [layer[1] for layer in layers]
-        tensors += [layer[2] for layer in layers]
+        tensors = [layer.lora_A for layer in layers]
+        tensors += [layer.lora_B for layer in layers]
         if self.has_others:
             return [*tensors, *(layer.bias for layer in layers), *(g.rank_gate for g in layers)]
-        return cast(list[Tensor | None], tensors)
+        return tensors
 
 
 def call_linear(
     x: Tensor,
-    layer: Layer,
+    layer: Record,
     compute_dtype: torch.dtype | None,
-    dropout_p: float = 0.0,
     casts_adapters: bool = False,
     keeps_x_dtype: bool = False,
 ) -> Tensor | None:
@@ -124,114 +124,128 @@ def call_linear(
     """
     if not can_run(x):
         return None
-    weight, A, B, bias = layer[:4]
+    weight, A, B, bias, _, p = layer[:PLAIN]
     dtype, is_packed = x.dtype, type(weight) is Packed4bit
     if (
-        dropout_p
+        p
         or casts_adapters
         or not (type(A) in _PLAIN and type(B) in _PLAIN and A.dtype is B.dtype is dtype)
         or not (compute_dtype in (None, dtype) if is_packed else type(weight) in _PLAIN)
-        or not (is_packed or weight.dtype is dtype)  # type: ignore[union-attr]
-        or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
-        or (_is_any_autocast_enabled() and cast_dtype(x) not in (None, dtype))
-        or (x.is_cuda and _has_verdict(x))
-        or A.device != x.device
-        or dtype not in FLOATS
+        or not (is_packed or (weight.dtype is dtype and not weight.requires_grad))
+        or (bias is not None and bias.requires_grad)
+        or not _fits(x, dtype, A)
     ):
         if A is None or B is None or weight is None:
             return None
-        block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype, dropout_p)
+        block = make_block(x, (layer,), (compute_dtype,), casts_adapters, keeps_x_dtype)
         return None if block is None else linears(x, block)[0]
-    if x.shape[-1:] != A.shape[1:]:
-        return None
-    if not is_packed and weight.requires_grad:  # type: ignore[union-attr]
-        return None
+    # A Function of one plain layer takes 0.8 of the host's time for a block of one.
     if torch.is_grad_enabled():
         return LinearFunction.apply(x, A, B, layer)  # type: ignore[no-any-return]
     return _linear(x, layer)
 
 
-def plain_block(x: Tensor, layers: Sequence[Layer], activation: str = "") -> Block | None:
-    """Return the block of plain layers whose dtypes are x's; None if autocast casts it."""
-    dtype, K, device = x.dtype, x.shape[-1:], x.device
-    if _is_any_autocast_enabled() and cast_dtype(x) not in (None, dtype):
-        return None
-    if x.is_cuda and _has_verdict(x):
-        return None
+def plain_block(x: Tensor, layers: Sequence[Record], activation: str = "") -> Block | None:
+    """Return the block of plain layers whose dtypes are x's; None if `make_block` has to decide.
+
+    It saves a tenth of the host's time for q, k and v.
+    """
+    dtype, device = x.dtype, x.device
     for layer in layers:
-        if layer[1].device != device:
+        if layer.lora_A.device != device:
             return None
-    if dtype not in FLOATS or layers[0][1].shape[1:] != K:
+    if not _fits(x, dtype, layers[0].lora_A):
         return None
-    is_stacked = x.numel() > MANY_ROWS * K[0]
-    return Block(layers, dtype, dtype, False, True, is_stacked, False, 0.0, activation)
+    is_stacked = x.numel() > MANY_ROWS * x.shape[-1]
+    return Block(layers, dtype, dtype, False, True, is_stacked, False, activation)
+
+
+def _fits(x: Tensor, dtype: torch.dtype, lora_A: Tensor) -> bool:
+    """Return True if nothing casts x, no verdict is asked for, and x has lora_A's columns."""
+    return not (
+        (_is_any_autocast_enabled() and cast_dtype(x) not in (None, dtype))
+        or (x.is_cuda and _has_verdict(x))
+        or lora_A.device != x.device
+        or dtype not in FLOATS
+        or x.shape[-1:] != lora_A.shape[1:]
+    )
 
 
 def make_block(
     x: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Record],
     compute_dtypes: Sequence[torch.dtype | None],
     casts_adapters: bool = False,
     keeps_x_dtype: bool = False,
-    dropout_p: float = 0.0,
     activation: str = "",
 ) -> Block | None:
     """Return the block that computes the layers for an x of `can_run`; None if there is none.
 
     Args:
-        layers: whose weights are frozen.
+        layers: whose weights are frozen, and whose operands are computed (see
+            `backends.eager.blocks`). A layer alone in its block may have dropout.
         compute_dtypes: of each layer's base GEMM without autocast, over a 4-bit weight.
         casts_adapters: whether A and B are cast to x's dtype.
         keeps_x_dtype: whether a layer over 4 bits returns x's dtype under autocast too, as
             bitsandbytes' does.
-        dropout_p: of one layer.
         activation: of a gated MLP, whose layers are gate, up and down.
     """
     shape, x_dtype, device = x.shape, x.dtype, x.device
-    if x_dtype not in FLOATS or shape[-1:] != layers[0][1].shape[1:]:
+    if x_dtype not in FLOATS or shape[-1:] != layers[0].lora_A.shape[1:]:
         return None
-    autocast = cast_dtype(x)
-    dtype, casts = autocast or x_dtype, casts_adapters or autocast is not None
-    is_plain, has_others, packed = True, False, 0
-    for i, layer in enumerate(layers):
-        weight, A, B, bias = layer[:4]
+    autocast = cast_dtype(x) if _is_any_autocast_enabled() else None
+    dtype, may_cast = autocast or x_dtype, casts_adapters or autocast is not None
+    is_plain, casts, has_others, has_dropout, packed, i = True, False, False, False, 0, 0
+    for layer in layers:
+        weight, A, B, bias, _, p = layer[:PLAIN]
+        has_dropout = has_dropout or bool(p)
         if not (type(A) in _PLAIN and type(B) in _PLAIN and A.device == device):
             return None
-        if isinstance(weight, Packed4bit):
+        if type(weight) in _PLAIN:
+            if weight.requires_grad:
+                return None
+            if weight.dtype is not dtype:
+                if autocast is None:
+                    return None
+                casts = True
+        elif isinstance(weight, Packed4bit):
             packed += 1
             if autocast is None and compute_dtypes[i] not in (None, dtype):
                 return None
-        elif (
-            type(weight) not in _PLAIN
-            or weight.requires_grad
-            or (autocast is None and weight.dtype is not dtype)
-        ):
+        else:
             return None
         if layer.rank_gate is not None:
             is_plain, has_others = False, True
         elif bias is not None and bias.requires_grad:
             has_others = True
-        if not (casts or A.dtype is B.dtype is dtype):
-            if A.dtype is not layers[0][1].dtype or torch.float64 in (dtype, A.dtype, B.dtype):
+        if not A.dtype is B.dtype is dtype:
+            if may_cast:
+                casts = True
+            elif A.dtype is layers[0].lora_A.dtype and torch.float64 not in (
+                dtype,
+                A.dtype,
+                B.dtype,
+            ):
+                is_plain = False
+            else:
                 return None
-            is_plain = False
-    if not is_plain and (dropout_p or len(layers) == 1):
+        i += 1
+    is_alone = i == 1
+    if not is_plain and is_alone:
         return None
-    if dropout_p and copies_rows(x):
+    if has_dropout and (not is_alone or copies_rows(x)):
         return None  # the mask is drawn for x itself
     if x.is_cuda and _has_verdict(x) and not all(_is_eager(x, layer, dtype) for layer in layers):
         return None
     y_dtype = dtype
     if keeps_x_dtype and packed and dtype is not x_dtype:
-        if packed < len(layers) and not activation:
+        if packed < i and not activation:
             return None  # the results have two dtypes
         # An MLP's h has autocast's dtype over a dense gate and up, and then y.
-        if type(layers[-1][0]) is Packed4bit and (packed > 1 or not activation):
+        if type(weight) is Packed4bit and (packed > 1 or not activation):
             y_dtype = x_dtype
-    is_stacked = len(layers) > 1 and x.numel() > MANY_ROWS * shape[-1]
-    return Block(
-        layers, dtype, y_dtype, casts, is_plain, is_stacked, has_others, dropout_p, activation
-    )
+    is_stacked = not is_alone and x.numel() > MANY_ROWS * shape[-1]
+    return Block(layers, dtype, y_dtype, casts, is_plain, is_stacked, has_others, activation)
 
 
 def _has_verdict(x: Tensor) -> bool:
@@ -246,7 +260,7 @@ def _has_verdict(x: Tensor) -> bool:
     return x.numel() <= verdict.max_rows * x.shape[-1:].numel()
 
 
-def _is_eager(x: Tensor, layer: Layer, dtype: torch.dtype) -> bool:
+def _is_eager(x: Tensor, layer: Record, dtype: torch.dtype) -> bool:
     """Return True if no verdict gives the layer's call to a kernel of this package."""
     K = layer.lora_A.shape[1]
     rows = x.new_empty((), dtype=dtype).expand(x.numel() // x.shape[-1], K)
@@ -262,7 +276,7 @@ def linears(x: Tensor, block: Block) -> Sequence[Tensor]:
     if block.casts:
         layers = _cast(layers, block.dtype)
     if len(layers) == 1:
-        ys = [eager.linear_output(rows, layers[0], block.dropout_p)[0]]
+        ys = [eager.linear_output(rows, layers[0])[0]]
     else:
         with context.NOTHING if is_plain else context.no_autocast(x):
             ys, _ = eager.linears(rows, layers, is_plain, block.is_stacked)
@@ -286,7 +300,7 @@ def gated_mlp(x: Tensor, block: Block) -> Tensor:
     return set_leading_dims_(to_dtype(y, block.y_dtype), x.shape[:-1])
 
 
-def _linear(x: Tensor, layer: Layer) -> Tensor:
+def _linear(x: Tensor, layer: Record) -> Tensor:
     """Return y of one plain layer."""
     shape = x.shape
     if len(shape) == 2:
@@ -295,7 +309,7 @@ def _linear(x: Tensor, layer: Layer) -> Tensor:
     return set_leading_dims_(eager.linear_output(rows, layer)[0], shape[:-1])
 
 
-def _down(h: Tensor, layer: Layer, is_plain: bool) -> tuple[Tensor, Tensor]:
+def _down(h: Tensor, layer: Record, is_plain: bool) -> tuple[Tensor, Tensor]:
     """Return y and P of the down-projection."""
     if is_plain:
         return eager.linear_output(h, layer)[:2]
@@ -309,18 +323,18 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _cast(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
+def _cast(layers: Sequence[Record], dtype: torch.dtype) -> list[Record]:
     """Return the layers with A, B and a dense weight in `dtype`."""
     cast_layers = []
     for layer in layers:
         weight, A, B = layer.weight, to_dtype(layer.lora_A, dtype), to_dtype(layer.lora_B, dtype)
         if type(weight) is not Packed4bit:
-            weight = to_dtype(cast(Tensor, weight), dtype)
-        cast_layers.append(Layer(weight, A, B, layer.bias, layer.scaling, layer.rank_gate))
+            weight = to_dtype(weight, dtype)
+        cast_layers.append(layer._replace(weight=weight, lora_A=A, lora_B=B))
     return cast_layers
 
 
-def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
+def _versions(layers: Sequence[Record], need_x: bool, casts: bool) -> list[int]:
     """Return for each layer the sum of the versions of what the backward reads, which only grow.
 
     Empty if one of them is an inference tensor, which has none.
@@ -331,7 +345,7 @@ def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
             weight, A, B, gate = layer.weight, layer.lora_A, layer.lora_B, layer.rank_gate
             total = 0
             if need_x:
-                total += (weight[0] if type(weight) is Packed4bit else weight)._version  # type: ignore[union-attr]
+                total += (weight[0] if type(weight) is Packed4bit else weight)._version
             if not casts:
                 total += B._version + A._version if need_x else B._version
             if gate is not None:
@@ -345,7 +359,7 @@ def _versions(layers: Sequence[Layer], need_x: bool, casts: bool) -> list[int]:
 def _layer_tensors(ctx: Any) -> list[Any]:
     """Return what a backward may read of its context, and what may need a gradient."""
     layers = ctx.block.layers if hasattr(ctx, "block") else (ctx.layer,)
-    return [t for layer in layers for t in (layer[1], layer[2], layer[5])]
+    return [t for layer in layers for t in (layer.lora_A, layer.lora_B, layer.rank_gate)]
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -385,11 +399,64 @@ class _BlockFunction(torch.autograd.Function):
         cls._backward_cls.apply = backward  # type: ignore[attr-defined]
 
 
+def _layer_backward_by_op(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor | None,
+    p: Tensor | None,
+    layer: Record,
+    needs: Needs,
+    mask: Tensor | None = None,
+) -> Grads:
+    """Compute one layer's gradients by a registered op, for several dy at once.
+
+    PyTorch slices a batched dy for the op, but for no kernel that writes to its arguments, as those
+    of `eager.linears_backward` do (see `context.is_batched`).
+
+    x, p, mask: as the Function saved them. None for an x or P that no gradient reads.
+    """
+    (R, K), stat = layer.lora_A.shape, stat_dtype(dy.dtype)
+    x = new_unsaved(dy, K, dy.dtype) if x is None else x
+    p = new_unsaved(dy, R, stat, flat=True) if p is None else p.to(stat)
+    weight, lora_A, lora_B = layer.weight, layer.lora_A, layer.lora_B
+    operands = Operands(x, weight, lora_A, lora_B, layer.rank_gate, mask=mask)
+    spec = Spec(cast(float, layer.scaling), layer.dropout_p, dy.dtype, dy.dtype)
+    ctx.choice = "eager"  # of the op, for which PyTorch slices dy
+    return Grads(*linear.call_linear_backward(ctx, dy, operands, Saved(p), spec, needs))
+
+
+def _backward_by_op(
+    ctx: Any,
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    ps: Sequence[Tensor | None],
+    layers: Sequence[Record],
+    needs: BlockNeeds,
+    mask: Tensor | None = None,
+) -> BlockGrads:
+    """Compute the gradients of layers of one x, layer by layer, for several dy at once."""
+    grads, none = BlockGrads(None, [], [], [], []), (False,) * len(layers)
+    need_bias, need_gate = needs.bias or none, needs.rank_gate or none
+    dx: Tensor | None = None
+    for i, dy in enumerate(dys):
+        need = Needs(needs.x, needs.lora_A[i], needs.lora_B[i], need_gate[i], bias=need_bias[i])
+        found = Grads()
+        if dy is not None:
+            found = _layer_backward_by_op(ctx, dy, x, ps[i], layers[i], need, mask)
+        if found.x is not None:
+            dx = found.x if dx is None else dx + found.x
+        grads.lora_A.append(found.lora_A)
+        grads.lora_B.append(found.lora_B)
+        grads.bias.append(found.bias)
+        grads.rank_gate.append(found.rank_gate)
+    return grads._replace(x=dx)
+
+
 class LinearFunction(_BlockFunction):
     """One plain layer: x [..., K] -> y [..., N]. Saves x for dA, and P [M, R]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, layer: Layer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, layer: Record) -> Tensor:
         shape = x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         y, p, _ = eager.linear_output(rows, layer)
@@ -406,10 +473,9 @@ class LinearFunction(_BlockFunction):
         if ctx.version != _versions((layer,), need_x, False):
             raise RuntimeError(_CHANGED)
         if context.is_batched(dy):
-            rows = None if x is None else x.reshape(-1, shape[-1])
-            dy = dy.reshape(-1, dy.shape[-1])
-            dx, (dA,), (dB,), *_ = eager.batched_backward((dy,), rows, (p,), (layer,), False)
-            return cast(Tensor, dx).reshape(shape), dA, dB, None
+            needs = Needs(need_x, need_A, need_B)
+            dx, dA, dB, *_ = _layer_backward_by_op(ctx, dy, x, p, layer, needs)
+            return dx, dA, dB, None
         if len(shape) == 2:
             dx, dA, dB = eager.linear_backward(dy, x, p, layer, need_x, need_A, need_B)
             return dx, dA, dB, None
@@ -419,18 +485,19 @@ class LinearFunction(_BlockFunction):
         return None if dx is None else dx.view(shape), dA, dB, None
 
 
-def _copies(layers: Sequence[Layer], originals: Sequence[Layer]) -> list[Any]:
+def _copies(layers: Sequence[Record], originals: Sequence[Record]) -> list[Any]:
     """Return the copies that `_cast` made of each layer's tensors; None for a weight that was not
     copied."""
     copies: list[Any] = []
     for layer, original in zip(layers, originals, strict=True):
-        copies += layer[0] if layer[0] is not original[0] else None, layer[1], layer[2]
+        weight = layer.weight if layer.weight is not original.weight else None
+        copies += weight, layer.lora_A, layer.lora_B
     return copies
 
 
 def _load(
     ctx: Any, copies: Sequence[Any], need_x: bool, dys: Sequence[Tensor | None] | None = None
-) -> Sequence[Layer]:
+) -> Sequence[Record]:
     """Return the layers as the forward had them. RuntimeError if their tensors have changed.
 
     dys: the gradient of each layer's y. A layer whose y has none is not checked: after a write to
@@ -447,14 +514,7 @@ def _load(
         return layers
     copied = zip(layers, copies[::3], copies[1::3], copies[2::3], strict=True)
     return [
-        Layer(
-            layer.weight if weight is None else weight,
-            A,
-            B,
-            layer.bias,
-            layer.scaling,
-            layer.rank_gate,
-        )
+        layer._replace(weight=layer.weight if weight is None else weight, lora_A=A, lora_B=B)
         for layer, weight, A, B in copied
     ]
 
@@ -479,12 +539,12 @@ def _input_grads(
         if len(ctx.x_shape) != 2:
             dx = dx.view(ctx.x_shape)
     if block.casts:
-        _cast_grads(dB, [layer[2] for layer in block.layers])
-        _cast_grads(dA, [layer[1] for layer in block.layers])
+        _cast_grads(dB, [layer.lora_B for layer in block.layers])
+        _cast_grads(dA, [layer.lora_A for layer in block.layers])
     if not block.has_others:
         return dx, None, *dA, *dB
-    _cast_grads(dbias, [layer[3] for layer in block.layers])
-    _cast_grads(dg, [layer[5] for layer in block.layers])
+    _cast_grads(dbias, [layer.bias for layer in block.layers])
+    _cast_grads(dg, [layer.rank_gate for layer in block.layers])
     return dx, None, *dA, *dB, *dbias, *dg
 
 
@@ -511,7 +571,7 @@ class LinearsFunction(_BlockFunction):
         if casts:
             layers = _cast(layers, dtype)
         if len(layers) == 1:  # which is plain
-            y, p, mask = eager.linear_output(rows, layers[0], block.dropout_p)
+            y, p, mask = eager.linear_output(rows, layers[0])
             ys, ps = [y], [p]
         else:
             with context.NOTHING if is_plain else context.no_autocast(x):
@@ -539,10 +599,10 @@ class LinearsFunction(_BlockFunction):
         is_batched = any([dy is not None and context.is_batched(dy) for dy in dys])
         dys = tuple([None if dy is None else _rows(dy, dtype) for dy in dys])
         x, ps = None if x is None else _rows(x, dtype), others[:n]
-        dropped = None if mask is None else DropoutMask(mask, block.dropout_p)
-        if is_batched:
-            return eager.batched_backward(dys, x, ps, layers, block.has_others, dropped)
         need = BlockNeeds(need_x, needs[:n], needs[n : 2 * n], needs[2 * n : 3 * n], needs[3 * n :])
+        if is_batched:
+            return _backward_by_op(ctx, dys, x, ps, layers, need, mask)
+        dropped = None if mask is None else DropoutMask(mask, layers[0].dropout_p)
         return eager.linears_backward(dys, x, ps, layers, need, block.is_plain, dropped)
 
 
@@ -582,9 +642,6 @@ class GatedMLPFunction(_BlockFunction):
         layers = _load(ctx, copies, need_x)
         is_batched, dy = context.is_batched(dy), _rows(dy, dtype)
         x, ps = None if x is None else _rows(x, dtype), (p_gate, p_up, p_down)
-        if is_batched:
-            batched_args = dy, x, g, u, ps, layers, block.has_others, block.activation
-            return eager.batched_mlp_backward(*batched_args)
         need_A, need_B, need_bias, need_gate = needs[:3], needs[3:6], needs[6:9], needs[9:]
         need_h = need_x or any(
             [any(needed[:2]) for needed in (need_A, need_B, need_bias, need_gate)]
@@ -593,16 +650,22 @@ class GatedMLPFunction(_BlockFunction):
         down_needs = Needs(
             need_h, need_A[2], need_B[2], need_gate_of_down, False, need_bias_of_down
         )
-        in_place = not _get_current_graph_task_keep_graph()  # else a second backward reads g and u
-        down_args = g, u, p_down, layers[2], down_needs, is_plain, in_place, block.activation
-        dg, du, down = eager.down_backward(dy, *down_args)
         need = BlockNeeds(need_x, need_A[:2], need_B[:2], need_bias[:2], need_gate[:2])
-        dx, dA, dB, dbias, dgate = eager.linears_backward(
-            (dg, du), x, ps[:2], layers[:2], need, is_plain
-        )
-        dA.append(down.lora_A)
-        dB.append(down.lora_B)
+        gate_and_up = x, ps[:2], layers[:2], need
+        if is_batched:
+            h = eager_mlp.gated(g, u, block.activation)
+            down = _layer_backward_by_op(ctx, dy, h, p_down, layers[2], down_needs)
+            dgu = eager_mlp.split_gradient(g, u, down.x, block.activation)
+            grads = _backward_by_op(ctx, dgu, *gate_and_up)
+        else:
+            # Else a second backward reads g and u.
+            in_place = not _get_current_graph_task_keep_graph()
+            down_args = g, u, p_down, layers[2], down_needs, is_plain, in_place, block.activation
+            dg, du, down = eager.down_backward(dy, *down_args)
+            grads = eager.linears_backward((dg, du), *gate_and_up, is_plain)
+        grads.lora_A.append(down.lora_A)
+        grads.lora_B.append(down.lora_B)
         if need_bias:
-            dbias.append(down.bias)
-            dgate.append(down.rank_gate)
-        return BlockGrads(dx, dA, dB, dbias, dgate)
+            grads.bias.append(down.bias)
+            grads.rank_gate.append(down.rank_gate)
+        return grads

@@ -18,7 +18,6 @@ from torch.autograd import forward_ad
 from ..backends import library
 from ..backends.cpu import native
 from ..backends.cpu.linear import library_dx, library_linear
-from ..backends.eager.blocks import Layer
 from ..choice import choose as selection
 from ..core import forced
 from ..core.call import Needs, Operands, Saved, Spec
@@ -26,11 +25,15 @@ from ..core.dropout import dropout_scale, dropout_threshold
 from ..core.dtypes import DTYPE_NUMBERS
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import MAX_KERNEL_RANK
+from ..core.record import CodePath, Record, path_reason
 from ..quantization import Weight4bit, codebooks
 from . import blocks, context, linear
 from .arguments import draw_rng
 from .autograd import differentiable_once, new_unsaved
 from .registry import join_weight
+
+# The operands that a layer of `lora_kernels.layers` takes.
+LAYER = CodePath("LoRALayer", (frozenset({"dropout_p", "rank_gate", "column_scale"}),))
 
 
 def _set_up() -> None:
@@ -71,8 +74,8 @@ def call(
         lora_A, lora_B: [R, K] and [N, R]. None: no adapter, for a few rows without gradients.
     """
     if library.emulates_gpu or not x.is_cpu:
-        layer = Layer(weight, lora_A, lora_B, bias, scaling)  # type: ignore[arg-type]
-        return blocks.call_linear(x, layer, compute_dtype, dropout_p)
+        record = Record(weight, lora_A, lora_B, bias, scaling, dropout_p)
+        return blocks.call_linear(x, record, compute_dtype)
     module = native.module
     if module is None or weight is None or torch.is_autocast_enabled("cpu"):
         return None
@@ -154,25 +157,38 @@ def _backward(
     need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
     needs = Needs(need_x, need_A, need_B, False, False, need_bias)
     ctx.choice = linear.choose(operands, spec, selection.parse_request("cpu"))
-    grads = linear.call_backward(ctx, dy, operands, Saved(p), spec, needs)
-    return grads.x, grads.lora_A, grads.lora_B, grads.bias
+    dx, dA, dB, _, _, dbias = linear.call_linear_backward(ctx, dy, operands, Saved(p), spec, needs)
+    return dx, dA, dB, dbias
 
 
-def call_or_lora_linear(
-    x: Tensor,
-    weight: Tensor | Weight4bit,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout_p: float = 0.0,
+def compute(
+    x: Tensor, record: Record, compute_dtype: torch.dtype | None = None, recompute: bool = False
 ) -> Tensor:
-    """Return what `lora_linear` returns, by `call` if it takes the arguments."""
-    operand = weight.codes if isinstance(weight, Weight4bit) else weight
-    if not torch.compiler.is_compiling():
-        y = call(x, operand, lora_A, lora_B, bias, scaling, dropout_p, compute_dtype)
+    """Return what `lora_linear` returns for a record's operands, by `call` if it takes them.
+
+    record: whose weight may be a `Weight4bit`. Raises ValueError for an operand beyond `LAYER`.
+    """
+    # As a list: Dynamo of torch 2.8 cannot slice a NamedTuple.
+    weight, lora_A, lora_B, bias, scaling, p, _, _, *others = list(record)
+    is_plain = not any([t is not None and t is not False for t in others])
+    if not is_plain and (reason := path_reason([record], LAYER)) is not None:
+        raise ValueError(reason)
+    gate, column_scale = record.rank_gate, record.column_scale
+    if is_plain and not (recompute or torch.compiler.is_compiling()):
+        operand = weight.codes if isinstance(weight, Weight4bit) else weight
+        y = call(x, operand, lora_A, lora_B, bias, scaling, p, compute_dtype)
         if y is not None:
             return y
-    others = {"dropout_p": dropout_p, "compute_dtype": compute_dtype}
-    return linear.lora_linear(x, weight, lora_A, lora_B, scaling, bias, **others)  # type: ignore[arg-type]
+    return linear.lora_linear(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        bias,
+        rank_gate=gate,
+        column_scale=column_scale,
+        dropout_p=p,
+        compute_dtype=compute_dtype,
+        recompute=recompute,
+    )

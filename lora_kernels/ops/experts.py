@@ -40,11 +40,12 @@ from .arguments import (
 )
 from .autograd import differentiable_once, new_unsaved
 from .registry import (
-    call_op,
+    call_backward,
+    call_forward,
     define,
     draws_mask,
+    fill_grads,
     join_weight,
-    needed,
     new_grad,
     or_empty,
     split,
@@ -253,7 +254,7 @@ def _check_rows(operands: ExpertsOperands) -> None:
 
 
 class Options(NamedTuple):
-    """The arguments of `LoRAExpertsFunction` that are not tensors; see `Options`."""
+    """The arguments of `LoRAExpertsFunction` that are not tensors."""
 
     spec: ExpertsSpec
     blocksizes: tuple[Any, ...]
@@ -282,9 +283,10 @@ class LoRAExpertsFunction(torch.autograd.Function):
         lora_A, lora_B, base = tensors[:T], tensors[T : 2 * T], tensors[2 * T :]
         base = join_weight(base, blocksizes)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng, mask)
-        y, saved = _call_forward(ctx, operands, spec)
+        y, saved = call_forward(ctx, _EXPERTS, choose, lora_experts_undispatched, operands, spec)
         mask = mask if saved.mask is None else saved.mask
-        need_A, need_B = ctx.needs_input_grad[6 : 6 + T], ctx.needs_input_grad[6 + T : 6 + 2 * T]
+        need = ctx.needs_input_grad[6:]  # of `tensors`
+        need_A, need_B = need[:T], need[T : 2 * T]
         kept = x if any(need_A) else None, saved.p if any(need_B) else None
         ctx.save_for_backward(*kept, offsets, rng, mask, *tensors)
         ctx.options, ctx.x_dtype = options, x.dtype
@@ -296,18 +298,19 @@ class LoRAExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, p, offsets, rng, mask, *tensors_of_weights = tensors
         spec, blocksizes = ctx.options
-        T, need = len(spec.scaling), ctx.needs_input_grad
+        T, (need_x, need_bias, _, _, _, _, *need) = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B = tensors_of_weights[:T], tensors_of_weights[T : 2 * T]
         base = join_weight(tensors_of_weights[2 * T :], blocksizes)
         R, K = largest_rank(lora_A), lora_A[0].shape[2]
         x = new_unsaved(dy, K, ctx.x_dtype) if x is None else x
         p = new_unsaved(dy, R, stat_dtype(spec.dtype)) if p is None else p
-        needs = ExpertsNeeds(need[0], need[6 : 6 + T], need[6 + T : 6 + 2 * T], need[1])
+        needs = ExpertsNeeds(need_x, need[:T], need[T : 2 * T], need_bias)
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng, mask)
-        grads = _call_backward(ctx, dy, operands, Saved(p), spec, needs)
-        dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
+        run = lora_experts_backward_undispatched
+        dx, dA, dB, dbias = call_backward(ctx, _BACKWARD, run, dy, operands, Saved(p), spec, needs)
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
         nones = [None] * (len(tensors_of_weights) - 2 * T)
-        return grads.x, dbias, None, None, None, None, *grads.lora_A, *grads.lora_B, *nones
+        return dx, dbias, None, None, None, None, *dA, *dB, *nones
 
 
 def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | None = None) -> Choice:
@@ -388,15 +391,9 @@ def _lora_experts_backward(
     operands, spec, needs = split(args, ExpertsOperands, ExpertsSpec, ExpertsNeeds)
     chosen = choose(operands, spec, selection.parse_request(choice))
     grads = lora_experts_backward_undispatched(dy, operands, Saved(p), spec, needs, chosen)
-    return (
-        or_empty(grads.x, operands.x.dtype, dy),
-        [or_empty(t, A.dtype, dy) for t, A in zip(grads.lora_A, operands.lora_A, strict=True)],
-        [
-            or_empty(t, B.dtype, dy).contiguous()  # as the fake says
-            for t, B in zip(grads.lora_B, operands.lora_B, strict=True)
-        ],
-        or_empty(grads.bias, p.dtype, dy),
-    )
+    likes = operands.x, operands.lora_A, operands.lora_B, p
+    dx, dA, dB, dbias = fill_grads(grads, likes, dy)
+    return dx, dA, [t.contiguous() for t in dB], dbias  # as the fake says
 
 
 def _lora_experts_backward_fake(
@@ -422,33 +419,3 @@ _BACKWARD = define(
     _lora_experts_backward,
     _lora_experts_backward_fake,
 )
-
-
-def _call_forward(ctx: Any, operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, Saved]:
-    """Call the op or its implementation, as `linear.call_forward` does."""
-    if context.can_bypass_dispatcher(*tensors_of(operands)):
-        ctx.choice = choose(operands, spec)
-        return lora_experts_undispatched(operands, spec, ctx.choice)
-    ctx.choice = selection.format_request()
-    y, p, mask = call_op(_EXPERTS, (), operands, *spec)
-    return y, Saved(p, None, mask if draws_mask(operands, spec) else None)
-
-
-def _call_backward(
-    ctx: Any,
-    dy: Tensor,
-    operands: ExpertsOperands,
-    saved: Saved,
-    spec: ExpertsSpec,
-    needs: ExpertsNeeds,
-) -> ExpertsGrads:
-    """Call the backward's op or its implementation, as `linear.call_backward` does."""
-    if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
-        dy, *tensors_of(operands), saved.p
-    ):
-        return lora_experts_backward_undispatched(dy, operands, saved, spec, needs, ctx.choice)
-    context.refuse_tangent(dy)
-    others = *spec, *needs
-    dx, dA, dB, dbias = call_op(_BACKWARD, (dy, saved.p), operands, *others, choice=str(ctx.choice))
-    dA, dB = needed(dA, needs.lora_A), needed(dB, needs.lora_B)
-    return ExpertsGrads(dx if needs.x else None, dA, dB, dbias if needs.bias else None)

@@ -46,7 +46,7 @@ from .arguments import (
     matrix_shape,
 )
 from .autograd import differentiable_once
-from .registry import define, mask_rows, new_grad, or_empty, split
+from .registry import call_op, define, join_weight, mask_rows, needed, new_grad, or_empty, split
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -69,7 +69,20 @@ class TokenLogProbs(NamedTuple):
     is_top1: Tensor | None = None
 
 
-class _Call(NamedTuple):
+class _Inputs(NamedTuple):
+    """The tensors that both functions take, as the user gives them."""
+
+    x: Tensor
+    weight: Tensor | Weight4bit
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    labels: Tensor
+    bias: Tensor | None
+    rng: Tensor | None
+    mask: Tensor | None
+
+
+class Options(NamedTuple):
     """The arguments of the Functions that are not tensors.
 
     blocksizes: the fields of `Packed4bit` that are not tensors; () for a dense weight.
@@ -77,19 +90,6 @@ class _Call(NamedTuple):
 
     spec: HeadSpec
     blocksizes: tuple[Any, ...]
-
-
-class _Tensors(NamedTuple):
-    """The tensors of a call with x as M rows. weight: dense, or the tensors of a 4-bit weight."""
-
-    x: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    labels: Tensor
-    rng: Tensor | None
-    mask: Tensor | None
-    weight: tuple[Tensor, ...]
 
 
 def lora_linear_cross_entropy(
@@ -158,19 +158,19 @@ def lora_linear_cross_entropy(
     label_smoothing = check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, want a number in [0, 1]")
-    logits = ignore_index, logit_softcap, logit_scale, chunk_rows
-    operands = x, weight, lora_A, lora_B, labels, scaling, bias
-    tensors, call = _prepare(*operands, *logits, dropout_p, rng, dropout_mask, compute_dtype)
-    call = call._replace(spec=call.spec._replace(label_smoothing=label_smoothing))
+    inputs = _Inputs(x, weight, lora_A, lora_B, labels, bias, rng, dropout_mask)
+    operands, spec = _prepare(inputs, scaling, dropout_p, compute_dtype)
+    spec = _check_logits(spec, ignore_index, logit_softcap, logit_scale, chunk_rows)
+    options, tensors = _flatten(operands, spec._replace(label_smoothing=label_smoothing))
     if reduction == "none":
-        losses = _LogProbsFunction.apply(call, HeadOutputs(), *tensors[:-1], *tensors.weight)[0]
+        losses = _LogProbsFunction.apply(options, HeadOutputs(), *tensors)[0]
         return -losses.view(labels.shape)  # type: ignore[no-any-return]
     grad = torch.is_grad_enabled()
-    needs = HeadNeeds(*(t is not None and t.requires_grad and grad for t in _trainable(tensors)))
-    loss: Tensor = _CrossEntropyFunction.apply(call, needs, *tensors[:-1], *tensors.weight)
+    needs = HeadNeeds(*(t is not None and t.requires_grad and grad for t in _trainable(operands)))
+    loss: Tensor = _CrossEntropyFunction.apply(options, needs, *tensors)
     if reduction == "sum":
         return loss
-    count = (tensors.labels != ignore_index).sum()
+    count = (operands.labels != ignore_index).sum()
     # No rows have zero gradients and a loss of NaN, which a quotient 0 / 0 would give both.
     return (loss / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
@@ -229,12 +229,12 @@ def lora_linear_log_probs(
         if name not in HeadOutputs._fields:
             want = ", ".join(HeadOutputs._fields)
             raise ValueError(f"outputs: got {name!r}, want some of {want}")
-    logits = ignore_index, logit_softcap, logit_scale, chunk_rows
-    operands = x, weight, lora_A, lora_B, labels, scaling, bias
-    tensors, call = _prepare(*operands, *logits, dropout_p, rng, dropout_mask, compute_dtype)
-    call = call._replace(spec=call.spec._replace(inverse_temperature=1.0 / temperature))
+    inputs = _Inputs(x, weight, lora_A, lora_B, labels, bias, rng, dropout_mask)
+    operands, spec = _prepare(inputs, scaling, dropout_p, compute_dtype)
+    spec = _check_logits(spec, ignore_index, logit_softcap, logit_scale, chunk_rows)
+    options, tensors = _flatten(operands, spec._replace(inverse_temperature=1.0 / temperature))
     requested = HeadOutputs(*(name in outputs for name in HeadOutputs._fields))
-    results = _LogProbsFunction.apply(call, requested, *tensors[:-1], *tensors.weight)
+    results = _LogProbsFunction.apply(options, requested, *tensors)
     is_given = True, *requested
     rows: Any = (
         t.view(labels.shape) if g else None for t, g in zip(results, is_given, strict=True)
@@ -242,29 +242,26 @@ def lora_linear_log_probs(
     return TokenLogProbs(*rows)
 
 
-def _trainable(tensors: _Tensors) -> tuple[Tensor | None, ...]:
-    """Return the tensors in the order of `HeadNeeds`."""
-    return tensors.x, tensors.weight[0], tensors.lora_A, tensors.lora_B, tensors.bias
+def _trainable(operands: HeadOperands) -> tuple[Tensor | None, ...]:
+    """Return the tensors in the order of `HeadNeeds`; None for a 4-bit weight."""
+    x, weight, lora_A, lora_B, _, bias, *_ = operands
+    return x, weight if isinstance(weight, Tensor) else None, lora_A, lora_B, bias
+
+
+def _flatten(operands: HeadOperands, spec: HeadSpec) -> tuple[Options, list[Any]]:
+    """Return the arguments of the Functions: the tensors in order, but the weight's last."""
+    x, weight, *others = list(operands)
+    # As a list: Dynamo of torch 2.8 cannot slice a NamedTuple.
+    base = list(weight) if isinstance(weight, Packed4bit) else [weight]
+    options = Options(spec, tuple(base[PACKED4BIT_TENSORS:]))
+    return options, [x, *others, *base[:PACKED4BIT_TENSORS]]
 
 
 def _prepare(
-    x: Tensor,
-    weight: Tensor | Weight4bit,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    labels: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    ignore_index: int,
-    logit_softcap: float | None,
-    logit_scale: float,
-    chunk_rows: int | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    mask: Tensor | None,
-    compute_dtype: torch.dtype | None,
-) -> tuple[_Tensors, _Call]:
-    """Check the arguments; return the tensors, with x as rows, and the call."""
+    inputs: _Inputs, scaling: float, dropout_p: float, compute_dtype: torch.dtype | None
+) -> tuple[HeadOperands, HeadSpec]:
+    """Check the linear layer's arguments; return the operands, with x as rows, and the spec."""
+    x, weight, lora_A, lora_B, labels, bias, rng, mask = inputs
     context.refuse_context()
     if context.is_intercepted() and not torch.compiler.is_compiling():
         flops.register_if_counted()
@@ -295,6 +292,27 @@ def _prepare(
     _, codes, dtype = check_weight(x, frozen, (V, K), compute_dtype, cast_dtype)
     if bias is not None:
         check_vector("bias", bias, V, x)
+    base = weight if isinstance(weight, Tensor) else Packed4bit(*codes)
+    dropout_p, rng, mask = check_dropout(x, dropout_p, rng, mask)
+    if dropout_p and rng is None and mask is None:  # PyTorch's kernel's, for the backward too
+        mask = torch.native_dropout(x.detach(), dropout_p, True)[1]
+    mask = mask_rows(mask, x)
+    if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
+        x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
+        base = base.to(y_dtype) if isinstance(base, Tensor) else base
+    rows, flat = x.reshape(-1, K), labels.reshape(-1).to(torch.int64)
+    spec = HeadSpec(check_number("scaling", scaling), dropout_p, dtype, y_dtype)
+    return HeadOperands(rows, base, lora_A, lora_B, flat, bias, rng, mask), spec
+
+
+def _check_logits(
+    spec: HeadSpec,
+    ignore_index: int,
+    logit_softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
+) -> HeadSpec:
+    """Return the spec with the checked arguments of the logits."""
     scale, cap = check_number("logit_scale", logit_scale), 0.0
     if logit_softcap is not None:
         cap = check_number("logit_softcap", logit_softcap)
@@ -302,19 +320,9 @@ def _prepare(
             raise ValueError(f"logit_softcap: got {logit_softcap}, want a positive number, or None")
     if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"chunk_rows: got {chunk_rows!r}, want an integer, at least 1, or None")
-    base = (weight,) if isinstance(weight, Tensor) else codes[:PACKED4BIT_TENSORS]
-    dropout_p, rng, mask = check_dropout(x, dropout_p, rng, mask)
-    if dropout_p and rng is None and mask is None:  # PyTorch's kernel's, for the backward too
-        mask = torch.native_dropout(x.detach(), dropout_p, True)[1]
-    mask = mask_rows(mask, x)
-    if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
-        x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
-        base = base if codes else (base[0].to(y_dtype),)
-    rows, flat = x.reshape(-1, K), labels.reshape(-1).to(torch.int64)
-    spec = HeadSpec(check_number("scaling", scaling), dropout_p, dtype, y_dtype, scale, cap)
-    spec = spec._replace(ignore_index=ignore_index, chunk_rows=chunk_rows or 0)
-    tensors = _Tensors(rows, lora_A, lora_B, bias, flat, rng, mask, base)
-    return tensors, _Call(spec, codes[PACKED4BIT_TENSORS:])
+    return spec._replace(
+        logit_scale=scale, softcap=cap, ignore_index=ignore_index, chunk_rows=chunk_rows or 0
+    )
 
 
 def _check_labels(labels: Tensor, x: Tensor) -> None:
@@ -337,21 +345,22 @@ class _CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: _Call,
+        options: Options,
         needs: HeadNeeds,
         x: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
-        bias: Tensor | None,
         labels: Tensor,
+        bias: Tensor | None,
         rng: Tensor | None,
         mask: Tensor | None,
         *weight: Tensor,
     ) -> Tensor:
-        others = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *needs
-        run = _CROSS_ENTROPY.packed if call.blocksizes else _CROSS_ENTROPY.dense
+        spec, blocksizes = options
+        base = join_weight(weight, blocksizes)
+        operands = HeadOperands(x, base, lora_A, lora_B, labels, bias, rng, mask)
         loss: Tensor
-        loss, *grads = run(x, *weight, *call.blocksizes, *others)
+        loss, *grads = call_op(_CROSS_ENTROPY, (), operands, *spec, *needs)
         ctx.save_for_backward(*grads)
         ctx.needs, ctx.weights = needs, len(weight)
         tensors = x, weight[0], lora_A, lora_B, bias
@@ -366,7 +375,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
             for grad, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True)
         )
         nones = [None] * (ctx.weights - 1)
-        return None, None, dx, dA, dB, dbias, *[None] * 3, dweight, *nones
+        return None, None, dx, dA, dB, None, dbias, None, None, dweight, *nones
 
 
 class _LogProbsFunction(torch.autograd.Function):
@@ -379,25 +388,26 @@ class _LogProbsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: _Call,
+        options: Options,
         outputs: HeadOutputs,
         x: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
-        bias: Tensor | None,
         labels: Tensor,
+        bias: Tensor | None,
         rng: Tensor | None,
         mask: Tensor | None,
         *weight: Tensor,
     ) -> tuple[Tensor, ...]:
-        others = lora_A, lora_B, labels, bias, rng, mask, *call.spec, *outputs
-        run = _LOG_PROBS.packed if call.blocksizes else _LOG_PROBS.dense
-        *results, largest_logit, sum_exp = run(x, *weight, *call.blocksizes, *others)
+        spec, blocksizes = options
+        base = join_weight(weight, blocksizes)
+        operands = HeadOperands(x, base, lora_A, lora_B, labels, bias, rng, mask)
+        *results, largest_logit, sum_exp = call_op(_LOG_PROBS, (), operands, *spec, *outputs)
         entropy = results[1] if outputs.entropy else None
         ctx.save_for_backward(
-            x, lora_A, lora_B, bias, labels, rng, mask, largest_logit, sum_exp, entropy, *weight
+            x, lora_A, lora_B, labels, bias, rng, mask, largest_logit, sum_exp, entropy, *weight
         )
-        ctx.call = call
+        ctx.options = options
         ctx.choice = selection.format_request()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[2:])
@@ -414,25 +424,25 @@ class _LogProbsFunction(torch.autograd.Function):
         dentropy: Tensor | None,
         *_: Any,
     ) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, bias, labels, rng, mask, largest_logit, sum_exp, entropy, *weight = saved
-        spec, blocksizes = ctx.call
-        need = ctx.needs_input_grad
-        needs = HeadNeeds(need[2], need[9] and not blocksizes, need[3], need[4], need[5])
+        x, lora_A, lora_B, labels, bias, rng, mask, largest_logit, sum_exp, entropy, *weight = saved
+        spec, blocksizes = ctx.options
+        _, _, need_x, need_A, need_B, _, need_bias, _, _, need_weight, *_ = ctx.needs_input_grad
+        needs = HeadNeeds(need_x, need_weight and not blocksizes, need_A, need_B, need_bias)
         if dlog_probs is None:
             dlog_probs = torch.zeros_like(largest_logit)
         if entropy is None or dentropy is None:
             entropy = dentropy = None
         rows = dlog_probs, dentropy, largest_logit, sum_exp, entropy
-        others = lora_A, lora_B, labels, bias, rng, mask, *spec, *needs
-        run = _LOG_PROBS_BACKWARD.packed if blocksizes else _LOG_PROBS_BACKWARD.dense
-        results = run(*rows, x, *weight, *blocksizes, *others, choice=ctx.choice)
-        grads = HeadGrads(*(t if n else None for t, n in zip(results, needs, strict=True)))
+        base = join_weight(weight, blocksizes)
+        operands = HeadOperands(x, base, lora_A, lora_B, labels, bias, rng, mask)
+        results = call_op(_LOG_PROBS_BACKWARD, rows, operands, *spec, *needs, choice=ctx.choice)
+        grads = HeadGrads(*needed(results, needs))
         dA, dB = _cast(grads.lora_A, lora_A.dtype), _cast(grads.lora_B, lora_B.dtype)
         dbias = None if bias is None else _cast(grads.bias, bias.dtype)
         dweight = _cast(grads.weight, weight[0].dtype)
         nones = [None] * (len(weight) - 1)
         dx = _cast(grads.x, x.dtype)
-        return None, None, dx, dA, dB, dbias, *[None] * 3, dweight, *nones
+        return None, None, dx, dA, dB, None, dbias, None, None, dweight, *nones
 
 
 # The registered ops ----------------------------------------------------------------------------

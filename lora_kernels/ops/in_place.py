@@ -8,7 +8,8 @@ same tensors, so a forward and its recomputation by checkpointing agree.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..backends.eager import blocks
 from ..backends.eager import linear as eager
 from ..core.call import Needs, Operands, Saved, Spec
 from ..core.dtypes import stat_dtype
+from ..core.record import Record
 from . import context, linear
 from .autograd import differentiable_once
 
@@ -40,35 +42,27 @@ def can_overwrite(y: Tensor) -> bool:
     )
 
 
-def add_lora_linear_(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    rank_gate: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
+def add_lora_linear_(y: Tensor, x: Tensor, bias: Tensor | None, record: Record) -> Tensor:
     """Add scaling·((D(x)·Aᵀ) ⊙ g)·Bᵀ + bias to y in place, by the eager backend, and return y.
 
     Args:
         y: [..., N], contiguous, all of its memory, in autocast's dtype if autocast is enabled for
             x's device, else in x's. Nothing else may hold it.
         x: [..., K].
-        lora_A, lora_B, scaling, bias, rank_gate, dropout_p: as in `lora_linear`. On a CPU there is
-            no dropout.
+        bias: [N] or None.
+        record: of the adapter, whose base is not read. On a CPU there is no dropout.
 
     >>> y, x = torch.ones(2, 3), torch.ones(2, 4)
-    >>> add_lora_linear_(y, x, torch.ones(1, 4), torch.ones(3, 1), 0.5)
+    >>> add_lora_linear_(y, x, None, Record(None, torch.ones(1, 4), torch.ones(3, 1), None, 0.5))
     tensor([[3., 3., 3.],
             [3., 3., 3.]])
     """
+    lora_A, lora_B, rank_gate = record.lora_A, record.lora_B, record.rank_gate
     if y.dtype is not x.dtype:  # under autocast
         x = x.to(y.dtype)
     if context.autocast_dtype(context.device_of(x)[0], x.dtype) is not None:
         lora_A, lora_B = lora_A.to(y.dtype), lora_B.to(y.dtype)
-    spec = Spec(scaling, dropout_p, y.dtype, y.dtype)
+    spec = Spec(cast(float, record.scaling), record.dropout_p, y.dtype, y.dtype)
     if torch.is_grad_enabled():
         added: Tensor = AddLoRALinear.apply(y, x, lora_A, lora_B, rank_gate, bias, spec)
         return added
@@ -134,12 +128,15 @@ class AddLoRALinear(torch.autograd.Function):
         operands = Operands(x.reshape(-1, x.shape[-1]), None, lora_A, lora_B, rank_gate, mask=mask)
         needs = Needs(need_x, need_A, need_B, need_gate)
         with context.no_autocast(dy):
+            args = rows, operands, Saved(p), ctx.spec, needs
+            grads: Iterable[Any]
             if context.is_batched(dy):
-                args = rows, operands, Saved(p), ctx.spec, needs, "eager"
-                grads = linear.call_backward_op(*args)
+                ctx.choice = "eager"  # of the op, for which PyTorch slices dy
+                grads = linear.call_linear_backward(ctx, *args)
             else:
-                grads = eager.lora_linear_backward(rows, operands, Saved(p), ctx.spec, needs, "")
+                grads = eager.lora_linear_backward(*args, "")
             dbias = rows.sum(0, dtype=stat).to(ctx.bias_dtype) if need_bias else None
-        dx = None if grads.x is None else grads.x.view(ctx.x_shape)
-        dg = None if grads.rank_gate is None else grads.rank_gate.to(rank_gate.dtype)
-        return dy if need_y else None, dx, grads.lora_A, grads.lora_B, dg, dbias, None
+        dx, dA, dB, dg, *_ = grads
+        dx = None if dx is None else dx.view(ctx.x_shape)
+        dg = None if dg is None else dg.to(rank_gate.dtype)
+        return dy if need_y else None, dx, dA, dB, dg, dbias, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,16 +41,16 @@ from .arguments import (
 )
 from .autograd import differentiable_once, new_unsaved
 from .registry import (
-    call_op,
+    call_backward,
+    call_forward,
     define,
     draws_mask,
+    fill_grads,
     join_weight,
     mask_rows,
-    needed,
     new_grad,
     or_empty,
     split,
-    tensors_of,
 )
 
 BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
@@ -201,11 +202,13 @@ class LoRALinearFunction(torch.autograd.Function):
         spec, recompute, blocksizes = options
         base = join_weight(weight, blocksizes)
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng, mask)
-        if column_scale is not None and ctx.needs_input_grad[4]:
+        _, need_A, need_B, need_gate, need_scale, *_ = ctx.needs_input_grad
+        if column_scale is not None and need_scale:
             spec = spec._replace(save_z=True)
-        y, (p, z, drawn) = call_forward(ctx, operands, spec)
-        reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
+        run = lora_linear_undispatched
+        y, (p, z, drawn) = call_forward(ctx, _LINEAR, choose, run, operands, spec)
+        reads_p = need_B or need_gate
+        reads_x = need_A or (reads_p and recompute)
         kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
         adapter = lora_A, lora_B, rank_gate, column_scale
         mask = mask if drawn is None else drawn
@@ -230,20 +233,21 @@ class LoRALinearFunction(torch.autograd.Function):
         elif p is None:
             backend, _, _ = str(ctx.choice).partition(" ")  # the strategy depends on N, here 1
             p = _down_projection(operands, spec, backend)
-        grads = call_backward(ctx, dy, operands, Saved(p, z), spec, needs)
-        return *_cast_grads(ctx, grads, operands), *[None] * (3 + len(weight))
+        dx, dA, dB, dgate, dscale, dbias = call_linear_backward(
+            ctx, dy, operands, Saved(p, z), spec, needs
+        )
+        dgate = None if dgate is None else dgate.to(rank_gate.dtype)
+        dscale = None if dscale is None else dscale.to(column_scale.dtype)
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        return dx, dA, dB, dgate, dscale, dbias, *[None] * (3 + len(weight))
 
 
-def _cast_grads(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | None, ...]:
-    """Return the gradients, each in the dtype of its tensor."""
-    gate, scale, bias = grads.rank_gate, grads.column_scale, grads.bias
-    if gate is not None and operands.rank_gate is not None:
-        gate = gate.to(operands.rank_gate.dtype)
-    if scale is not None and operands.column_scale is not None:
-        scale = scale.to(operands.column_scale.dtype)
-    if bias is not None:
-        bias = bias.to(ctx.bias_dtype)
-    return grads.x, grads.lora_A, grads.lora_B, gate, scale, bias
+def call_linear_backward(
+    ctx: Any, dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
+) -> Iterable[Any]:
+    """Call the op `lora_linear_backward` or its implementation; see `call_backward`."""
+    run = lora_linear_backward_undispatched
+    return call_backward(ctx, _BACKWARD, run, dy, operands, saved, spec, needs)
 
 
 def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> Choice:
@@ -342,14 +346,7 @@ def _lora_linear_backward(
     operands, spec, needs = split(args, Operands, Spec, Needs)
     chosen = choose(operands, spec, selection.parse_request(choice))
     grads = lora_linear_backward_undispatched(dy, operands, Saved(p, z), spec, needs, chosen)
-    return (
-        or_empty(grads.x, operands.x.dtype, dy),
-        or_empty(grads.lora_A, operands.lora_A.dtype, dy),
-        or_empty(grads.lora_B, operands.lora_B.dtype, dy),
-        or_empty(grads.rank_gate, p.dtype, dy),
-        or_empty(grads.column_scale, p.dtype, dy),
-        or_empty(grads.bias, p.dtype, dy),
-    )
+    return tuple(fill_grads(grads, (operands.x, operands.lora_A, operands.lora_B, p, p, p), dy))
 
 
 def _lora_linear_backward_fake(
@@ -380,41 +377,6 @@ _BACKWARD = define(
     _lora_linear_backward,
     _lora_linear_backward_fake,
 )
-
-
-def call_forward(ctx: Any, operands: Operands, spec: Spec) -> tuple[Tensor, Saved]:
-    """Call the op if something may observe it, and its implementation otherwise.
-
-    `ctx.choice` becomes the choice, or the request in force as text if the op chose.
-    """
-    if context.can_bypass_dispatcher(*tensors_of(operands)):
-        ctx.choice = choose(operands, spec)
-        return lora_linear_undispatched(operands, spec, ctx.choice)
-    ctx.choice = selection.format_request()
-    y, p, z, mask = call_op(_LINEAR, (), operands, *spec)
-    return y, Saved(p, z if spec.save_z else None, mask if draws_mask(operands, spec) else None)
-
-
-def call_backward(
-    ctx: Any, dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
-) -> Grads:
-    """Call the backward's op or its implementation, as `call_forward` does."""
-    # A forward that was dispatched has chosen inside the op.
-    if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
-        dy, *tensors_of(operands), *saved
-    ):
-        return lora_linear_backward_undispatched(dy, operands, saved, spec, needs, ctx.choice)
-    return call_backward_op(dy, operands, saved, spec, needs, str(ctx.choice))
-
-
-def call_backward_op(
-    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, choice: str
-) -> Grads:
-    """Call the backward's op."""
-    context.refuse_tangent(dy)
-    first = dy, saved.p, saved.z
-    grads = call_op(_BACKWARD, first, operands, *spec, *needs, choice=choice)
-    return Grads(*needed(grads, needs))
 
 
 def _down_projection(operands: Operands, spec: Spec, backend: str) -> Tensor:

@@ -41,15 +41,15 @@ from .arguments import (
 )
 from .autograd import differentiable_once, new_unsaved
 from .registry import (
-    call_op,
+    call_backward,
+    call_forward,
     define,
     draws_mask,
+    fill_grads,
     mask_rows,
-    needed,
     new_grad,
     or_empty,
     split,
-    tensors_of,
 )
 
 BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
@@ -201,9 +201,10 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng, mask)
-        y, saved = _call_forward(ctx, operands, spec)
+        y, saved = call_forward(ctx, _MULTI, choose, multi_lora_linear_undispatched, operands, spec)
         mask = mask if saved.mask is None else saved.mask
-        need_A, need_B = ctx.needs_input_grad[7 : 7 + E], ctx.needs_input_grad[7 + E : 7 + 2 * E]
+        need = ctx.needs_input_grad[7:]  # of `tensors`
+        need_A, need_B = need[:E], need[E : 2 * E]
         kept = x if any(need_A) else None, saved.p if any(need_B) else None
         ctx.save_for_backward(*kept, weight, index, rng, mask, *tensors)
         ctx.options, ctx.x_dtype = options, x.dtype
@@ -215,20 +216,21 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, p, weight, index, rng, mask, *tensors = saved
         spec, blocksizes = ctx.options
-        E, need = len(spec.scaling), ctx.needs_input_grad
+        E, (need_x, _, _, need_bias, _, _, _, *need) = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         if x is None:
             x = new_unsaved(dy, lora_A[0].shape[1], ctx.x_dtype)
         if p is None:
             R = max(A.shape[0] for A in lora_A)
             p = new_unsaved(dy, R, stat_dtype(spec.dtype), flat=True)
-        needs = MultiNeeds(need[0], need[7 : 7 + E], need[7 + E : 7 + 2 * E], need[3])
+        needs = MultiNeeds(need_x, need[:E], need[E : 2 * E], need_bias)
         base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng, mask)
-        grads = _call_backward(ctx, dy, operands, Saved(p), spec, needs)
-        dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
+        run = multi_lora_linear_backward_undispatched
+        dx, dA, dB, dbias = call_backward(ctx, _BACKWARD, run, dy, operands, Saved(p), spec, needs)
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
         nones = [None] * len(codes)
-        return grads.x, None, None, dbias, None, None, None, *grads.lora_A, *grads.lora_B, *nones
+        return dx, None, None, dbias, None, None, None, *dA, *dB, *nones
 
 
 def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = None) -> Choice:
@@ -320,16 +322,11 @@ _MULTI = define(
 
 def _multi_lora_linear_backward(
     dy: Tensor, p: Tensor, *args: Any, choice: str = ""
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+) -> tuple[Any, ...]:
     operands, spec, needs = split(args, MultiOperands, MultiSpec, MultiNeeds)
     chosen = choose(operands, spec, selection.parse_request(choice))
     grads = multi_lora_linear_backward_undispatched(dy, operands, Saved(p), spec, needs, chosen)
-    return (
-        or_empty(grads.x, operands.x.dtype, dy),
-        [or_empty(t, A.dtype, dy) for t, A in zip(grads.lora_A, operands.lora_A, strict=True)],
-        [or_empty(t, B.dtype, dy) for t, B in zip(grads.lora_B, operands.lora_B, strict=True)],
-        or_empty(grads.bias, p.dtype, dy),
-    )
+    return tuple(fill_grads(grads, (operands.x, operands.lora_A, operands.lora_B, p), dy))
 
 
 def _multi_lora_linear_backward_fake(
@@ -355,33 +352,3 @@ _BACKWARD = define(
     _multi_lora_linear_backward,
     _multi_lora_linear_backward_fake,
 )
-
-
-def _call_forward(ctx: Any, operands: MultiOperands, spec: MultiSpec) -> tuple[Tensor, Saved]:
-    """Call the op or its implementation, as `linear.call_forward` does."""
-    if context.can_bypass_dispatcher(*tensors_of(operands)):
-        ctx.choice = choose(operands, spec)
-        return multi_lora_linear_undispatched(operands, spec, ctx.choice)
-    ctx.choice = selection.format_request()
-    y, p, mask = call_op(_MULTI, (), operands, *spec)
-    return y, Saved(p, None, mask if draws_mask(operands, spec) else None)
-
-
-def _call_backward(
-    ctx: Any,
-    dy: Tensor,
-    operands: MultiOperands,
-    saved: Saved,
-    spec: MultiSpec,
-    needs: MultiNeeds,
-) -> MultiGrads:
-    """Call the backward's op or its implementation, as `linear.call_backward` does."""
-    if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
-        dy, *tensors_of(operands), saved.p
-    ):
-        return multi_lora_linear_backward_undispatched(dy, operands, saved, spec, needs, ctx.choice)
-    context.refuse_tangent(dy)
-    others = *spec, *needs
-    dx, dA, dB, dbias = call_op(_BACKWARD, (dy, saved.p), operands, *others, choice=str(ctx.choice))
-    dA, dB = needed(dA, needs.lora_A), needed(dB, needs.lora_B)
-    return MultiGrads(dx if needs.x else None, dA, dB, dbias if needs.bias else None)

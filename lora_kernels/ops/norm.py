@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import linear as cpu
-from ..backends.eager import linear as eager
+from ..backends.eager import norm as eager
 from ..backends.protocol import NormBackend
 from ..choice import choose as selection
 from ..core.dtypes import stat_dtype

@@ -1,4 +1,4 @@
-"""Registration of the ops from schemas that each op's file writes by hand.
+"""Registration of the ops from schemas that each op's file writes by hand, and their calls.
 
 An op takes the fields of its call types as flat arguments, in their order. `define` registers it
 twice: `name` for a dense weight, and `name` + "_4bit", whose schema has the fields of `Packed4bit`
@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..choice import choose as selection
+from ..core.call import Saved, Spec
 from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.problem import Choice
 from . import context
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
@@ -125,6 +128,62 @@ def call_op(op: Op, first: Iterable[Any], operands: Any, *others: Any, **kwargs:
     return op.dense(*first, x, weight, *tensors, *others, **kwargs)
 
 
+def call_forward(
+    ctx: Any,
+    op: Op,
+    choose: Callable[[Any, Any], Choice],
+    implementation: Callable[..., tuple[Tensor, Saved]],
+    operands: Any,
+    spec: Any,
+) -> tuple[Tensor, Saved]:
+    """Call a forward's op if something may observe it, and its implementation otherwise.
+
+    `ctx.choice` becomes the choice, or the request in force as text if the op chose.
+
+    Args:
+        op: takes the fields of operands and spec. Returns y, P, z if spec is a `Spec`, and the
+            dropout mask if the op drew one.
+        choose: returns the choice for operands and spec.
+        implementation: returns y and `Saved` for operands, spec and the choice.
+    """
+    if context.can_bypass_dispatcher(*tensors_of(operands)):
+        ctx.choice = choose(operands, spec)
+        return implementation(operands, spec, ctx.choice)
+    ctx.choice = selection.format_request()
+    y, p, *z, mask = call_op(op, (), operands, *spec)
+    saved_z = z[0] if z and spec.save_z else None
+    return y, Saved(p, saved_z, mask if draws_mask(operands, spec) else None)
+
+
+def call_backward(
+    ctx: Any,
+    op: Op,
+    implementation: Callable[..., Iterable[Any]],
+    dy: Tensor,
+    operands: Any,
+    saved: Saved,
+    spec: Any,
+    needs: Any,
+) -> Iterable[Any]:
+    """Call a backward's op or its implementation, as `call_forward` does.
+
+    Return the gradients in the order of `needs`, None for those that are not needed.
+
+    Args:
+        op: takes dy, P, z if spec is a `Spec`, and the fields of operands, spec and needs.
+        implementation: returns the gradients for the arguments from dy on and the choice.
+    """
+    # A forward that was dispatched has chosen inside the op.
+    if isinstance(ctx.choice, Choice) and context.can_bypass_dispatcher(
+        dy, *tensors_of(operands), *saved
+    ):
+        return implementation(dy, operands, saved, spec, needs, ctx.choice)
+    context.refuse_tangent(dy)
+    z = (saved.z,) if isinstance(spec, Spec) else ()
+    grads = call_op(op, (dy, saved.p, *z), operands, *spec, *needs, choice=str(ctx.choice))
+    return needed(grads, needs)
+
+
 def tensors_of(operands: Iterable[Any]) -> list[Tensor | None]:
     """Return the tensors of operands, those of a packed weight and of lists among them."""
     tensors: list[Any] = []
@@ -144,14 +203,31 @@ def or_empty(t: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=dtype) if t is None else t
 
 
+def fill_grads(grads: Iterable[Any], likes: Iterable[Any], dy: Tensor) -> list[Any]:
+    """Return the gradients with an empty tensor for each None.
+
+    likes: for each gradient a tensor of its dtype; for a list of gradients a list.
+    """
+    return [
+        or_empty(grad, like.dtype, dy) if isinstance(like, Tensor) else fill_grads(grad, like, dy)
+        for grad, like in zip(grads, likes, strict=True)
+    ]
+
+
 def new_grad(need: bool, shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
     """Return a fake's gradient, empty if it is not needed."""
     return like.new_empty(shape if need else (0,), dtype=dtype)
 
 
-def needed(grads: Iterable[Tensor], needs: Iterable[bool]) -> list[Tensor | None]:
-    """Return the gradients that an op has returned, with None for those that are not needed."""
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+def needed(grads: Iterable[Any], needs: Iterable[Any]) -> list[Any]:
+    """Return the gradients that an op has returned, with None for those that are not needed.
+
+    A list of gradients has a list of needs.
+    """
+    return [
+        (grad if need else None) if isinstance(need, bool) else needed(grad, need)
+        for grad, need in zip(grads, needs, strict=True)
+    ]
 
 
 def draws_mask(operands: Any, spec: Any) -> bool:

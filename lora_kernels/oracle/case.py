@@ -24,7 +24,7 @@ from ..backends import cuda, decode4bit, library, triton
 from ..backends.cpu import linear as cpu
 from ..backends.cpu import native
 from ..backends.cuda import constraints
-from ..backends.eager import linear as eager
+from ..backends.eager import products
 from ..backends.triton import configs
 from ..choice import choose as selection
 from ..core import dropout
@@ -424,8 +424,8 @@ def part_roundoff(case: Case) -> float | None:
         return None
     if case.autocast and case.dtype is not torch.float64:
         return unit_roundoff(case.autocast)
-    in_parts = adapter is torch.float32 and case.M > eager.UPCAST_ROWS
-    u = eager.PART_ROUNDOFF.get(case.dtype)
+    in_parts = adapter is torch.float32 and case.M > products.UPCAST_ROWS
+    u = products.PART_ROUNDOFF.get(case.dtype)
     return 4 * u if in_parts and u else None
 
 
@@ -521,7 +521,7 @@ def engine(name: str) -> Iterator[None]:
         if name in (*EAGERS, EAGER_CUDA):
             stack.enter_context(selection.backend("eager"))
             if name != "eager":
-                stack.enter_context(eager.upcast_rows(GPU_UPCAST_ROWS))
+                stack.enter_context(products.upcast_rows(GPU_UPCAST_ROWS))
             if name == "eager-gpu":
                 stack.enter_context(library.as_on_gpu())
                 reasons = decode4bit.bitsandbytes_reasons

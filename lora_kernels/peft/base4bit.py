@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..quantization import Weight4bit
 from ..quantization.bitsandbytes import cached_weight
-from .modules import library_forward
+from .modules import original_forward
 
-_FORWARD = library_forward(Linear4bit)
+_FORWARD = original_forward(Linear4bit)
 
 
 class MergeLoss(NamedTuple):

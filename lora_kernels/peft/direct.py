@@ -2,7 +2,7 @@
 
 Each call reads the state anew. The common state is one active LoRA adapter without a variant, over
 a base whose call has neither hooks nor a replaced forward. For every other state `read` returns
-None. `plan.plan_linear` then decides how a layer is called, and whether a block may contain it.
+None, and the general reader of `read.py` reads the layer.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
-from transformers.pytorch_utils import Conv1D
 
 from ..backends import library
-from ..backends.eager.blocks import Layer
+from ..core.record import PLAIN, CodePath, Record, path_reason
 from ..ops import blocks, direct
 from ..quantization import Weight4bit
 from ..quantization.tensor4bit import Tensor4bit
-from .adapters import RANK_GATE, casts_adapters, dropout_p, gate_of, operand_reason, weight_of
+from . import read as reader
+from .adapters import add_bias, casts_adapters, gate_of, lora_bias
 from .base import readable_weight
-from .modules import LINEAR_FORWARD, library_forward, patched_reason
-from .plan import plan_linear
+from .modules import LINEAR_FORWARD, original_forward, patched_reason
 
-_DROPOUT_FORWARDS = {cls: library_forward(cls) for cls in (Dropout, Identity)}
+_DROPOUT_FORWARDS = {cls: original_forward(cls) for cls in (Dropout, Identity)}
 
 
-# The base's weight, lora_A, lora_B, the base's bias, the scaling, and this call's dropout
-# probability. Building a NamedTuple instead would add a third to the time of `read`.
+# The first six fields of a `Record`: the base's weight, lora_A, lora_B, the base's bias, the
+# scaling, and this call's dropout probability. A `Record` would add a third to the time of `read`.
 State = tuple[Any, Tensor, Tensor, Tensor | None, float, float]
+# The operands that a block of PEFT's layers takes: `make_block` computes a bias and a gate of them.
+BLOCK = CodePath("a block", (blocks.BLOCK.taken[0] | {"scaling", "lora_bias", "ranknum"},))
 
 
 def read(layer: Any) -> State | None:
@@ -111,8 +112,8 @@ def call(layer: Any, x: Tensor) -> Tensor | None:
     if x.is_cpu and not library.emulates_gpu:
         return direct.call(x, weight, lora_A, lora_B, bias, scaling, p, dtype)
     casts = layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype, _rows(x))
-    operands = Layer(weight, lora_A, lora_B, bias, scaling)
-    return blocks.call_linear(x, operands, dtype, p, casts, True)
+    record = Record(weight, lora_A, lora_B, bias, scaling, p)
+    return blocks.call_linear(x, record, dtype, casts, True)
 
 
 def _rows(x: Tensor) -> int:
@@ -136,104 +137,86 @@ def make_block(
 ) -> tuple[blocks.Block, list[tuple[Any, ...]]] | None:
     """Return the block that computes the layers for x, and the layers' states; None if none can.
 
-    The loop takes plain layers alone, in few Python calls. `_make_any_block` takes all others.
-
     activation: of a gated MLP, whose layers are gate, up and down; "" for other layers.
     """
-    dtype, states, operands = x.dtype, [], []
+    states: list[tuple[Any, ...]] = []
+    records, compute_dtypes, casts, is_plain, dtype = [], [], False, True, x.dtype
     for layer in layers:
-        state = read(layer)
-        if state is None:
-            break
-        weight, lora_A, lora_B, bias, scaling, p = state
-        if (
-            p
-            or not (type(weight) is type(lora_A) is type(lora_B) is Parameter)
-            or not (weight.dtype is lora_A.dtype is lora_B.dtype is dtype)
-            or weight.requires_grad
-            or not (bias is None or (bias.dtype is dtype and not bias.requires_grad))
-            or layer.casts_adapters
-        ):
-            break
-        states.append(state)
-        operands.append(Layer(weight, lora_A, lora_B, bias, scaling))
-    else:
-        block = blocks.plain_block(x, operands, activation)
-        if block is not None:
-            return block, states
-    return _make_any_block(layers, x, activation)
+        state, gate, compute_dtype = read(layer), None, None
+        if state is not None:
+            weight, lora_A, lora_B, bias, scaling, p = state
+            if p or weight is None:
+                return None
+            is_plain = (
+                is_plain
+                and type(weight) is type(lora_A) is type(lora_B) is Parameter
+                and weight.dtype is lora_A.dtype is lora_B.dtype is dtype
+                and not weight.requires_grad
+                and (bias is None or not bias.requires_grad)
+                and not layer.casts_adapters
+            )
+            if layer.reads_codes:
+                codes = layer.read_codes(weight, x)
+                if codes is None:
+                    return None
+                weight, compute_dtype = codes
+            elif type(weight) is Tensor4bit:
+                weight = weight.weight4bit.codes
+            states.append(state)
+        else:
+            record = read_in_block(layer, x.device, x.dtype)
+            if isinstance(record, str):
+                return None
+            _, lora_A, lora_B, bias, factor, _ = record[:PLAIN]
+            bias, scaling = add_bias(bias, lora_bias((record,))), 1.0
+            if record.rank_gate is not None or isinstance(factor, Tensor):
+                gate = gate_of(record)
+            else:
+                scaling = factor
+            weight, compute_dtype = readable_weight(layer.base_layer, x)
+            weight = weight.codes if isinstance(weight, Weight4bit) else weight
+            states.append(record)
+            is_plain = False
+        if lora_A.is_inference():
+            return None
+        if layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype, _rows(x)):
+            if len(states) > 1 and not casts:
+                return None
+            casts = True
+        elif casts:
+            return None
+        records.append(Record(weight, lora_A, lora_B, bias, scaling, rank_gate=gate))
+        compute_dtypes.append(compute_dtype)
+    block = blocks.plain_block(x, records, activation) if is_plain else None
+    if block is None:
+        block = blocks.make_block(x, records, compute_dtypes, casts, True, activation)
+    return None if block is None else (block, states)
 
 
 def read_state(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
-    """Return the `State` of a layer with one adapter; None if no block may compute the layer.
-
-    If `read` returns None, the state is that of `planned_state`. It has two elements more: lora_B's
-    bias, and KaSA's factors.
-    """
+    """Return the state of a layer in a block: a `State`, else a `Record`; None if no block may
+    compute the layer."""
     state = read(layer)
     if state is not None:
         return None if state[5] else state
-    planned = planned_state(layer, x.device, x.dtype)
-    return None if isinstance(planned, str) else planned
+    record = read_in_block(layer, x.device, x.dtype)
+    return None if isinstance(record, str) else record
 
 
-def planned_state(layer: Any, device: torch.device, x_dtype: torch.dtype) -> tuple[Any, ...] | str:
-    """Return a layer's state by its plan, or the reason (a string) why no block may compute it."""
+def member_reason(layer: Any) -> str | None:
+    """Return why a block may not replace the layer's own call, whatever its state."""
     if not getattr(type(layer), "fits_blocks", False):  # wrappers pass on the instance's attributes
         return f"it is a {type(layer).__name__}"
-    if is_hooked(layer):
-        return patched_reason(layer) or "a hook sits on it"
+    return (patched_reason(layer) or "a hook sits on it") if is_hooked(layer) else None
+
+
+def read_in_block(layer: Any, device: torch.device, x_dtype: torch.dtype) -> Record | str:
+    """Return a layer's record, or the reason (a string) why no block may compute the layer."""
+    if (reason := member_reason(layer)) is not None:
+        return reason
     if layer.mixed_batch is not None:
         return "its last call named its adapters"
-    adapters, reason, base_reason, _ = plan_linear(layer, device, x_dtype)
-    reason = reason or base_reason or operand_reason(layer, adapters, (RANK_GATE,), "a block")
-    if reason is not None:
-        return reason
-    if len(adapters) > 1:
-        return "several adapters are active"
-    _, lora_A, lora_B, scaling, dropout, diag, _ = adapters[0]
-    if p := dropout_p(dropout):
-        return f"its dropout {p} is active"
-    if type(layer.base_layer) is Conv1D:
-        return "its weight is stored as [K, N]"
-    A, B, base = weight_of(lora_A), weight_of(lora_B), layer.base_layer._parameters
-    return base["weight"], A, B, base["bias"], scaling, 0.0, lora_B._parameters["bias"], diag
-
-
-def _make_any_block(
-    layers: Sequence[Any], x: Tensor, activation: str
-) -> tuple[blocks.Block, list[tuple[Any, ...]]] | None:
-    """Return what `make_block` does, for layers in any state."""
-    states, operands, compute_dtypes = [], [], []
-    for layer in layers:
-        state = read_state(layer, x)
-        if state is None:
-            return None
-        weight, lora_A, lora_B, bias, scaling, _, *others = state
-        compute_dtype, gate = None, None
-        if weight is None or lora_A.is_inference():
-            return None
-        if others:
-            lora_bias, diag = others
-            if lora_bias is not None:
-                scaled_bias = scaling * lora_bias
-                bias = scaled_bias if bias is None else bias + scaled_bias
-            if isinstance(scaling, Tensor) or diag is not None:
-                gate, scaling = gate_of(lora_A, scaling, diag), 1.0
-            weight, compute_dtype = readable_weight(layer.base_layer, x)
-            weight = weight.codes if isinstance(weight, Weight4bit) else weight
-        elif layer.reads_codes:
-            codes = layer.read_codes(weight, x)
-            if codes is None:
-                return None
-            weight, compute_dtype = codes
-        elif type(weight) is Tensor4bit:
-            weight = weight.weight4bit.codes
-        states.append(state)
-        operands.append(Layer(weight, lora_A, lora_B, bias, scaling, gate))
-        compute_dtypes.append(compute_dtype)
-    casts = [casts_adapters(layer, x.device.type, x.dtype, _rows(x)) for layer in layers]
-    if any(casts) is not all(casts):
-        return None
-    block = blocks.make_block(x, operands, compute_dtypes, casts[0], True, 0.0, activation)
-    return None if block is None else (block, states)
+    records = reader.read(layer, device, x_dtype)
+    if isinstance(records, str):
+        return records
+    return path_reason(records, BLOCK) or records[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -14,42 +14,32 @@ from ..backends.decode4bit import decoded_by
 from ..backends.eager import experts as eager_experts
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager.head import kernel_reason, loss_rows
-from ..backends.eager.linear import MANY_ROWS
+from ..backends.eager.products import MANY_ROWS
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
 from ..core.call import ExpertsOperands, ExpertsSpec, MultiOperands, MultiSpec, Operands, Spec
 from ..core.packed4bit import Packed4bit
 from ..core.problem import Choice, Problem
+from ..core.record import Record
 from ..layers import LoRAEmbedding, LoRALayer
 from ..layers.experts import has_transposed_stack, stack
 from ..ops import context, experts, linear, multi
 from ..ops.arguments import FLOATS, base_dtype
 from ..quantization import Weight4bit, tensor4bit
 from ..quantization.tensor4bit import Tensor4bit
-from .adalora import FusedSVD
-from .adapters import (
-    Call,
-    MixedCall,
-    RowNames,
-    adapters_of,
-    calls,
-    cast_call,
-    casts_adapters,
-    embedding_adapters_of,
-    svd_adapters_of,
-)
+from .adapters import Call, RowNames, cast_adapters, casts_adapters, stack_records
 from .base import base_weight
-from .direct import make_block, planned_state
-from .eligibility import embedding_reason, tensor_reason
-from .embedding import FusedEmbedding
+from .direct import make_block, read_in_block
+from .eligibility import tensor_reason
+from .embedding import FusedEmbedding, read_embedding
 from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
 from .groups import Group
 from .linear import Fused
-from .loss import active_adapters, call_reason, model_reason
+from .loss import call_reason, has_active_adapter, model_reason, read_head
 from .mlp import block_reason, mlp_reasons
 from .modules import is_linear4bit
-from .plan import Plan
+from .read import active_names, read_call
 
 KERNELS, LIBRARY, ADAPTER = "our kernels", "our library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
@@ -149,9 +139,8 @@ def row_of_peft(
         return _experts_row(name, layer, x_dtype)
     if reason is None and isinstance(layer, FusedEmbedding):
         weight = getattr(layer.base_layer, "weight", torch.empty(0))
-        reason = embedding_reason(layer, embedding_adapters_of(layer), weight.device)
-        if reason is None:
-            return _embedding_row(name)
+        records = read_embedding(layer, weight.device)
+        return _unfused_row(name, records) if isinstance(records, str) else _embedding_row(name)
     if reason is None:
         return _linear_row(name, layer, x_dtype, rows)
     return _unfused_row(name, reason)
@@ -163,17 +152,16 @@ def _unfused_row(name: str, reason: str) -> Row:
 
 def _linear_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: Sequence[int]) -> Row:
     names = layer.mixed_batch  # of the layer's last call, if that named its adapters
-    is_svd = isinstance(layer, FusedSVD)
-    adapters = svd_adapters_of(layer) if is_svd else adapters_of(layer, names)
-    x = _expected_input(layer.base_layer, adapters, x_dtype)
-    plan = layer.plan(x.device, x.dtype, names)
-    if plan.reason is not None:
-        return _unfused_row(name, plan.reason)
-    executions = [_describe_call(layer, plan, x.expand(M, -1), names) for M in rows]
+    x = _expected_input(layer, x_dtype, names)
+    records = read_call(layer, x.device, x.dtype, names)
+    if isinstance(records, str):
+        return _unfused_row(name, records)
+    executions = [_describe_call(layer, records, x.expand(M, -1), names) for M in rows]
     state = _backend_state(executions)
-    if plan.base_reason is not None:
+    called = records[0].called
+    if called is not None:
         state, strategy = ADAPTER, "base layer as a module, adapter added"
-        reason = f"base layer: {plan.base_reason}"
+        reason = f"base layer: {called}"
         executions = [
             _Execution(execution.backend, strategy, [reason, *execution.reason])
             for execution in executions
@@ -181,39 +169,38 @@ def _linear_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: Sequen
     return _row(name, state, rows, executions)
 
 
-def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | None) -> _Execution:
-    """Describe the call that the layer's forward would execute by the plan."""
-    planned_calls, choices = _choose_calls(layer, plan, x, names)
+def _describe_call(
+    layer: Any, records: Sequence[Record], x: Tensor, names: Sequence[str] | None
+) -> _Execution:
+    """Describe the call that the layer's forward would execute for its records."""
+    calls, choices = _choose_calls(layer, records, x, names)
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     strategy = str(choices[0].strategy)
     reasons = _clauses(choices)
     if names is not None:
-        reasons.append(
-            f"rows name their adapters, as in the last call: {len(plan.adapters)} in one"
-        )
-    stacked = [call for call in planned_calls if isinstance(call, Call)]
-    aloras = sum(getattr(adapter, "is_alora", False) for adapter in plan.adapters)
-    if 0 < len(stacked) < len(plan.adapters) - aloras:
+        reasons.append(f"rows name their adapters, as in the last call: {len(records)} in one")
+    stacks = [call.records for call in calls if call.row_index is None]
+    if any(len(stacked) > 1 for stacked in stacks):
         reasons.append("adapters stacked along the rank")
-    if len(stacked) > 1:
-        has_dropout = any(call.dropout_p for call in stacked)
+    if len(stacks) > 1:
+        has_dropout = any(stacked[0].dropout_p for stacked in stacks)
         reasons.append(
             "each adapter with dropout draws a mask of its own"
             if has_dropout
             else "stacking adapters would copy them for few rows"
         )
-    if aloras:
+    if any(record.is_alora for record in records):
         reasons.append("an aLoRA, which is active from its invocation tokens on")
-    reasons += _frozen_reasons(plan.adapters, layer.training)
+    reasons += _frozen_reasons(records, layer.training)
     if len(choices) > 1:
         strategy = f"{strategy}, {len(choices)} calls"
-    if plan.is_dora:
+    if records[0].magnitude is not None:
         reasons.append("DoRA: the row norm without a second weight")
-        if planned_calls[0].dropout_p:
+        if records[0].dropout_p:
             strategy = f"{strategy}, the base GEMM twice"
             reasons.append("PEFT's DoRA drops x for the base GEMM too")
     base: Any = layer.base_layer
-    weight = _base_weight(base) if plan.base_reason is None else None
+    weight = _base_weight(base) if records[0].called is None else None
     if isinstance(weight, Weight4bit):
         is_set = is_linear4bit(base) and base.compute_type_is_set
         reasons += _decoder_reasons(choices, x, weight, base.compute_dtype if is_set else None)
@@ -223,30 +210,31 @@ def _describe_call(layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | Non
 
 
 def _choose_calls(
-    layer: Any, plan: Plan, x: Tensor, names: Sequence[str] | None = None
-) -> tuple[list[Any], list[Choice]]:
-    """Return the calls of the plan for x, and each call's choice. The first has the base GEMM."""
-    M = x.shape[0]
-    planned_calls = layer.calls(plan.adapters, x, RowNames(names and ([*names] * M)[:M]))
+    layer: Any, records: Sequence[Record], x: Tensor, names: Sequence[str] | None = None
+) -> tuple[list[Call], list[Choice]]:
+    """Return a layer's calls for x, and each call's choice. The first has the base GEMM."""
+    M, is_dora = x.shape[0], records[0].magnitude is not None
+    calls = layer.calls(records, x, RowNames(names and ([*names] * M)[:M]))
     weight, compute_dtype = None, None
-    if plan.base_reason is None:
+    if records[0].called is None:
         base = layer.base_layer
         weight = _base_weight(base)
         if is_linear4bit(base) and base.compute_type_is_set:
             compute_dtype = base.compute_dtype
     choices = []
-    for call in planned_calls:
-        # A DoRA layer applies dropout to x before the call.
-        call_args = call._replace(dropout_p=0.0) if plan.is_dora else call
-        choices.append(_choose(x, weight, call_args, compute_dtype))
+    for call in calls:
+        if is_dora:  # which applies dropout to x before the call
+            undropped = [record._replace(dropout_p=0.0) for record in call.records]
+            call = call._replace(records=undropped)
+        choices.append(_choose(x, weight, call, compute_dtype))
         weight, compute_dtype = None, None
-    return planned_calls, choices
+    return calls, choices
 
 
 def _choose(
     x: Tensor,
     weight: Tensor | Weight4bit | None,
-    call: Call | MixedCall,
+    call: Call,
     compute_dtype: torch.dtype | None = None,
     has_mask: bool = False,
 ) -> Choice:
@@ -254,19 +242,22 @@ def _choose(
 
     has_mask: whether the call gets a dropout mask.
     """
+    records, row_index = call
     device_type = x.device.type
     dtype = base_dtype(device_type, x.dtype, compute_dtype)
     if is_on_gpu_path(device_type) and context.autocast_dtype(device_type, x.dtype):
-        x, call = x[:1].to(dtype).expand_as(x), cast_call(call, dtype)
+        x, records = x[:1].to(dtype).expand_as(x), cast_adapters(records, dtype)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
-    p, mask = call.dropout_p, x if has_mask else None
+    p, mask = records[0].dropout_p, x if has_mask else None
     is_drawn = mask is None and "rng" in selection.dropout_operand(device_type, p)
     rng = x.new_empty(2, dtype=torch.int64) if is_drawn else None
-    if isinstance(call, MixedCall):
-        mixed = MultiOperands(x, base, call.lora_A, call.lora_B, call.row_index, None, rng)
-        return multi.choose(mixed, MultiSpec(call.scaling, p, dtype, dtype))
-    operands = Operands(x, base, call.lora_A, call.lora_B, call.rank_gate, rng=rng, mask=mask)
-    return linear.choose(operands, Spec(call.scaling, p, dtype, dtype))
+    if row_index is not None:
+        A, B = [r.lora_A for r in records], [r.lora_B for r in records]
+        mixed = MultiOperands(x, base, A, B, row_index, None, rng)
+        return multi.choose(mixed, MultiSpec([1.0] * len(A), p, dtype, dtype))
+    record = stack_records(records)
+    operands = Operands(x, base, record.lora_A, record.lora_B, record.rank_gate, rng=rng, mask=mask)
+    return linear.choose(operands, Spec(1.0, p, dtype, dtype))
 
 
 def _clauses(choices: Sequence[Choice]) -> list[str]:
@@ -282,9 +273,9 @@ def _decoder_reasons(
         yield decoded_by(x.device, weight.quant_type, dtype)
 
 
-def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
+def _frozen_reasons(records: Sequence[Record], training: bool) -> Iterator[str]:
     """Yield a clause for each tensor that is not saved for backward because a factor is frozen."""
-    needs = [tuple(getattr(t, "weight", t).requires_grad for t in a[1:3]) for a in adapters]
+    needs = [(record.lora_A.requires_grad, record.lora_B.requires_grad) for record in records]
     if not training or not any(any(need) for need in needs):
         return
     if not any(need_A for need_A, _ in needs):
@@ -293,16 +284,24 @@ def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
         yield "lora_B is frozen: the forward does not save x·Aᵀ"
 
 
-def _expected_input(base: Any, adapters: Sequence[Any], x_dtype: torch.dtype | None) -> Tensor:
+def _expected_input(
+    layer: Any, x_dtype: torch.dtype | None, names: Sequence[str] | None = None
+) -> Tensor:
     """Return an x [1, K] on the adapters' device, by default in the base's dtype.
 
     If the base is stored in a dtype that no x has, such as float8 or uint8, x gets the adapters'
     dtype.
+
+    layer: a layer of PEFT, or one without an adapter.
+    names: of the adapters; None for the active ones.
     """
-    matrix: Any = adapters[0].lora_A if adapters else None
-    if isinstance(matrix, nn.Module):
-        matrix = getattr(matrix, "weight", None)  # FSDP1 may have removed it
-    lora_A = matrix if isinstance(matrix, Tensor) else torch.empty(0)
+    base, lora_A = layer, torch.empty(0)
+    if isinstance(layer, LoraLayer):
+        base = layer.get_base_layer()
+        for name in active_names(layer, names)[:1]:
+            matrix: Any = layer.lora_A[name]
+            matrix = getattr(matrix, "weight", None) if isinstance(matrix, nn.Module) else matrix
+            lora_A = matrix if isinstance(matrix, Tensor) else lora_A  # FSDP1 may have removed it
     if x_dtype is None:
         weight_dtype = getattr(getattr(base, "weight", None), "dtype", None)
         x_dtype = weight_dtype if weight_dtype in FLOATS else lora_A.dtype
@@ -328,13 +327,14 @@ def row_of_layer(
         return Row(name, TORCH, "torch", product, reason)
     if isinstance(layer, LoRAEmbedding):
         return _embedding_row(name)
-    weight, A, B = layer._base_weight(), layer.lora_A, layer.lora_B
+    weight, A, B = layer.base_weight(), layer.lora_A, layer.lora_B
     is_4bit = isinstance(weight, Weight4bit)
     x_dtype = x_dtype or (A if is_4bit else weight).dtype
     x = torch.empty(1, A.shape[1], dtype=x_dtype, device=A.device)
     # Variants differ in lora_B's shape.
     lora_B = B.new_empty(1, 1).expand(layer.out_features, A.shape[0])
-    call = Call(A, lora_B, layer.scaling, None, layer.dropout if layer.training else 0.0)
+    dropout_p = layer.dropout if layer.training else 0.0
+    call = Call([Record(weight, A, lora_B, dropout_p=dropout_p)])
     executions = []
     for M in rows:
         choice = _choose(x.expand(M, -1), weight, call, layer.compute_dtype)
@@ -384,8 +384,8 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     name = f"{name}.loss" if name else "loss"
     head = module.get_output_embeddings()
     base: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
-    adapters = active_adapters(head) if isinstance(head, Fused) else []
-    x_dtype = _expected_input(base, adapters, x_dtype).dtype
+    is_adapted = isinstance(head, Fused) and has_active_adapter(head)
+    x_dtype = _expected_input(head if is_adapted else base, x_dtype).dtype
     device = getattr(base, "weight", torch.empty(0)).device
     reason = model_reason(module)
     if reason is None:
@@ -394,12 +394,14 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
         return Row(name, TORCH, "torch", "F.cross_entropy", reason)
     K, N = base.in_features, base.out_features
     x, rows = torch.empty(1, K, dtype=x_dtype, device=device), loss_rows(N, device, x_dtype)
-    call = Call(x, x[:, :1].expand(N, 1), 1.0, None, 0.0)  # shapes for a head without an adapter
-    if adapters:
-        (call,) = calls(adapters, device.type, None)
+    records = cast(list[Record], read_head(head, device, x_dtype))
+    record = stack_records(records)
+    if record.lora_A is None:
+        record = record._replace(lora_A=x, lora_B=x[:, :1].expand(N, 1))  # shapes alone
     compute_dtype = getattr(base, "compute_dtype", None)
     weight = _base_weight(base)
-    choice = _choose(x.expand(rows, -1), weight, call, compute_dtype, call.dropout_p > 0)
+    call = Call([record])
+    choice = _choose(x.expand(rows, -1), weight, call, compute_dtype, record.dropout_p > 0)
     reason = f"in training {rows} rows of logits at a time"
     triton_reason = kernel_reason(device, x_dtype)
     if is_on_gpu_path(device.type) and triton_reason is not None:
@@ -418,11 +420,11 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
         if getattr(layer, "_group", None) is not group:
             reasons.append(f"{layer_name}: it was fused or unfused by itself")
             continue
-        x = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
-        state = planned_state(layer, x.device, x.dtype)
+        x = _expected_input(layer, x_dtype)
+        record = read_in_block(layer, x.device, x.dtype)
         reason = (
-            state
-            if isinstance(state, str)
+            record
+            if isinstance(record, str)
             else _other_backend_reason(layer, x.expand(max(rows), -1))
         )
         if reason is not None:
@@ -451,7 +453,7 @@ def rows_of_mlps(
             yield Row(name, TORCH, "torch", "layer by layer", reason)
             continue
         down = mlp._modules[mlp._parts.down]
-        x = _expected_input(down.base_layer, adapters_of(down), x_dtype)
+        x = _expected_input(down, x_dtype)
         triton_reason = eager_mlp.kernel_reason(x.device, x.dtype)
         implementation = (
             "one Triton kernel" if triton_reason is None else f"PyTorch's ops: {triton_reason}"
@@ -466,20 +468,21 @@ def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, M: int) -> str | N
         layer = mlp._modules[name]
         if not isinstance(layer, Fused):
             return f"{name}: a {type(layer).__name__} is not a fused LoRA layer"
-        x = _expected_input(layer.base_layer, adapters_of(layer), x_dtype)
+        x = _expected_input(layer, x_dtype)
         if (reason := block_reason(mlp, x.device, x.dtype)) is not None:
             return reason
         if (reason := _other_backend_reason(layer, x.expand(M, -1))) is not None:
             return f"{name}: {reason}"
     gate, up, down = (mlp._modules[name] for name in mlp._parts[:3])
-    x = _expected_input(gate.base_layer, adapters_of(gate), x_dtype).expand(M, -1)
+    x = _expected_input(gate, x_dtype).expand(M, -1)
     is_block = make_block((gate, up, down), x, mlp._parts.activation) is not None
     return None if is_block else NO_BLOCK
 
 
 def _other_backend_reason(layer: Any, x: Tensor) -> str | None:
     """Return why another backend computes the layer for x; None for the eager backend."""
-    _, (choice,) = _choose_calls(layer, layer.plan(x.device, x.dtype), x)
+    records = cast(list[Record], read_call(layer, x.device, x.dtype))
+    _, (choice,) = _choose_calls(layer, records, x)
     return None if choice.is_eager else f"{choice.backend} computes it: {choice.reason}"
 
 

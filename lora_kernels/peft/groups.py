@@ -33,8 +33,9 @@ from torch._C import _get_dispatch_stack_at, _len_torch_dispatch_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
 
-from ..backends.eager.linear import MANY_ROWS
+from ..backends.eager.products import MANY_ROWS
 from ..core import forced
+from ..core.record import PLAIN
 from ..ops import blocks
 from . import direct
 
@@ -148,7 +149,7 @@ def _stamp(state: Sequence[Any], grad_mode: bool) -> int:
     """
     weight, lora_A, lora_B, bias = state[:4]
     others: Sequence[Tensor] = () if bias is None else (bias,)
-    if len(state) > 6:  # by `planned_state`: scaling as a tensor, lora_B's bias, KaSA's factors
+    if len(state) > PLAIN:  # a `Record`, with scaling as a tensor or further operands
         others = (*others, *[t for t in state[4:] if isinstance(t, Tensor)])
     try:
         total: int = weight._version + lora_A._version + lora_B._version

@@ -12,9 +12,11 @@ from peft.tuners import lora
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.functional import dropout
 
 from ..core.call import Operands, Spec
 from ..core.dtypes import to_dtype
+from ..core.record import Record
 from ..layers.cache import DoraNormCache
 from ..ops import context, in_place, linear
 from ..ops.arguments import base_dtype, copies_rows, has_strides
@@ -24,27 +26,25 @@ from ..ops.multi import multi_lora_linear
 from ..quantization import Weight4bit
 from . import direct
 from .adapters import (
-    Adapter,
     Call,
-    MixedCall,
     RowNames,
+    add_bias,
     calls_for,
-    cast_call,
+    cast_adapters,
     casts_adapters,
-    dropout_p,
+    has_invalid_sequences,
     lora_bias,
-    weight_of,
+    stack_records,
 )
 from .base import readable_weight
-from .eligibility import has_invalid_sequences
-from .modules import LINEAR_FORWARD, has_fresh_result, is_linear4bit, library_forward
-from .plan import Plan, plan_linear
+from .modules import LINEAR_FORWARD, has_fresh_result, is_linear4bit, original_forward
+from .read import read_adapter, read_call
 
 if TYPE_CHECKING:
     from .groups import Group
 
-# Keyword arguments that PEFT's variants read and that a base layer does not take.
-_NOT_BASE_KWARGS = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
+# Keyword arguments that PEFT's layers of LoRA read, and that a base layer does not take.
+_ADAPTER_KWARGS = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
 
 
 class Fused(nn.Module):
@@ -72,6 +72,9 @@ class Fused(nn.Module):
     base_class: Any = None
     base_forward: Any = None
     reads_codes = False  # whether the weight is 4-bit, and `read_codes` reads it
+    read_adapter = read_adapter  # reads the operands of one adapter
+    # Keyword arguments that a base layer does not take.
+    adapter_kwargs = _ADAPTER_KWARGS
     _group: Group | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -79,7 +82,7 @@ class Fused(nn.Module):
         bases = cls.__mro__
         cls.peft_class = bases[bases.index(Fused) + 1]
         if cls.peft_class is not nn.Module:  # else another mix-in
-            cls.peft_forward = library_forward(cls.peft_class)
+            cls.peft_forward = original_forward(cls.peft_class)
 
     # The copy of a layer has its place in the copy of its group.
 
@@ -109,46 +112,45 @@ class Fused(nn.Module):
         names = None if rows.names is None else tuple(dict.fromkeys(rows.names))
         if names is not None or self.mixed_batch is not None:
             self.mixed_batch = names
-        adapters, reason, base_reason, is_dora = self.plan(x.device, x.dtype, names)
-        reason = reason or self._layout_reason(x)
-        if reason is not None or has_invalid_sequences(adapters, x, rows):
+        records = read_call(self, x.device, x.dtype, names)
+        if (
+            isinstance(records, str)
+            or self._layout_reason(x) is not None
+            or has_invalid_sequences(records, x, rows)
+        ):
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        calls_base = bool(args or kwargs.keys() - set(self.adapter_kwargs))
+        first = records[0]
+        if calls_base and (first.magnitude is not None or first.column_scale is not None):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
             self._check_forward_args(x, **kwargs)  # type: ignore[operator]  # PEFT's own
-            kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_BASE_KWARGS}
-
-        base, bias = cast(nn.Module, self._modules["base_layer"]), lora_bias(adapters)
-        if is_dora:
-            if args or kwargs:  # the base takes more than x
-                return cast(Tensor, super().forward(x, *args, **kwargs))
-            return _dora_linear(self, adapters[0], x)
-        first_call, *others = self.calls(adapters, x, rows)
-        if args or kwargs or base_reason is not None:
+            kwargs = {name: t for name, t in kwargs.items() if name not in self.adapter_kwargs}
+        base, bias = cast(nn.Module, self._modules["base_layer"]), lora_bias(records)
+        if calls_base or first.called is not None:
+            first_call, *others = self.calls(records, x, rows)
             result, is_fresh = self._call_base(base, x, *args, **kwargs)
             dtype = result.dtype
             result = add_update(result, is_fresh, x, bias, first_call)
         else:
-            base_bias = base._parameters["bias"]
-            if base_bias is not None:
-                bias = base_bias if bias is None else base_bias + bias
             weight, compute_dtype = readable_weight(base, x)
-            result = add_adapter(x, weight, bias, first_call, compute_dtype)
+            if first.magnitude is not None:
+                records = [_scale_columns(self, first, weight)]
+            first_call, *others = self.calls(records, x, rows)
+            add_base = compute if first.magnitude is None else _compute_dora
+            result = add_base(x, weight, add_bias(first.bias, bias), first_call, compute_dtype)
             dtype = result_dtype(base, x, result)
         for call in others:
             result = add_update(result, True, x, None, call)
         return to_dtype(result, dtype)
 
-    # `explain` asks for the plan and the calls too.
+    # `explain` asks for the calls too.
 
-    def plan(
-        self, device: torch.device, x_dtype: torch.dtype, names: Sequence[str] | None = None
-    ) -> Plan:
-        """Plan a call. names: the adapters that the rows of x name; None for the active ones."""
-        return plan_linear(self, device, x_dtype, names)
-
-    def calls(self, adapters: Sequence[Any], x: Tensor, rows: RowNames) -> list[Any]:
+    def calls(self, records: Sequence[Record], x: Tensor, rows: RowNames) -> list[Call]:
         """Return the calls for x, in x's dtype if the layer rounds its adapters."""
-        return self._cast(calls_for(adapters, x, rows), x)
+        if casts_adapters(self, x.device.type, x.dtype, x.shape[:-1].numel()):
+            records = cast_adapters(records, x.dtype)
+        return calls_for(records, x, rows)
 
     def _layout_reason(self, x: Tensor) -> str | None:
         """Return why PEFT's forward computes an x without strides, and warn; None for other x."""
@@ -177,12 +179,6 @@ class Fused(nn.Module):
             )
         return result, not is_compiling() and has_fresh_result(base)
 
-    def _cast(self, calls: Sequence[Any], x: Tensor) -> list[Any]:
-        """Return the calls with the adapters in x's dtype, if the layer rounds them."""
-        if not casts_adapters(self, x.device.type, x.dtype, x.shape[:-1].numel()):
-            return list(calls)
-        return [cast_call(call, x.dtype) for call in calls]
-
 
 class FusedLinear(Fused, lora.Linear):
     """PEFT's LoRA layer over `nn.Linear`, or over a base that is called as a module."""
@@ -191,30 +187,35 @@ class FusedLinear(Fused, lora.Linear):
     base_class, base_forward = nn.Linear, LINEAR_FORWARD
 
 
-def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
-    """Return y = magnitude ⊘ norm ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias.
+def _scale_columns(layer: Any, record: Record, weight: Tensor | Weight4bit) -> Record:
+    """Return DoRA's record with the column scale magnitude ⊘ ‖W + scaling·B·A‖."""
+    cache = layer.__dict__.setdefault("_norm", DoraNormCache())
+    norm = cache(weight, record.lora_A, record.lora_B, record.scaling)
+    return record._replace(magnitude=None, column_scale=record.magnitude / norm)
 
-    PEFT applies dropout before the scaled base GEMM too, and adds the base output of the
-    complement: y = magnitude ⊘ norm ⊙ (D(x)·Wᵀ + s·D(x)·Aᵀ·Bᵀ) + (x − D(x))·Wᵀ + bias.
+
+def _compute_dora(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    bias: Tensor | None,
+    call: Call,
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    """Return y = c ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias, with dropout as PEFT's DoRA applies it.
+
+    PEFT drops x for the scaled base GEMM too, and adds the base output of the complement:
+    y = c ⊙ (D(x)·Wᵀ + s·D(x)·Aᵀ·Bᵀ) + (x − D(x))·Wᵀ + bias.
     """
-    base, A, B = layer.base_layer, weight_of(adapter.lora_A), weight_of(adapter.lora_B)
-    weight, compute_dtype = readable_weight(base, x)
-    bias, scaling = base._parameters["bias"], cast(float, adapter.scaling)
-    norm = layer.__dict__.setdefault("_norm", DoraNormCache())(weight, A, B, scaling)
-    scale = layer.lora_magnitude_vector[adapter.name].weight / norm
-    if casts_adapters(layer, x.device.type, x.dtype, x.shape[:-1].numel()):
-        A, B = A.to(x.dtype), B.to(x.dtype)
-    if not dropout_p(adapter.dropout):
-        y = lora_linear(
-            x, weight, A, B, scaling, bias, column_scale=scale, compute_dtype=compute_dtype
-        )
-    else:
-        dropped = adapter.dropout(x)
-        complement, no_adapter = x - dropped, (A.detach(), B.detach(), 0.0)
-        y = lora_linear(
-            dropped, weight, A, B, scaling, column_scale=scale, compute_dtype=compute_dtype
-        ) + lora_linear(complement, weight, *no_adapter, bias, compute_dtype=compute_dtype)
-    return to_dtype(y, result_dtype(base, x, y))
+    (record,) = call.records
+    if not record.dropout_p:
+        return compute(x, weight, bias, call, compute_dtype)
+    dropped, A, B = dropout(x, record.dropout_p), record.lora_A, record.lora_B
+    scaled, base = (
+        record._replace(dropout_p=0.0),
+        Record(weight, A.detach(), B.detach(), scaling=0.0),
+    )
+    y = compute(dropped, weight, None, Call([scaled]), compute_dtype)
+    return y + compute(x - dropped, weight, bias, Call([base]), compute_dtype)
 
 
 def result_dtype(base: nn.Module, x: Tensor, y: Tensor) -> torch.dtype:
@@ -222,52 +223,63 @@ def result_dtype(base: nn.Module, x: Tensor, y: Tensor) -> torch.dtype:
     return x.dtype if is_linear4bit(base) else y.dtype
 
 
-def add_adapter(
+def compute(
     x: Tensor,
     weight: Tensor | Weight4bit | None,
     bias: Tensor | None,
-    call: Call | MixedCall,
+    call: Call,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the result of the call for x, added to x·Wᵀ if a weight is given."""
-    if isinstance(call, MixedCall):
-        A, B, row_index, scaling, p = call
+    records, row_index = call
+    if row_index is not None:
+        A, B = [r.lora_A for r in records], [r.lora_B for r in records]
+        scaling, p = [cast(float, r.scaling) for r in records], records[0].dropout_p
         kwargs: dict[str, Any] = {"dropout_p": p, "compute_dtype": compute_dtype}
         return multi_lora_linear(x, weight, A, B, row_index, scaling, bias, **kwargs)
-    lora_A, lora_B, factor, gate, p = call
-    kwargs = {"rank_gate": gate, "dropout_p": p, "compute_dtype": compute_dtype}
-    return lora_linear(x, weight, lora_A, lora_B, factor, bias, **kwargs)
+    record = stack_records(records)
+    return lora_linear(
+        x,
+        weight,
+        record.lora_A,
+        record.lora_B,
+        cast(float, record.scaling),
+        bias,
+        rank_gate=record.rank_gate,
+        column_scale=record.column_scale,
+        dropout_p=record.dropout_p,
+        compute_dtype=compute_dtype,
+    )
 
 
-def add_update(
-    y: Tensor, is_fresh: bool, x: Tensor, bias: Tensor | None, call: Call | MixedCall
-) -> Tensor:
+def add_update(y: Tensor, is_fresh: bool, x: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """Return y, the result of a base layer, plus the result of the call for x.
 
     is_fresh: whether only the caller holds y. y is then overwritten if possible.
     """
     is_fresh = is_fresh and in_place.can_overwrite(y)
-    if isinstance(call, MixedCall) or not _can_add_in_place(y, x, call):
-        update = add_adapter(x, None, bias, call)
+    record = stack_records(call.records) if call.row_index is None else None
+    if record is None or not _can_add_in_place(y, x, record):
+        update = compute(x, None, bias, call if record is None else Call([record]))
         # Autograd forbids in-place changes of a view that a Function returned.
         return y.add_(update) if is_fresh and not y._is_view() else y + update
-    lora_A, lora_B, scaling, gate, p = call
     if not is_fresh:
         y = y.clone(memory_format=torch.contiguous_format)
-    return in_place.add_lora_linear_(y, x, lora_A, lora_B, scaling, bias, gate, p)
+    return in_place.add_lora_linear_(y, x, bias, record)
 
 
-def _can_add_in_place(y: Any, x: Tensor, call: Call) -> bool:
+def _can_add_in_place(y: Any, x: Tensor, record: Record) -> bool:
     """Return True if the eager backend computes the update for y on a GPU, in y's dtype."""
     if type(y) is not Tensor or y.device != x.device:
         return False
-    if not can_run(x) or (call.dropout_p and copies_rows(x)):
+    if not can_run(x) or (record.dropout_p and copies_rows(x)):
         return False
     dtype = base_dtype(context.device_of(x)[0], x.dtype)
-    if y.dtype is not dtype or y.shape != (*x.shape[:-1], call.lora_B.shape[0]):
+    if y.dtype is not dtype or y.shape != (*x.shape[:-1], record.lora_B.shape[0]):
         return False
-    operands = Operands(x, None, call.lora_A, call.lora_B, call.rank_gate)
-    return linear.choose(operands, Spec(call.scaling, call.dropout_p, dtype, dtype)).is_eager
+    operands = Operands(x, None, record.lora_A, record.lora_B, record.rank_gate)
+    spec = Spec(cast(float, record.scaling), record.dropout_p, dtype, dtype)
+    return linear.choose(operands, spec).is_eager
 
 
 def peft_class(layer: Any) -> Any:

@@ -19,7 +19,7 @@ from .adalora import FusedSVD
 from .base4bit import MergeLoss, unreadable_4bit, weight4bit
 from .linear import Fused
 from .mergeable import unmergeable_reason
-from .modules import library_forward
+from .modules import original_forward
 
 
 class FusedLinear4bit(Fused, Linear4bit):
@@ -30,7 +30,7 @@ class FusedLinear4bit(Fused, Linear4bit):
     """
 
     fits_blocks = True
-    base_class, base_forward = BaseLinear4bit, library_forward(BaseLinear4bit)
+    base_class, base_forward = BaseLinear4bit, original_forward(BaseLinear4bit)
     reads_codes = True
     merge_loss: MergeLoss | None = None
 

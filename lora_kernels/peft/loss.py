@@ -11,23 +11,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..core.record import CodePath, Record, path_reason
 from ..ops.context import unfused_context
 from ..ops.head import lora_linear_cross_entropy
-from ..quantization import Weight4bit
-from .adalora import FusedSVD
-from .adapters import RANK_GATE, Adapter, adapters_of, calls, groups, lora_bias, operand_reason
+from .adapters import add_bias, lora_bias, share_calls, stack_records
 from .base import readable_weight
-from .eligibility import linear_reason, replaced_reason, unreadable_reason
+from .eligibility import replaced_reason
 from .frozen import StreamedLinear
 from .linear import Fused
-from .modules import hooks_of, library_forward, patched_reason
+from .modules import hooks_of, original_forward, patched_reason
+from .read import active_names, read, read_base
 from .zero3 import is_gathered_in_call, is_partitioned
 
 # Class of transformers -> logit_scale and logit_softcap of a model.
@@ -68,16 +68,15 @@ LOGITS: dict[str, _Logits] = {
 _OUTPUTS = ("cache", "past_key_values", "hidden_states", "attentions")
 
 
-class Head(NamedTuple):
-    """The arguments of `lora_linear_cross_entropy` that come from a head."""
-
-    weight: Tensor | Weight4bit
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    scaling: float
-    bias: Tensor | None
-    dropout_p: float
-    compute_dtype: torch.dtype | None
+# The operands of a head that the loss without logits takes.
+LOSS = CodePath(
+    "the loss without logits",
+    (
+        frozenset(
+            {"dropout_p", "others", "is_transposed", "scaling", "lora_bias", "rank_gate", "ranknum"}
+        ),
+    ),
+)
 
 
 def fuse_losses(model: nn.Module) -> None:
@@ -146,7 +145,7 @@ def model_reason(module: Any) -> str | None:
     cls = type(module)
     if _owner(cls) not in LOGITS:
         return f"the forward of {cls.__name__} is not covered in this version"
-    if library_forward(cls) is None:
+    if original_forward(cls) is None:
         return f"{cls.__name__}.forward was replaced"
     return None if has_fused_loss(module) else patched_reason(module)
 
@@ -159,60 +158,64 @@ def call_reason(module: Any, device: torch.device, x_dtype: torch.dtype) -> str 
         return context_reason
     if module.loss_function is not ForCausalLMLoss:
         return "its loss_function was replaced"
-    reason = head_reason(module.get_output_embeddings(), device, x_dtype)
-    return None if reason is None else f"its head: {reason}"
+    records = read_head(module.get_output_embeddings(), device, x_dtype)
+    return f"its head: {records}" if isinstance(records, str) else None
 
 
-def head_reason(head: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
-    """Return why an output embedding is called as a module for x on this device, or None."""
+def read_head(head: Any, device: torch.device, x_dtype: torch.dtype) -> list[Record] | str:
+    """Return the records of an output embedding, one without an adapter if it has none.
+
+    Returns the reason (a string) if the head is called as a module for x on this device.
+    """
     if is_gathered_in_call(head) or is_partitioned(getattr(head, "weight", None)):
         return "DeepSpeed's ZeRO-3 gathers it when it is called"
     if any(hooks_of(head)):
         return "a hook sits on it"
-    if not isinstance(head, lora.LoraLayer):
-        return None if type(head) is StreamedLinear else unreadable_reason(head, device)
-    layer: Any = head
-    if not isinstance(layer, Fused) or isinstance(layer, FusedSVD):
-        return f"PEFT's {type(layer).__name__} is not covered here, or not fused"
-    if (reason := replaced_reason(type(layer)) or patched_reason(layer)) is not None:
-        return reason
-    adapters = active_adapters(layer)
-    if layer.disable_adapters and layer.merged:
-        return "its adapters are merged and disabled"
-    if layer.mixed_batch is not None:  # of the last call; "__base__" alone names no adapter
-        return "rows name their adapters"
-    reason = operand_reason(layer, adapters, (RANK_GATE,), "the loss without logits")
-    if reason is not None:
-        return reason
-    if adapters and (reason := linear_reason(layer, adapters, device, x_dtype)) is not None:
-        return reason
-    if len(groups(adapters, device.type, None)) > 1 and adapters:
-        return "several adapters, each with dropout of its own"
-    base: nn.Module = head.get_base_layer()
-    return unreadable_reason(base, device)
-
-
-def active_adapters(layer: Any) -> list[Adapter]:
-    """Return the adapters that a call adds to the base layer's result."""
-    return [] if layer.disable_adapters or layer.merged else adapters_of(layer)
-
-
-def head_of(head: Any, x: Tensor) -> Head:
-    """Return the arguments that an output embedding without a `head_reason` gives for x."""
-    layer: Any = head
     is_adapted = isinstance(head, lora.LoraLayer)
-    adapters = active_adapters(layer) if is_adapted else []
-    base = layer.get_base_layer() if is_adapted else layer
+    if is_adapted:
+        if not isinstance(head, Fused):
+            return f"PEFT's {type(head).__name__} is not covered here, or not fused"
+        if (reason := replaced_reason(type(head)) or patched_reason(head)) is not None:
+            return reason
+        if head.disable_adapters and head.merged:
+            return "its adapters are merged and disabled"
+        if head.mixed_batch is not None:  # of the last call; "__base__" alone names no adapter
+            return "rows name their adapters"
+        if has_active_adapter(head):
+            records = read(head, device, x_dtype)
+            if isinstance(records, str):
+                return records
+            if len(share_calls(records, device.type, None)) > 1:
+                return "several adapters, each with dropout of its own"
+            return path_reason(records, LOSS) or records
+    base: Any = head.get_base_layer() if is_adapted else head
+    if type(base) is StreamedLinear:
+        return [Record(base._parameters["weight"], None, None, base._parameters["bias"])]
+    record = read_base(base, device)
+    return record.called or [record]
+
+
+def has_active_adapter(layer: Any) -> bool:
+    """Return True if a call adds adapters to the base layer's result."""
+    return not (layer.disable_adapters or layer.merged) and bool(active_names(layer))
+
+
+def operands_of_head(head: Any, x: Tensor) -> tuple[Record, torch.dtype | None]:
+    """Return one record of a head for x, with the operand of its weight, and the base GEMM's dtype.
+
+    head: an output embedding that `read_head` reads.
+    """
+    records = read_head(head, x.device, x.dtype)
+    assert not isinstance(records, str)
+    record = records[0]
+    base = head.get_base_layer() if isinstance(head, lora.LoraLayer) else head
     weight, compute_dtype = readable_weight(base, x)
-    bias = base._parameters["bias"]
-    if not adapters:
-        return Head(weight, None, None, 1.0, bias, 0.0, compute_dtype)
-    if (adapter_bias := lora_bias(adapters)) is not None:
-        bias = adapter_bias if bias is None else bias + adapter_bias
-    ((lora_A, lora_B, scaling, gate, dropout_p),) = calls(adapters, x.device.type, None)
-    if gate is not None:
-        lora_B = lora_B * gate.to(lora_B.dtype)
-    return Head(weight, lora_A, lora_B, scaling, bias, dropout_p, compute_dtype)
+    if record.lora_A is not None:
+        record = stack_records(records)._replace(bias=add_bias(record.bias, lora_bias(records)))
+        if record.rank_gate is not None:
+            B, gate = record.lora_B, record.rank_gate
+            record = record._replace(lora_B=B * gate.to(B.dtype))
+    return record._replace(weight=weight), compute_dtype
 
 
 @functools.cache
@@ -294,24 +297,23 @@ def _loss(
     **kwargs: Any,
 ) -> Tensor:
     """Return `ForCausalLMLoss` of the hidden states x [..., S, K] and labels [..., S]."""
-    head = head_of(module.get_output_embeddings(), x)
-    weight, lora_A, lora_B, scaling, bias, dropout_p, compute_dtype = head
+    record, compute_dtype = operands_of_head(module.get_output_embeddings(), x)
     scale, cap = LOGITS[_owner(type(module))](module)
     if shift_labels is None:
         shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     loss = lora_linear_cross_entropy(
         x,
-        weight,
-        lora_A,
-        lora_B,
+        record.weight,
+        record.lora_A,
+        record.lora_B,
         shift_labels.to(x.device),
-        scaling,
-        bias,
+        record.scaling,
+        record.bias,
         ignore_index=ignore_index,
         logit_softcap=cap,
         logit_scale=scale,
         reduction="mean" if num_items_in_batch is None else "sum",
-        dropout_p=dropout_p,
+        dropout_p=record.dropout_p,
         compute_dtype=compute_dtype,
     )
     if num_items_in_batch is None:

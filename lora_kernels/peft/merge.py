@@ -136,39 +136,47 @@ def _local(p: Any) -> Any:
     return p.to_local() if type(p).__name__ == "DTensor" else p
 
 
+class _Span(NamedTuple):
+    """The memory of a parameter that a merge writes. number: of the layer, in their order."""
+
+    device: str
+    start: int
+    end: int
+    number: int
+    layer: Any
+    tensor: Tensor
+
+
 def _tied_groups(layers: Iterable[Any]) -> Iterator[list[Any]]:
     """Yield each group of layers whose bases share memory.
 
     Raises ValueError if bases overlap in memory without sharing all elements.
     """
-    spans = []
+    spans: list[_Span] = []
     for i, layer in enumerate(layers):
         for module, name in written_parameters(layer):
             t = _local(module._parameters[name])
             last_index = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
             if t.numel() and t.data_ptr():
                 end = t.data_ptr() + (last_index + 1) * t.element_size()
-                spans.append((str(t.device), t.data_ptr(), end, i, layer, t))
-    group: list[Any] = []
+                spans.append(_Span(str(t.device), t.data_ptr(), end, i, layer, t))
+    group: list[_Span] = []
     for span in sorted(spans, key=lambda span: span[:4]):
-        device, start, _, _, layer, t = span
-        if group and device == group[0][0] and start < max(span[2] for span in group):
-            first_tensor = group[0][5]
-            if start != group[0][1] or (t.shape, t.stride()) != (
-                first_tensor.shape,
-                first_tensor.stride(),
-            ):
+        device, start, _, _, _, t = span
+        if group and device == group[0].device and start < max(span.end for span in group):
+            first = group[0].tensor
+            if start != group[0].start or (t.shape, t.stride()) != (first.shape, first.stride()):
                 raise ValueError(
-                    f"exact_merge: got bases of shapes {list(first_tensor.shape)} and "
-                    f"{list(t.shape)} that overlap in memory, want the same elements or none"
+                    f"exact_merge: got bases of shapes {list(first.shape)} and {list(t.shape)} "
+                    "that overlap in memory, want the same elements or none"
                 )
         else:
             if len(group) > 1:
-                yield [span[4] for span in group]
+                yield [span.layer for span in group]
             group = []
         group.append(span)
     if len(group) > 1:
-        yield [span[4] for span in group]
+        yield [span.layer for span in group]
 
 
 class _WeakReference:

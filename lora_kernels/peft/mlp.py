@@ -26,7 +26,7 @@ from ..backends.eager.gated_mlp import ACTIVATIONS
 from ..ops import blocks
 from . import direct
 from .linear import Fused, set_class
-from .modules import is_conv1d, library_forward, patched_reason
+from .modules import is_conv1d, original_forward, patched_reason
 from .zero3 import is_gathered_in_call
 
 # The children's names of gate, up and down.
@@ -110,29 +110,19 @@ def _fused_class(cls: Hashable) -> Any:
 
 def _call(mlp: Any, x: Any) -> Tensor | None:
     """Return y; None if the module's own forward computes it."""
-    if not blocks.can_run(x) or _has_any_global_hook():
+    if not blocks.can_run(x) or _state_reason(mlp) is not None:
         return None
-    cls, parts, modules = type(mlp), mlp._parts, mlp._modules
-    if cls.original_class.forward is not cls.original_forward:
-        return None
-    act = modules.get(parts.act)
-    if act is not parts.act_module or (act is not None and direct.is_hooked(act)):
-        return None
+    parts, modules = mlp._parts, mlp._modules
     layers = modules[parts.gate], modules[parts.up], modules[parts.down]
-    for layer in layers:
-        if direct.is_hooked(layer) or not getattr(type(layer), "fits_blocks", False):
-            return None
     block_and_states = direct.make_block(layers, x, parts.activation)
     return None if block_and_states is None else blocks.gated_mlp(x, block_and_states[0])
 
 
-def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
-    """Return why the MLP's state makes it run its own forward for x on this device."""
-    parts, modules = mlp._parts, mlp._modules
-    if mlp.original_class.forward is not type(mlp).original_forward:
-        return f"{mlp.original_class.__name__}.forward was replaced"
-    if (reason := patched_reason(mlp)) is not None:
-        return f"{reason} after fuse(model): call it again"
+def _state_reason(mlp: Any) -> str | None:
+    """Return why calling the MLP's modules may do more than a gated MLP computes."""
+    cls, parts, modules = type(mlp), mlp._parts, mlp._modules
+    if cls.original_class.forward is not cls.original_forward:
+        return f"{cls.original_class.__name__}.forward was replaced"
     if _has_any_global_hook():
         return "a hook sits on all modules"
     act = modules.get(parts.act)
@@ -141,9 +131,21 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     if act is not None and direct.is_hooked(act):
         return f"{parts.act}: {patched_reason(act) or 'a hook sits on it'}"
     for name in parts[:3]:
-        state = direct.planned_state(modules[name], device, x_dtype)
-        if isinstance(state, str):
-            return f"{name}: {state}"
+        if (reason := direct.member_reason(modules[name])) is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
+    """Return why the MLP's state makes it run its own forward for x on this device."""
+    if (reason := patched_reason(mlp)) is not None:
+        return f"{reason} after fuse(model): call it again"
+    if (reason := _state_reason(mlp)) is not None:
+        return reason
+    for name in mlp._parts[:3]:
+        record = direct.read_in_block(mlp._modules[name], device, x_dtype)
+        if isinstance(record, str):
+            return f"{name}: {record}"
     return None
 
 
@@ -188,7 +190,7 @@ def mlp_reasons(model: nn.Module) -> Iterator[tuple[str, Any, str | None]]:
         reason: str | None = None
         if not isinstance(module, GatedMLP):
             parts = recognize(module)
-            reason = parts if isinstance(parts, str) else "not fused: call fuse(model)"
+            reason = parts if isinstance(parts, str) else "not fused: call fuse(model, blocks=True)"
             if any(map(is_gathered_in_call, module.modules())):
                 reason = "DeepSpeed's ZeRO-3 gathers each of its layers for the layer's own call"
         yield name, module, reason
@@ -219,7 +221,8 @@ def recognize(module: Any) -> Parts | str:
         return "gate and up are one linear layer, which is not covered in this version"
     names = next((triple for triple in NAMES if set(triple) == linears), None)
     if names is None:
-        return f"its linear layers are not named like a gated MLP's: {', '.join(sorted(linears))}"
+        known = ", or ".join(map(", ".join, NAMES))
+        return f"its linear layers are {', '.join(sorted(linears))}, not {known}"
     for name in names:
         if not getattr(type(children[name]), "fits_blocks", False):
             return f"{name} is no fused LoRA layer"
@@ -237,7 +240,7 @@ def recognize(module: Any) -> Parts | str:
         return Parts(*names, "", None, activation)
     if (reason := patched_reason(module)) is not None:
         return reason
-    if library_forward(type(module)) is None:
+    if original_forward(type(module)) is None:
         return f"{type(module).__name__}.forward was replaced"
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         for activation in ACTIVATIONS:
@@ -250,7 +253,7 @@ def _liger_activation(forward: Any) -> str | None:
     """Return the activation of one of Liger's forwards; None for any other function."""
     for file, name, activation in _LIGER:
         cls = getattr(sys.modules.get(f"liger_kernel.transformers.{file}"), name, None)
-        if cls is not None and forward is library_forward(cls):
+        if cls is not None and forward is original_forward(cls):
             return activation
     return None
 

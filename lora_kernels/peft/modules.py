@@ -55,12 +55,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D"
 
 
-def library_forward(cls: Any) -> Any:
+def original_forward(cls: Any) -> Any:
     """Return the class's forward; None if it is not the one that the class's package defined.
 
     The modules in which the functions were compiled decide, because `functools.wraps` copies names.
 
-    >>> library_forward(nn.Linear) is nn.Linear.forward
+    >>> original_forward(nn.Linear) is nn.Linear.forward
     True
     """
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
@@ -135,4 +135,4 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return *forward, module._backward_pre_hooks, module._backward_hooks
 
 
-LINEAR_FORWARD = library_forward(nn.Linear)
+LINEAR_FORWARD = original_forward(nn.Linear)

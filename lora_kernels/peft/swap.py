@@ -22,11 +22,12 @@ from ..choice import verdicts
 from . import foreign
 from .adalora import FusedSVDLinear
 from .base import missing_layers
-from .eligibility import heavier_reason, is_base_trainable, replaced_reason
+from .eligibility import is_base_trainable, replaced_reason
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper, wrapper_reason
 from .frozen import StreamedLinear
 from .groups import add_groups, remove_groups
+from .heavier import heavier_reason
 from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
 from .merge import check_exact_merge, check_layers, set_exact_merges

@@ -71,7 +71,7 @@ def stop_gathering(model: nn.Module) -> None:
             getattr(layer, "_external_params", {}).pop(id(p), None)
 
 
-class _Call(NamedTuple):
+class _RunningForward(NamedTuple):
     """A running forward of a layer whose parameters are gathered.
 
     has_hooks: whether hooks pack the tensors that the forward saves.
@@ -81,14 +81,14 @@ class _Call(NamedTuple):
     has_hooks: bool
 
 
-class _Calls(threading.local):
-    """The running calls of this thread, the innermost last."""
+class _RunningForwards(threading.local):
+    """The running forwards of this thread, the innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[_Call] = []
+        self.stack: list[_RunningForward] = []
 
 
-_calls = _Calls()
+_running = _RunningForwards()
 
 
 def is_gathered(module: nn.Module) -> bool:
@@ -96,7 +96,7 @@ def is_gathered(module: nn.Module) -> bool:
 
     The parameters are gathered during the forward of a layer that was given to `gather_in_call`.
     """
-    if not any(module is child for call in _calls.stack for child in call.layer.modules()):
+    if not any(module is child for running in _running.stack for child in running.layer.modules()):
         return False
     forward = module._forward_pre_hooks, module._forward_hooks
     hook_dicts = (*forward, module._backward_pre_hooks, module._backward_hooks)
@@ -107,11 +107,11 @@ def is_gathered(module: nn.Module) -> bool:
 @contextmanager
 def as_gathered(layer: nn.Module) -> Iterator[None]:
     """Let `is_gathered` return its value in the layer's call."""
-    _calls.stack.append(_Call(layer, False))
+    _running.stack.append(_RunningForward(layer, False))
     try:
         yield
     finally:
-        _calls.stack.pop()
+        _running.stack.pop()
 
 
 def _gather_pre_hook(layer: nn.Module, args: Any) -> None:
@@ -130,12 +130,12 @@ def _gather_pre_hook(layer: nn.Module, args: Any) -> None:
     has_hooks = has_hooks and _top_saved_tensors_default_hooks(True) is None
     if has_hooks:
         _push_saved_tensors_default_hooks(_Packing(partitioned).pack, _unpack)
-    _calls.stack.append(_Call(layer, has_hooks))
+    _running.stack.append(_RunningForward(layer, has_hooks))
 
 
 def _release_hook(layer: nn.Module, args: Any, result: Any) -> None:
     """Undo `_gather_pre_hook`. A forward hook, which runs after an exception too."""
-    if _calls.stack and _calls.stack[-1].layer is layer and _calls.stack.pop().has_hooks:
+    if _running.stack and _running.stack[-1].layer is layer and _running.stack.pop().has_hooks:
         _pop_saved_tensors_default_hooks()
 
 

@@ -1,6 +1,6 @@
 """`qualify`: check this package's kernels on the card that they landed on, before they are used.
 
-A worker process computes the claims of a plan one by one: a kernel that hangs or reads where it may
+A worker process checks the claims one by one: a kernel that hangs or reads where it may
 not costs the worker, never this process, which starts another for the rest. A group of calls is
 used when all its claims hold. The verdict is cached (`verdicts`).
 """
@@ -29,9 +29,9 @@ from ..choice import verdicts
 from ..choice.verdicts import Group, Point, Verdict
 from ..core import device as devices
 from . import compiling
-from .plan import DTYPES, KNOWN_DTYPES, SQUARE, WIDE, Claim, plan
+from .plan import DTYPES, KNOWN_DTYPES, SQUARE, WIDE, Claim, list_claims
 
-__all__ = ["BUDGET", "DTYPES", "KNOWN_DTYPES", "Claim", "index_of", "plan", "qualify"]
+__all__ = ["BUDGET", "DTYPES", "KNOWN_DTYPES", "Claim", "index_of", "list_claims", "qualify"]
 
 WORKER = "lora_kernels.qualification.claims"
 CARD = "lora_kernels.qualification.card:Card"
@@ -82,7 +82,7 @@ def qualify(
     index = index_of(device)
     if wrong := [name for name in dtypes if name not in KNOWN_DTYPES]:
         raise ValueError(f"dtypes: got {wrong[0]!r}, want 'bfloat16' or 'float16'")
-    claims = plan(tuple(dict.fromkeys(dtypes)), shapes)
+    claims = list_claims(tuple(dict.fromkeys(dtypes)), shapes)
     if not budget_s > 0:
         raise ValueError(f"budget_s: got {budget_s}, want seconds above 0")
     if (why := _unready_reason()) is not None:

@@ -1,4 +1,4 @@
-"""The worker of `lora_kernels.qualify`: checks the claims of a plan on one card.
+"""The worker of `lora_kernels.qualify`: checks the claims on one card.
 
     python -m lora_kernels.qualification.claims MODULE:CARD
 
@@ -101,7 +101,7 @@ def judge(case: AnyCase) -> str | None:
     return next((f"{name} {verdict}" for name, verdict in found if not verdict.ok), None)
 
 
-class _Call:
+class _GuardedLayer:
     """The backend's forward and backward on tensors that lie between guard zones."""
 
     def __init__(self, card: Card, group: Group, seed: int = 0) -> None:
@@ -175,13 +175,13 @@ class GuardedMemory(TorchFunctionMode):
 
 
 def memory(card: Card, group: Group) -> str | None:
-    call = _Call(card, group)
-    operands = launches.tensors_of((call.operands, call.dy))
+    layer = _GuardedLayer(card, group)
+    operands = launches.tensors_of((layer.operands, layer.dy))
     before = [t.clone() for t in operands]
     first: dict[str, Tensor] = {}
     for number in range(card.repeats):
         with GuardedMemory() as guarded:
-            found = call.run()
+            found = layer.run()
         card.synchronize()
         if written := guarded.written():
             return f"{written} bytes outside of its results were written"
@@ -196,22 +196,23 @@ def memory(card: Card, group: Group) -> str | None:
 
 
 def graph(card: Card, group: Group) -> str | None:
-    call = _Call(card, group)
-    other = _Call(card, group, seed=1)
-    for number, y in enumerate(card.replays(call.y, 3)):
-        want = call.y()
+    layer = _GuardedLayer(card, group)
+    other = _GuardedLayer(card, group, seed=1)
+    for number, y in enumerate(card.replays(layer.y, 3)):
+        want = layer.y()
         card.synchronize()
         if not torch.equal(y, want):
             return f"replay {number} has other bits than a call by itself"
-        call.operands.x.copy_(other.operands.x if number % 2 == 0 else call.operands.x.neg())
+        x = other.operands.x if number % 2 == 0 else layer.operands.x.neg()
+        layer.operands.x.copy_(x)
     return None
 
 
 def two_streams(card: Card, group: Group) -> str | None:
-    calls = [_Call(card, group, seed) for seed in range(2)]
-    want = [call.y().clone() for call in calls]
+    layers = [_GuardedLayer(card, group, seed) for seed in range(2)]
+    want = [layer.y().clone() for layer in layers]
     for number in range(card.repeats):
-        got = card.concurrently([call.y for call in calls])
+        got = card.concurrently([layer.y for layer in layers])
         if not all(map(torch.equal, got, want)):
             return f"a call beside another had other bits in repeat {number}"
     return None
@@ -293,7 +294,7 @@ def launch_all(card: Card, claim: Claim) -> None:
                     call.step(0)
     elif name == "memory":  # "graph" and "two streams" launch the same
         with card.engine(group):
-            _Call(card, group).run()
+            _GuardedLayer(card, group).run()
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..choice.verdicts import Group
 from ..core.problem import Strategy
 
-DTYPES = ("bfloat16",)  # of the base GEMM, in the default plan
+DTYPES = ("bfloat16",)  # of the base GEMM, by default
 KNOWN_DTYPES = ("bfloat16", "float16")
 SQUARE, WIDE = (4096, 4096), (14336, 4096)  # N and K: Llama-3-8B's q and o, and gate and up
 # The smallest M for which forward and backward are timed too. M = 1 is decoding, which has no
@@ -98,14 +98,14 @@ class Claim(NamedTuple):
     sizes: tuple[tuple[int, int, int], ...] = ()
 
 
-def plan(
+def list_claims(
     dtypes: Sequence[str] = DTYPES, shapes: Sequence[tuple[int, int]] = (SQUARE, WIDE)
 ) -> list[Claim]:
     """Return the claims on the kernels for these dtypes of the base GEMM, in order.
 
     shapes: N and K of the weights that are timed.
 
-    >>> sum(len(claim.sizes) for claim in plan())
+    >>> sum(len(claim.sizes) for claim in list_claims())
     36
     """
     claims = []

@@ -345,7 +345,7 @@ class Weight4bit:
             dtype: of the weight before quantization: float32, bfloat16 or float16.
 
         The codes are copied, and the scales are not. Each global scale makes a table of the 256
-        scales, so that decoding gives the bits of the library.
+        scales, so that decoding gives the bits of compressed-tensors or torchao.
 
         Raises ValueError or TypeError that names the argument.
 

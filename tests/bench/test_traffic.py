@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import report
 from lora_kernels import lora_linear
-from lora_kernels.backends.eager import linear as eager
+from lora_kernels.backends.eager import products
 from lora_kernels.bench import command, counter, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.blocks import Cell, build_layer
@@ -29,7 +29,7 @@ from lora_kernels.ops import registry
 
 pytest.importorskip("peft")
 from lora_kernels.peft import swap
-from lora_kernels.peft.eligibility import heavier_reason
+from lora_kernels.peft.heavier import heavier_reason
 
 M, K, N = 8, 16, 32
 BY_NAME = {cell.name: cell for cell in CELLS}
@@ -520,20 +520,20 @@ def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
     assert forward < 420e6 and backward < 560e6
 
 
-@pytest.mark.parametrize("name", ["_expand", "_add_base", "_shrink", "_gradient"])
+@pytest.mark.parametrize("name", ["expand", "add_base", "shrink", "adapter_gradient"])
 def test_fused_layer_with_one_float32_copy_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is of the first operand, as large as x or y in 16 bits."""
     clean = [row.moved["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
-    original = getattr(eager, name)
+    original = getattr(products, name)
 
     def copying(first: Tensor, *rest: Any, **options: Any) -> Any:
-        large = rest[0] if name == "_add_base" else rest[1] if name == "_expand" else first
+        large = rest[0] if name == "add_base" else rest[1] if name == "expand" else first
         large.float()
         return original(first, *rest, **options)
 
-    monkeypatch.setattr(eager, name, copying)
+    monkeypatch.setattr(products, name, copying)
     copied = [row.moved["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
     a_copy = 6 * 8192 * 4096
     extra = [more - less for more, less in zip(copied, clean, strict=True)]

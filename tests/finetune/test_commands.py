@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from shlex import split
 from types import SimpleNamespace
@@ -740,6 +741,30 @@ def test_a_base_that_the_training_changed_fails(
     monkeypatch.setattr(recipe, "run_training", careless)
     shown = run(*on(folder, lines, tmp_path), *CHAT, status=1)
     assert "failed: adapter off" in shown
+
+
+@pytest.mark.parametrize("more", [[], ["--compare"]])
+def test_models_are_freed_before_the_base_is_loaded_again(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any, more: list[str]
+) -> None:
+    """The base and the adapted copy would fill a card that holds one of them."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[bool] = []
+    share, check = recipe.share, recipe.check_reloaded
+
+    def kept(base: torch.nn.Module) -> Any:
+        copied = share(base)
+        models.extend(map(weakref.ref, (base, copied)))
+        return copied
+
+    def seen(*args: Any) -> Any:
+        alive.extend(model() is not None for model in models)
+        return check(*args)
+
+    monkeypatch.setattr(recipe, "share", kept)
+    monkeypatch.setattr(recipe, "check_reloaded", seen)
+    run(*on(folder, lines, tmp_path), *CHAT, *more)
+    assert alive == [False, False]
 
 
 @pytest.mark.parametrize(("after", "status"), [("It is Paris.", 0), ("Maren Oduya.", 1)])

@@ -6,20 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
 from lora_kernels.backends import decode4bit
-from lora_kernels.backends.eager.blocks import Layer
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.choice import choose as selection
 from lora_kernels.core.forced import Forced
 from lora_kernels.core.packed4bit import Packed4bit
 from lora_kernels.core.problem import Choice, Problem
+from lora_kernels.core.record import PLAIN, Record, operands_of
 from lora_kernels.peft import direct, groups
-from lora_kernels.peft.adapters import Adapter, dropout_p
 from lora_kernels.peft.base import readable_weight
-from lora_kernels.peft.plan import plan_linear
+from lora_kernels.peft.read import read_call
 from lora_kernels.quantization import Weight4bit
 from tests.support.threads import threads as threads
 
@@ -48,13 +46,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     return asked
 
 
-def assert_planned(layer: Any, x: Tensor) -> Adapter:
-    """The plan says that the layer is fused, with one adapter of plain LoRA, which is returned."""
-    adapters, reason, base_reason, is_dora = plan_linear(layer, x.device, x.dtype)
-    assert (reason, base_reason, is_dora) == (None, None, False)
-    (adapter,) = adapters
-    assert not adapter.is_alora
-    return adapter
+def read_one(layer: Any, x: Tensor) -> Record:
+    """The one record by which the layer's call is computed here, with the base's weight."""
+    records = read_call(layer, x.device, x.dtype)
+    assert not isinstance(records, str), records
+    (record,) = records
+    assert operands_of(record) <= {"dropout_p", "scaling", "lora_bias", "rank_gate"}
+    return record
 
 
 def assert_is(got: Sequence[Any], want: Sequence[Any]) -> None:
@@ -62,8 +60,8 @@ def assert_is(got: Sequence[Any], want: Sequence[Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def direct_calls_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A direct call succeeds only where the plan says fused, with the plan's tensors.
+def direct_calls_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direct call succeeds only where the general reader has the same plain record.
 
     It holds for every state of a layer that a test of this folder builds.
     """
@@ -73,21 +71,19 @@ def direct_calls_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
         y = call(layer, x)
         if y is None:
             return None
-        state = direct.read(layer)
+        state, record = direct.read(layer), read_one(layer, x)
         assert state is not None
-        adapter, base = assert_planned(layer, x), layer.base_layer._parameters
-        planned = base["weight"], adapter.lora_A.weight, adapter.lora_B.weight, base["bias"]
-        assert_is(state[:4], planned)
-        assert state[4:] == (adapter.scaling, dropout_p(adapter.dropout))
-        assert adapter.lora_B.bias is None and adapter.diag is None
+        assert_is(state[:4], record[:4])
+        assert state[4:] == record[4:PLAIN]
+        assert operands_of(record) <= {"dropout_p"}
         return y
 
     monkeypatch.setattr(direct, "call", checked)
 
 
 @pytest.fixture(autouse=True)
-def blocks_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block has only layers that the plan says are fused, with the plan's operands."""
+def blocks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block has only layers that the general reader reads, with the operands of their records."""
     make_block = direct.make_block
 
     def checked(layers: Sequence[Any], x: Tensor, activation: str = "") -> Any:
@@ -100,11 +96,10 @@ def blocks_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "make_block", checked)
 
 
-def check_operands(layer: Any, x: Tensor, operands: Layer) -> None:
-    adapter, base = assert_planned(layer, x), layer.base_layer
-    assert not dropout_p(adapter.dropout)
-    assert_is(operands[1:3], (adapter.lora_A.weight, adapter.lora_B.weight))
-    assert not isinstance(base, Conv1D)
+def check_operands(layer: Any, x: Tensor, operands: Record) -> None:
+    record, base = read_one(layer, x), layer.base_layer
+    assert not record.dropout_p and not operands.dropout_p
+    assert_is(operands[1:3], (record.lora_A, record.lora_B))
     if isinstance(operands.weight, Packed4bit):
         weight, _ = readable_weight(base, x)
         assert isinstance(weight, Weight4bit)
@@ -115,7 +110,7 @@ def check_operands(layer: Any, x: Tensor, operands: Layer) -> None:
     else:
         assert operands.weight is base.weight
     gate = torch.as_tensor(1.0 if operands.rank_gate is None else operands.rank_gate)
-    want = torch.as_tensor(adapter.scaling) * (1.0 if adapter.diag is None else adapter.diag)
+    want = torch.as_tensor(record.scaling) * (1.0 if record.rank_gate is None else record.rank_gate)
     # The gate is float32 or wider: the factors are rounded to it, and then their product.
     torch.testing.assert_close(
         (gate * operands.scaling).double().expand(operands.lora_A.shape[0]),
@@ -123,10 +118,10 @@ def check_operands(layer: Any, x: Tensor, operands: Layer) -> None:
         rtol=2.0**-22,
         atol=0.0,
     )
-    bias, lora_bias = base.bias, adapter.lora_B.bias
-    if lora_bias is None:
+    bias = base.bias
+    if record.lora_bias is None:
         assert operands.bias is bias
     else:
-        update = adapter.scaling * lora_bias
+        update = record.scaling * record.lora_bias
         assert operands.bias is not None
         assert torch.equal(operands.bias, update if bias is None else bias + update)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import library
-from lora_kernels.backends.eager.linear import MANY_ROWS
+from lora_kernels.backends.eager.products import MANY_ROWS
 from lora_kernels.bench import baselines, counter
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse, linear, unfuse

@@ -325,7 +325,7 @@ def embedding_over(**base: Any) -> Callable[[], Any]:
 
 
 BY_PEFT, BY_ADAPTER = (PEFT, "peft"), (ADAPTER, "eager")  # eager as float64 always is
-MAGNITUDE = "DoRA whose magnitude is no plain module"
+MAGNITUDE = "it is a DoRA, and its magnitude is no plain module"
 # Kind of model and change of its first layer -> who computes it, and why.
 CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
     (mlp, hook_on("lora_A")): (BY_PEFT, "adapter 'default': a hook sits on its nn.Linear"),
@@ -342,11 +342,14 @@ CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
     (conv1d_mlp, hook_on("base_layer")): (BY_ADAPTER, "a hook sits on its Conv1D"),
     (dora_mlp, hook_on("base_layer")): (
         BY_PEFT,
-        "DoRA, which needs the base weight: a hook sits on",
+        "column scale beside a base that is called as a module (a hook sits on its nn.Linear)",
     ),
     (dora_mlp, hook_on("lora_magnitude_vector")): (BY_PEFT, MAGNITUDE),
     (dora_mlp, patched("lora_magnitude_vector")): (BY_PEFT, MAGNITUDE),
-    (dora_mlp, tensor_scaling): (BY_PEFT, "DoRA prepared for hot-swapping"),
+    (dora_mlp, tensor_scaling): (
+        BY_PEFT,
+        "a DoRA, whose column scale beside a scaling in a tensor",
+    ),
     (adalora_mlp, hook_on("base_layer")): (BY_ADAPTER, "base layer: "),
     (adalora_mlp, scaled_subclass): (BY_ADAPTER, "base layer: "),
     (adalora_mlp, replaced_dropout(nn.AlphaDropout(0.5).eval())): (
@@ -437,7 +440,7 @@ def flattened(layer: Any) -> None:
         (
             dora_mlp,
             lambda layer: layer.lora_magnitude_vector.to("meta"),
-            "DoRA whose magnitude is on meta, x on cpu",
+            "it is a DoRA, and its magnitude is on meta, x on cpu",
         ),
         (adalora_mlp, lambda layer: layer.lora_B.to("meta"), "'default': its lora_B is on meta"),
         (adalora_mlp, lambda layer: layer.lora_E.to("meta"), "'default': its lora_E is on meta"),

@@ -124,8 +124,16 @@ def test_gate_without_a_gradient_of_lora_b_has_pefts_gradient() -> None:
     assert_as_exact(got, step(in_float64(stock), input_of(f32).double()), want)
 
 
+def without_biases(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.bias = None
+    return model
+
+
 SEVERAL_DY: dict[str, Any] = {
     "gated group": lambda: with_kasa(f64),
+    "gated group without biases": lambda: without_biases(with_kasa(f64)),
     "plain group": lambda: adapted("group", f64, f64),
     "group with biases": lambda: adapted("group", f64, f64, lora_bias=True),
     "layer": lambda: adapted("linear", f64, f64),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.bench import counter
+from lora_kernels.core.record import Record
 from lora_kernels.ops import in_place
 from lora_kernels.peft import explain, fuse, modules
 from lora_kernels.peft.explain_rows import ADAPTER
@@ -308,7 +309,7 @@ def test_version_of_an_overwritten_result_is_counted() -> None:
     y = torch.ones(70, N, dtype=f64, requires_grad=True) * 1
     version = y._version
     A, B = torch.ones(R, K, dtype=f64), torch.ones(N, R, dtype=f64)
-    in_place.add_lora_linear_(y, torch.ones(70, K, dtype=f64), A, B, 1.0)
+    in_place.add_lora_linear_(y, torch.ones(70, K, dtype=f64), None, Record(None, A, B))
     assert y._version > version
 
 
@@ -601,7 +602,7 @@ def test_update_saves_x_for_dA_and_p_for_dB_alone(frozen: tuple[str, ...], gated
     saved: list[Tensor] = []
     y = torch.ones(70, N)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        in_place.add_lora_linear_(y, x, A, B, 2.0, None, gate)
+        in_place.add_lora_linear_(y, x, None, Record(None, A, B, None, 2.0, rank_gate=gate))
     shapes = [t.shape for t in saved]
     assert ((70, K) in shapes) is ("A" not in frozen)
     assert ((70, R) in shapes) is ("B" not in frozen or gated)
@@ -611,7 +612,8 @@ def test_update_hands_dy_on_to_the_base_without_a_copy() -> None:
     seen: list[int] = []
     x = torch.randn(70, K, requires_grad=True)
     A, B = torch.randn(R, K, requires_grad=True), torch.randn(N, R, requires_grad=True)
-    y = in_place.add_lora_linear_(NotesGradient.apply(x, seen), x, A, B, 2.0)
+    record = Record(None, A, B, None, 2.0)
+    y = in_place.add_lora_linear_(NotesGradient.apply(x, seen), x, None, record)
     dy = torch.randn(70, N)
     y.backward(dy)
     assert seen == [dy.data_ptr()]

@@ -30,7 +30,6 @@ from tests.support.peft_models import (
     TINY,
     R,
     activate,
-    adalora_config,
     add_adapter,
     in_float64,
     randomize,
@@ -322,18 +321,13 @@ def losses_of(*args: Any, **kwargs: Any) -> Tensor:
             {"use_dora": True},
             "DoRA, whose column scale the loss without logits does not take",
         ),
-        (None, None, "SVDLinear is not covered here"),  # AdaLoRA's
     ],
 )
 @pytest.mark.parametrize("name", ["CohereForCausalLM", "Gemma2ForCausalLM"])
 def test_loss_that_needs_logits_computes_them_and_explain_says_why(
     name: str, change: Any, config: Any, reason: str
 ) -> None:
-    if config is None:
-        model = get_peft_model(causal_model(name), adalora_config(target_modules=["lm_head"]))
-        randomize(model)
-    else:
-        model = adapted(causal_model(name), **config)
+    model = adapted(causal_model(name), **config)
     ours, theirs = pair(model.train())
     exact = in_float64(theirs)
     for model in (ours, theirs, exact):

@@ -164,10 +164,10 @@ def with_tensor_scaling(layer: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "reason"),
     [
-        ({"lora_bias": True}, None, "'second' has a lora_bias, and rows name"),
+        ({"lora_bias": True}, None, "'second' has a lora_bias, which a call with adapter_names"),
         ({"lora_dropout": 0.25}, None, "differ in dtype or dropout"),
         ({}, in_bfloat16, "differ in dtype or dropout"),
-        ({}, with_tensor_scaling, "'second' is prepared for hot-swapping, and rows name"),
+        ({}, with_tensor_scaling, "'second' has a scaling in a tensor"),
     ],
 )
 def test_unsupported_adapters_are_left_to_peft(config: Any, change: Any, reason: str) -> None:

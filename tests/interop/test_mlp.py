@@ -182,7 +182,8 @@ ACTS = {
 }
 NO_RESULT = "its forward does not return down(act(gate(x)) * up(x)) of SiLU or GELU"
 OWN, OF_ACT = "it has parameters or buffers of its own", "its act has parameters or buffers"
-NAMED = "its linear layers are not named like a gated MLP's: a, b, c"
+NAMED = "its linear layers are a, b, c, not gate_proj, up_proj, down_proj, or gate, up, down, or "
+NAMED += "w1, w3, w2"
 MORE = "it has modules beside its projections and one activation: a, b"
 PLAIN: Callable[..., Any] = lambda m, x: glu_of(m, x)  # noqa: E731
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -454,9 +455,10 @@ def set_act(m: Any) -> None:
     m.act_fn = ACT2FN["relu"]
 
 
-HOOKED, SEVERAL = "a hook sits on it", "up_proj: several adapters are active"
+HOOKED = "a hook sits on it"
+UNTAKEN = "up_proj: adapter 'default' {}, which a block does not take"
 OFF = "{}_proj: adapters are {}: the base layer's own forward"
-TRAINS, DROPS = "down_proj: the base weight is trainable", "up_proj: its dropout 1.0 is active"
+TRAINS = "down_proj: the base weight is trainable"
 DOUBLE = {"result": lambda m, x, y: 2 * y}
 APART: dict[str, tuple[Callable[[Any], Any], str]] = {
     "pre-hook of gate": (hook("forward_pre", "gate_proj"), f"gate_proj: {HOOKED}"),
@@ -464,7 +466,7 @@ APART: dict[str, tuple[Callable[[Any], Any], str]] = {
     "hook of up's gradient": (hook("full_backward", "up_proj"), f"up_proj: {HOOKED}"),
     "hook of up's base": (
         hook("forward", "up_proj.base_layer", **DOUBLE),
-        "up_proj: a hook sits on its nn.Linear",
+        UNTAKEN.format("has a base that is called as a module (a hook sits on its nn.Linear)"),
     ),
     "hook of act": (hook("forward", "act_fn", **DOUBLE), f"act_fn: {HOOKED}"),
     "act": (set_act, "its act_fn was replaced"),
@@ -476,11 +478,17 @@ APART: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: setattr(m.gate_proj, "forward", m.gate_proj.base_layer.forward),
         "gate_proj: its forward was replaced",
     ),
-    "two adapters": (lambda m: m.up_proj.set_adapter(["default", "second"]), SEVERAL),
+    "two adapters": (
+        lambda m: m.up_proj.set_adapter(["default", "second"]),
+        UNTAKEN.format("stands beside other active adapters"),
+    ),
     "disabled": (lambda m: m.up_proj.enable_adapters(False), OFF.format("up", "disabled")),
     "merged": (lambda m: m.down_proj.merge(), OFF.format("down", "merged")),
     "trained base": (lambda m: m.down_proj.base_layer.weight.requires_grad_(), TRAINS),
-    "dropout": (lambda m: m.up_proj.lora_dropout.update({"default": nn.Dropout(1.0)}), DROPS),
+    "dropout": (
+        lambda m: m.up_proj.lora_dropout.update({"default": nn.Dropout(1.0)}),
+        UNTAKEN.format("has an active dropout"),
+    ),
     "unfused": (lambda m: unfuse(m.up_proj), "up_proj: it is a Linear"),
 }
 
@@ -555,7 +563,7 @@ def test_x_that_does_not_fit_is_refused_and_the_next_call_runs(runs: Any) -> Non
 def test_zero3_and_blocks_false_leave_the_class() -> None:
     model = fuse(adapted(transformers_mlp()), blocks=False)
     assert type(parent_of(model)) is LlamaMLP
-    assert [row.reason for row in mlp_rows(model)] == ["not fused: call fuse(model)"]
+    assert [row.reason for row in mlp_rows(model)] == ["not fused: call fuse(model, blocks=True)"]
     zero3.gather_in_call([parent_of(model).up_proj])
     assert "gathers each of its layers" in mlp_rows(model)[0].reason
 

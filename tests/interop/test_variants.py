@@ -1,5 +1,4 @@
-"""PEFT's variants of LoRA that are this equation, fused: KaSA, aLoRA, MiCA, and LoRA-FA, and one
-that PEFT does not have yet.
+"""PEFT's variants of LoRA that are this equation, fused: KaSA, aLoRA, MiCA, and LoRA-FA.
 
 Properties of every kind of layer, of a KaSA and a MiCA too, are in test_layer_kinds.py.
 """
@@ -15,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.peft import explain, fuse, row_adapters
-from lora_kernels.peft.adapters import COLUMN_SCALE, VARIANTS, Variant
-from lora_kernels.peft.explain_rows import LIBRARY, PEFT
+from lora_kernels.peft import explain, fuse
+from lora_kernels.peft.explain_rows import LIBRARY
 from tests.support.assertions import assert_close_derived
 from tests.support.peft_models import (
     ALPHA,
@@ -216,7 +213,7 @@ def test_alora_over_a_4bit_base_equals_peft() -> None:
 @pytest.mark.parametrize(
     ("config", "shape", "offsets", "reason"),
     [
-        ({"lora_bias": True}, (3, 4), [2, None, 3], "variant of LoRA (aLoRA) with a lora_bias"),
+        ({"lora_bias": True}, (3, 4), [2, None, 3], "an aLoRA, whose row index beside a lora_bias"),
         ({}, (3, 2, 2), None, None),
         ({}, (1, 4), [2, 2], None),
     ],
@@ -257,7 +254,7 @@ def test_an_alora_prepared_for_hot_swapping_is_pefts() -> None:
     x = batch()
     got, want = (up(model)(x, alora_offsets=[2, None, 3]) for model in (fused, stock))
     assert_close_derived(got, want)
-    assert "(aLoRA) prepared for hot-swapping" in explain(fused).rows[0].reason
+    assert "an aLoRA, whose row index beside a scaling in a tensor" in explain(fused).rows[0].reason
 
 
 def alora_llama(dtype: torch.dtype = f64) -> Any:
@@ -332,51 +329,6 @@ def test_a_fused_loss_takes_a_kasa_on_the_head() -> None:
     got, want = (loss_and_gradients(model) for model in (fused, stock))
     assert any(".lora_diag." in name for name in got)
     assert_close_derived(got, want, layers=4)
-
-
-# A variant that PEFT may add
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-
-
-class Scaled(DoraLinearVariant):
-    """A variant with a column scale, DoRA's."""
-
-
-@pytest.mark.parametrize("on_gpu", [False, True])
-@pytest.mark.parametrize("operand", [COLUMN_SCALE, "phase"])
-def test_variant_admitted_to_a_fused_layer_is_refused_by_all_other_code_paths(
-    operand: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A code path that does not name the variant's operand leaves the variant to PEFT."""
-    monkeypatch.setitem(VARIANTS, Scaled, Variant("a Scaled", operand))
-    config = LoraConfig(r=R, target_modules=PROJECTIONS, use_dora=True)
-    stock = get_peft_model(llama(), config).train()
-    randomize(stock)
-    for layer in stock.modules():
-        if isinstance(layer, LoraLayer):
-            layer.lora_variant["default"] = Scaled()
-            layer.use_dora["default"] = False  # else PEFT refuses rows that name their adapters
-    ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(2))
-    is_taken = operand == COLUMN_SCALE
-    with as_on_gpu() if on_gpu else contextlib.nullcontext():
-        fused = fuse(copy.deepcopy(stock), loss=True)
-        assert_close_derived(loss_and_gradients(fused, ids), loss_and_gradients(stock, ids))
-        # PyTorch's GEMMs compute float64.
-        assert {row.state for row in explain(fused).rows} == {LIBRARY if is_taken else PEFT}
-        reason = f"adapter 'default' is a Scaled, whose {operand} "
-        blocks = [row.reason for row in explain(fused).blocks]
-        # In each of two decoder layers q, k and v, gate and up, and the MLP.
-        assert len(blocks) == (6 if on_gpu else 0)
-        for other in [*blocks, *(row.reason for row in explain(fused).losses)]:
-            assert reason in other
-        found = []
-        for model in (fused, stock):
-            with row_adapters(model, ["default", "__base__"]):
-                found.append(loss_and_gradients(model, ids))
-        assert_close_derived(*found)
-        for row in explain(fused).rows:
-            assert row.state == PEFT and row.reason.startswith(reason)
 
 
 # LoRA-FA: lora_A is frozen
@@ -465,4 +417,4 @@ def test_adalora_refuses_a_variant() -> None:
     model = fuse(get_peft_model(nn.Sequential(nn.Linear(64, 64)), config))
     model.base_model.model[0].lora_variant["default"] = DoraLinearVariant()
     (row,) = explain(model).rows
-    assert "AdaLoRA does not take" in row.reason
+    assert "is a DoRA, whose formula a fused layer does not take" in row.reason

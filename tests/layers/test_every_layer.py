@@ -62,7 +62,7 @@ def test_layer_starts_as_its_base(kind: Kind) -> None:
     layer, x = kind.build(), kind.input(33)
     assert not getattr(layer, kind.start).any()
     if issubclass(kind.cls, DoRALinear):  # whose norm is that of W exactly
-        assert (layer._adapter(layer._base_weight()).column_scale == 1).all()
+        assert (layer.record(layer.base_weight()).column_scale == 1).all()
     assert_close_derived(run(layer, x), kind.base(layer, x))
 
 
@@ -374,8 +374,8 @@ def forwards() -> dict[str, Kind]:
     """Return the kinds whose forward is another function than that of a kind before."""
     found: dict[Any, str] = {}
     for name, kind in KINDS.items():
-        parts = [getattr(kind.cls, part) for part in ("forward", "_forward_fused", "_adapter")]
-        key = (*parts, type(kind.cls._base), "MemoryEfficient" in name)
+        parts = [getattr(kind.cls, part) for part in ("forward", "forward_fused", "record")]
+        key = (*parts, type(kind.cls.base), "MemoryEfficient" in name)
         found[key] = found.get(key, name) if "bias" not in name else name
     return {name: KINDS[name] for name in found.values()}
 
@@ -553,7 +553,7 @@ def test_layer_over_a_base_has_every_argument(build, base, own, training) -> Non
     assert layer.scaling == 7 / math.sqrt(3)
     assert {name: getattr(layer, name) for name in own} == own
     assert layer.lora_A.dtype is layer.lora_B.dtype is bf16
-    assert layer._dense_weight().dtype is f16
+    assert layer.dense_weight().dtype is f16
     assert layer.training is (training or not modules)
     assert not any(p.requires_grad for p in (layer.weight, *layer.parameters()) if p.dtype is f16)
     if build != LoRAGroup.from_linears:  # which copies

@@ -20,8 +20,12 @@ from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import counter
 from lora_kernels.layers import (
+    AdaLoRALinear,
+    DoRALinear,
+    HierarchicalLoRALinear,
     LoRAGatedMLP,
     LoRALinear,
+    MemoryEfficientLoRALinear,
     QLoRALinear,
     StableLoRALinear,
     load_lora_weights,
@@ -214,9 +218,6 @@ STATES: dict[str, Any] = {
     "merged": merge,
     "disabled": lambda mlp: setattr(mlp.gate, "enabled", False),
     "dropout": lambda mlp: setattr(mlp.down, "dropout", 0.5),
-    "other layer": lambda mlp: setattr(
-        mlp, "up", StableLoRALinear.from_linear(nn.Linear(K, H, dtype=f64), r=R)
-    ),
 }
 
 
@@ -230,6 +231,46 @@ def test_layers_in_another_state_are_called(state, runs) -> None:
     activation = ACTIVATIONS[mlp.activation]
     x = input_of()
     assert torch.equal(got, mlp.down(activation(mlp.gate(x)) * mlp.up(x)))
+    assert not runs
+
+
+def test_layers_with_a_rank_gate_are_a_block(runs) -> None:
+    """By its operands a layer is in the block, whatever its class: two levels of ranks, and E."""
+    torch.manual_seed(0)
+    options: Any = {"bias": True, "lora_dtype": f64, "dtype": f64}
+    mlp = LoRAGatedMLP(
+        HierarchicalLoRALinear(K, H, (2, 3), ALPHA, weights=(0.6, 0.3), **options),
+        StableLoRALinear(K, H, R, ALPHA, **options),
+        AdaLoRALinear(H, K, R, ALPHA, **options),
+    )
+    for p in mlp.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+
+    def apart(mlp: Any, x: Tensor) -> Tensor:
+        y: Tensor = mlp.down(F.silu(mlp.gate(x)) * mlp.up(x))
+        return y
+
+    found = step(mlp, input_of())
+    assert runs == ["forward", "backward"]
+    assert_close(found, step(mlp, input_of(), apart), 1e-12)
+    assert {"gate.level_weights", "down.lora_E"} <= found.keys()
+
+
+class OwnForward(LoRALinear):
+    """A variant that computes more than its record says."""
+
+    def forward_fused(self, x: Tensor, weight: Any) -> Tensor:
+        return 2 * super().forward_fused(x, weight)
+
+
+@pytest.mark.parametrize("cls", [DoRALinear, MemoryEfficientLoRALinear, OwnForward])
+def test_layers_that_a_block_does_not_compute_are_called(cls: Any, runs) -> None:
+    mlp, x = build(), input_of()
+    mlp.up = cls.from_linear(nn.Linear(K, H, dtype=f64), R, ALPHA, lora_dtype=f64)
+    nn.init.normal_(mlp.up.lora_B, std=0.3)
+    want = mlp.down(F.silu(mlp.gate(x)) * mlp.up(x))
+    assert_close({"y": mlp(x)}, {"y": want}, 1e-12)
     assert not runs
 
 
@@ -271,8 +312,9 @@ def test_layer_that_a_verdict_gives_to_kernels_is_called(other, runs, monkeypatc
         is_other = bool(other) and operands.lora_A is getattr(mlp, other).lora_A
         return dataclasses.replace(found, backend="cuda") if is_other else found
 
-    def make_on_cuda(x: Any, *rest: Any, **options: Any) -> Any:
-        return make(OnCuda(x), *rest, **options)  # type: ignore[arg-type]
+    def make_on_cuda(x: Any, layers: Any, *rest: Any, **options: Any) -> Any:
+        is_mlp = len(layers) == 3  # else a layer of an MLP that is no block
+        return make(OnCuda(x) if is_mlp else x, layers, *rest, **options)
 
     monkeypatch.setattr(linear, "choose", chosen)
     monkeypatch.setattr(blocks, "_has_verdict", lambda x: True)

@@ -44,7 +44,7 @@ def leaves(group: Any) -> list[Tensor]:
 
 def oracle(group: Any, x: Tensor, dys: list[Tensor], rng: Tensor | None = None) -> list[Tensor]:
     """Each member by itself in float64: outputs, dx, dA and dB of the targets."""
-    weight = group._dense_weight().detach().double()
+    weight = group.dense_weight().detach().double()
     x, outs, grads, dx = x.detach().double().requires_grad_(), [], [], 0
     for (name, size), dy in zip(MEMBERS.items(), dys, strict=True):
         _, bias, A, B = group.member(name)
@@ -99,7 +99,7 @@ def check(targets: Any, dtype: torch.dtype, cls: Any) -> None:
 
 def results_apart(group: Any, x: Tensor, dys: list[Tensor]) -> list[Tensor]:
     """In plain PyTorch, each member by itself."""
-    weight, ys = group._dense_weight().detach().to(x.dtype), []
+    weight, ys = group.dense_weight().detach().to(x.dtype), []
     for name, size in MEMBERS.items():
         w, weight = weight[:size], weight[size:]
         _, bias, A, B = group.member(name)

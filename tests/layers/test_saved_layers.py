@@ -140,7 +140,7 @@ def set_exact(layer: Any, name: str) -> None:
     A = A.repeat(2, 1) if is_group else A
     B = torch.cat([B[:4], B[7:]]) if is_group else B
     W = W if name not in ("LoRAConv1D", "LoRAEmbedding") else W.t()
-    layer._base.set_weight(layer, nn.Parameter(W.contiguous(), requires_grad=False))
+    layer.base.set_weight(layer, nn.Parameter(W.contiguous(), requires_grad=False))
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
     if layer.bias is not None:

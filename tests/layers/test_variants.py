@@ -25,6 +25,7 @@ from lora_kernels.layers import (
     lora_plus_parameter_groups,
     mark_only_lora_as_trainable,
 )
+from lora_kernels.layers.layer import _FORMER_NAMES
 from lora_kernels.oracle import tolerance
 from tests.support.assertions import assert_close_derived, derived_rtol
 from tests.support.models import (
@@ -89,13 +90,21 @@ def test_variant_and_4_bit_base_combine_in_either_order() -> None:
 
 
 HOOKS = {
-    "_make_adapter",
+    "make_adapter",
     "reset_lora_parameters",
-    "_init_",
-    "_adapter",
-    "_forward_fused",
-    "_adapter_config",
+    "init_lora_A",
+    "record",
+    "forward_fused",
+    "adapter_config",
 }
+
+
+@pytest.mark.parametrize(("former", "name"), _FORMER_NAMES.items())
+def test_former_name_of_a_method_is_refused(former: str, name: str) -> None:
+    """Nothing would call it: the layer would compute plain LoRA without a word."""
+    assert hasattr(layers.LoRALayer, name)
+    with pytest.raises(TypeError, match=f"Mine: got {former}, want its new name {name}$"):
+        type("Mine", (LoRALinear,), {former: lambda self: None})
 
 
 def test_layers_override_only_the_hooks() -> None:
@@ -107,7 +116,7 @@ def test_layers_override_only_the_hooks() -> None:
         for parent in cls.__mro__[: cls.__mro__.index(layers.LoRALayer)]:
             overridden = vars(parent).keys() & vars(layers.LoRALayer).keys()
             methods = {key for key in overridden if callable(getattr(parent, key))}
-            methods -= {*vars(nn.Module), "_default_init"}
+            methods -= {*vars(nn.Module), "default_init"}
             assert methods <= HOOKS, (parent, methods - HOOKS)
 
 
@@ -115,7 +124,7 @@ def test_variants_are_loralinears_and_other_layers_are_not() -> None:
     """Every layer is found as a LoRALayer; only those with a from_linear are LoRALinear."""
     for name in layers.__all__:
         cls = getattr(layers, name)
-        if isinstance(cls, type) and name.startswith(("Q", "LoRA")) and hasattr(cls, "_adapter"):
+        if isinstance(cls, type) and name.startswith(("Q", "LoRA")) and hasattr(cls, "record"):
             assert issubclass(cls, layers.LoRALayer), name
             assert issubclass(cls, LoRALinear) is hasattr(cls, "from_linear"), name
     for name in VARIANTS:

@@ -58,8 +58,13 @@ TESTS = {
     "choice/choose.py": "tests/ops/test_selection.py tests/qualification/test_verdicts.py "
     "tests/ops/test_exact.py tests/ops/test_eager_gpu.py",
     "oracle/reference.py": "tests/reference tests/ops/test_head.py",
-    "backends/eager/linear.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
-    "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
+    **dict.fromkeys(
+        ("backends/eager/linear.py", "backends/eager/products.py"),
+        "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
+        "tests/ops/test_multi_lora_linear.py tests/bench/test_traffic.py",
+    ),
+    "backends/eager/norm.py": "tests/ops/test_dora_norm.py tests/ops/test_eager_gpu.py "
+    "tests/ops/test_partitions.py",
     **dict.fromkeys(
         ("backends/eager/blocks.py", "ops/blocks.py", "peft/groups.py", "peft/direct.py"),
         "tests/interop/test_groups.py tests/interop/test_mlp.py "
@@ -78,6 +83,12 @@ TESTS = {
     "backends/cpu/linear.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "
     "tests/interop/test_linear4bit.py",
+    "core/record.py": "tests/interop/test_code_paths.py",
+    **dict.fromkeys(
+        ("peft/read.py", "peft/adapters.py"),
+        f"{PEFT} tests/interop/test_code_paths.py tests/interop/test_variants.py "
+        "tests/interop/test_mixed_batch.py tests/interop/test_gates_and_biases.py",
+    ),
     "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "
     "tests/interop/test_frozen.py tests/interop/test_mixed_batch.py tests/interop/test_variants.py",
     "peft/experts.py": "tests/interop/test_experts.py",

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_kernels
 from lora_kernels import lora_linear, reference
 from lora_kernels.backends import decode4bit, library
-from lora_kernels.backends.eager import linear as eager
+from lora_kernels.backends.eager import products
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import counter
 from lora_kernels.choice import choose as selection
@@ -278,9 +278,9 @@ def test_float16_column_scale_gradient_does_not_overflow() -> None:
 
 def test_column_scale_gradient_of_float16_holds_two_panels() -> None:
     dy, z = (torch.empty(8192, 4096, dtype=f16, device="meta") for _ in range(2))
-    found = counter.count(lambda: eager._column_dot(dy, z, f32))
+    found = counter.count(lambda: products.column_dot(dy, z, f32))
     # A panel's dY and its product with z, in float32; [N] beside them.
-    assert found.peak <= 2 * 4 * eager.PANEL + 4 * 4 * 4096
+    assert found.peak <= 2 * products.PANEL + 4 * 4 * 4096
 
 
 def test_zero_B_beside_float16_gives_no_gradient_of_A() -> None:
@@ -302,10 +302,10 @@ def test_parts_without_their_low_halves_would_be_seen(dtype: torch.dtype) -> Non
 
 def test_upcast_rows_decide_between_copies_and_parts() -> None:
     x, A = torch.zeros(65, 16, dtype=bf16), torch.zeros(4, 16)
-    with eager.upcast_rows(64, 8):
-        assert eager._is_in_parts(x, A) and not eager._is_in_parts(x[:64], A)
-        assert not eager._is_in_parts(x, torch.zeros(9, 16))  # 8 rows a rank: 72
-        assert not eager._is_in_parts(x, A.to(bf16)) and not eager._is_in_parts(x.float(), A)
+    with products.upcast_rows(64, 8):
+        assert products.is_in_parts(x, A) and not products.is_in_parts(x[:64], A)
+        assert not products.is_in_parts(x, torch.zeros(9, 16))  # 8 rows a rank: 72
+        assert not products.is_in_parts(x, A.to(bf16)) and not products.is_in_parts(x.float(), A)
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)

@@ -6,7 +6,7 @@ import torch
 import lora_kernels
 from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import linear as cpu
-from lora_kernels.backends.eager import linear as eager
+from lora_kernels.backends.eager import norm, products
 from lora_kernels.oracle.case import Case
 from lora_kernels.oracle.multi_case import MultiCase
 from lora_kernels.quantization import quantize_4bit
@@ -155,14 +155,14 @@ def test_panels_of_a_decoded_weight_are_exact(engine: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
 def test_dora_norm_by_panels_is_close(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels of 64 rows."""
-    monkeypatch.setattr(eager, "PANEL", 1)
+    monkeypatch.setattr(norm, "PANEL", 1)
     with lora_kernels.backend("eager"):
         check_norm(Case(0, 256, 65, 3, f32, quant=quant, gate=True))
 
 
 def test_column_dot_by_panels_is_close(monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels of eight rows, the last one short."""
-    monkeypatch.setattr(eager, "PANEL", 1)
+    monkeypatch.setattr(products, "PANEL", 1)
     case = Case(53, 64, 40, 5, f16, column_scale=True)
-    with lora_kernels.backend("eager"), eager.upcast_rows(8):
+    with lora_kernels.backend("eager"), products.upcast_rows(8):
         check(case)

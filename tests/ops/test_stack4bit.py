@@ -239,17 +239,17 @@ def test_experts_one_at_a_time_are_decoded_one_at_a_time(monkeypatch: pytest.Mon
     """float16, for which PyTorch has no kernel of all experts. Scales are decoded once for all."""
     decoded: list[tuple[int, int]] = []
     scales: list[int] = []
-    library_dense, dequantize_scales = decode4bit._library_dense, format4bit.dequantize_scales
+    checked_dense, dequantize_scales = decode4bit._checked_dense, format4bit.dequantize_scales
 
     def spy(weight: Any, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         decoded.append(shape)
-        return library_dense(weight, shape, dtype)
+        return checked_dense(weight, shape, dtype)
 
     def spy_scales(codes: Tensor, *nested: Any) -> Tensor:
         scales.append(codes.numel())
         return dequantize_scales(codes, *nested)
 
-    monkeypatch.setattr(decode4bit, "_library_dense", spy)
+    monkeypatch.setattr(decode4bit, "_checked_dense", spy)
     monkeypatch.setattr(format4bit, "dequantize_scales", spy_scales)
     case = replace(CASE, dtype=f16, quant="nf4-64-nested")
     run(lora_experts_linear, inputs(case))

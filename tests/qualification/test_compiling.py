@@ -12,7 +12,7 @@ import torch
 from lora_kernels.backends import triton
 from lora_kernels.choice.verdicts import Group
 from lora_kernels.core import device
-from lora_kernels.qualification import Claim, compiling, plan, timing
+from lora_kernels.qualification import Claim, compiling, list_claims, timing
 from lora_kernels.quantization import Weight4bit
 from tests.support.gpus import H100
 
@@ -54,7 +54,7 @@ def test_small_weights_compile_the_kernels_of_the_timed_ones(
         return [timing.replace(small, shape=(N, K), **fields)] * 2
 
     right = timing.cold_weights
-    claims = [c for c in plan() if c.group.backend == "triton" and c.group.weight == weight]
+    claims = [c for c in list_claims() if c.group.backend == "triton" and c.group.weight == weight]
     timed = [claim for claim in claims if claim.name == "time"]
     want = keys(timed)
     monkeypatch.setattr(timing, "cold_weights", cold_weights)

@@ -22,7 +22,7 @@ from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Point, Verdict
 from lora_kernels.qualification import Claim, compiling, qualify
-from lora_kernels.qualification.plan import CANDIDATES, STEP_ROWS, plan
+from lora_kernels.qualification.plan import CANDIDATES, STEP_ROWS, list_claims
 from tests.support import fake_card
 from tests.support.emulator import emulator_unavailable_reason
 
@@ -44,7 +44,7 @@ def run(
     **faults: str,
 ) -> Verdict:
     """Qualify the fake card. faults: "group/claim" or "start" -> what befalls it."""
-    monkeypatch.setattr(qualification, "plan", lambda *args: claims)
+    monkeypatch.setattr(qualification, "list_claims", lambda *args: claims)
     monkeypatch.setenv(fake_card.FAULTS, ";".join(f"{at}={what}" for at, what in faults.items()))
     noted = [] if seen is None else seen
     return qualify(
@@ -67,16 +67,16 @@ def is_cached() -> bool:
     return any(verdicts.folder().glob("qualified-*"))
 
 
-def plan_of(*groups: Group) -> list[Claim]:
-    return [c for c in plan(shapes=SHAPES) if c.group in groups]
+def list_claims_of(*groups: Group) -> list[Claim]:
+    return [c for c in list_claims(shapes=SHAPES) if c.group in groups]
 
 
 def test_every_claim_of_a_group_of_each_backend_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qualification, "SILENCE", 300.0)
-    claims = plan_of(DECODE, FUSED)
-    assert {c.name for c in claims} == {c.name for c in plan()}
+    claims = list_claims_of(DECODE, FUSED)
+    assert {c.name for c in claims} == {c.name for c in list_claims()}
     seen: list[tuple[Claim, str | None]] = []
-    monkeypatch.setattr(qualification, "plan", lambda *args: claims)
+    monkeypatch.setattr(qualification, "list_claims", lambda *args: claims)
     assert choose(DECODE).backend == "eager"
     found = qualify(card=fake_card.NAME, budget_s=600, report=lambda *each: seen.append(each))
     assert not found.failed and found.passed == {DECODE, FUSED}
@@ -103,7 +103,7 @@ def test_every_claim_of_every_candidate_holds(
     """Triton's kernels take any size; those of CUDA are asked here what they take."""
     monkeypatch.setattr(qualification, "SILENCE", 300.0)
     groups = [group for group in EVERY if group.backend == backend]
-    found = run(monkeypatch, plan_of(*groups))
+    found = run(monkeypatch, list_claims_of(*groups))
     assert not found.failed and found.passed == {*groups}
 
 
@@ -121,7 +121,7 @@ def test_choose_takes_each_candidate_that_was_measured_faster_and_none_that_was_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(qualification, "SILENCE", 300.0)
-    measured = run(monkeypatch, [c for c in plan_of(*EVERY) if c.name == "time"])
+    measured = run(monkeypatch, [c for c in list_claims_of(*EVERY) if c.name == "time"])
     assert not measured.failed and measured.passed == {*EVERY}
     for ratio, eager in ((0.5, 1.0), (1.5, 1 / 3)):
         found = replace(measured, points=tuple(with_eager(p, eager) for p in measured.points))
@@ -266,8 +266,8 @@ def test_workers_share_the_claims(monkeypatch: pytest.MonkeyPatch, scripted: Any
     time = [1, 64, 128, 16, [1e-5, 1e-6, True], [2e-5, 1e-6, False], None, None]
     holds = [[{"begin": n}, {"end": n, "failed": None, "points": [time]}] for n in range(2)]
     scripted.scripts += [[*holds[0], *holds[1], {"begin": 2}], holds[0]]
-    plans = {(("bfloat16",), SHAPES): claims}
-    monkeypatch.setattr(qualification, "plan", lambda *args: plans[args])
+    listed = {(("bfloat16",), SHAPES): claims}
+    monkeypatch.setattr(qualification, "list_claims", lambda *args: listed[args])
 
     def report(claim: Claim, reason: str | None) -> None:  # the lock is held until the end
         with open(verdicts.folder() / "qualify.lock") as lock, pytest.raises(BlockingIOError):
@@ -297,7 +297,7 @@ def test_workers_share_the_budget(monkeypatch: pytest.MonkeyPatch, scripted: Any
 
     scripted.scripts += [[{"begin": 0}], [{"begin": 0}]]
     monkeypatch.setattr(compiling, "compile_ahead", compile_ahead)
-    monkeypatch.setattr(qualification, "plan", lambda *args: claims_on(DECODE, TWO_PASS))
+    monkeypatch.setattr(qualification, "list_claims", lambda *args: claims_on(DECODE, TWO_PASS))
     qualify(1, budget_s=600.0, report=report)
     assert scripted.ends == [1e9 + 707.0] * 2
 

@@ -211,13 +211,13 @@ def test_command_passes_its_options_on_and_prints_each_claim(
 
     monkeypatch.setattr(qualification, "qualify", qualify)
     argv = ["qualify", "--device", "0", "--dtypes", "float16", "--budget", "3"]
-    plan = [Claim(GROUP, "graph", 2), Claim(OTHER, "memory", 1)]
-    monkeypatch.setattr(command, "plan", lambda dtypes: plan[:1])
+    claims = [Claim(GROUP, "graph", 2), Claim(OTHER, "memory", 1)]
+    monkeypatch.setattr(command, "list_claims", lambda dtypes: claims[:1])
     assert cli.main(argv) == 0  # every group passed
     assert given == {"index": 0, "dtypes": ["float16"], "budget_s": 3.0}
     printed = capsys.readouterr().out.splitlines()
     assert f"✓ {GROUP}: graph" in printed and f"✗ {OTHER}: memory: y has NaN" in printed
-    monkeypatch.setattr(command, "plan", lambda dtypes: plan)
+    monkeypatch.setattr(command, "list_claims", lambda dtypes: claims)
     assert cli.main([*argv, "--json"]) == 1  # one was left
     out, err = capsys.readouterr()
     assert json.loads(out)["failed"] == []  # JSON alone
@@ -252,31 +252,33 @@ def test_command_forgets(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"removed {file}\n" and not file.exists()
 
 
-def test_plan_has_the_claims_of_each_kind_of_kernel() -> None:
+def test_list_claims_has_the_claims_of_each_kind_of_kernel() -> None:
     def groups_of(name: str) -> set[str]:
-        return {str(c.group) for c in qualification.plan() if c.name == name}
+        return {str(c.group) for c in qualification.list_claims() if c.name == name}
 
     groups = groups_of("time")
     assert len(groups) == 2 * len(CANDIDATES)
     for dtypes in (("bfloat16",), ("float16",), ("bfloat16", "float16")):
-        planned = {(claim.group.dtype, claim.group.adapter) for claim in qualification.plan(dtypes)}
-        assert planned == {(dtype, a) for dtype in dtypes for a in (dtype, "float32")}
+        listed = [claim.group for claim in qualification.list_claims(dtypes)]
+        assert {(group.dtype, group.adapter) for group in listed} == {
+            (dtype, a) for dtype in dtypes for a in (dtype, "float32")
+        }
     words = {"two streams": "cooperative", "memory": "", "odd sizes": "", "graph": ""}
     for name, word in words.items():
         assert groups_of(name) == {group for group in groups if word in group}
     assert groups_of("autocast") == {group for group in groups if "float32" not in group}
-    tiers = [claim.tier for claim in qualification.plan()]
+    tiers = [claim.tier for claim in qualification.list_claims()]
     assert tiers == sorted(tiers) and set(tiers) == {0, 1, 2}
 
 
-def test_plan_names_each_strategy_at_sizes_that_it_takes() -> None:
+def test_list_claims_names_each_strategy_at_sizes_that_it_takes() -> None:
     """Each strategy may be chosen; the largest M are the kernels', and none is above 128."""
     assert {(c.backend, c.strategy) for c in CANDIDATES} == {
         (backend, strategy)
         for backend in ("cuda", "triton")
         for strategy in selection.STRATEGIES[backend]
     }
-    claims = qualification.plan()
+    claims = qualification.list_claims()
     assert all(bool(claim.sizes) == (claim.name == "time") for claim in claims)
     for backend, strategy, weight, rows, bound in CANDIDATES:
         assert rows[-1] <= 128 and "%" in bound
@@ -285,14 +287,16 @@ def test_plan_names_each_strategy_at_sizes_that_it_takes() -> None:
         for M, (N, K) in itertools.product(rows, ((4096, 4096), (14336, 4096))):
             problem = fake_card.problem(group, M, N, K)
             assert heuristics.unsupported_reason(problem, strategy) is None
-    sizes = {claim.sizes for claim in qualification.plan(["float16"], [(64, 128)]) if claim.sizes}
+    sizes = {
+        claim.sizes for claim in qualification.list_claims(["float16"], [(64, 128)]) if claim.sizes
+    }
     assert {size[1:] for each in sizes for size in each} == {(64, 128)}
 
 
 def test_dry_run_keeps_its_time() -> None:
     """A quarter of the budget is expected, whatever the processors, and compiling is counted."""
     for dtypes in (("bfloat16",), ("bfloat16", "float16")):
-        for card in command.plans(dtypes):
+        for card in command.dry_run_json(dtypes):
             assert (card["compilations"] > 0) != triton.is_interpreted()
             assert [*card["compiling_s"]] == [2, 4, 16]
             assert card["checking_s"] <= qualification.BUDGET / 3
@@ -313,7 +317,7 @@ def test_dry_run_as_json_holds_the_groups_and_points_of_each_card(
     assert cli.main(["qualify", "--dry-run", "--json"]) == 0
     cards = json.loads(capsys.readouterr().out)
     assert [card["name"] for card in cards] == list(command.SHEETS)
-    claims = qualification.plan()
+    claims = qualification.list_claims()
     for card in cards:
         assert {*card["groups"]} == {*card["points"]} == {str(claim.group) for claim in claims}
         assert sum(map(len, card["groups"].values())) == len(claims)

@@ -14,13 +14,13 @@ from torch import nn
 
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.cuda import constraints
-from lora_kernels.backends.eager.blocks import Layer
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Point, Seconds, Verdict
 from lora_kernels.core import device
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.core.problem import ONE_ADAPTER, Choice, Layout, Problem
+from lora_kernels.core.record import Record
 from lora_kernels.ops import blocks
 from lora_kernels.peft import explain, fuse, row_adapters
 from lora_kernels.qualification.plan import CANDIDATES
@@ -338,9 +338,9 @@ def test_choose_above_the_measured_rows_is_eager() -> None:
     assert choice_reasons(points[2:], problem(33)) == "33 rows are above the 32 that were measured"
 
 
-@pytest.mark.parametrize(("rows", "is_plain"), [(1, False), (128, False), (129, True)])
-def test_plain_blocks_above_the_measured_rows_are_made_as_without_a_verdict(
-    rows: int, is_plain: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rows", "is_measured"), [(1, True), (128, True), (129, False)])
+def test_blocks_above_the_measured_rows_are_made_as_without_a_verdict(
+    rows: int, is_measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training step has thousands of rows, and takes no longer on the host after `qualify`."""
     points = [timed(OTHER, 128, 0.5, 0.5), timed(TRITON, 32, 0.4, 0.4)]
@@ -348,17 +348,16 @@ def test_plain_blocks_above_the_measured_rows_are_made_as_without_a_verdict(
     verdicts.set_current(-1, verdict)  # `get_device` of a CPU
     x: Any = OnCuda(torch.ones(rows, 1, 5, dtype=bf16))
     A, B, weight = torch.ones(3, 5), torch.ones(7, 3), torch.ones(7, 5)
-    layer = Layer(weight.to(bf16), A.to(bf16), B.to(bf16), None, 0.5)
-    asked: list[Layer] = []
+    layer = Record(weight.to(bf16), A.to(bf16), B.to(bf16), None, 0.5)
+    asked: list[Record] = []
     monkeypatch.setattr(blocks, "_is_eager", lambda x, layer, dtype: not asked.append(layer))
-    assert (blocks.plain_block(x, [layer, layer]) is not None) is is_plain
     assert blocks.make_block(x, [layer, layer], [None, None]) is not None
-    assert asked == ([] if is_plain else [layer, layer])
+    assert asked == ([layer, layer] if is_measured else [])
     monkeypatch.setattr(blocks, "can_run", lambda x: True)
     monkeypatch.setattr(blocks, "_linear", lambda x, layer: "plain")
-    monkeypatch.setattr(blocks, "make_block", lambda *args: None)
+    monkeypatch.setattr(blocks, "_is_eager", lambda x, layer, dtype: False)
     with torch.no_grad():
-        assert blocks.call_linear(x, layer, None) == ("plain" if is_plain else None)
+        assert blocks.call_linear(x, layer, None) == (None if is_measured else "plain")
 
 
 def test_choose_is_the_same_with_and_without_gradients() -> None:

@@ -290,7 +290,7 @@ def make(name: str, seed: int = 0, moved: bool = True, inner: int = K, **options
 
 def formula(name: str, layer: LoRALinear, dtype: torch.dtype) -> Callable[[Params, Tensor], Tensor]:
     function, _ = VARIANTS[name.removeprefix("Q")]
-    W = layer._dense_weight().to(dtype)
+    W = layer.dense_weight().to(dtype)
     return lambda params, x: function(params, x, W, layer.scaling)
 
 
@@ -316,7 +316,7 @@ def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
         layer = make(name, seed, inner=inner, dtype=dtype)
         x, dy = torch.randn(M, inner).to(dtype), torch.randn(M, N).to(dtype)
         with selection.backend("eager"):
-            W = layer.weight4bit.dequantize(f32) if name[0] == "Q" else layer._dense_weight()
+            W = layer.weight4bit.dequantize(f32) if name[0] == "Q" else layer.dense_weight()
         params = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         x_ = x.clone().requires_grad_()
         drawn.append([results(layer(x_), x_, params, dy)])

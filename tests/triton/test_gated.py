@@ -17,10 +17,10 @@ from triton.runtime.errors import OutOfResources
 import lora_kernels
 from lora_kernels.backends import checked
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
-from lora_kernels.backends.eager.blocks import Layer
 from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
 from lora_kernels.backends.triton import elementwise, gated, launch
 from lora_kernels.core import forced
+from lora_kernels.core.record import Record
 from lora_kernels.ops import blocks
 from tests.support.interpreter import set_program
 from tests.triton.device import DEVICE
@@ -141,12 +141,12 @@ def test_gated_mlp_by_the_kernels_repeats_its_backward() -> None:
         return torch.randn(shape, generator=generator).to(DEVICE)
 
     layers = [
-        Layer(draw(n, k), draw(R, k).requires_grad_(), draw(n, R).requires_grad_(), None, 0.7)
+        Record(draw(n, k), draw(R, k).requires_grad_(), draw(n, R).requires_grad_(), None, 0.7)
         for k, n in ((K, H), (K, H), (H, K))
     ]
     x, dy = draw(4, K).requires_grad_(), draw(4, K)
     leaves = [x, *(t for layer in layers for t in layer[1:3])]
-    block = blocks.Block(layers, x.dtype, x.dtype, False, True, False, False, 0.0, "silu")
+    block = blocks.Block(layers, x.dtype, x.dtype, False, True, False, False, "silu")
     y = blocks.gated_mlp(x, block)
     _, g, *_ = y.grad_fn.saved_tensors  # type: ignore[union-attr]
     before = g.clone()
@@ -156,8 +156,8 @@ def test_gated_mlp_by_the_kernels_repeats_its_backward() -> None:
     assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, third))
     assert not torch.equal(g, before)  # the last one needs no third tensor
 
-    def apply(layer: Layer, x: Tensor) -> Tensor:
-        return x @ layer.dense(x.dtype).T + layer.scaling * (x @ layer.lora_A.T) @ layer.lora_B.T
+    def apply(layer: Record, x: Tensor) -> Tensor:
+        return x @ layer.weight.T + layer.scaling * (x @ layer.lora_A.T) @ layer.lora_B.T
 
     gate, up, down = layers
     h = torch.nn.functional.silu(apply(gate, x)) * apply(up, x)

@@ -71,7 +71,7 @@ def _is_block_aligned(weight: Packed4bit, elements: int) -> bool:
     return elements % (weight.blocksize * nested) == 0
 
 
-class _Call(NamedTuple):
+class _Arguments(NamedTuple):
     """The arguments of both directions, and the tensors that own the memory they point to."""
 
     layer: tuple[Any, ...]
@@ -87,7 +87,7 @@ def _pack(
     strategy: str,
     dA: Sequence[Tensor | None] | None = None,
     dB: Sequence[Tensor | None] | None = None,
-) -> _Call:
+) -> _Arguments:
     """Pack the first expert's layer, the steps from one expert to the next, and the tenants."""
     x, _, lora_A, lora_B, offsets, bias, rng, *_ = operands
     (M, K), (E, N, _), stack = x.shape, lora_B[0].shape, _pack_stack(operands, spec, strategy)
@@ -104,7 +104,7 @@ def _pack(
     experts = E, len(lora_A), stops.data_ptr(), *steps, *how
     nothing = [None] * len(lora_A)
     tenants = tuple(map(_pack_tenant, lora_A, lora_B, spec.scaling, dA or nothing, dB or nothing))
-    return _Call(layer, experts, tenants, stack, (*lora_A, *lora_B, stops, bias, places))
+    return _Arguments(layer, experts, tenants, stack, (*lora_A, *lora_B, stops, bias, places))
 
 
 def _is_interleaved(B: Tensor) -> bool:
@@ -139,17 +139,18 @@ def lora_experts(
     # A tenant's rows of P end at its rank.
     new = x.new_empty if len(operands.lora_A) == 1 else x.new_zeros
     p = new((M, R), dtype=torch.float32)
-    call = _pack(operands, spec, strategy)
-    if not call.stack.is_fused:
+    args = _pack(operands, spec, strategy)
+    if not args.stack.is_fused:
         for e, rows in runs(expert_offsets(operands)):
-            if rows.stop - rows.start > call.stack.few_rows:
+            if rows.stop - rows.start > args.stack.few_rows:
                 w = to_dtype(cast(Tensor, weight_of(operands, spec, e, spec.dtype)), spec.dtype)
                 y[rows] = torch.mm(xs[rows], w.t())
     x_rows = pack_rows(x, x_row)
     base_rows = x_rows if xs is x else pack_rows(xs, K)
     few_rows, z = False, 0  # few_rows is decided for each expert; z is for a column scale
     outputs = p.data_ptr(), y.data_ptr(), DTYPE_NUMBERS[y.dtype], z
-    native.module.lora_experts(*call[:3], (x_rows, base_rows, few_rows, *outputs))
+    forward = x_rows, base_rows, few_rows, *outputs
+    native.module.lora_experts(args.layer, args.experts, args.tenants, forward)
     return y, Saved(p)
 
 
@@ -173,8 +174,8 @@ def lora_experts_backward(
         for tensors, need_each in ((operands.lora_A, needs.lora_A), (operands.lora_B, needs.lora_B))
     )
     dbias = saved.p.new_empty(E, N) if needs.bias else None  # float32, as P
-    call = _pack(operands._replace(bias=None), spec, strategy, dA, dB)
-    if dx is not None and not call.stack.is_fused:
+    args = _pack(operands._replace(bias=None), spec, strategy, dA, dB)
+    if dx is not None and not args.stack.is_fused:
         for e, rows in runs(expert_offsets(operands)):
             w = to_dtype(cast(Tensor, weight_of(operands, spec, e, spec.dtype)), spec.dtype)
             dx[rows] = torch.mm(dz[rows], w)
@@ -182,5 +183,5 @@ def lora_experts_backward(
     base_rows = dy_rows if dz is dy else pack_rows(dz, N)
     gradients = pointer(dx), 0, 0, 0, 0, pointer(dbias)  # of each tenant A's and B's
     backward = dy_rows, base_rows, pack_rows(x, x_row), saved.p.data_ptr(), 0, *gradients
-    native.module.lora_experts_backward(*call[:3], backward)
+    native.module.lora_experts_backward(args.layer, args.experts, args.tenants, backward)
     return ExpertsGrads(dx, dA, dB, dbias)

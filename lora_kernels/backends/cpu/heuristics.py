@@ -34,7 +34,7 @@ ALL_ROWS = sys.maxsize
 class Rules(NamedTuple):
     """How the CPU's kernels divide the rows of x among strategies, for one dtype of the base GEMM.
 
-    `plan` reads them, and so does csrc/direct.cpp, field by field.
+    `choose` reads them, and so does csrc/direct.cpp, field by field.
 
     Args:
         few_rows, few_rows_4bit, few_rows_of_large: the most rows for the GEMV kernel, with a dense
@@ -118,7 +118,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     return native.reason or problem.unsupported_reason("cpu")
 
 
-def plan(problem: Problem, requested: Strategy | None, reason: str | None = None) -> Choice:
+def choose(problem: Problem, requested: Strategy | None, reason: str | None = None) -> Choice:
     """Choose the strategy of a supported call; RuntimeError if another is requested.
 
     reason: why the CPU backend runs; None names its kernels.
@@ -146,7 +146,7 @@ def plan(problem: Problem, requested: Strategy | None, reason: str | None = None
     return Choice("cpu", cpu.FUSED, reason)
 
 
-def plan_experts(requested: Strategy | None) -> Strategy:
+def choose_experts(requested: Strategy | None) -> Strategy:
     """Return the strategy of rows sorted by expert; RuntimeError if it cannot be as requested."""
     if requested in cpu.GEMVS:
         raise RuntimeError(

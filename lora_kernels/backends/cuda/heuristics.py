@@ -12,15 +12,15 @@ REQUESTED = "the cuda backend was requested"
 _DENSE, _CODES = Layout(), Layout(64)  # the defaults of a problem without a layout
 
 
-def plan(problem: Problem, strategy: Strategy | None) -> Choice:
+def choose(problem: Problem, strategy: Strategy | None) -> Choice:
     """Choose the strategy; RuntimeError if the backend or the requested strategy cannot run."""
     reason = cuda.unsupported_device_reason(problem.device_type, problem.device_index)
     require_supported("cuda", problem.unsupported_reason("cuda") or reason)
-    return _plan(problem, strategy)
+    return _choose(problem, strategy)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(problem: Problem, strategy: Strategy | None) -> Choice:
+def _choose(problem: Problem, strategy: Strategy | None) -> Choice:
     if strategy:
         why = unsupported_reason(problem, strategy)
         if why is not None:

@@ -9,7 +9,10 @@ the backward, and autograd would add n tensors dx.
 
 A call is plain if x and all A and B have one dtype and there is no gate. P and dS have that dtype
 too, and the scaling is the `alpha` or `beta` of a GEMM that accumulates. All other calls take the
-dtypes and the operands in parts of `linear`.
+dtypes and the operands in parts of `products`.
+
+A layer is a `Record` with its operands computed: its weight dense in the dtype of the base GEMM, or
+packed in 4 bits, its scaling a float, and a rank gate [R] or None.
 
 The gated MLP is y = down(h) with h = act(g) ⊙ u, g = gate(x) and u = up(x). It keeps g and u, and
 its backward computes h again (see `gated_mlp`).
@@ -27,47 +30,18 @@ from torch.nn.functional import linear
 from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.dtypes import stat_dtype, to_dtype
 from ...core.packed4bit import Packed4bit
+from ...core.record import PLAIN, Record
 from .. import decode4bit
-from . import gated_mlp
-from .linear import (
-    _add_base,
-    _expand,
-    _gradient,
-    _gradient_A,
-    _input_update,
-    _is_in_parts,
-    _scaled_mm,
-    _shrink,
-    _three_parts,
-    _widest,
-    drop,
-)
+from . import gated_mlp, products
+from .linear import drop
 
 
-class Layer(NamedTuple):
-    """An adapted layer's operands beside x.
-
-    Args:
-        weight: W [N, K], dense in the dtype of the base GEMM, or packed in 4 bits.
-        lora_A, lora_B: [R, K] and [N, R].
-        bias: [N] or None.
-        scaling: alpha / r.
-        rank_gate: [R] or None.
-    """
-
-    weight: Tensor | Packed4bit
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float
-    rank_gate: Tensor | None = None
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return W; a 4-bit weight is decoded to `dtype`."""
-        weight = self.weight
-        if type(weight) is Packed4bit:
-            return decode4bit.dense(weight, (self[2].shape[0], self[1].shape[1]), dtype)
-        return cast(Tensor, weight)
+def dense(layer: Record, dtype: torch.dtype) -> Tensor:
+    """Return W of a layer; a 4-bit weight is decoded to `dtype`."""
+    weight = layer.weight
+    if type(weight) is Packed4bit:
+        return decode4bit.dense(weight, (layer.lora_B.shape[0], layer.lora_A.shape[1]), dtype)
+    return cast(Tensor, weight)
 
 
 class DropoutMask(NamedTuple):
@@ -110,11 +84,9 @@ class BlockGrads(NamedTuple):
 # One plain layer
 
 
-def linear_output(
-    x: Tensor, layer: Layer, dropout_p: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_output(x: Tensor, layer: Record) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y [M, N], P [M, R] and the dropout mask of one plain layer, for x [M, K]."""
-    weight, lora_A, lora_B, bias = layer[:4]
+    weight, lora_A, lora_B, bias, _, dropout_p = layer[:PLAIN]
     base = mask = None
     if type(weight) is Packed4bit:  # before anything else is held beside a decoded weight
         base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
@@ -131,7 +103,7 @@ def linear_backward(
     dy: Tensor,
     x: Tensor | None,
     p: Tensor,
-    layer: Layer,
+    layer: Record,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -140,11 +112,11 @@ def linear_backward(
     lora_A, lora_B, scaling = layer.lora_A, layer.lora_B, layer.scaling
     dx = dA = dB = None
     if need_x:  # while nothing is held beside a decoded weight
-        dx = mm(dy, layer.dense(dy.dtype))
+        dx = mm(dy, dense(layer, dy.dtype))
     if need_B:
-        dB = _scaled_mm(dy.t(), p, scaling)
+        dB = products.scaled_mm(dy.t(), p, scaling)
     if need_x or need_A:
-        ds = _scaled_mm(dy, lora_B, scaling)
+        ds = products.scaled_mm(dy, lora_B, scaling)
         if need_A:
             dA = mm(ds.t(), cast(Tensor, x))
         if dx is not None:
@@ -156,7 +128,7 @@ def linear_backward(
 
 
 def linears(
-    x: Tensor, layers: Sequence[Layer], is_plain: bool, is_stacked: bool
+    x: Tensor, layers: Sequence[Record], is_plain: bool, is_stacked: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Return each y_i [M, N_i] in the dtype of x [M, K], and each P_i [M, R_i].
 
@@ -167,19 +139,19 @@ def linears(
     ps: Sequence[Tensor]
     if is_stacked:
         stacked = torch.cat([layer.lora_A for layer in layers])
-        p = linear(x, stacked) if is_plain else _shrink(x, stacked, 0)
+        p = linear(x, stacked) if is_plain else products.shrink(x, stacked, 0)
         del stacked
         ps = p.split_with_sizes([layer.lora_A.shape[0] for layer in layers], 1)
     elif is_plain:
         ps = [linear(x, layer.lora_A) for layer in layers]
     else:
-        ps = [_shrink(x, layer.lora_A, 0) for layer in layers]
+        ps = [products.shrink(x, layer.lora_A, 0) for layer in layers]
     if is_plain:
         return [_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
     return [_general_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
 
 
-def _output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
+def _output(x: Tensor, p: Tensor, layer: Record) -> Tensor:
     """Return y [M, N] of a plain layer."""
     base, weight = None, layer.weight
     if type(weight) is Packed4bit:
@@ -187,19 +159,19 @@ def _output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
     return _add_base_and_update(x, p, layer, base)
 
 
-def _add_base_and_update(x: Tensor, p: Tensor, layer: Layer, base: Tensor | None) -> Tensor:
+def _add_base_and_update(x: Tensor, p: Tensor, layer: Record, base: Tensor | None) -> Tensor:
     """Return y of a plain layer. base: x·Wᵀ + bias, which is overwritten; None to compute it."""
     lora_B, bias, scaling = layer.lora_B, layer.bias, layer.scaling
     if base is not None:
         return base.addmm_(p, lora_B.t(), alpha=scaling)
-    weight = layer.dense(x.dtype)
+    weight = dense(layer, x.dtype)
     if bias is None:  # the base GEMM adds itself to scaling · P·Bᵀ
         return linear(p, lora_B).addmm_(x, weight.t(), beta=scaling)
     update = addmm(to_dtype(bias, x.dtype), p, lora_B.t(), alpha=scaling)
     return update.addmm_(x, weight.t())
 
 
-def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
+def _general_output(x: Tensor, p: Tensor, layer: Record) -> Tensor:
     """Return y [M, N] of a layer that is not plain."""
     weight, lora_B, bias = layer.weight, layer.lora_B, layer.bias
     scaling, gate = layer.scaling, layer.rank_gate
@@ -208,16 +180,16 @@ def _general_output(x: Tensor, p: Tensor, layer: Layer) -> Tensor:
         base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
     s = p if gate is None else p * gate
     if base is not None:
-        return _expand(s, lora_B, x, scaling, accumulator=base)
-    z = _expand(s, lora_B, x, scaling, bias)
-    return _add_base(z, x, layer.dense(x.dtype).t(), x.dtype, x.dtype)
+        return products.expand(s, lora_B, x, scaling, accumulator=base)
+    z = products.expand(s, lora_B, x, scaling, bias)
+    return products.add_base(z, x, dense(layer, x.dtype).t(), x.dtype, x.dtype)
 
 
 def linears_backward(
     dys: Sequence[Tensor | None],
     x: Tensor | None,
     ps: Sequence[Tensor | None],
-    layers: Sequence[Layer],
+    layers: Sequence[Record],
     needs: BlockNeeds,
     is_plain: bool,
     mask: DropoutMask | None = None,
@@ -261,11 +233,11 @@ def linears_backward(
         dy, layer = cast(Tensor, dys[i]), layers[i]
         lora_B, scaling = layer.lora_B, layer.scaling
         if need_x and mask is None:  # while nothing large is held beside a decoded weight
-            weight = layer.dense(dy.dtype)
+            weight = dense(layer, dy.dtype)
             dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
             del weight
         if need_B[i]:
-            dB[i] = _scaled_mm(dy.t(), cast(Tensor, ps[i]), scaling)
+            dB[i] = products.scaled_mm(dy.t(), cast(Tensor, ps[i]), scaling)
         if ds is not None:
             addmm(layer_ds[n], dy, lora_B, beta=0, alpha=scaling, out=layer_ds[n])
     if ds is None:
@@ -284,7 +256,7 @@ def linears_backward(
         return grads._replace(x=cast(Tensor, dx).addmm_(ds, A))
     (i,) = indices
     dx, dy = mask.apply(mm(ds, A)), cast(Tensor, dys[i])
-    return grads._replace(x=dx.addmm_(dy, layers[i].dense(dy.dtype)))
+    return grads._replace(x=dx.addmm_(dy, dense(layers[i], dy.dtype)))
 
 
 def _general_backward(
@@ -292,26 +264,27 @@ def _general_backward(
     dys: Sequence[Tensor | None],
     x: Tensor | None,
     ps: Sequence[Tensor | None],
-    layers: Sequence[Layer],
+    layers: Sequence[Record],
     indices: Sequence[int],
     needs: BlockNeeds,
 ) -> BlockGrads:
     """Compute the gradients of a block that is not plain; those of the biases are in `grads`."""
     need_x, need_A, need_B = needs.x, needs.lora_A, needs.lora_B
+    dtype = cast(Tensor, dys[indices[0]]).dtype
     dx: Tensor | None = None
     gated_ds = []
     for i in indices:
         dy, p, layer = cast(Tensor, dys[i]), ps[i], layers[i]
         gate = layer.rank_gate
         if need_x:
-            weight = layer.dense(dy.dtype)
-            dx = mm(dy, weight) if dx is None else _add_base(dx, dy, weight, dy.dtype, dy.dtype)
+            weight = dense(layer, dtype)
+            dx = mm(dy, weight) if dx is None else products.add_base(dx, dy, weight, dtype, dtype)
             del weight
-        wide_dy = dy if _is_in_parts(dy, layer.lora_B) else to_dtype(dy, _widest(dy, layer.lora_B))
+        wide_dy = products.widen(dy, layer.lora_B)
         if need_B[i]:
             s = cast(Tensor, p) if gate is None else cast(Tensor, p) * gate
-            grads.lora_B[i] = _gradient(wide_dy, s, layer.scaling, layer.lora_B)
-        ds = _shrink(wide_dy, layer.lora_B, 1, layer.scaling)
+            grads.lora_B[i] = products.adapter_gradient(wide_dy, s, layer.scaling, layer.lora_B)
+        ds = products.shrink(wide_dy, layer.lora_B, 1, layer.scaling)
         if needs.rank_gate and needs.rank_gate[i]:
             grads.rank_gate[i] = (ds * cast(Tensor, p)).sum(0)
         gated_ds.append(ds if gate is None else ds * gate)
@@ -322,62 +295,15 @@ def _general_backward(
     ds = torch.cat(gated_ds, dim=1) if len(indices) > 1 else gated_ds[0]
     del gated_ds
     stacked = torch.cat([layers[i].lora_A for i in indices])
-    dtype = cast(Tensor, dys[indices[0]]).dtype
-    in_parts = _is_in_parts(ds, stacked, dtype)
-    parts = _three_parts(ds, dtype, 1, lo_first=False) if in_parts else None
+    in_parts = products.is_in_parts(ds, stacked, dtype)
+    parts = products.split_in_three(ds, dtype, 1, lo_first=False) if in_parts else None
     if any(need_A):
-        dA = _gradient_A(ds, parts, cast(Tensor, x), stacked).split(ranks)
+        dA = products.gradient_A(ds, parts, cast(Tensor, x), stacked).split(ranks)
         for i, part in zip(indices, dA, strict=True):
             if need_A[i]:
                 grads.lora_A[i] = part
     if dx is not None:
-        dx = to_dtype(_input_update(ds, parts, stacked, dtype, accumulator=dx), dtype)
-    return grads._replace(x=dx)
-
-
-def batched_backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor | None,
-    ps: Sequence[Tensor | None],
-    layers: Sequence[Layer],
-    has_others: bool,
-    mask: DropoutMask | None = None,
-) -> BlockGrads:
-    """Compute the gradients for several dy at once (`is_grads_batched=True`).
-
-    All its ops are out of place, because PyTorch's fallback, which slices a batched tensor, takes
-    no others.
-    Gradients that are not needed are computed too, unless x or P is None.
-    has_others: whether the gradients of biases and gates are returned.
-    """
-    grads = BlockGrads(None, [], [], [], [])
-    dx: Tensor | None = None
-    for dy, p, layer in zip(dys, ps, layers, strict=True):
-        dA = dB = dbias = dg = None
-        if dy is not None:
-            A, B, gate = layer.lora_A, layer.lora_B, layer.rank_gate
-            wide = _widest(dy, A, B)
-            wide_dy = dy.to(wide)
-            ds = torch.mul(wide_dy @ B.to(wide), layer.scaling)
-            gated = ds if gate is None else ds * gate
-            update = gated @ A.to(gated.dtype)
-            update = update if mask is None else mask.apply(update)
-            layer_dx = dy @ layer.dense(dy.dtype) + update.to(dy.dtype)
-            dx = layer_dx if dx is None else dx + layer_dx
-            if x is not None:
-                z = x if mask is None else mask.apply(x)
-                dA = (gated.t() @ z.to(gated.dtype)).to(A.dtype)
-            if p is not None:
-                s = p if gate is None else p * gate
-                wide = _widest(wide_dy, s)
-                dB = torch.mul(wide_dy.t().to(wide) @ s.to(wide), layer.scaling).to(B.dtype)
-                dg = None if gate is None else (ds * p).sum(0)
-            dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
-        grads.lora_A.append(dA)
-        grads.lora_B.append(dB)
-        if has_others:
-            grads.bias.append(dbias)
-            grads.rank_gate.append(dg)
+        dx = to_dtype(products.input_update(ds, parts, stacked, dtype, accumulator=dx), dtype)
     return grads._replace(x=dx)
 
 
@@ -396,30 +322,12 @@ def add_update_(
     """
     dropped, _, mask = drop(x, dropout_p)
     is_plain = lora_A.dtype is lora_B.dtype is y.dtype and rank_gate is None
-    p = linear(dropped, lora_A) if is_plain else _shrink(dropped, lora_A, 0)
-    _expand(p if rank_gate is None else p * rank_gate, lora_B, y, scaling, accumulator=y)
+    p = linear(dropped, lora_A) if is_plain else products.shrink(dropped, lora_A, 0)
+    products.expand(p if rank_gate is None else p * rank_gate, lora_B, y, scaling, accumulator=y)
     return Saved(p, None, mask)
 
 
 # The gated MLP
-
-
-def batched_mlp_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    g: Tensor,
-    u: Tensor,
-    ps: Sequence[Tensor | None],
-    layers: Sequence[Layer],
-    has_others: bool,
-    activation: str,
-) -> BlockGrads:
-    """Compute the gradients for several dy at once, as `batched_backward` does."""
-    h = gated_mlp.gated(g, u, activation)
-    down = batched_backward((dy,), h, ps[2:], layers[2:], has_others)
-    dgu = gated_mlp.split_gradient(g, u, down.x, activation)
-    dx, *others = batched_backward(dgu, x, ps[:2], layers[:2], has_others)
-    return BlockGrads(dx, *(a + b for a, b in zip(others, down[1:], strict=True)))
 
 
 def down_backward(
@@ -427,7 +335,7 @@ def down_backward(
     g: Tensor,
     u: Tensor,
     p: Tensor | None,
-    layer: Layer,
+    layer: Record,
     needs: Needs,
     is_plain: bool,
     in_place: bool,
@@ -450,14 +358,14 @@ def down_backward(
             dy, g, u, operands, saved, spec, needs, in_place, activation
         )
     dA = dB = dbias = None
-    dense = layer.dense(dy.dtype)
-    dh = mm(dy, dense)
-    del dense
+    weight = dense(layer, dy.dtype)
+    dh = mm(dy, weight)
+    del weight
     if needs.lora_B:
-        dB = _scaled_mm(dy.t(), cast(Tensor, p), scaling)
+        dB = products.scaled_mm(dy.t(), cast(Tensor, p), scaling)
     if needs.bias:
         dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
-    ds = _scaled_mm(dy, lora_B, scaling)
+    ds = products.scaled_mm(dy, lora_B, scaling)
     dg, du, h = gated_mlp.gated_backward(g, u, dh.addmm_(ds, lora_A), in_place, activation)
     if needs.lora_A:
         dA = mm(ds.t(), h)

@@ -226,14 +226,14 @@ def _fold_(
     return matrices.baddbmm_(left, right[:, :, piece], alpha=spec.scaling[0])
 
 
-class _Call(NamedTuple):
+class _Part(NamedTuple):
     """A part of a call for several tenants."""
 
     operands: ExpertsOperands
     spec: ExpertsSpec
 
 
-def _split_tenants(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[_Call, _Call]:
+def _split_tenants(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[_Part, _Part]:
     """Return the call of the base, grouped by expert, and that of the adapters without a base,
     grouped by expert and tenant. Each has one tenant.
 
@@ -257,7 +257,7 @@ def _split_tenants(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[_Call,
     lora_A, lora_B = (torch.stack(stacks, dim=1).flatten(0, 1) for stacks in (As, Bs))
     adapters = operands._replace(weight=None, bias=None, lora_A=[lora_A], lora_B=[lora_B])
     one = spec._replace(scaling=(scaling,))
-    return _Call(base, one._replace(dropout_p=0.0)), _Call(adapters, one)
+    return _Part(base, one._replace(dropout_p=0.0)), _Part(adapters, one)
 
 
 def lora_experts(
@@ -298,7 +298,7 @@ def lora_experts(
 def _grouped_forward(
     operands: ExpertsOperands, spec: ExpertsSpec, chosen: Tensor | None
 ) -> tuple[Tensor, Saved]:
-    x, (lora_A,), (lora_B,), offsets = operands.x, *operands[2:5]
+    x, _, (lora_A,), (lora_B,), offsets, *_ = operands
     (scaling,), dropout_p, dtype, y_dtype = spec[:4]
     M, R, bias = x.shape[0], lora_A.shape[1], operands.bias
     dropped, factor, drawn = eager.drop(x, dropout_p, operands.rng, operands.mask)
@@ -430,7 +430,7 @@ def _split_grad(
 def _grouped_backward(
     dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
 ) -> ExpertsGrads:
-    x, (lora_A,), (lora_B,), offsets = operands.x, *operands[2:5]
+    x, _, (lora_A,), (lora_B,), offsets, *_ = operands
     (scaling,), dropout_p, dtype = spec[:3]
     (need_A,), (need_B,) = needs.lora_A, needs.lora_B
     rng, mask = operands.rng, operands.mask

@@ -186,7 +186,7 @@ def _float16_factor(operands: HeadOperands, spec: HeadSpec, mass: float = 1.0) -
     if operands.x.is_meta:
         return _LARGEST_DZ / scale
     # |dx| ≤ mass · (max W − min W, beside 0) + the adapter's part, and |dS| as that part.
-    weight, lora_A, lora_B = operands[1:4]
+    _, weight, lora_A, lora_B, *_ = operands
     lowest, highest = (t.float() for t in _extrema(weight))
     ranks = lora_B.abs().sum(1, dtype=torch.float32).amax()
     widest = torch.linalg.vector_norm(lora_A, torch.inf).float() * dropout_scale(spec.dropout_p)

@@ -8,7 +8,7 @@ from . import FUSED, configs
 REQUESTED = "the triton backend was requested"
 
 
-def plan(problem: Problem, strategy: Strategy | None) -> Choice:
+def choose(problem: Problem, strategy: Strategy | None) -> Choice:
     """Return the only strategy; RuntimeError if the backend cannot run the call."""
     target = configs.target(problem.device_type, problem.device_index)
     reason = configs.unsupported_reason(target, problem.device_type)

@@ -21,21 +21,7 @@ from .shrink import shrink_kernel
 @launch.planned
 def lora_linear(plan: Plan, operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, *_ = operands
-    y, p, z = _linear(
-        plan,
-        x,
-        weight,
-        lora_A,
-        lora_B.t(),
-        spec,
-        y_dtype=spec.y_dtype,
-        is_forward=True,
-        gate=rank_gate,
-        out_scale=column_scale,
-        bias=bias,
-        save_z=spec.save_z,
-    )
+    y, p, z = _linear(plan, operands, spec)
     return y, Saved(p, z)
 
 
@@ -50,7 +36,7 @@ def lora_linear_backward(
     strategy: str,
 ) -> Grads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, *_ = operands
+    x, _, lora_A, lora_B, rank_gate, column_scale, *_ = operands
     p, z, scaling = saved.p, saved.z if needs.column_scale else None, spec.scaling
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias, *_ = needs
     dx = dA = dB = dg = ds = dbias = dc = None
@@ -69,18 +55,7 @@ def lora_linear_backward(
             need_bias,
         )
     if need_x:
-        dx, ds, _ = _linear(
-            plan,
-            dy,
-            weight,
-            lora_B.t(),
-            lora_A,
-            spec,
-            y_dtype=x.dtype,
-            is_forward=False,
-            gate=rank_gate,
-            in_scale=column_scale,
-        )
+        dx, ds, _ = _linear(plan, operands, spec, dy)
     elif need_A or need_gate:
         partials = _shrink(plan, dy, lora_B.t(), column_scale)
         ds = _sum(plan, partials)
@@ -96,32 +71,23 @@ def lora_linear_backward(
 
 
 def _linear(
-    plan: Plan,
-    x: Tensor,
-    weight: Tensor | Packed4bit | None,
-    a: Tensor,
-    q: Tensor,
-    spec: Spec,
-    *,
-    y_dtype: torch.dtype,
-    is_forward: bool,
-    gate: Tensor | None = None,
-    in_scale: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    save_z: bool = False,
+    plan: Plan, operands: Operands, spec: Spec, dy: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute y [M, columns], P [M, R], and z or None; see linear.py.
+    """Return y, P, and z or None. For a dy return dx and dS in place of y and P.
 
-    Args:
-        x: [M, inner].
-        weight: its rows are columns of y in the forward, and the inner dimension in the backward.
-        a, q: [R, inner] and [R, columns].
-        save_z: whether to return y before out_scale and bias.
+    The kernel computes y [M, N] and P [M, R] from x [M, K], a [R, K] and q [R, N]. In the backward
+    its x is dy: the weight's rows, which are y's columns in the forward, are the inner dimension.
     """
+    x, weight, lora_A, lora_B, gate, column_scale, bias, *_ = operands
+    is_forward = dy is None
+    in_scale, out_scale = (None, column_scale) if is_forward else (column_scale, None)
+    a, q, y_dtype = lora_A, lora_B.t(), spec.y_dtype
+    if dy is not None:
+        a, q, y_dtype = lora_B.t(), lora_A, x.dtype
+        x, bias = dy, None
     (M, K), (R, N), target = x.shape, q.shape, launch.target(plan.device)
     y = plan.empty(M, N, dtype=y_dtype)
-    z = plan.empty(M, N, dtype=y_dtype) if save_z else None
+    z = plan.empty(M, N, dtype=y_dtype) if spec.save_z and is_forward else None
     p = plan.empty(M, R)
     if not M:
         return y, p, z

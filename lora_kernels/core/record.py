@@ -64,6 +64,7 @@ class Record(NamedTuple):
 
 PLAIN: Final = 6  # the number of fields of plain LoRA
 OPERANDS: Final = 8  # the index of the first further operand
+_FIELDS = Record._fields
 
 # What a reason calls an operand. Operands without an entry are called by their field.
 _WORDS = {
@@ -97,19 +98,22 @@ class CodePath(NamedTuple):
     taken: tuple[frozenset[str], ...]
 
 
-def operands_of(record: Record) -> frozenset[str]:
+def operands_of(record: Record) -> list[str]:
     """Return the fields of the operands that a record has beyond plain LoRA's.
 
-    >>> sorted(operands_of(Record(None, None, None, dropout_p=0.1, is_alora=True)))
-    ['dropout_p', 'is_alora']
+    >>> operands_of(Record(None, None, None, dropout_p=0.1, is_alora=True))
+    ['is_alora', 'dropout_p']
     """
-    fields = list(zip(record._fields, record, strict=True))  # torch 2.8 cannot trace a slice of one
-    names = [name for name, t in fields[OPERANDS:] if t is not None and t is not False]
+    # Torch 2.8 can trace neither `_fields` nor a slice of a NamedTuple.
+    values = list(record)
+    fields = _FIELDS if len(values) == len(_FIELDS) else record._fields
+    pairs = zip(fields[OPERANDS:], values[OPERANDS:], strict=True)
+    names = [name for name, t in pairs if t is not None and t is not False]
     if record.dropout_p:
         names.append("dropout_p")
     if isinstance(record.scaling, Tensor):
         names.append("scaling")
-    return frozenset(names)
+    return names
 
 
 def path_reason(records: Sequence[Record], path: CodePath) -> str | None:
@@ -121,15 +125,15 @@ def path_reason(records: Sequence[Record], path: CodePath) -> str | None:
     >>> path_reason([Record(None, None, None, dropout_p=0.1, name="law")], path)
     "adapter 'law' has an active dropout, which a block does not take"
     """
-    others = frozenset({"others"}) if len(records) > 1 else frozenset()
+    others = ["others"] if len(records) > 1 else []
     for record in records:
-        operands = operands_of(record) | others
-        if not any(operands <= taken for taken in path.taken):
+        operands = operands_of(record) + others
+        if not any([all([name in taken for name in operands]) for taken in path.taken]):
             return _words(record, operands, path)
     return None
 
 
-def _words(record: Record, operands: frozenset[str], path: CodePath) -> str:
+def _words(record: Record, operands: list[str], path: CodePath) -> str:
     """Return the reason for an operand in no set, or for two operands in no set together."""
     order = sorted(operands, key=lambda name: (name in _SHARED, name))
     unknown = [name for name in order if not any(name in taken for taken in path.taken)]

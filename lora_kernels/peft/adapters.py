@@ -89,21 +89,27 @@ def stack_records(records: Sequence[Record]) -> Record:
     It has the first adapter's base and dropout. Its scaling is a float. It has a rank gate if the
     factors of the ranks differ, or if a scaling was a tensor.
     """
-    first = records[0]
-    has_factors = first.ranknum is not None or isinstance(first.scaling, Tensor)
-    if len(records) == 1:
-        if not has_factors:
-            return first
-        return first._replace(scaling=1.0, rank_gate=gate_of(first), ranknum=None)
-    A = torch.cat([record.lora_A for record in records])
-    B = torch.cat([record.lora_B for record in records], dim=1)
-    if not has_factors and all(
-        r.rank_gate is None and not isinstance(r.scaling, Tensor) and r.scaling == first.scaling
-        for r in records
-    ):
-        return first._replace(lora_A=A, lora_B=B)
-    gate = torch.cat([gate_of(record) for record in records])
-    return first._replace(lora_A=A, lora_B=B, scaling=1.0, rank_gate=gate, ranknum=None)
+    first, A, B = records[0], records[0].lora_A, records[0].lora_B
+    is_plain = first.ranknum is None and not isinstance(first.scaling, Tensor)
+    if len(records) == 1 and is_plain:
+        return first
+    if len(records) > 1:
+        A = torch.cat([record.lora_A for record in records])
+        B = torch.cat([record.lora_B for record in records], dim=1)
+        is_plain = is_plain and all(
+            [
+                r.rank_gate is None
+                and not isinstance(r.scaling, Tensor)
+                and r.scaling == first.scaling
+                for r in records
+            ]
+        )
+    scaling, gate = first.scaling, None
+    if not is_plain:
+        gates = [gate_of(record) for record in records]
+        scaling, gate = 1.0, gates[0] if len(gates) == 1 else torch.cat(gates)
+    # Torch 2.8 cannot trace `_replace`.
+    return Record(first.weight, A, B, first.bias, scaling, first.dropout_p, rank_gate=gate)
 
 
 def gate_of(record: Record) -> Tensor:

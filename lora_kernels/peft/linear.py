@@ -119,7 +119,7 @@ class Fused(nn.Module):
             or has_invalid_sequences(records, x, rows)
         ):
             return cast(Tensor, super().forward(x, *args, **kwargs))
-        calls_base = bool(args or kwargs.keys() - set(self.adapter_kwargs))
+        calls_base = bool(args) or any([name not in self.adapter_kwargs for name in kwargs])
         first = records[0]
         if calls_base and (first.magnitude is not None or first.column_scale is not None):
             return cast(Tensor, super().forward(x, *args, **kwargs))

@@ -183,13 +183,17 @@ def read_adapter(layer: Any, name: str, device: torch.device, base: Record) -> R
     modules = cast(dict[str, Any], layer._modules)
     lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
-    record = base._replace(
-        lora_A=lora_A._parameters.get("weight"),
-        lora_B=lora_B._parameters.get("weight"),
-        scaling=layer.scaling[name],
-        dropout_p=dropout_p(dropout),
-        name=name,
+    record = Record(  # torch 2.8 cannot trace `_replace`
+        base.weight,
+        lora_A._parameters.get("weight"),
+        lora_B._parameters.get("weight"),
+        base.bias,
+        layer.scaling[name],
+        dropout_p(dropout),
+        name,
         lora_bias=lora_B._parameters.get("bias"),
+        is_transposed=base.is_transposed,
+        called=base.called,
     )
     if layer.lora_variant:
         described = add_variant(layer, record, device)
@@ -230,14 +234,18 @@ def read_svd_adapter(layer: Any, name: str, device: torch.device, base: Record) 
         reason = "every rank was taken from it"
     if reason is not None:
         return reason
-    record = base._replace(
-        lora_A=lora_A,
-        lora_B=lora_B,
-        scaling=layer.scaling[name],
-        dropout_p=dropout_p(dropout),
-        name=name,
+    record = Record(
+        base.weight,
+        lora_A,
+        lora_B,
+        base.bias,
+        layer.scaling[name],
+        dropout_p(dropout),
+        name,
         rank_gate=lora_E,
         ranknum=ranknum,
+        is_transposed=base.is_transposed,
+        called=base.called,
     )
     variant = variant_of(layer, name) if layer.lora_variant else None
     if variant is not None:  # of which PEFT has none over AdaLoRA

@@ -51,7 +51,7 @@ def read_one(layer: Any, x: Tensor) -> Record:
     records = read_call(layer, x.device, x.dtype)
     assert not isinstance(records, str), records
     (record,) = records
-    assert operands_of(record) <= {"dropout_p", "scaling", "lora_bias", "rank_gate"}
+    assert {*operands_of(record)} <= {"dropout_p", "scaling", "lora_bias", "rank_gate"}
     return record
 
 
@@ -75,7 +75,7 @@ def direct_calls_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         assert state is not None
         assert_is(state[:4], record[:4])
         assert state[4:] == record[4:PLAIN]
-        assert operands_of(record) <= {"dropout_p"}
+        assert {*operands_of(record)} <= {"dropout_p"}
         return y
 
     monkeypatch.setattr(direct, "call", checked)

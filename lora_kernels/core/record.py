@@ -25,7 +25,8 @@ class Record(NamedTuple):
     operand.
 
     Args:
-        weight: W [N, K] as it is stored, dense or packed in 4 bits. None: no base GEMM.
+        weight: W [N, K] as it is stored, dense or packed in 4 bits; an embedding's is [K, N]. None:
+            no base GEMM.
         lora_A, lora_B: [R, K] and [N, R]. None: no adapter.
         bias: [N] or None.
         scaling: alpha / r. A tensor if PEFT has prepared the model for hot-swapping.
@@ -37,7 +38,8 @@ class Record(NamedTuple):
         ranknum: AdaLoRA's number of ranks, [1], by which the rank gate is divided.
         magnitude: DoRA's, [N]. The column scale c is magnitude ⊘ ‖W + scaling·B·A‖.
         column_scale: c, [N].
-        is_alora: whether the adapter is active from a sequence's invocation tokens on.
+        has_row_index: whether the adapter is active in some rows of x alone, from a sequence's
+            invocation tokens on (aLoRA).
         is_transposed: whether W is stored as [K, N].
         called: why the base is called as a module, and `weight` is None.
         formula: of a variant that is unknown: its class.
@@ -56,7 +58,7 @@ class Record(NamedTuple):
     ranknum: Tensor | None = None
     magnitude: Tensor | None = None
     column_scale: Tensor | None = None
-    is_alora: bool = False
+    has_row_index: bool = False
     is_transposed: bool = False
     called: str | None = None
     formula: str | None = None
@@ -74,7 +76,7 @@ _WORDS = {
     "ranknum": "rank gate",
     "magnitude": "column scale",
     "column_scale": "column scale",
-    "is_alora": "row index",
+    "has_row_index": "row index",
     "is_transposed": "base weight stored as [K, N]",
     "called": "base that is called as a module",
     "others": "other active adapters",
@@ -101,8 +103,8 @@ class CodePath(NamedTuple):
 def operands_of(record: Record) -> list[str]:
     """Return the fields of the operands that a record has beyond plain LoRA's.
 
-    >>> operands_of(Record(None, None, None, dropout_p=0.1, is_alora=True))
-    ['is_alora', 'dropout_p']
+    >>> operands_of(Record(None, None, None, dropout_p=0.1, has_row_index=True))
+    ['has_row_index', 'dropout_p']
     """
     # Torch 2.8 can trace neither `_fields` nor a slice of a NamedTuple.
     values = list(record)

@@ -40,17 +40,17 @@ class RowNames(NamedTuple):
 
 
 def calls_for(records: Sequence[Record], x: Tensor, rows: RowNames) -> list[Call]:
-    """Return the calls for x, each row of which may have its own adapter.
+    """Return the calls for x. The rows of x may have different adapters.
 
     An aLoRA that is active in every row shares the call of the other adapters.
     """
     if rows.names is not None:
         return [Call(records, _row_index(records, rows.names, rows.offsets, x))]
-    shared, separate = list(records), [record for record in records if record.is_alora]
+    shared, separate = list(records), [record for record in records if record.has_row_index]
     if separate and min(_active_rows(rows.offsets, x), default=0) == _length(x):
         separate = []
     if separate:
-        shared = [record for record in records if not record.is_alora]
+        shared = [record for record in records if not record.has_row_index]
     calls: list[Call] = []
     if shared:
         M = x.shape[:-1].numel()
@@ -138,7 +138,7 @@ def lora_bias(records: Sequence[Record]) -> Tensor | None:
 
 
 def add_bias(bias: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Return the sum of two biases, either of which may be None."""
+    """Return bias + other, [N], with None for no bias."""
     if bias is None or other is None:
         return other if bias is None else bias
     return bias + other
@@ -171,7 +171,7 @@ def _row_index(
     indices = {record.name: e for e, record in enumerate(records)}
     shape = -1, *[1] * (x.dim() - 2)
     index = torch.tensor([indices.get(name, -1) for name in names], device=x.device).view(shape)
-    aloras = {record.name for record in records if record.is_alora}
+    aloras = {record.name for record in records if record.has_row_index}
     if aloras:
         length, active_counts = _length(x), _active_rows(offsets, x)
         starts = [
@@ -201,7 +201,7 @@ def has_invalid_sequences(records: Sequence[Record], x: Tensor, rows: RowNames) 
 
     PEFT's forward then computes the call or, for most shapes, raises.
     """
-    if not any(record.is_alora for record in records):
+    if not any(record.has_row_index for record in records):
         return False
     fits = rows.offsets is None or len(rows.offsets) == x.shape[0]
     return x.dim() not in (2, 3) or not fits

@@ -189,7 +189,7 @@ def _describe_call(
             if has_dropout
             else "stacking adapters would copy them for few rows"
         )
-    if any(record.is_alora for record in records):
+    if any(record.has_row_index for record in records):
         reasons.append("an aLoRA, which is active from its invocation tokens on")
     reasons += _frozen_reasons(records, layer.training)
     if len(choices) > 1:
@@ -213,7 +213,7 @@ def _choose_calls(
     layer: Any, records: Sequence[Record], x: Tensor, names: Sequence[str] | None = None
 ) -> tuple[list[Call], list[Choice]]:
     """Return a layer's calls for x, and each call's choice. The first has the base GEMM."""
-    M, is_dora = x.shape[0], records[0].magnitude is not None
+    M, has_magnitude = x.shape[0], records[0].magnitude is not None
     calls = layer.calls(records, x, RowNames(names and ([*names] * M)[:M]))
     weight, compute_dtype = None, None
     if records[0].called is None:
@@ -223,7 +223,7 @@ def _choose_calls(
             compute_dtype = base.compute_dtype
     choices = []
     for call in calls:
-        if is_dora:  # which applies dropout to x before the call
+        if has_magnitude:  # dropout is applied to x before the call
             undropped = [record._replace(dropout_p=0.0) for record in call.records]
             call = call._replace(records=undropped)
         choices.append(_choose(x, weight, call, compute_dtype))

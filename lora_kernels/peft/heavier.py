@@ -25,7 +25,7 @@ def heavier_reason(layer: Any) -> str | None:
     if not (isinstance(base, nn.Linear) or is_conv1d(base)):
         return None  # a base called as a module moves the same bytes in both orders
     names = active_names(layer)
-    if not names or any(has_operand(layer, name, "is_alora") for name in names):
+    if not names or any(has_operand(layer, name, "has_row_index") for name in names):
         return None  # an aLoRA's bytes depend on its active rows
     four_bit = is_linear4bit(base)
     dtype = (base.compute_dtype or torch.bfloat16) if four_bit else base.weight.dtype

@@ -210,10 +210,8 @@ def _compute_dora(
     if not record.dropout_p:
         return compute(x, weight, bias, call, compute_dtype)
     dropped, A, B = dropout(x, record.dropout_p), record.lora_A, record.lora_B
-    scaled, base = (
-        record._replace(dropout_p=0.0),
-        Record(weight, A.detach(), B.detach(), scaling=0.0),
-    )
+    scaled = record._replace(dropout_p=0.0)
+    base = Record(weight, A.detach(), B.detach(), scaling=0.0)
     y = compute(dropped, weight, None, Call([scaled]), compute_dtype)
     return y + compute(x - dropped, weight, bias, Call([base]), compute_dtype)
 

@@ -37,14 +37,14 @@ LAYER = CodePath(
     "a fused layer",
     (
         frozenset({*_COMMON, "scaling", "lora_bias", "rank_gate", "ranknum"}),
-        frozenset({*_COMMON, "is_alora"}),
+        frozenset({*_COMMON, "has_row_index"}),
         # PEFT computes DoRA over the sum of all adapters, and needs the base's weight.
         frozenset({"dropout_p", "is_transposed", "magnitude"}),
         frozenset({"dropout_p", "is_transposed", "column_scale", "rank_gate"}),
     ),
 )
 # Those of a call whose rows name their adapters.
-NAMED_ROWS = CodePath("a call with adapter_names", (frozenset({*_COMMON, "is_alora"}),))
+NAMED_ROWS = CodePath("a call with adapter_names", (frozenset({*_COMMON, "has_row_index"}),))
 
 
 class Variant(NamedTuple):
@@ -88,7 +88,7 @@ VARIANTS: dict[Any, Variant] = {
     for name, variant in {
         "DoraLinearVariant": Variant("a DoRA", "magnitude", read_magnitude),
         "KasaLinearVariant": Variant("a KaSA", "rank_gate", read_diag),
-        "ALoraLinearVariant": Variant("an aLoRA", "is_alora", lambda *_: True),
+        "ALoraLinearVariant": Variant("an aLoRA", "has_row_index", lambda *_: True),
         # Plain LoRA with lora_B frozen.
         "MiCALinearVariant": Variant("a MiCA"),
         "MiCAEmbeddingVariant": Variant("a MiCA"),
@@ -248,7 +248,7 @@ def read_svd_adapter(layer: Any, name: str, device: torch.device, base: Record) 
         called=base.called,
     )
     variant = variant_of(layer, name) if layer.lora_variant else None
-    if variant is not None:  # of which PEFT has none over AdaLoRA
+    if variant is not None:  # PEFT has no variant of AdaLoRA
         record = record._replace(variant=variant.title, formula=variant.title)
     return record
 

@@ -32,6 +32,7 @@ from tests.support.peft_models import (
     activate,
     add_adapter,
     in_float64,
+    permute_weights,
     randomize,
 )
 
@@ -90,21 +91,6 @@ def assert_same_step(ours: Any, theirs: Any, exact: Any = None, **inputs: Any) -
             assert grads
             results.append({"loss": loss} | grads)
     assert_as_exact(*found)
-
-
-def permute_weights(models: Any, generator: Any) -> None:
-    """Permute the elements of each weight that is not 4-bit, in all models alike.
-
-    One model's roundings depend on its weights far more than on the batch.
-    """
-    of_models = [dict(model.named_parameters()) for model in models]
-    with torch.no_grad():
-        for name, p in of_models[0].items():
-            if p.is_floating_point():
-                order = torch.randperm(p.numel(), generator=generator)
-                for parameters in of_models:
-                    same = parameters[name]
-                    same.copy_(same.flatten()[order].view(p.shape))
 
 
 def is_logit_free(model: Any) -> bool:

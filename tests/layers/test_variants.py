@@ -607,3 +607,24 @@ def test_allocator_step_before_any_backward_is_an_error() -> None:
 def test_adalora_on_meta_has_a_repr() -> None:
     assert "current_rank" not in repr(AdaLoRALinear(8, 8, device="meta"))
     assert "current_rank=8" in repr(AdaLoRALinear(8, 8))
+
+
+class Halved(LoRALinear):
+    """A layer whose record has a scaling of its own."""
+
+    def record(self, weight: Any) -> Any:
+        return super().record(weight)._replace(scaling=self.scaling / 2)
+
+
+class HalvedDoRA(DoRALinear, Halved):
+    pass
+
+
+def test_dora_takes_the_scaling_of_the_record() -> None:
+    layer, plain = (cls(K, N, r=5, dtype=f64) for cls in (HalvedDoRA, DoRALinear))
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    plain.load_state_dict(layer.state_dict())
+    plain.scaling /= 2
+    x = torch.randn(M, K, dtype=f64)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)

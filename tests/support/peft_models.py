@@ -308,6 +308,21 @@ def loss_and_gradients(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]
     return {"loss": loss.detach()} | grads
 
 
+def permute_weights(models: Any, generator: Any) -> None:
+    """Permute the elements of each weight that is not 4-bit, in all models alike.
+
+    One model's roundings depend on its weights far more than on the batch.
+    """
+    of_models = [dict(model.named_parameters()) for model in models]
+    with torch.no_grad():
+        for name, p in of_models[0].items():
+            if p.is_floating_point():
+                order = torch.randperm(p.numel(), generator=generator)
+                for parameters in of_models:
+                    same = parameters[name]
+                    same.copy_(same.flatten()[order].view(p.shape))
+
+
 SGD = partial(torch.optim.SGD, lr=0.05)
 
 

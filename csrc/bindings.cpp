@@ -366,6 +366,7 @@ PyMethodDef methods[] = {
     method<set_up>("set_up", "Set PyTorch's classes and functions that the direct calls use."),
     method<strategy_on>("strategy",
                         "Return a call's strategy and the most rows for the GEMV kernel."),
+    method<has_fused_dx>("is_dx_fused", "Return whether the fused kernel computes dx."),
     method<use_exchange>("use_exchange", "Look at tensors by DLPack's table of functions, or not."),
     {nullptr, nullptr, 0, nullptr}};
 

@@ -22,6 +22,7 @@ python::Object direct_forward(python::Arguments& in);
 python::Object direct_backward(python::Arguments& in);
 python::Object set_up(python::Arguments& in);
 python::Object strategy_on(python::Arguments& in);
+python::Object has_fused_dx(python::Arguments& in);
 python::Object use_exchange(python::Arguments& in);
 void set_rules();  // of the instruction set in use
 

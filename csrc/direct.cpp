@@ -55,6 +55,7 @@ Objects python_objects{};
 const Objects& py = python_objects;
 
 std::array<Rules, 3> rules{};  // of each DType on this processor, for the instruction set in use
+bool has_gemm = false;         // whether this set has a fused kernel
 int64_t max_rank = 0;
 
 constexpr int MAX_DIMS = 8;
@@ -438,11 +439,8 @@ Object direct_backward(Arguments& in) {
   if (need_B && (!view_floats(p, p_view) || !p_view.is_contiguous() || p_view.dtype != DType::f32 ||
                  p_view.elements() != l.M * l.R))
     return none();
-  const Rules& r = rules[static_cast<std::size_t>(operands.gemm_dtype)];
-  // A GEMM of one row reads W once, in whatever order W is stored.
-  const bool is_one_row = strategy == Strategy::gemv && l.M == 1;
-  const bool is_dx_fused = r.has_fused && strategy != Strategy::library && !is_one_row;
-  if (need_x && !is_dx_fused && l.codes) return none();
+  const bool fuses_dx = is_dx_fused(has_gemm, strategy, l.M);
+  if (need_x && !fuses_dx && l.codes) return none();
   if (is_intercepted()) return none();
   operands.read_dropout(dy);
   Object dx, dA, dB, dbias, cast;
@@ -450,7 +448,7 @@ Object direct_backward(Arguments& in) {
              .dz = need_x ? operands.cast(dy, dy_view, l.N, cast) : dy_view.rows(l.N),
              .x = {.data = x_view.data, .dtype = dy_view.dtype, .row_stride = l.K, .col_stride = 1},
              .p = static_cast<const float*>(p_view.data)};
-  if (need_x && is_dx_fused) {
+  if (need_x && fuses_dx) {
     dx = new_empty(dy, sizes_of(dy_view, l.K));
   } else {
     if (need_x)
@@ -501,6 +499,7 @@ Object set_up(Arguments& in) {
 void set_rules() {
   const Processor here{isa_in_use(), has_amx_bf16(read_cpu_features()), is_intel()};
   for (std::size_t i = 0; i < rules.size(); ++i) rules[i] = rules_of(here, static_cast<DType>(i));
+  has_gemm = kernels().gemm;
 }
 
 // Takes a processor's fields, the dtype of the base GEMM, whether the weight is 4-bit, whether it
@@ -515,6 +514,14 @@ Object strategy_on(Arguments& in) {
   const Rules r = rules_of(processor, dtype);
   const Strategy strategy = choose_strategy(r, is_4bit, is_columns, M, N, K);
   return tuple_of({static_cast<int64_t>(strategy), few_rows(r, is_4bit, is_columns, N * K)});
+}
+
+// Takes the number of the strategy and M. Returns whether the fused kernel computes dx.
+Object has_fused_dx(Arguments& in) {
+  const Strategy strategy = in("strategy");
+  const int64_t M = in("M");
+  in.finish();
+  return new_reference(is_dx_fused(has_gemm, strategy, M) ? Py_True : Py_False);
 }
 
 // Uses DLPack's exchange API of this class of tensors; None: uses attributes. Returns whether there

@@ -93,4 +93,10 @@ inline Strategy choose_strategy(const Rules& r, bool is_4bit, bool is_columns, i
   return r.has_fused && !is_library ? Strategy::fused : Strategy::library;
 }
 
+// True if the fused kernel computes dx. has_gemm: whether there is one. A GEMM of one row reads a
+// dense W once, in whatever order W is stored, so the library computes that.
+inline bool is_dx_fused(bool has_gemm, Strategy strategy, int64_t M) {
+  return has_gemm && strategy != Strategy::library && !(strategy == Strategy::gemv && M == 1);
+}
+
 }  // namespace lora_kernels

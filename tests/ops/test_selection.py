@@ -432,6 +432,18 @@ def test_lora_linear_recomputes_p_by_the_backend_alone(dispatched: bool) -> None
 
 
 @needs_native
+def test_fused_kernel_computes_dx_of_every_strategy_but_the_librarys_and_one_dense_row() -> None:
+    want = {FUSED: [True, True], LIBRARY: [False, False], FEW: [False, True], FEW_4BIT: [True] * 2}
+    for isa in (name for name in cases.engines() if name in native.ISAS):
+        with cases.engine(isa):
+            found = {s: [cpu._is_dx_fused(s, M) for M in (1, 2)] for s in cpu.STRATEGIES}
+        if isa in cpu.FUSED_ISAS:
+            assert found == want
+        else:
+            assert not any(itertools.chain(*found.values()))
+
+
+@needs_native
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_few_rows_of_each_instruction_set_is_positive_and_of_another_raises(four_bit: bool) -> None:
     """0 would leave its GEMV kernels unused in silence."""

@@ -221,9 +221,8 @@ def library_dx(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_dx_fused(strategy: str, M: int) -> bool:
-    if strategy == LIBRARY or (strategy == GEMV and M == 1):
-        return False
-    return native.isa in FUSED_ISAS
+    assert native.module is not None
+    return native.module.is_dx_fused(STRATEGIES.index(strategy), M)  # type: ignore[no-any-return]
 
 
 def _library_dx(

@@ -312,8 +312,12 @@ Object use_isa_named(Arguments& in) {
   const Value requested = in("isa");
   in.finish();
   const std::string name = convert<const char*>(requested);
-  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amxbf16})
-    if (name == isa_name(isa)) return steal_reference(PyUnicode_FromString(isa_name(use_isa(isa))));
+  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amxbf16}) {
+    if (name != isa_name(isa)) continue;
+    const Isa used = use_isa(isa);
+    set_rules();
+    return steal_reference(PyUnicode_FromString(isa_name(used)));
+  }
   fail(PyExc_ValueError, "isa: got %R, want scalar, avx2, avx512, avx512bf16 or amxbf16",
        requested.object);
 }
@@ -360,8 +364,9 @@ PyMethodDef methods[] = {
     method<direct_forward>("direct_forward", "Return a layer's y and what its backward reads."),
     method<direct_backward>("direct_backward", "Return the gradients of a layer."),
     method<set_up>("set_up", "Set PyTorch's classes and functions that the direct calls use."),
-    method<set_rules>("set_rules", "Set the rules by which the direct calls choose a strategy."),
-    method<strategy_name>("strategy_name", "Return the strategy of a direct call, for tests."),
+    method<strategy_on>("strategy",
+                        "Return a call's strategy and the most rows for the GEMV kernel."),
+    method<has_fused_dx>("is_dx_fused", "Return whether the fused kernel computes dx."),
     method<use_exchange>("use_exchange", "Look at tensors by DLPack's table of functions, or not."),
     {nullptr, nullptr, 0, nullptr}};
 
@@ -378,6 +383,7 @@ PyMODINIT_FUNC PyInit__native() {
     check(PyModule_AddStringConstant(module.get(), "__version__", LORA_KERNELS_VERSION));
     check(PyModule_AddIntConstant(module.get(), "amx_bf16", has_amx_bf16(read_cpu_features())));
     check(PyModule_AddIntConstant(module.get(), "intel", is_intel()));
+    check(PyModule_AddIntConstant(module.get(), "MIN_SPLIT_ROWS", MIN_SPLIT_ROWS));
     return module.release();
   });
 }

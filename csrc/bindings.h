@@ -21,8 +21,9 @@ inline int log2_of(int64_t power) {
 python::Object direct_forward(python::Arguments& in);
 python::Object direct_backward(python::Arguments& in);
 python::Object set_up(python::Arguments& in);
-python::Object set_rules(python::Arguments& in);
-python::Object strategy_name(python::Arguments& in);
+python::Object strategy_on(python::Arguments& in);
+python::Object has_fused_dx(python::Arguments& in);
 python::Object use_exchange(python::Arguments& in);
+void set_rules();  // of the instruction set in use
 
 }  // namespace lora_kernels

@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "bindings.h"
+#include "cpu/dispatch.h"
+#include "cpu/rules.h"
 
 namespace lora_kernels {
 namespace {
@@ -52,14 +54,9 @@ struct Objects {
 Objects python_objects{};
 const Objects& py = python_objects;
 
-// The rules of `plan` in backends/cpu/heuristics.py for one dtype of the base GEMM.
-struct Rules {
-  int64_t few_rows, few_rows_4bit, few_rows_of_large;  // most rows of x for the GEMV
-  int64_t library_rows, library_gemm, library_end;     // see `Rules` in heuristics.py
-  bool has_fused;
-};
-std::array<Rules, 3> rules{};
-int64_t large_elements = 0, max_rank = 0;
+std::array<Rules, 3> rules{};  // of each DType on this processor, for the instruction set in use
+bool has_gemm = false;         // whether this set has a fused kernel
+int64_t max_rank = 0;
 
 constexpr int MAX_DIMS = 8;
 
@@ -232,19 +229,6 @@ bool read_codes(PyObject* packed, int64_t N, int64_t K, Codes4bit& codes) {
   return true;
 }
 
-enum class Strategy { gemv, fused, library };
-
-// Chooses as `plan` in heuristics.py does, for M rows of x and a weight [N, K].
-Strategy choose_strategy(DType dtype, bool is_4bit, int64_t M, int64_t N, int64_t K) {
-  const Rules& r = rules[static_cast<std::size_t>(dtype)];
-  const int64_t size = N * K;
-  if (M <= (!is_4bit ? r.few_rows : size >= large_elements ? r.few_rows_of_large : r.few_rows_4bit))
-    return Strategy::gemv;
-  const int64_t library_begin = std::max(r.library_rows, (r.library_gemm + size - 1) / size);
-  const bool is_library = !is_4bit && M >= library_begin && M < r.library_end;
-  return r.has_fused && !is_library ? Strategy::fused : Strategy::library;
-}
-
 // The operands that both directions read.
 struct Operands {
   PyObject *weight, *lora_A, *lora_B;
@@ -301,7 +285,8 @@ struct Operands {
 
   // Sets the strategy for M rows of x. Returns false if lora_kernels/ops/linear.py computes it.
   bool choose(Strategy& result) const {
-    result = choose_strategy(gemm_dtype, layer.codes, layer.M, layer.N, layer.K);
+    const Rules& r = rules[static_cast<std::size_t>(gemm_dtype)];
+    result = choose_strategy(r, layer.codes, false, layer.M, layer.N, layer.K);
     return result != Strategy::library || !layer.codes;  // Python decodes codes in panels
   }
 
@@ -386,7 +371,8 @@ Object direct_forward(Arguments& in) {
   if (!operands.read(x_view.dtype) || x_view.last() != l.K) return none();
   l.M = x_view.elements() / l.K;
   if (l.M == 0 || !operands.choose(strategy)) return none();
-  if (!l.R && strategy != Strategy::gemv) return none();
+  const bool is_gemv = strategy == Strategy::gemv || strategy == Strategy::gemv_4bit;
+  if (!l.R && !is_gemv) return none();
   if (bias != Py_None &&
       (!view_floats(bias, bias_view) || bias_view.ndim != 1 || bias_view.shape[0] != l.N))
     return none();
@@ -405,7 +391,7 @@ Object direct_forward(Arguments& in) {
   operands.read_dropout(x);
   Forward f{.x = x_view.rows(l.K),
             .xs = operands.cast(x, x_view, l.K, cast),
-            .few_rows = strategy == Strategy::gemv,
+            .few_rows = is_gemv,
             .p = nullptr,
             .y = nullptr,
             .dtype = x_view.dtype};
@@ -453,11 +439,8 @@ Object direct_backward(Arguments& in) {
   if (need_B && (!view_floats(p, p_view) || !p_view.is_contiguous() || p_view.dtype != DType::f32 ||
                  p_view.elements() != l.M * l.R))
     return none();
-  const Rules& r = rules[static_cast<std::size_t>(operands.gemm_dtype)];
-  // A GEMM of one row reads W once, in whatever order W is stored.
-  const bool is_one_row = strategy == Strategy::gemv && l.M == 1 && !l.codes;
-  const bool is_dx_fused = r.has_fused && strategy != Strategy::library && !is_one_row;
-  if (need_x && !is_dx_fused && l.codes) return none();
+  const bool fuses_dx = is_dx_fused(has_gemm, strategy, l.M);
+  if (need_x && !fuses_dx && l.codes) return none();
   if (is_intercepted()) return none();
   operands.read_dropout(dy);
   Object dx, dA, dB, dbias, cast;
@@ -465,7 +448,7 @@ Object direct_backward(Arguments& in) {
              .dz = need_x ? operands.cast(dy, dy_view, l.N, cast) : dy_view.rows(l.N),
              .x = {.data = x_view.data, .dtype = dy_view.dtype, .row_stride = l.K, .col_stride = 1},
              .p = static_cast<const float*>(p_view.data)};
-  if (need_x && is_dx_fused) {
+  if (need_x && fuses_dx) {
     dx = new_empty(dy, sizes_of(dy_view, l.K));
   } else {
     if (need_x)
@@ -513,34 +496,32 @@ Object set_up(Arguments& in) {
   return nullptr;
 }
 
-// Takes the fields of `Rules` for float32, bfloat16 and float16, and the elements from which a
-// weight is large.
-Object set_rules(Arguments& in) {
-  for (Rules& rule : rules) {
-    Arguments fields = in.tuple("rules");
-    rule = {.few_rows = fields("few_rows"),
-            .few_rows_4bit = fields("few_rows_4bit"),
-            .few_rows_of_large = fields("few_rows_of_large"),
-            .library_rows = fields("library_rows"),
-            .library_gemm = fields("library_gemm"),
-            .library_end = fields("library_end"),
-            .has_fused = fields("has_fused")};
-    fields.finish();
-  }
-  large_elements = in("large");
-  in.finish();
-  return nullptr;
+void set_rules() {
+  const Processor here{isa_in_use(), has_amx_bf16(read_cpu_features()), is_intel()};
+  for (std::size_t i = 0; i < rules.size(); ++i) rules[i] = rules_of(here, static_cast<DType>(i));
+  has_gemm = kernels().gemm;
 }
 
-// Takes dtype, whether the weight is 4-bit, M, N and K. Returns the strategy's name.
-Object strategy_name(Arguments& in) {
+// Takes a processor's fields, the dtype of the base GEMM, whether the weight is 4-bit, whether it
+// is stored as [K, N], M, N and K. Returns the number of the strategy, and the most rows of x for
+// the GEMV kernel.
+Object strategy_on(Arguments& in) {
+  const Processor processor{.isa = in("isa"), .has_amx = in("has_amx"), .is_intel = in("is_intel")};
   const DType dtype = in("dtype");
-  const bool is_4bit = in("is_4bit");
+  const bool is_4bit = in("is_4bit"), is_columns = in("is_columns");
   const int64_t M = in("M"), N = in("N"), K = in("K");
   in.finish();
-  const char* const names[] = {"gemv", "fused", "library"};
-  const auto strategy = static_cast<std::size_t>(choose_strategy(dtype, is_4bit, M, N, K));
-  return steal_reference(PyUnicode_FromString(names[strategy]));
+  const Rules r = rules_of(processor, dtype);
+  const Strategy strategy = choose_strategy(r, is_4bit, is_columns, M, N, K);
+  return tuple_of({static_cast<int64_t>(strategy), few_rows(r, is_4bit, is_columns, N * K)});
+}
+
+// Takes the number of the strategy and M. Returns whether the fused kernel computes dx.
+Object has_fused_dx(Arguments& in) {
+  const Strategy strategy = in("strategy");
+  const int64_t M = in("M");
+  in.finish();
+  return new_reference(is_dx_fused(has_gemm, strategy, M) ? Py_True : Py_False);
 }
 
 // Uses DLPack's exchange API of this class of tensors; None: uses attributes. Returns whether there

@@ -16,11 +16,10 @@ constexpr int64_t TILE_WORDS = 16 * 16;           // words of a tile: pairs of W
 constexpr int LD_X = X_DEPTH * 2, LD_C = VW * 4;  // bytes from row to row
 constexpr int64_t GROUP_ROWS = 2 * X_ROWS;        // rows of x that are multiplied together
 constexpr int64_t MIN_TILE_ROWS = 32;             // least rows of x that fill a tile of S
-constexpr int64_t MIN_SPLIT_ROWS = 128;  // least rows of x for which three bf16 beat float32
-constexpr int64_t X_L2_BYTES = 1 << 20;  // of x in tiles, which stay in L2
-constexpr int64_t SUM_DEPTH = 1024;      // elements of the sum in X_L2_BYTES if x is larger
-constexpr int64_t L1_DEPTH = 640;        // elements of the sum for which 32 columns of W stay in L1
-constexpr int64_t TASK_COLUMNS = 4096;   // columns whose sums wait for the next SUM_DEPTH
+constexpr int64_t X_L2_BYTES = 1 << 20;           // of x in tiles, which stay in L2
+constexpr int64_t SUM_DEPTH = 1024;     // elements of the sum in X_L2_BYTES if x is larger
+constexpr int64_t L1_DEPTH = 640;       // elements of the sum for which 32 columns of W stay in L1
+constexpr int64_t TASK_COLUMNS = 4096;  // columns whose sums wait for the next SUM_DEPTH
 
 // Configures all eight registers at full size; restores the configuration before it at the end.
 class Tiles {

@@ -9,6 +9,7 @@
 namespace lora_kernels {
 
 constexpr int64_t MIN_PARALLEL_WORK = 1 << 16;  // multiply-adds; below, one thread is faster
+constexpr int64_t MIN_SPLIT_ROWS = 128;  // of x; from here on AMX multiplies float32 as three bf16
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 struct bf16 {

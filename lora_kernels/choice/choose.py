@@ -15,6 +15,7 @@ import torch
 
 from ..backends import cuda, triton, workspace
 from ..backends.cpu import heuristics as cpu_heuristics
+from ..backends.cpu import linear as cpu
 from ..backends.cpu import native
 from ..backends.cuda import constraints
 from ..backends.library import is_on_gpu_path
@@ -35,7 +36,7 @@ from .verdicts import KEEP_EAGER, MAX_RANK, Group, Verdict, group_of
 
 STRATEGIES = {
     "eager": (Strategy.LIBRARY,),
-    "cpu": (Strategy.FUSED, Strategy.LIBRARY, Strategy.GEMV, Strategy.GEMV_4BIT),
+    "cpu": cpu.STRATEGIES,
     "triton": triton.STRATEGIES,
     "cuda": cuda.STRATEGIES,
 }

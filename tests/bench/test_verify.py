@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import cli, verify
-from lora_kernels.backends.cpu import heuristics
+from lora_kernels.backends.cpu import heuristics, native
 from lora_kernels.bench import baselines
 from lora_kernels.bench.functions import Function
 from lora_kernels.core import device
@@ -290,6 +290,7 @@ def test_every_shape_of_an_option_is_judged(
     assert tuple(seen) == shapes
 
 
+@pytest.mark.skipif(native.module is None, reason="the native kernels were not built")
 @pytest.mark.parametrize(("quant", "strategy"), [("", "gemv"), ("nf4-64", "gemv_4bit")])
 def test_calls_of_few_rows_are_judged_by_the_gemv_kernel_too(quant: str, strategy: str) -> None:
     few = heuristics.few_rows(torch.bfloat16, bool(quant), 66 * 96, isa="avx2")

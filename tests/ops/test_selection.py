@@ -75,7 +75,7 @@ def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The choice on a processor for a problem of a dtype and rank 8; other fields by name."""
 
     def choose_on(on: Processor, dtype: torch.dtype, **fields: Any) -> Choice:
-        values = {"reason": None, "isa": on.isa, "amx_bf16": on.amx, "intel": on.intel}
+        values = {"isa": on.isa, "amx_bf16": on.amx, "intel": on.intel}
         for name, value in values.items():
             monkeypatch.setattr(native, name, value)
         return selection.choose(Problem("cpu", dtype, dtype, dtype, dtype, 8, **fields))
@@ -94,6 +94,7 @@ def sizes(columns: int, inner: int, **fields: Any) -> dict[str, Any]:
     return {"columns": columns, "inner": inner, **fields}
 
 
+@needs_native
 @pytest.mark.parametrize(
     ("on", "dtype", "fields", "strategies"),
     [
@@ -159,6 +160,7 @@ def test_choose_starts_each_strategy_at_its_row(
         assert {words: words in choice.reason for words in said} == said
 
 
+@needs_native
 def test_choose_on_another_processor_is_its_own(
     choose_on: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,10 +431,23 @@ def test_lora_linear_recomputes_p_by_the_backend_alone(dispatched: bool) -> None
         assert torch.equal(torch.autograd.grad(y, args["lora_B"], dy)[0], want)
 
 
+@needs_native
+def test_fused_kernel_computes_dx_of_every_strategy_but_the_librarys_and_one_dense_row() -> None:
+    want = {FUSED: [True, True], LIBRARY: [False, False], FEW: [False, True], FEW_4BIT: [True] * 2}
+    for isa in (name for name in cases.engines() if name in native.ISAS):
+        with cases.engine(isa):
+            found = {s: [cpu._is_dx_fused(s, M) for M in (1, 2)] for s in cpu.STRATEGIES}
+        if isa in cpu.FUSED_ISAS:
+            assert found == want
+        else:
+            assert not any(itertools.chain(*found.values()))
+
+
+@needs_native
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_few_rows_of_an_instruction_set_without_an_entry_raises(four_bit: bool) -> None:
+def test_few_rows_of_each_instruction_set_is_positive_and_of_another_raises(four_bit: bool) -> None:
     """0 would leave its GEMV kernels unused in silence."""
     for isa in native.ISAS:
         assert heuristics.few_rows(torch.float32, four_bit, 0, isa=isa) > 0
-    with pytest.raises(KeyError, match="avx1024"):
+    with pytest.raises(ValueError):
         heuristics.few_rows(torch.float32, four_bit, 0, isa="avx1024")

@@ -18,8 +18,8 @@ bits of a code, more rows round it once. Each parameter's gradient is rounded on
 its own dtype.
 
 Subnormals and infinities: on avx512bf16 bfloat16 subnormals are flushed to zero, as oneDNN does. On
-amxbf16, float32 GEMMs with M ≥ 128 use a 3×bf16 split: values below 1e-31 lose bits, and infinite
-inputs produce NaN.
+amxbf16, float32 GEMMs with M ≥ 128 (MIN_SPLIT_ROWS) use a 3×bf16 split: values below 1e-31 lose
+bits, and infinite inputs produce NaN.
 Deterministic for a given M, instruction set and thread count.
 """
 
@@ -55,6 +55,7 @@ LIBRARY = Strategy.LIBRARY
 GEMV = Strategy.GEMV  # of x, beside a dense weight
 GEMV_4BIT = Strategy.GEMV_4BIT  # beside a 4-bit weight, in registers or the L1 cache
 GEMVS = (GEMV, GEMV_4BIT)
+STRATEGIES = (FUSED, LIBRARY, GEMV, GEMV_4BIT)  # in the order of their numbers in C++
 FUSED_ISAS = ("avx512", "avx512bf16", "amxbf16")
 
 PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library GEMM
@@ -220,9 +221,8 @@ def library_dx(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_dx_fused(strategy: str, M: int) -> bool:
-    if strategy == LIBRARY or (strategy == GEMV and M == 1):
-        return False
-    return native.isa in FUSED_ISAS
+    assert native.module is not None
+    return native.module.is_dx_fused(STRATEGIES.index(strategy), M)  # type: ignore[no-any-return]
 
 
 def _library_dx(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -24,7 +23,6 @@ amx_bf16 = False  # whether oneDNN's bfloat16 GEMMs run on AMX tiles
 intel = False  # whether the processor is Intel's, for which MKL is optimized
 threaded = False  # whether the kernels run on PyTorch's threads, or on the caller's alone
 exchange = False  # whether PyTorch has a DLPack exchange table, which gives a tensor's address
-on_use_isa: Callable[[], None] | None = None  # fills the extension's rules for the set in use
 
 
 def _load() -> None:
@@ -73,8 +71,6 @@ def use_isa(name: str) -> str:
     if name not in ISAS:
         raise ValueError(f"isa: got {name!r}, want one of {', '.join(ISAS)}")
     isa = module.use_isa(name)
-    if on_use_isa is not None:
-        on_use_isa()
     return isa
 
 

@@ -130,7 +130,7 @@ def path_reason(records: Sequence[Record], path: CodePath) -> str | None:
     others = ["others"] if len(records) > 1 else []
     for record in records:
         operands = operands_of(record) + others
-        if not any([all([name in taken for name in operands]) for taken in path.taken]):
+        if operands and not any([all([o in taken for o in operands]) for taken in path.taken]):
             return _words(record, operands, path)
     return None
 

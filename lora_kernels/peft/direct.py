@@ -140,21 +140,29 @@ def make_block(
     activation: of a gated MLP, whose layers are gate, up and down; "" for other layers.
     """
     states: list[tuple[Any, ...]] = []
-    records, compute_dtypes, casts, is_plain, dtype = [], [], False, True, x.dtype
+    records: list[Record] = []
+    compute_dtypes: list[torch.dtype | None] = []
+    casts, is_plain, dtype = False, True, x.dtype
     for layer in layers:
-        state, gate, compute_dtype = read(layer), None, None
+        state = read(layer)
+        gate = compute_dtype = None
         if state is not None:
             weight, lora_A, lora_B, bias, scaling, p = state
-            if p or weight is None:
+            if p:
                 return None
-            is_plain = (
+            if (
                 is_plain
                 and type(weight) is type(lora_A) is type(lora_B) is Parameter
                 and weight.dtype is lora_A.dtype is lora_B.dtype is dtype
-                and not weight.requires_grad
-                and (bias is None or not bias.requires_grad)
-                and not layer.casts_adapters
-            )
+                and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+                and not (layer.casts_adapters or lora_A.is_inference())
+            ):  # The checks below take as many Python opcodes again (counted).
+                states.append(state)
+                records.append(Record(*state))
+                compute_dtypes.append(None)
+                continue
+            if weight is None:
+                return None
             if layer.reads_codes:
                 codes = layer.read_codes(weight, x)
                 if codes is None:
@@ -176,7 +184,7 @@ def make_block(
             weight, compute_dtype = readable_weight(layer.base_layer, x)
             weight = weight.codes if isinstance(weight, Weight4bit) else weight
             states.append(record)
-            is_plain = False
+        is_plain = False
         if lora_A.is_inference():
             return None
         if layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype, _rows(x)):

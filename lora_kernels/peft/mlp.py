@@ -110,15 +110,20 @@ def _fused_class(cls: Hashable) -> Any:
 
 def _call(mlp: Any, x: Any) -> Tensor | None:
     """Return y; None if the module's own forward computes it."""
-    if not blocks.can_run(x) or _state_reason(mlp) is not None:
+    layers = _layers(mlp)
+    if not blocks.can_run(x) or _state_reason(mlp, layers) is not None:
         return None
-    parts, modules = mlp._parts, mlp._modules
-    layers = modules[parts.gate], modules[parts.up], modules[parts.down]
-    block_and_states = direct.make_block(layers, x, parts.activation)
+    block_and_states = direct.make_block(layers, x, mlp._parts.activation)
     return None if block_and_states is None else blocks.gated_mlp(x, block_and_states[0])
 
 
-def _state_reason(mlp: Any) -> str | None:
+def _layers(mlp: Any) -> tuple[Any, Any, Any]:
+    """Return the MLP's gate, up and down."""
+    parts, modules = mlp._parts, mlp._modules
+    return modules[parts.gate], modules[parts.up], modules[parts.down]
+
+
+def _state_reason(mlp: Any, layers: tuple[Any, Any, Any]) -> str | None:
     """Return why calling the MLP's modules may do more than a gated MLP computes."""
     cls, parts, modules = type(mlp), mlp._parts, mlp._modules
     if cls.original_class.forward is not cls.original_forward:
@@ -130,9 +135,9 @@ def _state_reason(mlp: Any) -> str | None:
         return f"its {parts.act} was replaced"
     if act is not None and direct.is_hooked(act):
         return f"{parts.act}: {patched_reason(act) or 'a hook sits on it'}"
-    for name in parts[:3]:
-        if (reason := direct.member_reason(modules[name])) is not None:
-            return f"{name}: {reason}"
+    for layer in layers:
+        if (reason := direct.member_reason(layer)) is not None:
+            return f"{parts[layers.index(layer)]}: {reason}"
     return None
 
 
@@ -140,10 +145,11 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     """Return why the MLP's state makes it run its own forward for x on this device."""
     if (reason := patched_reason(mlp)) is not None:
         return f"{reason} after fuse(model): call it again"
-    if (reason := _state_reason(mlp)) is not None:
+    layers = _layers(mlp)
+    if (reason := _state_reason(mlp, layers)) is not None:
         return reason
-    for name in mlp._parts[:3]:
-        record = direct.read_in_block(mlp._modules[name], device, x_dtype)
+    for name, layer in zip(mlp._parts[:3], layers, strict=True):
+        record = direct.read_in_block(layer, device, x_dtype)
         if isinstance(record, str):
             return f"{name}: {record}"
     return None

@@ -335,15 +335,14 @@ def model_rows(rows: list[Row]) -> Cells:
         base = "NF4" if row.get("quant_type") else row["dtype"]
         head = row["what"].removeprefix("model "), base, row["mode"], str(row["M"])
         seconds, peaks = p50(row), row.get("peak_bytes", {})
-        if not {"frozen", "peft", "ours"} <= seconds.keys():
+        if not {"peft", "ours"} <= seconds.keys():
             yield *head, *("–" for _ in range(5)), "; ".join(row["misses"].values())
             continue
-        milliseconds = (seconds[name] * 1e3 for name in ("frozen", "peft", "ours"))
-        times = (f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" for ms in milliseconds)
+        times = (model_ms(seconds.get(name)) for name in ("frozen", "peft", "ours"))
         ratio = seconds["ours"] / seconds["peft"]
         over = f"**{ratio:.2f}**, slower" if ratio > 1 else f"{ratio:.2f}"
         over += " ✗" * ("ours" in row["misses"])
-        over_frozen = f"{seconds['ours'] / seconds['frozen']:.2f}"
+        over_frozen = f"{seconds['ours'] / seconds['frozen']:.2f}" if "frozen" in seconds else "–"
         if row.get("under_load"):
             over, over_frozen = "under load: no result", "–"
         memory = "–"
@@ -351,6 +350,13 @@ def model_rows(rows: list[Row]) -> Cells:
             memory = f"{peaks['ours'] / 1e6:.0f} / {peaks['peft'] / 1e6:.0f}"
             memory += f" = {peaks['ours'] / peaks['peft']:.2f}"
         yield *head, *times, over, over_frozen, memory
+
+
+def model_ms(seconds: float | None) -> str:
+    """The milliseconds of a model's step or token; – for a model that was not timed."""
+    if seconds is None:
+        return "–"
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.1f}"
 
 
 def overhead_rows(measured: list[Run]) -> Cells:

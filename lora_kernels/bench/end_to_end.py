@@ -9,9 +9,10 @@ A row is a model over one kind of base, in one mode:
   `fuse(model, linears=True)`.
 
 The models are the frozen one, PEFT's and ours. They share their frozen weights and take turns in
-one process. LoRA of rank `RANK` is on all linear layers but the head, with float32 adapters, as
-PEFT makes them. Steps over a 16-bit base run under autocast, as Trainer's with `bf16=True`. The
-first layer's input needs a gradient in all of them, so that the frozen model computes each dx too.
+one process. The frozen one has no time of a checkpointed step, which would take a minute more each
+round. LoRA of rank `RANK` is on all linear layers but the head, with float32 adapters, as PEFT
+makes them. Steps over a 16-bit base run under autocast, as Trainer's with `bf16=True`. The first
+layer's input needs a gradient in all of them, so that the frozen model computes each dx too.
 A named model has random weights, because a time does not depend on them: nothing is downloaded.
 
 The peak memory is that of a call in a process of its own, over what the process held before the
@@ -50,7 +51,8 @@ from .results import FROZEN, Facts, Row
 from .table import Suite
 
 RANK, PROMPT, TOKENS = 16, 128, 16
-LONG_ROUNDS = 2  # of checkpointed steps, which take a minute each on two cores
+# Rounds of steps of a large model, which take 10 s each on two cores, and checkpointed a minute.
+LARGE_ROUNDS, LONG_ROUNDS = 3, 2
 # Of the relative rms to PEFT's. A gradient has passed about 20 roundings a layer, 640 in 32 layers,
 # each of 0.42 u rms (`oracle.tolerance`). Two models that round in another order differ by
 # √2 · √640 · 0.42 u = 15 u, which is 0.06 in bfloat16. In float32 a sum of many terms errs by 10 u:
@@ -287,7 +289,9 @@ def call_of(model: Any, cell: Cell) -> Step | Tokens:
 def measure(cell: Cell, device: str, seconds: float) -> Row:
     """Return the row of a cell, with times, the error, and on a GPU the peaks."""
     models = build(cell, device)
-    config = models[FROZEN].config
+    config = models["peft"].config
+    if cell.mode == CHECKPOINTED:
+        del models[FROZEN]
     calls: dict[str, Any] = {name: call_of(model, cell) for name, model in models.items()}
     key: dict[str, Any] = {"K": config.hidden_size, "N": config.vocab_size, "R": RANK}
     row = Row(what=f"model {Path(cell.model).name}", mode=cell.mode, **key)
@@ -299,7 +303,8 @@ def measure(cell: Cell, device: str, seconds: float) -> Row:
     with _threads(1 if cell.one_thread else torch.get_num_threads()):
         try:
             clock: Any = {"clock": _of_token} if cell.mode == TOKEN else {}
-            rounds = LONG_ROUNDS if cell.mode == CHECKPOINTED else timing.FEWEST
+            rounds = LARGE_ROUNDS if cell.model == _LARGE else timing.FEWEST
+            rounds = LONG_ROUNDS if cell.mode == CHECKPOINTED else rounds
             row.seconds = timing.interleave(
                 calls, seconds=seconds, min_rounds=rounds, device=device, **clock
             )

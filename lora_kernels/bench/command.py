@@ -33,7 +33,7 @@ from . import (
     variants,
 )
 from .functions import Function
-from .results import Result, Row, is_ours, read
+from .results import Result, Row, is_ours, keep_faster, read
 from .table import Suite
 
 QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = (1, 512), (16,), 0.25
@@ -217,6 +217,8 @@ def measure(suite: Suite, args: argparse.Namespace) -> Result:
         result.rows.append(row)
         print(wrap(str(row)), flush=True)
         result.write(args.json, args.csv)
+    if "peak" in result.provenance:
+        keep_faster(result.provenance, suite.provenance(args))
     result.write(args.json, args.csv)
     for text in suite.summary(result.rows):
         print(wrap(text))

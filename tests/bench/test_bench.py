@@ -635,3 +635,18 @@ def test_seconds_that_are_none(value: str, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         cli.main(["bench", f"--seconds={value}"])
     assert f"got '{value}', want a finite number of seconds" in capsys.readouterr().err
+
+
+def test_rates_are_the_faster_of_those_before_and_after_the_rows(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor whose clock rises within a run would reach more than its peak."""
+    names = ("copy_bandwidth", "read_bandwidth", "product_peak", "peak")
+    rates = dict(zip(names, ((1e9, 2e9), (4e9, 3e9), (5e9, 6e9), (7e9, 8e9)), strict=True))
+    for name, measured in rates.items():
+        left = iter(measured)
+        monkeypatch.setattr(timing, name, lambda *args, left=left, **kwargs: next(left))
+    options = ("--shapes", "8x48x32", "--ranks", "3", "--dtypes", "float32", "--seconds", "0")
+    facts = run(*options).data["provenance"]
+    assert facts["copy_bandwidth"] == 2e9 and facts["read_bandwidth"] == 4e9
+    assert facts["product_peak"] == {"float32": 6e9} and facts["peak"] == {"float32": 8e9}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
@@ -405,6 +406,54 @@ class Biased(LoRALinear):
 
     def record(self, weight: Any) -> Record:
         return super().record(weight)._replace(lora_bias=self.lora_B[:, 0])
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_reason_is_of_any_adapter(name: str) -> None:
+    """A path takes the operands of each adapter, not of the first alone."""
+    law = Record(None, None, None, name="law")
+    code = Record(None, None, None, name="code", formula="New")
+    assert path_reason([law, code], PATHS[name]) is not None
+    assert path_reason([code, law], PATHS[name]) is not None
+
+
+@pytest.mark.parametrize("dora_first", [True, False])
+def test_dora_beside_another_adapter_is_pefts(dora_first: bool) -> None:
+    stock = adapted(use_dora=dora_first)
+    add_adapter(stock, use_dora=not dora_first)
+    stock.base_model.set_adapter(["default", "second"])
+    fused = fuse(copy.deepcopy(stock))
+    assert_same(fused, stock)
+    for row in explain(fused).rows:
+        assert row.state == PEFT and "column scale beside other active adapters" in row.reason
+
+
+def test_dropout_beside_a_scaling_in_a_tensor_is_pefts() -> None:
+    """With a probability of 1 all masks are the same: only the bases' results are left."""
+    stock = adapted(lora_dropout=1.0)
+    prepare_model_for_compiled_hotswap(stock, target_rank=R + 1)
+    assert_same(fuse(copy.deepcopy(stock)), stock)
+
+
+def test_replaced_formula_of_a_variant_is_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = adapted(use_dora=True)
+    fused, own = fuse(copy.deepcopy(stock)), DoraLinearVariant.forward
+    doubled = staticmethod(lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    monkeypatch.setattr(DoraLinearVariant, "forward", doubled)
+    assert_same(fused, stock)
+    for row in explain(fused).rows:
+        assert row.state == PEFT and "no plain module" in row.reason
+
+
+def test_replaced_class_of_a_disabled_head_is_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = adapted(target_modules=["lm_head"])
+    stock.get_base_model().model.norm.weight.requires_grad_(True)
+    stock.base_model.disable_adapter_layers()
+    fused, own = fuse(copy.deepcopy(stock), loss=True), lora.Linear.forward
+    monkeypatch.setattr(lora.Linear, "forward", lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    assert_same(fused, stock)
+    (row,) = explain(fused).losses
+    assert "Linear.forward was replaced" in row.reason
 
 
 @pytest.mark.parametrize("call", [lambda layer: layer(torch.ones(2, 8)), LoRALinear.merge])

@@ -195,6 +195,26 @@ def test_hook_on_a_part_of_a_layer_is_called(path: str, kind: str) -> None:
     assert seen == [True]
 
 
+@pytest.mark.parametrize("path", ["base_layer", *PARTS])
+def test_replaced_forward_of_a_part_of_a_layer_is_called(path: str) -> None:
+    fused, seen = fuse(model()), list[bool]()
+    part = fused.base_model.model[0].get_submodule(path)
+    forward = part.forward
+    part.forward = lambda x: (seen.append(True), forward(x))[1]
+    results(fused, 3)
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trained_bias_of_the_base_has_pefts_gradient(dtype: torch.dtype) -> None:
+    stock = model(bias="all").to(dtype)
+    fused, x = fuse(copy.deepcopy(stock)), torch.randn(100, K, dtype=dtype)
+    for found in (stock, fused):
+        found(x).sum().backward()
+    got, want = (found.base_model.model[0].base_layer.bias.grad for found in (fused, stock))
+    assert_close_derived(got, want, terms=100)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_later_call_says_what_is_wrong_with_x(grad: bool) -> None:
     fused = fuse(model()).eval()

@@ -156,7 +156,7 @@ def make_block(
                 and weight.dtype is lora_A.dtype is lora_B.dtype is dtype
                 and not (weight.requires_grad or (bias is not None and bias.requires_grad))
                 and not (layer.casts_adapters or lora_A.is_inference())
-            ):  # The checks below take as many Python opcodes again (counted).
+            ):  # Skips the checks below, a sixth of an MLP's Python opcodes here (counted).
                 states.append(state)
                 records.append(Record(*state))
                 compute_dtypes.append(None)

@@ -118,9 +118,9 @@ def _call(mlp: Any, x: Any) -> Tensor | None:
 
 
 def _layers(mlp: Any) -> tuple[Any, Any, Any]:
-    """Return the MLP's gate, up and down."""
+    """Return the MLP's gate, up and down; None for one that was taken away."""
     parts, modules = mlp._parts, mlp._modules
-    return modules[parts.gate], modules[parts.up], modules[parts.down]
+    return modules.get(parts.gate), modules.get(parts.up), modules.get(parts.down)
 
 
 def _state_reason(mlp: Any, layers: tuple[Any, Any, Any]) -> str | None:

@@ -227,6 +227,16 @@ def test_replaced_forward_is_no_gated_mlp(monkeypatch: Any) -> None:
     assert_close(fused, model, input_of())
 
 
+def test_replaced_forward_needs_none_of_the_parts(monkeypatch: Any) -> None:
+    """A library may give a class another forward, and its modules other layers."""
+    fused = fuse(adapted(GLU()))
+    gated = parent_of(fused)
+    del gated.w1
+    monkeypatch.setattr(GLU, "forward", lambda self, x: 2 * x)
+    x = input_of()
+    assert torch.equal(fused(x), 2 * x)
+
+
 def test_forward_of_an_instance_is_no_gated_mlp(runs: Any) -> None:
     """Before `fuse`, and after it."""
     model = adapted(transformers_mlp())

@@ -449,5 +449,5 @@ def test_few_rows_of_each_instruction_set_is_positive_and_of_another_raises(four
     """0 would leave its GEMV kernels unused in silence."""
     for isa in native.ISAS:
         assert heuristics.few_rows(torch.float32, four_bit, 0, isa=isa) > 0
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="avx1024"):
         heuristics.few_rows(torch.float32, four_bit, 0, isa="avx1024")

@@ -35,6 +35,8 @@ def few_rows(
 
     Raises ValueError for an instruction set that is not in `native.ISAS`.
     """
+    if isa is not None and isa not in native.ISAS:
+        raise ValueError(f"isa: got {isa!r}, want {', '.join(native.ISAS)}")
     if native.module is None:
         return 0
     return _ask_rule(isa, dtype, four_bit, columns, 0, size, 1)[1]

@@ -21,19 +21,19 @@ void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 namespace lora_kernels {
 namespace {
 
-const char* const CODES_CAPSULE = "lora_kernels.Codes4bit";
+const char* const CODES_CAPSULE = "lora_kernels.Codes";
 
 }  // namespace
 
 namespace python {
 
 template <>
-const Codes4bit* convert(const Value& from) {
+const Codes* convert(const Value& from) {
   if (from.object == Py_None) return nullptr;
   if (!PyCapsule_IsValid(from.object, CODES_CAPSULE))
-    fail(PyExc_TypeError, "%s: got %R, want what Codes4bit returns", from.name,
+    fail(PyExc_TypeError, "%s: got %R, want what Codes returns", from.name,
          Py_TYPE(from.object));
-  return static_cast<const Codes4bit*>(PyCapsule_GetPointer(from.object, CODES_CAPSULE));
+  return static_cast<const Codes*>(PyCapsule_GetPointer(from.object, CODES_CAPSULE));
 }
 
 template <>
@@ -50,7 +50,7 @@ Dropout read(Arguments& in) {
 }
 
 template <>
-Codes4bit read(Arguments& in) {
+Codes read(Arguments& in) {
   return {.packed = in("packed"),
           .code = in("code"),
           .absmax = in("absmax"),
@@ -170,7 +170,7 @@ namespace {
 using namespace python;
 
 Object codes_4bit(Arguments& in) {
-  auto codes = std::make_unique<Codes4bit>(read<Codes4bit>(in));
+  auto codes = std::make_unique<Codes>(read<Codes>(in));
   in.finish();
   return build_capsule(std::move(codes), CODES_CAPSULE);
 }
@@ -290,8 +290,8 @@ Object quantize(Arguments& in) {
 }
 
 Object dequantize(Arguments& in) {
-  const Codes4bit* const codes = in("codes");
-  if (!codes) fail(PyExc_TypeError, "codes: got None, want what Codes4bit returns");
+  const Codes* const codes = in("codes");
+  if (!codes) fail(PyExc_TypeError, "codes: got None, want what Codes returns");
   const DequantizeArgs args{.codes = *codes,
                             .n0 = in("n0"),
                             .rows = in("rows"),
@@ -348,7 +348,7 @@ PyMethodDef methods[] = {
     method<use_openmp_at>("use_openmp",
                           "Run on the thread pool of the OpenMP runtime with these addresses."),
     method<multiply_add>("multiply_add", "Multiply and add in registers; return the FLOPs."),
-    method<codes_4bit>("Codes4bit", "Return the addresses of a 4-bit weight."),
+    method<codes_4bit>("Codes", "Return the addresses of a 4-bit weight."),
     method<quantize>("quantize"),
     method<dequantize>("dequantize"),
     method<row_norm>("row_norm"),

@@ -177,8 +177,8 @@ bool is_intercepted() {
   return !is_same(keys.get(), py.default_keys) && !is_same(keys.get(), py.inference_keys);
 }
 
-// Reads the fields of `Packed4bit`. Returns false if a tensor does not fit a weight [N, K].
-bool read_codes(PyObject* packed, int64_t N, int64_t K, Codes4bit& codes) {
+// Reads the fields of `Codes`. Returns false if a tensor does not fit a weight [N, K].
+bool read_codes(PyObject* packed, int64_t N, int64_t K, Codes& codes) {
   constexpr std::size_t count = 6;  // packed, absmax, code, nested_absmax, nested_code, offset
   Arguments in(packed);
   if (in.size() != count + 3) return false;
@@ -237,7 +237,7 @@ struct Operands {
   PyObject* dropout;  // None or (state or function of x that draws it, threshold, keep_scale)
 
   Layer layer{};
-  Codes4bit codes{};
+  Codes codes{};
   DType gemm_dtype{};
   Object rng;
 

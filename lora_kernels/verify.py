@@ -42,7 +42,7 @@ from .oracle.experts_case import ExpertsCase
 from .oracle.head_case import HeadCase
 from .oracle.multi_case import MultiCase
 from .oracle.tolerance import Comparison
-from .quantization import Weight4bit
+from .quantization import QuantizedWeight
 from .quantization.codebooks import E2M1_TYPES
 
 Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter if it differs
@@ -528,7 +528,7 @@ def compare_with_peer(peer: str, case: Case) -> Line:
     args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}
     layers = {who: baselines.build_layer(args, quant_type) for who in ("ours", "theirs")}
     if quant_type:
-        args["weight"] = Weight4bit.from_bitsandbytes(layers["theirs"].base_layer.weight)
+        args["weight"] = QuantizedWeight.from_bitsandbytes(layers["theirs"].base_layer.weight)
     model: Any = fuse(nn.Sequential(layers["ours"]))
     layers["ours"] = model[0]
     reason = None if isinstance(model[0], Fused) else explain(model).rows[0].reason

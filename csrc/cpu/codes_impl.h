@@ -7,7 +7,7 @@ namespace {
 constexpr int64_t MIN_BLOCKSIZE = 16;
 
 // Nested scales are rounded twice: this file is compiled without contraction.
-LK_INLINE float block_scale(const Codes4bit& w, int64_t block) {
+LK_INLINE float block_scale(const Codes& w, int64_t block) {
   if (!w.nested_code) return static_cast<const float*>(w.absmax)[block];
   const float relative = w.nested_code[static_cast<const uint8_t*>(w.absmax)[block]];
   if (!w.nested_absmax) return relative;
@@ -15,7 +15,7 @@ LK_INLINE float block_scale(const Codes4bit& w, int64_t block) {
 }
 
 // dst[i] = the scale of block `block` + i for i < count. t: nested_code, if there is one.
-LK_INLINE void decode_scales(const Codes4bit& w, const Table256& t, int64_t block, int64_t count,
+LK_INLINE void decode_scales(const Codes& w, const Table256& t, int64_t block, int64_t count,
                              float* dst) {
   if (!w.nested_code) {
     __builtin_memcpy(dst, static_cast<const float*>(w.absmax) + block, (size_t)count * sizeof *dst);
@@ -54,7 +54,7 @@ LK_INLINE void decode_scales(const Codes4bit& w, const Table256& t, int64_t bloc
   }
 }
 
-LK_INLINE float decode_element(const Codes4bit& w, int64_t i) {
+LK_INLINE float decode_element(const Codes& w, int64_t i) {
   const int byte = w.packed[i >> 1];
   return w.code[i & 1 ? byte & 15 : byte >> 4] * block_scale(w, i >> w.log2_block);
 }
@@ -63,7 +63,7 @@ LK_INLINE float decode_element(const Codes4bit& w, int64_t i) {
 // they are elements [first, first + count) of the weight; k counts from `first`, a multiple of
 // MIN_BLOCKSIZE.
 template <typename F>
-LK_INLINE void for_each_vector(const Codes4bit& w, Table t, int64_t first, int64_t count,
+LK_INLINE void for_each_vector(const Codes& w, Table t, int64_t first, int64_t count,
                                const F& f) {
   for (int64_t k = 0; k < count;) {
     const int64_t block = (first + k) >> w.log2_block;
@@ -81,7 +81,7 @@ LK_INLINE void for_each_vector(const Codes4bit& w, Table t, int64_t first, int64
 
 // dst[i] = W[n, k0 + i] for i < count.
 template <typename T>
-LK_INLINE void decode_row(const Codes4bit& w, Table t, int64_t n, int64_t k0, int64_t count,
+LK_INLINE void decode_row(const Codes& w, Table t, int64_t n, int64_t k0, int64_t count,
                           T* dst) {
   const int64_t first = n * w.K + k0;
   if (first % MIN_BLOCKSIZE == 0) {

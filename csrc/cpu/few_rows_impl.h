@@ -88,7 +88,7 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
 // lie scale_stride behind. offset: from the first element of that block to that of the row.
 // BlockAligned: rows begin with a block.
 template <int J, int M, bool BlockAligned, typename X, typename T>
-LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t row, int64_t stream_stride,
+LK_INLINE void dot_codes(const Codes& w, const T& t, int64_t row, int64_t stream_stride,
                          const float* scales, int64_t scale_stride, int64_t offset, const X* x,
                          int64_t k0, int64_t k1, vf total[J][M]) {
   static_assert(BlockAligned || J == 1);
@@ -150,16 +150,16 @@ LK_INLINE int64_t balanced_slab(int64_t K, int64_t bytes, int64_t max_bytes) {
 // Rows of a stream whose scales are decoded in one batch. A batch separates the stores of scales
 // from their loads, whose other width would prevent store forwarding. The number of scales includes
 // W that are loaded past the end.
-LK_INLINE int64_t batch_rows(const Codes4bit& w) {
+LK_INLINE int64_t batch_rows(const Codes& w) {
   return max(1, (int64_t{512} << w.log2_block) / w.K);
 }
-LK_INLINE int64_t batch_scales(const Codes4bit& w) {
+LK_INLINE int64_t batch_scales(const Codes& w) {
   return (batch_rows(w) * w.K >> w.log2_block) + 2 + W;
 }
 
 // Returns the distance from the first element of the block in which row `first` begins to that of
 // row first + n.
-LK_INLINE int64_t offset_in_block(const Codes4bit& w, int64_t first, int64_t n) {
+LK_INLINE int64_t offset_in_block(const Codes& w, int64_t first, int64_t n) {
   return n * w.K + (first * w.K & ((int64_t{1} << w.log2_block) - 1));
 }
 
@@ -167,7 +167,7 @@ LK_INLINE int64_t offset_in_block(const Codes4bit& w, int64_t first, int64_t n) 
 // end and all streams g. scales: from the block in which row first + g * stream_stride begins,
 // scale_stride apart.
 template <int M, typename X, typename T>
-LK_INLINE void dot_streams(const Codes4bit& w, const T& t, const X* x, int64_t first, int64_t end,
+LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, int64_t first, int64_t end,
                            int64_t stream_stride, const float* scales, int64_t scale_stride,
                            float* sums, int64_t lds) {
   constexpr int J = CODED_TILE_ROWS<M>;
@@ -193,7 +193,7 @@ LK_INLINE void dot_streams(const Codes4bit& w, const T& t, const X* x, int64_t f
 }
 
 template <typename X, typename T>
-LK_INLINE void dot_streams(int64_t M, const Codes4bit& w, const T& t, const X* x, int64_t first,
+LK_INLINE void dot_streams(int64_t M, const Codes& w, const T& t, const X* x, int64_t first,
                            int64_t end, int64_t stream_stride, const float* scales,
                            int64_t scale_stride, float* sums, int64_t lds) {
 #define LK_ROWS(m) \
@@ -205,7 +205,7 @@ LK_INLINE void dot_streams(int64_t M, const Codes4bit& w, const T& t, const X* x
 // Calls f(n, end, sums of row n) for batches of the rows [n, stop) of each stream, after decoding
 // their scales, which lie scale_stride apart.
 template <typename F>
-LK_INLINE void for_each_batch(const Codes4bit& w, const Table256& nested, int64_t n, int64_t stop,
+LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, int64_t n, int64_t stop,
                               int64_t stream_stride, float* scales, int64_t scale_stride,
                               float* sums, const F& f) {
   for (int64_t end; n < stop; sums += end - n, n = end) {
@@ -222,7 +222,7 @@ LK_INLINE void for_each_batch(const Codes4bit& w, const Table256& nested, int64_
 // A 4-bit weight for `gemv_streams` whose codes are looked up in registers.
 template <typename X, typename T>
 struct CodedRows {
-  const Codes4bit& w;
+  const Codes& w;
   const T& code;
   const X* x;
   int64_t ldx;
@@ -248,7 +248,7 @@ struct CodedRows {
 // dst = W[row, k0 .. k1), interleaved, with zeros up to a multiple of CHUNK_CODES. scales and
 // offset: as in dot_codes.
 template <bool BlockAligned, typename X, typename T>
-LK_INLINE void decode_slab(const Codes4bit& w, const T& t, int64_t row, const float* scales,
+LK_INLINE void decode_slab(const Codes& w, const T& t, int64_t row, const float* scales,
                            int64_t offset, int64_t k0, int64_t k1, X* dst) {
   const int log2_block = w.log2_block;
   const uint8_t* p = w.packed + ((row * w.K + k0) >> 1);
@@ -290,7 +290,7 @@ LK_INLINE void dot_decoded(const X* w, int64_t ldw, const X* x, int64_t count, v
 // stream at a time. It serves many rows of x, and any K that is no multiple of eight.
 template <typename Word, typename X, typename T>
 struct DecodedRows {
-  const Codes4bit& w;
+  const Codes& w;
   const T& code;
   const X* x;
   int64_t ldx;
@@ -394,7 +394,7 @@ void gemv(const GemvArgs& a) {
     });
     return;
   }
-  const Codes4bit& codes = *a.codes;
+  const Codes& codes = *a.codes;
   const int64_t ldx = round_up(K, CHUNK_CODES);
   Scratch scratch(M * ldx * 4);
 #ifdef LK_BF16_PAIRS

@@ -37,7 +37,7 @@ struct Matrix {
 //   absmax[i]                                           in float
 //   nested_code[absmax[i]]                              without nested_absmax
 //   nested_code[absmax[i]] * nested_absmax[i >> log2_nested] + offset, rounded twice
-struct Codes4bit {
+struct Codes {
   const uint8_t* packed;
   const float* code;                                  // [16]
   const void* absmax;                                 // float; uint8 with nested_code
@@ -87,7 +87,7 @@ struct ExpandArgs {
 // as codes (dx).
 struct GemmArgs {
   Matrix x, w;
-  const Codes4bit* codes;  // or null
+  const Codes* codes;  // or null
   bool is_transposed;
   int64_t K;
   ExpandArgs update;
@@ -122,7 +122,7 @@ struct GradAArgs {
   int threads;
 };
 
-// Quantizes n finite elements of a contiguous weight to Codes4bit's layout. The scale of a block is
+// Quantizes n finite elements of a contiguous weight to Codes's layout. The scale of a block is
 // its largest magnitude. An element divided by it lies above `bin` of the 15 thresholds and gets
 // the code bin_codes[bin]. As in bitsandbytes, whole blocks are multiplied by the reciprocal of the
 // scale. A short last block is divided, and its scale is min_scale or more.
@@ -142,7 +142,7 @@ struct QuantizeArgs {
 // out[i, j] = W[n0 + i, k0 + j] for `rows` rows, ld elements apart, of `cols` columns. An element
 // is its code times its scale in float32, rounded once to dtype.
 struct DequantizeArgs {
-  Codes4bit codes;
+  Codes codes;
   int64_t n0, rows, k0, cols;
   void* out;
   DType dtype;
@@ -155,7 +155,7 @@ struct DequantizeArgs {
 // given as codes, which are decoded in registers or in the L1 cache.
 struct GemvArgs {
   Matrix x, w;
-  const Codes4bit* codes;  // or null
+  const Codes* codes;  // or null
   ShrinkArgs shrink;
   ExpandArgs update;
   bool allows_pairs = true;  // of bf16, for x with codes, if the unit has them
@@ -165,7 +165,7 @@ struct GemvArgs {
 // codes.
 struct RowNormArgs {
   Matrix w;
-  const Codes4bit* codes;  // or null
+  const Codes* codes;  // or null
   Matrix a, b;             // A [R, K], B [N, R]
   const float* gate;       // [R] or null
   int64_t N, K, R;

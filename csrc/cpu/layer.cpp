@@ -315,8 +315,8 @@ void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adap
 namespace {
 
 // The codes of a stack from `element` on, where an expert begins.
-Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
-  Codes4bit w = stack;
+Codes codes_from(const Codes& stack, int64_t element) {
+  Codes w = stack;
   const int64_t block = element >> w.log2_block;
   w.packed += element / 2;
   if (w.nested_code) {
@@ -379,7 +379,7 @@ void for_each_expert(const Layer& l, const Experts& x, const Span& span, const F
 
 // The layer of one expert. *codes gets the expert's codes, to which the layer points.
 Layer expert_layer(const Layer& l, const Experts& x, const Expert& expert, bool with_base,
-                   Codes4bit* codes, int threads) {
+                   Codes* codes, int threads) {
   Layer layer = l;
   layer.w = with_base ? elements_from(l.w, expert.e * x.w_stride) : Matrix{};
   if (with_base && l.codes) {
@@ -606,7 +606,7 @@ void lora_experts(const Layer& l, const Experts& x, const std::vector<Tenant>& t
                   const Forward& f) {
   for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& span_tenants) {
     for_each_expert(l, x, span, [&](const Expert& expert, int threads) {
-      Codes4bit codes;
+      Codes codes;
       const bool few_rows = expert.rows <= x.few_rows;
       const Layer layer = expert_layer(l, x, expert, few_rows || x.has_base, &codes, threads);
       Forward forward = f;
@@ -632,7 +632,7 @@ void lora_experts_backward(const Layer& l, const Experts& x, const std::vector<T
                            const Backward& g) {
   for_spans(l, x, tenants, [&](const Span& span, const std::vector<Tenant>& span_tenants) {
     for_each_expert(l, x, span, [&](const Expert& expert, int threads) {
-      Codes4bit codes;
+      Codes codes;
       const Layer layer = expert_layer(l, x, expert, x.has_base, &codes, threads);
       Backward backward = g;
       backward.dy = rows_from(g.dy, expert.start);

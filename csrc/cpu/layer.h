@@ -11,7 +11,7 @@ namespace lora_kernels {
 // before the call.
 struct Layer {
   Matrix w;
-  const Codes4bit* codes;  // a 4-bit w, or null
+  const Codes* codes;  // a 4-bit w, or null
   int64_t M, K, N, R;
   int64_t lds;    // distance of P's rows, R or more
   Matrix a, b;    // a: [R, K] with contiguous rows; b: [N, R], any strides

@@ -98,7 +98,7 @@ LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0
 // `scales` has room for one scale of each row and 8 elements. prefetch_distance: bytes from these
 // codes to those of the next panel.
 template <typename Word>
-LK_INLINE void pack_codes_k(const Codes4bit& w, int64_t k0, int64_t depth, int64_t n0,
+LK_INLINE void pack_codes_k(const Codes& w, int64_t k0, int64_t depth, int64_t n0,
                             int64_t count, float* dst, const PanelLayout& layout, float* scales,
                             int64_t prefetch_distance) {
   constexpr int64_t E = ELEMENTS<Word>;
@@ -141,7 +141,7 @@ LK_INLINE void pack_codes_k(const Codes4bit& w, int64_t k0, int64_t depth, int64
 // Packs W[n0 + n, k0 + k] of a 4-bit weight with the sum along n: `depth` rows n and 64 columns.
 // Reads all of them, without a bounds check.
 template <typename Word>
-LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64_t k0, float* dst,
+LK_INLINE void pack_codes_n(const Codes& w, int64_t n0, int64_t depth, int64_t k0, float* dst,
                             const PanelLayout& layout, int64_t prefetch_distance) {
   constexpr int64_t E = ELEMENTS<Word>;
   const Table t = load_table(w.code);
@@ -169,7 +169,7 @@ LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64
 // pack_words for a 4-bit weight. `decoded` has room for a panel that is decoded before it is
 // packed.
 template <typename Word>
-LK_INLINE void pack_codes(const Codes4bit& w, bool is_transposed, int64_t k0, int64_t depth,
+LK_INLINE void pack_codes(const Codes& w, bool is_transposed, int64_t k0, int64_t depth,
                           int64_t n0, int64_t count, float* dst, const PanelLayout& layout,
                           float* decoded) {
   using E = std::conditional_t<ELEMENTS<Word> == 2, bf16, float>;

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core.call import ExpertsOperands, ExpertsSpec
-from ..core.packed4bit import Packed4bit
-from . import decode4bit
+from ..core.codes import Codes
+from . import decoder
 
 
 def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
@@ -43,10 +43,10 @@ def weight_of(
     weight = operands.weight
     if weight is None:
         return None
-    if not isinstance(weight, Packed4bit):
+    if not isinstance(weight, Codes):
         return weight[expert]
     (E, N, _), K = operands.lora_B[0].shape, operands.x.shape[1]
     rows, columns = (K, N) if spec.transposed else (N, K)
     expert_rows = slice(expert * rows, (expert + 1) * rows)
-    dense = decode4bit.dense(weight, (E * rows, columns), dtype, rows=expert_rows)
+    dense = decoder.dense(weight, (E * rows, columns), dtype, rows=expert_rows)
     return dense.t() if spec.transposed else dense

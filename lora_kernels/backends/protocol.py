@@ -21,7 +21,7 @@ from ..core.call import (
     Saved,
     Spec,
 )
-from ..core.packed4bit import Packed4bit
+from ..core.codes import Codes
 
 
 class Backend(Protocol):
@@ -51,7 +51,7 @@ class NormBackend(Protocol):
 
     def dora_norm(
         self,
-        weight: Tensor | Packed4bit,
+        weight: Tensor | Codes,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,

@@ -29,26 +29,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import decode4bit
-from ..core.packed4bit import Packed4bit
-from ..quantization import Weight4bit
+from ..backends import decoder
+from ..core.codes import Codes
+from ..quantization import QuantizedWeight
 from .baselines import Forward
 
 
 class Projection(NamedTuple):
     """A frozen weight [N, K] with its adapter A [R, K] and B [N, R]."""
 
-    weight: Tensor | Packed4bit
+    weight: Tensor | Codes
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return W; a 4-bit weight is decoded to `dtype`."""
-        if not isinstance(self.weight, Packed4bit):
+        if not isinstance(self.weight, Codes):
             return self.weight
         shape = self.lora_B.shape[0], self.lora_A.shape[1]
-        return decode4bit.bitsandbytes_dense(self.weight, shape, dtype)
+        return decoder.bitsandbytes_dense(self.weight, shape, dtype)
 
 
 def projections_of(block: nn.Module) -> list[Projection]:
@@ -61,7 +61,7 @@ def projections_of(block: nn.Module) -> list[Projection]:
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             x = A.new_empty(1, 1, dtype=torch.bfloat16)
             weight, _ = readable_weight(layer.base_layer, x)
-            codes_or_dense = weight.codes if isinstance(weight, Weight4bit) else weight
+            codes_or_dense = weight.codes if isinstance(weight, QuantizedWeight) else weight
             projections.append(Projection(codes_or_dense, A, B, layer.scaling["default"]))
     return projections
 
@@ -130,7 +130,7 @@ class _Frozen(NamedTuple):
     """The arguments of a Function that have no gradient."""
 
     policy: Policy
-    weights: tuple[Tensor | Packed4bit, ...]
+    weights: tuple[Tensor | Codes, ...]
     scalings: tuple[float, ...]
 
     def projections(self, adapters: Sequence[Tensor], dtype: torch.dtype) -> list[Projection]:

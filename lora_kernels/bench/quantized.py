@@ -48,7 +48,7 @@ def entries_of(
         nn.init.normal_(linear.weight, std=K**-0.5).requires_grad_(False)
     linears = [dense[i % len(dense)] for i in range(count)]
     ours = [_ours(linear, quant_type, A, B) for linear in linears]
-    weight = ours[0].weight4bit
+    weight = ours[0].quantized
     decoded = weight.dequantize(options["dtype"])
     decoded_f32 = nf4_f32 = weight.dequantize(torch.float32)
 
@@ -62,11 +62,9 @@ def entries_of(
     if quant_type not in BITSANDBYTES_TYPES:
         nf4 = [_ours(linear, "nf4", A, B) for linear in linears]
         layers[NESTED_NF4] = [*nf4]
-        nf4_f32 = nf4[0].weight4bit.dequantize(torch.float32)
+        nf4_f32 = nf4[0].quantized.dequantize(torch.float32)
         if find_spec("peft"):
-            weights = [
-                layer.weight4bit.dequantize(options["dtype"]) for layer in ours[: len(dense)]
-            ]
+            weights = [layer.quantized.dequantize(options["dtype"]) for layer in ours[: len(dense)]]
             layers[DECODED] = [_peft_of_decoded(weight, A, B) for weight in weights]
     elif device == "cpu" or all(map(find_spec, ("bitsandbytes", "peft"))):
         for mode in ("eval", "train"):

@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..backends.decode4bit import FUSED_ROWS
+from ..backends.decoder import FUSED_ROWS
 from ..backends.eager import head
 from ..layers import QLoRALinear
 from ..ops.head import lora_linear_cross_entropy
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from ..quantization.codebooks import E2M1_TYPES
 from . import blocks, counter, expert_peers, peers
 from .blocks import BLOCKS, RANK, Block, Cell, build_block, build_layer
@@ -247,7 +247,7 @@ def base_entries(quant_type: str, K: int, N: int, R: int) -> Iterator[Entry]:
         name: QLoRALinear(K, N, R, quant_type=kind, **kwargs)
         for name, kind in (("ours", quant_type), (NESTED_NF4, "nf4"))
     }
-    ours, nf4 = (sum(t.nbytes for t in _scales(layer.weight4bit)) for layer in layers.values())
+    ours, nf4 = (sum(t.nbytes for t in _scales(layer.quantized)) for layer in layers.values())
     layers |= {"peft": build_layer(cell, K, N, R)}
     for M in ROWS:
         yield _entry(
@@ -259,7 +259,7 @@ def base_entries(quant_type: str, K: int, N: int, R: int) -> Iterator[Entry]:
         )
 
 
-def _scales(weight: Weight4bit) -> list[Tensor]:
+def _scales(weight: QuantizedWeight) -> list[Tensor]:
     """Return the tensors that hold the weight's scales."""
     tensors = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
     return [t for t in tensors if t is not None]

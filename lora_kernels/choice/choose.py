@@ -20,9 +20,9 @@ from ..backends.cpu import native
 from ..backends.cuda import constraints
 from ..backends.library import is_on_gpu_path
 from ..core import device, forced
+from ..core.codes import Codes
 from ..core.device import DeviceInfo
 from ..core.forced import Forced
-from ..core.packed4bit import Packed4bit
 from ..core.problem import (
     ONE_ADAPTER,
     Choice,
@@ -112,7 +112,7 @@ _COLUMNS = Layout(columns=True)
 
 
 def layout_of(
-    device_type: str, weight: torch.Tensor | Packed4bit | None, dtype: torch.dtype
+    device_type: str, weight: torch.Tensor | Codes | None, dtype: torch.dtype
 ) -> Layout | None:
     """Return the weight's layout for a GEMM in `dtype`; None if every backend accepts it."""
     if device_type != "cpu" or cuda.emulated.get() is not None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .packed4bit import Packed4bit
+from .codes import Codes
 
 
 class Operands(NamedTuple):
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     """
 
     x: Tensor
-    weight: Tensor | Packed4bit | None
+    weight: Tensor | Codes | None
     lora_A: Tensor
     lora_B: Tensor
     rank_gate: Tensor | None = None
@@ -111,7 +111,7 @@ class MultiOperands(NamedTuple):
     """
 
     x: Tensor
-    weight: Tensor | Packed4bit | None
+    weight: Tensor | Codes | None
     lora_A: Sequence[Tensor]
     lora_B: Sequence[Tensor]
     adapter_index: Tensor
@@ -163,7 +163,7 @@ class ExpertsOperands(NamedTuple):
     """
 
     x: Tensor
-    weight: Tensor | Packed4bit | None
+    weight: Tensor | Codes | None
     lora_A: Sequence[Tensor]
     lora_B: Sequence[Tensor]
     offsets: Tensor
@@ -222,7 +222,7 @@ class HeadOperands(NamedTuple):
     """
 
     x: Tensor
-    weight: Tensor | Packed4bit
+    weight: Tensor | Codes
     lora_A: Tensor
     lora_B: Tensor
     labels: Tensor

@@ -18,7 +18,7 @@ from ..core.weights import parameter_bytes
 from ..peft.kept import Kept, Tally, format_kept, name_of
 from ..peft.merge import written_parameters
 from ..peft.modules import is_linear4bit
-from ..quantization import Weight4bit, quantize_4bit
+from ..quantization import QuantizedWeight, quantize_4bit
 from . import model as models
 from .checkpoints import check_free, translate_errors, write_folder
 from .errors import UsageError
@@ -143,7 +143,7 @@ def dequantize(model: Any) -> None:
     for name, layer in list(model.named_modules()):
         if is_linear4bit(layer):
             linear = nn.Linear(*models.features(layer), bias=layer.bias is not None, device="meta")
-            weight = Weight4bit.from_bitsandbytes(layer.weight).dequantize(torch.float32)
+            weight = QuantizedWeight.from_bitsandbytes(layer.weight).dequantize(torch.float32)
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
             model.set_submodule(name, linear.requires_grad_(False))
     for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):

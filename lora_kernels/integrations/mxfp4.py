@@ -14,9 +14,9 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
 from ..layers.experts import DOWN, GATE_UP
 from ..peft.mergeable import refuse_merges
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from ..quantization.packed_state import build_parameter, register_state_hooks
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization.tensor import QuantizedTensor
 
 PROJECTIONS = GATE_UP, DOWN
 _BYTES_PER_ELEMENT = 17 / 32  # half a byte of code, and one byte of scale for 32 codes
@@ -29,9 +29,9 @@ def packed_mxfp4() -> Iterator[None]:
     `from_pretrained` then keeps the experts in 4 bits, on CPUs and GPUs, and without transformers'
     `kernels` package. Without the context transformers decodes them, 13 GB to 40 GB for
     gpt-oss-20b, or keeps them in a form that does not train. The modules are the usual ones. Each
-    of the experts' parameters is a `Tensor4bit` of the usual dtype and shape, [E, K, N]. Other code
-    that reads it gets a temporary decoded copy. So PEFT's `target_parameters` finds it, and a PEFT
-    model is correct with `fuse` and without. Fused layers read the 4 bits in the kernels.
+    of the experts' parameters is a `QuantizedTensor` of the usual dtype and shape, [E, K, N]. Other
+    code that reads it gets a temporary decoded copy. So PEFT's `target_parameters` finds it, and a
+    PEFT model is correct with `fuse` and without. Fused layers read the 4 bits in the kernels.
     transformers' Trainer accepts the model.
 
     `quantization_config=Mxfp4Config(dequantize=True)` still decodes. Adapters are saved as usual.
@@ -78,7 +78,7 @@ class Pack(ConversionOps):
                 f"{full_layer_name}: got tensor or expert parallelism, which packed MXFP4 lacks: "
                 "load it outside of packed_mxfp4()"
             )
-        packed = Weight4bit.from_mxfp4(blocks, scales, parameter.dtype)
+        packed = QuantizedWeight.from_mxfp4(blocks, scales, parameter.dtype)
         return {full_layer_name: build_parameter(packed, is_transposed=True)}
 
 
@@ -111,7 +111,7 @@ class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
         for module in model.modules() if self.is_packed else ():
-            if any(isinstance(p, Tensor4bit) for p in module._parameters.values()):
+            if any(isinstance(p, QuantizedTensor) for p in module._parameters.values()):
                 register_state_hooks(module)
                 refuse_merges()
 

@@ -9,7 +9,7 @@ from ..backends.cpu import native
 from ..choice import choose as selection
 from ..ops import context
 from ..ops.norm import dora_norm
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 
 
 class DoraNormCache:
@@ -27,7 +27,7 @@ class DoraNormCache:
 
     def __call__(
         self,
-        weight: Tensor | Weight4bit,
+        weight: Tensor | QuantizedWeight,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
@@ -51,7 +51,7 @@ class DoraNormCache:
 
 
 def _fingerprints(
-    weight: Tensor | Weight4bit, adapter: tuple[Tensor, ...]
+    weight: Tensor | QuantizedWeight, adapter: tuple[Tensor, ...]
 ) -> tuple[object, ...] | None:
     """Return the fingerprints of the base's tensors; None if the norm must not be cached."""
     if (

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.record import Record
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from .layer import Base, LoRALayer, check_size, check_stock
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class EmbeddingBase(Base):
         if layer.padding_idx is not None:
             layer.weight[layer.padding_idx].zero_()
 
-    def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
         assert isinstance(weight, Tensor)
         return F.embedding(x, weight)
 
@@ -152,11 +152,11 @@ class LoRAEmbedding(LoRALayer):
         nn.init.zeros_(self.lora_A)
         self.init(self.lora_B)
 
-    def record(self, weight: Tensor | Weight4bit) -> Record:
+    def record(self, weight: Tensor | QuantizedWeight) -> Record:
         """Return the operands for a weight [K, N]: Bᵀ as A, and Aᵀ as B."""
         return Record(weight, self.lora_B.t(), self.lora_A.t(), None, self.scaling)
 
-    def forward_fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
+    def forward_fused(self, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         assert isinstance(weight, Tensor)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(

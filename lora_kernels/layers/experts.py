@@ -14,9 +14,9 @@ from torch.nn import functional
 from ..ops import context
 from ..ops.arguments import check_finite, check_probability
 from ..ops.experts import lora_experts_linear
-from ..quantization import Weight4bit, tensor4bit
+from ..quantization import QuantizedWeight
 from ..quantization.codebooks import BITSANDBYTES_TYPES
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization.tensor import QuantizedTensor, read_tensor
 
 UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 
@@ -240,7 +240,7 @@ def has_quantized_experts(model: nn.Module) -> bool:
     return any(map(quantized_projections, model.modules()))
 
 
-def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
+def stack(experts: nn.Module, name: str) -> Tensor | QuantizedWeight:
     """Return the weights of one projection; 4-bit weights stay packed.
 
     The weights are [E, out-features, in-features], or [E, in-features, out-features] if
@@ -248,7 +248,7 @@ def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
     """
     if not is_quantized(experts, name):
         weight = experts.get_parameter(name)
-        return tensor4bit.read(weight) if isinstance(weight, Tensor4bit) else weight
+        return read_tensor(weight) if isinstance(weight, QuantizedTensor) else weight
     from ..quantization.bitsandbytes import cached_weight
 
     parametrizations = cast(Any, experts).parametrizations[name]
@@ -258,8 +258,8 @@ def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
 def has_transposed_stack(experts: nn.Module, name: str) -> bool:
     """Return True if the `stack` of a projection is [E, in-features, out-features]."""
     weight = experts._parameters.get(name)
-    # A Tensor4bit may have packed the transpose of the parameter.
-    is_packed_transposed = isinstance(weight, Tensor4bit) and weight.is_transposed
+    # A QuantizedTensor may have packed the transpose of the parameter.
+    is_packed_transposed = isinstance(weight, QuantizedTensor) and weight.is_transposed
     return bool(cast(Any, experts).is_transposed) != is_packed_transposed
 
 
@@ -293,7 +293,7 @@ def quantize_experts(
         raise ValueError(f"model: got {type(model).__name__} without experts modules")
     for module in modules:
         for name in projections(module):
-            is_packed = isinstance(module._parameters.get(name), Tensor4bit)
+            is_packed = isinstance(module._parameters.get(name), QuantizedTensor)
             if not is_packed and not is_quantized(module, name):
                 replace_parameter_4bit(
                     module,

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends.eager.gated_mlp import ACTIVATIONS
 from ..core.record import Record, path_reason
 from ..ops import blocks
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from .layer import LoRALayer
 
 
@@ -107,4 +107,4 @@ def _read(layer: LoRALayer) -> Record | None:
     if path_reason([record], blocks.BLOCK) is not None:
         return None
     weight = record.weight
-    return record._replace(weight=weight.codes) if isinstance(weight, Weight4bit) else record
+    return record._replace(weight=weight.codes) if isinstance(weight, QuantizedWeight) else record

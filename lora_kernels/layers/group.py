@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.record import Record
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from .layer import Init, LoRALayer, check_size, check_stock
 from .quantized import QLoRALayer
 
@@ -173,7 +173,7 @@ class LoRAGroup(LoRALayer):
     def _target_sizes(self) -> list[int]:
         return [self.members[name] for name in self.targets]
 
-    def record(self, weight: Tensor | Weight4bit) -> Record:
+    def record(self, weight: Tensor | QuantizedWeight) -> Record:
         return super().record(weight)._replace(lora_B=self._padded_B())
 
     def _padded_B(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.record import Record, path_reason
 from ..ops import direct
 from ..ops.arguments import check_finite, check_probability
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from .cache import DoraNormCache
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Base:
             bound = layer.in_features**-0.5
             nn.init.uniform_(layer.bias, -bound, bound)
 
-    def set_weight(self, layer: LoRALayer, weight: Tensor | Weight4bit) -> None:
+    def set_weight(self, layer: LoRALayer, weight: Tensor | QuantizedWeight) -> None:
         """Set the layer's weight, which shares the memory of `weight` if the format allows."""
         assert isinstance(weight, nn.Parameter)
         layer.weight = weight
@@ -73,11 +73,11 @@ class Base:
     def align(self, layer: LoRALayer) -> None:
         """Copy loaded parameters that are not aligned for the kernels. A dense base has none."""
 
-    def operand(self, layer: LoRALayer) -> Tensor | Weight4bit:
+    def operand(self, layer: LoRALayer) -> Tensor | QuantizedWeight:
         """Return W as an argument of `lora_linear`."""
         return layer.weight
 
-    def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
         """Return the layer's output without the adapter. weight: the operand or a merged weight."""
         assert isinstance(weight, Tensor)
         return F.linear(x, weight, bias)
@@ -91,7 +91,7 @@ class LayerCache:
 
     def __init__(self) -> None:
         self.norm = DoraNormCache()
-        self.weight4bit: tuple[tuple[int, ...], Weight4bit] | None = None
+        self.quantized: tuple[tuple[int, ...], QuantizedWeight] | None = None
 
     def __reduce__(self) -> tuple[type[LayerCache], tuple[()]]:
         return LayerCache, ()
@@ -196,7 +196,7 @@ class LoRALayer(nn.Module):
             self.init_lora_A(self.lora_A)
             nn.init.zeros_(self.lora_B)
 
-    def record(self, weight: Tensor | Weight4bit) -> Record:
+    def record(self, weight: Tensor | QuantizedWeight) -> Record:
         """Return the operands of the next call; a gate and a column scale may be computed.
 
         weight: the base's operand.
@@ -204,7 +204,7 @@ class LoRALayer(nn.Module):
         p = self.dropout if self.training else 0.0
         return Record(weight, self.lora_A, self.lora_B, self.bias, self.scaling, p)
 
-    def forward_fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
+    def forward_fused(self, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         """Return the layer's output. weight: the base's operand."""
         return direct.compute(x, self.record(weight), self.compute_dtype, self.use_checkpoint)
 
@@ -238,7 +238,7 @@ class LoRALayer(nn.Module):
 
     # The base
 
-    def _set_base(self, weight: Tensor | Weight4bit, bias: nn.Parameter | None) -> Self:
+    def _set_base(self, weight: Tensor | QuantizedWeight, bias: nn.Parameter | None) -> Self:
         """Replace the base on meta by `weight` and `bias`, and initialize the adapter there."""
         self.base.set_weight(self, weight)
         self.bias = bias
@@ -258,7 +258,7 @@ class LoRALayer(nn.Module):
         self.base.reset(self)
         self.reset_lora_parameters()
 
-    def base_weight(self) -> Tensor | Weight4bit:
+    def base_weight(self) -> Tensor | QuantizedWeight:
         """Return the base's operand: W [N, K], or [K, N] for an embedding."""
         return self.base.operand(self)
 

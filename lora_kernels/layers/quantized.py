@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.arguments import base_dtype
-from ..quantization import Weight4bit, quantize_4bit
+from ..quantization import QuantizedWeight, quantize_4bit
 from .layer import Base, Init, LoRALayer
 from .linear import LoRALinear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Field of Weight4bit -> name of the parameter that holds its bytes.
+# Field of QuantizedWeight -> name of the parameter that holds its bytes.
 _PARAMETERS = {
     "packed": "weight",
     "absmax": "weight_absmax",
@@ -45,8 +45,8 @@ class Base4bit(Base):
         super().reset(layer)
         self.set_weight(layer, layer.weight)
 
-    def set_weight(self, layer: QLoRALayer, weight: Tensor | Weight4bit) -> None:  # type: ignore[override]
-        if not isinstance(weight, Weight4bit):
+    def set_weight(self, layer: QLoRALayer, weight: Tensor | QuantizedWeight) -> None:  # type: ignore[override]
+        if not isinstance(weight, QuantizedWeight):
             quantize = _quantize_on_meta if weight.is_meta else quantize_4bit
             weight = quantize(weight, layer.quant_type, layer.blocksize, layer.double_quant)
         for field, name in _PARAMETERS.items():
@@ -55,7 +55,7 @@ class Base4bit(Base):
             layer.register_parameter(name, None if t is None else nn.Parameter(t, False))
         layer.quant_type, layer.blocksize = weight.quant_type, weight.blocksize
         layer.double_quant, layer.weight_dtype = weight.nested, weight.dtype
-        layer._cache.weight4bit = None
+        layer._cache.quantized = None
 
     def align(self, layer: QLoRALayer) -> None:  # type: ignore[override]
         for name in _PARAMETERS.values():
@@ -64,34 +64,36 @@ class Base4bit(Base):
                 # A view of a memory-mapped file, which is not aligned for float32.
                 t.data = t.data.clone()
 
-    def operand(self, layer: QLoRALayer) -> Weight4bit:  # type: ignore[override]
+    def operand(self, layer: QLoRALayer) -> QuantizedWeight:  # type: ignore[override]
         parameters = layer._parameters
         tensors = {field: parameters[name] for field, name in _PARAMETERS.items()}
         if torch.compiler.is_compiling():  # addresses cannot be traced
             return _view_weight(layer, tensors)
         addresses = tuple(0 if t is None else t.data_ptr() for t in tensors.values())
-        cached = layer._cache.weight4bit
+        cached = layer._cache.quantized
         if cached is None or cached[0] != addresses or 0 in addresses[:3]:
             with torch.inference_mode(False):  # inference tensors cannot be saved for a backward
-                cached = layer._cache.weight4bit = addresses, _view_weight(layer, tensors)
+                cached = layer._cache.quantized = addresses, _view_weight(layer, tensors)
         return cached[1]
 
-    def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
         # As in `lora_linear`, x's dtype decides. The weight's dtype is that before quantization,
         # but the module and its bias may have been moved to another dtype since.
         dtype = base_dtype(x.device.type, x.dtype)
-        dense = weight.dequantize(dtype) if isinstance(weight, Weight4bit) else weight.to(dtype)
+        dense = (
+            weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+        )
         return F.linear(x, dense, None if bias is None else bias.to(dtype))
 
 
-def _view_weight(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
-    """Return a `Weight4bit` that shares the memory of the byte tensors."""
+def _view_weight(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> QuantizedWeight:
+    """Return a `QuantizedWeight` that shares the memory of the byte tensors."""
     byte_fields = {"packed"} if tensors["nested_code"] is None else {"packed", "absmax"}
     views = {
         field: t if t is None or field in byte_fields else t.detach().view(torch.float32)
         for field, t in tensors.items()
     }
-    return Weight4bit(
+    return QuantizedWeight(
         quant_type=layer.quant_type,
         blocksize=cast(int, layer.blocksize),
         shape=(layer.out_features, layer.in_features),
@@ -102,7 +104,7 @@ def _view_weight(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> Wei
 
 def _quantize_on_meta(
     weight: Tensor, quant_type: str, blocksize: int | None, nested: bool
-) -> Weight4bit:
+) -> QuantizedWeight:
     """Return a quantized weight on meta with the shape of `weight`."""
     row = torch.zeros(1, weight.shape[1], dtype=weight.dtype)
     quantized_row = quantize_4bit(row, quant_type, blocksize, nested)
@@ -148,7 +150,7 @@ class QLoRALayer(LoRALayer):
         super().__init__(*args, **options)
 
     @property
-    def weight4bit(self) -> Weight4bit:
+    def quantized(self) -> QuantizedWeight:
         """The base weight, which shares the parameters' memory."""
         return self.base.operand(self)
 
@@ -187,8 +189,8 @@ class QLoRALinear(QLoRALayer, LoRALinear):
 
     >>> from lora_kernels.layers import QLoRALinear
     >>> layer = QLoRALinear(64, 32, r=4).to(torch.bfloat16)
-    >>> layer.weight4bit
-    Weight4bit([32, 64], nf4 of float32, blocksize=64, nested, 2,152 bytes)
+    >>> layer.quantized
+    QuantizedWeight([32, 64], nf4 of float32, blocksize=64, nested, 2,152 bytes)
     >>> layer(torch.ones(2, 64, dtype=torch.bfloat16)).dtype
     torch.bfloat16
     >>> QLoRALinear.from_linear(torch.nn.Linear(64, 64), r=2, quant_type="fp4")
@@ -196,9 +198,9 @@ class QLoRALinear(QLoRALayer, LoRALinear):
     """
 
     @classmethod
-    def from_weight4bit(
+    def from_quantized(
         cls,
-        weight: Weight4bit,
+        weight: QuantizedWeight,
         r: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
@@ -213,7 +215,7 @@ class QLoRALinear(QLoRALayer, LoRALinear):
 
         >>> import torch
         >>> from lora_kernels.quantization import quantize_4bit
-        >>> QLoRALinear.from_weight4bit(quantize_4bit(torch.eye(64)), r=2).out_features
+        >>> QLoRALinear.from_quantized(quantize_4bit(torch.eye(64)), r=2).out_features
         64
         """
         N, K = weight.shape
@@ -236,7 +238,7 @@ class QLoRALinear(QLoRALayer, LoRALinear):
         >>> layer.merged_layer().change < 1e-7 < layer.merged_layer(requantize=True).change
         True
         """
-        merged = self._merge_into(self.weight4bit.dequantize(torch.float32))
+        merged = self._merge_into(self.quantized.dequantize(torch.float32))
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight_dtype
         )
@@ -260,6 +262,6 @@ class QLoRALinear(QLoRALayer, LoRALinear):
                 compute_dtype=self.compute_dtype,
             )
             layer.scaling = self.scaling
-            new_weight = layer.weight4bit.dequantize(torch.float32)
+            new_weight = layer.quantized.dequantize(torch.float32)
         change = (new_weight.float() - merged).norm() / merged.norm()
         return MergedLayer(layer, change.item())

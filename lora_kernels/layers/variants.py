@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.record import Record
 from ..ops.norm import dora_norm
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from .layer import check_size
 from .linear import LoRALinear
 from .quantized import QLoRALinear
@@ -70,7 +70,7 @@ class DoRALinear(LoRALinear):
             )
         self.magnitude.copy_(norm)
 
-    def record(self, weight: Tensor | Weight4bit) -> Record:
+    def record(self, weight: Tensor | QuantizedWeight) -> Record:
         record = super().record(weight)
         factors = record.lora_A, record.lora_B, record.scaling
         norm = self._cache.norm(weight, *factors, record.rank_gate)
@@ -114,7 +114,7 @@ class AdaLoRALinear(LoRALinear):
         nn.init.zeros_(self.lora_E)
         self.rank_mask.fill_(True)
 
-    def record(self, weight: Tensor | Weight4bit) -> Record:
+    def record(self, weight: Tensor | QuantizedWeight) -> Record:
         return super().record(weight)._replace(rank_gate=self.lora_E * self.rank_mask)
 
     @property
@@ -324,7 +324,7 @@ class HierarchicalLoRALinear(LoRALinear):
         if not self.level_weights.is_meta:
             self.level_weights.copy_(self.level_weights.new_tensor(self.weights))
 
-    def record(self, weight: Tensor | Weight4bit) -> Record:
+    def record(self, weight: Tensor | QuantizedWeight) -> Record:
         levels = zip(self.level_weights.unbind(), self.level_scales, self.ranks, strict=True)
         gate = torch.cat([(level * scale).expand(rank) for level, scale, rank in levels])
         return super().record(weight)._replace(rank_gate=gate)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..choice import choose as selection
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import context
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,7 +109,7 @@ def check_dtypes(other: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> Non
 
 def check_weight(
     x: Tensor,
-    weight: Tensor | Weight4bit | None,
+    weight: Tensor | QuantizedWeight | None,
     shape: tuple[int, ...],
     compute_dtype: torch.dtype | None,
     cast_dtype: torch.dtype | None,
@@ -118,14 +118,14 @@ def check_weight(
 
     cast_dtype: as `context.autocast_dtype` returns it.
     """
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, QuantizedWeight):
         dtype = cast_dtype or compute_dtype or x.dtype
         _check_4bit(x, weight, shape, dtype)
         return None, tuple(weight.codes), dtype  # some Dynamos slice no NamedTuple
     if compute_dtype is not None:
         raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
     if weight is not None:
-        check_tensor("weight", weight, "a tensor or a Weight4bit")
+        check_tensor("weight", weight, "a tensor or a QuantizedWeight")
         if weight.dtype is not x.dtype or not (weight.is_cpu and x.is_cpu) or weight.requires_grad:
             _check_dense(x, weight)
         if weight.shape != shape:
@@ -152,7 +152,9 @@ def _check_dense(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def _check_4bit(x: Tensor, weight: Weight4bit, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_4bit(
+    x: Tensor, weight: QuantizedWeight, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     if weight.shape != shape:
         raise ValueError(
             f"weight: got shape {list(weight.shape)}, want {list(shape)} for lora_A and lora_B"
@@ -165,13 +167,13 @@ def _check_4bit(x: Tensor, weight: Weight4bit, shape: tuple[int, ...], dtype: to
         )
 
 
-def check_x_and_weight(x: Tensor, weight: Tensor | Weight4bit) -> None:
+def check_x_and_weight(x: Tensor, weight: Tensor | QuantizedWeight) -> None:
     """Check the types of x and the weight, and x's dtype."""
     check_tensor("x", x)
     if x.dtype not in FLOATS:
         raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
-    if not isinstance(weight, Weight4bit):
-        check_tensor("weight", weight, "a tensor or a Weight4bit")
+    if not isinstance(weight, QuantizedWeight):
+        check_tensor("weight", weight, "a tensor or a QuantizedWeight")
 
 
 def check_both_or_none(lora_A: object, lora_B: object) -> None:

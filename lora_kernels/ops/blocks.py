@@ -30,8 +30,8 @@ from ..backends.rows import set_leading_dims_
 from ..choice import verdicts
 from ..core import forced
 from ..core.call import Grads, Needs, Operands, Saved, Spec
+from ..core.codes import Codes
 from ..core.dtypes import stat_dtype, to_dtype
-from ..core.packed4bit import Packed4bit
 from ..core.record import PLAIN, CodePath, Record
 from . import context, linear
 from .arguments import FLOATS, copies_rows, has_strides
@@ -125,7 +125,7 @@ def call_linear(
     if not can_run(x):
         return None
     weight, A, B, bias, _, p = layer[:PLAIN]
-    dtype, is_packed = x.dtype, type(weight) is Packed4bit
+    dtype, is_packed = x.dtype, type(weight) is Codes
     if (
         p
         or casts_adapters
@@ -209,7 +209,7 @@ def make_block(
                 if autocast is None:
                     return None
                 casts = True
-        elif isinstance(weight, Packed4bit):
+        elif isinstance(weight, Codes):
             packed += 1
             if autocast is None and compute_dtypes[i] not in (None, dtype):
                 return None
@@ -243,7 +243,7 @@ def make_block(
         if packed < i and not activation:
             return None  # the results have two dtypes
         # An MLP's h has autocast's dtype over a dense gate and up, and then y.
-        if type(weight) is Packed4bit and (packed > 1 or not activation):
+        if type(weight) is Codes and (packed > 1 or not activation):
             y_dtype = x_dtype
     is_stacked = not is_alone and x.numel() > MANY_ROWS * shape[-1]
     return Block(layers, dtype, y_dtype, casts, is_plain, is_stacked, has_others, activation)
@@ -329,7 +329,7 @@ def _cast(layers: Sequence[Record], dtype: torch.dtype) -> list[Record]:
     cast_layers = []
     for layer in layers:
         weight, A, B = layer.weight, to_dtype(layer.lora_A, dtype), to_dtype(layer.lora_B, dtype)
-        if type(weight) is not Packed4bit:
+        if type(weight) is not Codes:
             weight = to_dtype(weight, dtype)
         cast_layers.append(layer._replace(weight=weight, lora_A=A, lora_B=B))
     return cast_layers
@@ -346,7 +346,7 @@ def _versions(layers: Sequence[Record], need_x: bool, casts: bool) -> list[int]:
             weight, A, B, gate = layer.weight, layer.lora_A, layer.lora_B, layer.rank_gate
             total = 0
             if need_x:
-                total += (weight[0] if type(weight) is Packed4bit else weight)._version
+                total += (weight[0] if type(weight) is Codes else weight)._version
             if not casts:
                 total += B._version + A._version if need_x else B._version
             if gate is not None:

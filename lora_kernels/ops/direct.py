@@ -21,12 +21,12 @@ from ..backends.cpu.linear import library_dx, library_linear
 from ..choice import choose as selection
 from ..core import forced
 from ..core.call import Needs, Operands, Saved, Spec
+from ..core.codes import CODES_TENSORS, Codes
 from ..core.dropout import dropout_scale, dropout_threshold
 from ..core.dtypes import DTYPE_NUMBERS
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import MAX_KERNEL_RANK
 from ..core.record import CodePath, Record, path_reason
-from ..quantization import Weight4bit, codebooks
+from ..quantization import QuantizedWeight, codebooks
 from . import blocks, context, linear
 from .arguments import draw_rng
 from .autograd import differentiable_once, new_unsaved
@@ -58,7 +58,7 @@ def _dropout(p: float) -> tuple[int, float]:
 
 def call(
     x: Tensor,
-    weight: Tensor | Packed4bit | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -110,8 +110,8 @@ class DirectFunction(torch.autograd.Function):
         y, p, rng, *numbers, frozen = computed
         _, need_A, need_B, *_ = ctx.needs_input_grad
         saved = x if need_A else None, p if need_B else None
-        ctx.save_for_backward(*saved, lora_A, lora_B, rng, *frozen[:PACKED4BIT_TENSORS])
-        ctx.numbers, ctx.blocksizes = numbers, frozen[PACKED4BIT_TENSORS:]
+        ctx.save_for_backward(*saved, lora_A, lora_B, rng, *frozen[:CODES_TENSORS])
+        ctx.numbers, ctx.blocksizes = numbers, frozen[CODES_TENSORS:]
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         return y  # type: ignore[no-any-return]
 
@@ -135,7 +135,7 @@ class DirectFunction(torch.autograd.Function):
 def _backward(
     ctx: Any,
     dy: Tensor,
-    weight: Tensor | Packed4bit,
+    weight: Tensor | Codes,
     x: Tensor | None,
     p: Tensor | None,
     lora_A: Tensor,
@@ -147,9 +147,7 @@ def _backward(
     R, K = lora_A.shape
     x = new_unsaved(dy, K, ctx.x_dtype) if x is None else x
     p = new_unsaved(dy, R, torch.float32, flat=True) if p is None else p
-    if isinstance(
-        weight, Packed4bit
-    ):  # bitsandbytes' parameters, in the shape of its quant_storage
+    if isinstance(weight, Codes):  # bitsandbytes' parameters, in the shape of its quant_storage
         packed = weight.packed.detach().reshape(-1).view(torch.uint8)
         weight = weight._replace(packed=packed.as_subclass(Tensor))
     operands = Operands(x, weight, lora_A, lora_B, None, None, None, rng, None)
@@ -166,7 +164,9 @@ def compute(
 ) -> Tensor:
     """Return what `lora_linear` returns for a record's operands, by `call` if it takes them.
 
-    record: whose weight may be a `Weight4bit`. Raises ValueError for an operand beyond `LAYER`.
+    record: whose weight may be a `QuantizedWeight`.
+
+    Raises ValueError for an operand beyond `LAYER`.
     """
     # As a list: Dynamo of torch 2.8 cannot slice a NamedTuple.
     weight, lora_A, lora_B, bias, scaling, p, _, _, *others = list(record)
@@ -175,7 +175,7 @@ def compute(
         raise ValueError(reason)
     gate, column_scale = record.rank_gate, record.column_scale
     if is_plain and not (recompute or torch.compiler.is_compiling()):
-        operand = weight.codes if isinstance(weight, Weight4bit) else weight
+        operand = weight.codes if isinstance(weight, QuantizedWeight) else weight
         y = call(x, operand, lora_A, lora_B, bias, scaling, p, compute_dtype)
         if y is not None:
             return y

@@ -21,11 +21,11 @@ from ..core.call import (
     ExpertsSpec,
     Saved,
 )
+from ..core.codes import CODES_TENSORS, Codes
 from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import Choice, Problem
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import context
 from .arguments import (
     check_both_or_none,
@@ -57,7 +57,7 @@ BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_expert
 
 def lora_experts_linear(
     x: Tensor,
-    weight: Tensor | Weight4bit,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | Sequence[Tensor] | None,
     lora_B: Tensor | Sequence[Tensor] | None,
     offsets: Tensor,
@@ -88,7 +88,7 @@ def lora_experts_linear(
     Args:
         x: [M, K], float32, bfloat16, float16 or float64.
         weight: [E, N, K], frozen, with any strides, in x's dtype unless autocast is on; or a
-            `Weight4bit` of that shape.
+            `QuantizedWeight` of that shape.
         lora_A: [E, R, K]; of T tenants a sequence of such tensors, of any ranks and one dtype, or
             [E·T, R, K]. None, like lora_B: no adapters.
         lora_B: [E, N, R], any strides; of T tenants a sequence, or [E·T, N, R]. PEFT's weights
@@ -161,12 +161,12 @@ def lora_experts_linear(
     dropout_p, rng, mask = check_dropout(x, dropout_p, rng, dropout_mask)
     others = bool(is_transposed), bool(has_tail)
     spec = ExpertsSpec(factors, dropout_p, dtype, y_dtype, *others)
-    frozen = codes[:PACKED4BIT_TENSORS] or (base,)
-    operand = Packed4bit(*codes) if codes else base
+    frozen = codes[:CODES_TENSORS] or (base,)
+    operand = Codes(*codes) if codes else base
     operands = ExpertsOperands(x, operand, As, Bs, offsets, bias, rng, mask)
     if not torch.is_grad_enabled() and context.can_bypass_dispatcher(*tensors_of(operands)):
         return lora_experts_undispatched(operands, spec)[0]
-    options = Options(spec, codes[PACKED4BIT_TENSORS:])
+    options = Options(spec, codes[CODES_TENSORS:])
     context.refuse_context()
     return LoRAExpertsFunction.apply(  # type: ignore[no-any-return]
         x, bias, offsets, options, rng, mask, *As, *Bs, *frozen
@@ -317,7 +317,7 @@ def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | Non
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
     x, weight, lora_A, lora_B, *_ = operands
     (device_type, index), (M, K), N = context.device_of(x), x.shape, lora_B[0].shape[1]
-    R, is_4bit = largest_rank(lora_A), isinstance(weight, Packed4bit)
+    R, is_4bit = largest_rank(lora_A), isinstance(weight, Codes)
     dtypes = x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype
     extra = selection.extra_operands(operands, spec.dropout_p)
     problem = Problem(device_type, *dtypes, R, M, is_4bit, N, K, extra, index)

@@ -149,8 +149,8 @@ _DENSE: dict[str, tuple[Callable[..., int], int]] = {  # and the weight's place
 }
 
 
-def _of_4bit(formula: Callable[..., int], place: int) -> Callable[..., int]:
-    """Return the formula for a weight that is passed as the nine fields of `Packed4bit`."""
+def _of_codes(formula: Callable[..., int], place: int) -> Callable[..., int]:
+    """Return the formula for a weight that is passed as the nine fields of `Codes`."""
 
     def count(*args: Any, **kwargs: Any) -> int:
         return formula(*args[: place + 1], *args[place + 9 :], **kwargs)
@@ -159,4 +159,4 @@ def _of_4bit(formula: Callable[..., int], place: int) -> Callable[..., int]:
 
 
 FORMULAS: dict[str, Callable[..., int]] = {name: run for name, (run, _) in _DENSE.items()}
-FORMULAS |= {f"{name}_4bit": _of_4bit(*entry) for name, entry in _DENSE.items()}
+FORMULAS |= {f"{name}_quantized": _of_codes(*entry) for name, entry in _DENSE.items()}

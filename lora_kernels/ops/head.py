@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import decode4bit
+from ..backends import decoder
 from ..backends.eager import head as eager_head
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
@@ -27,10 +27,10 @@ from ..core.call import (
     Saved,
     Spec,
 )
+from ..core.codes import CODES_TENSORS, Codes
 from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import context, flops, linear
 from .arguments import (
     check_both_or_none,
@@ -73,7 +73,7 @@ class _Inputs(NamedTuple):
     """The tensors that both functions take, as the user gives them."""
 
     x: Tensor
-    weight: Tensor | Weight4bit
+    weight: Tensor | QuantizedWeight
     lora_A: Tensor | None
     lora_B: Tensor | None
     labels: Tensor
@@ -85,7 +85,7 @@ class _Inputs(NamedTuple):
 class Options(NamedTuple):
     """The arguments of the Functions that are not tensors.
 
-    blocksizes: the fields of `Packed4bit` that are not tensors; () for a dense weight.
+    blocksizes: the fields of `Codes` that are not tensors; () for a dense weight.
     """
 
     spec: HeadSpec
@@ -94,7 +94,7 @@ class Options(NamedTuple):
 
 def lora_linear_cross_entropy(
     x: Tensor,
-    weight: Tensor | Weight4bit,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     labels: Tensor,
@@ -122,7 +122,7 @@ def lora_linear_cross_entropy(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64, not shifted against the labels.
-        weight: [V, K] in x's dtype unless autocast is on, or a `Weight4bit`. A dense one may
+        weight: [V, K] in x's dtype unless autocast is on, or a `QuantizedWeight`. A dense one may
             require a gradient, as an embedding's that is tied to the head.
         lora_A: [R, K]. None, like lora_B: no adapter.
         lora_B: [V, R]. Dtypes as in `lora_linear`.
@@ -177,7 +177,7 @@ def lora_linear_cross_entropy(
 
 def lora_linear_log_probs(
     x: Tensor,
-    weight: Tensor | Weight4bit,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     labels: Tensor,
@@ -252,9 +252,9 @@ def _flatten(operands: HeadOperands, spec: HeadSpec) -> tuple[Options, list[Any]
     """Return the arguments of the Functions: the tensors in order, but the weight's last."""
     x, weight, *others = list(operands)
     # As a list: Dynamo of torch 2.8 cannot slice a NamedTuple.
-    base = list(weight) if isinstance(weight, Packed4bit) else [weight]
-    options = Options(spec, tuple(base[PACKED4BIT_TENSORS:]))
-    return options, [x, *others, *base[:PACKED4BIT_TENSORS]]
+    base = list(weight) if isinstance(weight, Codes) else [weight]
+    options = Options(spec, tuple(base[CODES_TENSORS:]))
+    return options, [x, *others, *base[:CODES_TENSORS]]
 
 
 def _prepare(
@@ -292,7 +292,7 @@ def _prepare(
     _, codes, dtype = check_weight(x, frozen, (V, K), compute_dtype, cast_dtype)
     if bias is not None:
         check_vector("bias", bias, V, x)
-    base = weight if isinstance(weight, Tensor) else Packed4bit(*codes)
+    base = weight if isinstance(weight, Tensor) else Codes(*codes)
     dropout_p, rng, mask = check_dropout(x, dropout_p, rng, mask)
     if dropout_p and rng is None and mask is None:  # PyTorch's kernel's, for the backward too
         mask = torch.native_dropout(x.detach(), dropout_p, True)[1]
@@ -457,13 +457,13 @@ def _decode_once(
 ) -> HeadOperands:
     """Return the operands with a dense weight if the eager backend would decode each chunk's."""
     x, weight, lora_A, lora_B = operands[:4]
-    if not isinstance(weight, Packed4bit):
+    if not isinstance(weight, Codes):
         return operands
     of_linear = Operands(x, weight, lora_A, lora_B, rng=operands.rng, mask=operands.mask)
     if not spec.dropout_p and not linear.choose(of_linear, Spec(*spec[:4]), requested).is_eager:
         return operands
     shape = lora_B.shape[0], x.shape[1]
-    return operands._replace(weight=decode4bit.dense(weight, shape, spec.dtype))
+    return operands._replace(weight=decoder.dense(weight, shape, spec.dtype))
 
 
 def _cross_entropy(*args: Any) -> tuple[Tensor, ...]:

@@ -22,11 +22,11 @@ from ..core.call import (
     Saved,
     Spec,
 )
+from ..core.codes import CODES_TENSORS, Codes
 from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import Choice, Problem
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import context
 from .arguments import (
     FLOATS,
@@ -58,7 +58,7 @@ BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "c
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | Weight4bit | None,
+    weight: Tensor | QuantizedWeight | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
@@ -78,8 +78,8 @@ def lora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64. Any strides, any M including 0.
-        weight: [N, K], frozen, in x's dtype unless autocast is on. A `Weight4bit` is decoded inside
-            the GEMM. None: no base GEMM, y is the low-rank update alone.
+        weight: [N, K], frozen, in x's dtype unless autocast is on. A `QuantizedWeight` is decoded
+            inside the GEMM. None: no base GEMM, y is the low-rank update alone.
         lora_A: [R, K], float32, bfloat16 or float16, independent of x's dtype; float64 only if all
             tensors are. GEMMs accumulate in float32. Under autocast a GPU casts x, W, A and B to
             its dtype; otherwise, and on a CPU, the adapter is not cast.
@@ -145,8 +145,8 @@ def lora_linear(
         dropout_p, rng, mask = check_dropout(x, dropout_p, rng, mask)
     scaling, dropout_p = check_number("scaling", scaling), float(dropout_p)
     spec = Spec(scaling, dropout_p, dtype, y_dtype)
-    frozen = codes[:PACKED4BIT_TENSORS] or (weight,)
-    options = Options(spec, recompute, codes[PACKED4BIT_TENSORS:])
+    frozen = codes[:CODES_TENSORS] or (weight,)
+    options = Options(spec, recompute, codes[CODES_TENSORS:])
     return _run(x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, mask, *frozen)
 
 
@@ -170,7 +170,7 @@ class Options(NamedTuple):
     Args:
         spec: of the call.
         recompute: whether the backward recomputes P instead of saving it.
-        blocksizes: the fields of `Packed4bit` that are not tensors; () for a dense weight.
+        blocksizes: the fields of `Codes` that are not tensors; () for a dense weight.
     """
 
     spec: Spec
@@ -258,7 +258,7 @@ def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> C
     x, weight, lora_A, lora_B, *_ = operands
     device_type, index = context.device_of(x)
     (R, K), N, dtype = lora_A.shape, lora_B.shape[0], spec.dtype
-    M, four_bit = x.numel() // K, isinstance(weight, Packed4bit)
+    M, four_bit = x.numel() // K, isinstance(weight, Codes)
     dtypes = x.dtype, lora_A.dtype, lora_B.dtype, dtype
     stored = selection.layout_of(device_type, weight, dtype)
     extra = selection.extra_operands(operands, spec.dropout_p)

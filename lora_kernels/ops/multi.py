@@ -21,11 +21,11 @@ from ..core.call import (
     MultiSpec,
     Saved,
 )
+from ..core.codes import CODES_TENSORS, Codes
 from ..core.dtypes import stat_dtype
 from ..core.forced import Forced
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from ..core.problem import Choice, Problem
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import context
 from .arguments import (
     FLOATS,
@@ -57,7 +57,7 @@ BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor | Weight4bit | None,
+    weight: Tensor | QuantizedWeight | None,
     lora_A: Tensor | Sequence[Tensor],
     lora_B: Tensor | Sequence[Tensor],
     index: Tensor,
@@ -79,7 +79,7 @@ def multi_lora_linear(
 
     Args:
         x: [..., K], as in `lora_linear`.
-        weight: [N, K], a `Weight4bit`, or None for the low-rank update alone.
+        weight: [N, K], a `QuantizedWeight`, or None for the low-rank update alone.
         lora_A: [E, R, K], or E tensors [R_e, K] of any ranks and one dtype.
         lora_B: [E, N, R], or E tensors [N, R_e] of one dtype.
         index: integers of x's leading shape [...]: 0 to E - 1, or -1 for no adapter.
@@ -145,10 +145,10 @@ def multi_lora_linear(
         As, Bs = both[:E], both[E:]
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     dropout_p, rng, mask = check_dropout(x, dropout_p, rng, dropout_mask)
-    options = Options(MultiSpec(factors, dropout_p, dtype, y_dtype), codes[PACKED4BIT_TENSORS:])
+    options = Options(MultiSpec(factors, dropout_p, dtype, y_dtype), codes[CODES_TENSORS:])
     context.refuse_context()
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, index, bias, rng, mask, options, *As, *Bs, *codes[:PACKED4BIT_TENSORS]
+        x, weight, index, bias, rng, mask, options, *As, *Bs, *codes[:CODES_TENSORS]
     )
 
 
@@ -199,7 +199,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         spec, blocksizes = options
         E = len(spec.scaling)
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
-        base = Packed4bit(*codes, *blocksizes) if codes else weight
+        base = Codes(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng, mask)
         y, saved = call_forward(ctx, _MULTI, choose, multi_lora_linear_undispatched, operands, spec)
         mask = mask if saved.mask is None else saved.mask
@@ -224,7 +224,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
             R = max(A.shape[0] for A in lora_A)
             p = new_unsaved(dy, R, stat_dtype(spec.dtype), flat=True)
         needs = MultiNeeds(need_x, need[:E], need[E : 2 * E], need_bias)
-        base = Packed4bit(*codes, *blocksizes) if codes else weight
+        base = Codes(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng, mask)
         run = multi_lora_linear_backward_undispatched
         dx, dA, dB, dbias = call_backward(ctx, _BACKWARD, run, dy, operands, Saved(p), spec, needs)
@@ -238,7 +238,7 @@ def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = 
     x, weight, lora_A, lora_B, *_ = operands
     device_type, index = context.device_of(x)
     K, N, R = x.shape[-1], lora_B[0].shape[0], max(A.shape[0] for A in lora_A)
-    M, four_bit = x.numel() // K, isinstance(weight, Packed4bit)
+    M, four_bit = x.numel() // K, isinstance(weight, Codes)
     dtypes = x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype
     stored = selection.layout_of(device_type, weight, spec.dtype)
     extra = selection.extra_operands(operands, spec.dropout_p)

@@ -9,10 +9,10 @@ from ..backends.cpu import linear as cpu
 from ..backends.eager import norm as eager
 from ..backends.protocol import NormBackend
 from ..choice import choose as selection
+from ..core.codes import Codes
 from ..core.dtypes import stat_dtype
-from ..core.packed4bit import Packed4bit
 from ..core.problem import Problem
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import context
 from .arguments import (
     check_devices,
@@ -29,7 +29,7 @@ BACKENDS: dict[str, NormBackend] = {"eager": eager, "cpu": cpu}
 
 @torch.no_grad()
 def dora_norm(
-    weight: Tensor | Weight4bit,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
@@ -42,7 +42,7 @@ def dora_norm(
     not stored.
 
     Args:
-        weight: [N, K], float32, bfloat16, float16 or float64, or a `Weight4bit`.
+        weight: [N, K], float32, bfloat16, float16 or float64, or a `QuantizedWeight`.
         lora_A: [R, K], float64 only if all tensors are.
         lora_B: [N, R], as lora_A.
         scaling: alpha / r.
@@ -64,18 +64,18 @@ def dora_norm(
     N, _ = matrix_shape("lora_B", lora_B, "[N, R]")
     if lora_B.shape[1] != R:
         raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want [N, {R}] for rank {R}")
-    if not isinstance(weight, Weight4bit):
-        check_tensor("weight", weight, "a tensor or a Weight4bit")
+    if not isinstance(weight, QuantizedWeight):
+        check_tensor("weight", weight, "a tensor or a QuantizedWeight")
     if tuple(weight.shape) != (N, K):
         raise ValueError(
             f"weight: got shape {list(weight.shape)}, want [{N}, {K}] for lora_A "
             f"{list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
         )
-    storage = weight.packed if isinstance(weight, Weight4bit) else weight
+    storage = weight.packed if isinstance(weight, QuantizedWeight) else weight
     check_devices("lora_A", lora_A, weight=storage, lora_B=lora_B)
     dtypes = {"lora_A": lora_A.dtype, "lora_B": lora_B.dtype}
     check_dtypes("lora_A", lora_A.dtype, **dtypes)
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, QuantizedWeight):
         if lora_A.dtype is torch.float64:
             raise TypeError(
                 f"lora_A: got {lora_A.dtype}, want float32, bfloat16 or float16 beside a 4-bit "
@@ -86,7 +86,7 @@ def dora_norm(
     if rank_gate is not None:
         check_vector("rank_gate", rank_gate, R, lora_A, "lora_A")
     others = (lora_A, lora_B, check_number("scaling", scaling), rank_gate)
-    base = weight.codes if isinstance(weight, Weight4bit) else weight
+    base = weight.codes if isinstance(weight, QuantizedWeight) else weight
     if context.can_bypass_dispatcher(*tensors_of((base, lora_A, lora_B, rank_gate))):
         return _dora_norm(base, *others)
     norm: Tensor
@@ -95,7 +95,7 @@ def dora_norm(
 
 
 def _dora_norm(
-    weight: Tensor | Packed4bit | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -104,7 +104,7 @@ def _dora_norm(
     """Compute the norms without the dispatcher."""
     assert weight is not None
     device_type, index = context.device_of(lora_A)
-    weight_dtype = torch.float32 if isinstance(weight, Packed4bit) else weight.dtype
+    weight_dtype = torch.float32 if isinstance(weight, Codes) else weight.dtype
     dtypes = weight_dtype, lora_A.dtype, lora_B.dtype, torch.float32
     choice = selection.choose_norm(
         Problem(device_type, *dtypes, lora_A.shape[0], device_index=index)
@@ -116,7 +116,7 @@ def _dora_norm(
 
 
 def _dora_norm_fake(
-    weight: Tensor | Packed4bit | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,

@@ -1,7 +1,7 @@
 """Registration of the ops from schemas that each op's file writes by hand, and their calls.
 
 An op takes the fields of its call types as flat arguments, in their order. `define` registers it
-twice: `name` for a dense weight, and `name` + "_4bit", whose schema has the fields of `Packed4bit`
+twice: `name` for a dense weight, and `name` + "_quantized", whose schema has the fields of `Codes`
 in the weight's place. All ops are functional, and x may have any leading dimensions. The backend is
 chosen inside the op, so a compiled graph does not contain the choice.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..choice import choose as selection
 from ..core.call import Saved, Spec
-from ..core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
+from ..core.codes import CODES_TENSORS, Codes
 from ..core.problem import Choice
 from . import context
 
@@ -45,12 +45,12 @@ def define(
     fake: Callable[..., Any],
     tags: tuple[torch.Tag, ...] = (),
 ) -> Op:
-    """Register the ops `lora_kernels::name` and `lora_kernels::name_4bit`, and return both.
+    """Register the ops `lora_kernels::name` and `lora_kernels::name_quantized`, and return both.
 
     Args:
         schema: of the op for a dense weight, with "Tensor weight" or "Tensor? weight" in it.
-        implementation, fake: functions of the schema's arguments. The weight is a `Packed4bit` in
-            a call of the op for 4 bits.
+        implementation, fake: functions of the schema's arguments. The weight is a `Codes` in
+            a call of the op for a quantized one.
         tags: of the op.
     """
     first, _, last = re.split(r"(Tensor\?? weight)", schema)
@@ -61,14 +61,14 @@ def define(
 
     dense = _register(name, schema, implementation, fake, tags)
     schema = first + _PACKED_WEIGHT + last
-    packed = _register(f"{name}_4bit", schema, join(implementation), join(fake), tags)
+    packed = _register(f"{name}_quantized", schema, join(implementation), join(fake), tags)
     return Op(dense, packed)
 
 
 def _join_packed(place: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `function` with the fields of a `Packed4bit`, which begin at `place`, as one."""
-    end = place + len(Packed4bit._fields)
-    return function(*args[:place], Packed4bit(*args[place:end]), *args[end:], **kwargs)
+    """Call `function` with the fields of a `Codes`, which begin at `place`, as one."""
+    end = place + len(Codes._fields)
+    return function(*args[:place], Codes(*args[place:end]), *args[end:], **kwargs)
 
 
 def _register(
@@ -123,7 +123,7 @@ def call_op(op: Op, first: Iterable[Any], operands: Any, *others: Any, **kwargs:
     """
     # As a list: Dynamo of torch 2.8 cannot slice a NamedTuple.
     x, weight, *tensors = list(operands)
-    if isinstance(weight, Packed4bit):
+    if isinstance(weight, Codes):
         return op.packed(*first, x, *weight, *tensors, *others, **kwargs)
     return op.dense(*first, x, weight, *tensors, *others, **kwargs)
 
@@ -188,9 +188,9 @@ def tensors_of(operands: Iterable[Any]) -> list[Tensor | None]:
     """Return the tensors of operands, those of a packed weight and of lists among them."""
     tensors: list[Any] = []
     for value in operands:
-        if isinstance(value, Packed4bit):
+        if isinstance(value, Codes):
             # As a list: Dynamo of torch 2.8 cannot slice a NamedTuple.
-            tensors += list(value)[:PACKED4BIT_TENSORS]
+            tensors += list(value)[:CODES_TENSORS]
         elif value is None or isinstance(value, Tensor):
             tensors.append(value)
         else:
@@ -241,11 +241,11 @@ def mask_rows(mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def join_weight(tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
-    """Return the weight that a Function's flat arguments hold: dense, a `Packed4bit`, or None.
+    """Return the weight that a Function's flat arguments hold: dense, a `Codes`, or None.
 
     Args:
-        tensors: the first `PACKED4BIT_TENSORS` fields of a `Packed4bit`, or one dense weight or
+        tensors: the first `CODES_TENSORS` fields of a `Codes`, or one dense weight or
             None.
         numbers: its other fields; () for a weight that is not packed.
     """
-    return Packed4bit(*tensors, *numbers) if numbers else tensors[0]
+    return Codes(*tensors, *numbers) if numbers else tensors[0]

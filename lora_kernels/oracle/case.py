@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..backends import cuda, decode4bit, library, triton
+from ..backends import cuda, decoder, library, triton
 from ..backends.cpu import linear as cpu
 from ..backends.cpu import native
 from ..backends.cuda import constraints
@@ -32,7 +32,7 @@ from ..core.call import Operands
 from ..core.problem import MAX_KERNEL_RANK, Layout
 from ..ops.linear import lora_linear
 from ..ops.norm import dora_norm
-from ..quantization import Weight4bit, quantize_4bit
+from ..quantization import QuantizedWeight, quantize_4bit
 from ..quantization.codebooks import BITSANDBYTES_TYPES, E2M1_TYPES
 from . import reference, tolerance
 from .tolerance import Comparison, unit_roundoff
@@ -112,7 +112,7 @@ def plain_pytorch(
     if rank_gate is not None:
         s = (s * rank_gate).to(wide_dtype)
     compute = compute_dtype or x.dtype
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(compute)
     y: Tensor = x.to(compute) @ weight.T
     if not torch.is_autocast_enabled(x.device.type):
@@ -387,7 +387,7 @@ def run(
 
 def widen(value: Any, dtype: torch.dtype = torch.float64) -> Any:
     """Return an argument in a wider dtype, a 4-bit weight decoded; index and mask unchanged."""
-    if isinstance(value, Weight4bit):
+    if isinstance(value, QuantizedWeight):
         return value.dequantize(torch.float32).to(dtype)
     if isinstance(value, list):
         return [widen(element, dtype) for element in value]
@@ -524,7 +524,7 @@ def engine(name: str) -> Iterator[None]:
                 stack.enter_context(products.upcast_rows(GPU_UPCAST_ROWS))
             if name == "eager-gpu":
                 stack.enter_context(library.as_on_gpu())
-                reasons = decode4bit.bitsandbytes_reasons
+                reasons = decoder.bitsandbytes_reasons
                 stack.enter_context(mock.patch.dict(reasons, _CPU_DECODER))
         elif backend in ("triton", "cuda"):
             stack.enter_context(selection.backend(backend, strategy))

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..backends import library
-from ..backends.eager.stack4bit import ALIGNED
+from ..backends.eager.quantized_stack import ALIGNED
 from ..choice import choose as selection
 from ..ops.experts import lora_experts_linear
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import case as cases
 from . import reference
 from .case import Allowances, AnyCase, Case, Source
@@ -24,7 +24,7 @@ def plain_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
     """Compute the layer without this package, as a loop over experts."""
     others = _stacked(others)
     x, dtype = others["x"], others["x"].dtype
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(dtype)
     weight = weight.mT if is_transposed else weight
     A, B, bias = others["lora_A"], others["lora_B"], others["bias"]
@@ -50,7 +50,7 @@ def narrow_pytorch(**args: Any) -> Tensor:
 def folded_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
     """Compute the layer by W + s·B·A in x's dtype, as PEFT does."""
     dtype = others["x"].dtype
-    weight = weight.dequantize(dtype) if isinstance(weight, Weight4bit) else weight
+    weight = weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight
     A, B = (others[name].to(dtype) for name in ("lora_A", "lora_B"))
     folded = torch.baddbmm(weight.mT if is_transposed else weight, B, A, alpha=others["scaling"])
     parts, start = [], 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.head import lora_linear_cross_entropy, lora_linear_log_probs
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import case as cases
 from . import reference
 from .case import STATISTICS, Allowances, AnyCase, Source
@@ -22,7 +22,7 @@ def plain_pytorch(
     *, x: Tensor, weight: Any, lora_A: Any, lora_B: Any, labels: Tensor, bias: Any, **args: Any
 ) -> Any:
     """Compute as users write it without this package: logits in x's dtype, the loss in float32."""
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(x.dtype)
     y = x @ weight.T
     dtype = y.dtype

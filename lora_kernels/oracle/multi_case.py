@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.call import MultiOperands
 from ..ops.multi import multi_lora_linear
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import case as cases
 from . import reference
 from .case import Allowances, AnyCase, Case, Source
@@ -29,7 +29,7 @@ def plain_pytorch(
     dropped = cases.masked(x, rng, dropout_p)
     if weight is None:
         weight = x.new_zeros(lora_B[0].shape[0], x.shape[1])
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(x.dtype)
     y = torch.nn.functional.linear(x, weight, bias)
     for e, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):

@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..quantization import Weight4bit, tensor4bit
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization import QuantizedWeight
+from ..quantization.tensor import QuantizedTensor, read_tensor
 from .modules import is_conv1d, is_linear4bit
 
 
@@ -32,14 +32,18 @@ def base_weight(base: nn.Module) -> Tensor:
     return weight.t() if is_conv1d(base) else weight
 
 
-def readable_weight(base: nn.Module, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
+def readable_weight(
+    base: nn.Module, x: Tensor
+) -> tuple[Tensor | QuantizedWeight, torch.dtype | None]:
     """Return W of a base that can be read, and the dtype to compute in if W is 4-bit."""
     if is_linear4bit(base):
-        from .base4bit import readable_weight4bit  # imports bitsandbytes, hence not at the top
+        from .base4bit import (
+            readable_quantized_weight,  # imports bitsandbytes, hence not at the top
+        )
 
-        return readable_weight4bit(base, x)
+        return readable_quantized_weight(base, x)
     weight = base_weight(base)
-    if isinstance(weight, Tensor4bit):
+    if isinstance(weight, QuantizedTensor):
         # No kernel decodes to float64.
-        return weight.dequantize() if x.dtype is torch.float64 else tensor4bit.read(weight), None
+        return weight.dequantize() if x.dtype is torch.float64 else read_tensor(weight), None
     return weight, None

@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from ..quantization.bitsandbytes import cached_weight
 from .modules import original_forward
 
@@ -28,7 +28,9 @@ class MergeLoss(NamedTuple):
         )
 
 
-def readable_weight4bit(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
+def readable_quantized_weight(
+    linear: Any, x: Tensor
+) -> tuple[Tensor | QuantizedWeight, torch.dtype | None]:
     """Return the base's weight, and the dtype in which the base's forward would multiply this x.
 
     The weight is decoded to a dense tensor if x is float64, because no kernel decodes to float64.
@@ -40,11 +42,11 @@ def readable_weight4bit(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, to
         linear.set_compute_type(x)
         linear.compute_type_is_set = True
     if x.dtype is torch.float64:
-        return weight4bit(linear).dequantize(x.dtype), None
-    return weight4bit(linear), linear.compute_dtype
+        return quantized_weight(linear).dequantize(x.dtype), None
+    return quantized_weight(linear), linear.compute_dtype
 
 
-def weight4bit(linear: Any) -> Weight4bit:
+def quantized_weight(linear: Any) -> QuantizedWeight:
     """Return the base's weight, cached until its tensor or quantization state changes."""
     return cached_weight(linear._parameters["weight"], quant_state(linear))
 
@@ -73,7 +75,7 @@ def unreadable_4bit(linear: Any, device: torch.device) -> str | None:
     if linear.compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         return f"its compute_dtype is {linear.compute_dtype}"
     try:
-        weight4bit(linear)
+        quantized_weight(linear)
     except (TypeError, ValueError) as error:
         return str(error)
     return None

@@ -17,8 +17,8 @@ from torch.nn import Dropout, Identity, Linear, Parameter
 from ..backends import library
 from ..core.record import PLAIN, CodePath, Record, path_reason
 from ..ops import blocks, direct
-from ..quantization import Weight4bit
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization import QuantizedWeight
+from ..quantization.tensor import QuantizedTensor
 from . import read as reader
 from .adapters import add_bias, casts_adapters, gate_of, lora_bias
 from .base import readable_weight
@@ -105,10 +105,10 @@ def call(layer: Any, x: Tensor) -> Tensor | None:
         if codes is None:
             return None
         weight, dtype = codes
-    elif type(weight) is Tensor4bit:
+    elif type(weight) is QuantizedTensor:
         if x.dtype is torch.float64:
             return None
-        weight = weight.weight4bit.codes
+        weight = weight.quantized.codes
     if x.is_cpu and not library.emulates_gpu:
         return direct.call(x, weight, lora_A, lora_B, bias, scaling, p, dtype)
     casts = layer.casts_adapters and casts_adapters(layer, x.device.type, x.dtype, _rows(x))
@@ -168,8 +168,8 @@ def make_block(
                 if codes is None:
                     return None
                 weight, compute_dtype = codes
-            elif type(weight) is Tensor4bit:
-                weight = weight.weight4bit.codes
+            elif type(weight) is QuantizedTensor:
+                weight = weight.quantized.codes
             states.append(state)
         else:
             record = read_in_block(layer, x.device, x.dtype)
@@ -182,7 +182,7 @@ def make_block(
             else:
                 scaling = factor
             weight, compute_dtype = readable_weight(layer.base_layer, x)
-            weight = weight.codes if isinstance(weight, Weight4bit) else weight
+            weight = weight.codes if isinstance(weight, QuantizedWeight) else weight
             states.append(record)
         is_plain = False
         if lora_A.is_inference():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import context
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization.tensor import QuantizedTensor
 from .modules import (
     LINEAR_FORWARD,
     hooks_of,
@@ -94,7 +94,7 @@ def tensor_reason(device: torch.device, dim: int = 2, **tensors: Any) -> str | N
     for name, tensor in tensors.items():
         if tensor is None:
             return f"its {name} is no parameter, as under FSDP1 or in a replica of DataParallel"
-        if type(tensor) not in (nn.Parameter, Tensor, Tensor4bit):
+        if type(tensor) not in (nn.Parameter, Tensor, QuantizedTensor):
             return f"its {name} is a {type(tensor).__name__}"
         if tensor.device != device:
             return f"its {name} is on {tensor.device}, x on {device}"

@@ -23,7 +23,7 @@ from ..layers.experts import (
     unsupported_reason,
 )
 from ..ops.context import unfused_context
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization.tensor import QuantizedTensor
 from .eligibility import has_hooks, replaced_reason
 from .linear import Fused
 from .modules import hooks_of, patched_reason
@@ -160,7 +160,7 @@ def experts_reason(
             return f"a hook or another forward sits on its {type(module).__name__}"
     factors = [m[name].weight for w in wrappers for m in (w.lora_A, w.lora_B) for name in m]
     for t in (*_stacks(base), *factors):
-        if type(t) not in (nn.Parameter, Tensor, Tensor4bit):
+        if type(t) not in (nn.Parameter, Tensor, QuantizedTensor):
             return f"it has a {type(t).__name__}"
         if t.device != device:
             return f"it has a tensor on {t.device}, x on {device}"

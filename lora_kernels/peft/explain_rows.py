@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ..backends.cpu import linear as cpu
-from ..backends.decode4bit import decoded_by
+from ..backends.decoder import decoded_by
 from ..backends.eager import experts as eager_experts
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager.head import kernel_reason, loss_rows
@@ -18,15 +18,15 @@ from ..backends.eager.products import MANY_ROWS
 from ..backends.library import is_on_gpu_path
 from ..choice import choose as selection
 from ..core.call import ExpertsOperands, ExpertsSpec, MultiOperands, MultiSpec, Operands, Spec
-from ..core.packed4bit import Packed4bit
+from ..core.codes import Codes
 from ..core.problem import Choice, Problem
 from ..core.record import Record
 from ..layers import LoRAEmbedding, LoRALayer
 from ..layers.experts import has_transposed_stack, stack
 from ..ops import context, experts, linear, multi
 from ..ops.arguments import FLOATS, base_dtype
-from ..quantization import Weight4bit, tensor4bit
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization import QuantizedWeight
+from ..quantization.tensor import QuantizedTensor, read_tensor
 from .adapters import Call, RowNames, cast_adapters, casts_adapters, stack_records
 from .base import base_weight
 from .direct import make_block, read_in_block
@@ -201,7 +201,7 @@ def _describe_call(
             reasons.append("PEFT's DoRA drops x for the base GEMM too")
     base: Any = layer.base_layer
     weight = _base_weight(base) if records[0].called is None else None
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, QuantizedWeight):
         is_set = is_linear4bit(base) and base.compute_type_is_set
         reasons += _decoder_reasons(choices, x, weight, base.compute_dtype if is_set else None)
     if casts_adapters(layer, x.device.type, x.dtype, x.shape[0]):
@@ -233,7 +233,7 @@ def _choose_calls(
 
 def _choose(
     x: Tensor,
-    weight: Tensor | Weight4bit | None,
+    weight: Tensor | QuantizedWeight | None,
     call: Call,
     compute_dtype: torch.dtype | None = None,
     has_mask: bool = False,
@@ -247,7 +247,7 @@ def _choose(
     dtype = base_dtype(device_type, x.dtype, compute_dtype)
     if is_on_gpu_path(device_type) and context.autocast_dtype(device_type, x.dtype):
         x, records = x[:1].to(dtype).expand_as(x), cast_adapters(records, dtype)
-    base = weight.codes if isinstance(weight, Weight4bit) else weight
+    base = weight.codes if isinstance(weight, QuantizedWeight) else weight
     p, mask = records[0].dropout_p, x if has_mask else None
     is_drawn = mask is None and "rng" in selection.dropout_operand(device_type, p)
     rng = x.new_empty(2, dtype=torch.int64) if is_drawn else None
@@ -308,13 +308,13 @@ def _expected_input(
     return torch.empty(1, lora_A.shape[-1], dtype=x_dtype, device=lora_A.device)
 
 
-def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
+def _base_weight(base: nn.Module) -> Tensor | QuantizedWeight:
     if is_linear4bit(base):
-        from .base4bit import weight4bit  # imports bitsandbytes, hence not at the top
+        from .base4bit import quantized_weight  # imports bitsandbytes, hence not at the top
 
-        return weight4bit(base)
+        return quantized_weight(base)
     weight = base_weight(base)
-    return tensor4bit.read(weight) if isinstance(weight, Tensor4bit) else weight
+    return read_tensor(weight) if isinstance(weight, QuantizedTensor) else weight
 
 
 def row_of_layer(
@@ -328,7 +328,7 @@ def row_of_layer(
     if isinstance(layer, LoRAEmbedding):
         return _embedding_row(name)
     weight, A, B = layer.base_weight(), layer.lora_A, layer.lora_B
-    is_4bit = isinstance(weight, Weight4bit)
+    is_4bit = isinstance(weight, QuantizedWeight)
     x_dtype = x_dtype or (A if is_4bit else weight).dtype
     x = torch.empty(1, A.shape[1], dtype=x_dtype, device=A.device)
     # Variants differ in lora_B's shape.
@@ -499,8 +499,8 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
         return Row(name, TORCH, "torch", "the base alone", "no active adapter on this layer")
     A, B = adapter.lora_A, adapter.lora_B
     x = A.new_empty(0, A.shape[2], dtype=x_dtype or dtype)
-    if isinstance(weight, Weight4bit):
-        operand: Tensor | Packed4bit = weight.codes
+    if isinstance(weight, QuantizedWeight):
+        operand: Tensor | Codes = weight.codes
     else:
         operand = weight.mT if is_transposed else weight
     operands = ExpertsOperands(x, operand, [A], [B], x)
@@ -515,7 +515,7 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
 def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
     """Return how the eager backend runs experts on a GPU, and why the host waits, if it does."""
     device, weight = operands.x.device, operands.weight
-    is_4bit = isinstance(weight, Packed4bit)
+    is_4bit = isinstance(weight, Codes)
     if (blocking_reason := eager_experts.loop_reason(operands, spec)) is not None:
         verb = "decoded and multiplied" if is_4bit else "multiplied"
         return f"one expert at a time is {verb}, and the host waits for the GPU: {blocking_reason}"
@@ -525,7 +525,7 @@ def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
             f"{blocking_reason}"
         )
     decoder = ""
-    if isinstance(weight, Packed4bit):
+    if isinstance(weight, Codes):
         decoder = f"; {decoded_by(device, weight.quant_type, spec.dtype)}"
     return f"grouped_mm multiplies all experts, and the host does not wait{decoder}"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization.tensor import QuantizedTensor
 from .modules import is_conv1d, is_linear4bit
 from .read import active_names, has_operand
 
@@ -29,7 +29,7 @@ def heavier_reason(layer: Any) -> str | None:
         return None  # an aLoRA's bytes depend on its active rows
     four_bit = is_linear4bit(base)
     dtype = (base.compute_dtype or torch.bfloat16) if four_bit else base.weight.dtype
-    four_bit = four_bit or isinstance(base.weight, Tensor4bit)
+    four_bit = four_bit or isinstance(base.weight, QuantizedTensor)
     A = layer.lora_A[names[0]]
     is_wide = getattr(A, "weight", A).dtype.itemsize > dtype.itemsize
     has_dropout = any(getattr(layer.lora_dropout[name], "p", 0.0) for name in names)

@@ -138,9 +138,9 @@ def _decoded(layer: Any) -> Any:
         return layer.get_param().detach()  # type: ignore[no-untyped-call]
     base = layer.get_base_layer()
     if is_params4bit(base.weight):
-        from .base4bit import weight4bit  # imports bitsandbytes
+        from .base4bit import quantized_weight  # imports bitsandbytes
 
-        return weight4bit(base).dequantize(torch.float32)
+        return quantized_weight(base).dequantize(torch.float32)
     return base.weight.detach()
 
 

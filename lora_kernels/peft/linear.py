@@ -23,7 +23,7 @@ from ..ops.arguments import base_dtype, copies_rows, has_strides
 from ..ops.blocks import can_run
 from ..ops.linear import lora_linear
 from ..ops.multi import multi_lora_linear
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import direct
 from .adapters import (
     Call,
@@ -187,7 +187,7 @@ class FusedLinear(Fused, lora.Linear):
     base_class, base_forward = nn.Linear, LINEAR_FORWARD
 
 
-def _scale_columns(layer: Any, record: Record, weight: Tensor | Weight4bit) -> Record:
+def _scale_columns(layer: Any, record: Record, weight: Tensor | QuantizedWeight) -> Record:
     """Return DoRA's record with the column scale magnitude ⊘ ‖W + scaling·B·A‖."""
     cache = layer.__dict__.setdefault("_norm", DoraNormCache())
     norm = cache(weight, record.lora_A, record.lora_B, record.scaling)
@@ -196,7 +196,7 @@ def _scale_columns(layer: Any, record: Record, weight: Tensor | Weight4bit) -> R
 
 def _compute_dora(
     x: Tensor,
-    weight: Tensor | Weight4bit,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     call: Call,
     compute_dtype: torch.dtype | None,
@@ -223,7 +223,7 @@ def result_dtype(base: nn.Module, x: Tensor, y: Tensor) -> torch.dtype:
 
 def compute(
     x: Tensor,
-    weight: Tensor | Weight4bit | None,
+    weight: Tensor | QuantizedWeight | None,
     bias: Tensor | None,
     call: Call,
     compute_dtype: torch.dtype | None = None,

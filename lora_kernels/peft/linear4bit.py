@@ -13,10 +13,10 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from ..backends.library import is_on_gpu_path
-from ..core.packed4bit import Packed4bit
+from ..core.codes import Codes
 from ..quantization.bitsandbytes import cached_weight
 from .adalora import FusedSVD
-from .base4bit import MergeLoss, unreadable_4bit, weight4bit
+from .base4bit import MergeLoss, quantized_weight, unreadable_4bit
 from .linear import Fused
 from .mergeable import unmergeable_reason
 from .modules import original_forward
@@ -34,7 +34,7 @@ class FusedLinear4bit(Fused, Linear4bit):
     reads_codes = True
     merge_loss: MergeLoss | None = None
 
-    def read_codes(self, weight: Any, x: Tensor) -> tuple[Packed4bit, torch.dtype | None] | None:
+    def read_codes(self, weight: Any, x: Tensor) -> tuple[Codes, torch.dtype | None] | None:
         """Return the base's current codes and the base GEMM's dtype; None for unusual states."""
         base: Any = self._modules["base_layer"]
         if type(weight) is not Params4bit or not base.compute_type_is_set:
@@ -50,7 +50,7 @@ class FusedLinear4bit(Fused, Linear4bit):
         if state.shape != (base.out_features, base.in_features):
             return None
         nested_state, nested = state.state2, state.nested
-        codes = Packed4bit(
+        codes = Codes(
             packed=weight,
             absmax=state.absmax,
             code=state.code,
@@ -71,7 +71,7 @@ class FusedLinear4bit(Fused, Linear4bit):
         base, previous = self.get_base_layer(), set(self.merged_adapters)
         weight = base._parameters.get("weight")
         is_readable = weight is not None and unreadable_4bit(base, weight.device) is None
-        base_weight = weight4bit(base).dequantize(torch.float32) if is_readable else None
+        base_weight = quantized_weight(base).dequantize(torch.float32) if is_readable else None
         super().merge(safe_merge, adapter_names)
         new_names = [name for name in self.merged_adapters if name not in previous]
         if not new_names:  # all were merged before
@@ -81,7 +81,7 @@ class FusedLinear4bit(Fused, Linear4bit):
             return
         deltas: list[Tensor] = [self.get_delta_weight(name) for name in new_names]  # type: ignore[no-untyped-call]
         delta = torch.stack(deltas).float().sum(0)
-        error = weight4bit(base).dequantize(torch.float32) - base_weight - delta
+        error = quantized_weight(base).dequantize(torch.float32) - base_weight - delta
         self.merge_loss = MergeLoss(
             float(error.norm() / (base_weight + delta).norm()), float(error.norm() / delta.norm())
         )

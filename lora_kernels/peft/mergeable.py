@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..quantization.tensor4bit import Tensor4bit
+from ..quantization.tensor import QuantizedTensor
 from .modules import is_linear4bit
 
 _MERGES = "merge_adapter", "_unload_and_optionally_merge"
@@ -71,7 +71,7 @@ def unmergeable_reason(layer: Any) -> str | None:
     parameters = layer.get_base_layer()._parameters
     name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
     weight = parameters.get(name)
-    if isinstance(weight, Tensor4bit):
+    if isinstance(weight, QuantizedTensor):
         return (
             f"whose {name} is frozen in {weight.quant_type}, want a dense one: save the adapter, "
             "load the model decoded, the adapter with PeftModel.from_pretrained, and merge there"

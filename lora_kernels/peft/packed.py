@@ -1,4 +1,4 @@
-"""Linear layers of compressed-tensors and torchao in MXFP4 and NVFP4, read as `Weight4bit`.
+"""Linear layers of compressed-tensors and torchao in MXFP4 and NVFP4, read as `QuantizedWeight`.
 
 The libraries are not imported, because attributes identify a layer. Both pack the even element in
 the low nibble, and torchao swizzles scales, so each weight is repacked once. The former tensors are
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from ..quantization.packed_state import build_parameter, register_state_hooks
 from .mergeable import refuse_merges
 from .modules import hooks_of, is_compressed_forward
@@ -29,7 +29,7 @@ def keep_packed(model: Model) -> Model:
 
     Call it on the loaded model, before PEFT and before the first forward. PEFT needs a `weight`.
     compressed-tensors' layers have a `weight` only after the model's first forward, which decodes
-    the whole model. Here each layer becomes an `nn.Linear` whose weight is a `Tensor4bit`. The
+    the whole model. Here each layer becomes an `nn.Linear` whose weight is a `QuantizedTensor`. The
     weights are repacked one by one, and not decoded. Other code that reads a weight gets a
     temporary decoded copy; fused layers read the 4 bits in the kernels. Layers that round x too do
     not change. PEFT's merges into these layers raise, with `fuse` or without, before they change
@@ -60,7 +60,7 @@ def keep_packed(model: Model) -> Model:
 
 
 def pack_base(base: Any) -> bool:
-    """Give an nn.Linear of compressed-tensors or torchao a `Tensor4bit`, if its weight is 4-bit.
+    """Give a 4-bit nn.Linear of compressed-tensors or torchao a `QuantizedTensor`.
 
     Returns True if it did. Layers that quantize x too are skipped, because their result differs,
     and so are layers with hooks. compressed-tensors decodes skipped layers in the first forward.
@@ -90,7 +90,7 @@ def quantizes_input(base: Any) -> bool:
     return any(getattr(scheme, name, None) is not None for name in names)
 
 
-def _read_compressed(base: nn.Linear) -> Weight4bit | None:
+def _read_compressed(base: nn.Linear) -> QuantizedWeight | None:
     packed, scale = (base._parameters.get(name) for name in _PARAMETERS[:2])
     global_scale = base._parameters.get("weight_global_scale")
     format = getattr(vars(base).get("quantization_scheme"), "weights", None)
@@ -103,15 +103,15 @@ def _read_compressed(base: nn.Linear) -> Weight4bit | None:
         return None
     try:  # compressed-tensors decodes to bfloat16, whatever the model's dtype
         if format.group_size == 32 and global_scale is None:
-            return Weight4bit.from_mxfp4(packed, scale)
-        return Weight4bit.from_nvfp4(
+            return QuantizedWeight.from_mxfp4(packed, scale)
+        return QuantizedWeight.from_nvfp4(
             packed, scale, global_scale, global_op=None if global_scale is None else "divide"
         )
     except (TypeError, ValueError):  # another layout
         return None
 
 
-def _read_torchao(base: nn.Linear) -> Weight4bit | None:
+def _read_torchao(base: nn.Linear) -> QuantizedWeight | None:
     weight: Any = base._parameters.get("weight")
     cls = type(weight)
     if not cls.__module__.startswith(_TORCHAO) or cls.__name__ not in ("MXTensor", "NVFP4Tensor"):
@@ -124,8 +124,12 @@ def _read_torchao(base: nn.Linear) -> Weight4bit | None:
     try:
         if cls.__name__ == "MXTensor":
             is_fp4 = str(weight.elem_dtype) == "torch.float4_e2m1fn_x2"
-            return Weight4bit.from_mxfp4(weight.qdata, scale, weight.orig_dtype) if is_fp4 else None
-        return Weight4bit.from_nvfp4(
+            return (
+                QuantizedWeight.from_mxfp4(weight.qdata, scale, weight.orig_dtype)
+                if is_fp4
+                else None
+            )
+        return QuantizedWeight.from_nvfp4(
             weight.qdata,
             scale,
             weight.per_tensor_scale,

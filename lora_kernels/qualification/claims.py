@@ -34,7 +34,7 @@ from ..choice.verdicts import Group
 from ..core.call import Needs, Operands, Spec
 from ..oracle import case as cases
 from ..oracle.case import AnyCase, Case
-from ..quantization import Weight4bit
+from ..quantization import QuantizedWeight
 from . import timing
 from .card import Card
 from .plan import CANDIDATES, STEP_ROWS, Claim
@@ -108,7 +108,7 @@ class _GuardedLayer:
         with selection.backend("eager"):
             args = cases.inputs(_case(card, group, _rows(card, group)[1], *card.whole, seed=seed))
         dtype, weight = args["x"].dtype, args["weight"]
-        base = weight.codes if isinstance(weight, Weight4bit) else weight
+        base = weight.codes if isinstance(weight, QuantizedWeight) else weight
         tensors = (args["x"], base, args["lora_A"], args["lora_B"])
         self.operands = Operands(*map(surround, tensors))
         self.dy, self.group = surround(args["dy"]), group

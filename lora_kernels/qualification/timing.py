@@ -16,7 +16,7 @@ from torch import Tensor
 from ..choice import choose as selection
 from ..choice.verdicts import Group, Seconds
 from ..ops import linear
-from ..quantization import Weight4bit, quantize_4bit
+from ..quantization import QuantizedWeight, quantize_4bit
 from .card import Card
 from .plan import STEP_ROWS
 
@@ -77,9 +77,9 @@ def cold_weights(card: Card, dtype: torch.dtype, kind: str, N: int, K: int) -> l
     dense = torch.randn(N, K, device=card.device, dtype=dtype) / K**0.5
     with selection.backend("eager"):
         weight = quantize_4bit(dense, "nf4", 64, True) if kind == "4bit" else dense
-    size = weight.packed.nbytes if isinstance(weight, Weight4bit) else weight.nbytes
+    size = weight.packed.nbytes if isinstance(weight, QuantizedWeight) else weight.nbytes
     count = max(2, -(-card.cold_bytes // size))
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, QuantizedWeight):
         return [replace(weight, packed=weight.packed.clone()) for _ in range(count)]
     return [weight.clone() for _ in range(count)]
 

@@ -4,12 +4,12 @@ from importlib.util import find_spec
 
 import torch
 
-from ..backends import decode4bit
+from ..backends import decoder
 from .codebooks import BITSANDBYTES_TYPES
 from .packed_state import pack_parameter
-from .weight4bit import Weight4bit, quantize_4bit
+from .weight import QuantizedWeight, quantize_4bit
 
-__all__ = ["Weight4bit", "pack_parameter", "quantize_4bit"]
+__all__ = ["QuantizedWeight", "pack_parameter", "quantize_4bit"]
 
 
 def _compare_bitsandbytes(quant_type: str, device: torch.device) -> str | None:
@@ -38,12 +38,12 @@ def _compare_decoder(quant_type: str, dtype: torch.dtype, device: torch.device) 
         weight = quantize_4bit(values, quant_type, double_quant=nested).to(device)
         fields = weight.packed, weight.scales(), weight.code, weight.blocksize
         got = codec.dequantize(weight.codes, weight.matrix_shape, dtype)
-        want = decode4bit.decode(*fields, weight.matrix_shape, dtype)
+        want = decoder.decode(*fields, weight.matrix_shape, dtype)
         if not torch.equal(got.view(torch.uint8), want.view(torch.uint8)):
             what = f"{'nested ' * nested}{quant_type} in {dtype}"
             return f"Triton's decoder of {what} differs from PyTorch's ops"
     return None
 
 
-decode4bit.compare_decoder = _compare_decoder
-decode4bit.compare_bitsandbytes = _compare_bitsandbytes
+decoder.compare_decoder = _compare_decoder
+decoder.compare_bitsandbytes = _compare_bitsandbytes

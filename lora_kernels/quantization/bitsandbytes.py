@@ -9,34 +9,34 @@ import bitsandbytes
 import torch
 from torch import Tensor
 
-from ..backends.decode4bit import (
+from ..backends.decoder import (
     bitsandbytes_dense,
     bitsandbytes_gemm,
     has_gemm_4bit,
 )
-from ..core.packed4bit import Packed4bit
-from .weight4bit import Weight4bit, quantize_4bit
+from ..core.codes import Codes
+from .weight import QuantizedWeight, quantize_4bit
 
 
 class _CachedWeight(NamedTuple):
-    """A `Weight4bit`, and a key of the tensors that it views. It is not copied or pickled."""
+    """A `QuantizedWeight`, and a key of the tensors that it views. It is not copied or pickled."""
 
     key: tuple[object, ...]
-    weight: Weight4bit
+    weight: QuantizedWeight
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
 
-def cached_weight(packed: Tensor, state: Any) -> Weight4bit:
-    """Return a tensor of bitsandbytes as a `Weight4bit`, cached until it or its state changes.
+def cached_weight(packed: Tensor, state: Any) -> QuantizedWeight:
+    """Return a tensor of bitsandbytes as a `QuantizedWeight`, cached until it or its state changes.
 
     state: `QuantState`, which keeps the result, unless DeepSpeed's ZeRO-3 frees the tensor after
     the call.
     """
     # Addresses cannot be traced; the graph holds the weight.
     if torch.compiler.is_compiling() or hasattr(packed, "ds_id"):
-        return Weight4bit.from_bitsandbytes((packed, state))
+        return QuantizedWeight.from_bitsandbytes((packed, state))
     nested = getattr(state, "state2", None)
     tensors = [packed, state.absmax, state.code]
     tensors += [] if nested is None else [state.offset, nested.absmax, nested.code]
@@ -50,7 +50,7 @@ def cached_weight(packed: Tensor, state: Any) -> Weight4bit:
     known: _CachedWeight | None = getattr(state, "_lora_kernels", None)
     if known is None or known.key != key:
         with torch.inference_mode(False):  # inference tensors cannot be saved for a backward
-            known = _CachedWeight(key, Weight4bit.from_bitsandbytes((packed, state)))
+            known = _CachedWeight(key, QuantizedWeight.from_bitsandbytes((packed, state)))
         state._lora_kernels = known
     return known.weight
 
@@ -89,7 +89,7 @@ def _find_difference(
 ) -> str | None:
     """Return the name of an op whose result differs from this package's, or None."""
     weight = quantize_4bit(sample, quant_type, 64, nested)
-    codes: Packed4bit = weight.to(device).codes
+    codes: Codes = weight.to(device).codes
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         want, rows = weight.dequantize(dtype), x.to(dtype)
         if not torch.equal(bitsandbytes_dense(codes, weight.matrix_shape, dtype), want.to(device)):

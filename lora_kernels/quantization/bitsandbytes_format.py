@@ -9,11 +9,11 @@ from bitsandbytes.nn.modules import Params4bit
 
 
 def fields(weight: Any) -> dict[str, Any]:
-    """Return the fields of `Weight4bit` from a weight of bitsandbytes, sharing its tensors.
+    """Return the fields of `QuantizedWeight` from a weight of bitsandbytes, sharing its tensors.
 
     weight: `Params4bit` or (tensor, QuantState).
 
-    Raises the errors of `Weight4bit.from_bitsandbytes`.
+    Raises the errors of `QuantizedWeight.from_bitsandbytes`.
 
     >>> import bitsandbytes, torch
     >>> found = fields(bitsandbytes.functional.quantize_4bit(torch.eye(64), quant_type="nf4"))

@@ -21,7 +21,7 @@ _PIECE = 1 << 24  # bytes of codes that are rearranged at a time
 
 
 class Blocks(NamedTuple):
-    """Codes and scales as `Weight4bit` holds them.
+    """Codes and scales as `QuantizedWeight` holds them.
 
     Args:
         packed: uint8[n/2], with even elements in the high nibble.
@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
 
 
 def read_mxfp4(blocks: Tensor, scales: Tensor) -> Blocks:
-    """Return the weight of a file; see `Weight4bit.from_mxfp4`."""
+    """Return the weight of a file; see `QuantizedWeight.from_mxfp4`."""
     _check_bytes("blocks", blocks, "float4_e2m1fn_x2")
     _check_bytes("scales", scales, "float8_e8m0fnu")
     if blocks.dim() == scales.dim() + 1 and blocks.shape[-1:] == (16,):  # gpt-oss
@@ -55,7 +55,7 @@ def read_nvfp4(
     global_op: str | None,
     scale_dtype: torch.dtype,
 ) -> Blocks:
-    """Return the weight of a file; see `Weight4bit.from_nvfp4`."""
+    """Return the weight of a file; see `QuantizedWeight.from_nvfp4`."""
     _check_bytes("packed", packed, "float4_e2m1fn_x2")
     if not isinstance(scale, Tensor):
         raise TypeError(f"scale: got {type(scale).__name__}, want a tensor")

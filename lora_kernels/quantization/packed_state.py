@@ -1,11 +1,12 @@
 """`pack_parameter`, and the entries of packed weights in a module's `state_dict`.
 
-A module's `Tensor4bit` is saved as plain tensors, so that safetensors and `torch.load` take them:
+A module's `QuantizedTensor` is saved as plain tensors, so that safetensors and `torch.load` take
+them:
 
-    weight.packed, weight.absmax, …    the tensors of the `Weight4bit`
+    weight.packed, weight.absmax, …    the tensors of the `QuantizedWeight`
     weight.form                        uint8, JSON: the version of the entries, and other fields
 
-`load_state_dict` copies them into a `Tensor4bit` of the same form. Another form is an error.
+`load_state_dict` copies them into a `QuantizedTensor` of the same form. Another form is an error.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tensor4bit import FORMAT_VERSION, INNER, Tensor4bit
-from .weight4bit import Weight4bit, parse_json
+from .tensor import FORMAT_VERSION, INNER, QuantizedTensor
+from .weight import QuantizedWeight, parse_json
 
 _FORM = "form"
 
 
 def pack_parameter(
-    module: nn.Module, name: str, weight: Weight4bit, is_transposed: bool = False
+    module: nn.Module, name: str, weight: QuantizedWeight, is_transposed: bool = False
 ) -> None:
     """Replace a parameter of a module by a frozen packed weight, which `state_dict` saves.
 
@@ -40,7 +41,7 @@ def pack_parameter(
         is_transposed: whether the parameter is [K, N], or [E, K, N], for a weight [N, K].
 
     Raises:
-        TypeError: `weight` is no `Weight4bit`.
+        TypeError: `weight` is no `QuantizedWeight`.
         ValueError: the module has no such parameter, or it has another shape; or the module is an
             `nn.MultiheadAttention`.
 
@@ -51,8 +52,8 @@ def pack_parameter(
     >>> list(linear.state_dict())
     ['weight.packed', 'weight.absmax', 'weight.code', 'weight.nested_code', 'weight.form']
     """
-    if not isinstance(weight, Weight4bit):
-        raise TypeError(f"weight: got {type(weight).__name__}, want a Weight4bit")
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"weight: got {type(weight).__name__}, want a QuantizedWeight")
     if isinstance(module, nn.MultiheadAttention):
         raise ValueError(
             "module: got an nn.MultiheadAttention, whose weights PEFT replaces in each forward, "
@@ -70,7 +71,7 @@ def pack_parameter(
     register_state_hooks(module)
 
 
-def build_parameter(weight: Weight4bit, is_transposed: bool = False) -> nn.Parameter:
+def build_parameter(weight: QuantizedWeight, is_transposed: bool = False) -> nn.Parameter:
     """Return a frozen parameter of a packed weight, which shares its tables with no other weight.
 
     So each entry of a state dict is the weight's own memory, as PyTorch has it.
@@ -79,11 +80,11 @@ def build_parameter(weight: Weight4bit, is_transposed: bool = False) -> nn.Param
     if weight.nested_code is not None:
         tables["nested_code"] = weight.nested_code.clone()
     weight = dataclasses.replace(weight, **tables)  # type: ignore[arg-type]
-    return nn.Parameter(Tensor4bit(weight, is_transposed), requires_grad=False)
+    return nn.Parameter(QuantizedTensor(weight, is_transposed), requires_grad=False)
 
 
 def register_state_hooks(module: nn.Module) -> None:
-    """Let `state_dict` and `load_state_dict` of a module keep its `Tensor4bit`s packed."""
+    """Let `state_dict` and `load_state_dict` of a module keep its `QuantizedTensor`s packed."""
     if _save not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_save)
         module.register_load_state_dict_pre_hook(_load)
@@ -118,21 +119,21 @@ def _read_in_offloading() -> None:
     PrefixedDataset.__getitem__ = get
 
 
-def _packed_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor4bit]]:
+def _packed_parameters(module: nn.Module) -> Iterator[tuple[str, QuantizedTensor]]:
     for name, p in module._parameters.items():
-        if isinstance(p, Tensor4bit):
+        if isinstance(p, QuantizedTensor):
             yield name, p
 
 
 def _save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Replace packed weights by their tensors. A hook of `state_dict`."""
     for name, p in _packed_parameters(module):
-        if isinstance(state.get(prefix + name), Tensor4bit):
+        if isinstance(state.get(prefix + name), QuantizedTensor):
             del state[prefix + name]
             state.update(entries_of(p, prefix + name))
 
 
-def entries_of(tensor: Tensor4bit, key: str) -> dict[str, Tensor]:
+def entries_of(tensor: QuantizedTensor, key: str) -> dict[str, Tensor]:
     """Return the entries of a packed weight, which share memory with it."""
     inner = tensor.inner_tensors() | {_FORM: tensor.form}
     return {f"{key}.{name}": t for name, t in inner.items()}
@@ -158,7 +159,7 @@ def _load(
             state.setdefault(key, p)
             continue
         try:
-            if not isinstance(state.get(key, p), Tensor4bit):
+            if not isinstance(state.get(key, p), QuantizedTensor):
                 raise ValueError(f"{key}: got it and {sorted(parts)}, want one of both")
             state[key] = tensor_from_entries(parts, key)
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -166,7 +167,7 @@ def _load(
             state[key] = p  # no missing key besides
 
 
-def tensor_from_entries(entries: dict[str, Any], key: str) -> Tensor4bit:
+def tensor_from_entries(entries: dict[str, Any], key: str) -> QuantizedTensor:
     """Return the packed weight of `entries_of`.
 
     Raises TypeError or ValueError if the entries are incomplete, or of a later version.
@@ -183,9 +184,9 @@ def tensor_from_entries(entries: dict[str, Any], key: str) -> Tensor4bit:
     try:
         is_transposed, shape = form.pop("is_transposed"), tuple(form.pop("shape"))
         dtype, of = (getattr(torch, form.pop(name)) for name in ("dtype", "of"))
-        weight = Weight4bit(**inner, **form, shape=shape, dtype=of)
+        weight = QuantizedWeight(**inner, **form, shape=shape, dtype=of)
         if not (isinstance(is_transposed, bool) and isinstance(dtype, torch.dtype)):
             raise TypeError(f"got is_transposed {is_transposed!r} and dtype {dtype!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: got entries of no packed weight, {error}") from error
-    return Tensor4bit(weight, is_transposed, dtype)
+    return QuantizedTensor(weight, is_transposed, dtype)

@@ -38,7 +38,7 @@ def test_mode_around_a_call_sees_the_op(quant: str, grad: bool) -> None:
     args = arguments(quant=quant)
     with torch.set_grad_enabled(grad):
         seen = count_ops(lambda: lora_kernels.lora_linear(**args))
-    name = "lora_linear_4bit" if quant else "lora_linear"
+    name = "lora_linear_quantized" if quant else "lora_linear"
     assert {op: n for op, n in seen.items() if op.startswith("lora_linear")} == {name: 1}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.backends.triton import FUSED, codec, configs, elementwise
 from lora_kernels.backends.triton import linear as equation
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
-from lora_kernels.core.packed4bit import Packed4bit
+from lora_kernels.core.codes import Codes
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -126,11 +126,11 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def codes(N: int, K: int) -> Packed4bit:
+def codes(N: int, K: int) -> Codes:
     blocks = -(-N * K // 64)
     packed, absmax = (meta((n,), torch.uint8) for n in (-(-N * K // 2), blocks))
     sizes = (16, -(-blocks // 256), 256, 1)  # code, nested_absmax, nested_code, offset
-    return Packed4bit(packed, absmax, *(meta((n,), f32) for n in sizes), 64, 256, "nf4")
+    return Codes(packed, absmax, *(meta((n,), f32) for n in sizes), 64, 256, "nf4")
 
 
 AnyCall = Call | Dequantize | Gated | Loss

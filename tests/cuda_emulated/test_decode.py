@@ -19,7 +19,7 @@ from lora_kernels.backends import cuda, workspace
 from lora_kernels.backends.cuda import COOPERATIVE, launch
 from lora_kernels.backends.cuda import linear as equation
 from lora_kernels.core.call import Operands, Spec
-from lora_kernels.core.packed4bit import Packed4bit
+from lora_kernels.core.codes import Codes
 from tests.support.problems import bf16, f16, f32
 
 DTYPES = (f32, bf16, f16)
@@ -51,8 +51,8 @@ class Call:
         return M, N, K, R
 
     @property
-    def codes(self) -> Packed4bit | None:
-        return self.operands.weight if isinstance(self.operands.weight, Packed4bit) else None
+    def codes(self) -> Codes | None:
+        return self.operands.weight if isinstance(self.operands.weight, Codes) else None
 
     def __str__(self) -> str:
         M, N, K, R = self.sizes
@@ -110,7 +110,7 @@ class Draw:
         t = t.to(self.of.choice(DTYPES))
         return t if self.maybe(True, 0.7) else torch.stack([t, torch.full_like(t, 9.0)], 1)[:, 0]
 
-    def codes(self, N: int, K: int, dtype: torch.dtype) -> tuple[Packed4bit, Tensor]:
+    def codes(self, N: int, K: int, dtype: torch.dtype) -> tuple[Codes, Tensor]:
         """A weight of codes that one number of the dtype cannot hold, and its values."""
         most = 1023 if dtype is bf16 else 4095
         code = torch.tensor(self.of.sample(range(-most, most + 1, 2), 16), dtype=f32)
@@ -133,7 +133,7 @@ class Draw:
             each = nested_absmax.repeat_interleave(nested_blocksize)[:blocks]
             scales = nested_code[absmax.long()] * each + offset
         nested = nested_absmax, nested_code, offset
-        c = Packed4bit(packed, absmax, code, *nested, blocksize, nested_blocksize, "nf4")
+        c = Codes(packed, absmax, code, *nested, blocksize, nested_blocksize, "nf4")
         values = code[picked].double() * scales.repeat_interleave(blocksize)[: N * K].double()
         return c, values.view(N, K)
 

@@ -219,7 +219,7 @@ def assert_explained(model: Any) -> None:
         lambda layer, x, y: inside.append(explain(layer).rows[0])
     )
     ops = count_ops(lambda: model(input_ids=ids_of(0)))
-    assert ops.get("lora_linear", 0) + ops.get("lora_linear_4bit", 0) == 14
+    assert ops.get("lora_linear", 0) + ops.get("lora_linear_quantized", 0) == 14
     hook.remove()
     said = next(row for row in before.rows if row.layer == name)
     assert said.reason == f"{inside[0].reason}; FSDP2 gathers its parameters for the call"

@@ -34,7 +34,7 @@ from lora_kernels.finetune.options import read_run
 from lora_kernels.finetune.presets import find_preset
 from lora_kernels.finetune.trainer import training_arguments
 from lora_kernels.layers import LoRALinear, RankAllocator, load_lora_weights, save_lora_weights
-from lora_kernels.quantization import Weight4bit, quantize_4bit
+from lora_kernels.quantization import QuantizedWeight, quantize_4bit
 from tests.finetune.tiny import TEMPLATE, chat, gpt2, llama, save_model, tokenizer, write_lines
 
 TABLE = Path(__file__).with_name("malformed_inputs.md")
@@ -402,8 +402,8 @@ CODES: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
 for why, said, change in CODES:
     state = quantize_4bit(torch.eye(64), "nf4").state_dict()
     change(state)
-    name = "quantization.Weight4bit.from_state_dict"
-    loader(name, why, said, Weight4bit.from_state_dict, state)
+    name = "quantization.QuantizedWeight.from_state_dict"
+    loader(name, why, said, QuantizedWeight.from_state_dict, state)
 
 
 def folder_of(good: Good, at: Path) -> Path:

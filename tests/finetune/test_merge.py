@@ -21,7 +21,7 @@ from lora_kernels.finetune.merge import merge_adapter
 from lora_kernels.finetune.model import DTYPES, load_adapter, load_base
 from lora_kernels.finetune.presets import add_lora_layers
 from lora_kernels.peft import fuse
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.quantization import QuantizedWeight
 from tests.finetune.tiny import gpt2, llama, save_model, tokenizer
 
 IDS = torch.randint(4, 260, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -48,10 +48,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return saved(tmp_path_factory.mktemp("merge"), llama(intermediate_size=128))
 
 
-def four_bits(weight: Tensor) -> Weight4bit:
+def four_bits(weight: Tensor) -> QuantizedWeight:
     bnb = pytest.importorskip("bitsandbytes")
     pair = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    return Weight4bit.from_bitsandbytes(pair)
+    return QuantizedWeight.from_bitsandbytes(pair)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

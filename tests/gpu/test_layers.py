@@ -104,11 +104,11 @@ def test_peft_model_fused_has_stock_gradients(dtype: torch.dtype) -> None:
 def test_bitsandbytes_weights_are_read_as_they_are() -> None:
     import bitsandbytes as bnb
 
-    from lora_kernels.quantization import Weight4bit
+    from lora_kernels.quantization import QuantizedWeight
 
     weight = torch.randn(512, 320, device="cuda", dtype=bf16)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     with lora_kernels.backend("triton"):
-        ours = Weight4bit.from_bitsandbytes((packed, state)).dequantize(f32)
+        ours = QuantizedWeight.from_bitsandbytes((packed, state)).dequantize(f32)
     state.dtype = f32
     assert torch.equal(ours, bnb.functional.dequantize_4bit(packed, state))

@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.backends import decode4bit
+from lora_kernels.backends import decoder
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.choice import choose as selection
+from lora_kernels.core.codes import Codes
 from lora_kernels.core.forced import Forced
-from lora_kernels.core.packed4bit import Packed4bit
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.core.record import PLAIN, Record, operands_of
 from lora_kernels.peft import direct, groups
 from lora_kernels.peft.base import readable_weight
 from lora_kernels.peft.read import read_call
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.quantization import QuantizedWeight
 from tests.support.threads import threads as threads
 
 
 @pytest.fixture
 def gpu_path() -> Iterator[None]:
     """CPU tensors take the eager backend's GPU path; afterwards no layers share an x."""
-    before = dict(decode4bit.bitsandbytes_reasons)
+    before = dict(decoder.bitsandbytes_reasons)
     with as_on_gpu(), lora_kernels.backend("eager"):
         yield
-    decode4bit.bitsandbytes_reasons.clear()
-    decode4bit.bitsandbytes_reasons.update(before)
+    decoder.bitsandbytes_reasons.clear()
+    decoder.bitsandbytes_reasons.update(before)
     assert groups._local.results is None
 
 
@@ -100,9 +100,9 @@ def check_operands(layer: Any, x: Tensor, operands: Record) -> None:
     record, base = read_one(layer, x), layer.base_layer
     assert not record.dropout_p and not operands.dropout_p
     assert_is(operands[1:3], (record.lora_A, record.lora_B))
-    if isinstance(operands.weight, Packed4bit):
+    if isinstance(operands.weight, Codes):
         weight, _ = readable_weight(base, x)
-        assert isinstance(weight, Weight4bit)
+        assert isinstance(weight, QuantizedWeight)
         pairs = zip(operands.weight, weight.codes, strict=True)
         assert all(
             a is b or (torch.equal(a, b) if isinstance(a, Tensor) else a == b) for a, b in pairs

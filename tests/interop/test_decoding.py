@@ -469,7 +469,7 @@ def test_what_surrounds_a_call_is_noticed(layer: Any) -> None:
         assert not is_direct(lambda: decode(layer, x))
     with lora_kernels.backend("eager"):
         assert not is_direct(lambda: decode(layer, x))
-    assert count_ops(lambda: decode(layer, x)).keys() & {"lora_linear", "lora_linear_4bit"}
+    assert count_ops(lambda: decode(layer, x)).keys() & {"lora_linear", "lora_linear_quantized"}
     layer.lora_dropout["default"] = nn.Dropout(0.5)
     assert is_direct(lambda: decode(layer, x)) and not torch.equal(decode(layer, x), y)
     layer.lora_dropout["default"].eval()

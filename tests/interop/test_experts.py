@@ -26,7 +26,7 @@ from transformers import (
 
 import lora_kernels.integrations
 from lora_kernels.backends.eager import experts as eager_experts
-from lora_kernels.backends.eager import stack4bit
+from lora_kernels.backends.eager import quantized_stack
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench.counter import count
 from lora_kernels.bench.experts import Shape, adapted, experts_module
@@ -37,7 +37,7 @@ from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, fuse, row_adapters, unfuse
 from lora_kernels.peft.experts import FusedParamWrapper, experts_reason
 from lora_kernels.peft.explain_rows import KERNELS
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.quantization import QuantizedWeight
 from tests.support.assertions import (
     assert_as_exact,
     assert_close_derived,
@@ -437,7 +437,7 @@ def test_fused_experts_in_4_bits_are_those_decoded(name: str, quantized: str) ->
     for where, module in decoded.named_modules():
         for parameter in ("gate_up_proj", "down_proj") if hasattr(module, "has_gate") else ():
             # bitsandbytes' CPU kernel misreads blocks that straddle rows.
-            own = cast(Weight4bit, stack(model.get_submodule(where), parameter))
+            own = cast(QuantizedWeight, stack(model.get_submodule(where), parameter))
             getattr(module, parameter).data.copy_(own.dequantize())
     fuse(model)
     assert len(fused_wrappers(model)) == 4
@@ -486,7 +486,7 @@ def test_fused_4bit_experts_train_on_a_gpu_s_path_as_peft_s_decoded(
 
     PEFT has the decoded weights: over 4 bits its forward leaves the adapter out. Pooled over seeds.
     """
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", budget)
     monkeypatch.setattr(eager_experts, "runs", None)  # none is computed expert by expert
     pools: dict[str, dict[str, list[Tensor]]] = {kind: {} for kind in ("ours", "oracle", "peft")}
     for seed in range(4):
@@ -505,7 +505,7 @@ def train_4bit_experts(name: str, seed: int) -> dict[str, dict[str, Tensor]]:
     quantize_experts(ours, blocksize=64)
     for parameter in ("gate_up_proj", "down_proj"):
         # Those of ours: with nested scales, decoded weights have others once quantized again.
-        decoded = cast(Weight4bit, stack(ours.get_base_layer(), parameter)).dequantize()
+        decoded = cast(QuantizedWeight, stack(ours.get_base_layer(), parameter)).dequantize()
         getattr(peft.get_base_layer(), parameter).data.copy_(decoded)
     oracle: Any = copy.deepcopy(peft).double()
     oracle.get_base_layer().config._experts_implementation = "eager"

@@ -478,6 +478,6 @@ def test_prepared_for_kbit_training_loses_no_more_than_peft(compute: torch.dtype
     assert_as_exact(*([results(draw[i], IDS) for draw in draws] for i in (0, 2, 1)))
     fused = draws[-1][0]
     ops = count_ops(lambda: results(fused, IDS))
-    assert ops["lora_linear_4bit"] == 2 * ops["lora_linear_backward_4bit"] == 28
+    assert ops["lora_linear_quantized"] == 2 * ops["lora_linear_backward_quantized"] == 28
     if native.module is not None:
         explain(fused, x_dtype=f32).assert_fused(kernels=True)

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels.backends import decode4bit, library
+from lora_kernels.backends import decoder, library
 from lora_kernels.backends.cpu import native
 from lora_kernels.backends.eager import blocks as eager_blocks
 from lora_kernels.backends.eager import linear as eager
@@ -371,18 +371,18 @@ BREAKAGES: dict[str, tuple[str, Callable[..., Any], str]] = {
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_bitsandbytes_that_fails_its_check_is_not_used(breakage, monkeypatch) -> None:
     pytest.importorskip("bitsandbytes")
-    if breakage == "GEMM" and not decode4bit.has_gemm_4bit():
+    if breakage == "GEMM" and not decoder.has_gemm_4bit():
         pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
     from lora_kernels.quantization import bitsandbytes
 
     name, broken, said = BREAKAGES[breakage]
     name = f"bitsandbytes_{name}"
-    original = getattr(decode4bit, name)
+    original = getattr(decoder, name)
     found = model(quantized=True)
     want = results(found, 5)
-    for module in (decode4bit, bitsandbytes):  # which imports the function
+    for module in (decoder, bitsandbytes):  # which imports the function
         monkeypatch.setattr(module, name, lambda w, *args: broken(w, original(w, *args)))
-    decode4bit.bitsandbytes_reasons.clear()
+    decoder.bitsandbytes_reasons.clear()
     fuse(found)
     reason = explain(found).rows[0].reason
     assert "PyTorch decodes in three kernels: bitsandbytes " in reason and said in reason
@@ -399,14 +399,14 @@ def test_fuse_takes_a_layer_without_active_adapters() -> None:
 
 def test_explain_says_what_decodes() -> None:
     pytest.importorskip("bitsandbytes")
-    decode4bit.bitsandbytes_reasons.clear()
+    decoder.bitsandbytes_reasons.clear()
     reason = explain(fuse(model(quantized=True))).rows[0].reason
     assert "bitsandbytes decodes: no Triton kernels for device type 'cpu'" in reason
 
 
 def test_explain_of_a_4_bit_base_that_is_called_does_not_say_who_decodes_it() -> None:
     fused = fuse(model(quantized=True))
-    said = decode4bit.decoded_by(torch.device("cpu"), "nf4", torch.float32)
+    said = decoder.decoded_by(torch.device("cpu"), "nf4", torch.float32)
     (row,) = explain(fused).rows
     assert said in row.reason
     fused.base_model.model[0].base_layer.register_forward_hook(lambda *args: None)

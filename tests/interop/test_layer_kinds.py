@@ -92,7 +92,7 @@ def adalora_conv1d(**config: Any) -> Any:
     return adalora_mlp(base=MLP(conv1d), fan_in_fan_out=True, **config)
 
 
-FOUR_BIT = {"lora_linear_4bit": 1}, {"lora_linear_backward_4bit": 1}, "Linear4bit", f32
+FOUR_BIT = {"lora_linear_quantized": 1}, {"lora_linear_backward_quantized": 1}, "Linear4bit", f32
 KINDS = {
     "linear": Kind(mlp),
     "conv1d": Kind(conv1d_mlp, base="Conv1D"),

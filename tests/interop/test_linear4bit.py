@@ -21,7 +21,7 @@ from lora_kernels.backends.cpu import native
 from lora_kernels.oracle import tolerance
 from lora_kernels.peft import explain, fuse, unfuse
 from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.quantization import QuantizedWeight
 from tests.support.assertions import (
     assert_bitwise_equal,
     assert_close_derived,
@@ -57,7 +57,7 @@ loaded_or_not = pytest.mark.parametrize("loaded", [False, True])
 
 
 def decoded(base: Any) -> Tensor:
-    return Weight4bit.from_bitsandbytes(base.weight).dequantize(f32)
+    return QuantizedWeight.from_bitsandbytes(base.weight).dequantize(f32)
 
 
 def rows(dtype: torch.dtype = f32) -> Tensor:
@@ -161,7 +161,7 @@ def test_a_compute_dtype_that_is_not_ours() -> None:
 def test_compute_dtype_is_obeyed_to_the_bit(x_dtype, compute) -> None:
     """Too fine or too coarse a product would pass where only errors are bounded."""
     layer, x = up(fuse(four_bit_mlp(compute_dtype=compute))), rows(x_dtype)
-    weight = Weight4bit.from_bitsandbytes(layer.base_layer.weight)
+    weight = QuantizedWeight.from_bitsandbytes(layer.base_layer.weight)
     adapter = (layer.lora_A.default.weight, layer.lora_B.default.weight, ALPHA / R)
     arguments = (x, weight, *adapter, layer.base_layer.bias)
     with lora_kernels.backend("eager"):  # kernels of some instruction sets keep more bits
@@ -343,7 +343,7 @@ def test_weight_not_quantized_yet_is_adapter_only(loaded: bool) -> None:
         assert row.state == ADAPTER and "its weight is not quantized yet" in row.reason
     fused.to("cpu")
     assert {row.state for row in explain(fused).rows} <= {KERNELS, LIBRARY}
-    assert count_ops(lambda: up(fused)(rows())) == {"lora_linear_4bit": 1}
+    assert count_ops(lambda: up(fused)(rows())) == {"lora_linear_quantized": 1}
 
 
 def test_hook_or_subclass_of_the_base_is_obeyed() -> None:
@@ -454,7 +454,7 @@ def test_merge_of_a_dora_beside_another_adapter_is_not_measured(together: bool) 
 def test_merge_into_codes_that_cannot_be_read_is_not_measured(monkeypatch) -> None:
     model = fuse(four_bit_mlp(loaded=True))
     monkeypatch.setattr("lora_kernels.peft.linear4bit.unreadable_4bit", lambda *args: "repacked")
-    monkeypatch.setattr("lora_kernels.peft.linear4bit.weight4bit", None)
+    monkeypatch.setattr("lora_kernels.peft.linear4bit.quantized_weight", None)
     merge(model)
     assert up(model).merged and up(model).merge_loss is None
 

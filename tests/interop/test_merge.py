@@ -27,7 +27,7 @@ from lora_kernels.peft.kept import Tally, add_layer
 from lora_kernels.peft.merge import ExactMerge
 from lora_kernels.peft.quantize import quantize
 from lora_kernels.peft.swap import lora_layers
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.quantization import QuantizedWeight
 from tests.support.assertions import assert_bytes
 from tests.support.peft_models import (
     activate,
@@ -1160,7 +1160,7 @@ def dense_weights(model: Any) -> dict[str, Tensor]:
     for name, layer, _ in lora_layers(model):
         weight = layer.get_base_layer().weight
         if type(weight).__name__ == "Params4bit":
-            weight = Weight4bit.from_bitsandbytes(weight).dequantize(f32)
+            weight = QuantizedWeight.from_bitsandbytes(weight).dequantize(f32)
         found[name.rpartition(".")[2]] = weight.detach().double()
     return found
 

@@ -125,7 +125,7 @@ def test_4bit_base(dtype: torch.dtype) -> None:
     want, got = (results(m, x, adapter_names=NAMES) for m in (stock, fused))
     ref = results(exact, x.double(), adapter_names=NAMES)
     assert_as_exact({k: got[k] for k in want}, {k: ref[k] for k in want}, want)
-    assert count_ops(lambda: fused(x, adapter_names=NAMES)) == {"multi_lora_linear_4bit": 2}
+    assert count_ops(lambda: fused(x, adapter_names=NAMES)) == {"multi_lora_linear_quantized": 2}
 
 
 def test_dropout_in_a_layer() -> None:

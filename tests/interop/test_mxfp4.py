@@ -22,8 +22,8 @@ from lora_kernels.layers import quantize_experts
 from lora_kernels.layers.experts import stack
 from lora_kernels.peft import check, explain, fuse
 from lora_kernels.peft.explain_rows import KERNELS
-from lora_kernels.quantization import Weight4bit
-from lora_kernels.quantization.tensor4bit import Tensor4bit
+from lora_kernels.quantization import QuantizedWeight
+from lora_kernels.quantization.tensor import QuantizedTensor
 from tests.support import gpt_oss
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import in_float64, loss_and_gradients
@@ -89,8 +89,8 @@ def test_packed_checkpoint_has_the_bits_of_the_decoded_one(
     for experts in experts_of(packed):
         for name in gpt_oss.PROJECTIONS:
             weight = experts.get_parameter(name)
-            assert type(weight) is Tensor4bit and not weight.requires_grad
-            assert weight.weight4bit.nbytes < weight.numel() * 0.54 + 2000  # and two tables
+            assert type(weight) is QuantizedTensor and not weight.requires_grad
+            assert weight.quantized.nbytes < weight.numel() * 0.54 + 2000  # and two tables
     parameters = dict(packed.named_parameters())
     for name, want in decoded.named_parameters():
         got = parameters.pop(name)
@@ -141,7 +141,7 @@ def test_packed_checkpoint_trains_as_peft_over_the_decoded_one(checkpoint: Path)
     rows = explain(packed).rows
     assert len(rows) == 12 and {row.state for row in rows} == {KERNELS}
     assert_as_exact([loss_and_gradients(start(packed, seed), IDS) for seed in seeds], refs, peft)
-    assert all(type(experts.gate_up_proj) is Tensor4bit for experts in experts_of(packed))
+    assert all(type(experts.gate_up_proj) is QuantizedTensor for experts in experts_of(packed))
 
 
 def test_packed_checkpoint_on_a_gpus_path_trains_as_peft_over_the_decoded_one(
@@ -229,7 +229,9 @@ def test_packed_model_is_not_saved_or_quantized_again(checkpoint: Path, tmp_path
     assert_bitwise_equal(other(IDS).logits, model(IDS).logits)
     weight = stack(experts_of(model)[0], "down_proj")
     quantize_experts(model)
-    assert isinstance(weight, Weight4bit) and stack(experts_of(model)[0], "down_proj") is weight
+    assert (
+        isinstance(weight, QuantizedWeight) and stack(experts_of(model)[0], "down_proj") is weight
+    )
 
 
 def test_checkpoint_without_scales_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_kernels.peft import check, explain, fuse, keep_packed, merged_weights, unfuse
 from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
 from lora_kernels.peft.packed import unswizzle
-from lora_kernels.quantization import Weight4bit, pack_parameter, quantize_4bit
+from lora_kernels.quantization import QuantizedWeight, pack_parameter, quantize_4bit
 from lora_kernels.quantization.e2m1 import swap_nibbles
-from lora_kernels.quantization.tensor4bit import Tensor4bit
+from lora_kernels.quantization.tensor import QuantizedTensor
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal
 from tests.support.peft_models import MLP, loss_and_gradients, randomize
 
@@ -82,11 +82,11 @@ def like_compressed_tensors(group_size: int, **scheme: Any) -> Callable[[MLP], D
             tensors = {"weight_packed": packed, "weight_scale": scale}
             if outer:
                 tensors["weight_global_scale"] = 1 / outer[0].view(1)
-                decoded[name] = Weight4bit.from_nvfp4(
+                decoded[name] = QuantizedWeight.from_nvfp4(
                     packed, scale, tensors["weight_global_scale"], global_op="divide"
                 ).dequantize()
             else:
-                decoded[name] = Weight4bit.from_mxfp4(packed, scale).dequantize()
+                decoded[name] = QuantizedWeight.from_mxfp4(packed, scale).dequantize()
             for key, t in tensors.items():
                 linear.register_parameter(key, nn.Parameter(t, requires_grad=False))
             weights = SimpleNamespace(
@@ -152,7 +152,7 @@ def like_torchao(group_size: int, **attributes: Any) -> Callable[[MLP], Decoded]
             given = {"qdata": qdata, "block_size": group_size, "orig_dtype": bf16}
             given |= {"act_quant_kwargs": None, "is_swizzled_scales": group_size == 16}
             if outer:
-                decoded[name] = Weight4bit.from_nvfp4(
+                decoded[name] = QuantizedWeight.from_nvfp4(
                     qdata, scale, outer[0], global_op="multiply"
                 ).dequantize()
                 given |= {
@@ -162,7 +162,7 @@ def like_torchao(group_size: int, **attributes: Any) -> Callable[[MLP], Decoded]
                 }
                 weight: Any = NVFP4Tensor(decoded[name], **given | attributes)
             else:
-                decoded[name] = Weight4bit.from_mxfp4(qdata, scale).dequantize()
+                decoded[name] = QuantizedWeight.from_mxfp4(qdata, scale).dequantize()
                 given |= {"scale": scale, "elem_dtype": "torch.float4_e2m1fn_x2"}
                 weight = MXTensor(decoded[name], **given | attributes)
             linear._parameters["weight"] = weight
@@ -267,7 +267,7 @@ def test_packed_layers_have_the_librarys_bits_and_train_as_those_decoded(
     assert keep_packed(net) is net
     for name, want in decoded.items():
         layer = getattr(net, name)
-        assert type(layer.weight) is Tensor4bit and type(layer) is nn.Linear
+        assert type(layer.weight) is QuantizedTensor and type(layer) is nn.Linear
         assert {key for key, _ in layer.named_parameters()} <= {"weight", "bias"}
         assert "forward" not in vars(layer)
         assert_bitwise_equal(layer.weight.dequantize(), want)
@@ -279,7 +279,7 @@ def test_packed_layers_have_the_librarys_bits_and_train_as_those_decoded(
     assert_as_exact([step(model, seed) for seed in seeds], refs, peft)
     with torch.no_grad(), model.disable_adapter():
         assert_bitwise_equal(model(X), unfuse(model)(X))
-    assert type(net.up.base_layer.weight) is Tensor4bit
+    assert type(net.up.base_layer.weight) is QuantizedTensor
     found = check(fuse(model), X)
     assert found.ok, str(found)
     assert all("got a frozen weight in" in row.reason for row in found.rows)
@@ -304,7 +304,7 @@ def decoder_of(quant_type: str, is_packed: bool, **options: Any) -> Any:
     model = LlamaForCausalLM(LlamaConfig(**LLAMA)).to(bf16)
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and name != "lm_head":
-            weight = Tensor4bit(quantize_4bit(linear.weight.detach(), quant_type))
+            weight = QuantizedTensor(quantize_4bit(linear.weight.detach(), quant_type))
             held = weight if is_packed else weight.dequantize()
             linear.weight = nn.Parameter(held, requires_grad=False)
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **options))
@@ -466,7 +466,7 @@ def test_layer_in_another_state_is_left_as_it_is(change: Callable[[Any], Any]) -
     like_compressed_tensors(16)(net)
     change(net.up)
     keep_packed(net)
-    assert "weight_packed" in net.up._parameters and type(net.down.weight) is Tensor4bit
+    assert "weight_packed" in net.up._parameters and type(net.down.weight) is QuantizedTensor
     assert hasattr(net, "ct_decompress_hook")
 
 
@@ -490,7 +490,7 @@ def test_nvfp4_layer_without_a_global_scale_is_read_and_keeps_nothing_else() -> 
         del layer.weight_global_scale
         zeros = torch.zeros_like(layer.weight_scale, dtype=torch.int8)
         layer.register_parameter("weight_zero_point", nn.Parameter(zeros, requires_grad=False))
-    want = Weight4bit.from_nvfp4(net.up.weight_packed, net.up.weight_scale).dequantize()
+    want = QuantizedWeight.from_nvfp4(net.up.weight_packed, net.up.weight_scale).dequantize()
     keep_packed(net)
     assert_bitwise_equal(net.up.weight.dequantize(), want)
     names = {name.split(".")[1] for name in net.state_dict()}
@@ -503,7 +503,7 @@ def test_torchaos_layers_keep_their_dtype(group_size: int, dtype: torch.dtype) -
     net = net_of()
     like_torchao(group_size, orig_dtype=dtype)(net)
     keep_packed(net)
-    assert net.up.weight.dtype is net.up.weight.weight4bit.dtype is dtype
+    assert net.up.weight.dtype is net.up.weight.quantized.dtype is dtype
 
 
 def test_scales_that_torchao_multiplies_in_bfloat16_are_rounded() -> None:
@@ -512,12 +512,12 @@ def test_scales_that_torchao_multiplies_in_bfloat16_are_rounded() -> None:
     given: Any = net.up.weight
     parts = given.qdata, given.row_scales, given.per_tensor_scale
     exact, rounded = (
-        Weight4bit.from_nvfp4(*parts, global_op="multiply", scale_dtype=dtype).scales()
+        QuantizedWeight.from_nvfp4(*parts, global_op="multiply", scale_dtype=dtype).scales()
         for dtype in (torch.float32, bf16)
     )
     keep_packed(net)
     assert not torch.equal(exact, rounded)
-    assert_bitwise_equal(net.up.weight.weight4bit.scales(), rounded)
+    assert_bitwise_equal(net.up.weight.quantized.scales(), rounded)
 
 
 def test_layer_that_rounds_x_is_called_and_named() -> None:

@@ -207,7 +207,7 @@ def test_alora_over_a_4bit_base_equals_peft() -> None:
     x = torch.randn(3, 4, 64)
     # PEFT multiplies by a decoded weight, we decode in the kernel: two orders of the same sums.
     assert_close_derived(results(fused, x), results(stock, x), layers=4)
-    assert count_ops(lambda: fused(x)) == {"multi_lora_linear_4bit": 2}
+    assert count_ops(lambda: fused(x)) == {"multi_lora_linear_quantized": 2}
 
 
 @pytest.mark.parametrize(

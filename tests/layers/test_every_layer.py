@@ -539,9 +539,9 @@ def frozen_4bit() -> Any:
             lambda: nn.Linear(12, 10),
             {"dropout": 0.25, "compute_dtype": bf16, "blocksize": 32, "quant_type": "fp4"},
         ),
-        (QLoRALinear.from_weight4bit, frozen_4bit, {"dropout": 0.25, "compute_dtype": bf16}),
+        (QLoRALinear.from_quantized, frozen_4bit, {"dropout": 0.25, "compute_dtype": bf16}),
     ],
-    ids=["linear", "conv1d", "embedding", "linears", "quantized", "weight4bit"],
+    ids=["linear", "conv1d", "embedding", "linears", "quantized", "from_quantized"],
 )
 def test_layer_over_a_base_has_every_argument(build, base, own, training) -> None:
     made = base()

@@ -26,8 +26,8 @@ from lora_kernels.layers.experts import (
     stack,
     unsupported_reason,
 )
-from lora_kernels.quantization import Weight4bit, quantize_4bit
-from lora_kernels.quantization.tensor4bit import Tensor4bit
+from lora_kernels.quantization import QuantizedWeight, quantize_4bit
+from lora_kernels.quantization.tensor import QuantizedTensor
 from tests.support.assertions import assert_as_exact, assert_close_derived
 
 T, E, H, INNER, R, K = 9, 4, 24, 20, 3, 2
@@ -223,7 +223,7 @@ def test_qlora_experts_have_every_argument() -> None:
     )
     assert (layer.r, layer.alpha, layer.scaling, layer.dropout) == (3, 5.0, 5 / 3, 0.25)
     weight = stack(layer.experts, "down_proj")
-    assert isinstance(weight, Weight4bit)
+    assert isinstance(weight, QuantizedWeight)
     assert (weight.quant_type, weight.blocksize, weight.nested) == ("fp4", 128, False)
     quantize_experts(layer)  # which are quantized already
     assert stack(layer.experts, "down_proj") is weight
@@ -249,7 +249,7 @@ def test_adaptable_experts_are_quantized_again_after_an_error() -> None:
         assert experts.down_proj.dtype is torch.bfloat16
         raise KeyError
     assert type(experts) is cls and list(experts.state_dict()) == names
-    assert isinstance(stack(experts, "down_proj"), Weight4bit)
+    assert isinstance(stack(experts, "down_proj"), QuantizedWeight)
 
 
 def test_lora_experts_drops_in_training_alone() -> None:
@@ -292,7 +292,7 @@ def test_quantize_experts_has_the_bits_of_quantize_4bit(
     quantize_experts(experts, quant_type, 64, double_quant)
     for name, weight in want.items():
         got = stack(experts, name)
-        assert isinstance(got, Weight4bit) and got.shape == weight.shape
+        assert isinstance(got, QuantizedWeight) and got.shape == weight.shape
         for field in ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset"):
             a, b = getattr(got, field), getattr(weight, field)
             assert (a is None) == (b is None)
@@ -323,7 +323,7 @@ def test_qlora_experts_are_lora_experts_over_the_decoded_base() -> None:
     with torch.no_grad():
         for name in layer.lora_A:
             weight = stack(layer.experts, name)
-            assert isinstance(weight, Weight4bit)
+            assert isinstance(weight, QuantizedWeight)
             getattr(base, name).copy_(weight.dequantize())
             dense.lora_A[name].copy_(layer.lora_A[name])
             dense.lora_B[name].copy_(layer.lora_B[name].normal_(std=0.3))
@@ -427,7 +427,7 @@ def test_experts_in_tensor4bit_are_those_decoded(
     for name in packed.lora_A:
         weight = packed.experts.get_parameter(name).detach()
         weight = (weight.mT if is_packed_transposed else weight).contiguous()
-        held = Tensor4bit(quantize_4bit(weight, quant_type), is_packed_transposed)
+        held = QuantizedTensor(quantize_4bit(weight, quant_type), is_packed_transposed)
         packed.experts._parameters[name] = nn.Parameter(held, requires_grad=False)
         dense = nn.Parameter(held.dequantize(), requires_grad=False)
         decoded.experts._parameters[name] = dense

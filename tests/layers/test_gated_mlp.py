@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels.backends import decode4bit
+from lora_kernels.backends import decoder
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import counter
@@ -60,11 +60,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(blocks, "gated_mlp", record_forward)
     monkeypatch.setattr(eager_mlp, "gated_backward", record_backward)
-    before = dict(decode4bit.bitsandbytes_reasons)
+    before = dict(decoder.bitsandbytes_reasons)
     with as_on_gpu(), lora_kernels.backend("eager"):
         yield found
-    decode4bit.bitsandbytes_reasons.clear()
-    decode4bit.bitsandbytes_reasons.update(before)
+    decoder.bitsandbytes_reasons.clear()
+    decoder.bitsandbytes_reasons.update(before)
 
 
 def build(
@@ -88,7 +88,7 @@ def build(
 
 def apply_plain(layer: Any, x: Tensor) -> Tensor:
     weight = (
-        layer.weight if layer.weight.is_floating_point() else layer.weight4bit.dequantize(x.dtype)
+        layer.weight if layer.weight.is_floating_point() else layer.quantized.dequantize(x.dtype)
     )
     update = layer.scaling * (x @ layer.lora_A.to(x.dtype).T) @ layer.lora_B.to(x.dtype).T
     return F.linear(x, weight, layer.bias) + update

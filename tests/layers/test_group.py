@@ -112,7 +112,7 @@ def results_apart(group: Any, x: Tensor, dys: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_one_op_and_x_is_read_once(cls: Any) -> None:
     group, (x, dys) = make(cls), draw(6, f32)
-    op = "lora_linear_4bit" if cls is QLoRAGroup else "lora_linear"
+    op = "lora_linear_quantized" if cls is QLoRAGroup else "lora_linear"
     backward = op.replace("linear", "linear_backward")
     assert count_ops(lambda: group(x)) == {op: 1}
     assert count_ops(lambda: results(group, x, dys)) == {op: 1, backward: 1}

@@ -52,7 +52,7 @@ def batch(K=70, dtype=f32, M=17):
 def stored(layer):
     """Copies of the bytes that stand for the weight."""
     names = [name for name in BYTES + NESTED if getattr(layer, name) is not None]
-    assert names[3:] == NESTED * layer.weight4bit.nested or names[3:] == ["weight_nested_code"]
+    assert names[3:] == NESTED * layer.quantized.nested or names[3:] == ["weight_nested_code"]
     return {name: layer.get_parameter(name).detach().clone() for name in names}
 
 
@@ -62,7 +62,7 @@ def assert_stored(layer, want):
         param = layer.get_parameter(name)
         assert param.dtype is torch.uint8 and param.dim() == 1 and not param.requires_grad
         assert torch.equal(param, t), name
-    held = layer.weight4bit
+    held = layer.quantized
     assert held.packed.data_ptr() == layer.weight.data_ptr()
     assert_bitwise_equal(held.code.view(torch.uint8), layer.weight_code)
     if held.offset is not None:
@@ -95,7 +95,7 @@ def assert_stored(layer, want):
 )
 def test_layer_of_every_format_and_dtype_is_lora_linear_of_its_parts(size, options, bias):
     layer = make_layer(*size, bias=bias, **options)
-    weight, dtype = layer.weight4bit, options.get("dtype", f32)
+    weight, dtype = layer.quantized, options.get("dtype", f32)
     found = {"quant_type": weight.quant_type, "double_quant": weight.nested}
     found |= {"blocksize": weight.blocksize, "dtype": weight.dtype}
     found["lora_dtype"] = layer.lora_B.dtype if layer.lora_A.dtype is layer.lora_B.dtype else None
@@ -112,7 +112,7 @@ def test_layer_of_every_format_and_dtype_is_lora_linear_of_its_parts(size, optio
 @pytest.mark.parametrize("x_dtype", [f32, bf16])
 def test_compute_dtype_is_obeyed_to_the_bit(x_dtype, compute_dtype):
     layer, x = make_layer(compute_dtype=compute_dtype), batch(dtype=x_dtype)
-    plain = x, layer.weight4bit, layer.lora_A, layer.lora_B, layer.scaling
+    plain = x, layer.quantized, layer.lora_A, layer.lora_B, layer.scaling
     with lora_kernels.backend("eager"):  # kernels of some instruction sets keep more bits
         y = layer(x)
         assert y.dtype is x_dtype
@@ -140,7 +140,7 @@ def test_disabled_layer_is_its_base_in_any_dtype(x_dtype):
     layer, x = make_layer(bias=True, dropout=0.5), batch(dtype=x_dtype)
     layer.enabled = False
     y = layer(x)
-    want = F.linear(x, layer.weight4bit.dequantize(x_dtype), layer.bias.to(x_dtype))
+    want = F.linear(x, layer.quantized.dequantize(x_dtype), layer.bias.to(x_dtype))
     assert_bitwise_equal(y, want)
     layer.merge()
     assert_bitwise_equal(layer(x), want)
@@ -162,20 +162,20 @@ def test_parameters_are_bytes_and_adapter(double_quant):
     assert uint8 == BYTES + NESTED * double_quant
     assert list(layer.state_dict()) == [n for n, _ in layer.named_parameters()]
     assert layer.weight.numel() == 33 * 70 // 2
-    assert sum(t.numel() for t in stored(layer).values()) == layer.weight4bit.nbytes
-    assert layer.weight4bit is layer.weight4bit
+    assert sum(t.numel() for t in stored(layer).values()) == layer.quantized.nbytes
+    assert layer.quantized is layer.quantized
 
 
 @pytest.mark.parametrize("dtype", [bf16, f16, f64, None])
 def test_to_dtype_leaves_the_bits_alone(dtype):
     layer = make_layer(bias=True)
-    want, decoded = stored(layer), layer.weight4bit.dequantize(f32)
+    want, decoded = stored(layer), layer.quantized.dequantize(f32)
     moved = layer.half() if dtype is f16 else layer.to(dtype) if dtype else layer.bfloat16()
     assert moved is layer
     assert_stored(layer, want)
     assert layer.lora_A.dtype is layer.bias.dtype is (dtype or bf16)
-    assert_bitwise_equal(layer.weight4bit.dequantize(f32), decoded)
-    assert layer.weight4bit.dtype is f32
+    assert_bitwise_equal(layer.quantized.dequantize(f32), decoded)
+    assert layer.quantized.dtype is f32
     if dtype is f64:
         with pytest.raises(TypeError, match="float64"):
             layer(batch(dtype=dtype))
@@ -240,21 +240,21 @@ def test_states_of_another_format_are_refused():
 
 def test_weight4bit_follows_the_parameters():
     layer, other, x = make_layer(), make_layer(seed=7), batch()
-    want = other.weight4bit.dequantize()
-    assert not torch.equal(layer.weight4bit.dequantize(), want)
+    want = other.quantized.dequantize()
+    assert not torch.equal(layer.quantized.dequantize(), want)
     layer.load_state_dict(other.state_dict())  # in place
-    assert_bitwise_equal(layer.weight4bit.dequantize(), want)
+    assert_bitwise_equal(layer.quantized.dequantize(), want)
     third = make_layer(seed=8)
     for name in BYTES + NESTED:  # replaced
         setattr(layer, name, nn.Parameter(getattr(third, name).detach().clone(), False))
-    assert_bitwise_equal(layer.weight4bit.dequantize(), third.weight4bit.dequantize())
+    assert_bitwise_equal(layer.quantized.dequantize(), third.quantized.dequantize())
     for name in BYTES + NESTED:  # moved
         getattr(layer, name).data = getattr(other, name).data.clone()
-    assert_bitwise_equal(layer.weight4bit.dequantize(), want)
+    assert_bitwise_equal(layer.quantized.dequantize(), want)
     layer.share_memory()
-    assert layer.weight4bit.packed.is_shared() and torch.equal(layer.weight4bit.dequantize(), want)
+    assert layer.quantized.packed.is_shared() and torch.equal(layer.quantized.dequantize(), want)
     layer.to("meta")
-    assert layer.weight4bit.device.type == "meta"
+    assert layer.quantized.device.type == "meta"
     layer.to_empty(device="cpu").load_state_dict(third.state_dict())
     assert_bitwise_equal(layer(x), third(x))
 
@@ -268,8 +268,8 @@ def test_layer_starts_as_its_base():
     torch.manual_seed(0)
     layer, x = QLoRALinear(70, 33, r=R, bias=True), batch()
     want = quantize_4bit(linear.weight)
-    assert_bitwise_equal(layer.weight4bit.packed, want.packed)
-    assert_bitwise_equal(layer.weight4bit.scales(), want.scales())
+    assert_bitwise_equal(layer.quantized.packed, want.packed)
+    assert_bitwise_equal(layer.quantized.scales(), want.scales())
     assert torch.equal(layer.bias, linear.bias) and torch.count_nonzero(layer.lora_B) == 0
     assert_close_derived(layer(x), F.linear(x, want.dequantize(), linear.bias))
 
@@ -282,7 +282,7 @@ def test_from_linear_quantizes_and_leaves_the_linear():
     assert layer.bias is linear.bias and not linear.weight.requires_grad
     assert linear.weight.dtype is bf16 and not layer.training and layer.compute_dtype is f32
     want = quantize_4bit(linear.weight, "fp4", 32, False)
-    assert torch.equal(layer.weight, want.packed) and repr(layer.weight4bit) == repr(want)
+    assert torch.equal(layer.weight, want.packed) and repr(layer.quantized) == repr(want)
     assert layer.lora_A.dtype is f32 and layer.scaling == ALPHA / R
     with pytest.raises(TypeError, match="linear: got LoRALinear, want exactly"):
         QLoRALinear.from_linear(LoRALinear(12, 10))
@@ -292,8 +292,8 @@ def test_from_weight4bit_shares_memory():
     for double_quant in (False, True):
         weight = quantize_4bit(torch.randn(33, 70), double_quant=double_quant)
         bias = torch.randn(33)
-        layer = QLoRALinear.from_weight4bit(weight, R, ALPHA, bias=bias, compute_dtype=bf16)
-        held = layer.weight4bit
+        layer = QLoRALinear.from_quantized(weight, R, ALPHA, bias=bias, compute_dtype=bf16)
+        held = layer.quantized
         for field in ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset"):
             want, got = getattr(weight, field), getattr(held, field)
             assert (want is None) is (got is None)
@@ -340,7 +340,7 @@ def test_merged_layer_is_a_linear_or_4_bits_again(quant_type, double_quant):
     x = batch(64)
     y, want = layer(x), stored(layer)
     B, A = layer.lora_B.detach().double(), layer.lora_A.detach().double()
-    exact = layer.weight4bit.dequantize(f64) + layer.scaling * B @ A
+    exact = layer.quantized.dequantize(f64) + layer.scaling * B @ A
 
     linear, change = layer.merged_layer()
     assert type(linear) is nn.Linear and not linear.training
@@ -356,8 +356,8 @@ def test_merged_layer_is_a_linear_or_4_bits_again(quant_type, double_quant):
     layer.scaling = 0.7  # as rsLoRA's, not alpha / r
     assert layer.merged_layer(requantize=True).layer.scaling == 0.7
     layer.scaling = again.scaling
-    assert again.weight4bit.nested is double_quant and not torch.count_nonzero(again.lora_B)
-    held = again.weight4bit.dequantize(f64)
+    assert again.quantized.nested is double_quant and not torch.count_nonzero(again.lora_B)
+    held = again.quantized.dequantize(f64)
     assert math.isclose(change, (held - exact).norm() / exact.norm(), rel_tol=1e-4)
     # A step of 4 bits is up to a third of the largest of a block; the rms is a tenth of the rms.
     assert 0.02 < change < 0.3
@@ -375,9 +375,9 @@ def test_merged_change_is_of_the_sum_in_float32(requantize):
     """Neither W̃, nor the sum, nor the weights of the new layer are rounded before."""
     layer = make_layer(dtype=bf16)
     update = layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
-    want = layer.weight4bit.dequantize(f32).double() + update
+    want = layer.quantized.dequantize(f32).double() + update
     made, change = layer.merged_layer(requantize)
-    held = made.weight4bit.dequantize(f32) if requantize else made.weight
+    held = made.quantized.dequantize(f32) if requantize else made.weight
     assert math.isclose(change, (held.double() - want).norm() / want.norm(), rel_tol=1e-5)
 
 
@@ -435,7 +435,7 @@ def test_layer_on_meta_has_the_shapes_of_one_that_is_not(double_quant, size):
     want, got = ({n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (layer, meta))
     assert got == want
     meta.to_empty(device="cpu").reset_parameters()
-    assert meta.weight4bit.dtype is bf16 and repr(meta.weight4bit) == repr(layer.weight4bit)
+    assert meta.quantized.dtype is bf16 and repr(meta.quantized) == repr(layer.quantized)
 
 
 def test_reset_parameters_starts_anew():
@@ -470,4 +470,4 @@ def test_bytes_that_are_not_aligned_are_loaded_into_a_merged_layer_too(merged: b
             t = memory[1:].view(t.shape)
         state[name] = t
     layer.load_state_dict(state, assign=True)
-    assert torch.equal(layer.weight4bit.dequantize(), source.weight4bit.dequantize())
+    assert torch.equal(layer.quantized.dequantize(), source.quantized.dequantize())

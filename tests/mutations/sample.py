@@ -95,8 +95,8 @@ TESTS = {
     "layers/experts.py": "tests/layers/test_experts.py tests/interop/test_experts.py",
     "backends/cpu/experts.py": "tests/ops/test_lora_experts.py",
     **dict.fromkeys(
-        ("backends/eager/experts.py", "backends/eager/stack4bit.py"),
-        "tests/ops/test_lora_experts.py tests/ops/test_stack4bit.py",
+        ("backends/eager/experts.py", "backends/eager/quantized_stack.py"),
+        "tests/ops/test_lora_experts.py tests/ops/test_quantized_stack.py",
     ),
     "peft/swap.py": f"{PEFT} tests/interop/test_lifecycle.py tests/interop/test_frozen.py",
     "peft/adalora.py": "tests/interop/test_equivalence.py tests/interop/test_layer_kinds.py",

@@ -25,7 +25,7 @@ def arguments() -> dict[str, Any]:
     ("change", "words"),
     [
         ({"x": [1.0]}, "x: got list, want a tensor"),
-        ({"weight": "w"}, "weight: got str, want a tensor or a Weight4bit"),
+        ({"weight": "w"}, "weight: got str, want a tensor or a QuantizedWeight"),
         ({"lora_A": None}, "lora_A: got NoneType, want a tensor"),
         ({"lora_B": 1.0}, "lora_B: got float, want a tensor"),
         ({"bias": 0.0}, "bias: got float, want a tensor"),
@@ -188,7 +188,7 @@ FORWARD: tuple[Any, ...] = (EMPTY, EMPTY, False, 0, 0, 0, 0)
         ({}, {3: -1}, OverflowError, "p: .*negative"),
         ({3: 2**63}, {}, OverflowError, "K: .*too (big|large)"),
         ({14: 2**40}, {}, OverflowError, "threads: 1099511627776 does not fit"),
-        ({1: "codes"}, {}, TypeError, "codes: got .*str.*, want .*Codes4bit"),
+        ({1: "codes"}, {}, TypeError, "codes: got .*str.*, want .*Codes"),
         ({8: "2"}, {}, TypeError, "scaling: must be real number"),
         ({6: (0, 0)}, {}, TypeError, "lora_A: got 2 values, want more: no row"),
         ({6: (0, 0, 0, 1, 0)}, {}, TypeError, "lora_A: got 5 values, want 4"),

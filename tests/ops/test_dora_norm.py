@@ -100,7 +100,8 @@ def test_dora_norm_compiles_and_passes_opcheck(quant: str) -> None:
     A, B, gate = (args[n].detach() for n in ("lora_A", "lora_B", "rank_gate"))
     if quant:
         torch.library.opcheck(
-            torch.ops.lora_kernels.dora_norm_4bit.default, (*args["weight"].codes, A, B, 1.5, gate)
+            torch.ops.lora_kernels.dora_norm_quantized.default,
+            (*args["weight"].codes, A, B, 1.5, gate),
         )
     else:
         operands = args["weight"], A, B
@@ -123,7 +124,7 @@ W, A, B = torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2)
     ("change", "error", "words"),
     [
         ({"weight": W.t()}, ValueError, r"weight: got shape \[3, 4\], want \[4, 3\]"),
-        ({"weight": None}, TypeError, "weight: got NoneType, want a tensor or a Weight4bit"),
+        ({"weight": None}, TypeError, "weight: got NoneType, want a tensor or a QuantizedWeight"),
         (
             {"weight": W.double()},
             TypeError,

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels import lora_linear, reference
-from lora_kernels.backends import decode4bit, library
+from lora_kernels.backends import decoder, library
 from lora_kernels.backends.eager import products
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import counter
 from lora_kernels.choice import choose as selection
-from lora_kernels.core import format4bit
+from lora_kernels.core import coding
 from lora_kernels.ops import registry
 from lora_kernels.ops.norm import dora_norm
 from lora_kernels.oracle import case as cases
@@ -43,20 +43,20 @@ def gpu_path() -> Iterator[None]:
 
 
 @pytest.fixture(params=["decoded by PyTorch", "decoded by bitsandbytes"])
-def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
+def decoded_by(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels that decode 4-bit weights on the CPU."""
-    before = dict(decode4bit.bitsandbytes_reasons)
+    before = dict(decoder.bitsandbytes_reasons)
     if request.param.endswith("bitsandbytes"):
         pytest.importorskip("bitsandbytes")
         for quant_type in ("nf4", "fp4"):
-            decode4bit.bitsandbytes_reasons.pop(("cpu", None, quant_type), None)
-            assert decode4bit.bitsandbytes_reason(CPU, quant_type) is None
+            decoder.bitsandbytes_reasons.pop(("cpu", None, quant_type), None)
+            assert decoder.bitsandbytes_reason(CPU, quant_type) is None
     else:
         for quant_type in ("nf4", "fp4"):
-            decode4bit.bitsandbytes_reasons["cpu", None, quant_type] = "the test says so"
+            decoder.bitsandbytes_reasons["cpu", None, quant_type] = "the test says so"
     yield request.param
-    decode4bit.bitsandbytes_reasons.clear()
-    decode4bit.bitsandbytes_reasons.update(before)
+    decoder.bitsandbytes_reasons.clear()
+    decoder.bitsandbytes_reasons.update(before)
 
 
 def layer_args(M: int = 12, dtype: torch.dtype = f32, **options: Any) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
     args = x, W, [A], [B], index, *[None] * 3, [1.5], 0.5, f32, f32
     torch.library.opcheck(torch.ops.lora_kernels.multi_lora_linear.default, args, test_utils=utils)
     for name in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "dora_norm"):
-        for each in (name, f"{name}_4bit"):
+        for each in (name, f"{name}_quantized"):
             op = getattr(torch.ops.lora_kernels, each).default
             draws = torch.Tag.nondeterministic_seeded in op.tags
             assert draws is name.endswith("lora_linear"), op
@@ -311,8 +311,10 @@ def test_upcast_rows_decide_between_copies_and_parts() -> None:
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 @pytest.mark.parametrize("quant", ["nf4-64-nested", "fp4-32"])
 @pytest.mark.parametrize("M", [3, 70])
-@pytest.mark.parametrize("decoder", ["decoded by bitsandbytes"], indirect=True)
-def test_4bit_against_the_reference(M: int, quant: str, dtype: torch.dtype, decoder: str) -> None:
+@pytest.mark.parametrize("decoded_by", ["decoded by bitsandbytes"], indirect=True)
+def test_4bit_against_the_reference(
+    M: int, quant: str, dtype: torch.dtype, decoded_by: str
+) -> None:
     """PyTorch's decoding is covered by the tests of every engine."""
     for options in ({}, {"gate": True, "bias": True, "dropout_p": 0.1}, {"column_scale": True}):
         for adapter in {dtype, f32}:
@@ -321,24 +323,24 @@ def test_4bit_against_the_reference(M: int, quant: str, dtype: torch.dtype, deco
                 check(with_rank(case))
 
 
-def test_4bit_compute_dtype_beside_float32_x(decoder: str) -> None:
+def test_4bit_compute_dtype_beside_float32_x(decoded_by: str) -> None:
     """x reaches a Linear4bit in float32 after `prepare_model_for_kbit_training`."""
     for M in (3, 70):
         case = Case(M, 70, 128, 5, f32, quant="nf4-64-nested", compute=bf16, bias=True)
         check(case)
 
 
-@pytest.mark.parametrize("decoder", ["decoded by bitsandbytes"], indirect=True)
+@pytest.mark.parametrize("decoded_by", ["decoded by bitsandbytes"], indirect=True)
 @pytest.mark.parametrize(
     ("M", "K", "taken"), [(3, 192, True), (3, 160, False), (0, 192, False)], ids=str
 )
 def test_gemm_4bit_takes_whole_blocks_and_at_least_a_row(
-    M: int, K: int, taken: bool, decoder: str
+    M: int, K: int, taken: bool, decoded_by: str
 ) -> None:
-    if not decode4bit.has_gemm_4bit():
+    if not decoder.has_gemm_4bit():
         pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
     weight = quantize_4bit(torch.randn(32, K), "nf4", 64)
-    y = decode4bit.gemm(weight.codes, torch.randn(M, K), 32, None)
+    y = decoder.gemm(weight.codes, torch.randn(M, K), 32, None)
     assert (y is not None) is taken
 
 
@@ -356,7 +358,7 @@ def test_gemm_4bit_gets_what_bitsandbytes_reads(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.ops, "bitsandbytes", SimpleNamespace(gemm_4bit=gemm))
     other, apart = codes._replace(offset=codes.offset.view(1)), x.t().contiguous().t()
-    assert decode4bit.bitsandbytes_gemm(other, apart, 32, bias) is None
+    assert decoder.bitsandbytes_gemm(other, apart, 32, bias) is None
     assert given["x"].is_contiguous() and torch.equal(given["x"], x)
     assert given["packed"].shape == (32 * 192 // 2, 1) and given["shape"] == (32, 192)
     assert given["absmax"] is codes.nested_absmax and given["absmax_8bit"] is codes.absmax
@@ -366,14 +368,14 @@ def test_gemm_4bit_gets_what_bitsandbytes_reads(monkeypatch: pytest.MonkeyPatch)
 
 # bitsandbytes' CPU ops are torch.compile functions, which would recompile for each shape and dtype.
 @torch.compiler.set_stance("force_eager")
-def test_decode_bits_equal_the_reference(decoder: str) -> None:
+def test_decode_bits_equal_the_reference(decoded_by: str) -> None:
     for quant, blocksize in (("nf4", 64), ("fp4", 32), ("nf4", 4096)):
         for shape in ((64, 64), (5, 13), (33, 65)):
             weight = quantize_4bit(torch.randn(shape), quant, blocksize)
             fields = weight.packed, weight.scales(), weight.code, blocksize, shape
             for dtype in (f32, bf16, f16, torch.float64):
-                want = format4bit.dequantize_4bit(*fields, dtype)
-                assert torch.equal(decode4bit.dense(weight.codes, shape, dtype), want)
+                want = coding.dequantize_4bit(*fields, dtype)
+                assert torch.equal(decoder.dense(weight.codes, shape, dtype), want)
 
 
 class _Dispatched(TorchDispatchMode):
@@ -401,7 +403,9 @@ class _NoHostReads(_Dispatched):
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 @pytest.mark.parametrize("M", [2, 70])
-def test_forward_and_backward_never_wait_for_the_device(M: int, quant: str, decoder: str) -> None:
+def test_forward_and_backward_never_wait_for_the_device(
+    M: int, quant: str, decoded_by: str
+) -> None:
     W, A, B = torch.randn(40, 300), torch.randn(4, 300), torch.randn(40, 4)
     weight: Any = quantize_4bit(W) if quant else W.to(bf16)
     with _NoHostReads():
@@ -471,7 +475,7 @@ def test_dora_layer_sees_changed_4bit_codes() -> None:
     layer, x = QDoRALinear(320, 40, r=4), torch.randn(3, 320)
     layer(x)
     layer.weight.data[:] = layer.weight.data.flip(0)
-    W = layer.weight4bit.dequantize(torch.float32)
+    W = layer.quantized.dequantize(torch.float32)
     torch.testing.assert_close(layer(x), (x @ W.t()) * (layer.magnitude / W.norm(dim=1)))
 
 
@@ -535,12 +539,12 @@ sys.modules["bitsandbytes"] = sys.modules["peft"] = None
 import torch, lora_kernels
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.layers import QLoRALinear
-from lora_kernels.backends import decode4bit
+from lora_kernels.backends import decoder
 layer = QLoRALinear.from_linear(torch.nn.Linear(64, 32), r=4, dropout=0.1)
 x = torch.randn(5, 64, requires_grad=True)
 with as_on_gpu(), lora_kernels.backend("eager"):
     layer(x).sum().backward()
-    print(x.grad.shape, decode4bit.decoded_by(x.device, "nf4", x.dtype))
+    print(x.grad.shape, decoder.decoded_by(x.device, "nf4", x.dtype))
 """
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
 from lora_kernels.ops.norm import dora_norm
-from lora_kernels.quantization.weight4bit import quantize_4bit
+from lora_kernels.quantization.weight import quantize_4bit
 
 M, K, N, R, E = 6, 64, 35, 5, 3
 

@@ -21,7 +21,7 @@ from lora_kernels.backends.cpu import native
 from lora_kernels.backends.eager import head
 from lora_kernels.bench import counter
 from lora_kernels.core import call
-from lora_kernels.core.packed4bit import Packed4bit
+from lora_kernels.core.codes import Codes
 from lora_kernels.ops import head as head_op
 from lora_kernels.ops import linear, registry
 from lora_kernels.oracle import case as cases
@@ -267,14 +267,14 @@ def test_eager_head_decodes_a_4bit_weight_once(
 ) -> None:
     """Not once for each of the five chunks. Kernels that read codes get no dense copy."""
     decoded: list[Any] = []
-    dense = head_op.decode4bit.dense
+    dense = head_op.decoder.dense
 
-    def note(weight: Packed4bit, shape: tuple[int, int], *args: Any, **kwargs: Any) -> Tensor:
+    def note(weight: Codes, shape: tuple[int, int], *args: Any, **kwargs: Any) -> Tensor:
         if not kwargs:  # of a panel
             decoded.append(shape)
         return dense(weight, shape, *args, **kwargs)
 
-    monkeypatch.setattr(head_op.decode4bit, "dense", note)
+    monkeypatch.setattr(head_op.decoder, "dense", note)
     case = replace(SMALL, K=64, quant="nf4-64", dropout_p=dropout_p)
     args = list(op_arguments(case, name))
     at = argument_names(name + "_4bit").index("dropout_p")
@@ -406,9 +406,9 @@ def test_head_that_a_forced_backend_began_is_decoded_once_in_its_backward(
     with lora_kernels.backend("eager"):
         found = HeadCase.op(**args)
     decoded: list[Any] = []
-    dense = head_op.decode4bit.dense
+    dense = head_op.decoder.dense
     monkeypatch.setattr(
-        head_op.decode4bit, "dense", lambda *given: decoded.append(given[1]) or dense(*given)
+        head_op.decoder, "dense", lambda *given: decoded.append(given[1]) or dense(*given)
     )
     torch.autograd.grad((found[0] if of == "log_probs" else found).sum(), args["x"])
     assert decoded == [(65, 64)]
@@ -420,9 +420,9 @@ def test_4bit_head_is_decoded_to_the_compute_dtype(
 ) -> None:
     args = arguments(replace(SMALL, K=64, quant="nf4-64", of=of, dtype=bf16))
     decoded: list[torch.dtype] = []
-    dense = head_op.decode4bit.dense
+    dense = head_op.decoder.dense
     monkeypatch.setattr(
-        head_op.decode4bit, "dense", lambda *given: decoded.append(given[2]) or dense(*given)
+        head_op.decoder, "dense", lambda *given: decoded.append(given[2]) or dense(*given)
     )
     with lora_kernels.backend("eager"):
         HeadCase.op(**args, compute_dtype=f32)

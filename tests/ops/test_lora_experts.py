@@ -15,7 +15,7 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels import lora_experts_linear, reference
 from lora_kernels.backends.eager import experts as eager_experts
-from lora_kernels.backends.eager import stack4bit
+from lora_kernels.backends.eager import quantized_stack
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import give_mask, judge, run
@@ -453,7 +453,10 @@ BAD = {
         changed(weight=torch.ones(4, 5)),
         r"weight: got shape \[4, 5\], want \[E, N, K\]",
     ),
-    "weight_none": (changed(weight=None), "weight: got NoneType, want a tensor or a Weight4bit"),
+    "weight_none": (
+        changed(weight=None),
+        "weight: got NoneType, want a tensor or a QuantizedWeight",
+    ),
     "weight_trains": (
         changed(weight=lambda w: w.clone().requires_grad_()),
         "weight: got requires_grad=True",
@@ -644,7 +647,7 @@ def test_lora_experts_linear_of_drawn_calls_is_within_tolerance(
     for _ in range(5):
         case = draw_experts(random, random.choice(FORMATS))
         budget = random.choice((1, 30_000, 100_000, 1 << 30))
-        monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+        monkeypatch.setattr(quantized_stack, "PIECE_BYTES", budget)
         engine = random.choice(("eager", "eager-gpu", "eager-gpu", None))
         with cases.engine(engine) if engine else nullcontext():
             verdicts = judge(case, with_views(random))
@@ -663,7 +666,7 @@ def test_lora_experts_linear_of_drawn_integers_is_exact(
         case = replace(case, values="integers", dtype=dtype, adapter_dtype=None, frozen=())
         case = replace(case, dropout_p=random.choice((0.0, 0.5)))
         blocksize = random.choice((0, 32, 64, 128) if dtype is bf16 else (0, 32))
-        monkeypatch.setattr(stack4bit, "PIECE_BYTES", random.choice((1, 30_000, 1 << 30)))
+        monkeypatch.setattr(quantized_stack, "PIECE_BYTES", random.choice((1, 30_000, 1 << 30)))
         engine = random.choice(("eager", "eager-gpu", "eager-gpu", None))
         with cases.engine(engine) if engine else nullcontext():
             check_exact(case, blocksize)

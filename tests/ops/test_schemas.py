@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_kernels.core import call
-from lora_kernels.core.packed4bit import Packed4bit
+from lora_kernels.core.codes import Codes
 
 FORWARD = (call.Operands, call.Spec)
 BACKWARD = (call.Operands, call.Spec, call.Needs)
@@ -54,7 +54,7 @@ def test_schema_arguments_are_the_fields_of_the_call_types(name: str, suffix: st
         want += [prefix + field for field in call_type._fields]
     if suffix:
         at = want.index("weight")
-        want[at : at + 1] = Packed4bit._fields
+        want[at : at + 1] = Codes._fields
     if call.HeadSpec not in types or name.endswith("_backward"):
         want.append("choice")
     assert [argument.name for argument in schema_of(name + suffix).arguments] == want

@@ -13,7 +13,7 @@ from lora_kernels.backends import triton
 from lora_kernels.choice.verdicts import Group
 from lora_kernels.core import device
 from lora_kernels.qualification import Claim, compiling, list_claims, timing
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.quantization import QuantizedWeight
 from tests.support.gpus import H100
 
 if triton.unavailable_reason() or triton.is_interpreted():
@@ -47,7 +47,7 @@ def test_small_weights_compile_the_kernels_of_the_timed_ones(
             return [torch.empty(N, K, dtype=dtype)] * 2
         tensors = torch.empty(N * K // 2, dtype=torch.uint8), torch.empty(N * K // 64)
         small = right(card, dtype, kind, 64, 64)[0]
-        assert isinstance(small, Weight4bit)
+        assert isinstance(small, QuantizedWeight)
         absmax = tensors[1].to(torch.uint8)
         nested = torch.empty(-(-N * K // 64 // 256))
         fields = {"packed": tensors[0], "absmax": absmax, "nested_absmax": nested}

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
 from lora_kernels import lora_linear
-from lora_kernels.backends import decode4bit, workspace
+from lora_kernels.backends import decoder, workspace
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.bench import counter
 from lora_kernels.bench.blocks import Cell, build_layer
@@ -35,7 +35,7 @@ GROUP = Group("cuda", "two_pass", "bfloat16", "bfloat16", "4bit")
 @pytest.fixture(autouse=True)
 def no_reasons(monkeypatch):
     """bitsandbytes was not checked on any device yet."""
-    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", reasons := {})
+    monkeypatch.setattr(decoder, "bitsandbytes_reasons", reasons := {})
     return reasons
 
 
@@ -53,7 +53,7 @@ def adapted(base):
 
 
 def call_of_op():
-    """`lora_linear` on a plain `Weight4bit`."""
+    """`lora_linear` on a plain `QuantizedWeight`."""
     weight = quantize_4bit(torch.randn(64, 128, dtype=bf16))
     A, B = torch.ones(3, 128, dtype=bf16), torch.ones(64, 3, dtype=bf16)
     return lambda x: lora_linear(x, weight, A, B)
@@ -123,9 +123,9 @@ def test_bitsandbytes_is_not_checked_while_a_call_is_recorded(
     """The unchecked decoder runs and the reason says so; the next call checks."""
     call, asked = ENTRIES[entry](), []
     no_reasons.clear()
-    compare = decode4bit.compare_bitsandbytes
+    compare = decoder.compare_bitsandbytes
     monkeypatch.setattr(
-        decode4bit, "compare_bitsandbytes", lambda *args: asked.append(args) or compare(*args)
+        decoder, "compare_bitsandbytes", lambda *args: asked.append(args) or compare(*args)
     )
     with as_on_gpu(), lora_kernels.backend("eager"):
         with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
@@ -133,10 +133,10 @@ def test_bitsandbytes_is_not_checked_while_a_call_is_recorded(
             RECORDED[recorded](patch)
             if recorded != "compile":  # which the package's functions follow too
                 call(x)
-            assert decode4bit.UNCHECKED in decode4bit.decoded_by(x.device, "nf4", bf16)
+            assert decoder.UNCHECKED in decoder.decoded_by(x.device, "nf4", bf16)
         assert not asked and not no_reasons
         call(x)
-        said = decode4bit.decoded_by(x.device, "nf4", bf16)
+        said = decoder.decoded_by(x.device, "nf4", bf16)
         assert asked == [("nf4", x.device)] and said.startswith("bitsandbytes decodes: no Triton")
         call(x)
         assert len(asked) == 1
@@ -149,7 +149,7 @@ def test_check_of_bitsandbytes_has_nothing_of_the_caller_s_in_force(x, no_reason
     assert no_reasons == {("cpu", None, "nf4"): None}
     no_reasons.clear()
     with as_on_gpu(), lora_kernels.backend("triton"):  # which cannot take the sample
-        assert decode4bit.bitsandbytes_reason(x.device) is None
+        assert decoder.bitsandbytes_reason(x.device) is None
 
 
 def test_check_of_bitsandbytes_that_raises_is_made_again(x, no_reasons, monkeypatch):
@@ -159,7 +159,7 @@ def test_check_of_bitsandbytes_that_raises_is_made_again(x, no_reasons, monkeypa
     call = call_of_op()
     with as_on_gpu(), lora_kernels.backend("eager"):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(decode4bit, "compare_bitsandbytes", compare)
+            patch.setattr(decoder, "compare_bitsandbytes", compare)
             call(x)
         assert not no_reasons
         call(x)
@@ -167,7 +167,7 @@ def test_check_of_bitsandbytes_that_raises_is_made_again(x, no_reasons, monkeypa
 
 
 def test_bitsandbytes_reason_of_a_cpu_asks_nothing(no_reasons):
-    assert decode4bit.bitsandbytes_reason(torch.device("cpu")) is not None
+    assert decoder.bitsandbytes_reason(torch.device("cpu")) is not None
     assert not no_reasons
 
 
@@ -176,10 +176,10 @@ def test_bitsandbytes_reason_of_meta_imports_nothing(no_reasons, monkeypatch):
     monkeypatch.setattr(
         sys, "modules", {k: m for k, m in sys.modules.items() if k != "bitsandbytes"}
     )
-    assert decode4bit.bitsandbytes_reason(meta) == decode4bit.UNCHECKED
+    assert decoder.bitsandbytes_reason(meta) == decoder.UNCHECKED
     assert not no_reasons
     monkeypatch.undo()
-    assert decode4bit.bitsandbytes_reason(meta) is None
+    assert decoder.bitsandbytes_reason(meta) is None
 
 
 def test_bitsandbytes_reason_is_of_one_gpu(no_reasons, monkeypatch):
@@ -192,10 +192,10 @@ def test_bitsandbytes_reason_is_of_one_gpu(no_reasons, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(decode4bit, "compare_bitsandbytes", compare)
+    monkeypatch.setattr(decoder, "compare_bitsandbytes", compare)
     for index in (1, None, 0, 1):
         device = torch.device("cuda") if index is None else torch.device("cuda", index)
-        found = decode4bit.bitsandbytes_reason(device)
+        found = decoder.bitsandbytes_reason(device)
         assert found == (None if index == 0 else "no kernel image")
     assert asked == [("nf4", torch.device("cuda", 1)), ("nf4", torch.device("cuda", 0))]
 
@@ -203,15 +203,15 @@ def test_bitsandbytes_reason_is_of_one_gpu(no_reasons, monkeypatch):
 def test_bitsandbytes_reason_is_of_one_type(no_reasons, monkeypatch):
     """A difference in FP4 leaves NF4, and the formats that bitsandbytes lacks ask nothing."""
     wrong = {"fp4": "a code of fp4 differs"}
-    monkeypatch.setattr(decode4bit, "compare_bitsandbytes", lambda kind, device: wrong.get(kind))
+    monkeypatch.setattr(decoder, "compare_bitsandbytes", lambda kind, device: wrong.get(kind))
     cpu = torch.device("cpu")
     with as_on_gpu():
-        assert decode4bit.bitsandbytes_reason(cpu, "nf4") is None
-        assert decode4bit.bitsandbytes_reason(cpu, "fp4") == "a code of fp4 differs"
+        assert decoder.bitsandbytes_reason(cpu, "nf4") is None
+        assert decoder.bitsandbytes_reason(cpu, "fp4") == "a code of fp4 differs"
         for kind in ("mxfp4", "nvfp4"):
             said = f"bitsandbytes has no {kind.upper()}"
-            assert decode4bit.bitsandbytes_reason(cpu, kind) == said
-            assert decode4bit.decoded_by(cpu, kind, bf16).startswith(
+            assert decoder.bitsandbytes_reason(cpu, kind) == said
+            assert decoder.decoded_by(cpu, kind, bf16).startswith(
                 f"PyTorch decodes in three kernels: {said}"
             )
     assert set(no_reasons) == {("cpu", None, "nf4"), ("cpu", None, "fp4")}
@@ -225,14 +225,14 @@ def test_formats_that_bitsandbytes_lacks_never_reach_its_ops(kind, no_reasons, m
         raise AssertionError("bitsandbytes was called")
 
     for name in ("bitsandbytes_dense", "bitsandbytes_gemm", "_bitsandbytes_scales"):
-        monkeypatch.setattr(decode4bit, name, fail)
+        monkeypatch.setattr(decoder, name, fail)
     weight = quantize_4bit(torch.randn(64, 128, dtype=bf16), kind)
     A, B = (torch.ones(*shape, dtype=bf16) for shape in ((3, 128), (64, 3)))
     with as_on_gpu(), lora_kernels.backend("eager"):
         for M in (1, 40):
             x = torch.randn(M, 128, dtype=bf16, requires_grad=True)
             lora_linear(x, weight, A, B).sum().backward()
-        decode4bit.with_plain_scales(weight.codes)
+        decoder.with_plain_scales(weight.codes)
     assert not no_reasons
 
 

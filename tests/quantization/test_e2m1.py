@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import decode4bit
+from lora_kernels.backends import decoder
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.quantization import Weight4bit, e2m1, quantize_4bit
+from lora_kernels.quantization import QuantizedWeight, e2m1, quantize_4bit
 from tests.support.codec import same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,13 +25,13 @@ GLOBAL_SCALES = [2688 / 3.7, 0.0123, 3e38, 1e-30, 448.0]
 
 
 @pytest.fixture(params=["native", "PyTorch", "GPU path"])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def decoded_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "GPU path":
         with as_on_gpu():
             yield request.param
         return
     if request.param == "PyTorch":
-        monkeypatch.setattr(decode4bit.native, "module", None)
+        monkeypatch.setattr(decoder.native, "module", None)
     yield request.param
 
 
@@ -64,11 +64,11 @@ def gpt_oss(experts: int = 1) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mxfp4_all_codes_and_scales_are_transformers(dtype: torch.dtype, decoder: str) -> None:
+def test_mxfp4_all_codes_and_scales_are_transformers(dtype: torch.dtype, decoded_by: str) -> None:
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     blocks, scales = gpt_oss(3)
     want = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=dtype).mT.contiguous()
-    weight = Weight4bit.from_mxfp4(blocks, scales, dtype)
+    weight = QuantizedWeight.from_mxfp4(blocks, scales, dtype)
     assert weight.shape == (3, 256, 32) and weight.blocksize == 32
     got = weight.dequantize()
     assert same_bits(got[:, :255].contiguous(), want[:, :255].contiguous())
@@ -76,8 +76,8 @@ def test_mxfp4_all_codes_and_scales_are_transformers(dtype: torch.dtype, decoder
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mxfp4_all_codes_and_scales_are_the_definition(dtype: torch.dtype, decoder: str) -> None:
-    weight = Weight4bit.from_mxfp4(*gpt_oss())
+def test_mxfp4_all_codes_and_scales_are_the_definition(dtype: torch.dtype, decoded_by: str) -> None:
+    weight = QuantizedWeight.from_mxfp4(*gpt_oss())
     powers = torch.tensor([math.ldexp(1, i - 127) for i in range(255)], dtype=torch.float64)
     want = values_of(ALL_CODES) * powers[:, None]
     assert_bits(weight.dequantize(dtype)[0, :255], want.to(torch.float32).to(dtype))
@@ -86,16 +86,16 @@ def test_mxfp4_all_codes_and_scales_are_the_definition(dtype: torch.dtype, decod
 def test_mxfp4_layouts_are_one_weight() -> None:
     """gpt-oss' and the others' shapes, and the dtypes that PyTorch has for codes and scales."""
     blocks, scales = gpt_oss(2)
-    want = Weight4bit.from_mxfp4(blocks, scales)
+    want = QuantizedWeight.from_mxfp4(blocks, scales)
     flat = blocks.flatten(-2)
     typed = flat.view(torch.float4_e2m1fn_x2), scales.view(torch.float8_e8m0fnu)
-    for got in (Weight4bit.from_mxfp4(flat, scales), Weight4bit.from_mxfp4(*typed)):
+    for got in (QuantizedWeight.from_mxfp4(flat, scales), QuantizedWeight.from_mxfp4(*typed)):
         assert got.shape == want.shape == (2, 256, 32)
         assert torch.equal(got.packed, want.packed) and torch.equal(got.absmax, want.absmax)
-    one = Weight4bit.from_mxfp4(blocks[0], scales[0])
+    one = QuantizedWeight.from_mxfp4(blocks[0], scales[0])
     assert one.shape == (256, 32) and torch.equal(one.packed, want.packed[: 256 * 16])
     strided = blocks.mT.contiguous().mT
-    assert torch.equal(Weight4bit.from_mxfp4(strided, scales).packed, want.packed)
+    assert torch.equal(QuantizedWeight.from_mxfp4(strided, scales).packed, want.packed)
 
 
 def nvfp4(experts: int = 0) -> tuple[Tensor, Tensor]:
@@ -110,11 +110,11 @@ def nvfp4(experts: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("global_scale", GLOBAL_SCALES)
 @pytest.mark.parametrize("op", ["divide", "multiply"])
 def test_nvfp4_all_codes_and_scales_are_the_definition(
-    op: str, global_scale: float, dtype: torch.dtype, decoder: str
+    op: str, global_scale: float, dtype: torch.dtype, decoded_by: str
 ) -> None:
     """float32 scales, rounded once; code · scale in float32, rounded once to `dtype`."""
     packed, scale = nvfp4()
-    weight = Weight4bit.from_nvfp4(packed, scale, torch.tensor(global_scale), global_op=op)
+    weight = QuantizedWeight.from_nvfp4(packed, scale, torch.tensor(global_scale), global_op=op)
     values = torch.tensor([e4m3_value(i) for i in range(256)])
     factor = torch.tensor(global_scale)
     scales = values / factor if op == "divide" else factor * values
@@ -124,22 +124,22 @@ def test_nvfp4_all_codes_and_scales_are_the_definition(
 
 
 @pytest.mark.parametrize("op", ["divide", "multiply"])
-def test_nvfp4_stack_has_a_table_for_each_expert(op: str, decoder: str) -> None:
+def test_nvfp4_stack_has_a_table_for_each_expert(op: str, decoded_by: str) -> None:
     packed, scale = nvfp4(len(GLOBAL_SCALES))
     factors = torch.tensor(GLOBAL_SCALES)
-    stack = Weight4bit.from_nvfp4(packed, scale, factors, global_op=op)
+    stack = QuantizedWeight.from_nvfp4(packed, scale, factors, global_op=op)
     assert stack.nested_code.shape == (5, 256)
     got = stack.dequantize(torch.float32)
     for e, factor in enumerate(factors):
-        one = Weight4bit.from_nvfp4(packed[e], scale[e], factor, global_op=op)
+        one = QuantizedWeight.from_nvfp4(packed[e], scale[e], factor, global_op=op)
         assert_bits(got[e], one.dequantize(torch.float32))
         rows = slice(e * 256 + 3, e * 256 + 99)
-        part = decode4bit.dense(stack.codes, stack.matrix_shape, torch.float32, rows=rows)
+        part = decoder.dense(stack.codes, stack.matrix_shape, torch.float32, rows=rows)
         assert_bits(part, got[e, 3:99])
-    across = decode4bit.dense(stack.codes, stack.matrix_shape, torch.float32, rows=slice(200, 700))
+    across = decoder.dense(stack.codes, stack.matrix_shape, torch.float32, rows=slice(200, 700))
     assert_bits(across, got.view(-1, 32)[200:700])
     for shape in ((5, 1), (5, 1, 1)):  # torchao's
-        same = Weight4bit.from_nvfp4(packed, scale, factors.view(shape), global_op=op)
+        same = QuantizedWeight.from_nvfp4(packed, scale, factors.view(shape), global_op=op)
         assert same_bits(same.nested_code, stack.nested_code)
 
 
@@ -150,8 +150,8 @@ def test_nvfp4_stack_with_one_global_scale_has_one_table(
 ) -> None:
     packed, scale = nvfp4(experts)
     factor = torch.tensor(0.0123)
-    one = Weight4bit.from_nvfp4(packed[0], scale[0], factor, global_op="divide").dequantize()
-    stack = Weight4bit.from_nvfp4(packed, scale, factor.view(shape), global_op="divide")
+    one = QuantizedWeight.from_nvfp4(packed[0], scale[0], factor, global_op="divide").dequantize()
+    stack = QuantizedWeight.from_nvfp4(packed, scale, factor.view(shape), global_op="divide")
     assert stack.nested_code.shape == (256,)
     for each in stack.dequantize():
         assert_bits(each, one)
@@ -159,7 +159,10 @@ def test_nvfp4_stack_with_one_global_scale_has_one_table(
 
 def test_weights_of_the_same_files_share_no_tables() -> None:
     """A state that is loaded into one weight leaves the others."""
-    for read, files in ((Weight4bit.from_mxfp4, gpt_oss()), (Weight4bit.from_nvfp4, nvfp4())):
+    for read, files in (
+        (QuantizedWeight.from_mxfp4, gpt_oss()),
+        (QuantizedWeight.from_nvfp4, nvfp4()),
+    ):
         one, other = read(*files), read(*files)
         for name in ("packed", "code", "nested_code"):
             assert getattr(one, name).data_ptr() != getattr(other, name).data_ptr()
@@ -175,7 +178,7 @@ def test_nvfp4_multiplied_scale_may_be_rounded() -> None:
     packed, scale = nvfp4()
     factor = torch.tensor(0.0123)
     options = {"global_op": "multiply", "scale_dtype": torch.bfloat16}
-    weight = Weight4bit.from_nvfp4(packed, scale, factor, **options)
+    weight = QuantizedWeight.from_nvfp4(packed, scale, factor, **options)
     # PyTorch rounds a factor without dimensions to the dtype of the tensor.
     want = factor * scale.to(torch.bfloat16)
     assert want.dtype is torch.bfloat16
@@ -184,7 +187,7 @@ def test_nvfp4_multiplied_scale_may_be_rounded() -> None:
 
 def test_nvfp4_without_a_global_scale_is_of_e4m3_alone() -> None:
     packed, scale = nvfp4()
-    assert_bits(Weight4bit.from_nvfp4(packed, scale).scales().view(256, 2), scale.float())
+    assert_bits(QuantizedWeight.from_nvfp4(packed, scale).scales().view(256, 2), scale.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -195,7 +198,7 @@ def test_nvfp4_is_torchaos(global_scale: float | None, dtype: torch.dtype) -> No
     factor = None if global_scale is None else torch.tensor(global_scale)
     theirs = module.NVFP4Tensor(packed, scale, 16, dtype, per_tensor_scale=factor)
     op = None if factor is None else "multiply"
-    ours = Weight4bit.from_nvfp4(packed, scale, factor, global_op=op, dtype=dtype)
+    ours = QuantizedWeight.from_nvfp4(packed, scale, factor, global_op=op, dtype=dtype)
     assert_bits(ours.dequantize(), theirs.dequantize(dtype))
 
 
@@ -204,7 +207,7 @@ def test_nvfp4_stack_is_torchaos() -> None:
     packed, scale = nvfp4(5)
     factors = torch.tensor(GLOBAL_SCALES).view(5, 1, 1)
     theirs = module.NVFP4Tensor(packed, scale, 16, torch.bfloat16, per_tensor_scale=factors)
-    ours = Weight4bit.from_nvfp4(packed, scale, factors, global_op="multiply")
+    ours = QuantizedWeight.from_nvfp4(packed, scale, factors, global_op="multiply")
     assert_bits(ours.dequantize(), theirs.dequantize(torch.bfloat16))
 
 
@@ -224,7 +227,7 @@ def test_nvfp4_is_compressed_tensors(global_scale: float | None) -> None:
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     theirs = base.NVFP4PackedCompressor.decompress(state, scheme)["weight"]
     op = None if factor is None else "divide"
-    ours = Weight4bit.from_nvfp4(packed, scale, factor, global_op=op)
+    ours = QuantizedWeight.from_nvfp4(packed, scale, factor, global_op=op)
     assert_bits(ours.dequantize(), theirs)
 
 
@@ -239,7 +242,7 @@ def test_mxfp4_is_compressed_tensors() -> None:
     state = {"weight_packed": blocks, "weight_scale": scales}
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     theirs = base.MXFP4PackedCompressor.decompress(state, scheme)["weight"]
-    assert_bits(Weight4bit.from_mxfp4(blocks, scales).dequantize(), theirs)
+    assert_bits(QuantizedWeight.from_mxfp4(blocks, scales).dequantize(), theirs)
 
 
 def special(columns: int) -> Tensor:
@@ -336,7 +339,7 @@ def test_quantize_stack_keeps_each_expert(quant_type: str, error: float) -> None
 
 
 @pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4"])
-def test_quantize_without_double_quant_has_float32_scales(quant_type: str, decoder: str) -> None:
+def test_quantize_without_double_quant_has_float32_scales(quant_type: str, decoded_by: str) -> None:
     values = special(64)[-65:-1].view(2, 32, 64)
     nested = quantize_4bit(values, quant_type)
     plain = quantize_4bit(values, quant_type, double_quant=False)
@@ -347,7 +350,7 @@ def test_quantize_without_double_quant_has_float32_scales(quant_type: str, decod
 
 def test_from_nvfp4_moves_to_another_device_and_back() -> None:
     packed, scale = nvfp4(2)
-    weight = Weight4bit.from_nvfp4(packed, scale, torch.tensor([1.0, 2.0]), global_op="divide")
+    weight = QuantizedWeight.from_nvfp4(packed, scale, torch.tensor([1.0, 2.0]), global_op="divide")
     assert weight.to("meta").nested_code.shape == (2, 256)
     assert "nvfp4 of bfloat16, blocksize=16, nested" in repr(weight)
 
@@ -414,7 +417,7 @@ MXFP4_ERRORS = [
 def test_from_mxfp4_of_bad_arguments_raises(change: dict, error: type, message: str) -> None:
     given = {"blocks": ALL_CODES.expand(4, 1, 16), "scales": ALL_SCALES[:4, None]}
     with pytest.raises(error, match=message):
-        Weight4bit.from_mxfp4(**given | change)
+        QuantizedWeight.from_mxfp4(**given | change)
 
 
 ONE = torch.tensor(1.0)
@@ -481,11 +484,11 @@ def test_from_nvfp4_of_bad_arguments_raises(change: dict, error: type, message: 
     if isinstance(given["scale"], Tensor) and given["scale"].dtype is torch.float32:
         given["scale"] = given["scale"].to(e4m3)
     with pytest.raises(error, match=message):
-        Weight4bit.from_nvfp4(**given)
+        QuantizedWeight.from_nvfp4(**given)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
 def test_from_nvfp4_of_one_bad_global_scale_among_others_raises(bad: float) -> None:
     packed, scale = nvfp4(3)
     with pytest.raises(ValueError, match=r"global_scale: got \[1.0, .* positive and finite"):
-        Weight4bit.from_nvfp4(packed, scale, torch.tensor([1.0, bad, 2.0]), global_op="divide")
+        QuantizedWeight.from_nvfp4(packed, scale, torch.tensor([1.0, bad, 2.0]), global_op="divide")

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from lora_kernels.finetune.demo import demo_model
 from lora_kernels.finetune.model import load_base
-from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
+from lora_kernels.quantization import QuantizedWeight, codebooks, quantize_4bit
 from lora_kernels.quantization.codebooks import BLOCKSIZES
 
 pytest.importorskip("bitsandbytes")
 import bitsandbytes
 
-from lora_kernels.core import format4bit
+from lora_kernels.core import coding
 from tests.quantization import default_backend
 from tests.support.codec import same_bits
 
@@ -23,7 +23,7 @@ SMALL = [(1, 1), (1, 2), (2, 1), (1, 31), (1, 63), (8, 8)]
 SHAPE = (37, 333)  # odd, no multiple of a block, three blocks of 4096 and a tail
 
 
-def check(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weight4bit:
+def check(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> QuantizedWeight:
     ours = quantize_4bit(weight, quant_type, blocksize, double_quant=nested)
     packed, state = default_backend.quantize(weight, quant_type, blocksize, nested)
     assert same_bits(ours.packed, packed.view(-1))
@@ -38,11 +38,11 @@ def check(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weig
     for dtype in DTYPES:
         want = default_backend.dequantize(packed, state, dtype)
         fields = (ours.packed, scales, ours.code, blocksize, ours.shape)
-        assert same_bits(format4bit.dequantize_4bit(*fields, dtype), want)
+        assert same_bits(coding.dequantize_4bit(*fields, dtype), want)
         got = ours.dequantize(dtype)
         if dtype is torch.bfloat16:
             # AVX-512's conversion takes float32's denormals for zeros.
-            denormal = format4bit.dequantize_4bit(*fields, torch.float32).abs() < 2**-126
+            denormal = coding.dequantize_4bit(*fields, torch.float32).abs() < 2**-126
             got, want = (torch.where(denormal, 0, t) for t in (got, want))
         assert same_bits(got, want)
     return ours
@@ -161,7 +161,7 @@ def test_nested_codes_on_thresholds_are_bitsandbytes():
     values = torch.stack([torch.ones_like(at), at, up, down, -at], dim=1).flatten()
     values = torch.cat([values, -values, code])
     for blocksize in (5, 256, 4096):  # 5: every block has its scale of 1
-        scaled, absmax = format4bit._scale_blocks(values, blocksize)
+        scaled, absmax = coding._scale_blocks(values, blocksize)
         codes = torch.bucketize(scaled, at).to(torch.uint8)
         want_codes, want_absmax = default_backend.quantize_blockwise(values, code, blocksize)
         assert same_bits(codes, want_codes) and same_bits(absmax, want_absmax)

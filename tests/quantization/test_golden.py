@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_kernels.quantization import Weight4bit, quantize_4bit
+from lora_kernels.quantization import QuantizedWeight, quantize_4bit
 from tests.quantization import golden
 
 
@@ -20,7 +20,7 @@ def tensors():
 @pytest.mark.parametrize("name", golden.CASES)
 def test_quantize_of_golden_weights_has_the_stored_bits(name, tensors):
     case = golden.CASES[name]
-    stored = Weight4bit.from_state_dict(tensors, prefix=name)
+    stored = QuantizedWeight.from_state_dict(tensors, prefix=name)
     made = quantize_4bit(golden.weight(case), case.quant_type, case.blocksize, case.nested)
     for weight in (stored, made):
         assert (weight.shape, weight.dtype) == (case.shape, case.dtype)
@@ -49,8 +49,8 @@ def test_golden_test_needs_no_bitsandbytes():
     """Neither does anything else but `from_bitsandbytes`."""
     program = (
         "import sys, torch; sys.modules['bitsandbytes'] = None\n"
-        "from lora_kernels.quantization import Weight4bit, quantize_4bit\n"
+        "from lora_kernels.quantization import QuantizedWeight, quantize_4bit\n"
         "state = quantize_4bit(torch.eye(4)).state_dict()\n"
-        "assert torch.equal(Weight4bit.from_state_dict(state).dequantize(), torch.eye(4))\n"
+        "assert torch.equal(QuantizedWeight.from_state_dict(state).dequantize(), torch.eye(4))\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from lora_kernels.quantization import Weight4bit, pack_parameter, quantize_4bit
-from lora_kernels.quantization.tensor4bit import Tensor4bit
+from lora_kernels.quantization import QuantizedWeight, pack_parameter, quantize_4bit
+from lora_kernels.quantization.tensor import QuantizedTensor
 from tests.support.assertions import assert_bitwise_equal
 from tests.support.processes import run_python
 
@@ -274,10 +274,10 @@ def test_accelerates_state_of_a_packed_model_is_loaded(
     accelerator.save_state(str(tmp_path), safe_serialization=safe_serialization)
     with torch.no_grad():
         for p in model.parameters():
-            if not isinstance(p, Tensor4bit):
+            if not isinstance(p, QuantizedTensor):
                 p.add_(1)
     model.base_model.model[0].base_layer.weight.copy_(
-        Tensor4bit(quantize_4bit(torch.ones(N, K), "mxfp4"))
+        QuantizedTensor(quantize_4bit(torch.ones(N, K), "mxfp4"))
     )
     accelerator.load_state(str(tmp_path))
     assert_bitwise_equal(model(x), want)
@@ -293,7 +293,7 @@ def test_state_dict_is_loaded_without_the_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("weight", torch.ones(N, K)), TypeError, "weight: got Tensor, want a Weight4bit"),
+        (("weight", torch.ones(N, K)), TypeError, "weight: got Tensor, want a QuantizedWeight"),
         (("bias", None), ValueError, r"weight: got \[64, 32\], want \[64\], the shape of bias"),
         (("w", None), ValueError, "name: got 'w', want one of the module's parameters: weight, b"),
         (("weight", None, True), ValueError, r"weight: got \[32, 64\], want \[64, 32\]"),
@@ -308,7 +308,9 @@ def test_pack_parameter_refuses_other_arguments(
         )
     linear = nn.Linear(K, N)
     name, weight, *rest = arguments
-    weight: Weight4bit | Tensor = weight if weight is not None else quantize_4bit(torch.ones(N, K))
+    weight: QuantizedWeight | Tensor = (
+        weight if weight is not None else quantize_4bit(torch.ones(N, K))
+    )
     with pytest.raises(error, match=message):
         pack_parameter(linear, name, weight, *rest)  # type: ignore[arg-type]
     assert type(linear.weight) is nn.Parameter and not linear._state_dict_hooks

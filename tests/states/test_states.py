@@ -198,7 +198,7 @@ def test_merged_layer_requantized_keeps_each_setting(name: str, training: bool) 
     assert layer.merged_layer().layer.training is training
     for field in KEPT:
         assert getattr(again, field) == getattr(layer, field), field
-    assert again.weight4bit.nested is layer.weight4bit.nested
+    assert again.quantized.nested is layer.quantized.nested
     assert again.lora_A.dtype is layer.lora_A.dtype
     assert (again.bias is None) is (layer.bias is None)
     assert again.bias is None or torch.equal(again.bias, layer.bias)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.core import format4bit
-from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
+from lora_kernels.core import coding
+from lora_kernels.quantization import QuantizedWeight, codebooks, quantize_4bit
 from lora_kernels.quantization.codebooks import BLOCKSIZES
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -60,15 +60,15 @@ def check_quantize(
 ) -> None:
     """Codes and scales of a vector, quantized on the device, are the reference's."""
     tables = codebooks.thresholds(quant_type), codebooks.order(quant_type)
-    packed, absmax = format4bit.quantize_4bit(values, *tables, blocksize)
+    packed, absmax = coding.quantize_4bit(values, *tables, blocksize)
     got = quantize_4bit(values[None].to(device), quant_type, blocksize, double_quant=False)
     assert same_bits(got.packed, packed) and same_bits(got.absmax, absmax)
 
 
-def check_decode(weight: Weight4bit, dtype: torch.dtype) -> None:
+def check_decode(weight: QuantizedWeight, dtype: torch.dtype) -> None:
     """The weight, decoded where it lies, is the reference's."""
     w = weight.to("cpu")
-    want = format4bit.dequantize_4bit(w.packed, w.scales(), w.code, w.blocksize, w.shape, dtype)
+    want = coding.dequantize_4bit(w.packed, w.scales(), w.code, w.blocksize, w.shape, dtype)
     assert same_bits(weight.dequantize(dtype), want)
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.core import format4bit
+from lora_kernels.core import coding
 from lora_kernels.core.dropout import dropout_mask
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
-from lora_kernels.quantization import Weight4bit, quantize_4bit
+from lora_kernels.quantization import QuantizedWeight, quantize_4bit
 from tests.support.assertions import assert_exact
 from tests.support.problems import UNDROPPED
 
@@ -46,7 +46,7 @@ def inputs(case: Case, blocksize: int = 0) -> dict[str, Any]:
     return args
 
 
-def quantize_integers(weight: Tensor, blocksize: int) -> Weight4bit:
+def quantize_integers(weight: Tensor, blocksize: int) -> QuantizedWeight:
     """Return a weight of -1, 0 and 1 in 4-bit blocks; neighbouring blocks have other scales."""
     flat = weight.flatten()
     flat[::blocksize] = 1  # a block of zeros would have no scale
@@ -92,7 +92,7 @@ def check_alignment(case: Case, blocksize: int = 0, refused: tuple[str, ...] = (
     args = cases.give_mask(inputs(case, blocksize))
     ref = cases.run(lora_kernels.lora_linear, args)
     given = {name: off(t) for name, t in args.items() if isinstance(t, Tensor)}
-    if isinstance(weight := args["weight"], Weight4bit):
+    if isinstance(weight := args["weight"], QuantizedWeight):
         for field in ("packed", "absmax", "code"):
             moved = dataclasses.replace(weight, **{field: off(getattr(weight, field))})
             given[f"weight {field}"] = moved  # type: ignore[assignment]
@@ -180,7 +180,7 @@ def check_reads_out_the_weight(
     B = torch.zeros(N, 3, dtype=dtype, device=device)
     is_double = weight.nested_absmax is not None
     for each in (weight, with_scales_at_a_tie(weight, dtype)) if is_double else (weight,):
-        want = format4bit.dequantize_4bit(
+        want = coding.dequantize_4bit(
             each.packed, each.scales(), each.code, int(blocksize), each.shape, dtype
         )
         for m in (slice(0, 4), slice(0, K)):
@@ -191,7 +191,7 @@ def check_reads_out_the_weight(
         assert_exact(x.grad, want, "dx")
 
 
-def with_scales_at_a_tie(weight: Weight4bit, dtype: torch.dtype) -> Weight4bit:
+def with_scales_at_a_tie(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
     """Return a nested weight whose scales show in 16 bits whether their product was rounded.
 
     Each scale is halfway between 1 and the next number of 16 bits, and rounds to 1. An FMA, which

@@ -143,7 +143,7 @@ class Kind(NamedTuple):
     def weight(self, layer: Any, dtype: torch.dtype = f32) -> Tensor:
         """Return W [N, K]; of an embedding [K, N]."""
         if self.is_quantized:
-            W: Tensor = layer.weight4bit.dequantize(layer.weight4bit.dtype).to(dtype)
+            W: Tensor = layer.quantized.dequantize(layer.quantized.dtype).to(dtype)
             return W
         W = layer.weight.detach().to(dtype)
         return W.T if self.cls is LoRAConv1D else W
@@ -316,7 +316,7 @@ def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
         layer = make(name, seed, inner=inner, dtype=dtype)
         x, dy = torch.randn(M, inner).to(dtype), torch.randn(M, N).to(dtype)
         with selection.backend("eager"):
-            W = layer.weight4bit.dequantize(f32) if name[0] == "Q" else layer.dense_weight()
+            W = layer.quantized.dequantize(f32) if name[0] == "Q" else layer.dense_weight()
         params = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         x_ = x.clone().requires_grad_()
         drawn.append([results(layer(x_), x_, params, dy)])

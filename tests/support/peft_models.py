@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
 from lora_kernels.peft import FusedLinear, fuse, unfuse
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.quantization import QuantizedWeight
 
 from .assertions import assert_bitwise_equal, assert_close_derived
 
@@ -246,7 +246,7 @@ def in_float64(model: Any) -> Any:
     for name, layer in list(exact.named_modules()):
         if type(getattr(layer, "_parameters", {}).get("weight")).__name__ == "Params4bit":
             dense = nn.Linear(layer.in_features, layer.out_features)
-            decoded = Weight4bit.from_bitsandbytes(layer.weight).dequantize(f32)
+            decoded = QuantizedWeight.from_bitsandbytes(layer.weight).dequantize(f32)
             dense.weight, dense.bias = nn.Parameter(decoded, False), layer.bias
             exact.set_submodule(name, dense)
     return exact.double()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends.cpu import native
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.quantization import QuantizedWeight
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def check_late_threads(
-    weight: Tensor | Weight4bit, M: int, strategy: str, threads: int, dropout_p: float
+    weight: Tensor | QuantizedWeight, M: int, strategy: str, threads: int, dropout_p: float
 ) -> None:
     """With more threads than cores some come late, and others take from their shares of several
     blocks. The bits of one thread, and never what was left in memory by the call before."""
@@ -133,7 +133,9 @@ class LateThread:
             thread.join()
 
 
-def check_interrupted_thread(weight: Tensor | Weight4bit, strategy: str, dropout_p: float) -> None:
+def check_interrupted_thread(
+    weight: Tensor | QuantizedWeight, strategy: str, dropout_p: float
+) -> None:
     """A thread that is amid another one's rows of the weight is interrupted, and that one ends.
     The bits of one thread, and never what was left in memory by the call before."""
     N, K = weight.shape

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels import lora_experts_linear, lora_linear
-from lora_kernels.backends import checked, decode4bit
+from lora_kernels.backends import checked, decoder
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.backends.triton import codec
-from lora_kernels.core import format4bit
+from lora_kernels.core import coding
 from lora_kernels.quantization import codebooks, quantize_4bit
 from tests.support.codec import check_decode, same_bits
 from tests.triton.device import DEVICE
@@ -23,8 +23,8 @@ every_type = pytest.mark.parametrize("quant_type", codebooks.QUANT_TYPES)
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors take the GPU path; no decoder was checked yet."""
-    monkeypatch.setattr(decode4bit, "decoder_reasons", {})
-    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", {})
+    monkeypatch.setattr(decoder, "decoder_reasons", {})
+    monkeypatch.setattr(decoder, "bitsandbytes_reasons", {})
     with as_on_gpu():
         yield
 
@@ -33,14 +33,12 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_decoder_that_passed_its_check_decodes(quant_type: str, unchecked: None) -> None:
     device = torch.device(DEVICE)
     for dtype in (torch.float32, torch.bfloat16):
-        assert decode4bit.kernel_reason(device, quant_type, dtype) is None
-        assert decode4bit.decoded_by(device, quant_type, dtype) == "our kernel decodes"
+        assert decoder.kernel_reason(device, quant_type, dtype) is None
+        assert decoder.decoded_by(device, quant_type, dtype) == "our kernel decodes"
         for shape in ((40, 96), (3, 16, 64)):
             weight = quantize_4bit(torch.randn(shape), quant_type).to(DEVICE)
             w = weight.to("cpu")
-            want = format4bit.dequantize_4bit(
-                w.packed, w.scales(), w.code, w.blocksize, shape, dtype
-            )
+            want = coding.dequantize_4bit(w.packed, w.scales(), w.code, w.blocksize, shape, dtype)
             assert same_bits(weight.dequantize(dtype), want)
 
 
@@ -63,12 +61,12 @@ def test_one_differing_code_takes_its_type_alone(
     monkeypatch.setattr(codec, "dequantize", spoiled)
     device = torch.device(DEVICE)
     want = f"Triton's decoder of {'nested ' * nested}{quant_type} in {dtype} differs from"
-    reason = decode4bit.kernel_reason(device, quant_type, dtype)
+    reason = decoder.kernel_reason(device, quant_type, dtype)
     assert reason is not None and reason.startswith(want)
-    assert decode4bit.decoded_by(device, quant_type, dtype).endswith(reason)
-    assert decode4bit.kernel_reason(device, quant_type, torch.float16) is None
+    assert decoder.decoded_by(device, quant_type, dtype).endswith(reason)
+    assert decoder.kernel_reason(device, quant_type, torch.float16) is None
     other = {"nf4": "fp4", "fp4": "nf4", "mxfp4": "nvfp4", "nvfp4": "mxfp4"}[quant_type]
-    assert decode4bit.kernel_reason(device, other, dtype) is None
+    assert decoder.kernel_reason(device, other, dtype) is None
 
 
 def test_decoder_that_raises_is_not_used(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,11 +75,11 @@ def test_decoder_that_raises_is_not_used(unchecked: None, monkeypatch: pytest.Mo
 
     weight = quantize_4bit(torch.randn(16, 64), "mxfp4").to(DEVICE)
     monkeypatch.setattr(codec, "dequantize", fail)
-    want = format4bit.dequantize_4bit(
+    want = coding.dequantize_4bit(
         weight.packed, weight.scales(), weight.code, 32, weight.shape, torch.float32
     )
     assert same_bits(weight.dequantize(torch.float32), want)
-    reason = decode4bit.kernel_reason(torch.device(DEVICE), "mxfp4", torch.float32)
+    reason = decoder.kernel_reason(torch.device(DEVICE), "mxfp4", torch.float32)
     assert reason == "Triton's kernels raised RuntimeError: no kernel image"
 
 
@@ -102,10 +100,10 @@ def test_decoder_is_one_op_for_a_mode_and_unchecked_inside_of_one(unchecked: Non
     with Names() as modes:
         first = weight.dequantize()
     assert "lora_kernels.decode_4bit.default" not in modes.seen
-    assert decode4bit.kernel_reason(torch.device(DEVICE), "nvfp4", torch.float32) is None
+    assert decoder.kernel_reason(torch.device(DEVICE), "nvfp4", torch.float32) is None
     with Names() as modes:
         second = weight.dequantize()
-        reason = decode4bit.kernel_reason(torch.device(DEVICE), "mxfp4", torch.float32)
+        reason = decoder.kernel_reason(torch.device(DEVICE), "mxfp4", torch.float32)
         assert reason == checked.UNCHECKED
     assert "lora_kernels.decode_4bit.default" in modes.seen and same_bits(first, second)
 
@@ -125,8 +123,8 @@ def test_layers_decode_once_a_direction_by_the_kernel(
     on: Any = {"dtype": torch.bfloat16, "device": DEVICE}
     linear = quantize_4bit(torch.randn(32, 64), quant_type).to(DEVICE)
     stack = quantize_4bit(torch.randn(2, 32, 64), quant_type).to(DEVICE)
-    decode4bit.decoded_by(torch.device(DEVICE), quant_type, torch.bfloat16)  # which launches too
-    decode4bit.bitsandbytes_reason(torch.device(DEVICE), quant_type)
+    decoder.decoded_by(torch.device(DEVICE), quant_type, torch.bfloat16)  # which launches too
+    decoder.bitsandbytes_reason(torch.device(DEVICE), quant_type)
     monkeypatch.setattr(codec, "dequantize", counted)
     x = torch.randn(600, 64, **on).requires_grad_()  # more rows than `gemm_4bit` takes
     with lora_kernels.backend("eager"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_kernels.backends.triton import FUSED, codec, configs, launch
 from lora_kernels.backends.triton import linear as equation
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
-from lora_kernels.core.packed4bit import Packed4bit
+from lora_kernels.core.codes import Codes
 
 f32 = torch.float32
 FAR = 1 << 30  # elements between rows: the third row lies beyond 2³¹
@@ -75,10 +75,10 @@ def test_lora_linear_backward_addresses_each_operand_widely(
     assert launches["outer_kernel"] is (name == "x")  # of dA, the last one
 
 
-def codes(elements: int) -> Packed4bit:
+def codes(elements: int) -> Codes:
     packed = torch.empty(elements // 2, dtype=torch.uint8, device="meta")
     tables = near(elements // 64), near(16), None, None, None
-    return Packed4bit(packed, *tables, 64, 1, "nf4")
+    return Codes(packed, *tables, 64, 1, "nf4")
 
 
 @pytest.mark.parametrize("columns", [(1 << 31) // 64 - 1, (1 << 31) // 64])

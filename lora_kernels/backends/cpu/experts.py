@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpec, Saved
+from ...core.codes import Codes
 from ...core.dtypes import DTYPE_NUMBERS, to_dtype
-from ...core.packed4bit import Packed4bit
-from .. import decode4bit
+from .. import decoder
 from ..experts import expert_offsets, largest_rank, runs, weight_of
 from . import heuristics as cpu_heuristics
 from . import native
@@ -47,12 +47,12 @@ class _Stack(NamedTuple):
 
 def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Stack:
     weight, (E, N, _), K = operands.weight, operands.lora_B[0].shape, operands.x.shape[1]
-    if isinstance(weight, Packed4bit):
+    if isinstance(weight, Codes):
         shape = (E * K, N) if spec.transposed else (E * N, K)
         is_aligned = _is_block_aligned(weight, N * K)
         can_gemv = is_aligned and not spec.transposed
         few = cpu_heuristics.few_rows(spec.dtype, True, N * K) if can_gemv else 0
-        codes = decode4bit.native_view(weight, shape)
+        codes = decoder.native_view(weight, shape)
         table = weight.nested_code
         tables = 0 if table is None or table.dim() == 1 else table.stride(0)
         return _Stack(None, None, codes, N * K, tables, few, is_aligned and strategy == FUSED)
@@ -65,7 +65,7 @@ def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> 
     return _Stack(w, matrix, None, step, 0, few, strategy == FUSED)
 
 
-def _is_block_aligned(weight: Packed4bit, elements: int) -> bool:
+def _is_block_aligned(weight: Codes, elements: int) -> bool:
     """Return True if each expert of so many elements begins a block, and one of nested scales."""
     nested = weight.nested_blocksize if weight.nested_absmax is not None else 1
     return elements % (weight.blocksize * nested) == 0

@@ -42,11 +42,11 @@ from ...core.call import (
     Saved,
     Spec,
 )
+from ...core.codes import Codes
 from ...core.dropout import dropout_scale, dropout_threshold
 from ...core.dtypes import DTYPE_NUMBERS, to_dtype
-from ...core.packed4bit import Packed4bit
 from ...core.problem import Strategy
-from .. import decode4bit
+from .. import decoder
 from ..rows import rows_of, set_leading_dims_
 from . import native
 
@@ -153,11 +153,11 @@ def _panels(size: int, length: int, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def _fused_weight(
-    weight: Tensor | Packed4bit, shape: tuple[int, int], dtype: torch.dtype
+    weight: Tensor | Codes, shape: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Tensor | None, object]:
     """Return the operand of the native base GEMM: a dense weight in `dtype`, or codes."""
-    if isinstance(weight, Packed4bit):
-        return None, decode4bit.native_view(weight, shape)
+    if isinstance(weight, Codes):
+        return None, decoder.native_view(weight, shape)
     return _matrix(to_dtype(weight, dtype)), None
 
 
@@ -173,7 +173,7 @@ def _library_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _library_base(
     xs: Tensor,
-    weight: Tensor | Packed4bit | None,
+    weight: Tensor | Codes | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
     y_dtype: torch.dtype,
@@ -194,7 +194,7 @@ def _library_base(
 
 
 def _panel(
-    weight: Tensor | Packed4bit,
+    weight: Tensor | Codes,
     shape: tuple[int, int],
     dtype: torch.dtype,
     rows: slice = slice(None),
@@ -203,7 +203,7 @@ def _panel(
     """Return rows or columns of W in `dtype`, dense."""
     if isinstance(weight, Tensor):
         return to_dtype(weight[rows, columns], dtype)
-    return decode4bit.dense(weight, shape, dtype, rows=rows, columns=columns)
+    return decoder.dense(weight, shape, dtype, rows=rows, columns=columns)
 
 
 @torch.no_grad()  # a direct call's graph is its own Function's
@@ -227,7 +227,7 @@ def _is_dx_fused(strategy: str, M: int) -> bool:
 
 def _library_dx(
     dz: Tensor,
-    weight: Tensor | Packed4bit | None,
+    weight: Tensor | Codes | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
     x_dtype: torch.dtype,
@@ -434,7 +434,7 @@ def _pack_adapters(
 
 
 def dora_norm(
-    weight: Tensor | Packed4bit,
+    weight: Tensor | Codes,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -445,8 +445,8 @@ def dora_norm(
     (R, K), N = lora_A.shape, lora_B.shape[0]
     lora_A, gate = _rows(lora_A), vector(rank_gate)
     norm, codes, dense = lora_A.new_empty(N, dtype=torch.float32), None, None
-    if isinstance(weight, Packed4bit):
-        codes = decode4bit.native_view(weight, (N, K))
+    if isinstance(weight, Codes):
+        codes = decoder.native_view(weight, (N, K))
     else:
         dense = _rows(weight)
     W, A, B = _pack_matrix(dense, K), _pack_matrix(lora_A, K), _pack_matrix(lora_B, R)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.packed4bit import Packed4bit
+from ...core.codes import Codes
 from ...core.problem import Layout
 from . import DECODE_ROWS, TWO_PASS
 
@@ -20,11 +20,11 @@ _RUN = 32  # 4-bit codes of a load
 _BLOCK = 64  # codes that the GEMV decodes with one scale
 
 
-def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
+def layout(weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout:
     """Return the weight's layout for a GEMM in `dtype`, to which a dense weight is cast first."""
     if weight is None:
         return Layout(unsupported_reason=NO_BASE)
-    if isinstance(weight, Packed4bit):
+    if isinstance(weight, Codes):
         aligned = weight.packed.data_ptr() % _WIDE == 0
         reason = None if aligned else "the packed bytes are not aligned to 16"
         return Layout(weight.blocksize, unsupported_reason=reason)

@@ -13,7 +13,7 @@ from ..launches import STREAM, Plan, Whole
 from . import is_emulated, module
 
 if TYPE_CHECKING:
-    from ...core.packed4bit import Packed4bit
+    from ...core.codes import Codes
 
 _WIDE = 16  # bytes of the widest load
 
@@ -54,7 +54,7 @@ def vector(t: Tensor | None) -> VectorArg | None:
     return None if t is None else (t, DTYPE_NUMBERS[t.dtype])
 
 
-def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | None:
+def codes(c: Codes | None, shape: tuple[int, int]) -> tuple[Any, ...] | None:
     """Pack a 4-bit weight. shape: the stored shape of the weight."""
     if c is None:
         return None
@@ -116,7 +116,7 @@ def _span(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
-def of_codes(c: Packed4bit | None) -> dict[str, Tensor | None]:
+def of_codes(c: Codes | None) -> dict[str, Tensor | None]:
     """Return the tensors of a 4-bit weight by name."""
     return (
         {} if c is None else {name: t for name, t in c._asdict().items() if isinstance(t, Tensor)}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
+from ...core.codes import Codes
 from ...core.dtypes import DTYPE_NUMBERS
-from ...core.packed4bit import Packed4bit
 from .. import workspace
 from ..launches import Plan, contiguous, planned, sum_products
 from . import COOPERATIVE, launch, module
@@ -112,7 +112,7 @@ class _Linear:
 
     plan: Plan
     x: Tensor
-    weight: Tensor | Packed4bit
+    weight: Tensor | Codes
     q: Tensor
     y: Tensor
     dtype: torch.dtype
@@ -135,7 +135,7 @@ class _Linear:
             self.w = self.plan.copy(self.w, self.dtype)
         if self.w is not None and self.w.stride(0) == 1 != self.w.stride(1):
             self.w, stored = self.w.t(), not stored
-        c = weight if isinstance(weight, Packed4bit) else None
+        c = weight if isinstance(weight, Codes) else None
         vectors = {"gate": self.gate, "out_scale": self.out_scale, "bias": self.bias}
         outputs = {"y": self.y, "z": self.z}
         self.touched = {"w": self.w, "q": self.q, **vectors, **outputs}

@@ -28,10 +28,10 @@ from torch import Tensor, addmm, mm
 from torch.nn.functional import linear
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
+from ...core.codes import Codes
 from ...core.dtypes import stat_dtype, to_dtype
-from ...core.packed4bit import Packed4bit
 from ...core.record import PLAIN, Record
-from .. import decode4bit
+from .. import decoder
 from . import gated_mlp, products
 from .linear import drop
 
@@ -39,8 +39,8 @@ from .linear import drop
 def dense(layer: Record, dtype: torch.dtype) -> Tensor:
     """Return W of a layer; a 4-bit weight is decoded to `dtype`."""
     weight = layer.weight
-    if type(weight) is Packed4bit:
-        return decode4bit.dense(weight, (layer.lora_B.shape[0], layer.lora_A.shape[1]), dtype)
+    if type(weight) is Codes:
+        return decoder.dense(weight, (layer.lora_B.shape[0], layer.lora_A.shape[1]), dtype)
     return cast(Tensor, weight)
 
 
@@ -88,8 +88,8 @@ def linear_output(x: Tensor, layer: Record) -> tuple[Tensor, Tensor, Tensor | No
     """Return y [M, N], P [M, R] and the dropout mask of one plain layer, for x [M, K]."""
     weight, lora_A, lora_B, bias, _, dropout_p = layer[:PLAIN]
     base = mask = None
-    if type(weight) is Packed4bit:  # before anything else is held beside a decoded weight
-        base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
+    if type(weight) is Codes:  # before anything else is held beside a decoded weight
+        base = decoder.gemm(weight, x, lora_B.shape[0], bias)
     if dropout_p:
         dropped, mask = torch.native_dropout(x, dropout_p, True)
         p = linear(dropped, lora_A)
@@ -154,8 +154,8 @@ def linears(
 def _output(x: Tensor, p: Tensor, layer: Record) -> Tensor:
     """Return y [M, N] of a plain layer."""
     base, weight = None, layer.weight
-    if type(weight) is Packed4bit:
-        base = decode4bit.gemm(weight, x, layer.lora_B.shape[0], layer.bias)
+    if type(weight) is Codes:
+        base = decoder.gemm(weight, x, layer.lora_B.shape[0], layer.bias)
     return _add_base_and_update(x, p, layer, base)
 
 
@@ -176,8 +176,8 @@ def _general_output(x: Tensor, p: Tensor, layer: Record) -> Tensor:
     weight, lora_B, bias = layer.weight, layer.lora_B, layer.bias
     scaling, gate = layer.scaling, layer.rank_gate
     base = None
-    if isinstance(weight, Packed4bit):
-        base = decode4bit.gemm(weight, x, lora_B.shape[0], bias)
+    if isinstance(weight, Codes):
+        base = decoder.gemm(weight, x, lora_B.shape[0], bias)
     s = p if gate is None else p * gate
     if base is not None:
         return products.expand(s, lora_B, x, scaling, accumulator=base)

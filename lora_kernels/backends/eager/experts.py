@@ -3,9 +3,9 @@
 On a GPU, `torch.nn.functional.grouped_mm` runs a call. It needs 16-bit or float32 operands whose
 rows are multiples of 16 bytes. For bfloat16 on a GPU of compute capability 9 or 10 it is one kernel
 that reads the offsets on the GPU, and the host does not wait. Elsewhere PyTorch waits for the
-offsets and multiplies one expert at a time. A 4-bit weight is decoded in pieces (`stack4bit`) where
-the host need not wait, and a call with fewer rows than experts decodes those experts alone, by
-`torch.bmm` in place of `grouped_mm`, on any GPU.
+offsets and multiplies one expert at a time. A 4-bit weight is decoded in pieces (`quantized_stack`)
+where the host need not wait, and a call with fewer rows than experts decodes those experts alone,
+by `torch.bmm` in place of `grouped_mm`, on any GPU.
 Rounding points: the adapter, P and dS to the dtype of the base GEMM; each gradient from that dtype;
 y after the base GEMM and after the low-rank update. From `fold_rows` on, W + s·B·A of all experts
 takes the place of the update, and is rounded; P is computed for dB alone.
@@ -36,14 +36,14 @@ from ...core.call import (
     Saved,
     Spec,
 )
+from ...core.codes import Codes
 from ...core.dropout import dropout_mask, dropout_scale
 from ...core.dtypes import stat_dtype
-from ...core.packed4bit import Packed4bit
-from .. import decode4bit
+from .. import decoder
 from ..experts import expert_offsets, largest_rank, runs, weight_of
 from ..library import is_on_gpu_path
 from . import linear as eager
-from .stack4bit import ALIGNED, build_stack, chosen_experts, expert_of_rows, uncut_reason
+from .quantized_stack import ALIGNED, build_stack, chosen_experts, expert_of_rows, uncut_reason
 
 MOST_GROUPS = 1023  # of PyTorch's kernel
 
@@ -65,7 +65,7 @@ def loop_reason(operands: ExpertsOperands, spec: ExpertsSpec) -> str | None:
         return f"grouped_mm needs rows of {ALIGNED} bytes; rank {R}, in {K}, out {N} are no such"
     if E > MOST_GROUPS:
         return f"grouped_mm takes at most {MOST_GROUPS} experts"
-    if isinstance(weight, Packed4bit):
+    if isinstance(weight, Codes):
         return waits_reason(x.device, spec.dtype) or uncut_reason(operands, spec)
     if weight is None or _is_aligned(weight):
         return None
@@ -192,7 +192,7 @@ def _add_base(
     if weight is None:
         assert update is not None  # experts without a base have adapters
         return update()
-    if isinstance(weight, Packed4bit):
+    if isinstance(weight, Codes):
         stack = build_stack(operands, spec, chosen, backward)
 
         def decode(piece: slice) -> Tensor:
@@ -331,9 +331,9 @@ def _with_bias(s: Tensor, B: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 def _with_plain_scales(operands: ExpertsOperands) -> ExpertsOperands:
     """Decode the nested scales of a GPU's 4-bit weight once for all experts."""
     weight = operands.weight
-    if not isinstance(weight, Packed4bit) or not is_on_gpu_path(operands.x.device.type):
+    if not isinstance(weight, Codes) or not is_on_gpu_path(operands.x.device.type):
         return operands
-    return operands._replace(weight=decode4bit.with_plain_scales(weight))
+    return operands._replace(weight=decoder.with_plain_scales(weight))
 
 
 def _mask(operands: ExpertsOperands, spec: ExpertsSpec) -> Tensor | None:

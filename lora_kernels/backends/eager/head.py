@@ -47,9 +47,9 @@ from ...core.call import (
     Saved,
     Spec,
 )
+from ...core.codes import Codes
 from ...core.dropout import dropout_mask, dropout_scale
 from ...core.dtypes import stat_dtype
-from ...core.packed4bit import Packed4bit
 from ...core.problem import KERNEL_DTYPES
 from .. import checked, triton
 from ..library import is_on_gpu_path, mm_fp32
@@ -197,7 +197,7 @@ def _float16_factor(operands: HeadOperands, spec: HeadSpec, mass: float = 1.0) -
     return largest.clamp(max=_LARGEST_DZ) / scale
 
 
-def _extrema(weight: Tensor | Packed4bit) -> tuple[Tensor, Tensor]:
+def _extrema(weight: Tensor | Codes) -> tuple[Tensor, Tensor]:
     """Return bounds of the smallest and the largest element, without a copy of a dense weight."""
     if isinstance(weight, Tensor):
         return torch.aminmax(weight)

@@ -30,10 +30,10 @@ from ...core.call import (
     Saved,
     Spec,
 )
+from ...core.codes import Codes
 from ...core.dropout import dropout_mask, dropout_scale
 from ...core.dtypes import stat_dtype, to_dtype
-from ...core.packed4bit import Packed4bit
-from .. import decode4bit
+from .. import decoder
 from ..rows import rows_of
 from . import products
 
@@ -79,8 +79,8 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     base = None
     if weight is not None and not dropout_p:
         x = to_dtype(x, _operand_dtype(x, lora_A, lora_B, dtype))  # one copy for both GEMMs
-    if isinstance(weight, Packed4bit):  # before anything else is held beside the dense copy
-        base = decode4bit.gemm(weight, to_dtype(x, dtype), lora_B.shape[0], early_bias)
+    if isinstance(weight, Codes):  # before anything else is held beside the dense copy
+        base = decoder.gemm(weight, to_dtype(x, dtype), lora_B.shape[0], early_bias)
     dropped, factor, mask = drop(x, dropout_p, operands.rng, operands.mask)
     operand = to_dtype(dropped, _operand_dtype(x, lora_A, lora_B, dtype))
     del dropped
@@ -125,7 +125,7 @@ def lora_linear_backward(
     """
     if operands.column_scale is not None:
         return _dora_backward(dy, operands, saved, spec, needs)
-    if needs.x and isinstance(operands.weight, Packed4bit):
+    if needs.x and isinstance(operands.weight, Codes):
         if products.widest_dtype(dy, operands.lora_A, operands.lora_B) is dy.dtype:
             base_first = dy.shape[0] <= products.UPCAST_ROWS and not spec.dropout_p
         else:  # the base GEMM accumulates onto an update in parts alone
@@ -186,7 +186,7 @@ def _base_first_backward(
     dense copy of the weight.
     """
     x, weight, lora_A, lora_B = operands[:4]
-    dense = products.dense_weight(cast(Packed4bit, weight), lora_A, lora_B, spec.dtype)
+    dense = products.dense_weight(cast(Codes, weight), lora_A, lora_B, spec.dtype)
     base = torch.mm(to_dtype(dy, spec.dtype), dense)
     del dense
     grads, dxa, parts = _adapter_backward(dy, operands, saved.p, spec, needs, late_x is None)

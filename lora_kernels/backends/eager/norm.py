@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.codes import Codes
 from ...core.dtypes import stat_dtype, to_dtype
-from ...core.packed4bit import Packed4bit
-from .. import decode4bit
+from .. import decoder
 from ..library import is_on_gpu_path
 from . import products
 
@@ -16,7 +16,7 @@ EXPANDED_NORM = 256  # columns from which the norm is made of products on a GPU
 
 
 def dora_norm(
-    weight: Tensor | Packed4bit,
+    weight: Tensor | Codes,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -59,15 +59,15 @@ def _norm_from_products(
     return torch.add(squares, rowsum, alpha=scaling).sqrt_()
 
 
-def _norm_by_panels(weight: Tensor | Packed4bit, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def _norm_by_panels(weight: Tensor | Codes, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Compute the norm from W + s·B·A, a panel of rows at a time. A [R, K], B [N, R], gated."""
     N, K, dtype = B.shape[0], A.shape[1], A.dtype
     out = torch.empty(N, dtype=dtype, device=A.device)
     step = max(64, PANEL // (K * dtype.itemsize))
     for start in range(0, N, step):
         n = slice(start, min(N, start + step))
-        if isinstance(weight, Packed4bit):
-            w = decode4bit.dense(weight, (N, K), dtype, rows=n)
+        if isinstance(weight, Codes):
+            w = decoder.dense(weight, (N, K), dtype, rows=n)
         else:
             w = weight[n].to(dtype)
         update = torch.mm(B[n], A)

@@ -24,9 +24,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ...core.codes import Codes
 from ...core.dtypes import to_dtype
-from ...core.packed4bit import Packed4bit
-from .. import decode4bit
+from .. import decoder
 from ..library import has_out_dtype, mm_fp32
 
 # The most rows, and rows per rank, for which 16-bit activations are copied to float32 beside a
@@ -292,9 +292,9 @@ def _is_added_first(t: Tensor) -> bool:
 
 
 def dense_weight(
-    weight: Tensor | Packed4bit, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
+    weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return W [N, K]; a 4-bit weight is decoded to `dtype`."""
-    if isinstance(weight, Packed4bit):
-        return decode4bit.dense(weight, (lora_B.shape[0], lora_A.shape[1]), dtype)
+    if isinstance(weight, Codes):
+        return decoder.dense(weight, (lora_B.shape[0], lora_A.shape[1]), dtype)
     return weight

@@ -12,10 +12,10 @@ from . import configs, launch
 from .format_4bit import dequantize_kernel
 
 if TYPE_CHECKING:
-    from ...core.packed4bit import Packed4bit
+    from ...core.codes import Codes
 
 
-def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode the weight [N, K], rounded once to `dtype`."""
     (N, K), config = shape, configs.DEQUANTIZE
     tables = codes.nested_code

@@ -18,7 +18,7 @@ from . import configs, is_interpreted
 from .configs import Tiles
 
 if TYPE_CHECKING:
-    from ...core.packed4bit import Packed4bit
+    from ...core.codes import Codes
 
 _TABLES = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset")
 
@@ -42,7 +42,7 @@ def matrix_arguments(name: str, t: Tensor | None, dims: str) -> dict[str, Any]:
     return {f"{name}_ptr": t, **named}
 
 
-def codes_arguments(codes: Packed4bit | None, row: int, target: DeviceInfo) -> dict[str, Any]:
+def codes_arguments(codes: Codes | None, row: int, target: DeviceInfo) -> dict[str, Any]:
     """Return a kernel's arguments for 4-bit codes: pointers, and the format; see `load_codes`.
 
     row: elements of a row of the weight.

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
-from ...core.packed4bit import Packed4bit
+from ...core.codes import Codes
 from ..launches import Plan, contiguous, sum_products
 from . import configs, launch
 from .gemm import fused_kernel
@@ -91,7 +91,7 @@ def _linear(
     p = plan.empty(M, R)
     if not M:
         return y, p, z
-    codes = weight if isinstance(weight, Packed4bit) else None
+    codes = weight if isinstance(weight, Codes) else None
     w = weight if isinstance(weight, Tensor) else None
     if w is not None and is_forward:
         w = w.t()

@@ -100,7 +100,7 @@ def load_codes(
     """Decode [BLOCK_N, BLOCK_K] of a 4-bit weight [N, K] at [n0, k0] in float32, 0 outside.
 
     Args:
-        codes: pointers to the tensors of `Packed4bit`, or None.
+        codes: pointers to the tensors of `Codes`, or None.
         FORMAT: log2 of the block size; whether rows consist of WHOLE blocks, and of whole,
             aligned WORDS of 8 codes; whether inline PTX reads the codebook (ASM).
 

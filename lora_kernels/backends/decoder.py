@@ -19,9 +19,9 @@ from torch._C import DispatchKey, _TorchDispatchModeKey
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..core import format4bit
+from ..core import coding
+from ..core.codes import Codes
 from ..core.dtypes import DTYPE_NUMBERS
-from ..core.packed4bit import Packed4bit
 from . import checked, workspace
 from .cpu import native
 from .library import is_on_gpu_path
@@ -32,10 +32,10 @@ FUSED_ROWS = 512
 _TRACING_MODES = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 
 
-def native_view(weight: Packed4bit, shape: tuple[int, int]) -> object:
+def native_view(weight: Codes, shape: tuple[int, int]) -> object:
     """Return the native kernels' view of the weight: addresses, valid while the tensors live."""
     assert native.module is not None
-    return native.module.Codes4bit(
+    return native.module.Codes(
         weight.packed.data_ptr(), weight.code.data_ptr(), weight.absmax.data_ptr(),
         _ptr(weight.nested_code), _ptr(weight.nested_absmax), _ptr(weight.offset),
         weight.blocksize, weight.nested_blocksize, *shape,
@@ -43,7 +43,7 @@ def native_view(weight: Packed4bit, shape: tuple[int, int]) -> object:
 
 
 def dense(
-    weight: Packed4bit,
+    weight: Codes,
     shape: tuple[int, int],
     dtype: torch.dtype,
     rows: slice = slice(None),
@@ -83,8 +83,8 @@ def is_traced(t: Tensor) -> bool:
 
 
 def _cut_rows(
-    weight: Packed4bit, shape: tuple[int, int], rows: slice
-) -> tuple[Packed4bit, tuple[int, int], slice]:
+    weight: Codes, shape: tuple[int, int], rows: slice
+) -> tuple[Codes, tuple[int, int], slice]:
     """Return the weight of the rows alone, its shape, and all rows; the whole one if a block of
     codes straddles their first or last row. The codes are a view."""
     (N, K), size = shape, weight.blocksize
@@ -104,7 +104,7 @@ def _cut_rows(
     return weight._replace(packed=packed, absmax=absmax), (n1 - n0, K), slice(None)
 
 
-def with_plain_scales(weight: Packed4bit) -> Packed4bit:
+def with_plain_scales(weight: Codes) -> Codes:
     """Return the weight with the scale of each block in float32; no copy unless they are nested."""
     if weight.nested_code is None:
         return weight
@@ -112,7 +112,7 @@ def with_plain_scales(weight: Packed4bit) -> Packed4bit:
     return weight._replace(absmax=scales, nested_absmax=None, nested_code=None, offset=None)
 
 
-def _checked_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _checked_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode by the first of three decoders that passed its check on the device."""
     if kernel_reason(weight.packed.device, weight.quant_type, dtype) is None:
         if checked.is_dispatched(weight.packed):
@@ -123,7 +123,7 @@ def _checked_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtyp
     return decode(weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype)
 
 
-def bitsandbytes_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def bitsandbytes_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return the weight [N, K], decoded by bitsandbytes to float32, bfloat16 or float16."""
     packed, scales = weight.packed.view(-1, 1), _bitsandbytes_scales(weight)
     return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
@@ -131,12 +131,12 @@ def bitsandbytes_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.
     )
 
 
-def _is_bitsandbytes(weight: Packed4bit) -> bool:
+def _is_bitsandbytes(weight: Codes) -> bool:
     """Return True if the format is bitsandbytes' and its ops are used on the device."""
     return bitsandbytes_reason(weight.packed.device, weight.quant_type) is None
 
 
-def _bitsandbytes_scales(weight: Packed4bit) -> Tensor:
+def _bitsandbytes_scales(weight: Codes) -> Tensor:
     if weight.nested_absmax is None or weight.offset is None:
         return weight.absmax
     nested = weight.nested_absmax, weight.nested_code, weight.nested_blocksize
@@ -144,7 +144,7 @@ def _bitsandbytes_scales(weight: Packed4bit) -> Tensor:
     return scales.add_(weight.offset)  # type: ignore[no-any-return]
 
 
-def gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
+def gemm(weight: Codes, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
     """Return x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`.
 
     None if bitsandbytes has no such format, is not used on the device or is older than 0.50, if x
@@ -159,7 +159,7 @@ def gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Te
     return bitsandbytes_gemm(weight, x, columns, bias)
 
 
-def bitsandbytes_gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Tensor:
+def bitsandbytes_gemm(weight: Codes, x: Tensor, columns: int, bias: Tensor | None) -> Tensor:
     """Return x·W̃ᵀ + bias by bitsandbytes, which decodes inside the GEMM if x has few rows."""
     packed, shape = weight.packed.view(-1, 1), (columns, x.shape[1])
     absmax, nested = weight.absmax, {}
@@ -182,7 +182,7 @@ def decode(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the bits of `format4bit.dequantize_4bit`, in three kernels.
+    """Return the bits of `coding.dequantize_4bit`, in three kernels.
 
     They widen the bytes to int32 indices, look up the two float32 values of each byte in a table,
     and multiply the values by the scales into `dtype`.
@@ -192,7 +192,7 @@ def decode(
     tensor([[1.0000, 0.5000, 1.5000]])
     """
     if is_traced(packed):  # a graph may drop what is written into views of its result
-        return format4bit.dequantize_4bit(packed, scales, code, blocksize, shape, dtype)
+        return coding.dequantize_4bit(packed, scales, code, blocksize, shape, dtype)
     n, pairs = math.prod(shape), torch.cartesian_prod(code, code)
     values = pairs.index_select(0, packed.int()).view(-1)
     whole = n // blocksize * blocksize
@@ -214,7 +214,7 @@ def _launch_decoder(*args: Any) -> Tensor:
     from .triton import codec
 
     *fields, N, K, dtype = args
-    return codec.dequantize(Packed4bit(*fields), (N, K), dtype)
+    return codec.dequantize(Codes(*fields), (N, K), dtype)
 
 
 # The decoder as one op, for modes.
@@ -314,15 +314,15 @@ def decoded_by(device: torch.device, quant_type: str, dtype: torch.dtype) -> str
 def encode(
     weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
 ) -> tuple[Tensor, Tensor]:
-    """`format4bit.quantize_4bit`, by a native kernel where there is one."""
+    """`coding.quantize_4bit`, by a native kernel where there is one."""
     if weight.device.type != "cpu" or native.module is None or torch.compiler.is_compiling():
-        return format4bit.quantize_4bit(weight, thresholds, order, blocksize)
+        return coding.quantize_4bit(weight, thresholds, order, blocksize)
     weight, n = weight.resolve_neg().contiguous(), weight.numel()  # read by address
     packed = weight.new_empty(-(-n // 2), dtype=torch.uint8)
     absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
     native.module.quantize(
         weight.data_ptr(), DTYPE_NUMBERS[weight.dtype], n, blocksize, thresholds.data_ptr(),
-        order.data_ptr(), format4bit.SMALLEST_SCALE, packed.data_ptr(), absmax.data_ptr(),
+        order.data_ptr(), coding.SMALLEST_SCALE, packed.data_ptr(), absmax.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return packed, absmax

@@ -1,4 +1,4 @@
-"""Packed4bit: a 4-bit weight as an argument of ops and kernels."""
+"""Codes: a 4-bit weight as an argument of ops and kernels."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import format4bit
+from . import coding
 
-PACKED4BIT_TENSORS = 6  # the first fields of `Packed4bit` are tensors, the others are not
+CODES_TENSORS = 6  # the first fields of `Codes` are tensors, the others are not
 
 
-class Packed4bit(NamedTuple):
-    """The tensors and block sizes of a `Weight4bit`, unchecked.
+class Codes(NamedTuple):
+    """The tensors and block sizes of a `QuantizedWeight`, unchecked.
 
     The shape [N, K] of the weight follows from the adapter's.
 
@@ -41,6 +41,6 @@ class Packed4bit(NamedTuple):
         """Return the scale of each block in float32; no copy unless the scales are nested."""
         if self.nested_code is None:
             return self.absmax
-        return format4bit.dequantize_scales(
+        return coding.dequantize_scales(
             self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize
         )

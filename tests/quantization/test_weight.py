@@ -1,4 +1,4 @@
-"""Weight4bit as a holder: what it refuses, what it says, where it comes from and goes to."""
+"""QuantizedWeight as a holder: what it refuses, what it says, where it comes from and goes to."""
 
 import copy
 import dataclasses
@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from lora_kernels.backends import decode4bit
+from lora_kernels.backends import decoder
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.core.packed4bit import Packed4bit
-from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
-from lora_kernels.quantization.weight4bit import standard_code
+from lora_kernels.core.codes import Codes
+from lora_kernels.quantization import QuantizedWeight, codebooks, quantize_4bit
+from lora_kernels.quantization.weight import standard_code
 
 pytest.importorskip("bitsandbytes")
 import bitsandbytes
@@ -68,14 +68,14 @@ def test_state_dict_is_bitsandbytes(quant_type, nested, dtype):
     packed, state = default_backend.quantize(dense(dtype=dtype), quant_type, 64, nested)
     want = {"weight": packed}
     want |= {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
-    ours = Weight4bit.from_bitsandbytes((packed, state))
+    ours = QuantizedWeight.from_bitsandbytes((packed, state))
     got = ours.state_dict()
     assert list(got) == ["weight", *(key for key in got if key != "weight")]
     assert got.keys() == want.keys()
     for key, t in want.items():
         assert got[key].dtype is t.dtype and torch.equal(got[key], t), key
     for loaded in (want, got, load(save(got))):
-        assert_same(Weight4bit.from_state_dict(loaded), ours)
+        assert_same(QuantizedWeight.from_state_dict(loaded), ours)
 
 
 @both_types
@@ -83,14 +83,14 @@ def test_state_dict_is_bitsandbytes(quant_type, nested, dtype):
 @pytest.mark.parametrize("storage", STORAGE)
 def test_linear4bit_to_ours_and_back_is_the_same(quant_type, nested, storage):
     layer = linear4bit(quant_type, nested, storage)
-    ours = Weight4bit.from_bitsandbytes(layer.weight)
+    ours = QuantizedWeight.from_bitsandbytes(layer.weight)
     assert ours.packed.data_ptr() == layer.weight.data_ptr()  # no copy
     assert ours.absmax.data_ptr() == layer.weight.quant_state.absmax.data_ptr()
     assert type(ours.packed) is torch.Tensor and not ours.packed.requires_grad
     assert (ours.nested, ours.shape, ours.quant_type) == (nested, (N, K), quant_type)
 
     state = layer.state_dict()
-    loaded = Weight4bit.from_state_dict(state)
+    loaded = QuantizedWeight.from_state_dict(state)
     assert_same(loaded, ours)
     assert loaded.packed.data_ptr() == state["weight"].data_ptr()
 
@@ -101,7 +101,7 @@ def test_linear4bit_to_ours_and_back_is_the_same(quant_type, nested, storage):
     assert back.quant_state == layer.weight.quant_state
     x = dense((3, K)).requires_grad_()  # without gradients bitsandbytes would repack the weight
     assert torch.equal(twin(x), layer(x))
-    assert_same(Weight4bit.from_bitsandbytes(twin.weight), ours)
+    assert_same(QuantizedWeight.from_bitsandbytes(twin.weight), ours)
 
 
 def test_state_dict_copies_codebooks_alone():
@@ -119,8 +119,8 @@ def test_state_dict_copies_codebooks_alone():
 def test_from_state_dict_of_a_prefix_takes_its_keys():
     a, b = quantize_4bit(dense()), quantize_4bit(-dense(), "fp4", 32, double_quant=False)
     state = {"bias": torch.ones(N), **a.state_dict("layers.0.q.weight"), **b.state_dict("w")}
-    assert_same(Weight4bit.from_state_dict(state, "layers.0.q.weight"), a)
-    assert_same(Weight4bit.from_state_dict(state, "w"), b)
+    assert_same(QuantizedWeight.from_state_dict(state, "layers.0.q.weight"), a)
+    assert_same(QuantizedWeight.from_state_dict(state, "w"), b)
     save(state)  # which refuses tensors that share memory
 
 
@@ -129,7 +129,7 @@ def test_dequantize_is_what_bitsandbytes_decodes(quant_type):
     """Its public function, on its CPU kernel where it has one: whole blocks in a row, float32."""
     layer = linear4bit(quant_type)
     want = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    got = Weight4bit.from_bitsandbytes(layer.weight).dequantize()
+    got = QuantizedWeight.from_bitsandbytes(layer.weight).dequantize()
     torch.testing.assert_close(got, want, rtol=2**-22, atol=0)  # its scales may be fused
 
 
@@ -142,7 +142,7 @@ def test_repacked_for_cpu_is_refused():
             undo = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
             packed, state = undo(packed, state)
         with pytest.raises(ValueError, match=r"repacked.*before its first eval forward"):
-            Weight4bit.from_bitsandbytes((packed, state))
+            QuantizedWeight.from_bitsandbytes((packed, state))
 
 
 @pytest.mark.parametrize("mark", ["packing_format_for_cpu", "original_qshape"])
@@ -151,14 +151,14 @@ def test_either_mark_of_repacking_is_refused(mark):
     packed, state = default_backend.quantize(dense((64, 64)), "nf4", 64, True)
     setattr(state, mark, True)
     with pytest.raises(ValueError, match="repacked"):
-        Weight4bit.from_bitsandbytes((packed, state))
+        QuantizedWeight.from_bitsandbytes((packed, state))
 
 
 def test_from_bitsandbytes_of_other_blocks_of_scales_raises():
     packed, state = default_backend.quantize(dense((64, 64)), "nf4", 64, True)
     state.state2.blocksize = 128
     with pytest.raises(ValueError, match="nested_blocksize: got 128, want 256"):
-        Weight4bit.from_bitsandbytes((packed, state))
+        QuantizedWeight.from_bitsandbytes((packed, state))
 
 
 def test_saved_after_repacking_is_refused():
@@ -168,21 +168,21 @@ def test_saved_after_repacking_is_refused():
     packed, state = undo(packed, state)
     saved = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
     with pytest.raises(ValueError, match="nested_dtype 'bfloat16', want 'float32'"):
-        Weight4bit.from_state_dict({"weight": packed, **saved})
+        QuantizedWeight.from_state_dict({"weight": packed, **saved})
 
 
 def test_from_bitsandbytes_of_something_else_raises():
     with pytest.raises(ValueError, match="Params4bit without a quant_state"):
-        Weight4bit.from_bitsandbytes(Params4bit(dense()))
+        QuantizedWeight.from_bitsandbytes(Params4bit(dense()))
     for other in (dense(), nn.Linear(K, N), linear4bit(), (dense(), None), (dense(),), None):
         with pytest.raises(TypeError, match=r"weight: got .* want a bitsandbytes Params4bit"):
-            Weight4bit.from_bitsandbytes(other)
+            QuantizedWeight.from_bitsandbytes(other)
     packed, state = default_backend.quantize(dense((2, 2, 4, 8)), "nf4", 64, False)
     with pytest.raises(ValueError, match=r"shape: got .* want"):
-        Weight4bit.from_bitsandbytes((packed, state))
+        QuantizedWeight.from_bitsandbytes((packed, state))
     state.shape = None
     with pytest.raises(ValueError, match="shape: got None, want"):
-        Weight4bit.from_bitsandbytes((packed, state))
+        QuantizedWeight.from_bitsandbytes((packed, state))
     assert isinstance(state, QuantState)
 
 
@@ -195,7 +195,7 @@ def test_weight4bit_properties_say_what_it_holds(quant_type, nested):
     assert (weight.device, weight.nested, weight.nbytes) == (torch.device("cpu"), nested, nbytes)
     assert (weight.shape, weight.dtype, weight.blocksize) == ((N, K), torch.bfloat16, 32)
     text = f"{quant_type} of bfloat16, blocksize=32{', nested' * nested}, {nbytes:,} bytes"
-    assert repr(weight) == f"Weight4bit([48, 64], {text})"
+    assert repr(weight) == f"QuantizedWeight([48, 64], {text})"
     assert weight.scales().dtype is torch.float32 and weight.scales().shape == (blocks,)
     with pytest.raises(dataclasses.FrozenInstanceError):
         weight.blocksize = 64
@@ -239,7 +239,7 @@ def test_dequantize_compiled_whole_is_the_same(nested):
 @pytest.mark.parametrize("native_kernels", [True, False])
 def test_weight4bit_of_a_parameter_needs_no_gradient(native_kernels, monkeypatch):
     if not native_kernels:
-        monkeypatch.setattr(decode4bit.native, "module", None)
+        monkeypatch.setattr(decoder.native, "module", None)
     weight = quantize_4bit(nn.Parameter(dense()))
     assert not any(t.requires_grad for t in tensors(weight).values())
 
@@ -333,7 +333,7 @@ def test_weight4bit_of_a_one_element_offset_is_the_same():
     other = dataclasses.replace(good, offset=good.offset.view(1))
     assert torch.equal(other.dequantize(), good.dequantize())
     assert torch.equal(other.scales(), good.scales())
-    assert_same(Weight4bit.from_state_dict(other.state_dict()), good)
+    assert_same(QuantizedWeight.from_state_dict(other.state_dict()), good)
 
 
 JSON = "weight.quant_state.bitsandbytes__nf4"
@@ -348,7 +348,7 @@ def test_from_state_dict_of_a_missing_key_raises(key):
     state = quantize_4bit(dense()).state_dict()
     del state[key]
     with pytest.raises(ValueError, match=r"state: got (no|0 keys) '"):
-        Weight4bit.from_state_dict(state)
+        QuantizedWeight.from_state_dict(state)
 
 
 def test_from_state_dict_of_bad_json_raises():
@@ -356,14 +356,16 @@ def test_from_state_dict_of_bad_json_raises():
     text = bytes(state[JSON].tolist()).decode()
     for length in range(0, len(text), 7):
         with pytest.raises(ValueError, match=r"bitsandbytes__nf4: got .* want a whole JSON object"):
-            Weight4bit.from_state_dict({**state, JSON: as_json(text[:length])})
+            QuantizedWeight.from_state_dict({**state, JSON: as_json(text[:length])})
     for bad in ("[]", "3", '"nf4"'):
         with pytest.raises(ValueError, match="want a whole JSON object"):
-            Weight4bit.from_state_dict({**state, JSON: as_json(bad)})
+            QuantizedWeight.from_state_dict({**state, JSON: as_json(bad)})
     with pytest.raises(ValueError, match="want a whole JSON object"):
-        Weight4bit.from_state_dict({**state, JSON: torch.tensor([255, 254], dtype=torch.uint8)})
+        QuantizedWeight.from_state_dict(
+            {**state, JSON: torch.tensor([255, 254], dtype=torch.uint8)}
+        )
     with pytest.raises(TypeError, match=r"got torch.float32 .* want a JSON text"):
-        Weight4bit.from_state_dict({**state, JSON: state[JSON].float()})
+        QuantizedWeight.from_state_dict({**state, JSON: state[JSON].float()})
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_from_state_dict_of_a_bad_json_field_raises(old, new, error, message):
     text = bytes(state[JSON].tolist()).decode()
     assert text.count(old) == 1
     with pytest.raises(error, match=message):
-        Weight4bit.from_state_dict({**state, JSON: as_json(text.replace(old, new))})
+        QuantizedWeight.from_state_dict({**state, JSON: as_json(text.replace(old, new))})
 
 
 def test_from_state_dict_of_a_bad_tensor_raises():
@@ -411,10 +413,10 @@ def test_from_state_dict_of_a_bad_tensor_raises():
         ("weight.quant_map", torch.full((16,), float("nan")), ValueError, "quant_map: got values"),
     ]:
         with pytest.raises(error, match=message):
-            Weight4bit.from_state_dict({**state, key: bad})
+            QuantizedWeight.from_state_dict({**state, key: bad})
     both = {**state, JSON.replace("nf4", "fp4"): state[JSON]}
     with pytest.raises(ValueError, match="state: got 2 keys"):
-        Weight4bit.from_state_dict(both)
+        QuantizedWeight.from_state_dict(both)
 
 
 @flat_and_nested
@@ -453,7 +455,7 @@ def test_weight4bit_of_a_stack_is_that_of_its_flattened_rows(nested):
     assert torch.equal(got.packed, want.packed) and torch.equal(got.absmax, want.absmax)
     assert torch.equal(got.dequantize(), want.dequantize().view(3, 20, 40))
     state = got.state_dict("experts.")
-    again = Weight4bit.from_state_dict(state, "experts.")
+    again = QuantizedWeight.from_state_dict(state, "experts.")
     assert again.shape == got.shape and torch.equal(again.dequantize(), got.dequantize())
 
 
@@ -461,7 +463,7 @@ def test_from_state_dict_of_tensors_on_a_device_puts_the_offset_there():
     """The JSON text alone is on the CPU; meta stands for any other device."""
     state = quantize_4bit(dense()).state_dict()
     state = {key: t if key == JSON else t.to("meta") for key, t in state.items()}
-    weight = Weight4bit.from_state_dict(state)
+    weight = QuantizedWeight.from_state_dict(state)
     assert {t.device.type for t in tensors(weight).values()} == {"meta"}
 
 
@@ -470,9 +472,9 @@ def test_from_state_dict_of_an_integer_as_offset_is_a_number():
     text = bytes(state[JSON].tolist()).decode()
     head, tail = text.split('"nested_offset": ')
     changed = as_json(f'{head}"nested_offset": 1{tail[tail.index("}") :]}')
-    assert Weight4bit.from_state_dict({**state, JSON: changed}).offset == 1.0
+    assert QuantizedWeight.from_state_dict({**state, JSON: changed}).offset == 1.0
     with pytest.raises(TypeError, match=r"got torch.uint8 \[1, \d+\], want a JSON text"):
-        Weight4bit.from_state_dict({**state, JSON: changed[None]})
+        QuantizedWeight.from_state_dict({**state, JSON: changed[None]})
 
 
 CHANGED_STATES = {
@@ -504,7 +506,7 @@ def test_cached_weight_is_rebuilt_after_a_change(change):
 @pytest.fixture
 def no_reasons(monkeypatch):
     """bitsandbytes was not checked on any device yet."""
-    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", reasons := {})
+    monkeypatch.setattr(decoder, "bitsandbytes_reasons", reasons := {})
     return reasons
 
 
@@ -523,30 +525,30 @@ def test_check_of_bitsandbytes_notices_one_wrong_kernel(wrong, op, no_reasons, m
     """A kernel that is wrong for one dtype alone is used for none of its type."""
     is_wrong, device = WRONG_DECODERS[wrong], torch.device("cpu")
     whole, gemm = ours.bitsandbytes_dense, ours.bitsandbytes_gemm
-    if op == "gemm_4bit" and not decode4bit.has_gemm_4bit():
+    if op == "gemm_4bit" and not decoder.has_gemm_4bit():
         pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
 
-    def spoiled_dense(weight: Packed4bit, shape, dtype):
+    def spoiled_dense(weight: Codes, shape, dtype):
         found = whole(weight, shape, dtype)
         return -found if op == "dequantize_4bit" and is_wrong(weight, dtype) else found
 
-    def spoiled_gemm(weight: Packed4bit, x, columns, bias):
+    def spoiled_gemm(weight: Codes, x, columns, bias):
         found = gemm(weight, x, columns, bias)
         return -found if op == "gemm_4bit" and is_wrong(weight, x.dtype) else found
 
     monkeypatch.setattr(ours, "bitsandbytes_dense", spoiled_dense)
     monkeypatch.setattr(ours, "bitsandbytes_gemm", spoiled_gemm)
     with as_on_gpu():
-        reason = decode4bit.bitsandbytes_reason(device)
+        reason = decoder.bitsandbytes_reason(device)
         if reason is None:
-            reason = decode4bit.bitsandbytes_reason(device, "fp4")
+            reason = decoder.bitsandbytes_reason(device, "fp4")
     assert reason is not None and reason in no_reasons.values()
     assert f": {op} of " in reason and "differs from the reference" in reason
 
 
 def test_compare_of_bitsandbytes_under_tf32_is_with_the_exact_product(monkeypatch):
     """Where TF32 rounds each float32 product of the device, a right kernel still passes."""
-    if not decode4bit.has_gemm_4bit():
+    if not decoder.has_gemm_4bit():
         pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
     matmul = torch.Tensor.__matmul__
 
@@ -555,8 +557,8 @@ def test_compare_of_bitsandbytes_under_tf32_is_with_the_exact_product(monkeypatc
             return matmul(a, b)
         return matmul(*((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (a, b)))
 
-    def gemm(weight: Packed4bit, x, columns, bias):
-        w = decode4bit.bitsandbytes_dense(weight, (columns, x.shape[1]), torch.float32)
+    def gemm(weight: Codes, x, columns, bias):
+        w = decoder.bitsandbytes_dense(weight, (columns, x.shape[1]), torch.float32)
         return torch.mm(x.double(), w.double().t()).to(x.dtype)
 
     monkeypatch.setattr(ours, "bitsandbytes_gemm", gemm)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ...core.call import ExpertsOperands, ExpertsSpec
-from ...core.packed4bit import Packed4bit
-from .. import decode4bit
+from ...core.codes import Codes
+from .. import decoder
 
 # Decoded weights that are held at a time. An H100 writes so much in 0.1 ms, beside which a piece's
 # five launches of 2 µs are few (estimate), and a large linear layer's weight takes more: 470 MB for
@@ -29,7 +29,7 @@ PIECE_BYTES = 256 << 20
 ALIGNED = 16  # the rows of `grouped_mm`'s operands must be multiples of so many bytes
 
 
-class Stack4bit(NamedTuple):
+class QuantizedStack(NamedTuple):
     """The matrices [G, in, out] of a base GEMM in 4 bits.
 
     Args:
@@ -41,7 +41,7 @@ class Stack4bit(NamedTuple):
         pieces: slices of `out` that are decoded one at a time.
     """
 
-    weight: Packed4bit
+    weight: Codes
     shape: tuple[int, int, int]
     axis: int
     dtype: torch.dtype
@@ -53,8 +53,9 @@ class Stack4bit(NamedTuple):
 
         >>> from lora_kernels.quantization import quantize_4bit
         >>> eyes = quantize_4bit(torch.eye(64).expand(3, 64, 64), double_quant=False)
-        >>> all_of_them = Stack4bit(eyes.codes, eyes.shape, 2, torch.float32, None, [slice(0, 64)])
-        >>> all_of_them._replace(chosen=torch.tensor([2])).decode(slice(0, 64)).sum().item()
+        >>> cut = [slice(0, 64)]
+        >>> stack = QuantizedStack(eyes.codes, eyes.shape, 2, torch.float32, None, cut)
+        >>> stack._replace(chosen=torch.tensor([2])).decode(slice(0, 64)).sum().item()
         64.0
         """
         weight, sizes = self.weight, [*self.shape]
@@ -70,7 +71,7 @@ class Stack4bit(NamedTuple):
         sizes[self.axis] = piece.stop - piece.start
         sizes[0] = self.shape[0] if self.chosen is None else self.chosen.shape[0]
         G, rows, columns = sizes
-        dense = decode4bit.dense(weight, (G * rows, columns), self.dtype).view(G, rows, columns)
+        dense = decoder.dense(weight, (G * rows, columns), self.dtype).view(G, rows, columns)
         return dense.mT if self.axis == 1 else dense
 
     @property
@@ -96,22 +97,22 @@ class Stack4bit(NamedTuple):
 
 def build_stack(
     operands: ExpertsOperands, spec: ExpertsSpec, chosen: Tensor | None, backward: bool = False
-) -> Stack4bit:
+) -> QuantizedStack:
     """Return the stack of the forward's base GEMM, x·Wᵀ, or of the backward's, dy·W.
 
     chosen: int64 [M], the expert of each row, or None.
     """
     weight, shape = operands.weight, stored_shape(operands, spec)
-    assert isinstance(weight, Packed4bit)
+    assert isinstance(weight, Codes)
     axis = 1 if backward == spec.transposed else 2
     count = shape[0] if chosen is None else chosen.shape[0]
     one = count * shape[3 - axis] * spec.dtype.itemsize  # bytes of a column of `out`
     step = ALIGNED if axis == 1 else weight.blocksize
-    stack = Stack4bit(weight, shape, axis, spec.dtype, chosen, _cut(shape[axis], one, step))
+    stack = QuantizedStack(weight, shape, axis, spec.dtype, chosen, _cut(shape[axis], one, step))
     is_double = weight.nested_absmax is not None
     starts_inside = chosen is not None and shape[1] * shape[2] % stack._nested_size != 0
     if is_double and (len(stack.pieces) > 1 or starts_inside):
-        stack = stack._replace(weight=decode4bit.with_plain_scales(weight))
+        stack = stack._replace(weight=decoder.with_plain_scales(weight))
     return stack
 
 
@@ -140,7 +141,7 @@ def _cut(size: int, bytes_of_one: int, step: int) -> list[slice]:
 def uncut_reason(operands: ExpertsOperands, spec: ExpertsSpec) -> str | None:
     """Return why a 4-bit stack cannot be cut into pieces though it exceeds one, or None."""
     weight, (E, rows, columns) = operands.weight, stored_shape(operands, spec)
-    assert isinstance(weight, Packed4bit)
+    assert isinstance(weight, Codes)
     fits = E * rows * columns * spec.dtype.itemsize <= PIECE_BYTES
     if fits or not columns % weight.blocksize:
         return None
@@ -166,7 +167,7 @@ def chosen_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> Tensor | Non
     """
     weight, M = operands.weight, operands.x.shape[0]
     E, rows, columns = stored_shape(operands, spec)
-    if not isinstance(weight, Packed4bit) or not 0 < M < E:
+    if not isinstance(weight, Codes) or not 0 < M < E:
         return None
     if rows * columns % weight.blocksize or uncut_reason(operands, spec) is not None:
         return None

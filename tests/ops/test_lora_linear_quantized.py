@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends import decode4bit
+from lora_kernels.backends import decoder
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
-from lora_kernels.backends.decode4bit import encode
-from lora_kernels.core import format4bit
+from lora_kernels.backends.decoder import encode
+from lora_kernels.core import coding
 from lora_kernels.oracle import case as cases
 from lora_kernels.oracle.case import Case
 from lora_kernels.quantization import codebooks, quantize_4bit
@@ -276,7 +276,7 @@ def test_encode_is_bitwise(quant_type: str, dtype: torch.dtype, threads: int, en
         )
         weight[n // 3 : n // 3 + 64] = 0
         weight = weight.to(dtype)
-        want = format4bit.quantize_4bit(weight, thresholds, order, blocksize)
+        want = coding.quantize_4bit(weight, thresholds, order, blocksize)
         assert all(map(torch.equal, encode(weight, thresholds, order, blocksize), want))
 
 
@@ -305,11 +305,11 @@ def test_dequantize_without_kernels_is_bitwise(monkeypatch: pytest.MonkeyPatch) 
 
 def check_dequantize(nested: bool, dtype: torch.dtype) -> None:
     weight = quantize_4bit(torch.randn(37, 71), "nf4", 32, nested)
-    want = format4bit.dequantize_4bit(
+    want = coding.dequantize_4bit(
         weight.packed, weight.scales(), weight.code, 32, weight.shape, dtype
     )
     assert torch.equal(weight.dequantize(dtype), want)
-    part = decode4bit.dense(weight.codes, weight.shape, dtype, slice(3, 30), slice(5, 70))
+    part = decoder.dense(weight.codes, weight.shape, dtype, slice(3, 30), slice(5, 70))
     assert torch.equal(part, want[3:30, 5:70])
 
 
@@ -319,11 +319,11 @@ def test_ops_of_4bit_weights_compile_and_pass_opcheck() -> None:
     operands = x, *args["weight"].codes, A, B, gate, None
     options = 1.5, 0.1, bf16, bf16
     forward = *operands, None, args["rng"], None, *options, False
-    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_4bit.default, forward)
-    y, p, *_ = torch.ops.lora_kernels.lora_linear_4bit.default(*forward)
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_quantized.default, forward)
+    y, p, *_ = torch.ops.lora_kernels.lora_linear_quantized.default(*forward)
     needs = False, True, True, True, True, False, False
     backward = torch.ones_like(y), p, None, *operands, None, args["rng"], None, *options, *needs
-    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_backward_4bit.default, backward)
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_backward_quantized.default, backward)
 
     compiled = torch.compile(lora_kernels.lora_linear, fullgraph=True, dynamic=True)
     eager = cases.run(lora_kernels.lora_linear, args)

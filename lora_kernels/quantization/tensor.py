@@ -1,4 +1,4 @@
-"""Tensor4bit: a 4-bit weight as a tensor, for code that wants one."""
+"""QuantizedTensor: a 4-bit weight as a tensor, for code that wants one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch._C import DispatchKey
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..backends import decode4bit
-from .weight4bit import Weight4bit, dtype_name
+from ..backends import decoder
+from .weight import QuantizedWeight, dtype_name
 
 _aten = torch.ops.aten
 INNER = "packed", "absmax", "code", "nested_absmax", "nested_code", "offset"
@@ -132,7 +132,7 @@ def _mode_of(frozen: Sequence[Tensor]) -> Iterator[None]:
 
 
 class _DecodedView(_ReadOnly):
-    """A decoded copy, in place of a view of a `Tensor4bit`. A write to it would be lost."""
+    """A decoded copy, in place of a view of a `QuantizedTensor`. A write to it would be lost."""
 
     decoded: Tensor
 
@@ -168,8 +168,8 @@ class _DecodedView(_ReadOnly):
         return _DecodedView(inner["decoded"], quant_type)
 
 
-class Tensor4bit(_ReadOnly):
-    """A frozen `Weight4bit` with the shape and the dtype of the decoded weight.
+class QuantizedTensor(_ReadOnly):
+    """A frozen `QuantizedWeight` with the shape and the dtype of the decoded weight.
 
     Every op may read it. The op decodes it and drops the result, so that only one is decoded at a
     time. What a linear layer or a grouped GEMM saves for the backward is packed. Detaching,
@@ -177,8 +177,8 @@ class Tensor4bit(_ReadOnly):
     decode to, with one rounding. Selecting an expert decodes that one alone, as any other view.
 
     A write raises RuntimeError before anything changes: in place, through a view, by `out=` and by
-    `.data =`. There are three exceptions: `copy_` and `.data =` take a `Tensor4bit` of the same
-    form (shape, orientation, format, block sizes), and `copy_` takes the decoded values. Views
+    `.data =`. There are three exceptions: `copy_` and `.data =` take a `QuantizedTensor` of the
+    same form (shape, orientation, format, block sizes), and `copy_` takes the decoded values. Views
     other than transposes are decoded copies that may be read and not written.
 
     `packed_state.pack_parameter` gives one to a module, whose `state_dict` then saves the codes.
@@ -190,8 +190,8 @@ class Tensor4bit(_ReadOnly):
 
     >>> import torch
     >>> from lora_kernels.quantization import quantize_4bit
-    >>> from lora_kernels.quantization.tensor4bit import Tensor4bit
-    >>> weight = Tensor4bit(quantize_4bit(torch.eye(32, 64), "mxfp4"))
+    >>> from lora_kernels.quantization.tensor import QuantizedTensor
+    >>> weight = QuantizedTensor(quantize_4bit(torch.eye(32, 64), "mxfp4"))
     >>> torch.ones(1, 64) @ weight.T
     tensor([[1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1.,
              1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1.]])
@@ -200,30 +200,30 @@ class Tensor4bit(_ReadOnly):
     RuntimeError: aten.fill_.Scalar: got a frozen weight in mxfp4 to write to, want a dense one: ...
     """
 
-    weight4bit: Weight4bit
+    quantized: QuantizedWeight
     is_transposed: bool
     _form: Tensor
 
     @staticmethod
     def __new__(
         cls,
-        weight: Weight4bit | Tensor4bit,
+        weight: QuantizedWeight | QuantizedTensor,
         is_transposed: bool = False,
         dtype: torch.dtype | None = None,
         requires_grad: bool = False,
-    ) -> Tensor4bit:
+    ) -> QuantizedTensor:
         is_param = False
-        if isinstance(weight, Tensor4bit):  # accelerate makes a parameter by its class
+        if isinstance(weight, QuantizedTensor):  # accelerate makes a parameter by its class
             given, is_param = weight, True
-            weight, is_transposed, dtype = given.weight4bit, given.is_transposed, given.dtype
-        if not isinstance(weight, Weight4bit):
+            weight, is_transposed, dtype = given.quantized, given.is_transposed, given.dtype
+        if not isinstance(weight, QuantizedWeight):
             got = f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
-            raise TypeError(f"weight: got {got}, want a Weight4bit or a packed weight")
+            raise TypeError(f"weight: got {got}, want a QuantizedWeight or a packed weight")
         *experts, N, K = weight.shape
         shape, strides = [*experts, N, K], [N * K, K, 1][-len(weight.shape) :]
         if is_transposed:
             shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
-        self: Tensor4bit = Tensor._make_wrapper_subclass(
+        self: QuantizedTensor = Tensor._make_wrapper_subclass(
             cls,
             shape,
             strides=strides,
@@ -231,31 +231,31 @@ class Tensor4bit(_ReadOnly):
             device=weight.device,
             requires_grad=requires_grad,
         )
-        self.weight4bit, self.is_transposed = weight, is_transposed
+        self.quantized, self.is_transposed = weight, is_transposed
         return _with_attributes(self, {"_is_param": is_param})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         shown = ", transposed" * self.is_transposed
-        return f"Tensor4bit({list(self.shape)}, {self.weight4bit!r}{shown})"
+        return f"QuantizedTensor({list(self.shape)}, {self.quantized!r}{shown})"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Decode the weight, rounded once to `dtype`; None: the tensor's."""
-        dense = self.weight4bit.dequantize(dtype or self.dtype)
+        dense = self.quantized.dequantize(dtype or self.dtype)
         return dense.mT if self.is_transposed else dense
 
-    def replace(self, dtype: torch.dtype | None = None, **inner: Any) -> Tensor4bit:
+    def replace(self, dtype: torch.dtype | None = None, **inner: Any) -> QuantizedTensor:
         """Return a tensor with another dtype, or of other tensors."""
-        weight = dataclasses.replace(self.weight4bit, **inner) if inner else self.weight4bit
-        return Tensor4bit(weight, self.is_transposed, dtype or self.dtype)
+        weight = dataclasses.replace(self.quantized, **inner) if inner else self.quantized
+        return QuantizedTensor(weight, self.is_transposed, dtype or self.dtype)
 
     def inner_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the `Weight4bit` by the names of their fields."""
-        found = {name: getattr(self.weight4bit, name) for name in INNER}
+        """Return the tensors of the `QuantizedWeight` by the names of their fields."""
+        found = {name: getattr(self.quantized, name) for name in INNER}
         return {name: t for name, t in found.items() if t is not None}
 
     @property
     def quant_type(self) -> str:  # type: ignore[override]
-        return self.weight4bit.quant_type
+        return self.quantized.quant_type
 
     @property
     def data(self) -> Tensor:
@@ -265,7 +265,7 @@ class Tensor4bit(_ReadOnly):
     def data(self, value: Tensor) -> None:
         _check_form(".data =", self, value)
         _DATA.__set__(self, value)  # the dtype and the device
-        self.weight4bit = value.weight4bit  # type: ignore[attr-defined]
+        self.quantized = value.quantized  # type: ignore[attr-defined]
         vars(self).pop("_form", None)
 
     def data_ptr(self) -> int:
@@ -273,35 +273,35 @@ class Tensor4bit(_ReadOnly):
 
         accelerate takes parameters with one `data_ptr` for one parameter.
         """
-        address = self.weight4bit.packed.data_ptr()
+        address = self.quantized.packed.data_ptr()
         return address and address | _NO_ADDRESS
 
     # PyTorch's own copy and pickle look for data at `data_ptr`.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor4bit:
-        weight = copy.deepcopy(self.weight4bit, memo)
-        copied = Tensor4bit(weight, self.is_transposed, self.dtype, self.requires_grad)
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        weight = copy.deepcopy(self.quantized, memo)
+        copied = QuantizedTensor(weight, self.is_transposed, self.dtype, self.requires_grad)
         memo[id(self)] = _with_attributes(copied, vars(self))
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        fields = self.weight4bit, self.is_transposed, self.dtype, self.requires_grad
-        return Tensor4bit, fields, {"_is_param": isinstance(self, nn.Parameter)}
+        fields = self.quantized, self.is_transposed, self.dtype, self.requires_grad
+        return QuantizedTensor, fields, {"_is_param": isinstance(self, nn.Parameter)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _with_attributes(self, state)
 
     @property
     def form(self) -> Tensor:
-        """The fields of the `Weight4bit` that are no tensors: JSON in uint8, on a CPU."""
+        """The fields of the `QuantizedWeight` that are no tensors: JSON in uint8, on a CPU."""
         if "_form" not in vars(self):  # one tensor, as safetensors drops tied ones by their memory
             fields = fields_of(self) | {"is_transposed": self.is_transposed}
-            fields |= {"dtype": dtype_name(self.dtype), "of": dtype_name(self.weight4bit.dtype)}
+            fields |= {"dtype": dtype_name(self.dtype), "of": dtype_name(self.quantized.dtype)}
             text = bytearray(json.dumps({"version": FORMAT_VERSION} | fields), "utf-8")
             self._form = torch.frombuffer(text, dtype=torch.uint8)
         return self._form
 
-    def share_memory_(self) -> Tensor4bit:
+    def share_memory_(self) -> QuantizedTensor:
         for t in self.inner_tensors().values():
             t.share_memory_()
         return self
@@ -315,9 +315,9 @@ class Tensor4bit(_ReadOnly):
         return list(self.inner_tensors()), (fields_of(self), self.is_transposed, self.dtype)
 
     @staticmethod
-    def __tensor_unflatten__(inner: Any, rest: Any, size: Any, stride: Any) -> Tensor4bit:
+    def __tensor_unflatten__(inner: Any, rest: Any, size: Any, stride: Any) -> QuantizedTensor:
         fields, *others = rest
-        return Tensor4bit(Weight4bit(**inner, **fields), *others)
+        return QuantizedTensor(QuantizedWeight(**inner, **fields), *others)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -331,64 +331,64 @@ class Tensor4bit(_ReadOnly):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _with_attributes(tensor: Tensor4bit, attributes: dict[str, Any]) -> Tensor4bit:
+def _with_attributes(tensor: QuantizedTensor, attributes: dict[str, Any]) -> QuantizedTensor:
     """Let a tensor be a parameter if its original was one."""
     if attributes.get("_is_param", False):
         tensor._is_param = True
     return tensor
 
 
-def fields_of(tensor: Tensor4bit) -> dict[str, Any]:
-    """Return the fields of the `Weight4bit` that are no tensors, by name."""
-    weight = tensor.weight4bit
+def fields_of(tensor: QuantizedTensor) -> dict[str, Any]:
+    """Return the fields of the `QuantizedWeight` that are no tensors, by name."""
+    weight = tensor.quantized
     names = [f.name for f in dataclasses.fields(weight)]
     return {name: getattr(weight, name) for name in names if name not in INNER}
 
 
-def _form(tensor: Tensor4bit) -> Any:
+def _form(tensor: QuantizedTensor) -> Any:
     """Return what two tensors have in common if one may be copied into the other."""
     fields = {name: value for name, value in fields_of(tensor).items() if name != "dtype"}
     inner = {name: (t.dtype, t.shape) for name, t in tensor.inner_tensors().items()}
     return fields, inner, tensor.is_transposed
 
 
-def _check_form(func: object, target: Tensor4bit, source: object) -> None:
-    """Raise RuntimeError unless the source is a `Tensor4bit` of the target's form."""
-    if not isinstance(source, Tensor4bit):
+def _check_form(func: object, target: QuantizedTensor, source: object) -> None:
+    """Raise RuntimeError unless the source is a `QuantizedTensor` of the target's form."""
+    if not isinstance(source, QuantizedTensor):
         raise target.write_error(func)
     if _form(source) != _form(target):
         raise RuntimeError(f"{func}: got {source!r}, want the form of {target!r}")
 
 
-def read(tensor: Tensor4bit) -> Weight4bit:
+def read_tensor(tensor: QuantizedTensor) -> QuantizedWeight:
     """Return the weight, with the tensor's dtype unless that is float64."""
     # No method: Dynamo takes a tensor's methods for ops.
-    weight = tensor.weight4bit
+    weight = tensor.quantized
     if tensor.dtype in (weight.dtype, torch.float64):
         return weight
     return dataclasses.replace(weight, dtype=tensor.dtype)
 
 
 for _name in INNER:
-    setattr(Tensor4bit, _name, property(attrgetter(f"weight4bit.{_name}")))
+    setattr(QuantizedTensor, _name, property(attrgetter(f"quantized.{_name}")))
 
 
 # The ops that give a packed result, or None for one that they decode for. PyTorch then checks the
 # arguments.
 
 
-def _detach(self: Tensor4bit) -> Tensor4bit:
+def _detach(self: QuantizedTensor) -> QuantizedTensor:
     return self.replace()
 
 
 def _to_copy(
-    self: Tensor4bit,
+    self: QuantizedTensor,
     dtype: Any = None,
     device: Any = None,
     non_blocking: bool = False,
     memory_format: Any = None,
     **_: Any,
-) -> Tensor4bit | None:
+) -> QuantizedTensor | None:
     if dtype not in _DTYPES:
         return None
     if memory_format not in (None, torch.preserve_format) and (
@@ -402,36 +402,38 @@ def _to_copy(
     return self.replace(dtype, **copies)
 
 
-def _clone(self: Tensor4bit, memory_format: Any = None) -> Tensor4bit | None:
+def _clone(self: QuantizedTensor, memory_format: Any = None) -> QuantizedTensor | None:
     return _to_copy(self, memory_format=memory_format)
 
 
-def _transpose(self: Tensor4bit, dim0: int = 0, dim1: int = 1) -> Tensor4bit | None:
+def _transpose(self: QuantizedTensor, dim0: int = 0, dim1: int = 1) -> QuantizedTensor | None:
     n = self.dim()
     if {dim + n if dim < 0 else dim for dim in (dim0, dim1)} != {n - 2, n - 1}:
         return None
-    return Tensor4bit(self.weight4bit, not self.is_transposed, self.dtype)
+    return QuantizedTensor(self.quantized, not self.is_transposed, self.dtype)
 
 
-def _permute(self: Tensor4bit, dims: Sequence[int]) -> Tensor4bit | None:
+def _permute(self: QuantizedTensor, dims: Sequence[int]) -> QuantizedTensor | None:
     n = self.dim()
     if [dim + n if dim < 0 else dim for dim in dims] != [*range(n - 2), n - 1, n - 2]:
         return None
-    return Tensor4bit(self.weight4bit, not self.is_transposed, self.dtype)
+    return QuantizedTensor(self.quantized, not self.is_transposed, self.dtype)
 
 
-def _select(self: Tensor4bit, dim: int, index: int) -> Tensor | None:
-    weight = self.weight4bit
+def _select(self: QuantizedTensor, dim: int, index: int) -> Tensor | None:
+    weight = self.quantized
     E, N = weight.shape[0], weight.shape[-2]
     if self.dim() != 3 or dim not in (0, -3) or not -E <= index < E:
         return None
     rows = slice(index % E * N, (index % E + 1) * N)
-    dense = decode4bit.dense(weight.codes, weight.matrix_shape, self.dtype, rows=rows)
+    dense = decoder.dense(weight.codes, weight.matrix_shape, self.dtype, rows=rows)
     return _DecodedView(dense.t() if self.is_transposed else dense, weight.quant_type)
 
 
-def _copy_(self: Tensor4bit, source: Tensor, non_blocking: bool = False) -> Tensor4bit | None:
-    if isinstance(source, Tensor4bit):
+def _copy_(
+    self: QuantizedTensor, source: Tensor, non_blocking: bool = False
+) -> QuantizedTensor | None:
+    if isinstance(source, QuantizedTensor):
         _check_form("aten.copy_.default", self, source)
         source_tensors = source.inner_tensors()
         for name, t in self.inner_tensors().items():
@@ -444,7 +446,7 @@ def _copy_(self: Tensor4bit, source: Tensor, non_blocking: bool = False) -> Tens
     return self if is_same else None
 
 
-def _record_stream(self: Tensor4bit, stream: Any) -> Tensor4bit:
+def _record_stream(self: QuantizedTensor, stream: Any) -> QuantizedTensor:
     for t in self.inner_tensors().values():
         t.record_stream(stream)
     return self

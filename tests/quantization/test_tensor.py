@@ -1,4 +1,4 @@
-"""Tensor4bit: every op reads the decoded weight, few keep it packed, and none writes to it."""
+"""QuantizedTensor: every op reads the decoded weight, few keep it packed, and none writes to it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from lora_kernels.quantization import quantize_4bit
-from lora_kernels.quantization.tensor4bit import Tensor4bit, read
+from lora_kernels.quantization.tensor import QuantizedTensor, read
 from tests.support.assertions import assert_bitwise_equal
 
 E, N, K = 3, 64, 32
 FORMATS = ("mxfp4", "nvfp4")
 
 
-def made(*shape: int, quant_type: str = "mxfp4", is_transposed: bool = False) -> Tensor4bit:
+def made(*shape: int, quant_type: str = "mxfp4", is_transposed: bool = False) -> QuantizedTensor:
     weight = torch.randn(shape or (N, K), generator=torch.Generator().manual_seed(0))
-    return Tensor4bit(quantize_4bit(weight.bfloat16(), quant_type), is_transposed)
+    return QuantizedTensor(quantize_4bit(weight.bfloat16(), quant_type), is_transposed)
 
 
 def module_with(weight: Tensor) -> Any:
@@ -44,7 +44,7 @@ def test_tensor4bit_looks_like_its_decoded_weight(
     shape: tuple[int, ...], is_transposed: bool, quant_type: str
 ) -> None:
     packed = made(*shape, quant_type=quant_type, is_transposed=is_transposed)
-    dense = packed.weight4bit.dequantize()
+    dense = packed.quantized.dequantize()
     dense = dense.mT if is_transposed else dense
     assert (packed.shape, packed.dtype) == (dense.shape, dense.dtype)
     assert packed.stride() == dense.stride() and packed.device == dense.device
@@ -56,7 +56,7 @@ def test_tensor4bit_looks_like_its_decoded_weight(
         assert_bitwise_equal(packed[e] + 0, dense[e])
     assert_bitwise_equal(packed.contiguous() + 0, dense)
     assert packed.contiguous().is_contiguous()
-    assert "Tensor4bit([" in repr(packed)
+    assert "QuantizedTensor([" in repr(packed)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -91,9 +91,11 @@ def test_tensor4bit_made_of_another_or_of_its_parts_is_that(
     packed = made(E, N, K, is_transposed=is_transposed).to(dtype)
     names, rest = packed.__tensor_flatten__()
     parts = {name: getattr(packed, name) for name in names}
-    unflattened = Tensor4bit.__tensor_unflatten__(parts, rest, None, None)
-    assert isinstance(Tensor4bit(packed), nn.Parameter)  # accelerate's, by the parameter's class
-    for again in (Tensor4bit(packed), unflattened):
+    unflattened = QuantizedTensor.__tensor_unflatten__(parts, rest, None, None)
+    assert isinstance(
+        QuantizedTensor(packed), nn.Parameter
+    )  # accelerate's, by the parameter's class
+    for again in (QuantizedTensor(packed), unflattened):
         assert (again.shape, again.stride()) == (packed.shape, packed.stride())
         assert_bitwise_equal(again + 0, packed + 0)
 
@@ -112,7 +114,7 @@ def test_tensor4bit_is_viewed_in_any_mode(made_in: Any, mode: Any) -> None:
             for g, w in zip(got, want, strict=True):
                 assert_bitwise_equal(g + 0, w)
         for kept in (packed.mT, packed.contiguous(), packed.detach(), packed.float()):
-            assert type(kept) is Tensor4bit
+            assert type(kept) is QuantizedTensor
         assert_bitwise_equal(functional.linear(dense[0] + 0, packed[1]), dense[0] @ dense[1].t())
         x = torch.ones(2, K, dtype=torch.bfloat16, requires_grad=True)
         if made_in is torch.enable_grad:  # else autograd refuses to save it
@@ -132,7 +134,7 @@ def test_tensor4bit_saved_for_a_backward_is_packed() -> None:
         y = linear(x)
         offsets = torch.tensor([1, 1, 6], dtype=torch.int32)
         z = functional.grouped_mm(x, stack, offs=offsets)
-    assert {type(t) for t in saved if t.dim() == 3 or t.numel() == K * N} == {Tensor4bit}
+    assert {type(t) for t in saved if t.dim() == 3 or t.numel() == K * N} == {QuantizedTensor}
     (y.sum() + z.square().sum()).backward()
     grad, x.grad = x.grad, None
     dense = stack.dequantize()
@@ -213,7 +215,9 @@ OTHER_FORMS: dict[str, Any] = {
     "transposed": lambda: made(K, N, is_transposed=True),  # of the same shape, [N, K]
     "another shape": lambda: made(K, N),
     "another format": lambda: made(N, K, quant_type="nvfp4"),
-    "decoded scales": lambda: Tensor4bit(quantize_4bit(torch.ones(N, K), "mxfp4", None, False)),
+    "decoded scales": lambda: QuantizedTensor(
+        quantize_4bit(torch.ones(N, K), "mxfp4", None, False)
+    ),
 }
 
 
@@ -222,7 +226,9 @@ OTHER_FORMS: dict[str, Any] = {
 def test_tensor4bit_takes_no_other_form(other: Any, write: Any) -> None:
     tensor = made(N, K)
     want = tensor.dequantize()
-    with pytest.raises(RuntimeError, match=r"got Tensor4bit\(.*, want the form of Tensor4bit\("):
+    with pytest.raises(
+        RuntimeError, match=r"got QuantizedTensor\(.*, want the form of QuantizedTensor\("
+    ):
         write(tensor, other())
     assert tensor.shape == (N, K)
     assert_bitwise_equal(tensor.dequantize(), want)
@@ -230,7 +236,7 @@ def test_tensor4bit_takes_no_other_form(other: Any, write: Any) -> None:
 
 def test_tensor4bit_takes_its_own_form() -> None:
     """`load_state_dict` copies, and `prepare_model_for_kbit_training` sets `.data`."""
-    other = Tensor4bit(quantize_4bit(torch.ones(N, K), "mxfp4"))
+    other = QuantizedTensor(quantize_4bit(torch.ones(N, K), "mxfp4"))
     for write in (Tensor.copy_, lambda t, other: setattr(t, "data", other)):
         tensor = made(N, K)
         write(tensor, other)
@@ -281,7 +287,7 @@ def test_copy_of_tensor4bit_shares_no_memory(copied: Any) -> None:
     snapshot = copied(tensor)
     want = snapshot.dequantize()
     assert_bitwise_equal(want.bfloat16(), tensor.dequantize())
-    tensor.copy_(Tensor4bit(quantize_4bit(torch.ones(N, K), "mxfp4")))
+    tensor.copy_(QuantizedTensor(quantize_4bit(torch.ones(N, K), "mxfp4")))
     assert_bitwise_equal(snapshot.dequantize(), want)
 
 
@@ -304,8 +310,10 @@ def test_packed_weight_is_quantized_again_as_the_decoded_one() -> None:
 
 
 def test_tensor4bit_of_a_dense_tensor_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"^weight: got Tensor of torch.float32, want a Weight4bit"):
-        Tensor4bit(torch.zeros(N, K))  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"^weight: got Tensor of torch.float32, want a QuantizedWeight"
+    ):
+        QuantizedTensor(torch.zeros(N, K))  # type: ignore[arg-type]
 
 
 def test_tensor4bit_has_no_memory_to_hand_out() -> None:
@@ -385,7 +393,7 @@ def test_conj_view_of_tensor4bit_raises() -> None:
 def test_transposed_tensor4bit_stays_packed() -> None:
     stack = made(E, N, K)
     for packed in (made(N, K).T, made(N, K).permute(1, 0), stack.mT, stack.permute(0, -1, 1)):
-        assert type(packed) is Tensor4bit and packed.is_transposed
+        assert type(packed) is QuantizedTensor and packed.is_transposed
     assert type(stack.permute(2, 1, 0)) is type(stack.permute(1, 0, 2)) is type(stack[0])
 
 
@@ -419,7 +427,7 @@ def test_tensor4bit_survives_what_modules_do_with_parameters() -> None:
     linear = module_with(made())
     want = linear.weight.dequantize()
     twin = copy.deepcopy(linear)
-    assert type(twin.weight) is Tensor4bit and isinstance(twin.weight, nn.Parameter)
+    assert type(twin.weight) is QuantizedTensor and isinstance(twin.weight, nn.Parameter)
     assert twin.weight.packed.data_ptr() != linear.weight.packed.data_ptr()
     assert twin.to(torch.float16).weight.dtype is torch.float16
     assert_bitwise_equal(twin.weight + 0, want.half())
@@ -442,7 +450,7 @@ def test_tensor4bit_under_a_parametrization_is_added_to() -> None:
     parametrize.register_parametrization(linear, "weight", Plus())
     assert_bitwise_equal(linear.weight, linear.parametrizations.weight.original.dequantize() + 1)
     parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
-    assert type(linear.weight) is Tensor4bit and not linear.weight.requires_grad
+    assert type(linear.weight) is QuantizedTensor and not linear.weight.requires_grad
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -472,7 +480,7 @@ def test_tensor4bit_under_ddp_is_left_as_it_is(tmp_path: Path) -> None:
         nn.parallel.DistributedDataParallel(model)(torch.ones(2, K).bfloat16()).sum().backward()
     finally:
         dist.destroy_process_group()
-    assert type(model.linear.weight) is Tensor4bit
+    assert type(model.linear.weight) is QuantizedTensor
     assert_bitwise_equal(model.shift.grad, torch.full((N,), 2.0).bfloat16())
 
 

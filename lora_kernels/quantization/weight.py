@@ -1,4 +1,4 @@
-"""Weight4bit: a 4-bit weight in plain tensors: NF4, FP4, MXFP4 or NVFP4."""
+"""QuantizedWeight: a 4-bit weight in plain tensors: NF4, FP4, MXFP4 or NVFP4."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ..backends import decode4bit, triton
-from ..core import forced, format4bit
-from ..core.packed4bit import Packed4bit
+from ..backends import decoder, triton
+from ..core import coding, forced
+from ..core.codes import Codes
 from . import codebooks, e2m1
 
 NESTED_BLOCKSIZE = 256  # bitsandbytes writes no other size, and its kernels assume it
@@ -24,7 +24,7 @@ _NESTED = ("nested_absmax", "nested_code", "offset")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Weight4bit:
+class QuantizedWeight:
     """A weight of 4-bit codes with one scale per block.
 
     NF4 and FP4 are bitsandbytes' format, bit for bit. Their blocks divide the flattened weight:
@@ -54,7 +54,7 @@ class Weight4bit:
     >>> import torch
     >>> from lora_kernels.quantization import quantize_4bit
     >>> quantize_4bit(torch.eye(64), double_quant=False)
-    Weight4bit([64, 64], nf4 of float32, blocksize=64, 2,368 bytes)
+    QuantizedWeight([64, 64], nf4 of float32, blocksize=64, 2,368 bytes)
     """
 
     packed: Tensor
@@ -119,7 +119,7 @@ class Weight4bit:
     def __repr__(self) -> str:
         nested = ", nested" if self.nested else ""
         return (
-            f"Weight4bit({list(self.shape)}, {self.quant_type} of {dtype_name(self.dtype)}, "
+            f"QuantizedWeight({list(self.shape)}, {self.quant_type} of {dtype_name(self.dtype)}, "
             f"blocksize={self.blocksize}{nested}, {self.nbytes:,} bytes)"
         )
 
@@ -163,7 +163,7 @@ class Weight4bit:
         if dtype in _DTYPES and (kernels := _kernels(self.device)) is not None:
             dense = kernels.dequantize(self.codes, self.matrix_shape, dtype)
         else:
-            dense = decode4bit.dense(self.codes, self.matrix_shape, dtype)
+            dense = decoder.dense(self.codes, self.matrix_shape, dtype)
         return cast(Tensor, dense.view(self.shape))
 
     @property
@@ -172,13 +172,13 @@ class Weight4bit:
         return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
-    def codes(self) -> Packed4bit:
+    def codes(self) -> Codes:
         """The weight as an argument of ops."""
         nested = self.nested_absmax, self.nested_code, self.offset
         form = self.blocksize, self.nested_blocksize, self.quant_type
-        return Packed4bit(self.packed, self.absmax, self.code, *nested, *form)
+        return Codes(self.packed, self.absmax, self.code, *nested, *form)
 
-    def to(self, device: torch.device | str | int) -> Weight4bit:
+    def to(self, device: torch.device | str | int) -> QuantizedWeight:
         """Move the weight to a device; tensors that are on the device are shared."""
         moved = {name: t.to(device) for name, t in self._tensors().items()}
         return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
@@ -225,7 +225,9 @@ class Weight4bit:
         return state
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> Weight4bit:
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], prefix: str = "weight"
+    ) -> QuantizedWeight:
         """Build the weight from a `state_dict`, of this class or of bitsandbytes' Linear4bit.
 
         Keys without `prefix` are ignored. The packed bytes may be stored as uint8, bfloat16,
@@ -233,9 +235,9 @@ class Weight4bit:
         or if a tensor or the JSON differs from bitsandbytes' format.
 
         >>> import torch
-        >>> from lora_kernels.quantization import Weight4bit, quantize_4bit
-        >>> Weight4bit.from_state_dict(quantize_4bit(torch.eye(64), "fp4").state_dict())
-        Weight4bit([64, 64], fp4 of float32, blocksize=64, nested, 3,208 bytes)
+        >>> from lora_kernels.quantization import QuantizedWeight, quantize_4bit
+        >>> QuantizedWeight.from_state_dict(quantize_4bit(torch.eye(64), "fp4").state_dict())
+        QuantizedWeight([64, 64], fp4 of float32, blocksize=64, nested, 3,208 bytes)
         """
 
         def get(name: str) -> Tensor:
@@ -291,7 +293,7 @@ class Weight4bit:
     @classmethod
     def from_mxfp4(
         cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16
-    ) -> Weight4bit:
+    ) -> QuantizedWeight:
         """Build the weight from a checkpoint in MXFP4 (OCP Microscaling Formats 1.0).
 
         Args:
@@ -308,11 +310,11 @@ class Weight4bit:
         Raises ValueError or TypeError that names the argument.
 
         >>> import torch
-        >>> from lora_kernels.quantization import Weight4bit
+        >>> from lora_kernels.quantization import QuantizedWeight
         >>> blocks = torch.full((2, 1, 16), 0x21, dtype=torch.uint8)
-        >>> weight = Weight4bit.from_mxfp4(blocks, torch.full((2, 1), 128, dtype=torch.uint8))
+        >>> weight = QuantizedWeight.from_mxfp4(blocks, torch.full((2, 1), 128, dtype=torch.uint8))
         >>> weight
-        Weight4bit([2, 32], mxfp4 of bfloat16, blocksize=32, nested, 1,122 bytes)
+        QuantizedWeight([2, 32], mxfp4 of bfloat16, blocksize=32, nested, 1,122 bytes)
         >>> weight.dequantize()[0, :4].tolist()
         [1.0, 2.0, 1.0, 2.0]
         """
@@ -328,7 +330,7 @@ class Weight4bit:
         global_op: Literal["divide", "multiply"] | None = None,
         scale_dtype: torch.dtype = torch.float32,
         dtype: torch.dtype = torch.bfloat16,
-    ) -> Weight4bit:
+    ) -> QuantizedWeight:
         """Build the weight from a checkpoint in NVFP4.
 
         Args:
@@ -350,12 +352,13 @@ class Weight4bit:
         Raises ValueError or TypeError that names the argument.
 
         >>> import torch
-        >>> from lora_kernels.quantization import Weight4bit
+        >>> from lora_kernels.quantization import QuantizedWeight
         >>> packed = torch.full((2, 8), 0x21, dtype=torch.uint8)
         >>> scale = torch.ones(2, 1).to(torch.float8_e4m3fn)
-        >>> weight = Weight4bit.from_nvfp4(packed, scale, torch.tensor(4.0), global_op="divide")
+        >>> global_scale = torch.tensor(4.0)
+        >>> weight = QuantizedWeight.from_nvfp4(packed, scale, global_scale, global_op="divide")
         >>> weight
-        Weight4bit([2, 16], nvfp4 of bfloat16, blocksize=16, nested, 1,106 bytes)
+        QuantizedWeight([2, 16], nvfp4 of bfloat16, blocksize=16, nested, 1,106 bytes)
         >>> weight.dequantize()[0, :4].tolist()
         [0.125, 0.25, 0.125, 0.25]
         """
@@ -367,7 +370,7 @@ class Weight4bit:
     @classmethod
     def _from_e2m1(
         cls, quant_type: str, blocks: e2m1.Blocks, dtype: torch.dtype, nested: bool = True
-    ) -> Weight4bit:
+    ) -> QuantizedWeight:
         """nested: whether the scales stay bytes."""
         weight = cls(
             packed=blocks.packed,
@@ -384,7 +387,7 @@ class Weight4bit:
         return dataclasses.replace(weight, absmax=weight.scales(), nested_code=None)
 
     @classmethod
-    def from_bitsandbytes(cls, weight: Any) -> Weight4bit:
+    def from_bitsandbytes(cls, weight: Any) -> QuantizedWeight:
         """Build the weight from a bitsandbytes weight, sharing its memory.
 
         weight: a quantized `Params4bit`, or a pair (tensor, QuantState).
@@ -393,9 +396,9 @@ class Weight4bit:
         has repacked it for the CPU, which loses the scales. Raises TypeError for other types.
 
         >>> import bitsandbytes, torch
-        >>> from lora_kernels.quantization import Weight4bit
-        >>> Weight4bit.from_bitsandbytes(bitsandbytes.functional.quantize_4bit(torch.eye(64)))
-        Weight4bit([64, 64], fp4 of float32, blocksize=64, 2,368 bytes)
+        >>> from lora_kernels.quantization import QuantizedWeight
+        >>> QuantizedWeight.from_bitsandbytes(bitsandbytes.functional.quantize_4bit(torch.eye(64)))
+        QuantizedWeight([64, 64], fp4 of float32, blocksize=64, 2,368 bytes)
         """
         from . import bitsandbytes_format
 
@@ -420,7 +423,7 @@ def quantize_4bit(
     quant_type: str = "nf4",
     blocksize: int | None = None,
     double_quant: bool = True,
-) -> Weight4bit:
+) -> QuantizedWeight:
     """Quantize a weight to 4 bits.
 
     NF4 and FP4 are bitwise equal to those of bitsandbytes' `default` backend. Of the nested scales,
@@ -445,7 +448,7 @@ def quantize_4bit(
     >>> import torch
     >>> from lora_kernels.quantization import quantize_4bit
     >>> quantize_4bit(torch.ones(4096, 64, dtype=torch.bfloat16))
-    Weight4bit([4096, 64], nf4 of bfloat16, blocksize=64, nested, 136,324 bytes)
+    QuantizedWeight([4096, 64], nf4 of bfloat16, blocksize=64, nested, 136,324 bytes)
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: got {type(weight).__name__}, want a tensor")
@@ -468,20 +471,20 @@ def quantize_4bit(
         if not weight.isfinite().all():
             raise ValueError("weight: got NaN or infinity in it, want finite values")
         quantize = e2m1.quantize_mxfp4 if quant_type == "mxfp4" else e2m1.quantize_nvfp4
-        return Weight4bit._from_e2m1(quant_type, quantize(weight), weight.dtype, double_quant)
+        return QuantizedWeight._from_e2m1(quant_type, quantize(weight), weight.dtype, double_quant)
     thresholds = codebooks.thresholds(quant_type, device)
     order = codebooks.order(quant_type, device)
-    packed, absmax = decode4bit.encode(weight, thresholds, order, blocksize)
+    packed, absmax = decoder.encode(weight, thresholds, order, blocksize)
     if not absmax.isfinite().all():  # absmax propagates NaN and inf
         raise ValueError("weight: got NaN or infinity in it, want finite values")
     nested: dict[str, Any] = {}
     if double_quant:
         nested_code = codebooks.dynamic_map(device)
-        absmax, nested_absmax, offset = format4bit.quantize_scales(
+        absmax, nested_absmax, offset = coding.quantize_scales(
             absmax, nested_code, NESTED_BLOCKSIZE
         )
         nested = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset}
-    return Weight4bit(
+    return QuantizedWeight(
         packed=packed,
         absmax=absmax,
         code=codebooks.code(quant_type, device),

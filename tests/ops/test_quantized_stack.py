@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_kernels import lora_experts_linear
-from lora_kernels.backends import decode4bit
+from lora_kernels.backends import decoder
 from lora_kernels.backends.eager import experts as eager_experts
-from lora_kernels.backends.eager import stack4bit
+from lora_kernels.backends.eager import quantized_stack
 from lora_kernels.bench.counter import Kernel, count
-from lora_kernels.core import format4bit
+from lora_kernels.core import coding
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
 from lora_kernels.oracle.case import engine, give_mask, run
-from lora_kernels.quantization import Weight4bit, quantize_4bit
+from lora_kernels.quantization import QuantizedWeight, quantize_4bit
 from tests.support.experts import ROWS, ExpertsCase, check, inputs
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -46,7 +46,7 @@ def sizes(case: ExpertsCase, backward: bool) -> list[int]:
     """The out-features of each piece."""
     operands, spec = operands_of(case)
     chosen = eager_experts.chosen_experts(operands, spec)
-    pieces = stack4bit.build_stack(operands, spec, chosen, backward).pieces
+    pieces = quantized_stack.build_stack(operands, spec, chosen, backward).pieces
     return [piece.stop - piece.start for piece in pieces]
 
 
@@ -80,7 +80,7 @@ def test_a_stack_in_pieces_is_within_tolerance(
     experts = len(case.rows)
     # 48 + 32 of 80 out-features, for 192 in-features, and 128 + 64 or 96 + 96 of 192, for 80.
     budget = {"smallest": 1, "uneven": experts * 80 * 128 * 2, "whole": 1 << 30}[piece]
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", budget)
     assert eager_experts.is_grouped(*operands_of(case))
     found = [sizes(case, backward) for backward in (False, True)]
     assert all((len(each) > 1) is (piece != "whole") for each in found)
@@ -96,7 +96,7 @@ def test_a_folded_stack_in_pieces_is_within_tolerance(
     transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each piece takes its own columns of B·A, in both directions."""
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", 1)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", 1)
     rows = (400, 0, 3, 190)
     case = replace(CASE, rows=rows, N=128, K=128, transposed=transposed, adapter_dtype=f32)
     assert case.is_folded
@@ -109,7 +109,7 @@ def test_a_folded_stack_in_pieces_is_within_tolerance(
 def test_a_stack_without_adapters_is_the_base(
     budget: int, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", budget)
     args = inputs(replace(CASE, rows=rows, bias=False))
     x, weight, offsets, dy = (args[name] for name in ("x", "weight", "offsets", "dy"))
     torch.use_deterministic_algorithms(True)  # uninitialized memory is NaN
@@ -130,10 +130,10 @@ def test_a_stack_without_adapters_is_the_base(
 
 
 def test_cut_gives_the_fewest_pieces_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", 1000)
 
     def cut(size: int, one: int, step: int) -> list[int]:
-        pieces = stack4bit._cut(size, one, step)
+        pieces = quantized_stack._cut(size, one, step)
         assert pieces[0].start == 0 and pieces[-1].stop == size
         assert all(a.stop == b.start for a, b in itertools.pairwise(pieces))
         return [piece.stop - piece.start for piece in pieces]
@@ -155,7 +155,7 @@ def test_decoded_pieces_are_columns_of_the_decoded_stack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Bit for bit. 128·128 codes are one block of nested scales; 128·192 straddle one."""
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", budget)
     for rows, columns in ((128, 128), (128, 192)):
         W = torch.randn(3, rows, columns) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
         weight = quantize_4bit(W, blocksize=64, double_quant=nested)
@@ -166,7 +166,7 @@ def test_decoded_pieces_are_columns_of_the_decoded_stack(
         )
         spec = ExpertsSpec((1.0,), 0.0, bf16, bf16, transposed)
         chosen = None if experts is None else torch.tensor(experts)
-        stack = stack4bit.build_stack(operands, spec, chosen, backward)
+        stack = quantized_stack.build_stack(operands, spec, chosen, backward)
         count = 3 if experts is None else len(experts)
         assert (len(stack.pieces) == 1) is (count * rows * columns * 2 <= budget)
         found = torch.cat([stack.decode(piece) for piece in stack.pieces], dim=2)
@@ -199,7 +199,7 @@ def test_fewer_rows_than_experts_are_within_tolerance(
     case: ExpertsCase, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operands, spec = operands_of(case)
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", budget)
     assert eager_experts.chosen_experts(operands, spec) is not None
     assert (len(sizes(case, False)) > 1) is (budget == 1)
     check(case)
@@ -209,13 +209,13 @@ def test_fewer_rows_than_experts_decode_those_experts_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoded: list[int] = []
-    dense = decode4bit.dense
+    dense = decoder.dense
 
     def spy(weight: Any, shape: tuple[int, int], *args: Any) -> Tensor:
         decoded.append(shape[0] * shape[1])
         return dense(weight, shape, *args)
 
-    monkeypatch.setattr(decode4bit, "dense", spy)
+    monkeypatch.setattr(decoder, "dense", spy)
     case = replace(FEW, dtype=bf16)
     run(lora_experts_linear, inputs(case))
     assert len(case.rows) > case.M and decoded == [case.M * case.N * case.K] * 2
@@ -226,7 +226,7 @@ def test_as_many_rows_as_experts_or_none_decode_the_stack() -> None:
         chosen = eager_experts.chosen_experts(*operands_of(replace(CASE, rows=rows, tail=0)))
         assert (chosen is not None) is few
     dense = operands_of(CASE)[0]._replace(weight=torch.zeros(E, N, K, dtype=bf16))
-    assert stack4bit.chosen_experts(dense, ExpertsSpec((1.0,), 0.0, bf16, bf16)) is None
+    assert quantized_stack.chosen_experts(dense, ExpertsSpec((1.0,), 0.0, bf16, bf16)) is None
 
 
 def test_experts_that_begin_inside_of_a_block_are_not_chosen() -> None:
@@ -239,7 +239,7 @@ def test_experts_one_at_a_time_are_decoded_one_at_a_time(monkeypatch: pytest.Mon
     """float16, for which PyTorch has no kernel of all experts. Scales are decoded once for all."""
     decoded: list[tuple[int, int]] = []
     scales: list[int] = []
-    checked_dense, dequantize_scales = decode4bit._checked_dense, format4bit.dequantize_scales
+    checked_dense, dequantize_scales = decoder._checked_dense, coding.dequantize_scales
 
     def spy(weight: Any, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         decoded.append(shape)
@@ -249,8 +249,8 @@ def test_experts_one_at_a_time_are_decoded_one_at_a_time(monkeypatch: pytest.Mon
         scales.append(codes.numel())
         return dequantize_scales(codes, *nested)
 
-    monkeypatch.setattr(decode4bit, "_checked_dense", spy)
-    monkeypatch.setattr(format4bit, "dequantize_scales", spy_scales)
+    monkeypatch.setattr(decoder, "_checked_dense", spy)
+    monkeypatch.setattr(coding, "dequantize_scales", spy_scales)
     case = replace(CASE, dtype=f16, quant="nf4-64-nested")
     run(lora_experts_linear, inputs(case))
     assert decoded == [(N, K)] * 2 * sum(n > 0 for n in ROWS)
@@ -262,7 +262,7 @@ def test_rows_of_a_weight_decode_to_the_rows_of_all(nested: bool) -> None:
     weight = quantize_4bit(torch.randn(24, 96), blocksize=64, double_quant=nested)
     want = weight.dequantize()
     for rows in (slice(2, 6), slice(0, 2), slice(22, 24), slice(3, 7), slice(4, 4), slice(None)):
-        found = decode4bit.dense(weight.codes, (24, 96), f32, rows=rows, columns=slice(5, 70))
+        found = decoder.dense(weight.codes, (24, 96), f32, rows=rows, columns=slice(5, 70))
         assert torch.equal(found, want[rows, 5:70])
 
 
@@ -274,7 +274,7 @@ def on_meta(experts: int, rows: int, dtype: torch.dtype = bf16, **sizes: int) ->
     N, K, R = sizes.get("N", 128), sizes.get("K", 256), 16
     like = {"dtype": dtype, "device": "meta"}
     codes = experts * N * K
-    weight = Weight4bit(
+    weight = QuantizedWeight(
         packed=torch.empty(codes // 2, dtype=torch.uint8, device="meta"),
         absmax=torch.empty(codes // 64, dtype=torch.uint8, device="meta"),
         code=torch.empty(16, device="meta"),
@@ -312,7 +312,7 @@ def test_the_host_waits_for_nothing(
     rows: int, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", budget)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", budget)
     count_both(on_meta(8, rows))
     with pytest.raises((RuntimeError, NotImplementedError)):  # so such a wait is seen
         count_both(on_meta(8, 64, f16))
@@ -330,11 +330,11 @@ def test_kernels_depend_on_the_pieces_and_not_on_the_experts(
     pytest.importorskip("bitsandbytes")
     found = {}
     for experts in (8, 32, 128):
-        monkeypatch.setattr(stack4bit, "PIECE_BYTES", 1 << 40)
+        monkeypatch.setattr(quantized_stack, "PIECE_BYTES", 1 << 40)
         count_both(on_meta(experts, 256))
         for pieces in (1, 2, 4):
             # 128 out-features of x·Wᵀ, 256 of dy·W, in `pieces` and the same
-            monkeypatch.setattr(stack4bit, "PIECE_BYTES", experts * 256 * 128 * 2 // pieces)
+            monkeypatch.setattr(quantized_stack, "PIECE_BYTES", experts * 256 * 128 * 2 // pieces)
             found[experts, pieces] = count_both(on_meta(experts, 256)).kernels
     assert {kernels for (_, pieces), kernels in found.items() if pieces == 1} == {found[8, 1]}
     for (_, pieces), kernels in found.items():
@@ -346,7 +346,7 @@ def test_one_piece_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     args = on_meta(64, 64, N=512, K=512)
     whole = 64 * 512 * 512 * 2
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", whole // 4)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", whole // 4)
     count_both(args)
     assert whole // 4 < count_both(args).peak < whole // 2
 
@@ -368,9 +368,9 @@ def test_loop_reason_names_what_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -
     assert "rank 8, in 180, out 80 are no such" in str(reason(K=180))
     straddles = {"quant": "nf4-256"}  # 256 codes, rows of 192
     assert reason(**straddles) is None
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", E * N * K * 2)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", E * N * K * 2)
     assert reason(**straddles) is None
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", E * N * K * 2 - 1)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", E * N * K * 2 - 1)
     assert reason(**straddles) == "blocks of 256 codes straddle rows of 192"
     assert reason() is None
     monkeypatch.setattr(eager_experts, "MOST_GROUPS", E - 1)
@@ -407,7 +407,7 @@ def test_waits_reason_is_that_of_the_card(
 
 def test_a_stack_that_cannot_be_cut_is_within_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASE, quant="nf4-256")
-    monkeypatch.setattr(stack4bit, "PIECE_BYTES", 1)
+    monkeypatch.setattr(quantized_stack, "PIECE_BYTES", 1)
     assert not eager_experts.is_grouped(*operands_of(case))
     check(case)
     few = replace(case, rows=(1, 0, 0, 0, 0, 0), quant="nf4-512")

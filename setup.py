@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parent
 BASELINE = [
     "bindings.cpp",
     "direct.cpp",
+    "cpu/codes.cpp",
     "cpu/cpuid.cpp",
     "cpu/dispatch.cpp",
     "cpu/fingerprint.cpp",

@@ -51,16 +51,23 @@ Dropout read(Arguments& in) {
 
 template <>
 Codes read(Arguments& in) {
-  return {.packed = in("packed"),
-          .code = in("code"),
-          .absmax = in("absmax"),
-          .nested_code = in("nested_code"),
-          .nested_absmax = in("nested_absmax"),
-          .offset = in("offset"),
-          .log2_block = log2_of(in("blocksize")),
-          .log2_nested = log2_of(in("nested_blocksize")),
-          .N = in("N"),
-          .K = in("K")};
+  Codes codes{.packed = in("packed"),
+              .code = in("code"),
+              .absmax = in("absmax"),
+              .nested_code = in("nested_code"),
+              .nested_absmax = in("nested_absmax"),
+              .offset = in("offset"),
+              .log2_block = log2_of(in("blocksize")),
+              .log2_nested = log2_of(in("nested_blocksize")),
+              .N = in("N"),
+              .K = in("K")};
+  codes.kind = kind_of(in("bits"), codes.code);
+  const int64_t scale_bytes = in("scale_bytes");
+  codes.scale_type = scale_bytes == 4   ? ScaleType::f32
+                     : scale_bytes == 2 ? ScaleType::f16
+                                        : ScaleType::u8;
+  codes.has_shift = in("has_shift");
+  return codes;
 }
 
 template <>
@@ -169,7 +176,7 @@ namespace {
 
 using namespace python;
 
-Object codes_4bit(Arguments& in) {
+Object codes_of(Arguments& in) {
   auto codes = std::make_unique<Codes>(read<Codes>(in));
   in.finish();
   return build_capsule(std::move(codes), CODES_CAPSULE);
@@ -348,7 +355,7 @@ PyMethodDef methods[] = {
     method<use_openmp_at>("use_openmp",
                           "Run on the thread pool of the OpenMP runtime with these addresses."),
     method<multiply_add>("multiply_add", "Multiply and add in registers; return the FLOPs."),
-    method<codes_4bit>("Codes", "Return the addresses of a 4-bit weight."),
+    method<codes_of>("Codes", "Return the addresses of a quantized weight."),
     method<quantize>("quantize"),
     method<dequantize>("dequantize"),
     method<row_norm>("row_norm"),

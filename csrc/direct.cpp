@@ -190,9 +190,10 @@ bool read_codes(PyObject* packed, int64_t N, int64_t K, Codes& codes) {
     if (!view_memory(tensor, view) || !view.is_contiguous()) return false;
   }
   const int64_t blocksize = in("blocksize"), nested_blocksize = in("nested_blocksize");
+  // bitsandbytes decodes by quant_type and ignores the stored codebook, so the two must agree.
   PyObject* const codebook_tensor = PyDict_GetItemWithError(py.codebooks, in("quant_type").object);
-  View codebook;
-  if (!codebook_tensor || !view_memory(codebook_tensor, codebook)) {
+  View codebook = views[2];
+  if (codebook_tensor ? !view_memory(codebook_tensor, codebook) : PyErr_Occurred() != nullptr) {
     PyErr_Clear();
     return false;
   }
@@ -202,30 +203,39 @@ bool read_codes(PyObject* packed, int64_t N, int64_t K, Codes& codes) {
   const auto is_power_of_2 = [](int64_t n) { return n > 0 && (n & (n - 1)) == 0; };
   if (!is_power_of_2(blocksize) || !is_power_of_2(nested_blocksize)) return false;
   const int64_t blocks = (N * K + blocksize - 1) / blocksize;
+  const int64_t bits = views[2].elements() == 256 ? 8 : 4;
+  const bool has_shift = views[1].ndim == 2;
+  const int64_t each = has_shift ? 2 : 1;
   const bool is_nested = views[4].data, is_double_quantized = views[3].data;
+  const bool is_half = views[1].is_float && views[1].dtype == DType::f16;
+  if ((bits == 8 || has_shift) && (K % blocksize || blocksize < 16)) return false;
   // quant_storage may give packed codes another dtype.
-  if (!views[0].data || views[0].bits * views[0].elements() < (N * K + 1) / 2 * 8) return false;
-  if (!has_elements(1, is_nested ? 8 : 32, blocks) || !has_elements(2, 32, 16)) return false;
+  if (!views[0].data || views[0].bits * views[0].elements() < (N * K * bits + 7) / 8 * 8)
+    return false;
+  if (!has_elements(1, is_nested ? 8 : is_half ? 16 : 32, blocks * each)) return false;
+  if (!has_elements(2, 32, bits == 8 ? 256 : 16)) return false;
   if (is_nested && !has_elements(4, 32, 256)) return false;
   if (is_double_quantized &&
-      !(is_nested && has_elements(3, 32, (blocks + nested_blocksize - 1) / nested_blocksize) &&
-        has_elements(5, 32, 1)))
+      !(is_nested && has_elements(3, 32, (blocks + nested_blocksize - 1) / nested_blocksize * each)))
     return false;
+  if (views[5].data && !(is_double_quantized && !has_shift && has_elements(5, 32, 1))) return false;
   const auto floats_of = [&](std::size_t i) { return static_cast<const float*>(views[i].data); };
-  // bitsandbytes decodes by quant_type and ignores the stored codebook, so the two must agree.
   const float* const code = static_cast<const float*>(codebook.data);
-  for (int i = 0; i < 16; ++i)
+  for (int i = 0; codebook_tensor && i < 16; ++i)
     if (!(std::abs(floats_of(2)[i] - code[i]) < 1e-6f)) return false;
   codes = {.packed = static_cast<const uint8_t*>(views[0].data),
            .code = code,
            .absmax = views[1].data,
            .nested_code = is_nested ? floats_of(4) : nullptr,
            .nested_absmax = is_double_quantized ? floats_of(3) : nullptr,
-           .offset = is_double_quantized ? floats_of(5) : nullptr,
+           .offset = floats_of(5),
            .log2_block = log2_of(blocksize),
            .log2_nested = log2_of(nested_blocksize),
            .N = N,
-           .K = K};
+           .K = K,
+           .kind = kind_of(bits, code),
+           .scale_type = is_nested ? ScaleType::u8 : is_half ? ScaleType::f16 : ScaleType::f32,
+           .has_shift = has_shift};
   return true;
 }
 

@@ -1,39 +1,82 @@
 #pragma once
-// 4-bit weights: quantization and decoding. Follows kernels_impl.h.
+// Quantized weights: decoding, and quantization to 4 bits. Follows kernels_impl.h.
 
 namespace lora_kernels {
 namespace {
 
 constexpr int64_t MIN_BLOCKSIZE = 16;
 
-// Nested scales are rounded twice: this file is compiled without contraction.
-LK_INLINE float block_scale(const Codes& w, int64_t block) {
-  if (!w.nested_code) return static_cast<const float*>(w.absmax)[block];
-  const float relative = w.nested_code[static_cast<const uint8_t*>(w.absmax)[block]];
+// Scales, shifts and elements are rounded after each operation: this file is compiled without
+// contraction.
+
+// Element i of the scales; with a shift of their pairs.
+LK_INLINE float scale_at(const Codes& w, int64_t i) {
+  if (w.scale_type == ScaleType::f32) return static_cast<const float*>(w.absmax)[i];
+  if (w.scale_type == ScaleType::f16) return load_scalar(static_cast<const f16*>(w.absmax) + i);
+  const float relative = w.nested_code[static_cast<const uint8_t*>(w.absmax)[i]];
   if (!w.nested_absmax) return relative;
-  return relative * w.nested_absmax[block >> w.log2_nested] + *w.offset;
+  const int64_t block = w.has_shift ? i >> 1 : i, nested = block >> w.log2_nested;
+  const float scale = relative * w.nested_absmax[w.has_shift ? 2 * nested + (i & 1) : nested];
+  return w.offset ? scale + *w.offset : scale;
+}
+LK_INLINE float block_scale(const Codes& w, int64_t block) {
+  return scale_at(w, w.has_shift ? 2 * block : block);
+}
+LK_INLINE float block_shift(const Codes& w, int64_t block) { return scale_at(w, 2 * block + 1); }
+
+// v = elements [i, i + 2 W) of the scales as they are stored. t: nested_code, if there is one.
+LK_INLINE void load_scales(const Codes& w, const Table256& t, int64_t i, vf v[2]) {
+  if (w.scale_type == ScaleType::u8)
+    return lookup_2w(t, static_cast<const uint8_t*>(w.absmax) + i, v);
+  for (int j = 0; j < 2; ++j, i += W)
+    v[j] = w.scale_type == ScaleType::f32 ? load(static_cast<const float*>(w.absmax) + i)
+                                          : load(static_cast<const f16*>(w.absmax) + i);
 }
 
-// dst[i] = the scale of block `block` + i for i < count. t: nested_code, if there is one.
+// scales[i] and shifts[i] = the scale and the shift of block `block` + i for i < count.
+LK_INLINE void decode_pairs(const Codes& w, const Table256& t, int64_t block, int64_t count,
+                            float* scales, float* shifts) {
+  for (const int64_t end = block + count; block < end;) {  // blocks that share a nested scale
+    const int64_t run =
+        w.nested_absmax ? min(end, ((block >> w.log2_nested) + 1) << w.log2_nested) - block : count;
+    const float* const nested = w.nested_absmax + 2 * (block >> w.log2_nested);
+    int64_t i = 0;
+    for (; i + W <= run; i += W) {
+      vf v[2], scale, shift;
+      load_scales(w, t, 2 * (block + i), v);
+      deinterleave(v[0], v[1], scale, shift);
+      store(scales + i, w.nested_absmax ? mul(scale, splat(nested[0])) : scale);
+      store(shifts + i, w.nested_absmax ? mul(shift, splat(nested[1])) : shift);
+    }
+    for (; i < run; ++i) {
+      scales[i] = block_scale(w, block + i);
+      shifts[i] = block_shift(w, block + i);
+    }
+    block += run;
+    scales += run;
+    shifts += run;
+  }
+}
+
+// dst[i] = the scale of block `block` + i for i < count, of a weight without a shift. t:
+// nested_code, if there is one.
 LK_INLINE void decode_scales(const Codes& w, const Table256& t, int64_t block, int64_t count,
                              float* dst) {
-  if (!w.nested_code) {
+  if (w.scale_type == ScaleType::f32) {
     __builtin_memcpy(dst, static_cast<const float*>(w.absmax) + block, (size_t)count * sizeof *dst);
     return;
   }
   if (!w.nested_absmax) {
-    const uint8_t* const codes = static_cast<const uint8_t*>(w.absmax) + block;
     int64_t i = 0;
     for (; i + 2 * W <= count; i += 2 * W) {
       vf v[2];
-      lookup_2w(t, codes + i, v);
+      load_scales(w, t, block + i, v);
       store(dst + i, v[0]);
       store(dst + i + W, v[1]);
     }
-    for (; i < count; ++i) dst[i] = w.nested_code[codes[i]];
+    for (; i < count; ++i) dst[i] = scale_at(w, block + i);
     return;
   }
-  const float offset = *w.offset;
   for (const int64_t end = block + count; block < end;) {  // blocks that share a nested scale
     const int64_t run = min(end, ((block >> w.log2_nested) + 1) << w.log2_nested) - block;
     const float scale = w.nested_absmax[block >> w.log2_nested];
@@ -42,38 +85,84 @@ LK_INLINE void decode_scales(const Codes& w, const Table256& t, int64_t block, i
     for (; i + 2 * W <= run; i += 2 * W) {
       vf v[2];
       lookup_2w(t, codes + i, v);
-      store(dst + i, add(mul(v[0], splat(scale)), splat(offset)));
-      store(dst + i + W, add(mul(v[1], splat(scale)), splat(offset)));
+      for (int j = 0; j < 2; ++j) {
+        const vf product = mul(v[j], splat(scale));
+        store(dst + i + j * W, w.offset ? add(product, splat(*w.offset)) : product);
+      }
     }
-    for (; i < run; ++i) {
-      const float relative = w.nested_code[codes[i]] * scale;
-      dst[i] = relative + offset;
-    }
+    for (; i < run; ++i) dst[i] = scale_at(w, block + i);
     block += run;
     dst += run;
   }
 }
 
-LK_INLINE float decode_element(const Codes& w, int64_t i) {
+LK_INLINE float code_value(const Codes& w, int64_t i) {
+  if (w.kind != CodeKind::nibble) return w.code[w.packed[i]];
   const int byte = w.packed[i >> 1];
-  return w.code[i & 1 ? byte & 15 : byte >> 4] * block_scale(w, i >> w.log2_block);
+  return w.code[i & 1 ? byte & 15 : byte >> 4];
+}
+LK_INLINE float decode_element(const Codes& w, int64_t i) {
+  const int64_t block = i >> w.log2_block;
+  const float product = code_value(w, i) * block_scale(w, block);
+  return w.has_shift ? product + block_shift(w, block) : product;
 }
 
-// Calls f(k, values, lanes) for vectors of W scaled elements, the last perhaps shorter. Together
-// they are elements [first, first + count) of the weight; k counts from `first`, a multiple of
-// MIN_BLOCKSIZE.
+// The values of W codes from element i on, a multiple of W.
+struct Nibbles {
+  const uint8_t* packed;
+  Table t;
+  [[gnu::always_inline]] vf operator()(int64_t i) const { return lookup(t, packed + i / 2); }
+};
+struct Int8s {
+  const uint8_t* packed;
+  [[gnu::always_inline]] vf operator()(int64_t i) const { return load_int8(packed + i); }
+};
+struct E4m3s {
+  const uint8_t* packed;
+  [[gnu::always_inline]] vf operator()(int64_t i) const { return load_e4m3(packed + i); }
+};
+struct Bytes {
+  const uint8_t* packed;
+  const float* code;
+  [[gnu::always_inline]] vf operator()(int64_t i) const {
+    float lanes[W];
+    for (int j = 0; j < W; ++j) lanes[j] = code[packed[i + j]];
+    return load(lanes);
+  }
+};
+
+// Calls f(values, has_shift), a function for the kind of codes and a constant.
 template <typename F>
-LK_INLINE void for_each_vector(const Codes& w, Table t, int64_t first, int64_t count,
-                               const F& f) {
+LK_INLINE void dispatch_codes(const Codes& w, Table t, const F& f) {
+  const auto dispatch_shift = [&](const auto& values) {
+    w.has_shift ? f(values, std::true_type{}) : f(values, std::false_type{});
+  };
+  if (w.kind == CodeKind::nibble) dispatch_shift(Nibbles{w.packed, t});
+  if (w.kind == CodeKind::int8) dispatch_shift(Int8s{w.packed});
+  if (w.kind == CodeKind::e4m3) dispatch_shift(E4m3s{w.packed});
+  if (w.kind == CodeKind::byte) dispatch_shift(Bytes{w.packed, w.code});
+}
+
+// dst[i] = element `first` + i of the weight for i < count. `first` is a multiple of MIN_BLOCKSIZE.
+template <bool HasShift, typename T, typename Values>
+LK_INLINE void decode_vectors(const Codes& w, const Values& values, int64_t first, int64_t count,
+                              T* dst) {
   for (int64_t k = 0; k < count;) {
     const int64_t block = (first + k) >> w.log2_block;
     const int64_t end = min(count, ((block + 1) << w.log2_block) - first);
     const vf scale = splat(block_scale(w, block));
-    for (; k + W <= end; k += W) f(k, mul(lookup(t, w.packed + (first + k) / 2), scale), W);
+    const vf shift = splat(HasShift ? block_shift(w, block) : 0.0f);
+    for (; k + W <= end; k += W) {
+      const vf product = mul(values(first + k), scale);
+      store_ieee(dst + k, HasShift ? add(product, shift) : product);
+    }
     if (k < end) {  // the weight's bytes may end here
-      uint8_t bytes[W / 2] = {};
-      __builtin_memcpy(bytes, w.packed + (first + k) / 2, (size_t)(end - k + 1) / 2);
-      f(k, mul(lookup(t, bytes), scale), (int)(end - k));
+      T tail[W];
+      float lanes[W] = {};
+      for (int64_t i = k; i < end; ++i) lanes[i - k] = code_value(w, first + i);
+      const vf product = mul(load(lanes), scale);
+      store_ieee(tail, HasShift ? add(product, shift) : product);
+      __builtin_memcpy(dst + k, tail, (size_t)(end - k) * sizeof(T));
       k = end;
     }
   }
@@ -81,18 +170,12 @@ LK_INLINE void for_each_vector(const Codes& w, Table t, int64_t first, int64_t c
 
 // dst[i] = W[n, k0 + i] for i < count.
 template <typename T>
-LK_INLINE void decode_row(const Codes& w, Table t, int64_t n, int64_t k0, int64_t count,
-                          T* dst) {
+[[gnu::noinline]] void decode_row(const Codes& w, Table t, int64_t n, int64_t k0, int64_t count,
+                                  T* dst) {
   const int64_t first = n * w.K + k0;
   if (first % MIN_BLOCKSIZE == 0) {
-    for_each_vector(w, t, first, count, [&](int64_t k, vf v, int lanes) {
-      if (lanes == W) {
-        store_ieee(dst + k, v);
-      } else {
-        T tail[W];
-        store_ieee(tail, v);
-        __builtin_memcpy(dst + k, tail, (size_t)lanes * sizeof(T));
-      }
+    dispatch_codes(w, t, [&](const auto& values, auto has_shift) {
+      decode_vectors<decltype(has_shift)::value>(w, values, first, count, dst);
     });
     return;
   }

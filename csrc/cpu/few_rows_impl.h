@@ -1,15 +1,18 @@
-// GEMV over a weight of 4-bit codes. Follows codes_impl.h and streamed_impl.h.
+// GEMV over a quantized weight. Follows codes_impl.h and streamed_impl.h.
 //
-// Up to CODED_PASS_ROWS rows of x share codes that are looked up in registers, a chunk of
+// Up to CODED_PASS_ROWS rows of x share nibbles that are looked up in registers, a chunk of
 // CHUNK_CODES at a time. Each lane holds eight neighbouring codes, which share a scale. More rows
-// of x use codes that were decoded to memory, in slabs that stay in the L1 cache.
+// of x, and codes of 8 bits, take codes that were decoded to memory, in slabs that stay in the L1
+// cache. A shift is added in the decoded values; beside values in registers it leaves the loop, as
+// shift * (the sum of x over the block).
 //
-// x is interleaved like the codes. In a chunk, lane l of vector j holds element 8 l + j:
+// x is interleaved like the nibbles. In a chunk, lane l of vector j holds element 8 l + j:
 //   vector 0    0   8  16  24 ...
 //   vector 1    1   9  17  25 ...
 //   ...
 //   vector 7    7  15  23  31 ...
-// Chunks of the rows of one pass alternate: chunk 0 of each row, then chunk 1 of each row, ...
+// For codes of 8 bits, and if K is no multiple of eight, elements keep their order. Chunks of the
+// rows of one pass alternate: chunk 0 of each row, then chunk 1 of each row, ...
 
 namespace lora_kernels {
 namespace {
@@ -38,15 +41,16 @@ constexpr int CODED_TILE_ROWS = 4 * M <= W   ? 4
 
 constexpr int MAX_SUM_SCALED_ROWS = 2;  // for which scaling sums is cheaper than scaling codes
 
-// Interleaves K elements of x, one chunk every `stride` elements. If K is no multiple of eight,
-// elements keep their order.
+// Copies K elements of x in their order, one chunk every `stride` elements.
+template <typename T, typename X>
+LK_INLINE void copy_x(const T* src, int64_t K, X* dst, int64_t stride) {
+  for (int64_t k = 0; k < K; k += CHUNK_CODES, dst += stride)
+    copy_masked(src + k, dst, K - k, CHUNK_CODES, nullptr, 0, 0);
+}
+
+// Interleaves K elements of x, a multiple of eight, one chunk every `stride` elements.
 template <typename T>
 LK_INLINE void interleave_x(const T* src, int64_t K, float* dst, int64_t stride) {
-  if (K % 8) {
-    for (int64_t k = 0; k < K; k += CHUNK_CODES, dst += stride)
-      copy_masked(src + k, dst, K - k, CHUNK_CODES, nullptr, 0, 0);
-    return;
-  }
   for (int64_t k = 0; k < K; k += CHUNK_CODES, dst += stride) {
     float chunk[CHUNK_CODES];
     copy_masked(src + k, chunk, K - k, CHUNK_CODES, nullptr, 0, 0);
@@ -145,7 +149,45 @@ LK_INLINE int64_t balanced_slab(int64_t K, int64_t bytes, int64_t max_bytes) {
   return round_up((K + slabs - 1) / slabs, CHUNK_CODES);
 }
 
+// dst[i] = the sum of x over block i, of 1 << log2_block elements.
+template <typename T>
+[[gnu::noinline]] void block_sums(const T* x, int64_t K, int log2_block, float* dst) {
+  for (int64_t k = 0, size = int64_t{1} << log2_block; k < K; k += size) {
+    vf sum[STREAMS] = {zero(), zero(), zero(), zero()};
+    for (int64_t i = 0; i < size; i += W) sum[0] = add(sum[0], load(x + k + i));
+    float sums[STREAMS];
+    sum_lanes(sum, sums);
+    *dst++ = sums[0];
+  }
+}
+
+// total[g][i] += the shift of each block of row g times the sum of x[i] over the block. The rows'
+// shifts lie `stride` apart, the sums `blocks`.
+template <int M>
+LK_INLINE void add_shifts(const float* shifts, int64_t stride, const float* x_sums, int64_t blocks,
+                          vf total[STREAMS][M]) {
+  for (int64_t b = 0; b < blocks; b += W) {
+    const int valid = (int)min(W, blocks - b);
+    vf shift[STREAMS];
+    LK_UNROLL for (int g = 0; g < STREAMS; ++g) shift[g] =
+        load_partial(shifts + g * stride + b, valid);
+    LK_UNROLL for (int i = 0; i < M; ++i) {
+      const vf x_sum = load_partial(x_sums + i * blocks + b, valid);
+      LK_UNROLL for (int g = 0; g < STREAMS; ++g) total[g][i] = fma(x_sum, shift[g], total[g][i]);
+    }
+  }
+}
+
 // The layer -----------------------------------------------------------------------------------
+
+// The scales of a batch of rows of each stream, `stride` apart; shifts lie STREAMS * stride behind
+// their scales.
+struct Scales {
+  float* data;
+  int64_t stride;
+
+  float* shifts() const { return data + STREAMS * stride; }
+};
 
 // Rows of a stream whose scales are decoded in one batch. A batch separates the stores of scales
 // from their loads, whose other width would prevent store forwarding. The number of scales includes
@@ -156,6 +198,9 @@ LK_INLINE int64_t batch_rows(const Codes& w) {
 LK_INLINE int64_t batch_scales(const Codes& w) {
   return (batch_rows(w) * w.K >> w.log2_block) + 2 + W;
 }
+LK_INLINE int64_t scale_floats(const Codes& w) {
+  return (w.has_shift ? 2 : 1) * STREAMS * batch_scales(w);
+}
 
 // Returns the distance from the first element of the block in which row `first` begins to that of
 // row first + n.
@@ -164,11 +209,11 @@ LK_INLINE int64_t offset_in_block(const Codes& w, int64_t first, int64_t n) {
 }
 
 // sums[i * lds + n + g * stream_stride - first] = x[i] · W[n + g * stream_stride] for first <= n <
-// end and all streams g. scales: from the block in which row first + g * stream_stride begins,
-// scale_stride apart.
+// end and all streams g. scales: from the block in which row first + g * stream_stride begins.
+// x_sums: over the blocks, if there are shifts.
 template <int M, typename X, typename T>
-LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, int64_t first, int64_t end,
-                           int64_t stream_stride, const float* scales, int64_t scale_stride,
+LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* x_sums,
+                           int64_t first, int64_t end, int64_t stream_stride, const Scales& scales,
                            float* sums, int64_t lds) {
   constexpr int J = CODED_TILE_ROWS<M>;
   const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
@@ -179,13 +224,20 @@ LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, int64_t first
       vf total[STREAMS][M];
       if (is_block_aligned) {
         LK_UNROLL_FAST for (int g = 0; g < STREAMS; g += J) dot_codes<J, M, true>(
-            w, t, n + g * stream_stride, stream_stride, scales + g * scale_stride, scale_stride,
-            offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1, total + g);
+            w, t, n + g * stream_stride, stream_stride, scales.data + g * scales.stride,
+            scales.stride, offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1,
+            total + g);
+        if (w.has_shift && !k0) {
+          const int64_t blocks = w.K >> w.log2_block;
+          add_shifts<M>(scales.shifts() + (n - first) * blocks, scales.stride, x_sums, blocks,
+                        total);
+        }
       } else {
         for (int g = 0; g < STREAMS; ++g)
           dot_codes<1, M, false>(
-              w, t, n + g * stream_stride, stream_stride, scales + g * scale_stride, scale_stride,
-              offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1, total + g);
+              w, t, n + g * stream_stride, stream_stride, scales.data + g * scales.stride,
+              scales.stride, offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1,
+              total + g);
       }
       store_sums<M>(total, !k0, stream_stride, sums + n - first, lds);
     }
@@ -193,33 +245,41 @@ LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, int64_t first
 }
 
 template <typename X, typename T>
-LK_INLINE void dot_streams(int64_t M, const Codes& w, const T& t, const X* x, int64_t first,
-                           int64_t end, int64_t stream_stride, const float* scales,
-                           int64_t scale_stride, float* sums, int64_t lds) {
+LK_INLINE void dot_streams(int64_t M, const Codes& w, const T& t, const X* x, const float* x_sums,
+                           int64_t first, int64_t end, int64_t stream_stride, const Scales& scales,
+                           float* sums, int64_t lds) {
 #define LK_ROWS(m) \
-  if (M == m) dot_streams<m>(w, t, x, first, end, stream_stride, scales, scale_stride, sums, lds);
+  if (M == m) dot_streams<m>(w, t, x, x_sums, first, end, stream_stride, scales, sums, lds);
   LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6) LK_ROWS(7) LK_ROWS(8)
 #undef LK_ROWS
 }
 
 // Calls f(n, end, sums of row n) for batches of the rows [n, stop) of each stream, after decoding
-// their scales, which lie scale_stride apart.
+// their scales and shifts. centre: what the codebook lacks, see `Centred`.
 template <typename F>
-LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* scales, int64_t scale_stride,
+LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, float centre, int64_t n,
+                              int64_t stop, int64_t stream_stride, const Scales& scales,
                               float* sums, const F& f) {
   for (int64_t end; n < stop; sums += end - n, n = end) {
     end = min(stop, n + batch_rows(w));
     for (int64_t g = 0; g < STREAMS; ++g) {
       const int64_t block = (n + g * stream_stride) * w.K >> w.log2_block;
       const int64_t last = ((end + g * stream_stride) * w.K - 1) >> w.log2_block;
-      decode_scales(w, nested, block, last - block + 1, scales + g * scale_stride);
+      float* const dst = scales.data + g * scales.stride;
+      if (!w.has_shift) {
+        decode_scales(w, nested, block, last - block + 1, dst);
+        continue;
+      }
+      float* const shifts = scales.shifts() + g * scales.stride;
+      decode_pairs(w, nested, block, last - block + 1, dst, shifts);
+      for (int64_t i = 0; centre && i <= last - block; ++i) shifts[i] += centre * dst[i];
     }
     f(n, end, sums);
   }
 }
 
-// A 4-bit weight for `gemv_streams` whose codes are looked up in registers.
+// A 4-bit weight for `gemv_streams` whose codes are looked up in registers. x_sums: of each row of x
+// over the blocks, if there are shifts. centre: as in `Centred`.
 template <typename X, typename T>
 struct CodedRows {
   const Codes& w;
@@ -227,23 +287,51 @@ struct CodedRows {
   const X* x;
   int64_t ldx;
   Passes passes;
-  int64_t stream_scales = batch_scales(w), scratch_floats = STREAMS * stream_scales;
+  const float* x_sums;
+  float centre;
+  int64_t scratch_floats = scale_floats(w);
 
   const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
   Table256 tables() const { return load_table_256(w.nested_code); }
 
   [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* scales, float* sums,
+                              int64_t stream_stride, float* buffer, float* sums,
                               int64_t lds) const {
-    for_each_batch(w, nested, n, stop, stream_stride, scales, stream_scales, sums,
+    const Scales scales{buffer, batch_scales(w)};
+    for_each_batch(w, nested, centre, n, stop, stream_stride, scales, sums,
                    [&](int64_t n, int64_t end, float* sums) {
                      passes.for_each([&](int64_t m, int64_t rows) {
-                       dot_streams(rows, w, code, x + m * ldx, n, end, stream_stride, scales,
-                                   stream_scales, sums + m * lds, lds);
+                       dot_streams(rows, w, code, x + m * ldx,
+                                   x_sums + m * (w.K >> w.log2_block), n, end, stream_stride,
+                                   scales, sums + m * lds, lds);
                      });
                    });
   }
 };
+
+// dst = W[row, k0 .. k1) of 8 bits or with a shift, with zeros up to a multiple of CHUNK_CODES.
+// scales and shifts: of the row's blocks. K is a multiple of the blocks' size.
+template <typename X>
+[[gnu::noinline]] void decode_slab_in_order(const Codes& w, Table t, int64_t row,
+                                            const float* scales, const float* shifts, int64_t k0,
+                                            int64_t k1, X* dst) {
+  const int64_t row_bytes = w.kind == CodeKind::nibble ? w.K / 2 : w.K;
+  const char* next = reinterpret_cast<const char*>(w.packed + row * row_bytes) +
+                     k1 * row_bytes / w.K;  // the bytes of the next slab
+  X* const end_of_slab = dst + round_up(k1 - k0, CHUNK_CODES);
+  dispatch_codes(w, t, [&](const auto& values, auto has_shift) {
+    for (int64_t k = k0; k < k1;) {
+      const int64_t block = k >> w.log2_block, end = min(k1, (block + 1) << w.log2_block);
+      const vf scale = splat(scales[block]), shift = splat(has_shift ? shifts[block] : 0.0f);
+      for (; k < end; k += W, dst += W) {
+        __builtin_prefetch(next + (k - k0), 0, 3);
+        const vf product = mul(values(row * w.K + k), scale);
+        store(dst, has_shift ? add(product, shift) : product);
+      }
+    }
+  });
+  for (; dst < end_of_slab; dst += W) store(dst, zero());
+}
 
 // dst = W[row, k0 .. k1), interleaved, with zeros up to a multiple of CHUNK_CODES. scales and
 // offset: as in dot_codes.
@@ -286,8 +374,15 @@ LK_INLINE void dot_decoded(const X* w, int64_t ldw, const X* x, int64_t count, v
     }
 }
 
-// A 4-bit weight for `gemv_streams` whose codes are decoded to memory, a slab of one row of each
-// stream at a time. It serves many rows of x, and any K that is no multiple of eight.
+LK_INLINE Table values_of(const Table& t) { return t; }
+
+// Returns whether the elements of x and of decoded rows keep their order.
+LK_INLINE bool is_in_order(const Codes& w, bool is_decoded) {
+  return w.K % 8 || (is_decoded && (w.kind != CodeKind::nibble || w.has_shift));
+}
+
+// A weight for `gemv_streams` whose codes are decoded to memory, a slab of one row of each stream at
+// a time. It serves many rows of x, codes of 8 bits, and any K that is no multiple of eight.
 template <typename Word, typename X, typename T>
 struct DecodedRows {
   const Codes& w;
@@ -296,29 +391,36 @@ struct DecodedRows {
   int64_t ldx;
   Passes passes;
   int64_t slab = balanced_slab(w.K, STREAMS* int64_t{sizeof(X)}, DECODED_SLAB_BYTES);
-  int64_t stream_scales = batch_scales(w), scale_floats = round_up(STREAMS * stream_scales, 16);
-  int64_t scratch_floats = scale_floats + STREAMS * slab * int64_t{sizeof(X)} / 4;
+  int64_t decoded_begin = round_up(scale_floats(w), 16);
+  int64_t scratch_floats = decoded_begin + STREAMS * slab * int64_t{sizeof(X)} / 4;
 
   const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
   Table256 tables() const { return load_table_256(w.nested_code); }
 
   // dst = the elements [k0, k1) of row n and its counterparts in the other streams, `slab` apart.
   [[gnu::always_inline]] void decode(int64_t first, int64_t n, int64_t stream_stride,
-                                     const float* scales, int64_t k0, int64_t k1, X* dst) const {
+                                     const Scales& scales, int64_t k0, int64_t k1, X* dst) const {
     const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
-    for (int64_t g = 0; g < STREAMS; ++g, dst += slab, scales += stream_scales) {
+    for (int64_t g = 0; g < STREAMS; ++g, dst += slab) {
       const int64_t row = n + g * stream_stride,
                     offset = offset_in_block(w, first + g * stream_stride, n - first);
+      const float* const row_scales = scales.data + g * scales.stride;
       if constexpr (std::is_same_v<X, float>)
         if (w.K % 8) {
           decode_row(w, code, row, k0, k1 - k0, dst);
           for (int64_t k = k1 - k0; k % CHUNK_CODES; ++k) dst[k] = 0.0f;
           continue;
         }
+      if (is_in_order(w, true)) {
+        const int64_t block = (n - first) * (w.K >> w.log2_block);
+        decode_slab_in_order(w, values_of(code), row, row_scales + block,
+                             row_scales + STREAMS * scales.stride + block, k0, k1, dst);
+        continue;
+      }
       if (is_block_aligned)
-        decode_slab<true>(w, code, row, scales, offset, k0, k1, dst);
+        decode_slab<true>(w, code, row, row_scales, offset, k0, k1, dst);
       else
-        decode_slab<false>(w, code, row, scales, offset, k0, k1, dst);
+        decode_slab<false>(w, code, row, row_scales, offset, k0, k1, dst);
     }
   }
 
@@ -347,10 +449,11 @@ struct DecodedRows {
   }
 
   [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* scales, float* sums,
+                              int64_t stream_stride, float* buffer, float* sums,
                               int64_t lds) const {
-    X* const decoded = reinterpret_cast<X*>(scales + scale_floats);
-    for_each_batch(w, nested, n, stop, stream_stride, scales, stream_scales, sums,
+    const Scales scales{buffer, batch_scales(w)};
+    X* const decoded = reinterpret_cast<X*>(buffer + decoded_begin);
+    for_each_batch(w, nested, 0.0f, n, stop, stream_stride, scales, sums,
                    [&](int64_t first, int64_t end, float* sums) {
                      for (int64_t n = first; n < end; ++n, ++sums)
                        for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
@@ -363,27 +466,42 @@ struct DecodedRows {
 };
 
 template <typename X>
-LK_INLINE bool uses_decoded_path(int64_t M, int64_t K) {
-  return K % 8 || (HAS_DECODED_PATH && M >= MIN_DECODED_ROWS<X>);
+LK_INLINE bool uses_decoded_path(const Codes& w, int64_t M) {
+  return w.K % 8 || w.kind != CodeKind::nibble || (HAS_DECODED_PATH && M >= MIN_DECODED_ROWS<X>);
 }
 template <typename X>
-LK_INLINE Passes coded_passes(int64_t M, int64_t K) {
-  return {M, uses_decoded_path<X>(M, K) ? PASS_ROWS : CODED_PASS_ROWS};
+LK_INLINE Passes coded_passes(const Codes& w, int64_t M) {
+  return {M, uses_decoded_path<X>(w, M) ? PASS_ROWS : CODED_PASS_ROWS};
 }
 
 template <typename Word, typename X, typename T>
 LK_INLINE void gemv_coded(const GemvArgs& a, const T& code, const X* x, int64_t ldx,
-                          const Passes& passes) {
-  if (uses_decoded_path<X>(passes.M, a.shrink.K))
+                          const Passes& passes, const float* x_sums, float centre) {
+  if (uses_decoded_path<X>(*a.codes, passes.M))
     gemv_streams(a, DecodedRows<Word, X, T>{*a.codes, code, x, ldx, passes});
   else
-    gemv_streams(a, CodedRows<X, T>{*a.codes, code, x, ldx, passes});
+    gemv_streams(a, CodedRows<X, T>{*a.codes, code, x, ldx, passes, x_sums, centre});
 }
+
+// A codebook of 16 integers less their middle, for nibbles whose shift leaves the loop; other
+// codebooks as they are. Rounded to bf16 together with their scale, codes of 0 to 15 would lose
+// twice what codes of -8 to 7 do, and their sum would cancel that of the shifts.
+struct Centred {
+  float code[16], centre;
+
+  Centred(const Codes& w, bool is_decoded) {
+    bool is_integer = w.has_shift && !is_decoded;
+    for (int i = 0; i < 16; ++i) is_integer = is_integer && w.code[i] == __builtin_rintf(w.code[i]);
+    centre = is_integer ? __builtin_rintf((w.code[0] + w.code[15]) / 2) : 0.0f;
+    for (int i = 0; i < 16; ++i) code[i] = w.code[i] - centre;
+  }
+};
 
 // P = scale * (mask(X) A^T); y[M, N] = c * (x W^T + (P * gate * alpha) Q) + bias for few rows. Sums
 // in float32; y and z round once. Codes keep at least 17 bits until the sum, with one exception:
-// for three rows of bf16 or more on avx512bf16, code times scale is rounded to bf16. Reads each
-// byte of the weight once from memory. Tested by tests/ops.
+// for three rows of bf16 or more on avx512bf16, code times scale is rounded to bf16, or, for codes
+// that are decoded to memory, with the shift. Reads each byte of the weight once from memory. Tested
+// by tests/ops.
 void gemv(const GemvArgs& a) {
   const int64_t M = a.update.M, K = a.shrink.K;
   if (!M) return;
@@ -395,29 +513,49 @@ void gemv(const GemvArgs& a) {
     return;
   }
   const Codes& codes = *a.codes;
-  const int64_t ldx = round_up(K, CHUNK_CODES);
-  Scratch scratch(M * ldx * 4);
-#ifdef LK_BF16_PAIRS
-  if (a.allows_pairs && a.x.dtype == DType::bf16 && K % 8 == 0) {
-    bf16* const x = static_cast<bf16*>(scratch.data);
-    const Passes passes = coded_passes<bf16>(M, K);
-    for_each_row(passes, ldx, [&](int64_t m, int64_t offset, int64_t stride) {
-      interleave_x_bf16(static_cast<const bf16*>(a.x.data) + m * a.x.row_stride, K,
-                        M <= MAX_HIGH_LOW_ROWS, x + offset, stride);
+  const int64_t ldx = round_up(K, CHUNK_CODES), blocks = K >> codes.log2_block;
+  Scratch scratch((M * ldx + (codes.has_shift ? M * blocks : 0)) * 4);
+  float* const x_sums = static_cast<float*>(scratch.data) + M * ldx;
+  if (codes.has_shift)
+    dispatch_dtype(a.x.dtype, [&](auto type) {
+      for (int64_t m = 0; m < M; ++m)
+        block_sums(static_cast<const decltype(type)*>(a.x.data) + m * a.x.row_stride, K,
+                   codes.log2_block, x_sums + m * blocks);
     });
-    gemv_coded<bf16x2>(a, bf16x2_tables(codes.code), x, ldx, passes);
+#ifdef LK_BF16_PAIRS
+  // A pair has room for 8 bits of a code, and rounds its scale.
+  const bool has_exact_pairs = codes.kind == CodeKind::nibble || M > MAX_HIGH_LOW_ROWS;
+  if (a.allows_pairs && a.x.dtype == DType::bf16 && K % 8 == 0 && has_exact_pairs) {
+    bf16* const x = static_cast<bf16*>(scratch.data);
+    const Passes passes = coded_passes<bf16>(codes, M);
+    const bool is_decoded = uses_decoded_path<bf16>(codes, M);
+    for_each_row(passes, ldx, [&](int64_t m, int64_t offset, int64_t stride) {
+      const bf16* const src = static_cast<const bf16*>(a.x.data) + m * a.x.row_stride;
+      if (is_in_order(codes, is_decoded))
+        copy_x(src, K, x + offset, stride);
+      else
+        interleave_x_bf16(src, K, M <= MAX_HIGH_LOW_ROWS, x + offset, stride);
+    });
+    const Centred table(codes, is_decoded);
+    gemv_coded<bf16x2>(a, bf16x2_tables(table.code), x, ldx, passes, x_sums, table.centre);
     return;
   }
 #endif
   float* const x = static_cast<float*>(scratch.data);
-  const Passes passes = coded_passes<float>(M, K);
+  const Passes passes = coded_passes<float>(codes, M);
+  const bool is_decoded = uses_decoded_path<float>(codes, M);
   dispatch_dtype(a.x.dtype, [&](auto type) {
     using T = decltype(type);
     for_each_row(passes, ldx, [&](int64_t m, int64_t offset, int64_t stride) {
-      interleave_x(static_cast<const T*>(a.x.data) + m * a.x.row_stride, K, x + offset, stride);
+      const T* const src = static_cast<const T*>(a.x.data) + m * a.x.row_stride;
+      if (is_in_order(codes, is_decoded))
+        copy_x(src, K, x + offset, stride);
+      else
+        interleave_x(src, K, x + offset, stride);
     });
   });
-  gemv_coded<float>(a, load_table(codes.code), x, ldx, passes);
+  const Centred table(codes, is_decoded);
+  gemv_coded<float>(a, load_table(table.code), x, ldx, passes, x_sums, table.centre);
 }
 
 }  // namespace

@@ -31,19 +31,34 @@ struct Matrix {
   int64_t row_stride, col_stride;
 };
 
-// A 4-bit weight [N, K] in bitsandbytes' layout. Codes are packed along the flattened rows, the
-// even element in the high nibble. Each block of 1 << log2_block elements, 16 or more, has a scale.
-// Blocks may straddle rows. The scale of block i is one of
-//   absmax[i]                                           in float
+enum class ScaleType : int { f32, f16, u8 };
+
+// How a code stands for a value.
+enum class CodeKind : int {
+  nibble,  // 4 bits, an index of code[16]; the even element in the high nibble
+  int8,    // 8 bits, the value itself
+  e4m3,    // 8 bits, a float8 without infinities
+  byte,    // 8 bits, an index of code[256]
+};
+
+// A quantized weight [N, K]. Codes are packed along the flattened rows. An element is
+//   value(code) * scale           or, with a shift, value(code) * scale + shift, rounded twice
+// Each block of 1 << log2_block elements, 16 or more, has a scale. Only blocks of nibbles without a
+// shift may straddle rows. The scale of block i is one of
+//   absmax[i]                                           in float32 or float16
 //   nested_code[absmax[i]]                              without nested_absmax
-//   nested_code[absmax[i]] * nested_absmax[i >> log2_nested] + offset, rounded twice
+//   nested_code[absmax[i]] * nested_absmax[i >> log2_nested], rounded; with offset, + it, rounded
+// With a shift absmax and nested_absmax are arrays of pairs: of a scale and a shift.
 struct Codes {
   const uint8_t* packed;
-  const float* code;                                  // [16]
-  const void* absmax;                                 // float; uint8 with nested_code
+  const float* code;                                  // [16], or [256] of 8 bits
+  const void* absmax;                                 // of scale_type; u8 with nested_code
   const float *nested_code, *nested_absmax, *offset;  // [256] and [1], or null
   int log2_block, log2_nested;
   int64_t N, K;
+  CodeKind kind = CodeKind::nibble;
+  ScaleType scale_type = ScaleType::f32;
+  bool has_shift = false;
 };
 
 struct Dropout {

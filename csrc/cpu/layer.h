@@ -9,6 +9,10 @@ namespace lora_kernels {
 // y = c * (x W^T + ((mask(x) A^T) * gate) B^T * scaling * keep_scale) + bias. Rows or columns of w
 // [N, K] are contiguous. If w.data and codes are null, y (in the backward dx) holds the base GEMM
 // before the call.
+// Returns the kind of codes of 4 or 8 bits whose values are `code`. The kernels convert those of 8
+// bits that are numbers by themselves, and look up the others.
+CodeKind kind_of(int64_t bits, const float* code);
+
 struct Layer {
   Matrix w;
   const Codes* codes;  // a 4-bit w, or null

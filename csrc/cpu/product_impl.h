@@ -166,7 +166,7 @@ LK_INLINE void pack_codes_n(const Codes& w, int64_t n0, int64_t depth, int64_t k
     }
 }
 
-// pack_words for a 4-bit weight. `decoded` has room for a panel that is decoded before it is
+// pack_words for a quantized weight. `decoded` has room for a panel that is decoded before it is
 // packed.
 template <typename Word>
 LK_INLINE void pack_codes(const Codes& w, bool is_transposed, int64_t k0, int64_t depth,
@@ -176,10 +176,11 @@ LK_INLINE void pack_codes(const Codes& w, bool is_transposed, int64_t k0, int64_
   E* const panel = reinterpret_cast<E*>(decoded);
   const Table t = load_table(w.code);
   const DType dtype = ELEMENTS<Word> == 2 ? DType::bf16 : DType::f32;
-  if (is_transposed && w.K % 8 == 0) {
+  const bool is_plain = w.kind == CodeKind::nibble && !w.has_shift;
+  if (is_plain && is_transposed && w.K % 8 == 0) {
     pack_codes_k<Word>(w, k0, depth, n0, count, dst, layout, decoded,
                        (k0 + depth < w.K ? depth : VW * w.K - k0) / 2);
-  } else if (!is_transposed && w.K % (2 * W) == 0 && count == VW) {
+  } else if (is_plain && !is_transposed && w.K % (2 * W) == 0 && count == VW) {
     pack_codes_n<Word>(w, k0, depth, n0, dst, layout,
                        (k0 + depth < w.N ? depth * w.K : VW - k0 * w.K) / 2);
   } else if (is_transposed) {

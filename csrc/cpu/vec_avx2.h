@@ -105,6 +105,29 @@ LK_INLINE void lookup_2w(Table256 t, const uint8_t* p, vf out[2]) {
         t, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + i * W))), 4);
 }
 
+// The values of W codes of 8 bits.
+LK_INLINE vf load_int8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+LK_INLINE vf load_e4m3(const uint8_t* p) {
+  const __m128i b = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)),
+                magnitude = _mm_and_si128(b, _mm_set1_epi16(0x7f)),
+                sign = _mm_slli_epi16(_mm_andnot_si128(_mm_set1_epi16(0x7f), b), 8),
+                nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)),
+                half = _mm_or_si128(sign, _mm_slli_epi16(magnitude, 7));
+  // As a float16 it is 2^8 times too small.
+  return _mm256_mul_ps(
+      _mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)))),
+      _mm256_set1_ps(256.0f));
+}
+
+// even[i] and odd[i] = elements 2 i and 2 i + 1 of the 2 W elements in a and b.
+LK_INLINE void deinterleave(vf a, vf b, vf& even, vf& odd) {
+  const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+  even = _mm256_shuffle_ps(low, high, 0x88);
+  odd = _mm256_shuffle_ps(low, high, 0xDD);
+}
+
 using vu = __m256i;
 LK_INLINE vu splat_u(uint32_t a) { return _mm256_set1_epi32((int)a); }
 LK_INLINE vu lanes_from(uint32_t a) {

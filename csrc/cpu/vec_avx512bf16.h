@@ -97,6 +97,7 @@ LK_INLINE Bf16x2Tables bf16x2_tables(const float* code) {
                 low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(values, widen_bf16(high)));
   return {values, _mm512_broadcast_i64x4(high), _mm512_broadcast_i64x4(low)};
 }
+LK_INLINE Table values_of(const Bf16x2Tables& t) { return t.values; }
 
 LK_INLINE __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 

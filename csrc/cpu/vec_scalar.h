@@ -122,6 +122,28 @@ LK_INLINE void lookup_2w(Table256 t, const uint8_t* p, vf out[2]) {
   for (int i = 0; i < 2; ++i, p += W) out[i] = vf{t[p[0]], t[p[1]], t[p[2]], t[p[3]]};
 }
 
+// The values of W codes of 8 bits.
+LK_INLINE vf load_int8(const uint8_t* p) {
+  vf v;
+  for (int i = 0; i < W; ++i) v[i] = (float)(int8_t)p[i];
+  return v;
+}
+LK_INLINE vf load_e4m3(const uint8_t* p) {
+  vf v;
+  for (int i = 0; i < W; ++i) {
+    const uint16_t magnitude = p[i] & 0x7f, half = (uint16_t)((p[i] & 0x80) << 8 | magnitude << 7);
+    // As a float16 it is 2^8 times too small.
+    v[i] = widen(f16{(uint16_t)(magnitude == 0x7f ? half | 0x7e00 : half)}) * 256.0f;
+  }
+  return v;
+}
+
+// even[i] and odd[i] = elements 2 i and 2 i + 1 of the 2 W elements in a and b.
+LK_INLINE void deinterleave(vf a, vf b, vf& even, vf& odd) {
+  even = vf{a[0], a[2], b[0], b[2]};
+  odd = vf{a[1], a[3], b[1], b[3]};
+}
+
 typedef uint32_t vu __attribute__((vector_size(16)));
 LK_INLINE vu splat_u(uint32_t a) { return vu{a, a, a, a}; }
 LK_INLINE vu lanes_from(uint32_t a) { return vu{a, a + 1, a + 2, a + 3}; }

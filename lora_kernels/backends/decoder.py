@@ -20,7 +20,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..core import coding
-from ..core.codes import Codes
+from ..core.codes import Codes, Form
 from ..core.dtypes import DTYPE_NUMBERS
 from . import checked, workspace
 from .cpu import native
@@ -39,6 +39,7 @@ def native_view(weight: Codes, shape: tuple[int, int]) -> object:
         weight.packed.data_ptr(), weight.code.data_ptr(), weight.absmax.data_ptr(),
         _ptr(weight.nested_code), _ptr(weight.nested_absmax), _ptr(weight.offset),
         weight.blocksize, weight.nested_blocksize, *shape,
+        weight.bits, weight.absmax.element_size(), weight.has_shift,
     )  # fmt: skip
 
 
@@ -99,14 +100,15 @@ def _cut_rows(
         weight = with_plain_scales(weight)
     elif table is not None:
         weight = weight._replace(nested_code=table.view(-1, 256)[expert])
-    packed, absmax = weight.packed[n0 * K // 2 : n1 * K // 2], weight.absmax
+    bits, absmax = weight.bits, weight.absmax
+    packed = weight.packed[n0 * K * bits // 8 : n1 * K * bits // 8]
     absmax = absmax[n0 * K // size : n1 * K // size]
     return weight._replace(packed=packed, absmax=absmax), (n1 - n0, K), slice(None)
 
 
 def with_plain_scales(weight: Codes) -> Codes:
-    """Return the weight with the scale of each block in float32; no copy unless they are nested."""
-    if weight.nested_code is None:
+    """Return the weight with scales and shifts in float32; no copy if they are."""
+    if weight.nested_code is None and weight.absmax.dtype is torch.float32:
         return weight
     scales = _bitsandbytes_scales(weight) if _is_bitsandbytes(weight) else weight.scales()
     return weight._replace(absmax=scales, nested_absmax=None, nested_code=None, offset=None)
@@ -114,7 +116,7 @@ def with_plain_scales(weight: Codes) -> Codes:
 
 def _checked_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode by the first of three decoders that passed its check on the device."""
-    if kernel_reason(weight.packed.device, weight.quant_type, dtype) is None:
+    if kernel_reason(weight.packed.device, weight.form, dtype) is None:
         if checked.is_dispatched(weight.packed):
             return torch.ops.lora_kernels.decode_4bit(*weight, *shape, dtype)  # type: ignore[no-any-return]
         return _launch_decoder(*weight, *shape, dtype)
@@ -133,7 +135,7 @@ def bitsandbytes_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype
 
 def _is_bitsandbytes(weight: Codes) -> bool:
     """Return True if the format is bitsandbytes' and its ops are used on the device."""
-    return bitsandbytes_reason(weight.packed.device, weight.quant_type) is None
+    return bitsandbytes_reason(weight.packed.device, weight.form) is None
 
 
 def _bitsandbytes_scales(weight: Codes) -> Tensor:
@@ -182,19 +184,25 @@ def decode(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the bits of `coding.dequantize_4bit`, in three kernels.
+    """Return the bits of `coding.dequantize`, in three kernels, or four with a shift.
 
-    They widen the bytes to int32 indices, look up the two float32 values of each byte in a table,
-    and multiply the values by the scales into `dtype`.
+    They widen the bytes to int32 indices, look up the float32 values of each byte in a table,
+    multiply the values by the scales, and add the shifts. The last one rounds to `dtype`.
 
     >>> packed, scales = torch.tensor([0x21, 0x30], dtype=torch.uint8), torch.tensor([0.5])
     >>> decode(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
     tensor([[1.0000, 0.5000, 1.5000]])
     """
     if is_traced(packed):  # a graph may drop what is written into views of its result
-        return coding.dequantize_4bit(packed, scales, code, blocksize, shape, dtype)
-    n, pairs = math.prod(shape), torch.cartesian_prod(code, code)
-    values = pairs.index_select(0, packed.int()).view(-1)
+        return coding.dequantize(packed, scales, code, blocksize, shape, dtype)
+    n, table = math.prod(shape), code
+    if code.numel() == 16:
+        table = torch.cartesian_prod(code, code)
+    values = table.index_select(0, packed.int()).view(-1)
+    if scales.dim() == 2:  # whole blocks
+        blocks, out = values.view(-1, blocksize), values.new_empty(shape, dtype=dtype)
+        torch.add(blocks.mul_(scales[:, :1]), scales[:, 1:], out=out.view(-1, blocksize))
+        return out
     whole = n // blocksize * blocksize
     out = values.new_empty(n, dtype=dtype)
     blocks, block_scales = values[:whole].view(-1, blocksize), scales[: whole // blocksize, None]
@@ -231,19 +239,19 @@ torch.library.register_fake(
     lib=_LIB,
 )
 
-# Type and dtype -> device -> why Triton's kernel does not decode there; None after it passed
-# `compare_decoder`. Each type and dtype is compiled by itself.
-decoder_reasons: dict[tuple[str, torch.dtype], checked.Reasons] = {}
+# Form and dtype -> device -> why Triton's kernel does not decode there; None after it passed
+# `compare_decoder`. Each form and dtype is compiled by itself.
+decoder_reasons: dict[tuple[str | Form, torch.dtype], checked.Reasons] = {}
 
 
-def kernel_reason(device: torch.device, quant_type: str, dtype: torch.dtype) -> str | None:
-    """Return why Triton's kernel does not decode weights of the type to `dtype` on this device."""
+def kernel_reason(device: torch.device, form: str | Form, dtype: torch.dtype) -> str | None:
+    """Return why Triton's kernel does not decode weights of the form to `dtype` on this device."""
     if not is_on_gpu_path(device.type):
         return "the CPU backend decodes"
     if torch.compiler.is_compiling():
         return checked.UNCHECKED
-    reasons = decoder_reasons.setdefault((quant_type, dtype), {})
-    compare = functools.partial(compare_decoder, quant_type, dtype)
+    reasons = decoder_reasons.setdefault((form, dtype), {})
+    compare = functools.partial(compare_decoder, form, dtype)
     return checked.kernel_reason(reasons, compare, device, dtype)
 
 
@@ -257,19 +265,21 @@ def _never_compare(*args: Any) -> str | None:
     return UNCHECKED
 
 
-# Compare Triton's decoder, or bitsandbytes' ops, with PyTorch's decoding of a type on a device, and
-# return that reason. They quantize samples, hence `quantization`, which is above this package, sets
+# Compare Triton's decoder of a form, or bitsandbytes' ops of a type, with PyTorch's decoding on a
+# device, and return that reason. They quantize samples, hence `quantization`, which is above this package, sets
 # them.
-compare_decoder: Callable[[str, torch.dtype, torch.device], str | None] = _never_compare
+compare_decoder: Callable[[str | Form, torch.dtype, torch.device], str | None] = _never_compare
 compare_bitsandbytes: Callable[[str, torch.device], str | None] = _never_compare
 
 
-def bitsandbytes_reason(device: torch.device, quant_type: str = "nf4") -> str | None:
+def bitsandbytes_reason(device: torch.device, quant_type: str | Form = "nf4") -> str | None:
     """Return why bitsandbytes does not decode weights of the type on this device, or None.
 
     The first question about a GPU and a type imports bitsandbytes and compares its ops with this
     package's, unless a graph is captured or traced at that time.
     """
+    if not isinstance(quant_type, str):
+        return "bitsandbytes has no such format"
     if quant_type not in ("nf4", "fp4"):
         return f"bitsandbytes has no {quant_type.upper()}"
     if device.type == "cuda" and device.index is None:
@@ -302,11 +312,11 @@ def _is_recorded(device: torch.device) -> bool:
     return workspace.is_capturing(device) or _get_current_dispatch_mode() is not None
 
 
-def decoded_by(device: torch.device, quant_type: str, dtype: torch.dtype) -> str:
-    """Return a clause for `explain` that names the decoder of a type to a dtype on a GPU."""
-    if (no_kernel := kernel_reason(device, quant_type, dtype)) is None:
+def decoded_by(device: torch.device, form: str | Form, dtype: torch.dtype) -> str:
+    """Return a clause for `explain` that names the decoder of a form to a dtype on a GPU."""
+    if (no_kernel := kernel_reason(device, form, dtype)) is None:
         return "our kernel decodes"
-    if (reason := bitsandbytes_reason(device, quant_type)) is None:
+    if (reason := bitsandbytes_reason(device, form)) is None:
         return f"bitsandbytes decodes: {no_kernel}"
     return f"PyTorch decodes in three kernels: {reason}; {no_kernel}"
 

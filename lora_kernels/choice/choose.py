@@ -89,7 +89,7 @@ def parse_request(choice: str) -> Forced | None:
 
 
 def extra_operands(operands: Any, dropout_p: float) -> tuple[str, ...]:
-    """Return the names of a call's operands after `bias`, for `Problem.extra`.
+    """Return the names of a call's operands after `bias`, and of its codes, for `Problem.extra`.
 
     A dropout mask that the backend draws counts as "mask".
     """
@@ -99,6 +99,8 @@ def extra_operands(operands: Any, dropout_p: float) -> tuple[str, ...]:
     ]
     if dropout_p and "rng" not in present and "mask" not in present:
         present.append("mask")
+    if isinstance(operands.weight, Codes):
+        present += operands.weight.operands()
     return tuple(present)
 
 

@@ -1,4 +1,4 @@
-"""4-bit formats: codes, scales of blocks, and scales in 8 bits."""
+"""Quantized weights by definition: codes, scales and shifts of blocks, and scales in 8 bits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def quantize_4bit(
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
-def dequantize_4bit(
+def dequantize(
     packed: Tensor,
     scales: Tensor,
     code: Tensor,
@@ -64,17 +64,28 @@ def dequantize_4bit(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Decode a weight: code × scale in float32, rounded once to `dtype`.
+    """Decode a weight: code × scale, + shift, each rounded to float32, and rounded to `dtype`.
 
-    packed uint8[⌈n/2⌉], scales float32[⌈n/blocksize⌉], code float32[16], for n elements in shape.
+    Args:
+        packed: uint8 [⌈n/2⌉] for 4 bits and n elements in shape, [n] for 8.
+        scales: float32 [⌈n/blocksize⌉], or [⌈n/blocksize⌉, 2] for scales and shifts.
+        code: float32 [16] for 4 bits, [256] for 8.
 
     >>> packed, scales = torch.tensor([0x21, 0x30], dtype=torch.uint8), torch.tensor([0.5])
-    >>> dequantize_4bit(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
+    >>> dequantize(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
     tensor([[1.0000, 0.5000, 1.5000]])
+    >>> pairs, code = torch.tensor([[0.5, -1.0]]), torch.arange(256.0)  # 8 bits, and a shift
+    >>> dequantize(packed, pairs, code, 32, (2,), torch.float32)
+    tensor([15.5000, 23.0000])
     """
     n = math.prod(shape)
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]
-    return (code[codes.long()] * scales.repeat_interleave(blocksize)[:n]).view(shape).to(dtype)
+    if code.numel() == 16:
+        packed = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+    values = code[packed[:n].long()]
+    blocks = scales.repeat_interleave(blocksize, dim=0)[:n]
+    if scales.dim() == 1:
+        return (values * blocks).view(shape).to(dtype)
+    return (values * blocks[:, 0] + blocks[:, 1]).view(shape).to(dtype)
 
 
 def quantize_scales(
@@ -104,21 +115,22 @@ def dequantize_scales(
     offset: Tensor | None,
     nested_blocksize: int,
 ) -> Tensor:
-    """Decode scales in 8 bits, float32[blocks]: code × nested scale, rounded, + offset, rounded.
+    """Decode scales in 8 bits, float32 [blocks], or pairs of scales and shifts, [blocks, 2].
 
-    Without nested scales and offset they are the values of nested_code, float32[256], or [E, 256]
-    for the scales of E experts.
+    A scale is code × nested scale, rounded, and + offset, rounded. Without nested scales it is a
+    value of nested_code, float32 [256], or [E, 256] for the scales of E experts. Nested scales of
+    pairs are pairs, [⌈blocks/nested_blocksize⌉, 2].
 
     >>> dequantize_scales(torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([4.0]),
     ...     torch.linspace(-1, 1, 256), torch.tensor(5.0), 256)
     tensor([1., 9.])
     """
-    if nested_absmax is None or offset is None:
+    if nested_absmax is None:
         index, count = codes.int(), nested_code.numel() // 256
         if count > 1:
             tables = torch.arange(count, dtype=torch.int32, device=codes.device) * 256
-            index = (index.view(count, -1) + tables[:, None]).view(-1)
-        return nested_code.view(-1).index_select(0, index)
-    nested_scales = nested_absmax.repeat_interleave(nested_blocksize)[: codes.numel()]
+            index = (index.view(count, -1) + tables[:, None]).view(index.shape)
+        return nested_code.view(-1).index_select(0, index.view(-1)).view(index.shape)
+    nested_scales = nested_absmax.repeat_interleave(nested_blocksize, dim=0)[: codes.shape[0]]
     product = nested_code[codes.long()] * nested_scales
-    return product + offset
+    return product if offset is None else product + offset

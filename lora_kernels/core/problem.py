@@ -19,8 +19,9 @@ ONE_ADAPTER = (
 )
 # Why Triton and CUDA do not run a call with dropout.
 NO_DROPOUT = "the kernels for GPUs have no dropout; the eager backend runs PyTorch's"
-# The operands after `bias` that a backend takes. The eager backend takes all.
-EXTRA_OPERANDS = {"cpu": ("rng",), "triton": (), "cuda": ()}
+_FORMS = "shift", "codes of 8 bits", "scales in float16"  # of `Codes.operands`
+# The operands of `Problem.extra` that a backend takes. The eager backend takes all.
+EXTRA_OPERANDS = {"cpu": ("rng", *_FORMS), "triton": (), "cuda": ()}
 
 
 class Strategy(str, Enum):
@@ -75,7 +76,7 @@ class Problem(NamedTuple):
         rows: M.
         four_bit: whether the weight is packed in 4 bits.
         columns, inner: N and K.
-        extra: the names of the operands after `bias` that the call has.
+        extra: the names of the operands after `bias` that the call has, and of its `Codes`.
         device_index: of a GPU, or None.
         layout: of the weight; None for contiguous rows, and blocks of 64 codes.
         mixed: whether each row has its own adapter (`multi_lora_linear`).

@@ -34,7 +34,7 @@ from ..ops.linear import lora_linear
 from ..ops.norm import dora_norm
 from ..quantization import QuantizedWeight, quantize_4bit
 from ..quantization.codebooks import BITSANDBYTES_TYPES, E2M1_TYPES
-from . import reference, tolerance
+from . import forms, reference, tolerance
 from .tolerance import Comparison, unit_roundoff
 
 # argument -> name of its gradient in the results
@@ -77,7 +77,8 @@ class Kind:
 class AnyCase(Kind):
     """A call of an op. Its fields and those of its kind determine all numbers."""
 
-    quant: str = ""  # of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32"
+    # Of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32". Others: `forms`.
+    quant: str = ""
     dropout_p: float = 0.0
     values: str = "normal"  # or "nonnegative", "integers"
     frozen: tuple[str, ...] = ()  # arguments that need no gradient
@@ -311,10 +312,12 @@ class Source:
         return t.to(dtype).to(self.case.device)
 
     def weight(self, shape: tuple[int, ...], std: float, dtype: torch.dtype) -> Any:
-        """Draw a weight, in 4 bits if `Case.quant` names a format."""
+        """Draw a weight, quantized if `Case.quant` names a format or a form."""
         t = self(shape, std, dtype)
         if not self.case.quant:
             return t
+        if forms.is_form(self.case.quant):
+            return forms.build(t, self.case.quant)
         kind, blocksize, *nested = self.case.quant.split("-")
         return quantize_4bit(t, kind, int(blocksize), bool(nested))
 
@@ -488,7 +491,7 @@ def unsupported_reason(name: str, case: Case) -> str | None:
     "K = 40 is no multiple of mxfp4's blocks of 32"
     """
     kind, *block = case.quant.split("-")[:2]
-    if kind in E2M1_TYPES and case.K % int(block[0]):
+    if (kind in E2M1_TYPES or forms.is_form(case.quant)) and case.K % int(block[0]):
         return f"K = {case.K} is no multiple of {kind}'s blocks of {block[0]}"
     if name not in (*EAGERS, EAGER_CUDA) and case.R > MAX_KERNEL_RANK:
         return f"R = {case.R} is above the kernels' {MAX_KERNEL_RANK}"

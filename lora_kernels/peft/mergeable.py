@@ -73,7 +73,7 @@ def unmergeable_reason(layer: Any) -> str | None:
     weight = parameters.get(name)
     if isinstance(weight, QuantizedTensor):
         return (
-            f"whose {name} is frozen in {weight.quant_type}, want a dense one: save the adapter, "
+            f"whose {name} is frozen in {weight.format}, want a dense one: save the adapter, "
             "load the model decoded, the adapter with PeftModel.from_pretrained, and merge there"
         )
     if is_linear4bit(layer.get_base_layer()) and type(weight).__name__ == "DTensor":

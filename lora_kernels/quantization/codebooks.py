@@ -122,7 +122,16 @@ def e4m3(device: torch.device | str = "cpu") -> Tensor:
     return values.view(torch.float8_e4m3fn).float().to(device)
 
 
+def int8(device: torch.device | str = "cpu") -> Tensor:
+    """The values of signed bytes, float32[256]: 0 to 127, and -128 to -1.
+
+    >>> int8()[[0, 127, 128, 255]]
+    tensor([   0.,  127., -128.,   -1.])
+    """
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.int8).float()
+
+
 def check_type(quant_type: str) -> None:
-    """Raise ValueError unless it is one of `QUANT_TYPES`."""
+    """Raise ValueError unless it is one of `QUANT_TYPES`, which have a codebook here."""
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type: got {quant_type!r}, want 'nf4', 'fp4', 'mxfp4' or 'nvfp4'")

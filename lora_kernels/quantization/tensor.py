@@ -31,7 +31,7 @@ _DTYPES = None, torch.float32, torch.bfloat16, torch.float16, torch.float64
 class _ReadOnly(Tensor):
     """A tensor that every op may read, decoded, and that no op writes to."""
 
-    quant_type: str
+    format: str
 
     def dequantize(self) -> Tensor:
         raise NotImplementedError
@@ -61,13 +61,12 @@ class _ReadOnly(Tensor):
 
     def __dlpack__(self, **_: Any) -> NoReturn:
         raise BufferError(
-            f"__dlpack__: got a weight in {self.quant_type}, want a dense one: call dequantize() "
-            "first"
+            f"__dlpack__: got a weight in {self.format}, want a dense one: call dequantize() first"
         )
 
     def write_error(self, func: object) -> RuntimeError:
         return RuntimeError(  # not TypeError, for which `+=` tries `+`
-            f"{func}: got a frozen weight in {self.quant_type} to write to, want a dense one: load "
+            f"{func}: got a frozen weight in {self.format} to write to, want a dense one: load "
             "the model decoded to merge into it or to train it"
         )
 
@@ -103,12 +102,12 @@ class _ReadOnly(Tensor):
         args, kwargs = tree_map_only(_ReadOnly, lambda t: decoded[id(t)], (args, kwargs))
         result = func(*args, **kwargs)
         storages = {t.untyped_storage()._cdata for t in decoded.values()}
-        quant_type = frozen[0].quant_type
+        format = frozen[0].format
 
         def freeze(t: Tensor) -> Tensor:
             # Some views, as of unsafe_split, are none by the op's schema.
             is_view = t.layout is torch.strided and t.untyped_storage()._cdata in storages
-            return _DecodedView(t, quant_type) if is_view else t
+            return _DecodedView(t, format) if is_view else t
 
         with _mode_of(frozen):
             return tree_map_only(Tensor, freeze, result)
@@ -137,10 +136,10 @@ class _DecodedView(_ReadOnly):
     decoded: Tensor
 
     @staticmethod
-    def __new__(cls, decoded: Tensor, quant_type: str) -> _DecodedView:
+    def __new__(cls, decoded: Tensor, format: str) -> _DecodedView:
         if decoded.is_conj() or decoded.is_neg():
             raise NotImplementedError(
-                f"got a conj() or negative view of a weight in {quant_type}, want one of a dense "
+                f"got a conj() or negative view of a weight in {format}, want one of a dense "
                 "weight: call dequantize() first"
             )
         self: _DecodedView = Tensor._make_wrapper_subclass(
@@ -151,21 +150,21 @@ class _DecodedView(_ReadOnly):
             dtype=decoded.dtype,
             device=decoded.device,
         )
-        self.decoded, self.quant_type = decoded, quant_type
+        self.decoded, self.format = decoded, format
         return self
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"{self.decoded!r}, decoded from {self.quant_type}"
+        return f"{self.decoded!r}, decoded from {self.format}"
 
     def dequantize(self) -> Tensor:
         return self.decoded
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["decoded"], self.quant_type
+        return ["decoded"], self.format
 
     @staticmethod
-    def __tensor_unflatten__(inner: Any, quant_type: Any, size: Any, stride: Any) -> _DecodedView:
-        return _DecodedView(inner["decoded"], quant_type)
+    def __tensor_unflatten__(inner: Any, format: Any, size: Any, stride: Any) -> _DecodedView:
+        return _DecodedView(inner["decoded"], format)
 
 
 class QuantizedTensor(_ReadOnly):
@@ -254,8 +253,8 @@ class QuantizedTensor(_ReadOnly):
         return {name: t for name, t in found.items() if t is not None}
 
     @property
-    def quant_type(self) -> str:  # type: ignore[override]
-        return self.quantized.quant_type
+    def format(self) -> str:  # type: ignore[override]
+        return self.quantized.format
 
     @property
     def data(self) -> Tensor:
@@ -427,7 +426,7 @@ def _select(self: QuantizedTensor, dim: int, index: int) -> Tensor | None:
         return None
     rows = slice(index % E * N, (index % E + 1) * N)
     dense = decoder.dense(weight.codes, weight.matrix_shape, self.dtype, rows=rows)
-    return _DecodedView(dense.t() if self.is_transposed else dense, weight.quant_type)
+    return _DecodedView(dense.t() if self.is_transposed else dense, weight.format)
 
 
 def _copy_(

@@ -1,4 +1,4 @@
-"""QuantizedWeight: a 4-bit weight in plain tensors: NF4, FP4, MXFP4 or NVFP4."""
+"""QuantizedWeight: a weight of 4- or 8-bit codes, and of scales and shifts of blocks."""
 
 from __future__ import annotations
 
@@ -25,28 +25,36 @@ _NESTED = ("nested_absmax", "nested_code", "offset")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class QuantizedWeight:
-    """A weight of 4-bit codes with one scale per block.
+    """A weight of 4- or 8-bit codes q, with a scale for each block, and a shift or none.
 
-    NF4 and FP4 are bitsandbytes' format, bit for bit. Their blocks divide the flattened weight:
-    they may straddle rows, and the last one may be short. MXFP4 and NVFP4 have whole blocks in each
-    row. An element is code × scale in float32. `quantize_4bit`, `from_bitsandbytes`,
-    `from_state_dict`, `from_mxfp4` and `from_nvfp4` create the object.
+        W[n, k] = code[q[n, k]] · scale + shift
+
+    The product and the sum are rounded to float32. So a format is data: bits, codebook, block size,
+    and how scales and shifts are stored. `quant_type` names the formats that this package writes;
+    any other has "". NF4 and FP4 are bitsandbytes' format, bit for bit. Their blocks divide the
+    flattened weight: they may straddle rows, and the last one may be short. All others have whole
+    blocks in each row. `quantize_4bit`, `from_bitsandbytes`, `from_state_dict`, `from_mxfp4` and
+    `from_nvfp4` create the object.
 
     Args:
-        packed: uint8[⌈N·K/2⌉], with even elements in the high nibble.
-        absmax: the scales of ⌈N·K/blocksize⌉ blocks: float32, or uint8 codes of scales in a table
-            (nested). These are nested_code[absmax], which NF4 and FP4 (double quantization) round
-            after · nested_absmax[block // 256] and after + offset.
-        code: float32[16], the codebook.
-        quant_type: "nf4", "fp4", "mxfp4" or "nvfp4".
-        blocksize: a power of two, 32 to 4096; 32 for MXFP4, and 16 for NVFP4.
+        packed: 4-bit codes, uint8[⌈N·K/2⌉], with even elements in the high nibble; or 8-bit codes,
+            uint8[N·K].
+        absmax: the scales of ⌈N·K/blocksize⌉ blocks: float32, float16, or uint8 codes of scales in
+            a table (nested). With shifts it is [blocks, 2], the scale and the shift of each block.
+            Nested scales are nested_code[absmax], which double quantization rounds after
+            · nested_absmax[block // nested_blocksize] and after + offset.
+        code: the codebook: float32[16] for 4 bits, float32[256] for 8.
+        quant_type: "nf4", "fp4", "mxfp4", "nvfp4", or "" for another form.
+        blocksize: a power of two: 32 to 4096 for NF4 and FP4, 32 for MXFP4, 16 for NVFP4, and 16 or
+            more, a divisor of K, for another form.
         shape: (N, K), or (E, N, K) for the weights of E experts.
         dtype: of the weight before quantization: float32, bfloat16 or float16.
-        nested_code: float32[256], or None if absmax is float32. Of E experts in NVFP4 it may be
+        nested_code: float32[256], or None if absmax is no uint8. Of E experts in NVFP4 it may be
             float32[E, 256], a table for each.
-        nested_absmax: float32[⌈blocks/256⌉] for nested NF4 and FP4, or None.
+        nested_absmax: float32[⌈blocks/nested_blocksize⌉] for nested NF4 and FP4, or None. Another
+            form may have it, with shifts as [⌈blocks/nested_blocksize⌉, 2].
         offset: float32 with one element for nested NF4 and FP4, or None.
-        nested_blocksize: 256.
+        nested_blocksize: 8, 16 or 256; 256 for NF4 and FP4.
 
     Raises:
         ValueError, TypeError: an argument is invalid; the message names the argument.
@@ -78,11 +86,14 @@ class QuantizedWeight:
         ):
             raise ValueError(f"shape: got {shape!r}, want (N, K) or (E, N, K), each at least 1")
         object.__setattr__(self, "shape", tuple(shape))  # torch.Size is a tuple too
-        codebooks.check_type(self.quant_type)
+        if self.quant_type != "":
+            codebooks.check_type(self.quant_type)
         _check_blocksize(self.quant_type, self.blocksize)
-        _check_rows("shape", shape, self.quant_type)
-        if self.nested_blocksize != NESTED_BLOCKSIZE:
-            raise ValueError(f"nested_blocksize: got {self.nested_blocksize!r}, want 256")
+        _check_rows("shape", shape, self.quant_type, self.blocksize)
+        sizes = (NESTED_BLOCKSIZE,) if self.quant_type else _NESTED_BLOCKSIZES
+        if self.nested_blocksize not in sizes:
+            want = " or ".join(map(str, sizes))
+            raise ValueError(f"nested_blocksize: got {self.nested_blocksize!r}, want {want}")
         if self.dtype not in _DTYPES:
             raise TypeError(f"dtype: got {self.dtype!r}, want float32, bfloat16 or float16")
 
@@ -90,27 +101,38 @@ class QuantizedWeight:
         blocks = -(-n // self.blocksize)
         purpose = f"for a weight of {list(shape)}"
         per_block = f"{purpose} in blocks of {self.blocksize}"
-        _check_tensor("packed", self.packed, torch.uint8, -(-n // 2), purpose)
-        uint8 = isinstance(self.absmax, Tensor) and self.nested
-        scale_dtype = torch.uint8 if uint8 else torch.float32
-        _check_tensor("absmax", self.absmax, scale_dtype, blocks, per_block)
-        _check_tensor("code", self.code, torch.float32, 16, "for 4 bits")
+        is_other = not self.quant_type
+        is_bytes = is_other and isinstance(self.code, Tensor) and self.code.numel() == 256
+        bits = 8 if is_bytes else 4
+        _check_tensor("packed", self.packed, torch.uint8, -(-n * bits // 8), purpose)
+        dtypes = (torch.uint8, torch.float16) if is_other else (torch.uint8,)
+        scale_dtype = getattr(self.absmax, "dtype", None)
+        if scale_dtype not in dtypes:
+            scale_dtype = torch.float32
+        pairs = 2 * (is_other and isinstance(self.absmax, Tensor) and self.absmax.dim() == 2)
+        _check_tensor("absmax", self.absmax, scale_dtype, blocks, per_block, pairs=pairs)
+        _check_tensor("code", self.code, torch.float32, 1 << bits, f"for {bits} bits")
         is_double = self.nested and self.quant_type in codebooks.BITSANDBYTES_TYPES
+        has_nested_absmax = is_double or (
+            is_other and self.nested and self.nested_absmax is not None
+        )
         wanted = {
             "nested_code": (self.nested, 256, "for 8 bits"),
             "nested_absmax": (
-                is_double,
-                -(-blocks // NESTED_BLOCKSIZE),
-                f"for {blocks} scales in blocks of 256",
+                has_nested_absmax,
+                -(-blocks // self.nested_blocksize),
+                f"for {blocks} scales in blocks of {self.nested_blocksize}",
             ),
             "offset": (is_double, 1, "the scales' mean"),
         }
         for name, (is_wanted, count, why) in wanted.items():
             t = getattr(self, name)
             if is_wanted:
-                _check_tensor(name, t, torch.float32, count, why, self._experts_with_tables)
+                tables = self._experts_with_tables
+                of_pairs = pairs * (name == "nested_absmax")
+                _check_tensor(name, t, torch.float32, count, why, tables, of_pairs)
             elif t is not None:
-                beside = f"{self.quant_type} with absmax in {dtype_name(scale_dtype)}"
+                beside = f"{self.quant_type} absmax in {dtype_name(scale_dtype)}".strip()
                 raise ValueError(f"{name}: got a tensor, want None beside {beside}")
         for name, t in self._tensors().items():
             if t.device != self.packed.device:
@@ -119,9 +141,20 @@ class QuantizedWeight:
     def __repr__(self) -> str:
         nested = ", nested" if self.nested else ""
         return (
-            f"QuantizedWeight({list(self.shape)}, {self.quant_type} of {dtype_name(self.dtype)}, "
+            f"QuantizedWeight({list(self.shape)}, {self.format} of {dtype_name(self.dtype)}, "
             f"blocksize={self.blocksize}{nested}, {self.nbytes:,} bytes)"
         )
+
+    @property
+    def format(self) -> str:
+        """The format's name, or its bits and whether it has a shift, for messages.
+
+        >>> from lora_kernels.quantization import quantize_4bit
+        >>> quantize_4bit(torch.eye(64)).format
+        'nf4'
+        """
+        shift = " with a shift" if self.codes.has_shift else ""
+        return self.quant_type or f"{self.codes.bits} bits{shift}"
 
     @property
     def device(self) -> torch.device:
@@ -460,7 +493,7 @@ def quantize_4bit(
     codebooks.check_type(quant_type)
     blocksize = default_blocksize(quant_type) if blocksize is None else blocksize
     _check_blocksize(quant_type, blocksize)
-    _check_rows("weight", tuple(weight.shape), quant_type)
+    _check_rows("weight", tuple(weight.shape), quant_type, blocksize)
     if weight.device.type == "meta":
         raise ValueError("weight: got a tensor on meta, want one with data")
     weight = weight.detach()
@@ -545,42 +578,60 @@ def _kernels(device: torch.device) -> ModuleType | None:
     return triton
 
 
+_NESTED_BLOCKSIZES = 8, 16, NESTED_BLOCKSIZE
+
+
 def default_blocksize(quant_type: str) -> int:
     """Return the block size of MXFP4 and NVFP4, and 64 for NF4 and FP4."""
     return 64 if quant_type in codebooks.BITSANDBYTES_TYPES else codebooks.BLOCKSIZES[quant_type][0]
 
 
 def _check_blocksize(quant_type: str, blocksize: Any) -> None:
+    if not quant_type:
+        if type(blocksize) is not int or blocksize < 16 or blocksize & (blocksize - 1):
+            raise ValueError(f"blocksize: got {blocksize!r}, want a power of two, 16 or more")
+        return
     sizes = codebooks.BLOCKSIZES[quant_type]
     if type(blocksize) is not int or blocksize not in sizes:
         want = f"{sizes[0]} for {quant_type}" if len(sizes) == 1 else "a power of two, 32 to 4096"
         raise ValueError(f"blocksize: got {blocksize!r}, want {want}")
 
 
-def _check_rows(name: str, shape: tuple[int, ...], quant_type: str) -> None:
-    """Raise ValueError if rows of MXFP4 or NVFP4 do not consist of whole blocks."""
-    if quant_type in codebooks.BITSANDBYTES_TYPES:
+def _check_rows(name: str, shape: tuple[int, ...], quant_type: str, size: int) -> None:
+    """Raise ValueError unless rows consist of whole blocks, or blocks may straddle rows."""
+    if quant_type in codebooks.BITSANDBYTES_TYPES or shape[-1] % size == 0:
         return
-    size = default_blocksize(quant_type)
-    if shape[-1] % size:
-        raise ValueError(
-            f"{name}: got {list(shape)}, want a last dimension that is a multiple of {size}, the "
-            f"block size of {quant_type}"
-        )
+    of = f" of {quant_type}" if quant_type else ""
+    raise ValueError(
+        f"{name}: got {list(shape)}, want a last dimension that is a multiple of {size}, the block "
+        f"size{of}"
+    )
 
 
 def _check_tensor(
-    name: str, t: Any, dtype: torch.dtype, count: int, why: str, tables: int = 1
+    name: str,
+    t: Any,
+    dtype: torch.dtype,
+    count: int,
+    why: str,
+    tables: int = 1,
+    pairs: int = 0,
 ) -> None:
-    """tables: how many the codes of scales may have, as [tables, count]."""
+    """Raise TypeError or ValueError unless t has the dtype and `count` elements.
+
+    Args:
+        tables: how many the codes of scales may have, as [tables, count].
+        pairs: 2 for [count, 2], pairs of a scale and a shift; 0 for [count].
+    """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, want a tensor")
     if t.dtype is not dtype:
         raise TypeError(f"{name}: got {t.dtype}, want {dtype}")
     scalar = name == "offset" and t.dim() == 0
     has_tables = name == "nested_code" and tables > 1 and t.shape == (tables, count)
-    if not scalar and not has_tables and t.shape != (count,):
-        raise ValueError(f"{name}: got shape {list(t.shape)}, want [{count}] {why}")
+    want = (count, pairs) if pairs else (count,)
+    if not scalar and not has_tables and t.shape != want:
+        raise ValueError(f"{name}: got shape {list(t.shape)}, want {list(want)} {why}")
     if not t.is_contiguous():
         raise ValueError(f"{name}: got strides {list(t.stride())}, want a contiguous tensor")
 

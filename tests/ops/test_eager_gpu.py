@@ -374,7 +374,7 @@ def test_decode_bits_equal_the_reference(decoded_by: str) -> None:
             weight = quantize_4bit(torch.randn(shape), quant, blocksize)
             fields = weight.packed, weight.scales(), weight.code, blocksize, shape
             for dtype in (f32, bf16, f16, torch.float64):
-                want = coding.dequantize_4bit(*fields, dtype)
+                want = coding.dequantize(*fields, dtype)
                 assert torch.equal(decoder.dense(weight.codes, shape, dtype), want)
 
 

@@ -305,9 +305,7 @@ def test_dequantize_without_kernels_is_bitwise(monkeypatch: pytest.MonkeyPatch) 
 
 def check_dequantize(nested: bool, dtype: torch.dtype) -> None:
     weight = quantize_4bit(torch.randn(37, 71), "nf4", 32, nested)
-    want = coding.dequantize_4bit(
-        weight.packed, weight.scales(), weight.code, 32, weight.shape, dtype
-    )
+    want = coding.dequantize(weight.packed, weight.scales(), weight.code, 32, weight.shape, dtype)
     assert torch.equal(weight.dequantize(dtype), want)
     part = decoder.dense(weight.codes, weight.shape, dtype, slice(3, 30), slice(5, 70))
     assert torch.equal(part, want[3:30, 5:70])

@@ -38,11 +38,11 @@ def check(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Quan
     for dtype in DTYPES:
         want = default_backend.dequantize(packed, state, dtype)
         fields = (ours.packed, scales, ours.code, blocksize, ours.shape)
-        assert same_bits(coding.dequantize_4bit(*fields, dtype), want)
+        assert same_bits(coding.dequantize(*fields, dtype), want)
         got = ours.dequantize(dtype)
         if dtype is torch.bfloat16:
             # AVX-512's conversion takes float32's denormals for zeros.
-            denormal = coding.dequantize_4bit(*fields, torch.float32).abs() < 2**-126
+            denormal = coding.dequantize(*fields, torch.float32).abs() < 2**-126
             got, want = (torch.where(denormal, 0, t) for t in (got, want))
         assert same_bits(got, want)
     return ours

@@ -180,7 +180,7 @@ def check_reads_out_the_weight(
     B = torch.zeros(N, 3, dtype=dtype, device=device)
     is_double = weight.nested_absmax is not None
     for each in (weight, with_scales_at_a_tie(weight, dtype)) if is_double else (weight,):
-        want = coding.dequantize_4bit(
+        want = coding.dequantize(
             each.packed, each.scales(), each.code, int(blocksize), each.shape, dtype
         )
         for m in (slice(0, 4), slice(0, K)):

@@ -38,7 +38,7 @@ def test_decoder_that_passed_its_check_decodes(quant_type: str, unchecked: None)
         for shape in ((40, 96), (3, 16, 64)):
             weight = quantize_4bit(torch.randn(shape), quant_type).to(DEVICE)
             w = weight.to("cpu")
-            want = coding.dequantize_4bit(w.packed, w.scales(), w.code, w.blocksize, shape, dtype)
+            want = coding.dequantize(w.packed, w.scales(), w.code, w.blocksize, shape, dtype)
             assert same_bits(weight.dequantize(dtype), want)
 
 
@@ -75,7 +75,7 @@ def test_decoder_that_raises_is_not_used(unchecked: None, monkeypatch: pytest.Mo
 
     weight = quantize_4bit(torch.randn(16, 64), "mxfp4").to(DEVICE)
     monkeypatch.setattr(codec, "dequantize", fail)
-    want = coding.dequantize_4bit(
+    want = coding.dequantize(
         weight.packed, weight.scales(), weight.code, 32, weight.shape, torch.float32
     )
     assert same_bits(weight.dequantize(torch.float32), want)

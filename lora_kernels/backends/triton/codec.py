@@ -1,4 +1,4 @@
-"""Decode 4-bit weights."""
+"""Decode quantized weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from . import configs, launch
-from .format_4bit import dequantize_kernel
+from .dequantize import dequantize_kernel
 
 if TYPE_CHECKING:
     from ...core.codes import Codes
@@ -31,6 +31,8 @@ def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tens
         **launch.codes_arguments(codes, K, launch.target(w.device)),
         w_ptr=w,
         **{"N": N, "K": K, "TABLES": experts > 1, "WIDE": N * K >= 1 << 31},
+        **{"BITS": codes.bits, "SHIFT": codes.has_shift},
+        LOG2_NESTED=codes.nested_blocksize.bit_length() - 1,
         **config.blocks,
     )
     return w

@@ -78,31 +78,63 @@ def look_up(code_ptr, codes, ASM: tl.constexpr):
 
 
 @triton.jit
-def block_scales(block, mask, codes):
-    """Load the float32 scales of the blocks, 0 if masked. Nested scales are rounded twice."""
+def block_scales(
+    block, mask, codes, PARTS: tl.constexpr = 1, PART: tl.constexpr = 0,
+    LOG2_NESTED: tl.constexpr = 8,
+):  # fmt: skip
+    """Load the scales of the blocks in float32, 0 if masked. Each operation on them rounds.
+
+    PARTS: 2 if pairs of a scale and a shift are stored, of which PART is loaded.
+    """
     _, absmax_ptr, _, nested_absmax_ptr, nested_code_ptr, offset_ptr = codes
+    at = block * PARTS + PART
     if nested_code_ptr is not None:
-        code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        code = tl.load(absmax_ptr + at, mask=mask, other=0).to(tl.int32)
         if nested_absmax_ptr is None:
             return tl.load(nested_code_ptr + code, mask=mask, other=0.0)
-        scale = tl.load(nested_absmax_ptr + (block >> 8), mask=mask, other=0.0)
-        scale = tl.load(nested_code_ptr + code) * scale + tl.load(offset_ptr)
+        at = (block >> LOG2_NESTED) * PARTS + PART
+        scale = tl.load(nested_absmax_ptr + at, mask=mask, other=0.0)
+        scale = tl.load(nested_code_ptr + code) * scale
+        if offset_ptr is not None:
+            scale += tl.load(offset_ptr)
         return tl.where(mask, scale, 0.0)
     else:
-        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+        return tl.load(absmax_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tile_scales(
+    offs_n, mask_n, k0, K, codes, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LOG2_BLOCK: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LOG2_NESTED: tl.constexpr,
+):  # fmt: skip
+    """Return the scales of a tile of rows of whole blocks, [BLOCK_N, BLOCK_K] or [BLOCK_N, 1]."""
+    SCALES: tl.constexpr = (BLOCK_K + (1 << LOG2_BLOCK) - 1) >> LOG2_BLOCK
+    per_row, first_block = K >> LOG2_BLOCK, k0 >> LOG2_BLOCK
+    if SCALES == 1:
+        block = offs_n * per_row + first_block
+        return block_scales(block, mask_n, codes, PARTS, PART, LOG2_NESTED)[:, None]
+    else:
+        offs_s = first_block + tl.arange(0, SCALES)
+        block = offs_n[:, None] * per_row + offs_s[None, :]
+        mask = mask_n[:, None] & (offs_s < per_row)[None, :]
+        scale = block_scales(block, mask, codes, PARTS, PART, LOG2_NESTED)
+        scale = tl.broadcast_to(scale[:, :, None], BLOCK_N, SCALES, BLOCK_K // SCALES)
+        return scale.reshape(BLOCK_N, BLOCK_K)
 
 
 @triton.jit
 def load_codes(
     codes, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    FORMAT: tl.constexpr, WIDE: tl.constexpr,
+    FORMAT: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr = 4, SHIFT: tl.constexpr = False,
+    LOG2_NESTED: tl.constexpr = 8,
 ):  # fmt: skip
-    """Decode [BLOCK_N, BLOCK_K] of a 4-bit weight [N, K] at [n0, k0] in float32, 0 outside.
+    """Decode [BLOCK_N, BLOCK_K] of a weight [N, K] at [n0, k0] in float32, 0 or the shift outside.
 
     Args:
         codes: pointers to the tensors of `Codes`, or None.
         FORMAT: log2 of the block size; whether rows consist of WHOLE blocks, and of whole,
             aligned WORDS of 8 codes; whether inline PTX reads the codebook (ASM).
+        BITS: of a code. SHIFT: whether blocks have one. With it, and for 8 bits, rows are WHOLE.
 
     WORDS requires k0 that is a multiple of 8. WHOLE requires k0 that is a multiple of the block or
     of BLOCK_K. Then a row of the tile has one scale or few.
@@ -118,7 +150,10 @@ def load_codes(
     if WIDE:
         offs_n = offs_n.to(tl.int64)
     first = offs_n[:, None] * K  # of the row, in the flattened weight
-    if WORDS:
+    if BITS == 8:
+        q = tl.load(packed_ptr + (first + offs_k[None, :]), mask=mask, other=0).to(tl.int32)
+        value = look_up(code_ptr, q, ASM)
+    elif WORDS:
         offs_w = k0 // 8 + tl.arange(0, BLOCK_K // 8)
         inside = mask_n[:, None] & (offs_w < K // 8)[None, :]
         words = packed_ptr.to(tl.pointer_type(tl.uint32))
@@ -140,16 +175,14 @@ def load_codes(
         byte = tl.load(packed_ptr + (element >> 1), mask=mask, other=0).to(tl.int32)
         value = look_up(code_ptr, tl.where((element & 1) == 0, byte >> 4, byte & 15), ASM)
     if WHOLE:
-        SCALES: tl.constexpr = (BLOCK_K + (1 << LOG2_BLOCK) - 1) >> LOG2_BLOCK
-        per_row, first_block = K >> LOG2_BLOCK, k0 >> LOG2_BLOCK
-        if SCALES == 1:
-            scale = block_scales(offs_n * per_row + first_block, mask_n, codes)[:, None]
-        else:
-            offs_s = first_block + tl.arange(0, SCALES)
-            block = offs_n[:, None] * per_row + offs_s[None, :]
-            scale = block_scales(block, mask_n[:, None] & (offs_s < per_row)[None, :], codes)
-            scale = tl.broadcast_to(scale[:, :, None], BLOCK_N, SCALES, BLOCK_K // SCALES)
-            scale = scale.reshape(BLOCK_N, BLOCK_K)
+        PARTS: tl.constexpr = 2 if SHIFT else 1
+        scale = tile_scales(
+            offs_n, mask_n, k0, K, codes, BLOCK_N, BLOCK_K, LOG2_BLOCK, PARTS, 0, LOG2_NESTED
+        )
+        if SHIFT:
+            return value * scale + tile_scales(
+                offs_n, mask_n, k0, K, codes, BLOCK_N, BLOCK_K, LOG2_BLOCK, PARTS, 1, LOG2_NESTED
+            )
     else:
         block = (first + offs_k[None, :]) >> LOG2_BLOCK
         scale = block_scales(block, mask, codes)

@@ -1,0 +1,120 @@
+"""Weights of every form, 4 and 8 bits, with shifts: bits of the definition, and results by float64."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels.backends import decoder
+from lora_kernels.backends.cpu import native
+from lora_kernels.core import coding
+from lora_kernels.oracle import forms
+from lora_kernels.oracle.case import Case
+from lora_kernels.quantization import QuantizedWeight
+from tests.ops.engines import engines_in_turn, every_engine, every_native_engine, ways
+from tests.support.codec import same_bits
+from tests.support.engines import check
+from tests.support.problems import FULL, bf16, f16, f32, with_rank
+
+# Blocks of 16 in every kernel; scales as files have them.
+FORMS = (
+    "int4-32-half-shift",
+    "int4-16-shift",
+    "int4-32-nested-shift",
+    "signed4-32-half",
+    "signed4-16",
+    "int8-32-half",
+    "int8-16-nested",
+    "int8-32-shift",
+    "uint8-16-half-shift",
+    "e4m3-32",
+    "e5m2-16-half",
+)
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def some_cases() -> list[Case]:
+    chosen = []
+    for form, dtype in itertools.product(FORMS, (f32, bf16)):
+        # one row, few, more than are looked up in registers, a GEMM of several panels
+        for M, N, K in ((1, 33, 160), (4, 7, 96), (9, 30, 1184), (33, 65, 96), (140, 40, 1152)):
+            options: dict[str, Any] = FULL if M in (4, 33) else {}
+            chosen.append(Case(M, N, K, 5, dtype, quant=form, values="nonnegative", **options))
+    for form in FORMS[:2] + FORMS[5:8]:
+        chosen += [Case(M, 65, 3232, 5, bf16, quant=form, dropout_p=0.1) for M in (2, 3, 11)]
+        chosen += [Case(M, 30, 128, 5, f16, quant=form, bias=True) for M in (2, 33)]
+        chosen += [Case(9, 65, 96, 5, f32, quant=form, compute=bf16)]
+        chosen += [Case(70, 1152, 32, 5, f32, quant=form, frozen=("x",))]
+    return [*map(with_rank, chosen)]
+
+
+@engines_in_turn(some_cases())
+def test_results_are_within_tolerance(case: Case, engine: str) -> None:
+    check(case, ways(engine, case.M, case.compute or case.compute_dtype, True))
+
+
+def definition(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    fields = weight.packed, weight.scales(), weight.code, weight.blocksize
+    return coding.dequantize(*fields, weight.shape, dtype)
+
+
+@every_native_engine
+@every_form
+def test_decoded_bits_are_the_definitions(form: str, engine: str) -> None:
+    weight = forms.build(torch.randn(37, 224), form)
+    for dtype in (f32, bf16, f16):
+        want = definition(weight, dtype)
+        assert same_bits(weight.dequantize(dtype), want)
+        rows, columns = slice(5, 30), slice(16, 101)
+        part = decoder.dense(weight.codes, weight.matrix_shape, dtype, rows=rows, columns=columns)
+        assert same_bits(part, want[rows, columns].contiguous())
+        part = decoder.dense(
+            weight.codes, weight.matrix_shape, dtype, rows=rows, columns=slice(7, 90)
+        )
+        assert same_bits(part, want[rows, 7:90].contiguous())
+
+
+@every_form
+def test_pytorchs_ops_decode_to_the_definition(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = forms.build(torch.randn(3, 11, 96), form)
+    want = definition(weight, f32)
+    monkeypatch.setattr(native, "module", None)
+    for dtype in (f32, bf16, f16, torch.float64):
+        assert same_bits(weight.dequantize(dtype), want.to(dtype))
+
+
+@every_engine
+@pytest.mark.parametrize("name", forms.CODES)
+@pytest.mark.parametrize("M", [1, 3, 40])
+def test_every_code_beside_every_scale(M: int, name: str, engine: str) -> None:
+    """Each code in each place of a register, with scales of both ends of float16, and zeros."""
+    table = forms.code(name)
+    codes = torch.arange(len(table)).to(torch.uint8).where(table.isfinite(), 0)
+    scales = torch.tensor([0.0, 2.0**-24, -(2.0**-14), 1.0, 65504.0, -0.5]).half()
+    shifts = torch.tensor([0.0, -1.0, 65504.0, 2.0**-24, -3.0, 0.5]).half()
+    K = 256
+    q = torch.stack([codes.repeat(K // len(codes)).roll(n) for n in range(len(scales) * 3)])
+    packed = q if len(table) == 256 else (q[:, ::2] << 4) | q[:, 1::2]
+    pairs = torch.stack([scales, shifts], 1).repeat_interleave(K // 16 * 3, dim=0)
+    for has_shift in (False, True):
+        weight = QuantizedWeight(
+            packed=packed.flatten(),
+            absmax=pairs if has_shift else pairs[:, 0].contiguous(),
+            code=table,
+            quant_type="",
+            blocksize=16,
+            shape=tuple(q.shape),
+            dtype=f32,
+        )
+        want = definition(weight, torch.float64)
+        assert same_bits(weight.dequantize(f32), want.float())
+        # One element of x at a time: a product with no sum to hide in.
+        x = torch.zeros(M, K)
+        x[torch.arange(M), torch.arange(M) * 37 % K] = 1.0
+        from lora_kernels import lora_linear
+
+        A, B = torch.zeros(2, K), torch.zeros(len(q), 2)
+        y = lora_linear(x, weight, A, B, scaling=1.0)
+        assert torch.allclose(y.double(), x.double() @ want.T, rtol=2e-6, atol=1e-10)

@@ -31,8 +31,7 @@ template <>
 const Codes* convert(const Value& from) {
   if (from.object == Py_None) return nullptr;
   if (!PyCapsule_IsValid(from.object, CODES_CAPSULE))
-    fail(PyExc_TypeError, "%s: got %R, want what Codes returns", from.name,
-         Py_TYPE(from.object));
+    fail(PyExc_TypeError, "%s: got %R, want what Codes returns", from.name, Py_TYPE(from.object));
   return static_cast<const Codes*>(PyCapsule_GetPointer(from.object, CODES_CAPSULE));
 }
 

@@ -216,7 +216,8 @@ bool read_codes(PyObject* packed, int64_t N, int64_t K, Codes& codes) {
   if (!has_elements(2, 32, bits == 8 ? 256 : 16)) return false;
   if (is_nested && !has_elements(4, 32, 256)) return false;
   if (is_double_quantized &&
-      !(is_nested && has_elements(3, 32, (blocks + nested_blocksize - 1) / nested_blocksize * each)))
+      !(is_nested &&
+        has_elements(3, 32, (blocks + nested_blocksize - 1) / nested_blocksize * each)))
     return false;
   if (views[5].data && !(is_double_quantized && !has_shift && has_elements(5, 32, 1))) return false;
   const auto floats_of = [&](std::size_t i) { return static_cast<const float*>(views[i].data); };
@@ -234,7 +235,9 @@ bool read_codes(PyObject* packed, int64_t N, int64_t K, Codes& codes) {
            .N = N,
            .K = K,
            .kind = kind_of(bits, code),
-           .scale_type = is_nested ? ScaleType::u8 : is_half ? ScaleType::f16 : ScaleType::f32,
+           .scale_type = is_nested ? ScaleType::u8
+                         : is_half ? ScaleType::f16
+                                   : ScaleType::f32,
            .has_shift = has_shift};
   return true;
 }

@@ -234,10 +234,10 @@ LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* 
         }
       } else {
         for (int g = 0; g < STREAMS; ++g)
-          dot_codes<1, M, false>(
-              w, t, n + g * stream_stride, stream_stride, scales.data + g * scales.stride,
-              scales.stride, offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1,
-              total + g);
+          dot_codes<1, M, false>(w, t, n + g * stream_stride, stream_stride,
+                                 scales.data + g * scales.stride, scales.stride,
+                                 offset_in_block(w, first + g * stream_stride, n - first), x, k0,
+                                 k1, total + g);
       }
       store_sums<M>(total, !k0, stream_stride, sums + n - first, lds);
     }
@@ -278,8 +278,8 @@ LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, float cent
   }
 }
 
-// A 4-bit weight for `gemv_streams` whose codes are looked up in registers. x_sums: of each row of x
-// over the blocks, if there are shifts. centre: as in `Centred`.
+// A 4-bit weight for `gemv_streams` whose codes are looked up in registers. x_sums: of each row of
+// x over the blocks, if there are shifts. centre: as in `Centred`.
 template <typename X, typename T>
 struct CodedRows {
   const Codes& w;
@@ -301,9 +301,8 @@ struct CodedRows {
     for_each_batch(w, nested, centre, n, stop, stream_stride, scales, sums,
                    [&](int64_t n, int64_t end, float* sums) {
                      passes.for_each([&](int64_t m, int64_t rows) {
-                       dot_streams(rows, w, code, x + m * ldx,
-                                   x_sums + m * (w.K >> w.log2_block), n, end, stream_stride,
-                                   scales, sums + m * lds, lds);
+                       dot_streams(rows, w, code, x + m * ldx, x_sums + m * (w.K >> w.log2_block),
+                                   n, end, stream_stride, scales, sums + m * lds, lds);
                      });
                    });
   }
@@ -381,8 +380,8 @@ LK_INLINE bool is_in_order(const Codes& w, bool is_decoded) {
   return w.K % 8 || (is_decoded && (w.kind != CodeKind::nibble || w.has_shift));
 }
 
-// A weight for `gemv_streams` whose codes are decoded to memory, a slab of one row of each stream at
-// a time. It serves many rows of x, codes of 8 bits, and any K that is no multiple of eight.
+// A weight for `gemv_streams` whose codes are decoded to memory, a slab of one row of each stream
+// at a time. It serves many rows of x, codes of 8 bits, and any K that is no multiple of eight.
 template <typename Word, typename X, typename T>
 struct DecodedRows {
   const Codes& w;
@@ -500,8 +499,8 @@ struct Centred {
 // P = scale * (mask(X) A^T); y[M, N] = c * (x W^T + (P * gate * alpha) Q) + bias for few rows. Sums
 // in float32; y and z round once. Codes keep at least 17 bits until the sum, with one exception:
 // for three rows of bf16 or more on avx512bf16, code times scale is rounded to bf16, or, for codes
-// that are decoded to memory, with the shift. Reads each byte of the weight once from memory. Tested
-// by tests/ops.
+// that are decoded to memory, with the shift. Reads each byte of the weight once from memory.
+// Tested by tests/ops.
 void gemv(const GemvArgs& a) {
   const int64_t M = a.update.M, K = a.shrink.K;
   if (!M) return;

@@ -181,8 +181,8 @@ struct GemvArgs {
 struct RowNormArgs {
   Matrix w;
   const Codes* codes;  // or null
-  Matrix a, b;             // A [R, K], B [N, R]
-  const float* gate;       // [R] or null
+  Matrix a, b;         // A [R, K], B [N, R]
+  const float* gate;   // [R] or null
   int64_t N, K, R;
   float scaling;
   float* norm;

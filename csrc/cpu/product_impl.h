@@ -98,8 +98,8 @@ LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0
 // `scales` has room for one scale of each row and 8 elements. prefetch_distance: bytes from these
 // codes to those of the next panel.
 template <typename Word>
-LK_INLINE void pack_codes_k(const Codes& w, int64_t k0, int64_t depth, int64_t n0,
-                            int64_t count, float* dst, const PanelLayout& layout, float* scales,
+LK_INLINE void pack_codes_k(const Codes& w, int64_t k0, int64_t depth, int64_t n0, int64_t count,
+                            float* dst, const PanelLayout& layout, float* scales,
                             int64_t prefetch_distance) {
   constexpr int64_t E = ELEMENTS<Word>;
   const Table t = load_table(w.code);
@@ -169,9 +169,8 @@ LK_INLINE void pack_codes_n(const Codes& w, int64_t n0, int64_t depth, int64_t k
 // pack_words for a quantized weight. `decoded` has room for a panel that is decoded before it is
 // packed.
 template <typename Word>
-LK_INLINE void pack_codes(const Codes& w, bool is_transposed, int64_t k0, int64_t depth,
-                          int64_t n0, int64_t count, float* dst, const PanelLayout& layout,
-                          float* decoded) {
+LK_INLINE void pack_codes(const Codes& w, bool is_transposed, int64_t k0, int64_t depth, int64_t n0,
+                          int64_t count, float* dst, const PanelLayout& layout, float* decoded) {
   using E = std::conditional_t<ELEMENTS<Word> == 2, bf16, float>;
   E* const panel = reinterpret_cast<E*>(decoded);
   const Table t = load_table(w.code);

@@ -150,15 +150,14 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
                 nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)),
                 half = _mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7));
   // As a float16 it is 2^8 times too small.
-  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(
-                           half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)))),
-                       _mm512_set1_ps(256.0f));
+  return _mm512_mul_ps(
+      _mm512_cvtph_ps(_mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)))),
+      _mm512_set1_ps(256.0f));
 }
 
 // even[i] and odd[i] = elements 2 i and 2 i + 1 of the 2 W elements in a and b.
 LK_INLINE void deinterleave(vf a, vf b, vf& even, vf& odd) {
-  const __m512i index =
-      _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   even = _mm512_permutex2var_ps(a, index, b);
   odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(index, _mm512_set1_epi32(1)), b);
 }

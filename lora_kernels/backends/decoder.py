@@ -266,8 +266,8 @@ def _never_compare(*args: Any) -> str | None:
 
 
 # Compare Triton's decoder of a form, or bitsandbytes' ops of a type, with PyTorch's decoding on a
-# device, and return that reason. They quantize samples, hence `quantization`, which is above this package, sets
-# them.
+# device, and return that reason. They quantize samples, hence `quantization`, which is above this
+# package, sets them.
 compare_decoder: Callable[[str | Form, torch.dtype, torch.device], str | None] = _never_compare
 compare_bitsandbytes: Callable[[str, torch.device], str | None] = _never_compare
 

@@ -1,4 +1,4 @@
-"""Quantized weights: NF4 and FP4 as bitsandbytes has them, MXFP4, NVFP4, and forms without a name."""
+"""Quantized weights: NF4 and FP4 as bitsandbytes has them, MXFP4, NVFP4, and unnamed forms."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec

@@ -106,7 +106,7 @@ class QuantizedWeight:
         bits = 8 if is_bytes else 4
         _check_tensor("packed", self.packed, torch.uint8, -(-n * bits // 8), purpose)
         dtypes = (torch.uint8, torch.float16) if is_other else (torch.uint8,)
-        scale_dtype = getattr(self.absmax, "dtype", None)
+        scale_dtype: torch.dtype = getattr(self.absmax, "dtype", torch.float32)
         if scale_dtype not in dtypes:
             scale_dtype = torch.float32
         pairs = 2 * (is_other and isinstance(self.absmax, Tensor) and self.absmax.dim() == 2)

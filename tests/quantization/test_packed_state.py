@@ -136,7 +136,10 @@ def without(name: str) -> Any:
         (without("up.form"), r"up: got \[.*\], want up.form beside them"),
         (lambda state: state.update({"up.form": torch.zeros(3)}), r"up\.form: got torch.float32"),
         (lambda state: state.update({"up.packed": state["up.packed"][1:]}), "packed: got shape"),
-        (lambda state: state.update(Experts(1, "nvfp4").state_dict()), "want the form of Tensor4b"),
+        (
+            lambda state: state.update(Experts(1, "nvfp4").state_dict()),
+            "want the form of QuantizedT",
+        ),
         (
             lambda state: state.update({"up.form": None}),
             r"up\.form: got NoneType, want a JSON",

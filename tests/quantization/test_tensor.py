@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from lora_kernels.quantization import quantize_4bit
-from lora_kernels.quantization.tensor import QuantizedTensor, read
+from lora_kernels.quantization.tensor import QuantizedTensor, read_tensor
 from tests.support.assertions import assert_bitwise_equal
 
 E, N, K = 3, 64, 32
@@ -431,11 +431,11 @@ def test_tensor4bit_survives_what_modules_do_with_parameters() -> None:
     assert twin.weight.packed.data_ptr() != linear.weight.packed.data_ptr()
     assert twin.to(torch.float16).weight.dtype is torch.float16
     assert_bitwise_equal(twin.weight + 0, want.half())
-    assert read(twin.weight).dtype is torch.float16
+    assert read_tensor(twin.weight).dtype is torch.float16
     assert_bitwise_equal(twin.double().weight + 0, linear.weight.dequantize(torch.float64))
     assert twin.to("meta").weight.packed.is_meta
     linear.weight.data = linear.weight.data.to(torch.float32)  # prepare_model_for_kbit_training
-    assert read(linear.weight).dtype is torch.float32
+    assert read_tensor(linear.weight).dtype is torch.float32
     assert_bitwise_equal(linear.weight.dequantize(), want.float())
 
 

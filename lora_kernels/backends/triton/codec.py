@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from . import configs, launch
-from .dequantize import dequantize_kernel
+from .decoding import dequantize_kernel
 
 if TYPE_CHECKING:
     from ...core.codes import Codes

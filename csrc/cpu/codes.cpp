@@ -7,7 +7,7 @@ namespace {
 
 float e4m3_value(int byte) {
   const int exponent = byte >> 3 & 15, mantissa = byte & 7;
-  const float magnitude = exponent ? static_cast<float>(8 + mantissa) * (1 << exponent) * 0x1p-11f
+  const float magnitude = exponent ? static_cast<float>(8 + mantissa) * (1 << exponent) * 0x1p-10f
                                    : static_cast<float>(mantissa) * 0x1p-9f;
   return byte & 0x80 ? -magnitude : magnitude;
 }

@@ -33,65 +33,34 @@ LK_INLINE void load_scales(const Codes& w, const Table256& t, int64_t i, vf v[2]
                                           : load(static_cast<const f16*>(w.absmax) + i);
 }
 
-// scales[i] and shifts[i] = the scale and the shift of block `block` + i for i < count.
-LK_INLINE void decode_pairs(const Codes& w, const Table256& t, int64_t block, int64_t count,
-                            float* scales, float* shifts) {
-  for (const int64_t end = block + count; block < end;) {  // blocks that share a nested scale
-    const int64_t run =
-        w.nested_absmax ? min(end, ((block >> w.log2_nested) + 1) << w.log2_nested) - block : count;
-    const float* const nested = w.nested_absmax + 2 * (block >> w.log2_nested);
-    int64_t i = 0;
-    for (; i + W <= run; i += W) {
-      vf v[2], scale, shift;
-      load_scales(w, t, 2 * (block + i), v);
-      deinterleave(v[0], v[1], scale, shift);
-      store(scales + i, w.nested_absmax ? mul(scale, splat(nested[0])) : scale);
-      store(shifts + i, w.nested_absmax ? mul(shift, splat(nested[1])) : shift);
-    }
-    for (; i < run; ++i) {
-      scales[i] = block_scale(w, block + i);
-      shifts[i] = block_shift(w, block + i);
-    }
-    block += run;
-    scales += run;
-    shifts += run;
-  }
-}
-
-// dst[i] = the scale of block `block` + i for i < count, of a weight without a shift. t:
-// nested_code, if there is one.
+// dst[i] = the scale of block `block` + i for i < count, or with a shift dst[2 i] and dst[2 i + 1]
+// its scale and its shift. t: nested_code, if there is one.
 LK_INLINE void decode_scales(const Codes& w, const Table256& t, int64_t block, int64_t count,
                              float* dst) {
+  const int64_t each = w.has_shift ? 2 : 1;
   if (w.scale_type == ScaleType::f32) {
-    __builtin_memcpy(dst, static_cast<const float*>(w.absmax) + block, (size_t)count * sizeof *dst);
-    return;
-  }
-  if (!w.nested_absmax) {
-    int64_t i = 0;
-    for (; i + 2 * W <= count; i += 2 * W) {
-      vf v[2];
-      load_scales(w, t, block + i, v);
-      store(dst + i, v[0]);
-      store(dst + i + W, v[1]);
-    }
-    for (; i < count; ++i) dst[i] = scale_at(w, block + i);
+    __builtin_memcpy(dst, static_cast<const float*>(w.absmax) + block * each,
+                     (size_t)(count * each) * sizeof *dst);
     return;
   }
   for (const int64_t end = block + count; block < end;) {  // blocks that share a nested scale
-    const int64_t run = min(end, ((block >> w.log2_nested) + 1) << w.log2_nested) - block;
-    const float scale = w.nested_absmax[block >> w.log2_nested];
-    const uint8_t* const codes = static_cast<const uint8_t*>(w.absmax) + block;
+    const int64_t group = block >> w.log2_nested;
+    const int64_t run =
+        (w.nested_absmax ? min(end, (group + 1) << w.log2_nested) - block : count) * each;
+    float factors[W];  // of a vector: a scale's, or in turns a scale's and a shift's
+    for (int i = 0; w.nested_absmax && i < W; ++i)
+      factors[i] = w.nested_absmax[group * each + i % each];
     int64_t i = 0;
     for (; i + 2 * W <= run; i += 2 * W) {
       vf v[2];
-      lookup_2w(t, codes + i, v);
+      load_scales(w, t, block * each + i, v);
       for (int j = 0; j < 2; ++j) {
-        const vf product = mul(v[j], splat(scale));
-        store(dst + i + j * W, w.offset ? add(product, splat(*w.offset)) : product);
+        if (w.nested_absmax) v[j] = mul(v[j], load(factors));
+        store(dst + i + j * W, w.offset ? add(v[j], splat(*w.offset)) : v[j]);
       }
     }
-    for (; i < run; ++i) dst[i] = scale_at(w, block + i);
-    block += run;
+    for (; i < run; ++i) dst[i] = scale_at(w, block * each + i);
+    block += run / each;
     dst += run;
   }
 }

@@ -90,7 +90,7 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
 // The lanes of total[g][i] sum to x[i] · W[row + g * stream_stride] over the elements [k0, k1).
 // scales: of the blocks from the one in which the batch of rows begins; those of the next stream
 // lie scale_stride behind. offset: from the first element of that block to that of the row.
-// BlockAligned: rows begin with a block.
+// BlockAligned: rows begin with a block. Only then may scales be pairs with shifts, which are left out.
 template <int J, int M, bool BlockAligned, typename X, typename T>
 LK_INLINE void dot_codes(const Codes& w, const T& t, int64_t row, int64_t stream_stride,
                          const float* scales, int64_t scale_stride, int64_t offset, const X* x,
@@ -101,10 +101,12 @@ LK_INLINE void dot_codes(const Codes& w, const T& t, int64_t row, int64_t stream
   const uint8_t* p = w.packed + ((row * w.K + k0) >> 1);
   const int64_t prefetch_distance = k1 - k0 < w.K ? w.K >> 1 : PREFETCH_BYTES;
   x += k0 * M;
-  const vu aligned = lane_blocks(0, log2_block);
+  const int pair = BlockAligned && w.has_shift;
+  vu aligned = lane_blocks(0, log2_block);
+  if (pair) aligned += aligned;  // small numbers, in lanes of any width
   vf sum[J][M];
   const auto step = [&](int64_t k, int filled) __attribute__((always_inline)) {
-    const float* const s = scales + ((offset + k) >> log2_block);
+    const float* const s = scales + (((offset + k) >> log2_block) << pair);
     const vu lanes = BlockAligned
                          ? aligned
                          : lane_blocks((offset + k) & ((int64_t{1} << log2_block) - 1), log2_block);
@@ -149,45 +151,38 @@ LK_INLINE int64_t balanced_slab(int64_t K, int64_t bytes, int64_t max_bytes) {
   return round_up((K + slabs - 1) / slabs, CHUNK_CODES);
 }
 
-// dst[i] = the sum of x over block i, of 1 << log2_block elements.
+// dst[2 i] and dst[2 i + 1] = `centre` times the sum of x over block i, and that sum: what a block's
+// scale and shift are multiplied by.
 template <typename T>
-[[gnu::noinline]] void block_sums(const T* x, int64_t K, int log2_block, float* dst) {
+[[gnu::noinline]] void block_sums(const T* x, int64_t K, int log2_block, float centre, float* dst) {
   for (int64_t k = 0, size = int64_t{1} << log2_block; k < K; k += size) {
     vf sum[STREAMS] = {zero(), zero(), zero(), zero()};
     for (int64_t i = 0; i < size; i += W) sum[0] = add(sum[0], load(x + k + i));
     float sums[STREAMS];
     sum_lanes(sum, sums);
+    *dst++ = centre * sums[0];
     *dst++ = sums[0];
   }
 }
 
-// total[g][i] += the shift of each block of row g times the sum of x[i] over the block. The rows'
-// shifts lie `stride` apart, the sums `blocks`.
+// total[g][i] += pairs of row g times x_sums of row i, element by element. Rows of pairs lie
+// `stride` apart, those of sums `count`.
 template <int M>
-LK_INLINE void add_shifts(const float* shifts, int64_t stride, const float* x_sums, int64_t blocks,
+LK_INLINE void add_shifts(const float* pairs, int64_t stride, const float* x_sums, int64_t count,
                           vf total[STREAMS][M]) {
-  for (int64_t b = 0; b < blocks; b += W) {
-    const int valid = (int)min(W, blocks - b);
-    vf shift[STREAMS];
-    LK_UNROLL for (int g = 0; g < STREAMS; ++g) shift[g] =
-        load_partial(shifts + g * stride + b, valid);
+  for (int64_t b = 0; b < count; b += W) {
+    const int valid = (int)min(W, count - b);
+    vf pair[STREAMS];
+    LK_UNROLL for (int g = 0; g < STREAMS; ++g) pair[g] =
+        load_partial(pairs + g * stride + b, valid);
     LK_UNROLL for (int i = 0; i < M; ++i) {
-      const vf x_sum = load_partial(x_sums + i * blocks + b, valid);
-      LK_UNROLL for (int g = 0; g < STREAMS; ++g) total[g][i] = fma(x_sum, shift[g], total[g][i]);
+      const vf x_sum = load_partial(x_sums + i * count + b, valid);
+      LK_UNROLL for (int g = 0; g < STREAMS; ++g) total[g][i] = fma(x_sum, pair[g], total[g][i]);
     }
   }
 }
 
 // The layer -----------------------------------------------------------------------------------
-
-// The scales of a batch of rows of each stream, `stride` apart; shifts lie STREAMS * stride behind
-// their scales.
-struct Scales {
-  float* data;
-  int64_t stride;
-
-  float* shifts() const { return data + STREAMS * stride; }
-};
 
 // Rows of a stream whose scales are decoded in one batch. A batch separates the stores of scales
 // from their loads, whose other width would prevent store forwarding. The number of scales includes
@@ -196,10 +191,7 @@ LK_INLINE int64_t batch_rows(const Codes& w) {
   return max(1, (int64_t{512} << w.log2_block) / w.K);
 }
 LK_INLINE int64_t batch_scales(const Codes& w) {
-  return (batch_rows(w) * w.K >> w.log2_block) + 2 + W;
-}
-LK_INLINE int64_t scale_floats(const Codes& w) {
-  return (w.has_shift ? 2 : 1) * STREAMS * batch_scales(w);
+  return ((batch_rows(w) * w.K >> w.log2_block) + 2) * (w.has_shift ? 2 : 1) + W;
 }
 
 // Returns the distance from the first element of the block in which row `first` begins to that of
@@ -209,12 +201,12 @@ LK_INLINE int64_t offset_in_block(const Codes& w, int64_t first, int64_t n) {
 }
 
 // sums[i * lds + n + g * stream_stride - first] = x[i] · W[n + g * stream_stride] for first <= n <
-// end and all streams g. scales: from the block in which row first + g * stream_stride begins.
-// x_sums: over the blocks, if there are shifts.
+// end and all streams g. scales: from the block in which row first + g * stream_stride begins,
+// scale_stride apart.
 template <int M, typename X, typename T>
 LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* x_sums,
-                           int64_t first, int64_t end, int64_t stream_stride, const Scales& scales,
-                           float* sums, int64_t lds) {
+                           int64_t first, int64_t end, int64_t stream_stride, const float* scales,
+                           int64_t scale_stride, float* sums, int64_t lds) {
   constexpr int J = CODED_TILE_ROWS<M>;
   const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
   const int64_t slab = balanced_slab(w.K, M * int64_t{sizeof(X)}, X_SLAB_BYTES);
@@ -224,20 +216,17 @@ LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* 
       vf total[STREAMS][M];
       if (is_block_aligned) {
         LK_UNROLL_FAST for (int g = 0; g < STREAMS; g += J) dot_codes<J, M, true>(
-            w, t, n + g * stream_stride, stream_stride, scales.data + g * scales.stride,
-            scales.stride, offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1,
-            total + g);
+            w, t, n + g * stream_stride, stream_stride, scales + g * scale_stride, scale_stride,
+            offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1, total + g);
         if (w.has_shift && !k0) {
-          const int64_t blocks = w.K >> w.log2_block;
-          add_shifts<M>(scales.shifts() + (n - first) * blocks, scales.stride, x_sums, blocks,
-                        total);
+          const int64_t count = 2 * (w.K >> w.log2_block);
+          add_shifts<M>(scales + (n - first) * count, scale_stride, x_sums, count, total);
         }
       } else {
         for (int g = 0; g < STREAMS; ++g)
-          dot_codes<1, M, false>(w, t, n + g * stream_stride, stream_stride,
-                                 scales.data + g * scales.stride, scales.stride,
-                                 offset_in_block(w, first + g * stream_stride, n - first), x, k0,
-                                 k1, total + g);
+          dot_codes<1, M, false>(
+              w, t, n + g * stream_stride, stream_stride, scales + g * scale_stride, scale_stride,
+              offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1, total + g);
       }
       store_sums<M>(total, !k0, stream_stride, sums + n - first, lds);
     }
@@ -246,40 +235,33 @@ LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* 
 
 template <typename X, typename T>
 LK_INLINE void dot_streams(int64_t M, const Codes& w, const T& t, const X* x, const float* x_sums,
-                           int64_t first, int64_t end, int64_t stream_stride, const Scales& scales,
-                           float* sums, int64_t lds) {
+                           int64_t first, int64_t end, int64_t stream_stride, const float* scales,
+                           int64_t scale_stride, float* sums, int64_t lds) {
 #define LK_ROWS(m) \
-  if (M == m) dot_streams<m>(w, t, x, x_sums, first, end, stream_stride, scales, sums, lds);
+  if (M == m) dot_streams<m>(w, t, x, x_sums, first, end, stream_stride, scales, scale_stride, sums, lds);
   LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6) LK_ROWS(7) LK_ROWS(8)
 #undef LK_ROWS
 }
 
 // Calls f(n, end, sums of row n) for batches of the rows [n, stop) of each stream, after decoding
-// their scales and shifts. centre: what the codebook lacks, see `Centred`.
+// their scales, which lie scale_stride apart.
 template <typename F>
-LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, float centre, int64_t n,
-                              int64_t stop, int64_t stream_stride, const Scales& scales,
+LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, int64_t n, int64_t stop,
+                              int64_t stream_stride, float* scales, int64_t scale_stride,
                               float* sums, const F& f) {
   for (int64_t end; n < stop; sums += end - n, n = end) {
     end = min(stop, n + batch_rows(w));
     for (int64_t g = 0; g < STREAMS; ++g) {
       const int64_t block = (n + g * stream_stride) * w.K >> w.log2_block;
       const int64_t last = ((end + g * stream_stride) * w.K - 1) >> w.log2_block;
-      float* const dst = scales.data + g * scales.stride;
-      if (!w.has_shift) {
-        decode_scales(w, nested, block, last - block + 1, dst);
-        continue;
-      }
-      float* const shifts = scales.shifts() + g * scales.stride;
-      decode_pairs(w, nested, block, last - block + 1, dst, shifts);
-      for (int64_t i = 0; centre && i <= last - block; ++i) shifts[i] += centre * dst[i];
+      decode_scales(w, nested, block, last - block + 1, scales + g * scale_stride);
     }
     f(n, end, sums);
   }
 }
 
-// A 4-bit weight for `gemv_streams` whose codes are looked up in registers. x_sums: of each row of
-// x over the blocks, if there are shifts. centre: as in `Centred`.
+// A 4-bit weight for `gemv_streams` whose codes are looked up in registers. x_sums: of `block_sums`,
+// for each row of x.
 template <typename X, typename T>
 struct CodedRows {
   const Codes& w;
@@ -288,48 +270,115 @@ struct CodedRows {
   int64_t ldx;
   Passes passes;
   const float* x_sums;
-  float centre;
-  int64_t scratch_floats = scale_floats(w);
+  int64_t stream_scales = batch_scales(w), scratch_floats = STREAMS * stream_scales;
 
   const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
   Table256 tables() const { return load_table_256(w.nested_code); }
 
   [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* buffer, float* sums,
+                              int64_t stream_stride, float* scales, float* sums,
                               int64_t lds) const {
-    const Scales scales{buffer, batch_scales(w)};
-    for_each_batch(w, nested, centre, n, stop, stream_stride, scales, sums,
+    for_each_batch(w, nested, n, stop, stream_stride, scales, stream_scales, sums,
                    [&](int64_t n, int64_t end, float* sums) {
                      passes.for_each([&](int64_t m, int64_t rows) {
-                       dot_streams(rows, w, code, x + m * ldx, x_sums + m * (w.K >> w.log2_block),
-                                   n, end, stream_stride, scales, sums + m * lds, lds);
+                       dot_streams(rows, w, code, x + m * ldx,
+                                   x_sums + 2 * m * (w.K >> w.log2_block), n, end, stream_stride,
+                                   scales, stream_scales, sums + m * lds, lds);
                      });
                    });
   }
 };
 
+// A weight of 8 bits for `gemv_streams` whose codes are converted in registers. x and x_sums: as in
+// CodedRows, with elements in their order.
+template <typename Values>
+struct ByteRows {
+  const Codes& w;
+  const float* x;
+  int64_t ldx;
+  Passes passes;
+  const float* x_sums;
+  int64_t stream_scales = batch_scales(w), scratch_floats = STREAMS * stream_scales;
+
+  const uint8_t* row(int64_t n) const { return w.packed + n * w.K; }
+  Table256 tables() const { return load_table_256(w.nested_code); }
+
+  // sums[i * lds + g * stream_stride] = x[i] · row n + g * stream_stride of the weight.
+  template <int M>
+  [[gnu::always_inline]] void dot_row(int64_t n, int64_t stream_stride, const float* scales,
+                                      const float* x_rows, const float* row_sums, float* sums,
+                                      int64_t lds) const {
+    const int log2_block = w.log2_block, pair = w.has_shift;
+    const Values values{w.packed};
+    const int64_t first = n * w.K, stream_elements = stream_stride * w.K;
+    vf total[STREAMS][M];
+    LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] =
+        zero();
+    if (pair) {
+      const int64_t count = 2 * (w.K >> log2_block);
+      add_shifts<M>(scales, stream_scales, row_sums, count, total);
+    }
+    for (int64_t k0 = 0; k0 < w.K; k0 += CHAIN_CODES) {
+      vf sum[STREAMS][M];
+      LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i) sum[g][i] =
+          zero();
+      const int64_t k1 = min(k0 + CHAIN_CODES, w.K);
+      for (int64_t k = k0; k < k1; k += W) {
+        const float* const s = scales + ((k >> log2_block) << pair);
+        const float* const xk = x_rows + k / CHUNK_CODES * (M * CHUNK_CODES) + k % CHUNK_CODES;
+        vf v[STREAMS];
+        LK_UNROLL for (int g = 0; g < STREAMS; ++g) {
+          __builtin_prefetch(w.packed + first + g * stream_elements + k + PREFETCH_BYTES, 0, 3);
+          v[g] = mul(values(first + g * stream_elements + k), splat(s[g * stream_scales]));
+        }
+        LK_UNROLL for (int i = 0; i < M; ++i) {
+          const vf xv = load(xk + i * CHUNK_CODES);
+          LK_UNROLL for (int g = 0; g < STREAMS; ++g) sum[g][i] = fma(xv, v[g], sum[g][i]);
+        }
+      }
+      LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i)
+          total[g][i] = add(total[g][i], sum[g][i]);
+    }
+    store_sums<M>(total, true, stream_stride, sums, lds);
+  }
+
+  [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop,
+                              int64_t stream_stride, float* scales, float* sums,
+                              int64_t lds) const {
+    const int64_t blocks = w.K >> w.log2_block, count = w.has_shift ? 2 * blocks : blocks;
+    for_each_batch(w, nested, n, stop, stream_stride, scales, stream_scales, sums,
+                   [&](int64_t first, int64_t end, float* sums) {
+                     for (int64_t n = first; n < end; ++n, ++sums)
+                       passes.for_each([&](int64_t m, int64_t rows) {
+#define LK_ROWS(r)                                                                           \
+  if (rows == r)                                                                             \
+    dot_row<r>(n, stream_stride, scales + (n - first) * count, x + m * ldx,                  \
+               x_sums + 2 * m * blocks, sums + m * lds, lds);
+                         LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4)
+#undef LK_ROWS
+                       });
+                   });
+  }
+};
+
 // dst = W[row, k0 .. k1) of 8 bits or with a shift, with zeros up to a multiple of CHUNK_CODES.
-// scales and shifts: of the row's blocks. K is a multiple of the blocks' size.
+// scales: of the row's blocks, with a shift in pairs. K is a multiple of the blocks' size.
 template <typename X>
 [[gnu::noinline]] void decode_slab_in_order(const Codes& w, Table t, int64_t row,
-                                            const float* scales, const float* shifts, int64_t k0,
-                                            int64_t k1, X* dst) {
+                                            const float* scales, int64_t k0, int64_t k1, X* dst) {
   const int64_t row_bytes = w.kind == CodeKind::nibble ? w.K / 2 : w.K;
-  const char* next = reinterpret_cast<const char*>(w.packed + row * row_bytes) +
-                     k1 * row_bytes / w.K;  // the bytes of the next slab
-  X* const end_of_slab = dst + round_up(k1 - k0, CHUNK_CODES);
+  const char* const next = reinterpret_cast<const char*>(w.packed + row * row_bytes) +
+                           k1 * row_bytes / w.K;  // the bytes of the next slab
+  X* const end = dst + round_up(k1 - k0, CHUNK_CODES);
   dispatch_codes(w, t, [&](const auto& values, auto has_shift) {
-    for (int64_t k = k0; k < k1;) {
-      const int64_t block = k >> w.log2_block, end = min(k1, (block + 1) << w.log2_block);
-      const vf scale = splat(scales[block]), shift = splat(has_shift ? shifts[block] : 0.0f);
-      for (; k < end; k += W, dst += W) {
-        __builtin_prefetch(next + (k - k0), 0, 3);
-        const vf product = mul(values(row * w.K + k), scale);
-        store(dst, has_shift ? add(product, shift) : product);
-      }
+    for (int64_t k = k0; k < k1; k += W, dst += W) {
+      const float* const s = scales + ((k >> w.log2_block) << (has_shift ? 1 : 0));
+      __builtin_prefetch(next + (k - k0), 0, 3);
+      const vf product = mul(values(row * w.K + k), splat(s[0]));
+      store(dst, has_shift ? add(product, splat(s[1])) : product);
     }
   });
-  for (; dst < end_of_slab; dst += W) store(dst, zero());
+  for (; dst < end; dst += W) store(dst, zero());
 }
 
 // dst = W[row, k0 .. k1), interleaved, with zeros up to a multiple of CHUNK_CODES. scales and
@@ -390,20 +439,19 @@ struct DecodedRows {
   int64_t ldx;
   Passes passes;
   int64_t slab = balanced_slab(w.K, STREAMS* int64_t{sizeof(X)}, DECODED_SLAB_BYTES);
-  int64_t decoded_begin = round_up(scale_floats(w), 16);
-  int64_t scratch_floats = decoded_begin + STREAMS * slab * int64_t{sizeof(X)} / 4;
+  int64_t stream_scales = batch_scales(w), scale_floats = round_up(STREAMS * stream_scales, 16);
+  int64_t scratch_floats = scale_floats + STREAMS * slab * int64_t{sizeof(X)} / 4;
 
   const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
   Table256 tables() const { return load_table_256(w.nested_code); }
 
   // dst = the elements [k0, k1) of row n and its counterparts in the other streams, `slab` apart.
   [[gnu::always_inline]] void decode(int64_t first, int64_t n, int64_t stream_stride,
-                                     const Scales& scales, int64_t k0, int64_t k1, X* dst) const {
+                                     const float* scales, int64_t k0, int64_t k1, X* dst) const {
     const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
-    for (int64_t g = 0; g < STREAMS; ++g, dst += slab) {
+    for (int64_t g = 0; g < STREAMS; ++g, dst += slab, scales += stream_scales) {
       const int64_t row = n + g * stream_stride,
                     offset = offset_in_block(w, first + g * stream_stride, n - first);
-      const float* const row_scales = scales.data + g * scales.stride;
       if constexpr (std::is_same_v<X, float>)
         if (w.K % 8) {
           decode_row(w, code, row, k0, k1 - k0, dst);
@@ -411,15 +459,15 @@ struct DecodedRows {
           continue;
         }
       if (is_in_order(w, true)) {
-        const int64_t block = (n - first) * (w.K >> w.log2_block);
-        decode_slab_in_order(w, values_of(code), row, row_scales + block,
-                             row_scales + STREAMS * scales.stride + block, k0, k1, dst);
+        const int64_t each = w.has_shift ? 2 : 1, blocks = w.K >> w.log2_block;
+        decode_slab_in_order(w, values_of(code), row, scales + (n - first) * blocks * each, k0, k1,
+                             dst);
         continue;
       }
       if (is_block_aligned)
-        decode_slab<true>(w, code, row, row_scales, offset, k0, k1, dst);
+        decode_slab<true>(w, code, row, scales, offset, k0, k1, dst);
       else
-        decode_slab<false>(w, code, row, row_scales, offset, k0, k1, dst);
+        decode_slab<false>(w, code, row, scales, offset, k0, k1, dst);
     }
   }
 
@@ -448,11 +496,10 @@ struct DecodedRows {
   }
 
   [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* buffer, float* sums,
+                              int64_t stream_stride, float* scales, float* sums,
                               int64_t lds) const {
-    const Scales scales{buffer, batch_scales(w)};
-    X* const decoded = reinterpret_cast<X*>(buffer + decoded_begin);
-    for_each_batch(w, nested, 0.0f, n, stop, stream_stride, scales, sums,
+    X* const decoded = reinterpret_cast<X*>(scales + scale_floats);
+    for_each_batch(w, nested, n, stop, stream_stride, scales, stream_scales, sums,
                    [&](int64_t first, int64_t end, float* sums) {
                      for (int64_t n = first; n < end; ++n, ++sums)
                        for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
@@ -464,6 +511,12 @@ struct DecodedRows {
   }
 };
 
+// Rows of x that share codes of 8 bits that are converted in registers.
+constexpr int64_t BYTE_PASS_ROWS = 4;
+
+LK_INLINE bool converts_bytes(const Codes& w, int64_t M) {
+  return M <= BYTE_PASS_ROWS && (w.kind == CodeKind::int8 || w.kind == CodeKind::e4m3);
+}
 template <typename X>
 LK_INLINE bool uses_decoded_path(const Codes& w, int64_t M) {
   return w.K % 8 || w.kind != CodeKind::nibble || (HAS_DECODED_PATH && M >= MIN_DECODED_ROWS<X>);
@@ -475,11 +528,11 @@ LK_INLINE Passes coded_passes(const Codes& w, int64_t M) {
 
 template <typename Word, typename X, typename T>
 LK_INLINE void gemv_coded(const GemvArgs& a, const T& code, const X* x, int64_t ldx,
-                          const Passes& passes, const float* x_sums, float centre) {
+                          const Passes& passes, const float* x_sums) {
   if (uses_decoded_path<X>(*a.codes, passes.M))
     gemv_streams(a, DecodedRows<Word, X, T>{*a.codes, code, x, ldx, passes});
   else
-    gemv_streams(a, CodedRows<X, T>{*a.codes, code, x, ldx, passes, x_sums, centre});
+    gemv_streams(a, CodedRows<X, T>{*a.codes, code, x, ldx, passes, x_sums});
 }
 
 // A codebook of 16 integers less their middle, for nibbles whose shift leaves the loop; other
@@ -513,18 +566,36 @@ void gemv(const GemvArgs& a) {
   }
   const Codes& codes = *a.codes;
   const int64_t ldx = round_up(K, CHUNK_CODES), blocks = K >> codes.log2_block;
-  Scratch scratch((M * ldx + (codes.has_shift ? M * blocks : 0)) * 4);
+  Scratch scratch((M * ldx + (codes.has_shift ? 2 * M * blocks : 0)) * 4);
   float* const x_sums = static_cast<float*>(scratch.data) + M * ldx;
-  if (codes.has_shift)
+  const auto sum_blocks = [&](float centre) {
+    if (!codes.has_shift) return;
     dispatch_dtype(a.x.dtype, [&](auto type) {
       for (int64_t m = 0; m < M; ++m)
         block_sums(static_cast<const decltype(type)*>(a.x.data) + m * a.x.row_stride, K,
-                   codes.log2_block, x_sums + m * blocks);
+                   codes.log2_block, centre, x_sums + 2 * m * blocks);
     });
+  };
+  if (converts_bytes(codes, M)) {
+    float* const x = static_cast<float*>(scratch.data);
+    const Passes passes{M, BYTE_PASS_ROWS};
+    sum_blocks(0.0f);
+    dispatch_dtype(a.x.dtype, [&](auto type) {
+      for_each_row(passes, ldx, [&](int64_t m, int64_t offset, int64_t stride) {
+        copy_x(static_cast<const decltype(type)*>(a.x.data) + m * a.x.row_stride, K, x + offset,
+               stride);
+      });
+    });
+    if (codes.kind == CodeKind::int8)
+      gemv_streams(a, ByteRows<Int8s>{codes, x, ldx, passes, x_sums});
+    else
+      gemv_streams(a, ByteRows<E4m3s>{codes, x, ldx, passes, x_sums});
+    return;
+  }
 #ifdef LK_BF16_PAIRS
-  // A pair has room for 8 bits of a code, and rounds its scale.
-  const bool has_exact_pairs = codes.kind == CodeKind::nibble || M > MAX_HIGH_LOW_ROWS;
-  if (a.allows_pairs && a.x.dtype == DType::bf16 && K % 8 == 0 && has_exact_pairs) {
+  // A pair of decoded codes of 8 bits rounds them with their scale.
+  const bool rounds_codes = codes.kind == CodeKind::nibble || M > MAX_HIGH_LOW_ROWS;
+  if (a.allows_pairs && a.x.dtype == DType::bf16 && K % 8 == 0 && rounds_codes) {
     bf16* const x = static_cast<bf16*>(scratch.data);
     const Passes passes = coded_passes<bf16>(codes, M);
     const bool is_decoded = uses_decoded_path<bf16>(codes, M);
@@ -536,7 +607,8 @@ void gemv(const GemvArgs& a) {
         interleave_x_bf16(src, K, M <= MAX_HIGH_LOW_ROWS, x + offset, stride);
     });
     const Centred table(codes, is_decoded);
-    gemv_coded<bf16x2>(a, bf16x2_tables(table.code), x, ldx, passes, x_sums, table.centre);
+    sum_blocks(table.centre);
+    gemv_coded<bf16x2>(a, bf16x2_tables(table.code), x, ldx, passes, x_sums);
     return;
   }
 #endif
@@ -554,7 +626,8 @@ void gemv(const GemvArgs& a) {
     });
   });
   const Centred table(codes, is_decoded);
-  gemv_coded<float>(a, load_table(table.code), x, ldx, passes, x_sums, table.centre);
+  sum_blocks(table.centre);
+  gemv_coded<float>(a, load_table(table.code), x, ldx, passes, x_sums);
 }
 
 }  // namespace

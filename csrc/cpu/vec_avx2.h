@@ -121,13 +121,6 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
       _mm256_set1_ps(256.0f));
 }
 
-// even[i] and odd[i] = elements 2 i and 2 i + 1 of the 2 W elements in a and b.
-LK_INLINE void deinterleave(vf a, vf b, vf& even, vf& odd) {
-  const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
-  even = _mm256_shuffle_ps(low, high, 0x88);
-  odd = _mm256_shuffle_ps(low, high, 0xDD);
-}
-
 using vu = __m256i;
 LK_INLINE vu splat_u(uint32_t a) { return _mm256_set1_epi32((int)a); }
 LK_INLINE vu lanes_from(uint32_t a) {

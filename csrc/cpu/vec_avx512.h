@@ -155,13 +155,6 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
       _mm512_set1_ps(256.0f));
 }
 
-// even[i] and odd[i] = elements 2 i and 2 i + 1 of the 2 W elements in a and b.
-LK_INLINE void deinterleave(vf a, vf b, vf& even, vf& odd) {
-  const __m512i index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  even = _mm512_permutex2var_ps(a, index, b);
-  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(index, _mm512_set1_epi32(1)), b);
-}
-
 // r[i][j] = r[j][i]
 LK_INLINE void transpose(vf r[W]) {
   vf t[W];

@@ -138,12 +138,6 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
   return v;
 }
 
-// even[i] and odd[i] = elements 2 i and 2 i + 1 of the 2 W elements in a and b.
-LK_INLINE void deinterleave(vf a, vf b, vf& even, vf& odd) {
-  even = vf{a[0], a[2], b[0], b[2]};
-  odd = vf{a[1], a[3], b[1], b[3]};
-}
-
 typedef uint32_t vu __attribute__((vector_size(16)));
 LK_INLINE vu splat_u(uint32_t a) { return vu{a, a, a, a}; }
 LK_INLINE vu lanes_from(uint32_t a) { return vu{a, a + 1, a + 2, a + 3}; }

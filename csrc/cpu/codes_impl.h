@@ -59,6 +59,14 @@ LK_INLINE void decode_scales(const Codes& w, const Table256& t, int64_t block, i
         store(dst + i + j * W, w.offset ? add(v[j], splat(*w.offset)) : v[j]);
       }
     }
+    // One vector of a short group, where the scales do not end within two.
+    for (const int64_t all = (w.N * w.K >> w.log2_block) * each;
+         i + W <= run && block * each + i + 2 * W <= all; i += W) {
+      vf v[2];
+      load_scales(w, t, block * each + i, v);
+      if (w.nested_absmax) v[0] = mul(v[0], load(factors));
+      store(dst + i, w.offset ? add(v[0], splat(*w.offset)) : v[0]);
+    }
     for (; i < run; ++i) dst[i] = scale_at(w, block * each + i);
     block += run / each;
     dst += run;

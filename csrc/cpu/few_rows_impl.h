@@ -90,7 +90,8 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
 // The lanes of total[g][i] sum to x[i] · W[row + g * stream_stride] over the elements [k0, k1).
 // scales: of the blocks from the one in which the batch of rows begins; those of the next stream
 // lie scale_stride behind. offset: from the first element of that block to that of the row.
-// BlockAligned: rows begin with a block. Only then may scales be pairs with shifts, which are left out.
+// BlockAligned: rows begin with a block. Only then may scales be pairs with shifts, which are left
+// out.
 template <int J, int M, bool BlockAligned, typename X, typename T>
 LK_INLINE void dot_codes(const Codes& w, const T& t, int64_t row, int64_t stream_stride,
                          const float* scales, int64_t scale_stride, int64_t offset, const X* x,
@@ -151,8 +152,8 @@ LK_INLINE int64_t balanced_slab(int64_t K, int64_t bytes, int64_t max_bytes) {
   return round_up((K + slabs - 1) / slabs, CHUNK_CODES);
 }
 
-// dst[2 i] and dst[2 i + 1] = `centre` times the sum of x over block i, and that sum: what a block's
-// scale and shift are multiplied by.
+// dst[2 i] and dst[2 i + 1] = `centre` times the sum of x over block i, and that sum: what a
+// block's scale and shift are multiplied by.
 template <typename T>
 [[gnu::noinline]] void block_sums(const T* x, int64_t K, int log2_block, float centre, float* dst) {
   for (int64_t k = 0, size = int64_t{1} << log2_block; k < K; k += size) {
@@ -238,7 +239,8 @@ LK_INLINE void dot_streams(int64_t M, const Codes& w, const T& t, const X* x, co
                            int64_t first, int64_t end, int64_t stream_stride, const float* scales,
                            int64_t scale_stride, float* sums, int64_t lds) {
 #define LK_ROWS(m) \
-  if (M == m) dot_streams<m>(w, t, x, x_sums, first, end, stream_stride, scales, scale_stride, sums, lds);
+  if (M == m)      \
+    dot_streams<m>(w, t, x, x_sums, first, end, stream_stride, scales, scale_stride, sums, lds);
   LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6) LK_ROWS(7) LK_ROWS(8)
 #undef LK_ROWS
 }
@@ -260,8 +262,8 @@ LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, int64_t n,
   }
 }
 
-// A 4-bit weight for `gemv_streams` whose codes are looked up in registers. x_sums: of `block_sums`,
-// for each row of x.
+// A 4-bit weight for `gemv_streams` whose codes are looked up in registers. x_sums: of
+// `block_sums`, for each row of x.
 template <typename X, typename T>
 struct CodedRows {
   const Codes& w;
@@ -350,9 +352,9 @@ struct ByteRows {
                    [&](int64_t first, int64_t end, float* sums) {
                      for (int64_t n = first; n < end; ++n, ++sums)
                        passes.for_each([&](int64_t m, int64_t rows) {
-#define LK_ROWS(r)                                                                           \
-  if (rows == r)                                                                             \
-    dot_row<r>(n, stream_stride, scales + (n - first) * count, x + m * ldx,                  \
+#define LK_ROWS(r)                                                          \
+  if (rows == r)                                                            \
+    dot_row<r>(n, stream_stride, scales + (n - first) * count, x + m * ldx, \
                x_sums + 2 * m * blocks, sums + m * lds, lds);
                          LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4)
 #undef LK_ROWS

@@ -145,14 +145,13 @@ LK_INLINE vf load_int8(const uint8_t* p) {
 }
 LK_INLINE vf load_e4m3(const uint8_t* p) {
   const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)),
-                magnitude = _mm256_and_si256(b, _mm256_set1_epi16(0x7f)),
-                sign = _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7f), b), 8),
-                nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)),
-                half = _mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7));
+                shifted = _mm256_slli_epi16(b, 7),  // the sign in bit 14
+      sign = _mm256_and_si256(shifted, _mm256_set1_epi16(0x4000)),
+                half = _mm256_add_epi16(shifted, sign), mask = _mm256_set1_epi16(0x7f);
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(b, mask), mask);
   // As a float16 it is 2^8 times too small.
-  return _mm512_mul_ps(
-      _mm512_cvtph_ps(_mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)))),
-      _mm512_set1_ps(256.0f));
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00))),
+                       _mm512_set1_ps(256.0f));
 }
 
 // r[i][j] = r[j][i]

@@ -233,7 +233,7 @@ OPS = ("lora_cross_entropy", "lora_log_probs", "lora_log_probs_backward")
 def test_opcheck_of_head_ops_passes(name: str, quant: str, dtype: torch.dtype) -> None:
     args = op_arguments(replace(SMALL, K=64, quant=quant, dtype=dtype, dropout_p=0.25), name)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    op = getattr(torch.ops.lora_kernels, name + "_4bit" * bool(quant)).default
+    op = getattr(torch.ops.lora_kernels, name + "_quantized" * bool(quant)).default
     torch.library.opcheck(op, args, test_utils=checks)
 
 
@@ -277,12 +277,12 @@ def test_eager_head_decodes_a_4bit_weight_once(
     monkeypatch.setattr(head_op.decoder, "dense", note)
     case = replace(SMALL, K=64, quant="nf4-64", dropout_p=dropout_p)
     args = list(op_arguments(case, name))
-    at = argument_names(name + "_4bit").index("dropout_p")
+    at = argument_names(name + "_quantized").index("dropout_p")
     args[at] = dropout_p
     if backend == "cpu" and native.module is None:
         pytest.skip("no native kernels")
     with lora_kernels.backend(backend) if backend else nullcontext():
-        registry.IMPLEMENTATIONS[name + "_4bit"](*args)
+        registry.IMPLEMENTATIONS[name + "_quantized"](*args)
     assert decoded == [(65, 64)] * (backend != "cpu")  # with dropout the eager backend runs
 
 

@@ -365,7 +365,7 @@ def test_opcheck_of_experts_ops_passes(
     rows, tenants = (2, 0, 3) * len(ranks), len(ranks)
     sizes: dict[str, Any] = {"R": max(ranks), "ranks": ranks, "tenants": tenants, "quant": quant}
     case = ExpertsCase(rows, 32, 64, dropout_p=0.25, dtype=dtype, **sizes)
-    name = "lora_experts" + "_backward" * backward + "_4bit" * bool(quant)
+    name = "lora_experts" + "_backward" * backward + "_quantized" * bool(quant)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         getattr(torch.ops.lora_kernels, name).default,

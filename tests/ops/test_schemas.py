@@ -44,7 +44,7 @@ def schema_of(name: str) -> Any:
     return getattr(torch.ops.lora_kernels, name).default._schema
 
 
-@pytest.mark.parametrize("suffix", ["", "_4bit"])
+@pytest.mark.parametrize("suffix", ["", "_quantized"])
 @pytest.mark.parametrize("name", TYPES)
 def test_schema_arguments_are_the_fields_of_the_call_types(name: str, suffix: str) -> None:
     first, types = TYPES[name]
@@ -60,7 +60,7 @@ def test_schema_arguments_are_the_fields_of_the_call_types(name: str, suffix: st
     assert [argument.name for argument in schema_of(name + suffix).arguments] == want
 
 
-@pytest.mark.parametrize("suffix", ["", "_4bit"])
+@pytest.mark.parametrize("suffix", ["", "_quantized"])
 @pytest.mark.parametrize("name", GRADS)
 def test_schema_results_are_the_fields_of_the_gradients(name: str, suffix: str) -> None:
     want = ["loss"] if name == "lora_cross_entropy" else []
@@ -68,7 +68,7 @@ def test_schema_results_are_the_fields_of_the_gradients(name: str, suffix: str) 
     assert [result.name for result in schema_of(name + suffix).returns] == want
 
 
-@pytest.mark.parametrize("suffix", ["", "_4bit"])
+@pytest.mark.parametrize("suffix", ["", "_quantized"])
 def test_schema_results_of_log_probs_are_the_statistics(suffix: str) -> None:
     results = schema_of("lora_log_probs" + suffix).returns
     assert [result.name for result in results] == list(call.HeadRows._fields)

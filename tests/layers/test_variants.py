@@ -546,7 +546,7 @@ def test_levels_are_three_adapters_over_one_base_product() -> None:
     torch.testing.assert_close(layer(x), want, rtol=2.0**-36, atol=2.0**-36)  # 72 · 2⁻⁵³, amply
 
 
-@pytest.mark.parametrize("suffix", ["", "_4bit"])
+@pytest.mark.parametrize("suffix", ["", "_quantized"])
 @pytest.mark.parametrize("name", ["HierarchicalLoRALinear", "AdaLoRALinear", "DoRALinear"])
 def test_one_op_and_no_other_product(name: str, suffix: str) -> None:
     layer, x = make("Q" * bool(suffix) + name), torch.randn(M, K)

@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text += "memory instead, beside PEFT's; exit status 1 where one of ours changes its base"
     add("merge", text, instead, action="store_true")
     text = "time training steps and tokens of whole models instead, beside PEFT's and the frozen "
-    text += "ones, and measure their memory; 45 minutes on two cores, with --quick three"
+    text += "ones, and measure their memory; up to 40 minutes on two cores, with --quick three"
     add("end-to-end", text, instead, action="store_true")
     text = "count the memory traffic, kernels and peak memory of layers, and of q/k/v and gated "
     text += "MLPs, on a GPU instead, ours beside PEFT's and others', without a GPU; exit status 1 "

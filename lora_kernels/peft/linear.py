@@ -212,8 +212,9 @@ def _compute_dora(
     dropped, A, B = dropout(x, record.dropout_p), record.lora_A, record.lora_B
     scaled = record._replace(dropout_p=0.0)
     base = Record(weight, A.detach(), B.detach(), scaling=0.0)
-    y = compute(dropped, weight, None, Call([scaled]), compute_dtype)
-    return y + compute(x - dropped, weight, bias, Call([base]), compute_dtype)
+    # The complement first: no backward reads it, so that it is freed before the second call.
+    y = compute(x - dropped, weight, bias, Call([base]), compute_dtype)
+    return y + compute(dropped, weight, None, Call([scaled]), compute_dtype)
 
 
 def result_dtype(base: nn.Module, x: Tensor, y: Tensor) -> torch.dtype:

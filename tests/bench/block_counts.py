@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.bench import counter
-from lora_kernels.bench.blocks import Block, Cell, build_block
+from lora_kernels.bench.blocks import Block, Cell, build_block, build_layer
 from lora_kernels.layers import LoRAGatedMLP, LoRAGroup, LoRALinear
-from lora_kernels.peft import fuse, modules
+from lora_kernels.peft import fuse, modules, swap
 
 FILE = Path(__file__).with_name("block_counts.json")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -61,6 +61,7 @@ class Case(NamedTuple):
         cast: `cast_adapters` of `fuse`.
         mode: "" for a training step, "kept" for one whose graph is kept, "no_grad".
         by: "torch" if PyTorch's ops compute act(g) ⊙ u.
+        dora, dropout: whether a "layer" is DoRA's, and its dropout probability.
     """
 
     block: str
@@ -72,6 +73,8 @@ class Case(NamedTuple):
     cast: bool = False
     mode: str = ""
     by: str = ""
+    dora: bool = False
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         default = self._field_defaults
@@ -107,6 +110,14 @@ def _fused(module: nn.Module, case: Case) -> nn.Module:
     return module
 
 
+def _layer(case: Case) -> nn.Module:
+    """A layer with fewer out-features than in-features, so that its largest tensors have x's."""
+    cell = DTYPES[case.dtypes]._replace(dora=case.dora)
+    layer = build_layer(cell, K, NS[1], case.R, case.dropout)
+    with mock.patch.object(swap, "heavier_reason", lambda layer: None):
+        return _fused(nn.Sequential(layer), case)
+
+
 def _called(case: Case) -> nn.Module:
     cell = DTYPES[case.dtypes]
     base: Any = nn.Sequential(Called(K, NS[0], case.bias, device="meta", dtype=cell.dtype))
@@ -135,6 +146,7 @@ def _group(case: Case) -> nn.Module:
 BUILD: dict[str, Callable[[Case], nn.Module]] = {
     "qkv": _qkv,
     "mlp": _mlp,
+    "layer": _layer,
     "called": _called,
     "LoRAGatedMLP": lambda case: LoRAGatedMLP(*_layers(case)),
     "LoRAGroup": _group,
@@ -142,6 +154,9 @@ BUILD: dict[str, Callable[[Case], nn.Module]] = {
 
 
 def cases() -> Iterator[Case]:
+    for dtypes in DTYPES:
+        yield Case("layer", dtypes, dropout=0.1)
+        yield from (Case("layer", dtypes, dora=True, dropout=p) for p in (0.0, 0.1))
     for block in BUILD:
         is_ours = block.startswith("LoRA")
         for dtypes, cell in DTYPES.items():

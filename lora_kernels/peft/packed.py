@@ -1,156 +1,176 @@
-"""Linear layers of compressed-tensors and torchao in MXFP4 and NVFP4, read as `QuantizedWeight`.
+"""Quantized linear layers of other libraries, as `nn.Linear` over a `QuantizedTensor`.
 
-The libraries are not imported, because attributes identify a layer. Both pack the even element in
-the low nibble, and torchao swizzles scales, so each weight is repacked once. The former tensors are
-freed. The formats were read in compressed-tensors 0.20 and torchao 0.18.
+`quantization/readers` knows the libraries. Each weight is repacked once, and the former tensors are
+freed.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..quantization import QuantizedWeight
 from ..quantization.packed_state import build_parameter, register_state_hooks
+from ..quantization.readers import READERS, compressed_tensors, library_of, read
+from ..quantization.readers.form import Reading
 from .mergeable import refuse_merges
 from .modules import hooks_of, is_compressed_forward
 
-# The parameters and instance attributes that compressed-tensors adds to an nn.Linear.
-_PARAMETERS = ("weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point")
-_ATTRIBUTES = ("quantization_scheme", "quantization_status", "quantization_enabled", "forward")
-_TORCHAO = "torchao.prototype.mx_formats."
 Model = TypeVar("Model", bound=nn.Module)
+SHOWN = 3  # layers of a warning
+# Of the norm of y: rounding in 16 bits gives less, another layout of the codes gives about 1.
+LARGEST_DIFFERENCE = 0.01
 
 
-def keep_packed(model: Model) -> Model:
-    """Let adapters train over linear layers of compressed-tensors or torchao in MXFP4 and NVFP4.
+def keep_packed(model: Model, *, exact_x: bool = False) -> Model:
+    """Let adapters train over other libraries' quantized linear layers, by our kernels.
 
-    Call it on the loaded model, before PEFT and before the first forward. PEFT needs a `weight`.
-    compressed-tensors' layers have a `weight` only after the model's first forward, which decodes
-    the whole model. Here each layer becomes an `nn.Linear` whose weight is a `QuantizedTensor`. The
-    weights are repacked one by one, and not decoded. Other code that reads a weight gets a
-    temporary decoded copy; fused layers read the 4 bits in the kernels. Layers that round x too do
-    not change. PEFT's merges into these layers raise, with `fuse` or without, before they change
-    the first layer.
+    Call it on the loaded model, before PEFT and before the first forward. Each layer that a reader
+    knows becomes an `nn.Linear` whose weight is a `QuantizedTensor`: GPTQ, AWQ, HQQ, torchao and
+    compressed-tensors in 4 and 8 bits, as docs/bases.md lists them. The weights are repacked one by
+    one, and neither decoded nor rounded. Fused layers read the codes in the kernels. Other code
+    that reads a weight gets a temporary decoded copy, in the model's dtype. PEFT adapts the layers
+    as it adapts any `nn.Linear`. Its merges into them raise before they change the first layer.
 
-    Returns the model. Raises ValueError if it has no such layer.
+    A layer that cannot be read stays as it is, with a warning that has the reason. A module that
+    would be replaced is called once before, with one row of x, and stays if its result is not that
+    of the weight that was read.
+
+    Args:
+        exact_x: whether to read layers whose forward rounds x too: transformers' `FP8Linear` and
+            bitsandbytes' 8 bits. Their results are then the decoded model's, which is not rounding
+            x, and not the library's.
+
+    Returns:
+        The model; the new layer if the model is a layer that was replaced.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: no layer can be read. The message has the reasons.
 
     >>> from lora_kernels.peft import keep_packed
     >>> keep_packed(nn.Sequential(nn.Linear(32, 32)))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: model: got no linear layer in MXFP4 or NVFP4 of compressed-tensors or torchao, ...
+    ValueError: model: got no quantized linear layer that can be read, want one of ...
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
-    if not sum([pack_base(module) for module in model.modules()]):
+    holder = nn.Module()
+    holder.model = model
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[int, str] = {}
+    for parent_name, parent in holder.named_modules():
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, key))
+            names.setdefault(id(child), f"{parent_name}.{key}".removeprefix("model.").lstrip("."))
+    reasons, dtype = dict[str, str](), getattr(model, "dtype", None)
+    for at, found in places.items():
+        parent, key = found[0]
+        layer = parent._modules[key]
+        packed = None if layer is None else pack_layer(layer, dtype, exact_x)
+        if isinstance(packed, str):
+            reasons[names[at]] = packed
+        elif packed is not None:
+            for parent, key in found:
+                parent._modules[key] = packed
+    result: Any = holder.model
+    is_any = any(_is_packed(module) for module in result.modules())
+    shown = [f"{name} stays as it is: {reason}" for name, reason in reasons.items()]
+    text = "; ".join(shown[:SHOWN]) + (f"; and {len(shown) - SHOWN} more" if shown[SHOWN:] else "")
+    if not is_any:
         raise ValueError(
-            "model: got no linear layer in MXFP4 or NVFP4 of compressed-tensors or torchao, want "
-            "one that does not round x, before a forward has decoded it"
+            "model: got no quantized linear layer that can be read, want one of "
+            f"{', '.join(READERS)}, before a forward has decoded it" + f" ({text})" * bool(text)
         )
-    for module in model.modules():
+    if text:
+        warnings.warn(f"keep_packed: {text}", stacklevel=2)
+    for module in result.modules():
         hook = vars(module).get("ct_decompress_hook")
         if hook is None or any("quantization_scheme" in vars(child) for child in module.modules()):
             continue
         # No layer is left to decode, and the hook would give every module an offloading forward.
         hook.remove()
         del module.ct_decompress_hook
-    return model
+    return result  # type: ignore[no-any-return]
 
 
-def pack_base(base: Any) -> bool:
-    """Give a 4-bit nn.Linear of compressed-tensors or torchao a `QuantizedTensor`.
+def _is_packed(module: nn.Module) -> bool:
+    return hasattr(module._parameters.get("weight"), "quantized")
 
-    Returns True if it did. Layers that quantize x too are skipped, because their result differs,
-    and so are layers with hooks. compressed-tensors decodes skipped layers in the first forward.
+
+def pack_layer(
+    layer: nn.Module, dtype: torch.dtype | None = None, exact_x: bool = False
+) -> nn.Module | str | None:
+    """Return the layer with a `QuantizedTensor` for a weight; None if no reader knows it.
+
+    An `nn.Linear` changes in place, and another module stays whole. A string says why a layer is
+    not read, and is then unchanged.
+
+    dtype: of the weight for other code; None: of the library's decoded weight.
     """
-    if type(base) is not nn.Linear or any(hooks_of(base)):
-        return False
-    weight = _read_compressed(base)
-    if weight is not None:
-        for name in _PARAMETERS:
-            base._parameters.pop(name, None)
-        for name in _ATTRIBUTES:
-            vars(base).pop(name, None)
+    library = library_of(layer)
+    if library is None:
+        return None
+    if any(hooks_of(layer)):
+        return "a hook sits on it"
+    forward = vars(layer).get("forward")
+    if forward is not None and not is_compressed_forward(forward):
+        return "its forward was replaced"
+    found = read(layer)
+    if not isinstance(found, Reading):
+        return found
+    if found.rounds_x and not exact_x:
+        return f"{library}: its forward rounds x too. exact_x=True reads the weight for an exact x"
+    parameter = build_parameter(found.weight, dtype=dtype)
+    if type(layer) is nn.Linear:
+        for name in compressed_tensors.PARAMETERS:
+            layer._parameters.pop(name, None)
+        for name in compressed_tensors.ATTRIBUTES:
+            vars(layer).pop(name, None)
+        packed = layer
     else:
-        weight = _read_torchao(base)
-    if weight is None:
-        return False
-    base._parameters["weight"] = build_parameter(weight)
-    register_state_hooks(base)
+        N, K = found.weight.matrix_shape
+        packed = nn.Linear(K, N, bias=False, device="meta").train(layer.training)
+        if found.bias is not None:
+            bias = found.bias.detach().to(parameter.dtype)
+            packed.bias = nn.Parameter(bias, requires_grad=False)
+    packed._parameters["weight"] = parameter
+    if packed is not layer and not found.rounds_x and (reason := _differs(layer, packed)):
+        return reason
+    register_state_hooks(packed)
     refuse_merges()
-    return True
+    return packed
+
+
+def pack_4bit_float(base: nn.Module) -> None:
+    """Pack a base of torchao in MXFP4 or NVFP4, which PEFT cannot merge; others stay as they are."""
+    weight = base._parameters.get("weight")
+    if type(weight).__name__ in ("MXTensor", "NVFP4Tensor"):
+        pack_layer(base)
+
+
+def _differs(layer: nn.Module, packed: Any) -> str | None:
+    """Return why the layer does not compute x·Wᵀ + bias of the weight; None if it does."""
+    # With a mean, so that a wrong zero point shows.
+    x = torch.randn(1, packed.in_features, generator=torch.Generator().manual_seed(0)).abs()
+    x = x.to(packed.weight.device, packed.weight.dtype)
+    # gptqmodel compiles its decoder in the first call.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            want, y = packed(x).float(), layer(x).float()
+        except Exception as error:  # whatever a kernel of the library raises
+            return f"its forward raised {type(error).__name__}: {error}"
+    difference = float((y - want).norm() / want.norm().clamp_min(1e-30))
+    if difference <= LARGEST_DIFFERENCE:
+        return None
+    return (
+        f"its forward differs from the weight that was read by {difference:.2g} of the norm: its "
+        "codes have another layout, or it does more than a linear layer"
+    )
 
 
 def quantizes_input(base: Any) -> bool:
     """Return True if compressed-tensors rounds x, without a gradient, or y of a linear layer."""
-    scheme = getattr(base, "quantization_scheme", None)  # torch 2.8 cannot trace `vars`
-    names = "input_activations", "output_activations"
-    return any(getattr(scheme, name, None) is not None for name in names)
-
-
-def _read_compressed(base: nn.Linear) -> QuantizedWeight | None:
-    packed, scale = (base._parameters.get(name) for name in _PARAMETERS[:2])
-    global_scale = base._parameters.get("weight_global_scale")
-    format = getattr(vars(base).get("quantization_scheme"), "weights", None)
-    if packed is None or scale is None or format is None or quantizes_input(base):
-        return None
-    scheme = format.num_bits, format.type, format.symmetric, format.actorder
-    if scheme != (4, "float", True, None) or vars(base).get("quantization_status") != "compressed":
-        return None
-    if "forward" in vars(base) and not is_compressed_forward(vars(base)["forward"]):
-        return None
-    try:  # compressed-tensors decodes to bfloat16, whatever the model's dtype
-        if format.group_size == 32 and global_scale is None:
-            return QuantizedWeight.from_mxfp4(packed, scale)
-        return QuantizedWeight.from_nvfp4(
-            packed, scale, global_scale, global_op=None if global_scale is None else "divide"
-        )
-    except (TypeError, ValueError):  # another layout
-        return None
-
-
-def _read_torchao(base: nn.Linear) -> QuantizedWeight | None:
-    weight: Any = base._parameters.get("weight")
-    cls = type(weight)
-    if not cls.__module__.startswith(_TORCHAO) or cls.__name__ not in ("MXTensor", "NVFP4Tensor"):
-        return None
-    if weight.act_quant_kwargs is not None or not weight.qdata.is_contiguous():
-        return None
-    scale: Tensor = weight.scale.detach()
-    if weight.is_swizzled_scales:
-        scale = unswizzle(scale, weight.shape[0], weight.shape[1] // weight.block_size)
-    try:
-        if cls.__name__ == "MXTensor":
-            is_fp4 = str(weight.elem_dtype) == "torch.float4_e2m1fn_x2"
-            return (
-                QuantizedWeight.from_mxfp4(weight.qdata, scale, weight.orig_dtype)
-                if is_fp4
-                else None
-            )
-        return QuantizedWeight.from_nvfp4(
-            weight.qdata,
-            scale,
-            weight.per_tensor_scale,
-            global_op=None if weight.per_tensor_scale is None else "multiply",
-            # Older releases multiply both scales in the weight's dtype.
-            scale_dtype=weight.get_hp_scales().dtype,
-            dtype=weight.orig_dtype,
-        )
-    except (TypeError, ValueError):  # another layout
-        return None
-
-
-def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Return scales [rows, columns] from blocks of 128 × 4, the layout that tensor cores read.
-
-    In a block, row 32·i + j is 4 bytes at offset 16·j + 4·i. The last blocks are padded.
-
-    >>> unswizzle(torch.arange(512).to(torch.uint8), 128, 4)[[0, 1, 32], 0].tolist()
-    [0, 16, 4]
-    """
-    row_blocks, column_blocks = -(-rows // 128), -(-columns // 4)
-    blocks = scales.reshape(-1).view(torch.uint8).view(row_blocks, column_blocks, 32, 4, 4)
-    padded = blocks.permute(0, 3, 2, 1, 4).reshape(row_blocks * 128, column_blocks * 4)
-    return padded[:rows, :columns].contiguous().view(scales.dtype)
+    return compressed_tensors.rounds_x(base)

@@ -34,7 +34,7 @@ from .merge import check_exact_merge, check_layers, set_exact_merges
 from .mergeable import refuse_merges
 from .mlp import fuse_mlps, restore_mlps
 from .modules import is_conv1d, is_linear4bit, patched_reason
-from .packed import pack_base
+from .packed import pack_4bit_float
 from .zero3 import gather_in_call, is_zero3, stop_gathering
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -118,7 +118,7 @@ def fuse(
     check_exact_merge(exact_merge)
     for _, layer, _ in lora_layers(model):
         if not isinstance(layer, ParamWrapper):
-            pack_base(layer.get_base_layer())
+            pack_4bit_float(layer.get_base_layer())
     layers = list(lora_layers(model))
     if not layers and not loss:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")

@@ -71,16 +71,20 @@ def pack_parameter(
     register_state_hooks(module)
 
 
-def build_parameter(weight: QuantizedWeight, is_transposed: bool = False) -> nn.Parameter:
+def build_parameter(
+    weight: QuantizedWeight, is_transposed: bool = False, dtype: torch.dtype | None = None
+) -> nn.Parameter:
     """Return a frozen parameter of a packed weight, which shares its tables with no other weight.
 
     So each entry of a state dict is the weight's own memory, as PyTorch has it.
+
+    dtype: of the parameter; None: the weight's.
     """
     tables = {"code": weight.code.clone()}
     if weight.nested_code is not None:
         tables["nested_code"] = weight.nested_code.clone()
     weight = dataclasses.replace(weight, **tables)  # type: ignore[arg-type]
-    return nn.Parameter(QuantizedTensor(weight, is_transposed), requires_grad=False)
+    return nn.Parameter(QuantizedTensor(weight, is_transposed, dtype), requires_grad=False)
 
 
 def register_state_hooks(module: nn.Module) -> None:

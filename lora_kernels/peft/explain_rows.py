@@ -39,6 +39,7 @@ from .linear import Fused
 from .loss import call_reason, has_active_adapter, model_reason, read_head
 from .mlp import block_reason, mlp_reasons
 from .modules import is_linear4bit
+from .packed import remedy
 from .read import active_names, read_call
 
 KERNELS, LIBRARY, ADAPTER = "our kernels", "our library GEMMs", "adapter only"
@@ -161,7 +162,7 @@ def _linear_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: Sequen
     called = records[0].called
     if called is not None:
         state, strategy = ADAPTER, "base layer as a module, adapter added"
-        reason = f"base layer: {called}"
+        reason = f"base layer: {called}{remedy(layer.get_base_layer())}"
         executions = [
             _Execution(execution.backend, strategy, [reason, *execution.reason])
             for execution in executions

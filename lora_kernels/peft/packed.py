@@ -10,10 +10,10 @@ import warnings
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..quantization.packed_state import build_parameter, register_state_hooks
-from ..quantization.readers import READERS, compressed_tensors, library_of, read
+from ..quantization.readers import READERS, ROUNDS_X, compressed_tensors, library_of, read
 from ..quantization.readers.form import Reading
 from .mergeable import refuse_merges
 from .modules import hooks_of, is_compressed_forward
@@ -121,7 +121,7 @@ def pack_layer(
     found = read(layer)
     if not isinstance(found, Reading):
         return found
-    if found.rounds_x and not exact_x:
+    if library in ROUNDS_X and not exact_x:
         return f"{library}: its forward rounds x too. exact_x=True reads the weight for an exact x"
     parameter = build_parameter(found.weight, dtype=dtype)
     if type(layer) is nn.Linear:
@@ -137,7 +137,7 @@ def pack_layer(
             bias = found.bias.detach().to(parameter.dtype)
             packed.bias = nn.Parameter(bias, requires_grad=False)
     packed._parameters["weight"] = parameter
-    if packed is not layer and not found.rounds_x and (reason := _differs(layer, packed)):
+    if packed is not layer and library not in ROUNDS_X and (reason := _differs(layer, packed)):
         return reason
     register_state_hooks(packed)
     refuse_merges()
@@ -145,7 +145,7 @@ def pack_layer(
 
 
 def pack_4bit_float(base: nn.Module) -> None:
-    """Pack a base of torchao in MXFP4 or NVFP4, which PEFT cannot merge; others stay as they are."""
+    """Pack a base of torchao in MXFP4 or NVFP4, which PEFT cannot merge, and no other."""
     weight = base._parameters.get("weight")
     if type(weight).__name__ in ("MXTensor", "NVFP4Tensor"):
         pack_layer(base)
@@ -169,6 +169,15 @@ def _differs(layer: nn.Module, packed: Any) -> str | None:
         f"its forward differs from the weight that was read by {difference:.2g} of the norm: its "
         "codes have another layout, or it does more than a linear layer"
     )
+
+
+def remedy(base: nn.Module) -> str:
+    """Return a clause that names `keep_packed` if it could read a base that is called."""
+    library = library_of(base)
+    if library is None or _is_packed(base):
+        return ""
+    exact_x = ", exact_x=True" * (library in ROUNDS_X)
+    return f"; keep_packed(model{exact_x}) before PEFT may let our kernels read it"
 
 
 def quantizes_input(base: Any) -> bool:

@@ -19,10 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels.peft import check, explain, fuse, keep_packed, merged_weights, unfuse
 from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
-from lora_kernels.quantization.readers.torchao import unswizzle
 from lora_kernels.quantization import QuantizedWeight, pack_parameter, quantize_4bit
 from lora_kernels.quantization.e2m1 import swap_nibbles
+from lora_kernels.quantization.readers.torchao import unswizzle
 from lora_kernels.quantization.tensor import QuantizedTensor
+from tests.interop.quantized_layers import LAYERS, LIBRARIES, Built
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal
 from tests.support.peft_models import MLP, loss_and_gradients, randomize
 
@@ -213,6 +214,27 @@ def torchao(net: MLP) -> Decoded:
     return {name: getattr(net, name).weight.dequantize() for name in ("up", "down")}
 
 
+def built(name: str, build: Callable[[int, int], Built]) -> Callable[[MLP], Decoded]:
+    def quantize(net: MLP) -> Decoded:
+        decoded = {}
+        for name in ("up", "down"):
+            linear = getattr(net, name)
+            layer, weight = build(linear.out_features, linear.in_features)
+            for members in (vars(layer), layer._parameters, layer._buffers):
+                members.pop("bias", None)
+            layer.register_parameter("bias", linear.bias)
+            setattr(net, name, layer)
+            decoded[name] = weight.to(bf16)
+        return decoded
+
+    quantize.exact_x = name.startswith("FP8Linear")  # type: ignore[attr-defined]
+    return quantize
+
+
+def keep(net: MLP, quantize: Callable[[MLP], Decoded]) -> Any:
+    return keep_packed(net, exact_x=getattr(quantize, "exact_x", False))
+
+
 CASES: dict[str, Callable[[MLP], Decoded]] = {
     "like compressed-tensors, NVFP4": like_compressed_tensors(16),
     "like compressed-tensors, MXFP4": like_compressed_tensors(32),
@@ -221,6 +243,7 @@ CASES: dict[str, Callable[[MLP], Decoded]] = {
     "compressed-tensors, NVFP4": compressed_tensors(16),
     "compressed-tensors, MXFP4": compressed_tensors(32),
     "torchao, NVFP4": torchao,
+    **{name: built(name, build) for name, build in (LAYERS | LIBRARIES).items()},
 }
 
 
@@ -264,7 +287,7 @@ def test_packed_layers_have_the_librarys_bits_and_train_as_those_decoded(
 ) -> None:
     net, seeds = net_of(), range(4)
     decoded = quantize(net)
-    assert keep_packed(net) is net
+    assert keep(net, quantize) is net
     for name, want in decoded.items():
         layer = getattr(net, name)
         assert type(layer.weight) is QuantizedTensor and type(layer) is nn.Linear
@@ -291,7 +314,7 @@ def test_packed_layers_on_a_gpus_path_train_as_those_decoded(
 ) -> None:
     net, seeds = net_of(), range(4)
     decoded = quantize(net)
-    model = fuse(adapted(keep_packed(net)))
+    model = fuse(adapted(keep(net, quantize)))
     assert {row.state for row in explain(model).rows} == {LIBRARY}
     got = [step(model, seed) for seed in seeds]
     peft, refs = decoded_steps(decoded, seeds)

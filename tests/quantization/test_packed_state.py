@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+from lora_kernels.oracle import forms
 from lora_kernels.quantization import QuantizedWeight, pack_parameter, quantize_4bit
 from lora_kernels.quantization.tensor import QuantizedTensor
 from tests.support.assertions import assert_bitwise_equal
@@ -24,6 +26,13 @@ from tests.support.processes import run_python
 
 N, K = 64, 32
 FORMATS = ("nf4", "fp4", "mxfp4", "nvfp4")
+FORMS = ("int4-32-half-shift", "signed4-16", "int8-16-nested-shift", "e4m3-32-shift")
+
+
+def quantize(dense: Tensor, format: str, double_quant: bool = True) -> QuantizedWeight:
+    if forms.is_form(format):
+        return forms.build(dense.float(), format)
+    return quantize_4bit(dense, format, double_quant=double_quant)
 
 
 class Experts(nn.Module):
@@ -36,8 +45,10 @@ class Experts(nn.Module):
             dense = torch.randn(3, N, K, generator=generator).bfloat16()
             shaped = dense.mT.contiguous() if is_transposed else dense
             setattr(self, name, nn.Parameter(shaped, requires_grad=False))
-            weight = quantize_4bit(dense, quant_type, double_quant=double_quant)
-            pack_parameter(self, name, weight, is_transposed)
+            weight = quantize(dense, quant_type, double_quant)
+            pack_parameter(
+                self, name, dataclasses.replace(weight, dtype=dense.dtype), is_transposed
+            )
         self.bias = nn.Parameter(torch.randn(N, generator=generator))
 
     def decoded(self) -> dict[str, Tensor]:
@@ -60,7 +71,7 @@ def through_torch(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("store", [through_safetensors, through_torch])
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("quant_type", FORMATS)
+@pytest.mark.parametrize("quant_type", FORMATS + FORMS)
 def test_state_dict_of_packed_weights_saved_and_loaded_is_that(
     quant_type: str, double_quant: bool, store: Any, assign: bool, tmp_path: Path
 ) -> None:
@@ -173,12 +184,13 @@ def test_packed_state_in_a_dense_module_is_unexpected() -> None:
         linear.load_state_dict(packed.state_dict())
 
 
-@pytest.mark.parametrize("quant_type", FORMATS)
+@pytest.mark.parametrize("quant_type", FORMATS + FORMS)
 def test_entries_of_a_state_dict_are_the_weights_memory(quant_type: str, tmp_path: Path) -> None:
     """PyTorch's distributed checkpoints load into them. NVFP4's table has the global scale."""
     model, other = Experts(0, quant_type), Experts(1, quant_type)
     with torch.no_grad():
-        pack_parameter(other, "up", quantize_4bit(7 * torch.randn(3, N, K).bfloat16(), quant_type))
+        weight = quantize(7 * torch.randn(3, N, K).bfloat16(), quant_type)
+        pack_parameter(other, "up", dataclasses.replace(weight, dtype=torch.bfloat16))
     checkpoint.save(other.state_dict(), checkpoint_id=tmp_path, no_dist=True)
     checkpoint.load(model.state_dict(), checkpoint_id=tmp_path, no_dist=True)
     for name, want in other.decoded().items():

@@ -24,6 +24,8 @@ READERS: dict[str, ModuleType] = {
     "FP8": transformers,
     "bitsandbytes' 8 bits": bitsandbytes,
 }
+# A forward of these rounds x too, so that its results are not those of the decoded weight.
+ROUNDS_X = frozenset({"FP8", "bitsandbytes' 8 bits"})
 
 
 def library_of(layer: nn.Module) -> str | None:

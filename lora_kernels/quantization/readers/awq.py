@@ -36,6 +36,8 @@ def read(layer: Any) -> Reading | str:
     if bits != 4:
         return f"AWQ in {bits} bits: 4 are read"
     group = layer.group_size if layer.group_size > 0 else layer.qweight.shape[0]
-    q, zeros = (unpack(words, 4, dim=1, order=_ORDER).t() for words in (layer.qweight, layer.qzeros))
+    q, zeros = (
+        unpack(words, 4, dim=1, order=_ORDER).t() for words in (layer.qweight, layer.qzeros)
+    )
     weight = read_integers(q.contiguous(), 4, scales.t(), zeros, group, scales.dtype)
     return Reading(weight, getattr(layer, "bias", None))

@@ -32,4 +32,4 @@ def read(layer: Any) -> Reading | str:
     codes, magnitude = _parts(layer)
     q, scale = codes.view(torch.uint8) ^ 128, magnitude.float().view(-1, 1) / 127
     weight = read_integers(q, 8, scale, 128, q.shape[1], torch.float16)
-    return Reading(weight, layer.bias, rounds_x=True)
+    return Reading(weight, layer.bias)

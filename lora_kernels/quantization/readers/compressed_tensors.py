@@ -28,7 +28,9 @@ def matches(layer: nn.Module) -> bool:
     """Return True for a compressed layer; its first forward would decode it."""
     scheme = vars(layer).get("quantization_scheme")
     is_compressed = vars(layer).get("quantization_status") == "compressed"
-    return type(layer) is nn.Linear and is_compressed and getattr(scheme, "weights", None) is not None
+    return (
+        type(layer) is nn.Linear and is_compressed and getattr(scheme, "weights", None) is not None
+    )
 
 
 def rounds_x(layer: Any) -> bool:
@@ -80,28 +82,25 @@ def _read(layer: nn.Module, args: Any) -> QuantizedWeight | str:
         block = tuple(args.block_structure) if strategy == "block" else (1, args.group_size or K)
         return read_float8(weight.detach(), scale, block, scale.dtype)
     if not _is_type(args, "int", 4, 8) or strategy not in _GROUPED:
-        return f"{args.num_bits} bits of {args.type} by {strategy}: 4 and 8 of int by group are read"
-    bits, middle = args.num_bits, 1 << (args.num_bits - 1)
+        return (
+            f"{args.num_bits} bits of {args.type} by {strategy}: 4 and 8 of int by group are read"
+        )
+    bits, zeros = args.num_bits, None if zero is None else _rows(zero)
     if packed is not None:
         N, K = layer._parameters["weight_shape"].tolist()  # type: ignore[union-attr]
         q = unpack(packed, bits, dim=1)[:, :K].contiguous()
+        if zero is not None and strategy in ("group", "channel"):
+            zeros = unpack(zero, bits, dim=0)[:N].float() - (1 << bits - 1)
     elif weight is not None and weight.dtype is torch.int8 and bits == 8:
         q = weight.detach().view(torch.uint8) ^ 128
         N, K = q.shape
     else:
         return "its weight is neither packed nor int8"
     group = args.group_size if strategy in ("group", "tensor_group") else K
-    return read_integers(q, bits, _rows(scale), _zeros(zero, N, scale, bits, middle), group, scale.dtype)
+    middle = 1 << bits - 1  # codes and zero points are signed in the library
+    zeros = middle if zeros is None else zeros.float() + middle
+    return read_integers(q, bits, _rows(scale), zeros, group, scale.dtype)
 
 
 def _rows(t: Tensor) -> Tensor:
     return t.detach().view(1, 1) if t.numel() == 1 else t.detach()
-
-
-def _zeros(zero: Tensor | None, N: int, scale: Tensor, bits: int, middle: int) -> Tensor | int:
-    """Return zero points of the codes 0 to 2^bits - 1, which are signed in the library."""
-    if zero is None:
-        return middle
-    if zero.dtype is torch.int32 and zero.shape != scale.shape:
-        return unpack(zero, bits, dim=0)[:N]
-    return _rows(zero).float() + middle

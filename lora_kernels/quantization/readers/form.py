@@ -21,13 +21,10 @@ class Reading(NamedTuple):
     Args:
         weight: W [N, K].
         bias: [N] or None.
-        rounds_x: whether the library's forward rounds x too, so that its results are not those of
-            the decoded weight.
     """
 
     weight: QuantizedWeight
     bias: Tensor | None = None
-    rounds_x: bool = False
 
 
 def unpack(words: Tensor, bits: int, dim: int, order: Sequence[int] | None = None) -> Tensor:

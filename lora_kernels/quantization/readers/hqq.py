@@ -36,9 +36,7 @@ def read(layer: Any) -> Reading | str:
     scale, zero = (_parameter(meta, name).view(N, -1) for name in ("scale", "zero"))
     q = _codes(packed, bits).view(N, K)
     group = meta["group_size"] or K
-    return Reading(
-        read_integers(q, bits, scale, zero, group, dtype), getattr(layer, "bias", None)
-    )
+    return Reading(read_integers(q, bits, scale, zero, group, dtype), getattr(layer, "bias", None))
 
 
 def _codes(packed: Tensor, bits: int) -> Tensor:
@@ -56,5 +54,5 @@ def _parameter(meta: dict[str, Any], name: str) -> Tensor:
         return found
     of = meta[f"meta_{name}"]
     codes = _codes(found, of["nbits"]) if of["packing"] else found
-    decoded = (codes.float() - of["zero"].float()) * of["scale"].float()
-    return decoded.view(of["shape"])
+    decoded: Tensor = (codes.float() - of["zero"].float()) * of["scale"].float()
+    return decoded.view(*of["shape"])

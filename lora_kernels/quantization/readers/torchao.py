@@ -52,7 +52,7 @@ def _read_int8(weight: Any) -> QuantizedWeight | str:
         return f"its blocks have {rows} rows"
     scale = weight.scale.view(-1, weight.shape[1] // columns)
     zero = middle if zero is None else zero.float().view_as(scale) + middle
-    q = (weight.qdata + middle if kept == 4 else weight.qdata.view(torch.uint8) ^ 128)
+    q = weight.qdata + middle if kept == 4 else weight.qdata.view(torch.uint8) ^ 128
     return read_integers(q.to(torch.uint8), kept, scale, zero, columns, weight.dtype)
 
 

@@ -29,4 +29,4 @@ def read(layer: Any) -> Reading | str:
         return f"FP8Linear's weight is {weight.dtype}: float8_e4m3fn is read"
     block = layer.block_size or weight.shape
     quantized = read_float8(weight, scale, tuple(block), torch.bfloat16)
-    return Reading(quantized, layer.bias, rounds_x=True)
+    return Reading(quantized, layer.bias)

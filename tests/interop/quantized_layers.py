@@ -175,19 +175,32 @@ def compressed_float8(strategy: str) -> Callable[[int, int], Built]:
     return build
 
 
-def fp8_linear(block: tuple[int, int] | None) -> Callable[[int, int], Built]:
-    """transformers' own layer."""
+class FP8Linear(nn.Linear):
+    """As of transformers: an nn.Linear, whose forward rounds x too."""
 
+    def __init__(self, weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+        self.block_size = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("FP8Linear rounds x")
+
+
+def fp8_linear(block: tuple[int, int] | None, library: bool = False) -> Callable[[int, int], Built]:
     def build(N: int, K: int) -> Built:
+        rows, columns = block or (N, K)
+        weight, scale = float8(N, K), random(-(-N // rows), -(-K // columns))
+        decoded = weight.double() * spread(scale, columns, K).repeat_interleave(rows, 0)[:N]
+        stored = scale.float() if block else scale.float().view(())
+        if not library:
+            return FP8Linear(weight, stored, block), decoded
         name = "transformers.integrations.finegrained_fp8"
         module = pytest.importorskip(name, exc_type=ImportError)
         layer = module.FP8Linear(K, N, block_size=block)
-        rows, columns = block or (N, K)
-        scale = random(-(-N // rows), -(-K // columns))
-        layer.weight.data = float8(N, K)
-        layer.weight_scale_inv.data = scale.float() if block else scale.float().view(())
-        spread_scale = spread(scale, columns, K).repeat_interleave(rows, 0)[:N]
-        return layer, layer.weight.double().detach() * spread_scale
+        layer.weight.data, layer.weight_scale_inv.data = weight, stored
+        return layer, decoded
 
     return build
 
@@ -313,6 +326,8 @@ LIBRARIES: dict[str, Callable[[int, int], Built]] = {
     ),
     "compressed-tensors, W8A16": compressed_tensors(num_bits=8, strategy="channel"),
     "compressed-tensors, float8": compressed_tensors(num_bits=8, type="float", strategy="channel"),
+    "FP8Linear of transformers": fp8_linear((128, 128), library=True),
+    "FP8Linear of transformers, a tensor": fp8_linear(None, library=True),
     "hqq": hqq_library,
     "torchao, int8 a row": torchao("Int8WeightOnlyConfig"),
     "torchao, int8": torchao("Int8WeightOnlyConfig", granularity=32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from lora_kernels.quantization.readers import form
 from lora_kernels.quantization.tensor import QuantizedTensor
 from tests.interop import quantized_layers
 from tests.interop.quantized_layers import LAYERS, Layer, bf16, codes, random, words
-from tests.support.assertions import assert_bitwise_equal
+from tests.support.assertions import assert_as_exact, assert_bitwise_equal
+from tests.support.peft_models import randomize
 
 N, K = 64, 96
 float32_eps = torch.finfo(torch.float32).eps
@@ -69,14 +70,59 @@ def test_groups_without_blocks_of_16_are_refused_by_name(group: int) -> None:
         keep_packed(layer)
 
 
-def test_a_made_up_format_of_three_bits_is_a_reader_of_its_own() -> None:
-    """Codes of 3 bits in bytes, groups of 48, and a zero for each row: CONTRIBUTING's recipe."""
-    q, scale = codes(3, N, K), random(N, K // 48)
-    zero = codes(3, N, 1)
-    weight = form.read_integers(q.to(torch.uint8), 3, scale, zero.expand(N, 2), 48, bf16)
-    assert (weight.codes.bits, weight.blocksize) == (4, 16)
-    want = (q - zero) * scale.double().repeat_interleave(48, 1)
-    assert_bitwise_equal(weight.dequantize(), want.to(bf16))
+class ThreeBits(nn.Module):
+    """A made-up library's layer: codes of 3 bits in bytes, and a zero for each row."""
+
+    def __init__(self, N: int, K: int, group: int) -> None:
+        super().__init__()
+        self.three_bits, self.scale = codes(3, N, K).to(torch.uint8), random(N, -(-K // group))
+        self.zero, self.group = codes(3, N, 1), group
+
+    def decoded(self) -> Tensor:
+        scale = self.scale.double().repeat_interleave(self.group, 1)[:, : self.three_bits.shape[1]]
+        return (self.three_bits.double() - self.zero) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.decoded().t().to(x.dtype)
+
+
+def step(model: nn.Module, dtype: torch.dtype = bf16) -> dict[str, Tensor]:
+    x = torch.randn(7, K, generator=torch.Generator().manual_seed(0)).to(bf16).to(dtype)
+    y = model(x.requires_grad_())
+    y.square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return grads | {"y": y.detach(), "x": cast(Tensor, x.grad)}
+
+
+def read_three_bits(layer: Any) -> form.Reading:
+    zero = layer.zero.expand_as(layer.scale)
+    given = layer.three_bits, 3, layer.scale, zero, layer.group, bf16
+    return form.Reading(form.read_integers(*given))
+
+
+def test_a_made_up_format_is_one_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTRIBUTING's recipe, with 3-bit codes kept in 4, and groups of 48 as blocks of 16."""
+    reader: Any = SimpleNamespace(
+        matches=lambda layer: hasattr(layer, "three_bits"), read=read_three_bits
+    )
+    monkeypatch.setitem(readers.READERS, "three bits", reader)
+    layers = [ThreeBits(K, K, 48), ThreeBits(N, K, 48)]
+    decoded = [layer.decoded() for layer in layers]
+    packed: Any = keep_packed(nn.Sequential(*layers))
+    for each in packed:
+        assert (each.weight.quantized.codes.bits, each.weight.quantized.blocksize) == (4, 16)
+    dense = nn.Sequential(nn.Linear(K, K, bias=False), nn.Linear(K, N, bias=False))
+    for each, weight, got in zip(dense, decoded, packed, strict=True):
+        each.weight.data = weight.to(bf16)
+        assert_bitwise_equal(got.weight.dequantize(), weight.to(bf16))
+    config = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
+    peft, ours = (get_peft_model(each, LoraConfig(**config)) for each in (dense, packed))
+    for model in (peft, fuse(ours)):
+        randomize(model)
+    exact = copy.deepcopy(peft).double()
+    assert_as_exact(step(ours), step(exact, torch.float64), step(peft))
+    with pytest.raises(ValueError, match="group: got groups of 24 in rows of 96"):
+        keep_packed(ThreeBits(N, K, 24))
 
 
 REFUSED: dict[str, tuple[str, Any, str]] = {

@@ -49,11 +49,17 @@ class Base4bit(Base):
         if not isinstance(weight, QuantizedWeight):
             quantize = _quantize_on_meta if weight.is_meta else quantize_4bit
             weight = quantize(weight, layer.quant_type, layer.blocksize, layer.double_quant)
+        layer.views = {}
         for field, name in _PARAMETERS.items():
             t: Tensor | None = getattr(weight, field)
-            t = None if t is None else t.detach().reshape(-1).view(torch.uint8)
-            layer.register_parameter(name, None if t is None else nn.Parameter(t, False))
+            if t is None:
+                layer.register_parameter(name, None)
+                continue
+            layer.views[field] = t.dtype, t.shape[1:]
+            t = t.detach().reshape(-1).view(torch.uint8)
+            layer.register_parameter(name, nn.Parameter(t, False))
         layer.quant_type, layer.blocksize = weight.quant_type, weight.blocksize
+        layer.nested_blocksize, layer.format = weight.nested_blocksize, weight.format
         layer.double_quant, layer.weight_dtype = weight.nested, weight.dtype
         layer._cache.quantized = None
 
@@ -88,17 +94,19 @@ class Base4bit(Base):
 
 def _view_weight(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> QuantizedWeight:
     """Return a `QuantizedWeight` that shares the memory of the byte tensors."""
-    byte_fields = {"packed"} if tensors["nested_code"] is None else {"packed", "absmax"}
-    views = {
-        field: t if t is None or field in byte_fields else t.detach().view(torch.float32)
-        for field, t in tensors.items()
-    }
+    views: dict[str, Any] = {}  # Dynamo cannot trace `dict[str, Any]()`
+    for field, t in tensors.items():
+        if t is not None:
+            dtype, sizes = layer.views[field]
+            t = t.detach() if dtype is torch.uint8 else t.detach().view(dtype)
+            views[field] = t.view(-1, *sizes) if sizes else t
     return QuantizedWeight(
         quant_type=layer.quant_type,
         blocksize=cast(int, layer.blocksize),
         shape=(layer.out_features, layer.in_features),
         dtype=layer.weight_dtype,
-        **{f: t if t is None else t.detach() for f, t in views.items()},  # type: ignore[arg-type]
+        nested_blocksize=layer.nested_blocksize,
+        **views,
     )
 
 
@@ -135,6 +143,9 @@ class QLoRALayer(LoRALayer):
     base = Base4bit()
     double_quant: bool
     weight_dtype: torch.dtype  # before quantization
+    views: dict[str, tuple[torch.dtype, torch.Size]]  # of the fields, which are kept as bytes
+    nested_blocksize: int
+    format: str
 
     def __init__(
         self,
@@ -156,7 +167,7 @@ class QLoRALayer(LoRALayer):
 
     def extra_repr(self) -> str:
         nested = ", nested" * self.double_quant
-        return f"{super().extra_repr()}, {self.quant_type}, blocksize={self.blocksize}{nested}"
+        return f"{super().extra_repr()}, {self.format}, blocksize={self.blocksize}{nested}"
 
 
 class MergedLayer(NamedTuple):
@@ -232,12 +243,18 @@ class QLoRALinear(QLoRALayer, LoRALinear):
         requantize: False returns an `nn.Linear` in the dtype of the weight before quantization.
             True returns a `QLoRALinear` in the same 4-bit format. Its rounding error is as large as
             a trained adapter, so check `change` and the outputs before deleting the adapter.
+            ValueError for a format that this package does not quantize to.
 
         >>> from lora_kernels.layers import QLoRALinear
         >>> layer = QLoRALinear(64, 64, r=2)
         >>> layer.merged_layer().change < 1e-7 < layer.merged_layer(requantize=True).change
         True
         """
+        if requantize and not self.quant_type:
+            raise ValueError(
+                f"requantize: got a weight of {self.format}, want False: only nf4, fp4, mxfp4 and "
+                "nvfp4 are quantized here"
+            )
         merged = self._merge_into(self.quantized.dequantize(torch.float32))
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight_dtype

@@ -20,6 +20,7 @@ from lora_kernels.layers import (
     mark_only_lora_as_trainable,
     save_lora_weights,
 )
+from lora_kernels.oracle import forms
 from lora_kernels.oracle.tolerance import unit_roundoff
 from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import (
@@ -302,6 +303,37 @@ def test_from_weight4bit_shares_memory():
         assert layer.lora_A.requires_grad and layer.scaling == ALPHA / R
         assert layer.compute_dtype is bf16 and repr(held) == repr(weight)
         assert torch.count_nonzero(layer.lora_A) and not torch.count_nonzero(layer.lora_B)
+
+
+FORMS = (
+    "signed4-64", "int4-32-half-shift", "int8-16-nested-shift", "uint8-32-shift", "e4m3-64-half",
+    "int4-16-nested",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layer_of_any_form_has_its_weight_through_copies_casts_and_files(form, tmp_path):
+    weight, other = (forms.build(torch.randn(33, 64), form) for _ in range(2))
+    layer = QLoRALinear.from_quantized(weight, R, ALPHA)
+    loaded = QLoRALinear.from_quantized(other, R, ALPHA)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    loaded.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    x, want = batch(64), weight.dequantize(f32)
+    for each in (layer, loaded, copy.deepcopy(layer), copy.deepcopy(layer).to(bf16)):
+        held = each.quantized
+        for field in ("packed", "absmax", "code", "nested_absmax", "nested_code"):
+            pair = getattr(weight, field), getattr(held, field)
+            assert (pair[0] is None) is (pair[1] is None)
+            if pair[0] is not None:
+                assert pair[0].dtype is pair[1].dtype and pair[0].shape == pair[1].shape, field
+                assert torch.equal(*(t.view(torch.uint8) for t in pair)), field
+        assert repr(held) == repr(weight) and weight.format in repr(each)
+        assert_bitwise_equal(held.dequantize(f32), want)
+    assert_close_derived(layer(x), (x.double() @ want.double().t()).to(f32))
+    assert_bitwise_equal(loaded(x), layer(x))
+    assert_bitwise_equal(layer.merged_layer().layer.weight, want)
+    with pytest.raises(ValueError, match=f"requantize: got a weight of {weight.format}"):
+        layer.merged_layer(requantize=True)
 
 
 # Merging

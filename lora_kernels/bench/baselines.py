@@ -142,7 +142,8 @@ def peft_layer(
     from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
 
     model: Any = nn.Sequential(base).requires_grad_(False)
-    model.is_loaded_in_4bit = hasattr(base.weight, "quant_state")  # as transformers marks a model
+    quantized = hasattr(getattr(base, "weight", None), "quant_state")
+    model.is_loaded_in_4bit = quantized  # as transformers marks a model
     for name, rank in zip(adapter_names(len(ranks)), ranks, strict=True):
         common = {"lora_alpha": scaling * rank, "target_modules": ["0"], **options}
         config: Any = (

@@ -83,8 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("dropout", text, type=models.probability, metavar="P", default=0.0)
     text = f"to spend on what is timed in turns (default: {SECONDS})"
     add("seconds", text, type=models.seconds, metavar="S")
-    text = "time the layer over a 4-bit base instead"
-    add("quant", text, instead, choices=codebooks.QUANT_TYPES)
+    text = f"time the layer over a quantized base instead: {_words(codebooks.QUANT_TYPES)}, or a "
+    text += "form such as int4-128-half-shift"
+    add("quant", text, instead, type=quantized.format_name, metavar="FORMAT")
     text = "time DoRA and its row norm, groups, several adapters and hierarchical levels instead, "
     add("variants", text + "on a CPU", instead, action="store_true")
     text = "time LoRA on the experts of mixtures instead, beside transformers' frozen experts and "

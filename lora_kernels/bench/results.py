@@ -31,6 +31,7 @@ from ..backends.cpu import native
 from ..choice import choose as selection
 from ..core import device as devices
 from ..core.problem import Problem
+from ..quantization.codebooks import BITSANDBYTES_TYPES
 from ..version import __version__
 from . import timing
 from .timing import Machine, Times
@@ -59,13 +60,14 @@ EQUIVALENT_OF_PEER = {
 }
 # Variant -> its baseline; "PEFT's" for all others.
 VARIANTS = {"row norm": "PEFT's expression", "DoRA": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
-NESTED_NF4, DECODED = "ours, NF4", "PEFT, decoded"  # beside a base in MXFP4 or NVFP4
+NESTED_NF4, DECODED = "ours, NF4", "PEFT, decoded"  # beside another base than NF4 and FP4
 # Variant -> pairs of calls whose ratios are its cost.
 COST_RATIOS = {
     "DoRA": (("ours", "LoRA"), ("PEFT's DoRA", "PEFT's LoRA")),
     "16 adapters": (("ours", "ours, 1"), ("PEFT's", "PEFT's, 1")),
-    **dict.fromkeys(("mxfp4", "nvfp4"), (("ours", NESTED_NF4), ("ours", DECODED))),
 }
+# The same of a base that bitsandbytes does not have.
+OTHER_BASE = (("ours", NESTED_NF4), ("ours", DECODED))
 WIDTH = 100  # columns of a terminal
 STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
 # Load above the bench's own threads: what another program that uses a core for half a minute adds
@@ -210,7 +212,8 @@ class Row:
         lines = [f"{self.identity}, over {self.baseline}", *self._details()]
         lines.append(text_table({name: self._cells(name) for name in names}))
         lines += [f"✗ {name}: {miss}" for name, miss in self.misses.items()]
-        pairs = COST_RATIOS.get(self.what or self.quant_type or "", ())
+        is_other = self.quant_type not in (None, *BITSANDBYTES_TYPES)
+        pairs = COST_RATIOS.get(self.what or "", OTHER_BASE if is_other else ())
         timed = [(a, b) for a, b in pairs if {a, b} <= p50.keys()]
         if costs := [f"{a} over {b} {p50[a] / p50[b]:.2f}" for a, b in timed]:
             lines.append(", ".join(costs))

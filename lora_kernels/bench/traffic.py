@@ -34,6 +34,7 @@ from ..backends.decoder import FUSED_ROWS
 from ..backends.eager import head
 from ..layers import QLoRALinear
 from ..ops.head import lora_linear_cross_entropy
+from ..oracle import forms
 from ..quantization import QuantizedWeight
 from ..quantization.codebooks import E2M1_TYPES
 from . import blocks, counter, expert_peers, peers
@@ -65,6 +66,8 @@ PEAK_UNIT = 2 << 20
 KERNEL_BYTES = 6_000_000  # moved by an H100 in the 2 µs that a small kernel takes (estimate)
 MASK_KERNELS = 8  # more for several dropout masks, see `allowed_kernels`
 MOST_BYTES = 1.01  # the limit of ours, in bytes of a peer
+# Forms of `oracle.forms` that are counted as bases: asymmetric W4A16, and 8 bits.
+FORMS = "int4-128-half-shift", "int8-32-half"
 LEFT = "left to PEFT"  # the strategy of a layer that `fuse` does not take
 CHECKPOINTED = ", checkpointed"  # after a title: rows whose backward runs the forward again
 EXPERTS_WORD = " experts "  # in each title of experts
@@ -211,29 +214,29 @@ def layer_entries(
         )
 
 
-# ---- Bases in MXFP4 and NVFP4 ----
+# ---- Other bases than NF4 ----
 
 
-def base_limits(M: int, scale_bytes: int, counts: Counts, mode: str) -> dict[str, float]:
-    """Return what the layer over nested NF4 takes, and the bytes by which our scales are larger.
+def base_limits(M: int, more: int, counts: Counts, mode: str) -> dict[str, float]:
+    """Return what the layer over nested NF4 takes, and the bytes by which our weight is larger.
 
     Up to `FUSED_ROWS` rows of x there is no limit: bitsandbytes' GEMM of NF4 decodes inside.
 
-    scale_bytes: the bytes of our scales less those of nested NF4's. Each decoding reads the scales:
-        one in a forward, two in a step.
+    more: the bytes of our weight less those of nested NF4's. Each decoding reads it: one in a
+        forward, two in a step.
     """
     if M <= FUSED_ROWS:
         return {}
     nf4, decodings = counts[NESTED_NF4], 1 if mode == "forward" else 2
     return {
-        "bytes": nf4.bytes + decodings * max(0, scale_bytes),
+        "bytes": nf4.bytes + decodings * max(0, more),
         "kernels": nf4.kernels,
         "peak": nf4.peak + PEAK_UNIT,
     }
 
 
 def base_entries(quant_type: str, K: int, N: int, R: int) -> Iterator[Entry]:
-    """Yield the entries of a `QLoRALinear` over MXFP4 or NVFP4, one for each of `ROWS`.
+    """Yield the entries of a `QLoRALinear` over MXFP4, NVFP4 or a form, one for each of `ROWS`.
 
     Beside it are the same over nested NF4, and PEFT's layer over the decoded weight.
 
@@ -243,26 +246,29 @@ def base_entries(quant_type: str, K: int, N: int, R: int) -> Iterator[Entry]:
     """
     cell = Cell("bf16, bf16 adapters", _BF16, _BF16)
     kwargs: Any = {"dtype": _BF16, "lora_dtype": _BF16, "device": "meta"}
-    layers = {
-        name: QLoRALinear(K, N, R, quant_type=kind, **kwargs)
-        for name, kind in (("ours", quant_type), (NESTED_NF4, "nf4"))
-    }
-    ours, nf4 = (sum(t.nbytes for t in _scales(layer.quantized)) for layer in layers.values())
+    is_form = forms.is_form(quant_type)
+    if is_form:
+        weight = forms.on_meta(N, K, quant_type, _BF16)
+        ours = QLoRALinear.from_quantized(weight, R, lora_dtype=_BF16)
+    else:
+        ours = QLoRALinear(K, N, R, quant_type=quant_type, **kwargs)
+    layers = {"ours": ours, NESTED_NF4: QLoRALinear(K, N, R, quant_type="nf4", **kwargs)}
+    ours_bytes, nf4_bytes = (_decoded_bytes(layer.quantized) for layer in layers.values())
     layers |= {"peft": build_layer(cell, K, N, R)}
     for M in ROWS:
         yield _entry(
             {name: cell_call(layer, cell, M, K) for name, layer in layers.items()},
-            partial(base_limits, M, ours - nf4),
+            partial(base_limits, M, ours_bytes - nf4_bytes),
             sizes=(M, K, N, R),
-            what=f"base {quant_type.upper()}",
+            what=f"base {quant_type if is_form else quant_type.upper()}",
             dtype=cell.name,
         )
 
 
-def _scales(weight: QuantizedWeight) -> list[Tensor]:
-    """Return the tensors that hold the weight's scales."""
-    tensors = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
-    return [t for t in tensors if t is not None]
+def _decoded_bytes(weight: QuantizedWeight) -> int:
+    """Return the bytes of the codes, scales and tables, which a decoding reads."""
+    scales = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
+    return sum(t.nbytes for t in (weight.packed, weight.code, *scales) if t is not None)
 
 
 # ---- Blocks ----
@@ -426,7 +432,7 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
         if cell.base != "nf4" or has_bitsandbytes:
             for dropout_p, ((K, N), R) in itertools.product(DROPOUTS, shapes):
                 yield from layer_entries(cell, K, N, R, dropout_p)
-    for quant_type, ((K, N), R) in itertools.product(E2M1_TYPES, shapes):
+    for quant_type, ((K, N), R) in itertools.product((*E2M1_TYPES, *FORMS), shapes):
         yield from base_entries(quant_type, K, N, R)
     for block, cell in itertools.product(BLOCKS, blocks.CELLS):
         if cell.base != "nf4" or has_bitsandbytes:
@@ -458,7 +464,7 @@ def summary(rows: list[Row]) -> Iterator[str]:
         yield f"{block.title}: {_count_losses(of_block, 'the best peer', ('bytes', 'peak'))}"
     bases = [row for row in rows if (row.what or "").startswith("base ")]
     lost = _count_losses(bases, "nested NF4", ("bytes", "kernels", "peak"))
-    yield f"bases in MXFP4 and NVFP4: {lost}"
+    yield f"bases other than NF4: {lost}"
     if (reason := expert_peers.unavailable_reason()) is not None:
         yield f"no experts: {reason}"
         return

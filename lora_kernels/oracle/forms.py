@@ -6,6 +6,7 @@ ends in "-shift" if its blocks have one.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -49,6 +50,19 @@ def is_form(quant: str) -> bool:
     return quant.split("-")[0] in CODES
 
 
+def is_name(quant: str) -> bool:
+    """Return True if `build` takes the name.
+
+    >>> is_name("int4-32-half-shift"), is_name("int4-24"), is_name("int4-half")
+    (True, False, False)
+    """
+    name, *rest = quant.split("-")
+    size = rest[0] if rest else ""
+    if name not in CODES or not size.isdecimal() or int(size) < 16 or int(size) & int(size) - 1:
+        return False
+    return rest[1:] in ([], ["half"], ["nested"], ["shift"], ["half", "shift"], ["nested", "shift"])
+
+
 def build(values: Tensor, quant: str) -> QuantizedWeight:
     """Return a weight of the form that `quant` names, near `values` [N, K] or [E, N, K].
 
@@ -82,6 +96,25 @@ def build(values: Tensor, quant: str) -> QuantizedWeight:
         dtype=values.dtype,
         **fields,
     )
+
+
+def on_meta(N: int, K: int, quant: str, dtype: torch.dtype) -> QuantizedWeight:
+    """Return a weight [N, K] of the form on meta, without values.
+
+    >>> on_meta(64, 32, "int8-32-half", torch.bfloat16)
+    QuantizedWeight([64, 32], 8 bits of bfloat16, blocksize=32, 3,200 bytes)
+    """
+    rows = SCALES_PER_BLOCK  # whole blocks of nested scales
+    few = build(torch.zeros(rows, K), quant)
+    fields: dict[str, Any] = {"code": few.code.to("meta"), "shape": (N, K), "dtype": dtype}
+    if few.nested_code is not None:
+        fields["nested_code"] = few.nested_code.to("meta")
+    for name in ("packed", "absmax", "nested_absmax"):
+        t = getattr(few, name)
+        if t is not None:
+            sizes = (len(t) * N // rows, *t.shape[1:])
+            fields[name] = t.new_empty(sizes, device="meta")
+    return dataclasses.replace(few, **fields)
 
 
 def _store(scales: Tensor, how: list[str]) -> tuple[dict[str, Any], Tensor]:

@@ -179,7 +179,7 @@ def test_bench_of_4_bit_layers(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran.status == 1 and "✗ ours: y MISS: rms" in ran.out
 
 
-@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4", "int4-16-half-shift", "int8-32"])
 def test_bench_of_layers_that_bitsandbytes_lacks(
     quant: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -598,6 +598,24 @@ def test_passes_in_the_docs_are_those_counted() -> None:
         assert f"| {name} | {' | '.join(map(str, row))} |" in table
 
 
+@pytest.mark.parametrize("form", bench_traffic.FORMS)
+def test_count_of_a_form_is_nested_nf4s_and_its_bytes(form: str) -> None:
+    """A shift and 8 bits add no kernel, and at 8192 rows no bytes but those of the weight."""
+    pytest.importorskip("bitsandbytes")
+    elements = 4096 * 1024
+    want = {
+        "int4-128-half-shift": elements // 2 + elements // 128 * 4 + 4 * 16,
+        "int8-32-half": elements + elements // 32 * 2 + 4 * 256,
+    }[form]
+    nf4 = elements // 2 + elements // 64 + elements // 64 // 256 * 4 + 4 + 4 * (16 + 256)
+    for row in base_rows(form, 4096, 1024, 16):
+        assert not row.misses
+        if row.M == 8192:
+            assert row.moved["ours"] - row.moved["ours, NF4"] == want - nf4
+            assert row.kernels["ours"] == row.kernels["ours, NF4"]
+            assert row.peak_bytes["ours"] == row.peak_bytes["ours, NF4"]
+
+
 @pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4"])
 def test_count_of_a_base_is_nested_nf4s_and_its_scales(
     quant_type: str, monkeypatch: pytest.MonkeyPatch
@@ -613,6 +631,6 @@ def test_count_of_a_base_is_nested_nf4s_and_its_scales(
         assert more == elements // block - nested
         assert row.kernels["ours"] == row.kernels["ours, NF4"]
         assert row.peak_bytes["ours"] == row.peak_bytes["ours, NF4"]
-    monkeypatch.setattr(bench_traffic, "_scales", lambda weight: [])
+    monkeypatch.setattr(bench_traffic, "_decoded_bytes", lambda weight: 0)
     lost = [row.misses for row in base_rows(quant_type, 4096, 1024, 16)]
     assert lost == [{}] * 6 + [{"ours": "bytes"}] * 2

@@ -1,7 +1,7 @@
-"""4-bit weights on any device: decoding, bitsandbytes' kernels, and quantization on the CPU.
+"""Quantized weights on any device: `dense` decodes one, and `encode` quantizes to 4 bits.
 
-On a GPU Triton's kernel decodes the types for which it passed its check, else bitsandbytes those
-for which that passed, else PyTorch's ops.
+On a CPU the native kernels decode, on a GPU Triton's kernel the forms for which it passed its
+check, and PyTorch's ops else. `gemm` is bitsandbytes' GEMM of few rows, which decodes inside.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .library import is_on_gpu_path
 # The most rows for which `gemm_4bit` may decode inside the GEMM. For more it decodes the whole
 # weight, with one copy of the scales more than `dense` makes.
 FUSED_ROWS = 512
+BITSANDBYTES_TYPES = "nf4", "fp4"
 _TRACING_MODES = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 
 
@@ -110,53 +111,31 @@ def with_plain_scales(weight: Codes) -> Codes:
     """Return the weight with scales and shifts in float32; no copy if they are."""
     if weight.nested_code is None and weight.absmax.dtype is torch.float32:
         return weight
-    scales = _bitsandbytes_scales(weight) if _is_bitsandbytes(weight) else weight.scales()
-    return weight._replace(absmax=scales, nested_absmax=None, nested_code=None, offset=None)
+    return weight._replace(
+        absmax=weight.scales(), nested_absmax=None, nested_code=None, offset=None
+    )
 
 
 def _checked_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Decode by the first of three decoders that passed its check on the device."""
+    """Decode by Triton's kernel if it passed its check on the device, else by PyTorch's ops."""
     if kernel_reason(weight.packed.device, weight.form, dtype) is None:
         if checked.is_dispatched(weight.packed):
             return torch.ops.lora_kernels.decode_4bit(*weight, *shape, dtype)  # type: ignore[no-any-return]
         return _launch_decoder(*weight, *shape, dtype)
-    if dtype in DTYPE_NUMBERS and _is_bitsandbytes(weight):
-        return bitsandbytes_dense(weight, shape, dtype)
     return decode(weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype)
-
-
-def bitsandbytes_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return the weight [N, K], decoded by bitsandbytes to float32, bfloat16 or float16."""
-    packed, scales = weight.packed.view(-1, 1), _bitsandbytes_scales(weight)
-    return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
-        packed, scales, weight.blocksize, weight.quant_type, shape, dtype
-    )
-
-
-def _is_bitsandbytes(weight: Codes) -> bool:
-    """Return True if the format is bitsandbytes' and its ops are used on the device."""
-    return bitsandbytes_reason(weight.packed.device, weight.form) is None
-
-
-def _bitsandbytes_scales(weight: Codes) -> Tensor:
-    if weight.nested_absmax is None or weight.offset is None:
-        return weight.absmax
-    nested = weight.nested_absmax, weight.nested_code, weight.nested_blocksize
-    scales = torch.ops.bitsandbytes.dequantize_blockwise(weight.absmax, *nested, torch.float32)
-    return scales.add_(weight.offset)  # type: ignore[no-any-return]
 
 
 def gemm(weight: Codes, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
     """Return x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`.
 
-    None if bitsandbytes has no such format, is not used on the device or is older than 0.50, if x
+    None if bitsandbytes has no such format or is not used on the device, if x
     has no rows or more than `FUSED_ROWS`, or if K is no multiple of the block size, for which
     `gemm_4bit` warns and decodes the whole weight.
     """
-    if not _is_bitsandbytes(weight):
+    if bitsandbytes_reason(weight.packed.device, weight.form) is not None:
         return None
     M, K = x.shape
-    if not 0 < M <= FUSED_ROWS or K % weight.blocksize or not has_gemm_4bit():
+    if not 0 < M <= FUSED_ROWS or K % weight.blocksize:
         return None
     return bitsandbytes_gemm(weight, x, columns, bias)
 
@@ -210,12 +189,6 @@ def decode(
     if whole < n:
         torch.mul(values[whole:n], scales[-1], out=out[whole:])
     return out.view(shape)
-
-
-@functools.cache
-def has_gemm_4bit() -> bool:
-    """True if the bitsandbytes that is imported has the op."""
-    return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 def _launch_decoder(*args: Any) -> Tensor:
@@ -280,7 +253,7 @@ def bitsandbytes_reason(device: torch.device, quant_type: str | Form = "nf4") ->
     """
     if not isinstance(quant_type, str):
         return "bitsandbytes has no such format"
-    if quant_type not in ("nf4", "fp4"):
+    if quant_type not in BITSANDBYTES_TYPES:
         return f"bitsandbytes has no {quant_type.upper()}"
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -314,11 +287,11 @@ def _is_recorded(device: torch.device) -> bool:
 
 def decoded_by(device: torch.device, form: str | Form, dtype: torch.dtype) -> str:
     """Return a clause for `explain` that names the decoder of a form to a dtype on a GPU."""
-    if (no_kernel := kernel_reason(device, form, dtype)) is None:
-        return "our kernel decodes"
-    if (reason := bitsandbytes_reason(device, form)) is None:
-        return f"bitsandbytes decodes: {no_kernel}"
-    return f"PyTorch decodes in three kernels: {reason}; {no_kernel}"
+    no_kernel = kernel_reason(device, form, dtype)
+    text = f"PyTorch decodes in three kernels: {no_kernel}" if no_kernel else "our kernel decodes"
+    if form in BITSANDBYTES_TYPES and (reason := bitsandbytes_reason(device, form)):
+        text += f"; no GEMM of few rows decodes inside: {reason}"
+    return text
 
 
 def encode(

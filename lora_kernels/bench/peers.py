@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import decoder
 from ..core.codes import Codes
 from ..quantization import QuantizedWeight
 from .baselines import Forward
@@ -48,7 +47,19 @@ class Projection(NamedTuple):
         if not isinstance(self.weight, Codes):
             return self.weight
         shape = self.lora_B.shape[0], self.lora_A.shape[1]
-        return decoder.bitsandbytes_dense(self.weight, shape, dtype)
+        return bitsandbytes_dense(self.weight, shape, dtype)
+
+
+def bitsandbytes_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return the weight [N, K], decoded by bitsandbytes to float32, bfloat16 or float16."""
+    scales = weight.absmax
+    if weight.nested_absmax is not None:
+        nested = weight.nested_absmax, weight.nested_code, weight.nested_blocksize
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(scales, *nested, torch.float32)
+        scales = scales.add_(weight.offset)
+    return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
+        weight.packed.view(-1, 1), scales, weight.blocksize, weight.quant_type, shape, dtype
+    )
 
 
 def projections_of(block: nn.Module) -> list[Projection]:

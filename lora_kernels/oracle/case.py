@@ -289,8 +289,8 @@ def _groups(M: int) -> int:
 # adapter in parts.
 GPU_UPCAST_ROWS = 4
 # bitsandbytes' CPU kernel reads wrong scales where a block straddles two rows of the weight.
-_DECODER_REASON = "its CPU kernel is wrong where a block straddles rows"
-_CPU_DECODER = {("cpu", None, quant_type): _DECODER_REASON for quant_type in BITSANDBYTES_TYPES}
+_GEMM_REASON = "its CPU kernel is wrong where a block straddles rows"
+_CPU_GEMM = {("cpu", None, quant_type): _GEMM_REASON for quant_type in BITSANDBYTES_TYPES}
 
 
 class Source:
@@ -528,7 +528,7 @@ def engine(name: str) -> Iterator[None]:
             if name == "eager-gpu":
                 stack.enter_context(library.as_on_gpu())
                 reasons = decoder.bitsandbytes_reasons
-                stack.enter_context(mock.patch.dict(reasons, _CPU_DECODER))
+                stack.enter_context(mock.patch.dict(reasons, _CPU_GEMM))
         elif backend in ("triton", "cuda"):
             stack.enter_context(selection.backend(backend, strategy))
         else:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import report
-from lora_kernels.backends import decoder
 from lora_kernels.bench import blocks, counter, peers, traffic
 from lora_kernels.bench.blocks import BLOCKS, CELLS, Block, Cell, build_block
 from lora_kernels.bench.command import has_failed
@@ -100,7 +99,7 @@ def test_function_of_peer_decodes_4bit_weights_in_both_directions(block: str) ->
     for p in projections(block, F32):
         assert isinstance(p.weight, Tensor)
         codes = quantize_4bit(p.weight, "nf4", blocksize=64).codes
-        decoded = decoder.bitsandbytes_dense(codes, p.weight.shape, F32)  # type: ignore[arg-type]
+        decoded = peers.bitsandbytes_dense(codes, p.weight.shape, F32)  # type: ignore[arg-type]
         assert 0 < (decoded - p.weight).abs().max() < 1
         dense.append(p._replace(weight=decoded))
         packed.append(p._replace(weight=codes))

@@ -50,7 +50,7 @@ def test_unavailable_reason_says_why_no_experts_are_counted(
     monkeypatch.delattr(expert_peers.functional, "grouped_mm")
     want = f"torch {torch.__version__} has no grouped_mm to count"
     assert expert_peers.unavailable_reason() == want
-    for name in ("CELLS", "E2M1_TYPES", "BLOCKS"):
+    for name in ("CELLS", "E2M1_TYPES", "FORMS", "BLOCKS"):
         monkeypatch.setattr(traffic, name, ())
     entries = traffic.entries(argparse.Namespace(ranks=[16]))
     assert {entry.key.what for entry in entries} == {"head and loss"}

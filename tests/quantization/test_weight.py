@@ -510,7 +510,7 @@ def no_reasons(monkeypatch):
     return reasons
 
 
-WRONG_DECODERS = {
+WRONG_KERNELS = {
     "nf4": lambda w, dtype: w.quant_type == "nf4",
     "fp4": lambda w, dtype: w.quant_type == "fp4",
     "nested": lambda w, dtype: w.nested_absmax is not None,
@@ -519,37 +519,34 @@ WRONG_DECODERS = {
 }
 
 
-@pytest.mark.parametrize("op", ["dequantize_4bit", "gemm_4bit"])
-@pytest.mark.parametrize("wrong", WRONG_DECODERS)
-def test_check_of_bitsandbytes_notices_one_wrong_kernel(wrong, op, no_reasons, monkeypatch):
+has_gemm_4bit = pytest.mark.skipif(
+    not hasattr(torch.ops.bitsandbytes, "gemm_4bit"),
+    reason="bitsandbytes is older than 0.50, without gemm_4bit",
+)
+
+
+@has_gemm_4bit
+@pytest.mark.parametrize("wrong", WRONG_KERNELS)
+def test_check_of_bitsandbytes_notices_one_wrong_kernel(wrong, no_reasons, monkeypatch):
     """A kernel that is wrong for one dtype alone is used for none of its type."""
-    is_wrong, device = WRONG_DECODERS[wrong], torch.device("cpu")
-    whole, gemm = ours.bitsandbytes_dense, ours.bitsandbytes_gemm
-    if op == "gemm_4bit" and not decoder.has_gemm_4bit():
-        pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
+    is_wrong, device, gemm = WRONG_KERNELS[wrong], torch.device("cpu"), ours.bitsandbytes_gemm
 
-    def spoiled_dense(weight: Codes, shape, dtype):
-        found = whole(weight, shape, dtype)
-        return -found if op == "dequantize_4bit" and is_wrong(weight, dtype) else found
-
-    def spoiled_gemm(weight: Codes, x, columns, bias):
+    def spoiled(weight: Codes, x, columns, bias):
         found = gemm(weight, x, columns, bias)
-        return -found if op == "gemm_4bit" and is_wrong(weight, x.dtype) else found
+        return -found if is_wrong(weight, x.dtype) else found
 
-    monkeypatch.setattr(ours, "bitsandbytes_dense", spoiled_dense)
-    monkeypatch.setattr(ours, "bitsandbytes_gemm", spoiled_gemm)
+    monkeypatch.setattr(ours, "bitsandbytes_gemm", spoiled)
     with as_on_gpu():
         reason = decoder.bitsandbytes_reason(device)
         if reason is None:
             reason = decoder.bitsandbytes_reason(device, "fp4")
     assert reason is not None and reason in no_reasons.values()
-    assert f": {op} of " in reason and "differs from the reference" in reason
+    assert ": gemm_4bit of " in reason and "differs from the reference" in reason
 
 
+@has_gemm_4bit
 def test_compare_of_bitsandbytes_under_tf32_is_with_the_exact_product(monkeypatch):
     """Where TF32 rounds each float32 product of the device, a right kernel still passes."""
-    if not decoder.has_gemm_4bit():
-        pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
     matmul = torch.Tensor.__matmul__
 
     def in_tf32(a, b):
@@ -558,7 +555,7 @@ def test_compare_of_bitsandbytes_under_tf32_is_with_the_exact_product(monkeypatc
         return matmul(*((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (a, b)))
 
     def gemm(weight: Codes, x, columns, bias):
-        w = decoder.bitsandbytes_dense(weight, (columns, x.shape[1]), torch.float32)
+        w = decoder.dense(weight, (columns, x.shape[1]), torch.float32)
         return torch.mm(x.double(), w.double().t()).to(x.dtype)
 
     monkeypatch.setattr(ours, "bitsandbytes_gemm", gemm)
@@ -566,6 +563,7 @@ def test_compare_of_bitsandbytes_under_tf32_is_with_the_exact_product(monkeypatc
     assert ours.compare("nf4", torch.device("cpu")) is None
 
 
+@has_gemm_4bit
 def test_compare_of_bitsandbytes_says_what_it_lacks_or_raised(monkeypatch):
     version = f"bitsandbytes {bitsandbytes.__version__}"
     assert ours.compare("nf4", torch.device("meta")) is None  # no values to compare
@@ -574,10 +572,8 @@ def test_compare_of_bitsandbytes_says_what_it_lacks_or_raised(monkeypatch):
         def broken(*args, error=error):
             raise error("no kernel image")
 
-        monkeypatch.setattr(ours, "bitsandbytes_dense", broken)
+        monkeypatch.setattr(ours, "bitsandbytes_gemm", broken)
         want = f"{version} raised {error.__name__}: no kernel image"
         assert ours.compare("nf4", torch.device("cpu")) == want
-    for name in ("dequantize_4bit", "dequantize_blockwise"):
-        others = {"dequantize_4bit", "dequantize_blockwise"} - {name}
-        monkeypatch.setattr(torch.ops, "bitsandbytes", SimpleNamespace(**dict.fromkeys(others)))
-        assert ours.compare("nf4", torch.device("cpu")) == f"{version} has no op {name}"
+    monkeypatch.setattr(torch.ops, "bitsandbytes", SimpleNamespace())
+    assert ours.compare("nf4", torch.device("cpu")) == f"{version} has no op gemm_4bit"

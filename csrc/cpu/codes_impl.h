@@ -90,13 +90,23 @@ struct Nibbles {
   Table t;
   [[gnu::always_inline]] vf operator()(int64_t i) const { return lookup(t, packed + i / 2); }
 };
+// pair: the values of elements i to i + 2 W over FACTOR; nan gets a bit if one of them is NaN.
 struct Int8s {
+  static constexpr float FACTOR = 1.0f;
   const uint8_t* packed;
   [[gnu::always_inline]] vf operator()(int64_t i) const { return load_int8(packed + i); }
+  [[gnu::always_inline]] void pair(int64_t i, vf out[2], uint32_t&) const {
+    out[0] = load_int8(packed + i);
+    out[1] = load_int8(packed + i + W);
+  }
 };
 struct E4m3s {
+  static constexpr float FACTOR = 256.0f;
   const uint8_t* packed;
   [[gnu::always_inline]] vf operator()(int64_t i) const { return load_e4m3(packed + i); }
+  [[gnu::always_inline]] void pair(int64_t i, vf out[2], uint32_t& nan) const {
+    load_2w_e4m3(packed + i, out, nan);
+  }
 };
 struct Bytes {
   const uint8_t* packed;

@@ -313,6 +313,7 @@ struct ByteRows {
     const int log2_block = w.log2_block, pair = w.has_shift;
     const Values values{w.packed};
     const int64_t first = n * w.K, stream_elements = stream_stride * w.K;
+    uint32_t nan[STREAMS] = {};
     vf total[STREAMS][M];
     LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] =
         zero();
@@ -325,22 +326,42 @@ struct ByteRows {
       LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i) sum[g][i] =
           zero();
       const int64_t k1 = min(k0 + CHAIN_CODES, w.K);
-      for (int64_t k = k0; k < k1; k += W) {
-        const float* const s = scales + ((k >> log2_block) << pair);
-        const float* const xk = x_rows + k / CHUNK_CODES * (M * CHUNK_CODES) + k % CHUNK_CODES;
+      const auto add_vectors = [&](int64_t k, int j,
+                                   const vf code[STREAMS]) __attribute__((always_inline)) {
+        const float* const s = scales + (((k + j * W) >> log2_block) << pair);
+        const float* const xk =
+            x_rows + k / CHUNK_CODES * (M * CHUNK_CODES) + k % CHUNK_CODES + j * W;
         vf v[STREAMS];
-        LK_UNROLL for (int g = 0; g < STREAMS; ++g) {
-          __builtin_prefetch(w.packed + first + g * stream_elements + k + PREFETCH_BYTES, 0, 3);
-          v[g] = mul(values(first + g * stream_elements + k), splat(s[g * stream_scales]));
-        }
+        LK_UNROLL for (int g = 0; g < STREAMS; ++g) v[g] =
+            mul(code[g], splat(s[g * stream_scales]));
         LK_UNROLL for (int i = 0; i < M; ++i) {
           const vf xv = load(xk + i * CHUNK_CODES);
           LK_UNROLL for (int g = 0; g < STREAMS; ++g) sum[g][i] = fma(xv, v[g], sum[g][i]);
         }
+      };
+      int64_t k = k0;
+      for (; k + 2 * W <= k1; k += 2 * W) {
+        vf pairs[STREAMS][2], code[STREAMS];
+        LK_UNROLL for (int g = 0; g < STREAMS; ++g) {
+          __builtin_prefetch(w.packed + first + g * stream_elements + k + PREFETCH_BYTES, 0, 3);
+          values.pair(first + g * stream_elements + k, pairs[g], nan[g]);
+        }
+        LK_UNROLL for (int j = 0; j < 2; ++j) {
+          LK_UNROLL for (int g = 0; g < STREAMS; ++g) code[g] = pairs[g][j];
+          add_vectors(k, j, code);
+        }
+      }
+      for (; k < k1; k += W) {  // a last block of 16 elements
+        vf code[STREAMS];
+        LK_UNROLL for (int g = 0; g < STREAMS; ++g) code[g] =
+            mul(values(first + g * stream_elements + k), splat(1.0f / Values::FACTOR));
+        add_vectors(k, 0, code);
       }
       LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i)
-          total[g][i] = add(total[g][i], sum[g][i]);
+          total[g][i] = fma(sum[g][i], splat(Values::FACTOR), total[g][i]);
     }
+    LK_UNROLL for (int g = 0; g < STREAMS; ++g) if (nan[g]) LK_UNROLL for (int i = 0; i < M; ++i)
+        total[g][i] = splat(__builtin_nanf(""));
     store_sums<M>(total, true, stream_stride, sums, lds);
   }
 

@@ -121,6 +121,19 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
       _mm256_set1_ps(256.0f));
 }
 
+// The values of 2 W codes, 2^8 times too small. nan gets a bit if one is NaN, which its value is
+// not.
+LK_INLINE void load_2w_e4m3(const uint8_t* p, vf out[2], uint32_t& nan) {
+  const __m128i b = _mm_loadu_si128((const __m128i*)p);
+  nan |= (uint32_t)_mm_movemask_epi8(
+      _mm_cmpeq_epi8(_mm_or_si128(b, _mm_set1_epi8((char)0x80)), _mm_set1_epi8((char)0xff)));
+  // Sign extension leaves the sign in bits 7 to 15; as a float16 it is bit 15 alone.
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(b), 7),
+                                        _mm256_set1_epi16((short)0xbf80));
+  out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+  out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+}
+
 using vu = __m256i;
 LK_INLINE vu splat_u(uint32_t a) { return _mm256_set1_epi32((int)a); }
 LK_INLINE vu lanes_from(uint32_t a) {

@@ -154,6 +154,19 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
                        _mm512_set1_ps(256.0f));
 }
 
+// The values of 2 W codes, 2^8 times too small. nan gets a bit if one is NaN, which its value is
+// not.
+LK_INLINE void load_2w_e4m3(const uint8_t* p, vf out[2], uint32_t& nan) {
+  const __m256i b = _mm256_loadu_si256((const __m256i*)p);
+  nan |= _mm256_cmpeq_epi8_mask(_mm256_or_si256(b, _mm256_set1_epi8((char)0x80)),
+                                _mm256_set1_epi8((char)0xff));
+  // Sign extension leaves the sign in bits 7 to 15; as a float16 it is bit 15 alone.
+  const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(b), 7),
+                                        _mm512_set1_epi16((short)0xbf80));
+  out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+  out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+}
+
 // r[i][j] = r[j][i]
 LK_INLINE void transpose(vf r[W]) {
   vf t[W];

@@ -137,6 +137,18 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
   }
   return v;
 }
+// The values of 2 W codes, 2^8 times too small. nan gets a bit if one is NaN, which its value is
+// not.
+LK_INLINE void load_2w_e4m3(const uint8_t* p, vf out[2], uint32_t& nan) {
+  for (int j = 0; j < 2; ++j, p += W) {
+    vf v;
+    for (int i = 0; i < W; ++i) {
+      nan |= (p[i] & 0x7f) == 0x7f;
+      v[i] = widen(f16{(uint16_t)((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7)});
+    }
+    out[j] = v;
+  }
+}
 
 typedef uint32_t vu __attribute__((vector_size(16)));
 LK_INLINE vu splat_u(uint32_t a) { return vu{a, a, a, a}; }

@@ -121,3 +121,44 @@ def test_every_code_beside_every_scale(M: int, name: str, engine: str) -> None:
         absolute = dataclasses.replace(weight, code=table.abs(), absmax=weight.absmax.abs())
         bound = 4 * 2.0**-24 * x.double() @ definition(absolute, torch.float64).T
         assert (error <= bound + 2.0**-126).all()
+
+
+TABLES = {"int8": (0, 127, 128, 255), "e4m3": (0, 1, 7, 126, 127, 128, 129, 255)}
+
+
+@every_native_engine
+@pytest.mark.parametrize("name", TABLES)
+def test_table_that_differs_in_one_value_is_looked_up(name: str, engine: str) -> None:
+    """Kernels convert the codes of a table that they know, and NaN among them."""
+    built = forms.build(torch.randn(8, 256), f"{name}-32")
+    q = torch.arange(256, dtype=torch.uint8).expand(8, 256).reshape(-1)
+    built = dataclasses.replace(built, packed=q.clone())
+    x, A, B = torch.ones(1, 256), torch.zeros(1, 256), torch.zeros(8, 1)
+    for index in TABLES[name]:
+        code = built.code.clone()
+        code[index] = 3.0
+        weight = dataclasses.replace(built, code=code)
+        want = definition(weight, f32)
+        assert same_bits(weight.dequantize(f32), want)
+        for M in (1, 5, 40):
+            y = lora_linear(x.expand(M, -1), weight, A, B)
+            exact = want.double().sum(1)
+            assert torch.equal(y.isnan(), exact.isnan().expand(M, -1))
+            if not exact.isnan().any():
+                limit = 1e-5 * want.double().abs().sum(1)
+                assert bool(((y - exact).abs() <= limit).all())
+
+
+@every_native_engine
+def test_nan_code_of_one_row_is_in_that_row_alone(engine: str) -> None:
+    """At each place of a vector, and in a last block of 16."""
+    weight = forms.build(torch.randn(70, 48), "e4m3-16")
+    A, B = torch.zeros(1, 48), torch.zeros(70, 1)
+    for n, k, byte in ((0, 0, 0x7F), (3, 17, 0xFF), (66, 31, 0x7F), (69, 47, 0xFF), (40, 32, 0x7F)):
+        packed = weight.packed.clone()
+        packed[n * 48 + k] = byte
+        spoiled = dataclasses.replace(weight, packed=packed)
+        for M in (1, 3, 4, 9, 40):
+            y = lora_linear(torch.randn(M, 48), spoiled, A, B)
+            assert torch.equal(y.isnan().all(0), torch.arange(70) == n)
+            assert torch.equal(y.isnan().any(0), torch.arange(70) == n)

@@ -251,12 +251,17 @@ template <typename F>
 LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, int64_t n, int64_t stop,
                               int64_t stream_stride, float* scales, int64_t scale_stride,
                               float* sums, const F& f) {
+  const int64_t block_bytes = scale_bytes(w) * (w.has_shift ? 2 : 1);
   for (int64_t end; n < stop; sums += end - n, n = end) {
     end = min(stop, n + batch_rows(w));
     for (int64_t g = 0; g < STREAMS; ++g) {
       const int64_t block = (n + g * stream_stride) * w.K >> w.log2_block;
       const int64_t last = ((end + g * stream_stride) * w.K - 1) >> w.log2_block;
       decode_scales(w, nested, block, last - block + 1, scales + g * scale_stride);
+      // The scales of the next batch arrive while this one is multiplied.
+      const char* const next = static_cast<const char*>(w.absmax) + (last + 1) * block_bytes;
+      for (int64_t i = 0; i < (last - block + 1) * block_bytes; i += 64)
+        __builtin_prefetch(next + i, 0, 3);
     }
     f(n, end, sums);
   }

@@ -36,11 +36,12 @@ _TRACING_MODES = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 def native_view(weight: Codes, shape: tuple[int, int]) -> object:
     """Return the native kernels' view of the weight: addresses, valid while the tensors live."""
     assert native.module is not None
+    scale_bytes = 1 if weight.nested_code is not None else weight.absmax.element_size()
     return native.module.Codes(
         weight.packed.data_ptr(), weight.code.data_ptr(), weight.absmax.data_ptr(),
         _ptr(weight.nested_code), _ptr(weight.nested_absmax), _ptr(weight.offset),
         weight.blocksize, weight.nested_blocksize, *shape,
-        weight.bits, weight.absmax.element_size(), weight.has_shift,
+        weight.bits, scale_bytes, weight.has_shift,
     )  # fmt: skip
 
 

@@ -68,12 +68,12 @@ class Codes(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """The bits of a code: 4 or 8."""
-        return 4 if self.code.numel() == 16 else 8
+        """The bits of a code: 4 or 8. A named format has 4 and no shift."""
+        return 4 if self.quant_type or self.code.numel() == 16 else 8
 
     @property
     def has_shift(self) -> bool:
-        return self.absmax.dim() == 2
+        return not self.quant_type and self.absmax.dim() == 2
 
     @property
     def form(self) -> str | Form:
@@ -85,6 +85,8 @@ class Codes(NamedTuple):
 
     def operands(self) -> list[str]:
         """Return what a kernel must take beyond 4-bit codes with scales in float32 or nested."""
+        if self.quant_type:
+            return []
         found = ["shift"] if self.has_shift else []
         found += ["codes of 8 bits"] if self.bits == 8 else []
         return [*found, "scales in float16"] if self.absmax.dtype is float16 else found

@@ -308,6 +308,36 @@ def test_packed_layers_have_the_librarys_bits_and_train_as_those_decoded(
     assert all("got a frozen weight in" in row.reason for row in found.rows)
 
 
+def three_steps(model: nn.Module, seed: int, dtype: torch.dtype = bf16) -> dict[str, Tensor]:
+    """The losses and the adapters of three steps, evaluated between them."""
+    torch.manual_seed(seed)
+    randomize(model, seed=seed)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-3, momentum=0.9)
+    x, found = X.to(dtype), {}
+    for i in range(3):
+        loss = model.train()(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            found[f"loss {i}"], found[f"y {i}"] = loss, model.eval()(x)
+    return found | {n: p.detach().clone() for n, p in trained.items()}
+
+
+@pytest.mark.parametrize("quantize", CASES.values(), ids=CASES)
+def test_three_steps_over_packed_layers_are_those_over_the_decoded(
+    quantize: Callable[[MLP], Decoded],
+) -> None:
+    net, dense, seeds = net_of(), net_of(), range(4)
+    for name, weight in quantize(net).items():
+        getattr(dense, name).weight = nn.Parameter(weight, requires_grad=False)
+    peft, ours = adapted(dense), fuse(adapted(keep(net, quantize)))
+    exact = copy.deepcopy(peft).double()
+    got, want = ([three_steps(model, seed) for seed in seeds] for model in (ours, peft))
+    assert_as_exact(got, [three_steps(exact, seed, torch.float64) for seed in seeds], want)
+
+
 @pytest.mark.parametrize("quantize", CASES.values(), ids=CASES)
 def test_packed_layers_on_a_gpus_path_train_as_those_decoded(
     quantize: Callable[[MLP], Decoded], gpu_path: None

@@ -68,7 +68,7 @@ def build(values: Tensor, quant: str) -> QuantizedWeight:
 
     K is a multiple of the block size. Nested shifts are 0 or less.
 
-    >>> weight = build(torch.eye(32), "int8-16-nested-shift")
+    >>> weight = build(torch.eye(32), "uint8-16-nested-shift")
     >>> weight.format, (weight.dequantize() - torch.eye(32)).abs().max().item() < 0.02
     ('8 bits with a shift', True)
     """

@@ -71,9 +71,9 @@ def gptq(bits: int, group: int, symmetric: bool, version: int) -> Callable[[int,
         q, scale = codes(bits, N, K), random(N, -(-K // size))
         zero = torch.full_like(scale, 1 << (bits - 1)).long()
         if not symmetric:
-            zero = codes(bits, *scale.shape).clamp_min(2 - version)
+            zero = codes(bits, *scale.shape)
         decoded = (q - spread(zero, size, K)) * spread(scale, size, K)
-        stored = zero - 1 if version == 1 else zero
+        stored = (zero - 1) % (1 << bits) if version == 1 else zero
         layer = Layer(
             decoded,
             bits=bits,
@@ -91,26 +91,40 @@ def gptq(bits: int, group: int, symmetric: bool, version: int) -> Callable[[int,
     return build
 
 
-def awq(N: int, K: int) -> Built:
-    q, scale, zero = codes(4, N, K), random(N, K // 32), codes(4, N, K // 32)
-    decoded = (q - spread(zero, 32, K)) * spread(scale, 32, K)
-    order = (0, 2, 4, 6, 1, 3, 5, 7)
-    return Layer(
-        decoded,
-        w_bit=4,
-        group_size=32,
-        qweight=words(q.t(), 4, 1, order),
-        qzeros=words(zero.t(), 4, 1, order),
-        scales=scale.t().contiguous(),
-        bias=None,
-    ), decoded
+def awq(group: int) -> Callable[[int, int], Built]:
+    def build(N: int, K: int) -> Built:
+        size = K if group == -1 else group
+        q, scale, zero = codes(4, N, K), random(N, K // size), codes(4, N, K // size)
+        decoded = (q - spread(zero, size, K)) * spread(scale, size, K)
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        return Layer(
+            decoded,
+            w_bit=4,
+            group_size=group,
+            qweight=words(q.t(), 4, 1, order),
+            qzeros=words(zero.t(), 4, 1, order),
+            scales=scale.t().contiguous(),
+            bias=None,
+        ), decoded
+
+    return build
 
 
-def hqq(bits: int, group: int | None) -> Callable[[int, int], Built]:
+def hqq(bits: int, group: int | None, how: str = "") -> Callable[[int, int], Built]:
+    """how: "quantized" zeros and scales, or "together" in one tensor, beside codes as float16."""
+
     def build(N: int, K: int) -> Built:
         size = group or K
         q, scale = codes(bits, N, K), random(N, K // size)
         zero = (random(N, K // size, seed=2) * 64 * ((1 << bits) - 1)).clamp_min(0.25)
+        if how == "quantized":  # zeros in groups of 4, scales with one for all
+            zero_q, scale_q = (
+                codes(8, zero.numel()).view(-1, 4),
+                codes(8, scale.numel()).view(-1, 1),
+            )
+            outer, low = random(len(zero_q), 1, seed=4), random(len(zero_q), 1, seed=5) * 8
+            zero = ((zero_q - low.double()) * outer.double()).view(zero.shape)
+            scale = ((scale_q + 3.0) * 2.0**-14).view(scale.shape)
         decoded = (q - spread(zero, size, K)) * spread(scale, size, K)
         parts = q.view(-1, size).chunk(8 // bits)
         packed = sum(part << 8 - bits * (i + 1) for i, part in enumerate(parts))
@@ -120,7 +134,21 @@ def hqq(bits: int, group: int | None) -> Callable[[int, int], Built]:
             "scale": scale.view(-1, 1), "zero": zero.view(-1, 1),
             "quant_scale": False, "quant_zero": False,
         }  # fmt: skip
-        W_q = nn.Parameter(packed.to(torch.uint8), requires_grad=False)
+        bytes_ = packed.to(torch.uint8)
+        if how == "together":
+            meta["zero_scale"] = torch.stack([meta.pop("zero"), meta.pop("scale")])
+            meta |= {"view_as_float": True, "unpack_view_dtype": torch.uint8}
+            bytes_ = bytes_.view(torch.float16)
+        if how == "quantized":
+            common = {"nbits": 8, "packing": "8bit_u8", "shape": (N * (K // size), 1)}
+            meta["zero_q"], meta["scale_q"] = zero_q.to(torch.uint8), scale_q.to(torch.uint8)
+            meta["meta_zero"] = common | {"zero": low, "scale": outer}
+            meta["meta_scale"] = common | {
+                "zero": torch.tensor(-3.0), "scale": torch.tensor(2.0**-14)
+            }  # fmt: skip
+            meta |= {"quant_zero": True, "quant_scale": True}
+            del meta["zero"], meta["scale"]
+        W_q = nn.Parameter(bytes_, requires_grad=False)
         return Layer(decoded, W_q=W_q, meta=meta, bias=None), decoded
 
     return build
@@ -153,6 +181,78 @@ def pack_quantized(bits: int, group: int | None, symmetric: bool) -> Callable[[i
         return compressed(nn.Linear(K, N, dtype=bf16), args, **tensors), decoded
 
     return build
+
+
+def int_quantized(symmetric: bool) -> Callable[[int, int], Built]:
+    """Codes in bytes, signed."""
+
+    def build(N: int, K: int) -> Built:
+        q, scale = codes(8, N, K) - 128, random(N, 1)
+        zero = torch.zeros(N, 1) if symmetric else codes(8, N, 1) - 128
+        args = {"num_bits": 8, "type": "int", "symmetric": symmetric, "strategy": "channel"}
+        tensors = {"weight": q.to(torch.int8), "weight_scale": scale}
+        if not symmetric:
+            tensors["weight_zero_point"] = zero.to(torch.int8)
+        return compressed(nn.Linear(K, N, dtype=bf16), args, **tensors), (q - zero) * scale.double()
+
+    return build
+
+
+class _OfTorchao(Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+_TORCHAO = {
+    name: type(name, (_OfTorchao,), {"__module__": "torchao.quantization.quantize_.workflows"})
+    for name in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor")
+}
+
+
+def torchao_linear(name: str, decoded: Tensor, **attributes: Any) -> nn.Linear:
+    """A layer whose weight has the attributes of torchao's class."""
+    weight: Any = Tensor._make_subclass(_TORCHAO[name], decoded.to(bf16))
+    for key, value in attributes.items():
+        setattr(weight, key, value)
+    layer = nn.Linear(*reversed(decoded.shape), dtype=bf16)
+    layer._parameters["weight"] = weight
+    return layer
+
+
+def torchao_integers(bits: int, group: int | None) -> Callable[[int, int], Built]:
+    """Signed codes in bytes; int8 without zeros."""
+
+    def build(N: int, K: int) -> Built:
+        size, low = group or K, -(1 << bits - 1)
+        q, scale = codes(bits, N, K) + low, random(N, K // size)
+        zero = codes(bits, *scale.shape) + low if group else None
+        decoded = (q - (spread(zero, size, K) if group else 0)) * spread(scale, size, K)
+        given: dict[str, Any] = {"qdata": q.to(torch.int8), "scale": scale, "block_size": [1, size]}
+        given["zero_point"] = None if zero is None else zero.to(torch.int8)
+        if bits == 8:
+            return torchao_linear("Int8Tensor", decoded, **given), decoded
+        target = getattr(torch, f"int{bits}")
+        return torchao_linear(
+            "IntxUnpackedToInt8Tensor", decoded, target_dtype=target, **given
+        ), decoded
+
+    return build
+
+
+def int4_tensor(N: int, K: int) -> Built:
+    """By its layout: the even element low, and a shift for each group."""
+    q, scale, shift = codes(4, N, K) - 8, random(N, K // 32), random(N, K // 32, seed=3)
+    decoded = q * spread(scale, 32, K) + spread(shift, 32, K)
+    low, high = (q[:, i::2] & 15 for i in (0, 1))
+    qdata = (low | high << 4).to(torch.uint8).view(torch.int8)
+    scales = {"scale": scale.t().contiguous(), "zero_point": shift.t().contiguous()}
+    return torchao_linear("Int4Tensor", decoded, qdata=qdata, block_size=[1, 32], **scales), decoded
+
+
+def float8_tensor(N: int, K: int) -> Built:
+    qdata, scale = float8(N, K), random(N, 1)
+    decoded = qdata.double() * scale.double()
+    given = {"qdata": qdata, "scale": scale.float(), "block_size": [1, K]}
+    return torchao_linear("Float8Tensor", decoded, **given), decoded
 
 
 def float8(N: int, K: int) -> Tensor:
@@ -211,14 +311,25 @@ LAYERS: dict[str, Callable[[int, int], Built]] = {
     "GPTQ of 4 bits, symmetric": gptq(4, 16, True, 1),
     "GPTQ of 8 bits": gptq(8, 96, False, 1),
     "GPTQ of 8 bits, a row": gptq(8, -1, True, 2),
-    "AWQ": awq,
+    "AWQ": awq(32),
+    "AWQ, a row": awq(-1),
     "HQQ of 4 bits": hqq(4, 32),
     "HQQ of 8 bits, a row": hqq(8, None),
     "HQQ of 2 bits": hqq(2, 16),
+    "HQQ, quantized zeros": hqq(4, 16, "quantized"),
+    "HQQ, zeros beside scales": hqq(4, 32, "together"),
     "W4A16": pack_quantized(4, 32, True),
     "W4A16, asymmetric": pack_quantized(4, 48, False),
     "W8A16, asymmetric, a row": pack_quantized(8, None, False),
     "W8A16": pack_quantized(8, 64, True),
+    "int8 of weights": int_quantized(True),
+    "int8 of weights, asymmetric": int_quantized(False),
+    "int8 of torchao, a row": torchao_integers(8, None),
+    "int8 of torchao": torchao_integers(8, 32),
+    "int4 of torchao in bytes": torchao_integers(4, 16),
+    "int6 of torchao in bytes": torchao_integers(6, 32),
+    "int4 of torchao": int4_tensor,
+    "float8 of torchao": float8_tensor,
     "float8, a row": compressed_float8("channel"),
     "float8, a tensor": compressed_float8("tensor"),
     "float8 in blocks": compressed_float8("block"),
@@ -250,7 +361,7 @@ def gptqmodel_awq(N: int, K: int) -> Built:
 
     sizes: Any = {"in_features": K, "out_features": N, "register_buffers": True}
     layer = module.AwqTorchLinear(4, 32, False, False, **sizes)
-    like, decoded = awq(N, K)
+    like, decoded = awq(32)(N, K)
     for name in ("qweight", "qzeros", "scales"):
         getattr(layer, name).data = getattr(like, name)
     layer.post_init()

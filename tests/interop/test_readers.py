@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_kernels.bench import memory
 from lora_kernels.peft import explain, fuse, keep_packed
+from lora_kernels.peft import packed as packed_module
 from lora_kernels.peft.packed import pack_layer
 from lora_kernels.quantization import readers
 from lora_kernels.quantization.readers import form
@@ -244,45 +247,44 @@ def test_explain_names_keep_packed_for_a_layer_that_is_called() -> None:
     assert "keep_packed(model, exact_x=True) before PEFT" in row.reason
 
 
-@pytest.mark.parametrize("name", [*LAYERS, "int4 of torchao"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_repacking_holds_no_more_than_the_decoded_layer_twice(name: str) -> None:
-    build = {**LAYERS, "int4 of torchao": int4_tensor}[name]
-    layer, decoded = build(256, 1024)
+    layer, decoded = LAYERS[name](256, 1024)
     held = memory.peak(lambda: pack_layer(layer, exact_x=True))
     assert held <= 2 * decoded.numel() * bf16.itemsize
 
 
-class Int4Tensor(Tensor):
-    """torchao's, by its layout: signed codes, the even element low, and a shift for each group."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
+OF_X = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
 
 
-Int4Tensor.__module__ = "torchao.quantization.quantize_.workflows.int4.int4_tensor"
-
-
-def int4_tensor(N: int, K: int) -> tuple[Any, Tensor]:
-    q, scale, shift = codes(4, N, K) - 8, random(N, K // 32), random(N, K // 32, seed=3)
-    decoded = q * scale.double().repeat_interleave(32, 1) + shift.double().repeat_interleave(32, 1)
-    weight: Any = Tensor._make_subclass(Int4Tensor, decoded.to(bf16))
-    low, high = (q[:, i::2] & 15 for i in (0, 1))
-    weight.qdata = (low | high << 4).to(torch.uint8).view(torch.int8)
-    weight.scale, weight.zero_point = scale.t().contiguous(), shift.t().contiguous()
-    weight.block_size, weight.act_pre_scale = [1, 32], None
-    layer = nn.Linear(K, N, dtype=bf16)
-    layer._parameters["weight"] = weight
-    return layer, decoded
-
-
-def test_int4_of_torchao_is_read_by_its_layout() -> None:
-    layer, decoded = int4_tensor(N, K)
-    keep_packed(nn.Sequential(layer))
-    assert is_packed(layer)
-    assert_bitwise_equal(layer.weight.dequantize(), decoded.to(bf16))
-    layer, _ = int4_tensor(N, K)
-    layer._parameters["weight"].act_pre_scale = torch.ones(1)  # type: ignore[union-attr]
+@pytest.mark.parametrize("name", OF_X)
+def test_weight_of_torchao_that_changes_x_is_not_read(name: str) -> None:
+    layer, _ = LAYERS["int4 of torchao"](N, K)
+    setattr(layer._parameters["weight"], name, torch.ones(1))
     with pytest.raises(ValueError, match="rounds or scales x too"):
         keep_packed(layer)
+
+
+def test_former_layers_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of modules that are replaced, and the tensors of those that change in place."""
+    for name in ("AWQ", "W4A16", "HQQ of 4 bits"):
+        model: Any = nn.Sequential(*(LAYERS[name](N, K)[0] for _ in range(3)))
+        held = [
+            weakref.ref(t)
+            for layer in model
+            for t in (*vars(layer).values(), *layer.parameters())
+            if isinstance(t, Tensor) and t.dim() == 2 and t.dtype is not bf16
+        ]
+        each, alive = len(held) // 3, list[int]()
+
+        def counted(*args: Any, held: Any = held, alive: Any = alive) -> Any:
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in held))
+            return pack_layer(*args)
+
+        monkeypatch.setattr(packed_module, "pack_layer", counted)
+        keep_packed(model)
+        assert each and alive == [3 * each, 3 * each, 2 * each, each], name  # the model first
 
 
 def test_words_of_the_stand_ins_are_unpacked() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora_kernels
 from lora_kernels import lora_linear
 from lora_kernels.backends import decoder
+from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
 from lora_kernels.core import coding
 from lora_kernels.oracle import forms
@@ -85,6 +87,44 @@ def test_pytorchs_ops_decode_to_the_definition(form: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(native, "module", None)
     for dtype in (f32, bf16, f16, torch.float64):
         assert same_bits(weight.dequantize(dtype), want.to(dtype))
+    for rows in (slice(0, 11), slice(5, 20), slice(11, 33)):  # of one expert, and of several
+        part = decoder.dense(weight.codes, weight.matrix_shape, f32, rows=rows)
+        assert same_bits(part, want.view(33, 96)[rows])
+    plain = decoder.with_plain_scales(weight.codes)
+    assert plain.absmax.dtype is f32 and plain.nested_code is plain.nested_absmax is None
+    assert same_bits(plain.absmax, weight.scales())
+
+
+@every_form
+def test_operands_name_what_a_kernel_must_take(form: str) -> None:
+    said = forms.build(torch.randn(4, 64), form).codes.operands()
+    assert said == [
+        *["shift"] * form.endswith("shift"),
+        *["codes of 8 bits"] * (form.split("-")[0] in ("int8", "uint8", "e4m3", "e5m2")),
+        *["scales in float16"] * ("half" in form),
+    ]
+
+
+@pytest.mark.parametrize("blocksize", [0, 8, 48, -16, "32", 32.0, True])
+def test_block_size_of_a_form_is_a_power_of_two_of_16_or_more(blocksize: Any) -> None:
+    weight = forms.build(torch.randn(4, 96), "int8-32-half-shift")
+    with pytest.raises(ValueError, match=r"blocksize: got .*, want a power of two, 16 or more"):
+        dataclasses.replace(weight, blocksize=blocksize)
+
+
+@every_native_engine
+@pytest.mark.parametrize("name", ["uint8", "e5m2", "int8", "e4m3"])
+@pytest.mark.parametrize("M", [1, 2])
+def test_one_or_two_rows_round_no_code_to_bfloat16(M: int, name: str, engine: str) -> None:
+    """Terms cancel, so that a rounding of code times scale would be most of the sum."""
+    weight = forms.build(torch.randn(32, 64).abs() + 1, f"{name}-32")
+    x = torch.ones(M, 64, dtype=bf16)
+    x[:, 1::2] = -1
+    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
+        y = lora_linear(x, weight, torch.zeros(1, 64), torch.zeros(32, 1))
+    w = definition(weight, torch.float64)
+    limit = 2.0**-16 * w.abs().sum(1) + 2.0**-8 * (x.double() @ w.t()).abs()
+    assert bool(((y.double() - x.double() @ w.t()).abs() <= limit).all())
 
 
 @every_engine

@@ -52,8 +52,11 @@ def _read_int8(weight: Any) -> QuantizedWeight | str:
         return f"its blocks have {rows} rows"
     scale = weight.scale.view(-1, weight.shape[1] // columns)
     zero = middle if zero is None else zero.float().view_as(scale) + middle
-    q = weight.qdata + middle if kept == 4 else weight.qdata.view(torch.uint8) ^ 128
-    return read_integers(q.to(torch.uint8), kept, scale, zero, columns, weight.dtype)
+    if kept == 4:
+        q = (weight.qdata + middle).view(torch.uint8)
+    else:
+        q = weight.qdata.view(torch.uint8) ^ 128
+    return read_integers(q, kept, scale, zero, columns, weight.dtype)
 
 
 def _read_float8(weight: Any) -> QuantizedWeight | str:

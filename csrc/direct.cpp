@@ -193,7 +193,8 @@ bool read_codes(PyObject* packed, int64_t N, int64_t K, Codes& codes) {
   // bitsandbytes decodes by quant_type and ignores the stored codebook, so the two must agree.
   PyObject* const codebook_tensor = PyDict_GetItemWithError(py.codebooks, in("quant_type").object);
   View codebook = views[2];
-  if (codebook_tensor ? !view_memory(codebook_tensor, codebook) : PyErr_Occurred() != nullptr) {
+  if (codebook_tensor && !view_memory(codebook_tensor, codebook)) return false;
+  if (!codebook_tensor && PyErr_Occurred()) {
     PyErr_Clear();
     return false;
   }

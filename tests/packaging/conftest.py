@@ -73,7 +73,7 @@ class Project:
         (self.csrc / "direct.cpp").write_text("int direct_marker = 1;\n")
         isas = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
         kernels = (f"kernels_{isa}" for isa in isas)
-        for unit in ("dispatch", "fingerprint", "layer", "threads", *kernels):
+        for unit in ("codes", "dispatch", "fingerprint", "layer", "threads", *kernels):
             (self.csrc / "cpu" / f"{unit}.cpp").write_text(f"int {unit}_marker = 1;\n")
 
         (self.csrc / "cuda").mkdir()

@@ -29,8 +29,8 @@ X86_64_UNITS = {
     "kernels_avx512bf16.cpp": AVX512 | {"-mavx512bf16"},
     "kernels_amxbf16.cpp": AVX512 | {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"},
 }
-BASELINE_UNITS = ("bindings", "direct", "cpuid", "dispatch", "fingerprint", "layer", "threads")
-BASELINE_UNITS += ("kernels_scalar",)
+BASELINE_UNITS = ("bindings", "direct", "codes", "cpuid", "dispatch", "fingerprint", "layer")
+BASELINE_UNITS += ("threads", "kernels_scalar")
 
 
 def machine_flags(project: Project) -> dict[str, set[str]]:

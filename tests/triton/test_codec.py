@@ -13,6 +13,7 @@ from lora_kernels.backends import checked, decoder
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.backends.triton import codec
 from lora_kernels.core import coding
+from lora_kernels.oracle import forms
 from lora_kernels.quantization import codebooks, quantize_4bit
 from tests.support.codec import check_decode, same_bits
 from tests.triton.device import DEVICE
@@ -40,6 +41,22 @@ def test_decoder_that_passed_its_check_decodes(quant_type: str, unchecked: None)
             w = weight.to("cpu")
             want = coding.dequantize(w.packed, w.scales(), w.code, w.blocksize, shape, dtype)
             assert same_bits(weight.dequantize(dtype), want)
+
+
+FORMS = ("int4-32-half-shift", "int4-16-nested-shift", "signed4-64", "int8-16", "uint8-32-shift",
+         "e4m3-32-half")  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decoder_passes_its_check_for_a_form_and_decodes_it(form: str, unchecked: None) -> None:
+    device, dtype = torch.device(DEVICE), torch.bfloat16
+    for shape in ((40, 128), (3, 16, 64)):
+        weight = forms.build(torch.randn(shape), form)
+        assert decoder.kernel_reason(device, weight.codes.form, dtype) is None
+        want = coding.dequantize(
+            weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype
+        )
+        assert same_bits(weight.to(DEVICE).dequantize(dtype), want)
 
 
 @pytest.mark.parametrize("nested", [False, True])

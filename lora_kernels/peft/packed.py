@@ -20,6 +20,7 @@ from .modules import hooks_of, is_compressed_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 SHOWN = 3  # layers of a warning
+_DTYPES = torch.float32, torch.bfloat16, torch.float16
 # Of the norm of y: rounding in 16 bits gives less, another layout of the codes gives about 1.
 LARGEST_DIFFERENCE = 0.01
 
@@ -66,6 +67,7 @@ def keep_packed(model: Model, *, exact_x: bool = False) -> Model:
             places.setdefault(id(child), []).append((parent, key))
             names.setdefault(id(child), f"{parent_name}.{key}".removeprefix("model.").lstrip("."))
     reasons, dtype = dict[str, str](), getattr(model, "dtype", None)
+    dtype = dtype if dtype in _DTYPES else None
     for at, found in places.items():
         parent, key = found[0]
         layer = parent._modules[key]

@@ -219,6 +219,9 @@ def test_weight_has_the_models_dtype_and_is_rounded_once() -> None:
         assert model[0].weight.dtype is model[0].bias.dtype is dtype
         assert_bitwise_equal(model[0].weight + 0, decoded.to(dtype))
         model(torch.ones(2, K, dtype=dtype))
+    model = nn.Sequential(LAYERS["AWQ"](N, K)[0])
+    model.dtype = torch.float8_e4m3fn  # as of a model whose first parameter is quantized
+    assert keep_packed(model)[0].weight.dtype is bf16
 
 
 def test_8_bits_of_bitsandbytes_are_the_decoded_weight_to_a_rounding() -> None:

@@ -33,11 +33,6 @@ LK_INLINE void load_scales(const Codes& w, const Table256& t, int64_t i, vf v[2]
                                           : load(static_cast<const f16*>(w.absmax) + i);
 }
 
-// The bytes of a scale or a shift.
-LK_INLINE int64_t scale_bytes(const Codes& w) {
-  return w.scale_type == ScaleType::f32 ? 4 : w.scale_type == ScaleType::f16 ? 2 : 1;
-}
-
 // dst[i] = the scale of block `block` + i for i < count, or with a shift dst[2 i] and dst[2 i + 1]
 // its scale and its shift. t: nested_code, if there is one.
 LK_INLINE void decode_scales(const Codes& w, const Table256& t, int64_t block, int64_t count,

@@ -61,6 +61,11 @@ struct Codes {
   bool has_shift = false;
 };
 
+// The bytes of a scale or a shift.
+inline int64_t scale_bytes(const Codes& w) {
+  return w.scale_type == ScaleType::f32 ? 4 : w.scale_type == ScaleType::f16 ? 2 : 1;
+}
+
 struct Dropout {
   const int64_t* rng = nullptr;  // seed, offset; null: no dropout
   uint32_t threshold = 0;

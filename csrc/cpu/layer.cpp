@@ -318,11 +318,10 @@ namespace {
 Codes codes_from(const Codes& stack, int64_t element) {
   Codes w = stack;
   const int64_t block = element >> w.log2_block;
-  const int64_t bytes = w.scale_type == ScaleType::f32 ? 4 : w.scale_type == ScaleType::f16 ? 2 : 1;
   const int64_t each = w.has_shift ? 2 : 1;
   w.packed += w.kind == CodeKind::nibble ? element / 2 : element;
   w.N -= element / w.K;
-  w.absmax = static_cast<const char*>(w.absmax) + block * each * bytes;
+  w.absmax = static_cast<const char*>(w.absmax) + block * each * scale_bytes(w);
   if (w.nested_absmax) w.nested_absmax += (block >> w.log2_nested) * each;
   return w;
 }

@@ -20,7 +20,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..core import coding
-from ..core.codes import Codes, Form
+from ..core.codes import BITSANDBYTES_TYPES, Codes, Form
 from ..core.dtypes import DTYPE_NUMBERS
 from . import checked, workspace
 from .cpu import native
@@ -29,7 +29,6 @@ from .library import is_on_gpu_path
 # The most rows for which `gemm_4bit` may decode inside the GEMM. For more it decodes the whole
 # weight, with one copy of the scales more than `dense` makes.
 FUSED_ROWS = 512
-BITSANDBYTES_TYPES = "nf4", "fp4"
 _TRACING_MODES = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 
 

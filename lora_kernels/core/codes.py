@@ -8,6 +8,7 @@ from torch import Tensor, dtype, float16
 
 from . import coding
 
+BITSANDBYTES_TYPES = "nf4", "fp4"  # of `Codes.quant_type`, that bitsandbytes' ops decode
 CODES_TENSORS = 6  # the first fields of `Codes` are tensors, the others are not
 
 

@@ -1,4 +1,4 @@
-"""QLoRALinear: a frozen 4-bit linear layer with a trainable low-rank adapter."""
+"""QLoRALinear: a frozen quantized linear layer with a trainable low-rank adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PARAMETERS = {
 
 
 class Base4bit(Base):
-    """W [N, K] in a 4-bit format, stored in parameters of dtype uint8."""
+    """W [N, K], quantized, stored in parameters of dtype uint8."""
 
     @torch.no_grad()
     def reset(self, layer: QLoRALayer) -> None:  # type: ignore[override]
@@ -134,10 +134,10 @@ def _quantize_on_meta(
 
 
 class QLoRALayer(LoRALayer):
-    """The base class of all layers over a 4-bit base.
+    """The base class of all layers over a quantized base.
 
-    `class QMine(Mine, QLoRALayer)` is the layer `Mine` over a 4-bit base. The constructor takes the
-    arguments of the 4-bit format and passes the others on.
+    `class QMine(Mine, QLoRALayer)` is the layer `Mine` over a quantized base. The constructor takes
+    the arguments of `quantize_4bit` and passes the others on.
     """
 
     base = Base4bit()
@@ -184,7 +184,7 @@ class MergedLayer(NamedTuple):
 
 
 class QLoRALinear(QLoRALayer, LoRALinear):
-    """`LoRALinear` over a base in a 4-bit format, which kernels decode in the GEMM.
+    """`LoRALinear` over a quantized base, which kernels decode in the GEMM.
 
     Args, in addition to those of `LoRALinear`:
         dtype: of the weight before quantization, and of the merged weight: float32, bfloat16 or
@@ -241,7 +241,7 @@ class QLoRALinear(QLoRALayer, LoRALinear):
         `merge` is the reversible way to compute with the sum.
 
         requantize: False returns an `nn.Linear` in the dtype of the weight before quantization.
-            True returns a `QLoRALinear` in the same 4-bit format. Its rounding error is as large as
+            True returns a `QLoRALinear` in the same format. Its rounding error is as large as
             a trained adapter, so check `change` and the outputs before deleting the adapter.
             ValueError for a format that this package does not quantize to.
 

@@ -11,7 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-BITSANDBYTES_TYPES = ("nf4", "fp4")
+from ..core.codes import BITSANDBYTES_TYPES as BITSANDBYTES_TYPES
+
 E2M1_TYPES = ("mxfp4", "nvfp4")
 QUANT_TYPES = (*BITSANDBYTES_TYPES, *E2M1_TYPES)
 _POWERS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -240,7 +240,8 @@ def test_8_bits_of_bitsandbytes_are_the_decoded_weight_to_a_rounding() -> None:
             keep_packed(nn.Sequential(layer))
         packed: Any = keep_packed(nn.Sequential(layer), exact_x=True)[0]
         got = packed.weight.quantized.dequantize(torch.float32)
-        assert bool(((got - want).abs() <= 2 * float32_eps * want.abs()).all())
+        # Each rounds twice, by half an eps, and bitsandbytes' 1 / 127 once.
+        assert bool(((got - want).abs() <= 2.5 * float32_eps * want.abs()).all())
 
 
 def test_explain_names_keep_packed_for_a_layer_that_is_called() -> None:

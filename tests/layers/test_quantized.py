@@ -239,7 +239,7 @@ def test_states_of_another_format_are_refused():
         layer.load_state_dict(LoRALinear(70, 33, R).state_dict(), strict=False)
 
 
-def test_weight4bit_follows_the_parameters():
+def test_quantized_weight_follows_the_parameters():
     layer, other, x = make_layer(), make_layer(seed=7), batch()
     want = other.quantized.dequantize()
     assert not torch.equal(layer.quantized.dequantize(), want)
@@ -289,7 +289,7 @@ def test_from_linear_quantizes_and_leaves_the_linear():
         QLoRALinear.from_linear(LoRALinear(12, 10))
 
 
-def test_from_weight4bit_shares_memory():
+def test_from_quantized_shares_memory():
     for double_quant in (False, True):
         weight = quantize_4bit(torch.randn(33, 70), double_quant=double_quant)
         bias = torch.randn(33)

@@ -40,7 +40,7 @@ def module_with(weight: Tensor) -> Any:
 @pytest.mark.parametrize("quant_type", FORMATS)
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("shape", [(N, K), (E, N, K)])
-def test_tensor4bit_looks_like_its_decoded_weight(
+def test_quantized_tensor_looks_like_its_decoded_weight(
     shape: tuple[int, ...], is_transposed: bool, quant_type: str
 ) -> None:
     packed = made(*shape, quant_type=quant_type, is_transposed=is_transposed)
@@ -73,7 +73,7 @@ def test_tensor4bit_looks_like_its_decoded_weight(
         lambda t: t.to(torch.int32),
     ],
 )
-def test_tensor4bit_is_indexed_and_converted_as_its_decoded_weight(
+def test_quantized_tensor_is_indexed_and_converted_as_its_decoded_weight(
     op: Any, is_transposed: bool
 ) -> None:
     packed = made(E, N, K, is_transposed=is_transposed)
@@ -84,7 +84,7 @@ def test_tensor4bit_is_indexed_and_converted_as_its_decoded_weight(
 
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_tensor4bit_made_of_another_or_of_its_parts_is_that(
+def test_quantized_tensor_made_of_another_or_of_its_parts_is_that(
     dtype: torch.dtype, is_transposed: bool
 ) -> None:
     """As accelerate copies it, and `torch.compile`."""
@@ -102,7 +102,7 @@ def test_tensor4bit_made_of_another_or_of_its_parts_is_that(
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("made_in", [torch.enable_grad, torch.inference_mode])
-def test_tensor4bit_is_viewed_in_any_mode(made_in: Any, mode: Any) -> None:
+def test_quantized_tensor_is_viewed_in_any_mode(made_in: Any, mode: Any) -> None:
     """PyTorch refuses a view that is an inference tensor of a tensor that is none."""
     with made_in():
         packed = nn.Parameter(made(E, N, K), requires_grad=False)
@@ -125,7 +125,7 @@ def test_tensor4bit_is_viewed_in_any_mode(made_in: Any, mode: Any) -> None:
                 assert y.is_inference() is (mode is torch.inference_mode)
 
 
-def test_tensor4bit_saved_for_a_backward_is_packed() -> None:
+def test_quantized_tensor_saved_for_a_backward_is_packed() -> None:
     """By a linear layer, whose weight PyTorch transposes, and by a grouped GEMM."""
     linear, stack = module_with(made()), made(E, N, K, is_transposed=True)
     x = torch.randn(6, K, dtype=torch.bfloat16, requires_grad=True)
@@ -200,7 +200,7 @@ WRITES: dict[str, Any] = {
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("shape", [(N, K), (E, N, K)])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_tensor4bit_that_is_written_to_raises_and_keeps_its_values(
+def test_quantized_tensor_that_is_written_to_raises_and_keeps_its_values(
     write: Any, shape: tuple[int, ...], is_transposed: bool, grad_mode: Any
 ) -> None:
     p = nn.Parameter(made(*shape, is_transposed=is_transposed), requires_grad=False)
@@ -223,7 +223,7 @@ OTHER_FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("write", [Tensor.copy_, lambda t, other: setattr(t, "data", other)])
 @pytest.mark.parametrize("other", OTHER_FORMS.values(), ids=OTHER_FORMS)
-def test_tensor4bit_takes_no_other_form(other: Any, write: Any) -> None:
+def test_quantized_tensor_takes_no_other_form(other: Any, write: Any) -> None:
     tensor = made(N, K)
     want = tensor.dequantize()
     with pytest.raises(
@@ -234,7 +234,7 @@ def test_tensor4bit_takes_no_other_form(other: Any, write: Any) -> None:
     assert_bitwise_equal(tensor.dequantize(), want)
 
 
-def test_tensor4bit_takes_its_own_form() -> None:
+def test_quantized_tensor_takes_its_own_form() -> None:
     """`load_state_dict` copies, and `prepare_model_for_kbit_training` sets `.data`."""
     other = QuantizedTensor(quantize_4bit(torch.ones(N, K), "mxfp4"))
     for write in (Tensor.copy_, lambda t, other: setattr(t, "data", other)):
@@ -263,7 +263,7 @@ def test_tensor4bit_takes_its_own_form() -> None:
         lambda t: t.view(7),
     ],
 )
-def test_tensor4bit_refuses_the_arguments_that_pytorch_refuses(op: Any) -> None:
+def test_quantized_tensor_refuses_the_arguments_that_pytorch_refuses(op: Any) -> None:
     packed = made(E, N, K)
     with pytest.raises((IndexError, RuntimeError)) as refused:
         op(packed.dequantize())
@@ -291,7 +291,7 @@ def test_copy_of_tensor4bit_shares_no_memory(copied: Any) -> None:
     assert_bitwise_equal(snapshot.dequantize(), want)
 
 
-def test_tensor4bit_copied_and_pickled_is_a_parameter_if_it_was() -> None:
+def test_quantized_tensor_copied_and_pickled_is_a_parameter_if_it_was() -> None:
     for weight in (made(N, K), nn.Parameter(made(N, K), requires_grad=False)):
         for again in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), copy.copy(weight)):
             assert isinstance(again, nn.Parameter) is isinstance(weight, nn.Parameter)
@@ -309,14 +309,14 @@ def test_packed_weight_is_quantized_again_as_the_decoded_one() -> None:
         assert_bitwise_equal(quantize_4bit(packed, quant_type).dequantize(), want)
 
 
-def test_tensor4bit_of_a_dense_tensor_is_refused() -> None:
+def test_quantized_tensor_of_a_dense_tensor_is_refused() -> None:
     with pytest.raises(
         TypeError, match=r"^weight: got Tensor of torch.float32, want a QuantizedWeight"
     ):
         QuantizedTensor(torch.zeros(N, K))  # type: ignore[arg-type]
 
 
-def test_tensor4bit_has_no_memory_to_hand_out() -> None:
+def test_quantized_tensor_has_no_memory_to_hand_out() -> None:
     """DLPack would hand out a null pointer."""
     for tensor in (made(N, K).float(), made(N, K).float()[0]):
         with pytest.raises(BufferError, match=r"call dequantize\(\) first"):
@@ -341,7 +341,7 @@ def by_grad(op: Any) -> Any:
 
 @pytest.mark.parametrize("trace", [by_func, by_fx, by_grad])
 @pytest.mark.parametrize("op", [functional.linear, lambda x, w: x @ w.dequantize().t()])
-def test_tensor4bit_in_a_traced_function_is_decoded_by_it(op: Any, trace: Any) -> None:
+def test_quantized_tensor_in_a_traced_function_is_decoded_by_it(op: Any, trace: Any) -> None:
     """The native decoder writes by address, which no trace records."""
     weight, x = made(N, K).float(), torch.randn(5, K)
     got = trace(op)(x, weight)
@@ -349,14 +349,14 @@ def test_tensor4bit_in_a_traced_function_is_decoded_by_it(op: Any, trace: Any) -
     assert_bitwise_equal(got, want)
 
 
-def test_tensor4bit_under_fake_tensors_has_the_decoded_shape() -> None:
+def test_quantized_tensor_under_fake_tensors_has_the_decoded_shape() -> None:
     weight = made(N, K)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert (weight + 0).shape == (N, K)
     assert (mode.from_tensor(weight) + 0).shape == (N, K)
 
 
-def test_tensor4bit_in_a_collective_raises(tmp_path: Path) -> None:
+def test_quantized_tensor_in_a_collective_raises(tmp_path: Path) -> None:
     """The schemas of collectives do not say what they write."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     weight = made(N, K)
@@ -404,7 +404,7 @@ def test_nan_that_tensor4bit_holds_is_copied_into_it() -> None:
     weight.copy_(weight.dequantize())
 
 
-def test_tensor4bit_in_shared_memory_is_read_by_another_process(tmp_path: Path) -> None:
+def test_quantized_tensor_in_shared_memory_is_read_by_another_process(tmp_path: Path) -> None:
     linear = module_with(made(N, K))
     assert not linear.weight.is_shared()
     linear.share_memory()
@@ -423,7 +423,7 @@ def _put_decoded(linear: Any, queue: Any) -> None:
     queue.put(linear.weight.dequantize(torch.float32).tolist())
 
 
-def test_tensor4bit_survives_what_modules_do_with_parameters() -> None:
+def test_quantized_tensor_survives_what_modules_do_with_parameters() -> None:
     linear = module_with(made())
     want = linear.weight.dequantize()
     twin = copy.deepcopy(linear)
@@ -439,7 +439,7 @@ def test_tensor4bit_survives_what_modules_do_with_parameters() -> None:
     assert_bitwise_equal(linear.weight.dequantize(), want.float())
 
 
-def test_tensor4bit_under_a_parametrization_is_added_to() -> None:
+def test_quantized_tensor_under_a_parametrization_is_added_to() -> None:
     """PEFT adds its update so, to a parameter of experts."""
 
     class Plus(nn.Module):
@@ -454,7 +454,7 @@ def test_tensor4bit_under_a_parametrization_is_added_to() -> None:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_tensor4bit_under_accelerates_hooks_gives_the_same_result(offload: bool) -> None:
+def test_quantized_tensor_under_accelerates_hooks_gives_the_same_result(offload: bool) -> None:
     linear, x = module_with(made()), torch.randn(2, K, dtype=torch.bfloat16)
     want = linear(x)
     add_hook_to_module(linear, AlignDevicesHook("cpu", offload=offload, io_same_device=True))
@@ -462,7 +462,7 @@ def test_tensor4bit_under_accelerates_hooks_gives_the_same_result(offload: bool)
     assert_bitwise_equal(linear(x), want)
 
 
-def test_tensor4bit_under_ddp_is_left_as_it_is(tmp_path: Path) -> None:
+def test_quantized_tensor_under_ddp_is_left_as_it_is(tmp_path: Path) -> None:
     """DDP broadcasts all parameters, and writes the frozen ones too."""
 
     class Shifted(nn.Module):
@@ -484,7 +484,7 @@ def test_tensor4bit_under_ddp_is_left_as_it_is(tmp_path: Path) -> None:
     assert_bitwise_equal(model.shift.grad, torch.full((N,), 2.0).bfloat16())
 
 
-def test_tensor4bit_compiled_whole_equals_itself() -> None:
+def test_quantized_tensor_compiled_whole_equals_itself() -> None:
     linear, x = module_with(made()), torch.randn(2, K, dtype=torch.bfloat16)
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     assert_bitwise_equal(compiled(x), linear(x))

@@ -188,7 +188,7 @@ def test_from_bitsandbytes_of_something_else_raises():
 
 @both_types
 @flat_and_nested
-def test_weight4bit_properties_say_what_it_holds(quant_type, nested):
+def test_quantized_weight_properties_say_what_it_holds(quant_type, nested):
     weight = quantize_4bit(dense(dtype=torch.bfloat16), quant_type, 32, nested)
     blocks = N * K // 32
     nbytes = N * K // 2 + 16 * 4 + (blocks + 4 + 256 * 4 + 4 if nested else blocks * 4)
@@ -213,7 +213,7 @@ def test_dequantize_to_each_dtype_rounds_once():
 
 
 @flat_and_nested
-def test_weight4bit_to_a_device_moves_every_tensor(nested):
+def test_quantized_weight_to_a_device_moves_every_tensor(nested):
     weight = quantize_4bit(dense(), double_quant=nested)
     assert tensors(weight.to("cpu"))["packed"] is weight.packed
     meta = weight.to("meta")
@@ -222,7 +222,7 @@ def test_weight4bit_to_a_device_moves_every_tensor(nested):
     assert meta.dequantize().shape == (N, K)
 
 
-def test_weight4bit_copied_or_pickled_is_the_same():
+def test_quantized_weight_copied_or_pickled_is_the_same():
     weight = quantize_4bit(dense())
     assert_same(copy.deepcopy(weight), weight)
     assert_same(pickle.loads(pickle.dumps(weight)), weight)
@@ -237,7 +237,7 @@ def test_dequantize_compiled_whole_is_the_same(nested):
 
 
 @pytest.mark.parametrize("native_kernels", [True, False])
-def test_weight4bit_of_a_parameter_needs_no_gradient(native_kernels, monkeypatch):
+def test_quantized_weight_of_a_parameter_needs_no_gradient(native_kernels, monkeypatch):
     if not native_kernels:
         monkeypatch.setattr(decoder.native, "module", None)
     weight = quantize_4bit(nn.Parameter(dense()))
@@ -308,7 +308,7 @@ BAD_NESTED_FIELDS = [
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_weight4bit_of_a_bad_field_raises(nested):
+def test_quantized_weight_of_a_bad_field_raises(nested):
     good = quantize_4bit(dense(), double_quant=nested)
     cases = BAD_FIELDS + BAD_NESTED_FIELDS * nested
     if nested:  # uint8 scales cast to anything else are taken for scales that are not nested
@@ -320,14 +320,14 @@ def test_weight4bit_of_a_bad_field_raises(nested):
         assert str(raised.value).startswith(f"{name}: "), (name, message, raised.value)
 
 
-def test_weight4bit_of_nested_fields_alone_raises():
+def test_quantized_weight_of_nested_fields_alone_raises():
     flat, nested = quantize_4bit(dense(), double_quant=False), quantize_4bit(dense())
     for name in ("nested_absmax", "nested_code", "offset"):
         with pytest.raises(ValueError, match=f"{name}: got a tensor, want None beside nf4"):
             dataclasses.replace(flat, **{name: getattr(nested, name)})
 
 
-def test_weight4bit_of_a_one_element_offset_is_the_same():
+def test_quantized_weight_of_a_one_element_offset_is_the_same():
     good = quantize_4bit(dense())
     assert good.offset is not None and good.offset.shape == ()
     other = dataclasses.replace(good, offset=good.offset.view(1))
@@ -447,7 +447,7 @@ def test_standard_code_of_another_codebook_is_refused(change: float) -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_weight4bit_of_a_stack_is_that_of_its_flattened_rows(nested):
+def test_quantized_weight_of_a_stack_is_that_of_its_flattened_rows(nested):
     """[E, N, K] and [E·N, K]: the same codes, scales and values, in the stack's shape."""
     stack = dense((3, 20, 40))
     got, want = (quantize_4bit(t, "nf4", 64, nested) for t in (stack, stack.view(60, 40)))

@@ -43,7 +43,7 @@ def matrix_arguments(name: str, t: Tensor | None, dims: str) -> dict[str, Any]:
 
 
 def codes_arguments(codes: Codes | None, row: int, target: DeviceInfo) -> dict[str, Any]:
-    """Return a kernel's arguments for 4-bit codes: pointers, and the format; see `load_codes`.
+    """Return a kernel's arguments for codes: pointers, and the format; see `load_codes`.
 
     row: elements of a row of the weight.
     """

@@ -84,7 +84,8 @@ def block_scales(
 ):  # fmt: skip
     """Load the scales of the blocks in float32, 0 if masked. Each operation on them rounds.
 
-    PARTS: 2 if pairs of a scale and a shift are stored, of which PART is loaded.
+    PARTS: 2 if each block has a scale and a shift, stored in pairs, else 1. PART: 0 loads scales, 1
+        shifts.
     """
     _, absmax_ptr, _, nested_absmax_ptr, nested_code_ptr, offset_ptr = codes
     at = block * PARTS + PART

@@ -35,6 +35,11 @@ def read(layer: nn.Module) -> Reading | str:
     return found if isinstance(found, str) else Reading(found, layer._parameters.get("bias"))
 
 
+def is_4bit_float(layer: nn.Module) -> bool:
+    """Return True for a weight in MXFP4 or NVFP4, into which PEFT cannot merge."""
+    return type(layer._parameters.get("weight")).__name__ in ("MXTensor", "NVFP4Tensor")
+
+
 _ROUNDING = ("act_quant_kwargs", "activation_quantization", "act_pre_scale", "act_quant_scale")
 
 

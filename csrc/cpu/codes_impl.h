@@ -24,52 +24,54 @@ LK_INLINE float block_scale(const Codes& w, int64_t block) {
 }
 LK_INLINE float block_shift(const Codes& w, int64_t block) { return scale_at(w, 2 * block + 1); }
 
-// v = elements [i, i + 2 W) of the scales as they are stored. t: nested_code, if there is one.
-LK_INLINE void load_scales(const Codes& w, const Table256& t, int64_t i, vf v[2]) {
-  if (w.scale_type == ScaleType::u8)
-    return lookup_2w(t, static_cast<const uint8_t*>(w.absmax) + i, v);
-  for (int j = 0; j < 2; ++j, i += W)
-    v[j] = w.scale_type == ScaleType::f32 ? load(static_cast<const float*>(w.absmax) + i)
-                                          : load(static_cast<const f16*>(w.absmax) + i);
+// dst[i - first] = element i of the scales in bytes for first <= i < end. t: nested_code.
+LK_INLINE void decode_byte_scales(const Codes& w, const Table256& t, int64_t first, int64_t end,
+                                  float* dst) {
+  // Copies: a store of floats may overwrite what `w` refers to, as far as the compiler knows.
+  const uint8_t* const bytes = static_cast<const uint8_t*>(w.absmax);
+  const float* const nested = w.nested_absmax;
+  const int each = w.has_shift ? 2 : 1, log2_group = w.log2_nested + w.has_shift;
+  const int64_t all = (w.N * w.K >> w.log2_block) * each;
+  const bool has_offset = w.offset;
+  const vf offset = splat(has_offset ? *w.offset : 0.0f);
+  const auto factors = [&](int64_t i) __attribute__((always_inline)) {  // of elements i to i + W
+    const int64_t group = i >> log2_group;
+    if (group == (i + W - 1) >> log2_group)
+      return each == 2 ? splat_pair(nested + 2 * group) : splat(nested[group]);
+    float lanes[W];
+    for (int l = 0; l < W; ++l) lanes[l] = nested[((i + l) >> log2_group) * each + (i + l) % each];
+    return load(lanes);
+  };
+  int64_t i = first;
+  // Two vectors, or one of which the scales do not end within two.
+  for (int64_t count; (count = min(2, (end - i) / W)) && i + 2 * W <= all; i += count * W) {
+    vf v[2];
+    lookup_2w(t, bytes + i, v);
+    for (int j = 0; j < count; ++j, dst += W) {
+      vf scale = v[j];
+      if (nested) scale = mul(scale, factors(i + j * W));
+      store(dst, has_offset ? add(scale, offset) : scale);
+    }
+  }
+  for (; i < end; ++i) *dst++ = scale_at(w, i);
 }
 
 // dst[i] = the scale of block `block` + i for i < count, or with a shift dst[2 i] and dst[2 i + 1]
 // its scale and its shift. t: nested_code, if there is one.
 LK_INLINE void decode_scales(const Codes& w, const Table256& t, int64_t block, int64_t count,
                              float* dst) {
-  const int64_t each = w.has_shift ? 2 : 1;
+  const int each = w.has_shift ? 2 : 1;
+  block *= each;
+  count *= each;
   if (w.scale_type == ScaleType::f32) {
-    __builtin_memcpy(dst, static_cast<const float*>(w.absmax) + block * each,
-                     (size_t)(count * each) * sizeof *dst);
-    return;
-  }
-  for (const int64_t end = block + count; block < end;) {  // blocks that share a nested scale
-    const int64_t group = block >> w.log2_nested;
-    const int64_t run =
-        (w.nested_absmax ? min(end, (group + 1) << w.log2_nested) - block : count) * each;
-    float factors[W];  // of a vector: a scale's, or in turns a scale's and a shift's
-    for (int i = 0; w.nested_absmax && i < W; ++i)
-      factors[i] = w.nested_absmax[group * each + i % each];
+    __builtin_memcpy(dst, static_cast<const float*>(w.absmax) + block, (size_t)count * sizeof *dst);
+  } else if (w.scale_type == ScaleType::f16) {
+    const f16* const src = static_cast<const f16*>(w.absmax) + block;
     int64_t i = 0;
-    for (; i + 2 * W <= run; i += 2 * W) {
-      vf v[2];
-      load_scales(w, t, block * each + i, v);
-      for (int j = 0; j < 2; ++j) {
-        if (w.nested_absmax) v[j] = mul(v[j], load(factors));
-        store(dst + i + j * W, w.offset ? add(v[j], splat(*w.offset)) : v[j]);
-      }
-    }
-    // One vector of a short group, where the scales do not end within two.
-    for (const int64_t all = (w.N * w.K >> w.log2_block) * each;
-         i + W <= run && block * each + i + 2 * W <= all; i += W) {
-      vf v[2];
-      load_scales(w, t, block * each + i, v);
-      if (w.nested_absmax) v[0] = mul(v[0], load(factors));
-      store(dst + i, w.offset ? add(v[0], splat(*w.offset)) : v[0]);
-    }
-    for (; i < run; ++i) dst[i] = scale_at(w, block * each + i);
-    block += run / each;
-    dst += run;
+    for (; i + W <= count; i += W) store(dst + i, load(src + i));
+    for (; i < count; ++i) dst[i] = load_scalar(src + i);
+  } else {
+    decode_byte_scales(w, t, block, block + count, dst);
   }
 }
 
@@ -90,12 +92,12 @@ struct Nibbles {
   Table t;
   [[gnu::always_inline]] vf operator()(int64_t i) const { return lookup(t, packed + i / 2); }
 };
-// pair: the values of elements i to i + 2 W over FACTOR; nan gets a bit if one of them is NaN.
+// pair: the values of elements i to i + 2 W over FACTOR; nan as in load_2w_e4m3.
 struct Int8s {
   static constexpr float FACTOR = 1.0f;
   const uint8_t* packed;
   [[gnu::always_inline]] vf operator()(int64_t i) const { return load_int8(packed + i); }
-  [[gnu::always_inline]] void pair(int64_t i, vf out[2], uint32_t&) const {
+  [[gnu::always_inline]] void pair(int64_t i, vf out[2], NanFlags&) const {
     out[0] = load_int8(packed + i);
     out[1] = load_int8(packed + i + W);
   }
@@ -104,7 +106,7 @@ struct E4m3s {
   static constexpr float FACTOR = 256.0f;
   const uint8_t* packed;
   [[gnu::always_inline]] vf operator()(int64_t i) const { return load_e4m3(packed + i); }
-  [[gnu::always_inline]] void pair(int64_t i, vf out[2], uint32_t& nan) const {
+  [[gnu::always_inline]] void pair(int64_t i, vf out[2], NanFlags& nan) const {
     load_2w_e4m3(packed + i, out, nan);
   }
 };

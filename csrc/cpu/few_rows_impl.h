@@ -171,15 +171,21 @@ template <typename T>
 template <int M>
 LK_INLINE void add_shifts(const float* pairs, int64_t stride, const float* x_sums, int64_t count,
                           vf total[STREAMS][M]) {
-  for (int64_t b = 0; b < count; b += W) {
-    const int valid = (int)min(W, count - b);
-    vf pair[STREAMS];
-    LK_UNROLL for (int g = 0; g < STREAMS; ++g) pair[g] =
-        load_partial(pairs + g * stride + b, valid);
-    LK_UNROLL for (int i = 0; i < M; ++i) {
-      const vf x_sum = load_partial(x_sums + i * count + b, valid);
-      LK_UNROLL for (int g = 0; g < STREAMS; ++g) total[g][i] = fma(x_sum, pair[g], total[g][i]);
+  for (int i = 0; i < M; ++i, x_sums += count) {
+    vf sum[STREAMS];
+    LK_UNROLL for (int g = 0; g < STREAMS; ++g) sum[g] = total[g][i];
+    int64_t b = 0;
+    for (; b + W <= count; b += W) {
+      const vf x_sum = load(x_sums + b);
+      LK_UNROLL for (int g = 0; g < STREAMS; ++g) sum[g] =
+          fma(x_sum, load(pairs + g * stride + b), sum[g]);
     }
+    if (const int valid = (int)(count - b)) {
+      const vf x_sum = load_n(x_sums + b, valid);
+      LK_UNROLL for (int g = 0; g < STREAMS; ++g) sum[g] =
+          fma(x_sum, load_n(pairs + g * stride + b, valid), sum[g]);
+    }
+    LK_UNROLL for (int g = 0; g < STREAMS; ++g) total[g][i] = sum[g];
   }
 }
 
@@ -189,7 +195,7 @@ LK_INLINE void add_shifts(const float* pairs, int64_t stride, const float* x_sum
 // from their loads, whose other width would prevent store forwarding. The number of scales includes
 // W that are loaded past the end.
 LK_INLINE int64_t batch_rows(const Codes& w) {
-  return max(1, (int64_t{512} << w.log2_block) / w.K);
+  return max(1, (int64_t{256} << w.log2_block) / w.K);
 }
 LK_INLINE int64_t batch_scales(const Codes& w) {
   return ((batch_rows(w) * w.K >> w.log2_block) + 2) * (w.has_shift ? 2 : 1) + W;
@@ -201,13 +207,19 @@ LK_INLINE int64_t offset_in_block(const Codes& w, int64_t first, int64_t n) {
   return n * w.K + (first * w.K & ((int64_t{1} << w.log2_block) - 1));
 }
 
+// The scales of a batch of rows: those of stream g lie g * stride behind.
+struct Scales {
+  const float* first;
+  int64_t stride;
+  const float* of(int64_t g) const { return first + g * stride; }
+};
+
 // sums[i * lds + n + g * stream_stride - first] = x[i] · W[n + g * stream_stride] for first <= n <
-// end and all streams g. scales: from the block in which row first + g * stream_stride begins,
-// scale_stride apart.
+// end and all streams g. scales: from the block in which row first + g * stream_stride begins.
 template <int M, typename X, typename T>
 LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* x_sums,
-                           int64_t first, int64_t end, int64_t stream_stride, const float* scales,
-                           int64_t scale_stride, float* sums, int64_t lds) {
+                           int64_t first, int64_t end, int64_t stream_stride, const Scales& scales,
+                           float* sums, int64_t lds) {
   constexpr int J = CODED_TILE_ROWS<M>;
   const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
   const int64_t slab = balanced_slab(w.K, M * int64_t{sizeof(X)}, X_SLAB_BYTES);
@@ -217,16 +229,16 @@ LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* 
       vf total[STREAMS][M];
       if (is_block_aligned) {
         LK_UNROLL_FAST for (int g = 0; g < STREAMS; g += J) dot_codes<J, M, true>(
-            w, t, n + g * stream_stride, stream_stride, scales + g * scale_stride, scale_stride,
+            w, t, n + g * stream_stride, stream_stride, scales.of(g), scales.stride,
             offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1, total + g);
         if (w.has_shift && !k0) {
           const int64_t count = 2 * (w.K >> w.log2_block);
-          add_shifts<M>(scales + (n - first) * count, scale_stride, x_sums, count, total);
+          add_shifts<M>(scales.first + (n - first) * count, scales.stride, x_sums, count, total);
         }
       } else {
         for (int g = 0; g < STREAMS; ++g)
           dot_codes<1, M, false>(
-              w, t, n + g * stream_stride, stream_stride, scales + g * scale_stride, scale_stride,
+              w, t, n + g * stream_stride, stream_stride, scales.of(g), scales.stride,
               offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1, total + g);
       }
       store_sums<M>(total, !k0, stream_stride, sums + n - first, lds);
@@ -236,34 +248,43 @@ LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* 
 
 template <typename X, typename T>
 LK_INLINE void dot_streams(int64_t M, const Codes& w, const T& t, const X* x, const float* x_sums,
-                           int64_t first, int64_t end, int64_t stream_stride, const float* scales,
-                           int64_t scale_stride, float* sums, int64_t lds) {
+                           int64_t first, int64_t end, int64_t stream_stride, const Scales& scales,
+                           float* sums, int64_t lds) {
 #define LK_ROWS(m) \
-  if (M == m)      \
-    dot_streams<m>(w, t, x, x_sums, first, end, stream_stride, scales, scale_stride, sums, lds);
+  if (M == m) dot_streams<m>(w, t, x, x_sums, first, end, stream_stride, scales, sums, lds);
   LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6) LK_ROWS(7) LK_ROWS(8)
 #undef LK_ROWS
 }
 
-// Calls f(n, end, sums of row n) for batches of the rows [n, stop) of each stream, after decoding
-// their scales, which lie scale_stride apart.
+// Calls f(n, end, scales, sums of row n) for batches of the rows [n, stop) of each stream. Scales
+// in float32 are read where they are, unless that would read past their end. Others are decoded
+// to `buffer`.
 template <typename F>
 LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* scales, int64_t scale_stride,
-                              float* sums, const F& f) {
-  const int64_t block_bytes = scale_bytes(w) * (w.has_shift ? 2 : 1);
+                              int64_t stream_stride, float* buffer, float* sums, const F& f) {
+  const int64_t each = w.has_shift ? 2 : 1, block_bytes = scale_bytes(w) * each;
+  const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
+  const int64_t all = (w.N * w.K >> w.log2_block) * each, row_scales = (w.K >> w.log2_block) * each;
   for (int64_t end; n < stop; sums += end - n, n = end) {
     end = min(stop, n + batch_rows(w));
+    const bool is_in_place = w.scale_type == ScaleType::f32 && is_block_aligned &&
+                             (end + (STREAMS - 1) * stream_stride) * row_scales + W <= all;
     for (int64_t g = 0; g < STREAMS; ++g) {
       const int64_t block = (n + g * stream_stride) * w.K >> w.log2_block;
       const int64_t last = ((end + g * stream_stride) * w.K - 1) >> w.log2_block;
-      decode_scales(w, nested, block, last - block + 1, scales + g * scale_stride);
+      if (!is_in_place)
+        decode_scales(w, nested, block, last - block + 1, buffer + g * batch_scales(w));
       // The scales of the next batch arrive while this one is multiplied.
       const char* const next = static_cast<const char*>(w.absmax) + (last + 1) * block_bytes;
       for (int64_t i = 0; i < (last - block + 1) * block_bytes; i += 64)
-        __builtin_prefetch(next + i, 0, 3);
+        __builtin_prefetch(next + i, 0, 2);
     }
-    f(n, end, sums);
+    if (is_in_place)
+      f(n, end,
+        Scales{static_cast<const float*>(w.absmax) + n * row_scales, stream_stride * row_scales},
+        sums);
+    else
+      f(n, end, Scales{buffer, batch_scales(w)}, sums);
   }
 }
 
@@ -277,20 +298,20 @@ struct CodedRows {
   int64_t ldx;
   Passes passes;
   const float* x_sums;
-  int64_t stream_scales = batch_scales(w), scratch_floats = STREAMS * stream_scales;
+  int64_t scratch_floats = STREAMS * batch_scales(w);
 
   const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
   Table256 tables() const { return load_table_256(w.nested_code); }
 
   [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* scales, float* sums,
+                              int64_t stream_stride, float* buffer, float* sums,
                               int64_t lds) const {
-    for_each_batch(w, nested, n, stop, stream_stride, scales, stream_scales, sums,
-                   [&](int64_t n, int64_t end, float* sums) {
+    for_each_batch(w, nested, n, stop, stream_stride, buffer, sums,
+                   [&](int64_t n, int64_t end, const Scales& scales, float* sums) {
                      passes.for_each([&](int64_t m, int64_t rows) {
                        dot_streams(rows, w, code, x + m * ldx,
                                    x_sums + 2 * m * (w.K >> w.log2_block), n, end, stream_stride,
-                                   scales, stream_scales, sums + m * lds, lds);
+                                   scales, sums + m * lds, lds);
                      });
                    });
   }
@@ -305,82 +326,104 @@ struct ByteRows {
   int64_t ldx;
   Passes passes;
   const float* x_sums;
-  int64_t stream_scales = batch_scales(w), scratch_floats = STREAMS * stream_scales;
+  int64_t scratch_floats = STREAMS * batch_scales(w);
 
   const uint8_t* row(int64_t n) const { return w.packed + n * w.K; }
   Table256 tables() const { return load_table_256(w.nested_code); }
 
   // sums[i * lds + g * stream_stride] = x[i] · row n + g * stream_stride of the weight.
   template <int M>
-  [[gnu::always_inline]] void dot_row(int64_t n, int64_t stream_stride, const float* scales,
+  [[gnu::always_inline]] void dot_row(int64_t n, int64_t stream_stride, const Scales& scales,
                                       const float* x_rows, const float* row_sums, float* sums,
                                       int64_t lds) const {
     const int log2_block = w.log2_block, pair = w.has_shift;
     const Values values{w.packed};
     const int64_t first = n * w.K, stream_elements = stream_stride * w.K;
-    uint32_t nan[STREAMS] = {};
+    NanFlags nan[STREAMS] = {};
     vf total[STREAMS][M];
     LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] =
         zero();
     if (pair) {
       const int64_t count = 2 * (w.K >> log2_block);
-      add_shifts<M>(scales, stream_scales, row_sums, count, total);
+      add_shifts<M>(scales.first, scales.stride, row_sums, count, total);
     }
     for (int64_t k0 = 0; k0 < w.K; k0 += CHAIN_CODES) {
       vf sum[STREAMS][M];
       LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i) sum[g][i] =
           zero();
       const int64_t k1 = min(k0 + CHAIN_CODES, w.K);
-      const auto add_vectors = [&](int64_t k, int j,
-                                   const vf code[STREAMS]) __attribute__((always_inline)) {
-        const float* const s = scales + (((k + j * W) >> log2_block) << pair);
-        const float* const xk =
-            x_rows + k / CHUNK_CODES * (M * CHUNK_CODES) + k % CHUNK_CODES + j * W;
+      const auto x_at = [&](int64_t k) {
+        return x_rows + k / CHUNK_CODES * (M * CHUNK_CODES) + k % CHUNK_CODES;
+      };
+      const auto scale_at = [&](int g, int64_t k) {
+        return splat(scales.of(g)[(k >> log2_block) << pair]);
+      };
+      // Adds one vector of codes, scaled.
+      const auto add_vector = [&](int64_t k,
+                                  const vf code[STREAMS]) __attribute__((always_inline)) {
         vf v[STREAMS];
-        LK_UNROLL for (int g = 0; g < STREAMS; ++g) v[g] =
-            mul(code[g], splat(s[g * stream_scales]));
+        LK_UNROLL for (int g = 0; g < STREAMS; ++g) v[g] = mul(code[g], scale_at(g, k));
         LK_UNROLL for (int i = 0; i < M; ++i) {
-          const vf xv = load(xk + i * CHUNK_CODES);
+          const vf xv = load(x_at(k) + i * CHUNK_CODES);
           LK_UNROLL for (int g = 0; g < STREAMS; ++g) sum[g][i] = fma(xv, v[g], sum[g][i]);
         }
       };
-      int64_t k = k0;
-      for (; k + 2 * W <= k1; k += 2 * W) {
-        vf pairs[STREAMS][2], code[STREAMS];
-        LK_UNROLL for (int g = 0; g < STREAMS; ++g) {
-          __builtin_prefetch(w.packed + first + g * stream_elements + k + PREFETCH_BYTES, 0, 3);
-          values.pair(first + g * stream_elements + k, pairs[g], nan[g]);
+      // Adds two vectors of codes that share a scale: the scale of their sum.
+      const auto add_pair = [&](int64_t k,
+                                const vf code[2][STREAMS]) __attribute__((always_inline)) {
+        LK_UNROLL for (int i = 0; i < M; ++i) {
+          const float* const xk = x_at(k) + i * CHUNK_CODES;
+          const vf x0 = load(xk), x1 = load(xk + W);
+          LK_UNROLL for (int g = 0; g < STREAMS; ++g) sum[g][i] =
+              fma(fma(x1, code[1][g], mul(x0, code[0][g])), scale_at(g, k), sum[g][i]);
         }
-        LK_UNROLL for (int j = 0; j < 2; ++j) {
-          LK_UNROLL for (int g = 0; g < STREAMS; ++g) code[g] = pairs[g][j];
-          add_vectors(k, j, code);
+      };
+      const auto add_pairs = [&](int64_t k, auto shares_scale) __attribute__((always_inline)) {
+        for (; k + 2 * W <= k1; k += 2 * W) {
+          vf code[2][STREAMS];
+          LK_UNROLL for (int g = 0; g < STREAMS; ++g) {
+            __builtin_prefetch(w.packed + first + g * stream_elements + k + PREFETCH_BYTES, 0, 3);
+            vf v[2];
+            values.pair(first + g * stream_elements + k, v, nan[g]);
+            LK_UNROLL for (int j = 0; j < 2; ++j) code[j][g] = v[j];
+          }
+          if constexpr (shares_scale) {
+            add_pair(k, code);
+          } else {
+            LK_UNROLL for (int j = 0; j < 2; ++j) add_vector(k + j * W, code[j]);
+          }
         }
-      }
+        return k;
+      };
+      constexpr bool scales_sums = M <= MAX_SUM_SCALED_ROWS;
+      int64_t k = scales_sums && 1 << log2_block >= 2 * W
+                      ? add_pairs(k0, std::bool_constant<scales_sums>{})
+                      : add_pairs(k0, std::false_type{});
       for (; k < k1; k += W) {  // a last block of 16 elements
         vf code[STREAMS];
         LK_UNROLL for (int g = 0; g < STREAMS; ++g) code[g] =
             mul(values(first + g * stream_elements + k), splat(1.0f / Values::FACTOR));
-        add_vectors(k, 0, code);
+        add_vector(k, code);
       }
       LK_UNROLL for (int g = 0; g < STREAMS; ++g) LK_UNROLL for (int i = 0; i < M; ++i)
           total[g][i] = fma(sum[g][i], splat(Values::FACTOR), total[g][i]);
     }
-    LK_UNROLL for (int g = 0; g < STREAMS; ++g) if (nan[g]) LK_UNROLL for (int i = 0; i < M; ++i)
-        total[g][i] = splat(__builtin_nanf(""));
+    LK_UNROLL for (int g = 0; g < STREAMS; ++g) if (is_set(nan[g]))
+        LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = splat(__builtin_nanf(""));
     store_sums<M>(total, true, stream_stride, sums, lds);
   }
 
   [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* scales, float* sums,
+                              int64_t stream_stride, float* buffer, float* sums,
                               int64_t lds) const {
     const int64_t blocks = w.K >> w.log2_block, count = w.has_shift ? 2 * blocks : blocks;
-    for_each_batch(w, nested, n, stop, stream_stride, scales, stream_scales, sums,
-                   [&](int64_t first, int64_t end, float* sums) {
+    for_each_batch(w, nested, n, stop, stream_stride, buffer, sums,
+                   [&](int64_t first, int64_t end, const Scales& scales, float* sums) {
                      for (int64_t n = first; n < end; ++n, ++sums)
                        passes.for_each([&](int64_t m, int64_t rows) {
-#define LK_ROWS(r)                                                          \
-  if (rows == r)                                                            \
-    dot_row<r>(n, stream_stride, scales + (n - first) * count, x + m * ldx, \
+#define LK_ROWS(r)                                                                                 \
+  if (rows == r)                                                                                   \
+    dot_row<r>(n, stream_stride, {scales.of(0) + (n - first) * count, scales.stride}, x + m * ldx, \
                x_sums + 2 * m * blocks, sums + m * lds, lds);
                          LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4)
 #undef LK_ROWS
@@ -467,7 +510,7 @@ struct DecodedRows {
   int64_t ldx;
   Passes passes;
   int64_t slab = balanced_slab(w.K, STREAMS* int64_t{sizeof(X)}, DECODED_SLAB_BYTES);
-  int64_t stream_scales = batch_scales(w), scale_floats = round_up(STREAMS * stream_scales, 16);
+  int64_t scale_floats = round_up(STREAMS * batch_scales(w), 16);
   int64_t scratch_floats = scale_floats + STREAMS * slab * int64_t{sizeof(X)} / 4;
 
   const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
@@ -475,9 +518,9 @@ struct DecodedRows {
 
   // dst = the elements [k0, k1) of row n and its counterparts in the other streams, `slab` apart.
   [[gnu::always_inline]] void decode(int64_t first, int64_t n, int64_t stream_stride,
-                                     const float* scales, int64_t k0, int64_t k1, X* dst) const {
+                                     const Scales& scales, int64_t k0, int64_t k1, X* dst) const {
     const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
-    for (int64_t g = 0; g < STREAMS; ++g, dst += slab, scales += stream_scales) {
+    for (int64_t g = 0; g < STREAMS; ++g, dst += slab) {
       const int64_t row = n + g * stream_stride,
                     offset = offset_in_block(w, first + g * stream_stride, n - first);
       if constexpr (std::is_same_v<X, float>)
@@ -488,14 +531,14 @@ struct DecodedRows {
         }
       if (is_in_order(w, true)) {
         const int64_t each = w.has_shift ? 2 : 1, blocks = w.K >> w.log2_block;
-        decode_slab_in_order(w, values_of(code), row, scales + (n - first) * blocks * each, k0, k1,
-                             dst);
+        decode_slab_in_order(w, values_of(code), row, scales.of(g) + (n - first) * blocks * each,
+                             k0, k1, dst);
         continue;
       }
       if (is_block_aligned)
-        decode_slab<true>(w, code, row, scales, offset, k0, k1, dst);
+        decode_slab<true>(w, code, row, scales.of(g), offset, k0, k1, dst);
       else
-        decode_slab<false>(w, code, row, scales, offset, k0, k1, dst);
+        decode_slab<false>(w, code, row, scales.of(g), offset, k0, k1, dst);
     }
   }
 
@@ -524,11 +567,11 @@ struct DecodedRows {
   }
 
   [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop,
-                              int64_t stream_stride, float* scales, float* sums,
+                              int64_t stream_stride, float* buffer, float* sums,
                               int64_t lds) const {
-    X* const decoded = reinterpret_cast<X*>(scales + scale_floats);
-    for_each_batch(w, nested, n, stop, stream_stride, scales, stream_scales, sums,
-                   [&](int64_t first, int64_t end, float* sums) {
+    X* const decoded = reinterpret_cast<X*>(buffer + scale_floats);
+    for_each_batch(w, nested, n, stop, stream_stride, buffer, sums,
+                   [&](int64_t first, int64_t end, const Scales& scales, float* sums) {
                      for (int64_t n = first; n < end; ++n, ++sums)
                        for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
                          const int64_t k1 = min(k0 + slab, w.K);

@@ -95,9 +95,9 @@ LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0
 // 1. Load 4 bytes, 8 codes, of each of 16 rows and transpose, so that a lane holds 8 codes of one
 //    row.
 // 2. Look these up two at a time and scale them.
-// `scales` has room for one scale of each row and 8 elements. prefetch_distance: bytes from these
-// codes to those of the next panel.
-template <typename Word>
+// `scales` has room for one scale of each row and 8 elements; with a shift, for both of each block.
+// prefetch_distance: bytes from these codes to those of the next panel.
+template <typename Word, bool HasShift>
 LK_INLINE void pack_codes_k(const Codes& w, int64_t k0, int64_t depth, int64_t n0, int64_t count,
                             float* dst, const PanelLayout& layout, float* scales,
                             int64_t prefetch_distance) {
@@ -106,13 +106,15 @@ LK_INLINE void pack_codes_k(const Codes& w, int64_t k0, int64_t depth, int64_t n
   const int64_t dwords = (depth + 7) / 8;
   // If rows are whole blocks, all rows change blocks at the same k; else a row may at every eighth
   // element.
-  const int shift = w.K % (int64_t{1} << w.log2_block) == 0 ? w.log2_block : 3;
-  const int64_t k_first = k0 >> shift, steps = ((k0 + depth - 1) >> shift) - k_first + 1;
+  const int log2_step = w.K % (int64_t{1} << w.log2_block) == 0 ? w.log2_block : 3;
+  const int64_t k_first = k0 >> log2_step, steps = ((k0 + depth - 1) >> log2_step) - k_first + 1;
+  float* const shifts = scales + steps * VW;
   for (int64_t n = 0; n < VW; ++n)
-    for (int64_t i = 0; i < steps; ++i)
-      scales[i * VW + n] =
-          n < count ? block_scale(w, ((n0 + n) * w.K + ((k_first + i) << shift)) >> w.log2_block)
-                    : 0.0f;
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t block = ((n0 + n) * w.K + ((k_first + i) << log2_step)) >> w.log2_block;
+      scales[i * VW + n] = n < count ? block_scale(w, block) : 0.0f;
+      if (HasShift) shifts[i * VW + n] = n < count ? block_shift(w, block) : 0.0f;
+    }
   for (int64_t j = 0; j < dwords; j += W)
     for (int64_t n = 0; n < VW; n += W) {
       vf r[W];
@@ -126,12 +128,17 @@ LK_INLINE void pack_codes_k(const Codes& w, int64_t k0, int64_t depth, int64_t n
       transpose(r);
       LK_UNROLL for (int i = 0; i < W; ++i) {
         if (j + i >= dwords) break;
-        const vf scale = load(scales + (((k0 + 8 * (j + i)) >> shift) - k_first) * VW + n);
+        const int64_t step = (((k0 + 8 * (j + i)) >> log2_step) - k_first) * VW + n;
+        const vf scale = load(scales + step), shift = HasShift ? load(shifts + step) : zero();
         const __m512i codes = _mm512_castps_si512(r[i]);
         float* out = dst + (j + i) * 8 / E * layout.word_stride + n / W * layout.vector_stride;
         LK_UNROLL for (int b = 0; b < 4; ++b) {
-          const vf even = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * b + 4), t), scale),
-                   odd = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * b), t), scale);
+          vf even = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * b + 4), t), scale),
+             odd = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * b), t), scale);
+          if (HasShift) {
+            even = add(even, shift);
+            odd = add(odd, shift);
+          }
           store_words(out + 2 * b / E * layout.word_stride, even, odd, Word{});
         }
       }
@@ -140,7 +147,7 @@ LK_INLINE void pack_codes_k(const Codes& w, int64_t k0, int64_t depth, int64_t n
 
 // Packs W[n0 + n, k0 + k] of a 4-bit weight with the sum along n: `depth` rows n and 64 columns.
 // Reads all of them, without a bounds check.
-template <typename Word>
+template <typename Word, bool HasShift>
 LK_INLINE void pack_codes_n(const Codes& w, int64_t n0, int64_t depth, int64_t k0, float* dst,
                             const PanelLayout& layout, int64_t prefetch_distance) {
   constexpr int64_t E = ELEMENTS<Word>;
@@ -156,10 +163,17 @@ LK_INLINE void pack_codes_n(const Codes& w, int64_t n0, int64_t depth, int64_t k
         lookup_2w(t, w.packed + i / 2, even[e], odd[e]);
         const int64_t block = i >> w.log2_block;
         vf scale = splat(block_scale(w, block));
-        if (w.log2_block == 4)  // 32 elements span two blocks
+        vf shift = HasShift ? splat(block_shift(w, block)) : zero();
+        if (w.log2_block == 4) {  // 32 elements span two blocks
           scale = _mm512_mask_mov_ps(scale, 0xff00, splat(block_scale(w, block + 1)));
+          if (HasShift) shift = _mm512_mask_mov_ps(shift, 0xff00, splat(block_shift(w, block + 1)));
+        }
         even[e] = mul(even[e], scale);
         odd[e] = mul(odd[e], scale);
+        if (HasShift) {
+          even[e] = add(even[e], shift);
+          odd[e] = add(odd[e], shift);
+        }
       }
       store_columns(dst + n / E * layout.word_stride + k / W * layout.vector_stride,
                     layout.vector_stride, even, odd, Word{});
@@ -175,16 +189,22 @@ LK_INLINE void pack_codes(const Codes& w, bool is_transposed, int64_t k0, int64_
   E* const panel = reinterpret_cast<E*>(decoded);
   const Table t = load_table(w.code);
   const DType dtype = ELEMENTS<Word> == 2 ? DType::bf16 : DType::f32;
-  const bool is_plain = w.kind == CodeKind::nibble && !w.has_shift;
-  if (is_plain && is_transposed && w.K % 8 == 0) {
-    pack_codes_k<Word>(w, k0, depth, n0, count, dst, layout, decoded,
-                       (k0 + depth < w.K ? depth : VW * w.K - k0) / 2);
-  } else if (is_plain && !is_transposed && w.K % (2 * W) == 0 && count == VW) {
-    pack_codes_n<Word>(w, k0, depth, n0, dst, layout,
-                       (k0 + depth < w.N ? depth * w.K : VW - k0 * w.K) / 2);
+  const bool is_nibble = w.kind == CodeKind::nibble;
+  if (is_nibble && is_transposed && w.K % 8 == 0) {
+    const auto pack = w.has_shift ? pack_codes_k<Word, true> : pack_codes_k<Word, false>;
+    pack(w, k0, depth, n0, count, dst, layout, decoded,
+         (k0 + depth < w.K ? depth : VW * w.K - k0) / 2);
+  } else if (is_nibble && !is_transposed && w.K % (2 * W) == 0 && count == VW) {
+    const auto pack = w.has_shift ? pack_codes_n<Word, true> : pack_codes_n<Word, false>;
+    pack(w, k0, depth, n0, dst, layout, (k0 + depth < w.N ? depth * w.K : VW - k0 * w.K) / 2);
   } else if (is_transposed) {
     const int64_t ld = round_up(depth, 2 * W);
-    for (int64_t i = 0; i < count; ++i) decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
+    const int64_t next = k0 + depth < w.K ? depth : VW * w.K - k0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* const p = w.packed + (((n0 + i) * w.K + k0 + next) >> is_nibble);
+      for (int64_t j = 0; j < depth >> is_nibble; j += 64) __builtin_prefetch(p + j, 0, 2);
+      decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
+    }
     pack_words<Word, E>({.data = panel, .dtype = dtype, .row_stride = 1, .col_stride = ld}, 0,
                         depth, 0, count, dst, layout);
   } else {

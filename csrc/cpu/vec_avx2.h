@@ -19,6 +19,11 @@ using vf = __m256;
 
 LK_INLINE vf zero() { return _mm256_setzero_ps(); }
 LK_INLINE vf splat(float a) { return _mm256_set1_ps(a); }
+LK_INLINE vf splat_pair(const float* p) {  // p[0] and p[1] in turns
+  double pair;
+  __builtin_memcpy(&pair, p, 8);
+  return _mm256_castpd_ps(_mm256_set1_pd(pair));
+}
 LK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 LK_INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 LK_INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
@@ -121,12 +126,14 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
       _mm256_set1_ps(256.0f));
 }
 
-// The values of 2 W codes, 2^8 times too small. nan gets a bit if one is NaN, which its value is
-// not.
-LK_INLINE void load_2w_e4m3(const uint8_t* p, vf out[2], uint32_t& nan) {
+// The values of 2 W codes, 2^8 times too small. nan, zero before, is `is_set` after one of them was
+// NaN, which its value is not.
+using NanFlags = __m128i;
+LK_INLINE bool is_set(NanFlags nan) { return _mm_movemask_epi8(nan); }
+LK_INLINE void load_2w_e4m3(const uint8_t* p, vf out[2], NanFlags& nan) {
   const __m128i b = _mm_loadu_si128((const __m128i*)p);
-  nan |= (uint32_t)_mm_movemask_epi8(
-      _mm_cmpeq_epi8(_mm_or_si128(b, _mm_set1_epi8((char)0x80)), _mm_set1_epi8((char)0xff)));
+  // A carry reaches bit 7 from seven ones.
+  nan = _mm_or_si128(nan, _mm_xor_si128(b, _mm_add_epi8(b, _mm_set1_epi8(1))));
   // Sign extension leaves the sign in bits 7 to 15; as a float16 it is bit 15 alone.
   const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(b), 7),
                                         _mm256_set1_epi16((short)0xbf80));

@@ -17,6 +17,7 @@ constexpr int Y_ROWS = 4;    // rows of y updated together
 typedef float vf __attribute__((vector_size(16)));
 
 LK_INLINE vf splat(float a) { return vf{a, a, a, a}; }
+LK_INLINE vf splat_pair(const float* p) { return vf{p[0], p[1], p[0], p[1]}; }
 LK_INLINE vf zero() { return splat(0.0f); }
 LK_INLINE vf add(vf a, vf b) { return a + b; }
 LK_INLINE vf mul(vf a, vf b) { return a * b; }
@@ -137,9 +138,11 @@ LK_INLINE vf load_e4m3(const uint8_t* p) {
   }
   return v;
 }
-// The values of 2 W codes, 2^8 times too small. nan gets a bit if one is NaN, which its value is
-// not.
-LK_INLINE void load_2w_e4m3(const uint8_t* p, vf out[2], uint32_t& nan) {
+// The values of 2 W codes, 2^8 times too small. nan, zero before, is `is_set` after one of them was
+// NaN, which its value is not.
+using NanFlags = uint32_t;
+LK_INLINE bool is_set(NanFlags nan) { return nan; }
+LK_INLINE void load_2w_e4m3(const uint8_t* p, vf out[2], NanFlags& nan) {
   for (int j = 0; j < 2; ++j, p += W) {
     vf v;
     for (int i = 0; i < W; ++i) {

@@ -17,6 +17,7 @@ from .trainer import FuseCallback
 
 if _find_spec("transformers.integrations.moe") is not None:  # transformers 5
     from . import experts as experts  # registers experts_implementation="lora_kernels"
+    from .fp8 import packed_fp8 as packed_fp8
     from .mxfp4 import packed_mxfp4 as packed_mxfp4
 
 __all__ = ["FuseCallback"]

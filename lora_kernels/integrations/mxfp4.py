@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import auto
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
 from ..layers.experts import DOWN, GATE_UP
@@ -17,6 +16,7 @@ from ..peft.mergeable import refuse_merges
 from ..quantization import QuantizedWeight
 from ..quantization.packed_state import build_parameter, register_state_hooks
 from ..quantization.tensor import QuantizedTensor
+from .quantizer import quantizer_for
 
 PROJECTIONS = GATE_UP, DOWN
 _BYTES_PER_ELEMENT = 17 / 32  # half a byte of code, and one byte of scale for 32 codes
@@ -45,12 +45,8 @@ def packed_mxfp4() -> Iterator[None]:
     >>> with packed_mxfp4():  # doctest: +SKIP
     ...     model = AutoModelForCausalLM.from_pretrained("openai/gpt-oss-20b")
     """
-    original_quantizer = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
-    auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = PackedMxfp4Quantizer
-    try:
+    with quantizer_for("mxfp4", PackedMxfp4Quantizer):
         yield
-    finally:
-        auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = original_quantizer
 
 
 class Pack(ConversionOps):

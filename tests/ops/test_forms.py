@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.ops.engines import engines_in_turn, every_engine, every_native_engine
 from tests.support.codec import same_bits
 from tests.support.engines import check
 from tests.support.problems import FULL, bf16, f16, f32, with_rank
+from tests.support.processes import run_python
 
 # Blocks of 16 in every kernel; scales as files have them.
 FORMS = (
@@ -204,3 +206,44 @@ def test_nan_code_of_one_row_is_in_that_row_alone(engine: str) -> None:
             y = lora_linear(torch.randn(M, 48), spoiled, A, B)
             assert torch.equal(y.isnan().all(0), torch.arange(70) == n)
             assert torch.equal(y.isnan().any(0), torch.arange(70) == n)
+
+
+HELD_MEMORY = """
+import torch
+from lora_kernels import lora_linear
+from lora_kernels.oracle import forms
+
+def pages(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+
+def rise(call):
+    # Resets the peak. More than 32 MiB are mapped, and unmapped when they are freed.
+    open("/proc/self/clear_refs", "w").write("5")
+    before = pages("VmRSS")
+    call()
+    return pages("VmHWM") - before
+
+N, K = 8192, 4096
+for dtype in (torch.float32, torch.bfloat16):
+    for form in ("int4-32-half-shift", "e4m3-64"):
+        weight = forms.build(torch.rand(64, K).to(dtype).repeat(N // 64, 1), form)
+        x = torch.randn(300, K, dtype=dtype, requires_grad=True)
+        A, B = (torch.randn(n, k, requires_grad=True) for n, k in ((8, K), (N, 8)))
+        step = lambda: lora_linear(x, weight, A, B, scaling=1.0).sum().backward()
+        few = lambda: lora_linear(x[:2], weight, A, B, scaling=1.0).sum().backward()
+        step(), few()  # the libraries' pages, and the gradients
+        decoded = lambda: x.detach() @ weight.dequantize(dtype).T
+        print(dtype, form, N * K * dtype.itemsize, *map(rise, (step, few, decoded)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(native.module is None, reason="no native kernels")
+def test_step_on_a_cpu_holds_no_decoded_weight() -> None:
+    done = run_python("-c", HELD_MEMORY)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        size, step, few, decoded = map(int, line.split()[2:])
+        assert decoded > 0.9 * size and max(step, few) < 0.25 * size, line

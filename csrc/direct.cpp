@@ -385,7 +385,7 @@ Object direct_forward(Arguments& in) {
   if (!operands.read(x_view.dtype) || x_view.last() != l.K) return none();
   l.M = x_view.elements() / l.K;
   if (l.M == 0 || !operands.choose(strategy)) return none();
-  const bool is_gemv = strategy == Strategy::gemv || strategy == Strategy::gemv_4bit;
+  const bool is_gemv = strategy == Strategy::gemv || strategy == Strategy::gemv_quantized;
   if (!l.R && !is_gemv) return none();
   if (bias != Py_None &&
       (!view_floats(bias, bias_view) || bias_view.ndim != 1 || bias_view.shape[0] != l.N))
@@ -522,12 +522,12 @@ void set_rules() {
 Object strategy_on(Arguments& in) {
   const Processor processor{.isa = in("isa"), .has_amx = in("has_amx"), .is_intel = in("is_intel")};
   const DType dtype = in("dtype");
-  const bool is_4bit = in("is_4bit"), is_columns = in("is_columns");
+  const bool is_quantized = in("is_quantized"), is_columns = in("is_columns");
   const int64_t M = in("M"), N = in("N"), K = in("K");
   in.finish();
   const Rules r = rules_of(processor, dtype);
-  const Strategy strategy = choose_strategy(r, is_4bit, is_columns, M, N, K);
-  return tuple_of({static_cast<int64_t>(strategy), few_rows(r, is_4bit, is_columns, N * K)});
+  const Strategy strategy = choose_strategy(r, is_quantized, is_columns, M, N, K);
+  return tuple_of({static_cast<int64_t>(strategy), few_rows(r, is_quantized, is_columns, N * K)});
 }
 
 // Takes the number of the strategy and M. Returns whether the fused kernel computes dx.

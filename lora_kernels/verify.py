@@ -500,7 +500,7 @@ def _forced_engines(name: str, case: Case) -> list[str]:
     few = 0
     if name in native.ISAS:
         few = cpu_heuristics.few_rows(compute, bool(case.quant), case.N * case.K, isa=name)
-    strategy = cpu.GEMV_4BIT if case.quant else cpu.GEMV
+    strategy = cpu.GEMV_QUANTIZED if case.quant else cpu.GEMV
     return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 
 

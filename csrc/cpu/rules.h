@@ -11,7 +11,7 @@
 namespace lora_kernels {
 
 // In the order of STRATEGIES in lora_kernels/backends/cpu/linear.py, which describes them.
-enum class Strategy : int { fused, library, gemv, gemv_4bit };
+enum class Strategy : int { fused, library, gemv, gemv_quantized };
 
 struct Processor {
   Isa isa;       // of the kernels
@@ -31,17 +31,17 @@ constexpr int64_t AMX_GEMM = 10'000'000'000, AMX_ROWS = 512;
 // in 4 bits. Beside AMX bfloat16 has its tiles; without vector instructions widening 16 bits costs
 // more than multiplying.
 constexpr int64_t FEW_ROWS[] = {4, 32, 16, 16, 16};
-constexpr int64_t FEW_ROWS_4BIT[] = {8, 32, 16, 16, 11};
+constexpr int64_t FEW_ROWS_QUANTIZED[] = {8, 32, 16, 16, 11};
 constexpr int64_t FEW_ROWS_BESIDE_AMX = 6;
 constexpr int64_t LARGE = 1 << 24, FEW_ROWS_OF_LARGE = 32;
 constexpr int64_t ALL_ROWS = std::numeric_limits<int64_t>::max();
 constexpr std::size_t ISAS = static_cast<std::size_t>(Isa::amxbf16) + 1;
-static_assert(std::size(FEW_ROWS) == ISAS && std::size(FEW_ROWS_4BIT) == ISAS);
+static_assert(std::size(FEW_ROWS) == ISAS && std::size(FEW_ROWS_QUANTIZED) == ISAS);
 
 // How the rows of x are divided among strategies, for one dtype of the base GEMM.
 struct Rules {
   // The most rows for the GEMV kernel: dense, 4-bit, and 4-bit with LARGE elements.
-  int64_t few_rows, few_rows_4bit, few_rows_of_large;
+  int64_t few_rows, few_rows_quantized, few_rows_of_large;
   // torch.mm runs a dense base GEMM of at least so many rows and multiply-adds, and of fewer rows
   // than the last.
   int64_t library_rows, library_gemm, library_end;
@@ -52,15 +52,15 @@ inline Rules rules_of(const Processor& processor, DType dtype) {
   const Isa isa = processor.isa;
   const bool is_amx = isa == Isa::amxbf16, is_bf16 = dtype == DType::bf16;
   int64_t few = FEW_ROWS[static_cast<std::size_t>(isa)];
-  int64_t few_4bit = FEW_ROWS_4BIT[static_cast<std::size_t>(isa)];
+  int64_t few_quantized = FEW_ROWS_QUANTIZED[static_cast<std::size_t>(isa)];
   if (isa == Isa::scalar && dtype != DType::f32) few = 0;
-  if (is_amx && is_bf16) few = few_4bit = FEW_ROWS_BESIDE_AMX;
+  if (is_amx && is_bf16) few = few_quantized = FEW_ROWS_BESIDE_AMX;
   const bool takes_large = isa == Isa::avx512 || isa == Isa::avx512bf16;
   // oneDNN has AMX and these kernels do not: torch.mm runs every bfloat16 GEMM.
   const bool lacks_amx = processor.has_amx && is_bf16 && !is_amx;
   Rules r{.few_rows = few,
-          .few_rows_4bit = few_4bit,
-          .few_rows_of_large = takes_large ? FEW_ROWS_OF_LARGE : few_4bit,
+          .few_rows_quantized = few_quantized,
+          .few_rows_of_large = takes_large ? FEW_ROWS_OF_LARGE : few_quantized,
           .library_rows = ALL_ROWS,
           .library_gemm = 0,
           .library_end = ALL_ROWS,
@@ -76,20 +76,22 @@ inline Rules rules_of(const Processor& processor, DType dtype) {
 
 // The most rows of x for the GEMV kernel. size: elements of the weight. is_columns: the weight is
 // stored as [K, N]; torch.mm then runs the GEMV, for one row.
-inline int64_t few_rows(const Rules& r, bool is_4bit, bool is_columns, int64_t size) {
+inline int64_t few_rows(const Rules& r, bool is_quantized, bool is_columns, int64_t size) {
   if (is_columns) return 1;
-  if (!is_4bit) return r.few_rows;
-  return size >= LARGE ? r.few_rows_of_large : r.few_rows_4bit;
+  if (!is_quantized) return r.few_rows;
+  return size >= LARGE ? r.few_rows_of_large : r.few_rows_quantized;
 }
 
 // The strategy for M rows of x and a weight [N, K].
-inline Strategy choose_strategy(const Rules& r, bool is_4bit, bool is_columns, int64_t M, int64_t N,
-                                int64_t K) {
+inline Strategy choose_strategy(const Rules& r, bool is_quantized, bool is_columns, int64_t M,
+                                int64_t N, int64_t K) {
   const int64_t size = N * K;
-  if (M <= few_rows(r, is_4bit, is_columns, size))
-    return is_columns ? Strategy::library : is_4bit ? Strategy::gemv_4bit : Strategy::gemv;
+  if (M <= few_rows(r, is_quantized, is_columns, size))
+    return is_columns     ? Strategy::library
+           : is_quantized ? Strategy::gemv_quantized
+                          : Strategy::gemv;
   const bool is_library =
-      !is_4bit && M >= r.library_rows && M < r.library_end && M * size >= r.library_gemm;
+      !is_quantized && M >= r.library_rows && M < r.library_end && M * size >= r.library_gemm;
   return r.has_fused && !is_library ? Strategy::fused : Strategy::library;
 }
 

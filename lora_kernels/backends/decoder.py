@@ -120,7 +120,7 @@ def _checked_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) ->
     """Decode by Triton's kernel if it passed its check on the device, else by PyTorch's ops."""
     if kernel_reason(weight.packed.device, weight.form, dtype) is None:
         if checked.is_dispatched(weight.packed):
-            return torch.ops.lora_kernels.decode_4bit(*weight, *shape, dtype)  # type: ignore[no-any-return]
+            return torch.ops.lora_kernels.decode(*weight, *shape, dtype)  # type: ignore[no-any-return]
         return _launch_decoder(*weight, *shape, dtype)
     return decode(weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype)
 
@@ -201,13 +201,13 @@ def _launch_decoder(*args: Any) -> Tensor:
 # The decoder as one op, for modes.
 _LIB = torch.library.Library("lora_kernels", "FRAGMENT")
 _LIB.define(
-    "decode_4bit(Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
+    "decode(Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
     "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, str quant_type, "
     "int N, int K, ScalarType dtype) -> Tensor"
 )
-torch.library.register_kernel("lora_kernels::decode_4bit", None, _launch_decoder, lib=_LIB)
+torch.library.register_kernel("lora_kernels::decode", None, _launch_decoder, lib=_LIB)
 torch.library.register_fake(
-    "lora_kernels::decode_4bit",
+    "lora_kernels::decode",
     lambda packed, *args: packed.new_empty(args[-3:-1], dtype=args[-1]),
     lib=_LIB,
 )

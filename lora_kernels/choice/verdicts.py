@@ -214,7 +214,7 @@ def _read_seconds(name: str, data: Any) -> Seconds:
 def group_of(backend: str, strategy: str, problem: Problem) -> Group:
     """Return the group that a call belongs to."""
     adapter = _name(problem.a_dtype) if problem.a_dtype is problem.b_dtype else "unequal"
-    weight = "4bit" if problem.four_bit else "dense"
+    weight = "4bit" if problem.is_quantized else "dense"
     return Group(backend, str(strategy), _name(problem.dtype), adapter, weight)
 
 

@@ -40,7 +40,7 @@ class Strategy(str, Enum):
     COOPERATIVE = "cooperative", "for few rows of x, one launch: some blocks compute P, all read W"
     LIBRARY = "library", "runs the base GEMM in PyTorch's library, and the update beside it"
     GEMV = "gemv", "for few rows of x, reads each row of a dense weight once"
-    GEMV_4BIT = "gemv_4bit", "for few rows of x, decodes a 4-bit weight in registers or L1"
+    GEMV_QUANTIZED = "gemv_quantized", "for few rows of x, decodes W in registers or L1"
     PANELS = "panels", "computes row norms from library GEMMs, a panel of the weight at a time"
 
     def __new__(cls, value: str, description: str = "") -> Strategy:
@@ -74,7 +74,7 @@ class Problem(NamedTuple):
         dtype: of the base GEMM.
         rank: the largest of several adapters' ranks.
         rows: M.
-        four_bit: whether the weight is packed in 4 bits.
+        is_quantized: whether the weight is packed.
         columns, inner: N and K.
         extra: the names of the operands after `bias` that the call has, and of its `Codes`.
         device_index: of a GPU, or None.
@@ -89,7 +89,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     rank: int
     rows: int = MANY_ROWS
-    four_bit: bool = False
+    is_quantized: bool = False
     columns: int = MANY_ROWS
     inner: int = MANY_ROWS
     extra: tuple[str, ...] = ()

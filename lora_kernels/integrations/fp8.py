@@ -64,7 +64,9 @@ class PackedFp8Quantizer(FineGrainedFP8HfQuantizer):
                 )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
-        model = super()._process_model_after_weight_loading(model, **kwargs)
+        model = super()._process_model_after_weight_loading(  # type: ignore[no-untyped-call]
+            model, **kwargs
+        )
         return keep_packed(model, exact_x=True) if self.is_packed else model
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:

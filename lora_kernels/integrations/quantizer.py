@@ -12,9 +12,10 @@ from transformers.quantizers import auto
 @contextmanager
 def quantizer_for(method: str, quantizer: type[Any]) -> Iterator[None]:
     """Let `from_pretrained` use `quantizer` for checkpoints of this `quant_method`."""
-    original = auto.AUTO_QUANTIZER_MAPPING[method]
-    auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
+    quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    original = quantizers[method]
+    quantizers[method] = quantizer
     try:
         yield
     finally:
-        auto.AUTO_QUANTIZER_MAPPING[method] = original
+        quantizers[method] = original

@@ -317,10 +317,10 @@ def choose(operands: ExpertsOperands, spec: ExpertsSpec, requested: Forced | Non
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
     x, weight, lora_A, lora_B, *_ = operands
     (device_type, index), (M, K), N = context.device_of(x), x.shape, lora_B[0].shape[1]
-    R, is_4bit = largest_rank(lora_A), isinstance(weight, Codes)
+    R, is_quantized = largest_rank(lora_A), isinstance(weight, Codes)
     dtypes = x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype
     extra = selection.extra_operands(operands, spec.dropout_p)
-    problem = Problem(device_type, *dtypes, R, M, is_4bit, N, K, extra, index)
+    problem = Problem(device_type, *dtypes, R, M, is_quantized, N, K, extra, index)
     return selection.choose_experts(problem, requested)
 
 

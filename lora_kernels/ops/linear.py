@@ -258,11 +258,11 @@ def choose(operands: Operands, spec: Spec, requested: Forced | None = None) -> C
     x, weight, lora_A, lora_B, *_ = operands
     device_type, index = context.device_of(x)
     (R, K), N, dtype = lora_A.shape, lora_B.shape[0], spec.dtype
-    M, four_bit = x.numel() // K, isinstance(weight, Codes)
+    M, is_quantized = x.numel() // K, isinstance(weight, Codes)
     dtypes = x.dtype, lora_A.dtype, lora_B.dtype, dtype
     stored = selection.layout_of(device_type, weight, dtype)
     extra = selection.extra_operands(operands, spec.dropout_p)
-    problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, extra, index, stored)
+    problem = Problem(device_type, *dtypes, R, M, is_quantized, N, K, extra, index, stored)
     return selection.choose(problem, requested)
 
 

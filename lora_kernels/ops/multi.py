@@ -238,11 +238,11 @@ def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = 
     x, weight, lora_A, lora_B, *_ = operands
     device_type, index = context.device_of(x)
     K, N, R = x.shape[-1], lora_B[0].shape[0], max(A.shape[0] for A in lora_A)
-    M, four_bit = x.numel() // K, isinstance(weight, Codes)
+    M, is_quantized = x.numel() // K, isinstance(weight, Codes)
     dtypes = x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype
     stored = selection.layout_of(device_type, weight, spec.dtype)
     extra = selection.extra_operands(operands, spec.dropout_p)
-    problem = Problem(device_type, *dtypes, R, M, four_bit, N, K, extra, index, stored)
+    problem = Problem(device_type, *dtypes, R, M, is_quantized, N, K, extra, index, stored)
     return selection.choose(problem._replace(mixed=True), requested)
 
 

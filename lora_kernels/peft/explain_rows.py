@@ -329,8 +329,8 @@ def row_of_layer(
     if isinstance(layer, LoRAEmbedding):
         return _embedding_row(name)
     weight, A, B = layer.base_weight(), layer.lora_A, layer.lora_B
-    is_4bit = isinstance(weight, QuantizedWeight)
-    x_dtype = x_dtype or (A if is_4bit else weight).dtype
+    is_quantized = isinstance(weight, QuantizedWeight)
+    x_dtype = x_dtype or (A if is_quantized else weight).dtype
     x = torch.empty(1, A.shape[1], dtype=x_dtype, device=A.device)
     # Variants differ in lora_B's shape.
     lora_B = B.new_empty(1, 1).expand(layer.out_features, A.shape[0])
@@ -340,7 +340,7 @@ def row_of_layer(
     for M in rows:
         choice = _choose(x.expand(M, -1), weight, call, layer.compute_dtype)
         reasons = _clauses([choice])
-        if is_4bit:
+        if is_quantized:
             reasons += _decoder_reasons([choice], x, weight, layer.compute_dtype)
         executions.append(_Execution(choice.backend, choice.strategy, reasons))
     return _row(name, _backend_state(executions), rows, executions)
@@ -516,9 +516,9 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
 def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
     """Return how the eager backend runs experts on a GPU, and why the host waits, if it does."""
     device, weight = operands.x.device, operands.weight
-    is_4bit = isinstance(weight, Codes)
+    is_quantized = isinstance(weight, Codes)
     if (blocking_reason := eager_experts.loop_reason(operands, spec)) is not None:
-        verb = "decoded and multiplied" if is_4bit else "multiplied"
+        verb = "decoded and multiplied" if is_quantized else "multiplied"
         return f"one expert at a time is {verb}, and the host waits for the GPU: {blocking_reason}"
     if (blocking_reason := eager_experts.waits_reason(device, spec.dtype)) is not None:
         return (

@@ -10,11 +10,11 @@ from lora_kernels.quantization import quantize_4bit
 from tests.support.models import hidden
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_context_of_a_call_holds_no_tensor(four_bit: bool) -> None:
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_context_of_a_call_holds_no_tensor(is_quantized: bool) -> None:
     M, N, K, R = 6, 64, 64, 3
     W = torch.randn(N, K)
-    base = quantize_4bit(W) if four_bit else W
+    base = quantize_4bit(W) if is_quantized else W
     A, B = (torch.randn(s, requires_grad=True) for s in ((R, K), (N, R)))
     x = torch.randn(M, K, requires_grad=True)
     bias, g, c = (torch.ones(n, requires_grad=True) for n in (N, R, N))

@@ -291,7 +291,7 @@ def test_every_shape_of_an_option_is_judged(
 
 
 @pytest.mark.skipif(native.module is None, reason="the native kernels were not built")
-@pytest.mark.parametrize(("quant", "strategy"), [("", "gemv"), ("nf4-64", "gemv_4bit")])
+@pytest.mark.parametrize(("quant", "strategy"), [("", "gemv"), ("nf4-64", "gemv_quantized")])
 def test_calls_of_few_rows_are_judged_by_the_gemv_kernel_too(quant: str, strategy: str) -> None:
     few = heuristics.few_rows(torch.bfloat16, bool(quant), 66 * 96, isa="avx2")
     for M, kernels in ((0, 1), (1, 2), (few, 2), (few + 1, 1)):

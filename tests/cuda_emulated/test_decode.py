@@ -138,10 +138,13 @@ class Draw:
         return c, values.view(N, K)
 
     def call(self) -> Call:
-        four_bit, dtype = self.maybe(True) is not None, self.dtype or self.of.choice([bf16, f16])
+        is_quantized, dtype = (
+            self.maybe(True) is not None,
+            self.dtype or self.of.choice([bf16, f16]),
+        )
         M = self.of.choice([1, 2, 3, 4, 5, 7, 8, 8, 9, 12, 13, 16])
         depth = 1024 if M <= 8 else 256  # of a unit, where x is kept and where it is not
-        step = 64 if four_bit else 8
+        step = 64 if is_quantized else 8
         K = self.of.choice([step, 3 * step, 256, depth, depth, 2 * depth, 3 * depth])
         K = max(step, K + step * self.of.choice([-1, 0, 0, 1]))
         N = 8 * self.of.choice([1, 2, 3, 4, 5, 8, 9])
@@ -150,7 +153,7 @@ class Draw:
         R = self.of.choice([1, 2, 3, 5, 8, 15, 16, 17, 33])
         x_dtype, A_dtype, B_dtype = (self.of.choice([dtype, dtype, *DTYPES]) for _ in range(3))
         x = self.numbers(M, K, density=0.2).to(x_dtype)
-        if four_bit:
+        if is_quantized:
             weight, values = self.codes(N, K, dtype)
         else:
             w_dtype = self.of.choice([dtype, dtype, *DTYPES])
@@ -302,13 +305,13 @@ def test_decode_of_drawn_integers_is_exact_and_moves_what_it_says(
 
 @pytest.mark.parametrize("M", [1, 9])  # kept, and loaded by tiles
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_p_of_float32_rows_is_not_rounded(four_bit: bool, dtype: torch.dtype, M: int) -> None:
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_p_of_float32_rows_is_not_rounded(is_quantized: bool, dtype: torch.dtype, M: int) -> None:
     """Integers of 13 bits, where a product takes 8 or 11."""
     K, draw = 1024, Draw(0)
     x = torch.randint(-4095, 4096, (M, K), generator=draw.generator).to(f32)
     A, B = draw.numbers(5, K, most=1).to(f32), draw.numbers(16, 5).to(dtype)
-    W = draw.codes(16, K, dtype)[0] if four_bit else draw.numbers(16, K).to(dtype)
+    W = draw.codes(16, K, dtype)[0] if is_quantized else draw.numbers(16, K).to(dtype)
     spec = Spec(1.0, 0.0, dtype, f32, False)
     _, (p, *_) = equation.lora_linear(Operands(x, W, A, B, None, None, None), spec, COOPERATIVE)
     assert torch.equal(p.double(), x.double() @ A.double().t())

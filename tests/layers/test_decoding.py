@@ -455,29 +455,29 @@ def test_direct_call_of_too_few_codes_is_none(field: str) -> None:
         assert direct.call(x, codes._replace(**{field: strided}), A, B, None, 2.0) is None
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("dtype", [f32, bf16])
 @pytest.mark.parametrize("isa", native.ISAS)
 def test_direct_call_runs_the_strategy_of_choose(
-    isa: str, dtype: torch.dtype, four_bit: bool
+    isa: str, dtype: torch.dtype, is_quantized: bool
 ) -> None:
     """Bit for bit, in one row and around the last row of the GEMV kernel."""
     with using_isa(isa):
         if native.isa != isa:
             pytest.skip("this machine or build lacks the instruction set")
-        few = cpu_heuristics.few_rows(dtype, four_bit, N * K)
+        few = cpu_heuristics.few_rows(dtype, is_quantized, N * K)
         for rows in {1, max(few, 1), few + 1}:
             x, W, A, B = operands(rows, dtype)
-            problem = Problem("cpu", *[dtype] * 4, 4, rows, four_bit, N, K)
+            problem = Problem("cpu", *[dtype] * 4, 4, rows, is_quantized, N, K)
             strategy = selection.choose(problem).strategy
-            weight = quantize_4bit(W) if four_bit else W
+            weight = quantize_4bit(W) if is_quantized else W
             leaves, dy = [t.requires_grad_() for t in (x, A, B)], torch.randn(rows, N).to(dtype)
             with lora_kernels.backend("cpu", strategy):
                 y = lora_kernels.lora_linear(x, weight, A, B, 2.0)
                 want = [y, *torch.autograd.grad(y, leaves, dy)]
-            packed = weight.codes if four_bit else weight
+            packed = weight.codes if is_quantized else weight
             got = direct.call(x, packed, A, B, None, 2.0)
-            if four_bit and strategy == Strategy.LIBRARY:  # Python decodes codes in panels
+            if is_quantized and strategy == Strategy.LIBRARY:  # Python decodes codes in panels
                 assert got is None
                 continue
             assert got is not None

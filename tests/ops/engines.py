@@ -49,11 +49,13 @@ every_thread_count = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True
 
 
 def ways(
-    engine: str, rows: int, dtype: torch.dtype, four_bit: bool
+    engine: str, rows: int, dtype: torch.dtype, is_quantized: bool
 ) -> list[AbstractContextManager[None]]:
     """Return the contexts of an engine, and the GEMV kernel's for few rows: an instruction set by
     itself forces the library GEMM."""
-    if engine in native.ISAS and rows <= cpu_heuristics.few_rows(dtype, four_bit, 0, isa=engine):
-        strategy = cpu.GEMV_4BIT if four_bit else cpu.GEMV
+    if engine in native.ISAS and rows <= cpu_heuristics.few_rows(
+        dtype, is_quantized, 0, isa=engine
+    ):
+        strategy = cpu.GEMV_QUANTIZED if is_quantized else cpu.GEMV
         return [nullcontext(), lora_kernels.backend("cpu", strategy)]
     return [nullcontext()]

@@ -66,17 +66,17 @@ def of_thin_products(isa: str, M: int, N: int, K: int, R: int) -> dict[str, int]
 
 
 def of_few_rows(
-    isa: str, M: int, N: int, K: int, R: int, itemsize: int, four_bit: bool
+    isa: str, M: int, N: int, K: int, R: int, itemsize: int, is_quantized: bool
 ) -> dict[str, int]:
     """Return the parts of the GEMV kernels. `itemsize`: of the elements of x that they read."""
     c = constants(isa)
     threads = threads_of(isa, M * N * K, N)
-    slabs = cut(M * K * itemsize, c["X_SLAB_BYTES"]) if four_bit else cut(K, 160 * c["W"])
+    slabs = cut(M * K * itemsize, c["X_SLAB_BYTES"]) if is_quantized else cut(K, 160 * c["W"])
     return {
         "threads": threads,
         "ranks": cut(R, c["RANK_BLOCK"]),
         "slabs": slabs,
-        "passes": cut(M, c["CODED_PASS_ROWS" if four_bit else "PASS_ROWS"]),
+        "passes": cut(M, c["CODED_PASS_ROWS" if is_quantized else "PASS_ROWS"]),
         "rows of W": cut(N // threads, c["STREAMS"] * c["STOLEN_ROWS"]),
     }
 

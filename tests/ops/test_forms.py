@@ -122,7 +122,7 @@ def test_one_or_two_rows_round_no_code_to_bfloat16(M: int, name: str, engine: st
     weight = forms.build(torch.randn(32, 64).abs() + 1, f"{name}-32")
     x = torch.ones(M, 64, dtype=bf16)
     x[:, 1::2] = -1
-    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
+    with lora_kernels.backend("cpu", cpu.GEMV_QUANTIZED):
         y = lora_linear(x, weight, torch.zeros(1, 64), torch.zeros(32, 1))
     w = definition(weight, torch.float64)
     # 17 bits of each code times scale, and y in bfloat16; the sums lose less.

@@ -186,7 +186,7 @@ def test_lora_linear_of_few_rows_keeps_the_codes_bits(M: int, engine: str) -> No
     weight = quantize_4bit(torch.randn(65, 512, generator=torch.Generator().manual_seed(1)).abs())
     x = torch.rand(M, 512, generator=torch.Generator().manual_seed(2)).to(bf16).float()
     A, B = torch.zeros(5, 512), torch.zeros(65, 5)
-    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
+    with lora_kernels.backend("cpu", cpu.GEMV_QUANTIZED):
         y = lora_kernels.lora_linear(x, weight, A, B, compute_dtype=bf16)
     want = x.double() @ weight.dequantize(f32).double().t()
     assert (y - want).norm() < 2**-15 * want.norm()
@@ -203,7 +203,7 @@ def test_lora_linear_of_few_rows_makes_every_rank(threads: int, engine: str) -> 
     )
     weight = quantize_4bit(torch.zeros(64, 512))
     for factor in (1.0, -1.0, 2.0):
-        with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
+        with lora_kernels.backend("cpu", cpu.GEMV_QUANTIZED):
             y = lora_kernels.lora_linear(x * factor, weight, A, B)
         assert torch.equal(y, x @ A.t() @ B.t() * factor)
 
@@ -215,7 +215,7 @@ def test_lora_linear_of_late_threads_has_the_bits_of_one(
     threads: int, engine: str, M: int, dropout_p: float
 ) -> None:
     weight = quantize_4bit(torch.randn(2003, 128))
-    check_late_threads(weight, M, cpu.GEMV_4BIT, threads, dropout_p)
+    check_late_threads(weight, M, cpu.GEMV_QUANTIZED, threads, dropout_p)
 
 
 @every_native_engine
@@ -223,7 +223,9 @@ def test_lora_linear_of_late_threads_has_the_bits_of_one(
 def test_lora_linear_of_interrupted_threads_has_the_bits_of_one(
     engine: str, dropout_p: float
 ) -> None:
-    check_interrupted_thread(quantize_4bit(torch.randn(512, 1 << 14)), cpu.GEMV_4BIT, dropout_p)
+    check_interrupted_thread(
+        quantize_4bit(torch.randn(512, 1 << 14)), cpu.GEMV_QUANTIZED, dropout_p
+    )
 
 
 def test_lora_linear_of_fewer_threads_than_asked_has_the_same_bits() -> None:

@@ -91,7 +91,7 @@ def test_few_rows_of_many_parts_are_exact(
     sizes, itemsize = (rows, 300, K, 70), 2 if isa == "avx512bf16" and dtype is bf16 else 4
     if isa != "amxbf16":  # which takes fewer rows
         assert_cut(engine, names, parts.of_few_rows(isa, *sizes, itemsize, bool(blocksize)))
-    with lora_kernels.backend("cpu", cpu.GEMV_4BIT if blocksize else cpu.GEMV):
+    with lora_kernels.backend("cpu", cpu.GEMV_QUANTIZED if blocksize else cpu.GEMV):
         exact.check(exact_case(*sizes, dtype=dtype), blocksize)
 
 

@@ -83,11 +83,11 @@ def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return choose_on
 
 
-FEW, FEW_4BIT, FUSED, LIBRARY = cpu.GEMV, cpu.GEMV_4BIT, cpu.FUSED, cpu.LIBRARY
+FEW, FEW_QUANTIZED, FUSED, LIBRARY = cpu.GEMV, cpu.GEMV_QUANTIZED, cpu.FUSED, cpu.LIBRARY
 AMX = Processor("amxbf16", amx=True, intel=True)
 INTEL = Processor("avx512", intel=True)
 BESIDE_AMX = Processor("avx512bf16", amx=True)  # oneDNN's, which this build lacks
-CODES = {"four_bit": True}
+CODES = {"is_quantized": True}
 
 
 def sizes(columns: int, inner: int, **fields: Any) -> dict[str, Any]:
@@ -100,37 +100,37 @@ def sizes(columns: int, inner: int, **fields: Any) -> dict[str, Any]:
     [
         (Processor("scalar"), f32, {}, {1: FEW, 5: LIBRARY}),
         (Processor("scalar"), bf16, {}, {1: LIBRARY}),
-        (Processor("scalar"), bf16, CODES, {1: FEW_4BIT, 9: LIBRARY}),
+        (Processor("scalar"), bf16, CODES, {1: FEW_QUANTIZED, 9: LIBRARY}),
         (Processor("avx2"), f32, {}, {1: FEW, 33: LIBRARY}),
-        (Processor("avx2"), bf16, CODES, {1: FEW_4BIT, 33: LIBRARY}),
+        (Processor("avx2"), bf16, CODES, {1: FEW_QUANTIZED, 33: LIBRARY}),
         (Processor("avx512"), f32, {}, {1: FEW, 17: FUSED}),
         (Processor("avx512"), bf16, {}, {1: FEW, 17: FUSED}),
         (Processor("avx512bf16"), f32, {}, {1: FEW, 17: FUSED}),
         (Processor("avx512bf16"), bf16, {}, {1: FEW, 17: FUSED}),
-        (Processor("avx512bf16"), bf16, CODES, {1: FEW_4BIT, 33: FUSED}),
+        (Processor("avx512bf16"), bf16, CODES, {1: FEW_QUANTIZED, 33: FUSED}),
         (BESIDE_AMX, f32, {}, {1: FEW, 17: FUSED}),
         (BESIDE_AMX, bf16, {}, {1: FEW, 17: LIBRARY}),
-        (BESIDE_AMX, bf16, CODES, {1: FEW_4BIT, 33: LIBRARY}),
+        (BESIDE_AMX, bf16, CODES, {1: FEW_QUANTIZED, 33: LIBRARY}),
         (Processor("amxbf16", amx=True), f32, {}, {1: FEW, 17: FUSED}),
         # AVX-512 decodes more rows of large weights as they are read: of 2²⁴ elements and more.
-        (Processor("avx512bf16"), f32, sizes(4095, 4096, **CODES), {1: FEW_4BIT, 17: FUSED}),
-        (Processor("avx512bf16"), f32, sizes(2048, 8192, **CODES), {1: FEW_4BIT, 33: FUSED}),
-        (Processor("avx512"), f32, sizes(4096, 4096, **CODES), {1: FEW_4BIT, 33: FUSED}),
+        (Processor("avx512bf16"), f32, sizes(4095, 4096, **CODES), {1: FEW_QUANTIZED, 17: FUSED}),
+        (Processor("avx512bf16"), f32, sizes(2048, 8192, **CODES), {1: FEW_QUANTIZED, 33: FUSED}),
+        (Processor("avx512"), f32, sizes(4096, 4096, **CODES), {1: FEW_QUANTIZED, 33: FUSED}),
         # Large float32 GEMMs on Intel are MKL's.
         (INTEL, f32, sizes(1000, 1000), {1: FEW, 17: FUSED, 280: LIBRARY}),
         (INTEL, f32, sizes(2000, 1000), {1: FEW, 17: FUSED, 140: LIBRARY}),
         (INTEL, f32, sizes(1000, 2000), {1: FEW, 17: FUSED, 140: LIBRARY}),
         (INTEL, f32, sizes(20_000, 7000), {1: FEW, 17: LIBRARY}),
-        (INTEL, f32, sizes(1000, 1000, **CODES), {1: FEW_4BIT, 17: FUSED}),
+        (INTEL, f32, sizes(1000, 1000, **CODES), {1: FEW_QUANTIZED, 17: FUSED}),
         (INTEL, bf16, sizes(1000, 1000), {1: FEW, 17: FUSED}),
         # Those beside AMX oneDNN's, float32 up to 127 rows.
         (AMX, bf16, sizes(20_000, 10_000), {1: FEW, 7: FUSED, 513: LIBRARY}),
         (AMX, bf16, sizes(10_000, 1000), {1: FEW, 7: FUSED, 1000: LIBRARY}),
-        (AMX, bf16, sizes(10_000, 1000, **CODES), {1: FEW_4BIT, 7: FUSED}),
+        (AMX, bf16, sizes(10_000, 1000, **CODES), {1: FEW_QUANTIZED, 7: FUSED}),
         (AMX, f32, sizes(10_000, 1000), {1: FEW, 17: FUSED, 28: LIBRARY, 128: FUSED}),
         (AMX, f32, sizes(20_000, 7000), {1: FEW, 17: LIBRARY, 128: FUSED}),
         (AMX, f32, sizes(1000, 1000), {1: FEW, 17: FUSED}),
-        (AMX, f32, sizes(4096, 4096, **CODES), {1: FEW_4BIT, 12: FUSED}),
+        (AMX, f32, sizes(4096, 4096, **CODES), {1: FEW_QUANTIZED, 12: FUSED}),
         # A weight of columns is not streamed.
         (Processor("avx512"), f32, {"layout": Layout(columns=True)}, {1: LIBRARY, 2: FUSED}),
         (Processor("avx2"), f32, {"layout": Layout(columns=True)}, {1: LIBRARY}),
@@ -200,7 +200,7 @@ def test_choose_of_the_cpu_s_kernels_for_another_device_raises(device: str) -> N
 def test_choose_experts_of_a_forced_strategy_takes_or_refuses_it(
     strategy: Strategy | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = Problem("cpu", f32, f32, f32, f32, 8, four_bit=True)
+    problem = Problem("cpu", f32, f32, f32, f32, 8, is_quantized=True)
     for isa, own in (("avx512", FUSED), ("avx2", LIBRARY)):
         monkeypatch.setattr(native, "isa", isa)
         with lora_kernels.backend("cpu", strategy):
@@ -249,7 +249,10 @@ def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.Mon
         columns = Problem("cpu", f32, f32, f32, f32, 8, 1, layout=Layout(columns=True))
         with pytest.raises(RuntimeError, match="rows are contiguous"):
             selection.choose(columns)
-    with lora_kernels.backend("cpu", cpu.GEMV_4BIT), pytest.raises(RuntimeError, match="4-bit"):
+    with (
+        lora_kernels.backend("cpu", cpu.GEMV_QUANTIZED),
+        pytest.raises(RuntimeError, match="quantized"),
+    ):
         choose()
 
 
@@ -424,7 +427,7 @@ def test_lora_linear_recomputes_p_by_the_backend_alone(dispatched: bool) -> None
     """P has no base GEMM, so the strategy of 4-bit weights cannot run there."""
     args = inputs(Case(2, 32, 64, 3, quant="nf4-64"))
     dy = args.pop("dy")
-    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
+    with lora_kernels.backend("cpu", cpu.GEMV_QUANTIZED):
         y = lora_kernels.lora_linear(**args, recompute=True)
         (want,) = torch.autograd.grad(lora_kernels.lora_linear(**args), args["lora_B"], dy)
     with FlopCounterMode(display=False) if dispatched else contextlib.nullcontext():
@@ -433,7 +436,12 @@ def test_lora_linear_recomputes_p_by_the_backend_alone(dispatched: bool) -> None
 
 @needs_native
 def test_fused_kernel_computes_dx_of_every_strategy_but_the_librarys_and_one_dense_row() -> None:
-    want = {FUSED: [True, True], LIBRARY: [False, False], FEW: [False, True], FEW_4BIT: [True] * 2}
+    want = {
+        FUSED: [True, True],
+        LIBRARY: [False, False],
+        FEW: [False, True],
+        FEW_QUANTIZED: [True] * 2,
+    }
     for isa in (name for name in cases.engines() if name in native.ISAS):
         with cases.engine(isa):
             found = {s: [cpu._is_dx_fused(s, M) for M in (1, 2)] for s in cpu.STRATEGIES}
@@ -444,10 +452,12 @@ def test_fused_kernel_computes_dx_of_every_strategy_but_the_librarys_and_one_den
 
 
 @needs_native
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_few_rows_of_each_instruction_set_is_positive_and_of_another_raises(four_bit: bool) -> None:
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_few_rows_of_each_instruction_set_is_positive_and_of_another_raises(
+    is_quantized: bool,
+) -> None:
     """0 would leave its GEMV kernels unused in silence."""
     for isa in native.ISAS:
-        assert heuristics.few_rows(torch.float32, four_bit, 0, isa=isa) > 0
+        assert heuristics.few_rows(torch.float32, is_quantized, 0, isa=isa) > 0
     with pytest.raises(ValueError, match="avx1024"):
-        heuristics.few_rows(torch.float32, four_bit, 0, isa="avx1024")
+        heuristics.few_rows(torch.float32, is_quantized, 0, isa="avx1024")

@@ -399,7 +399,7 @@ def test_choose_takes_no_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch
         ({"a_dtype": f32, "b_dtype": f32}, "not checked"),
         ({"a_dtype": f32}, "not checked"),
         ({"dtype": torch.float16}, "not checked"),
-        ({"four_bit": False}, "not checked"),
+        ({"is_quantized": False}, "not checked"),
         ({"extra": ("rng",)}, "dropout"),
         ({"extra": ("row_scale",)}, "its kernels take no row_scale"),
         ({"rank": 129}, "rank 129"),
@@ -432,7 +432,7 @@ def test_choose_of_a_layout_that_no_claim_has_is_eager_though_triton_takes_it(
     layout: Layout, reason: str
 ) -> None:
     points = [timed(TRITON._replace(weight="dense"), 16, 0.5, 0.5)]
-    call = problem(16, four_bit=False)
+    call = problem(16, is_quantized=False)
     assert choose_after(points, call).backend == "triton"
     assert choice_reasons(points, call._replace(layout=layout)) == reason
 

@@ -221,9 +221,9 @@ def gradients(layer: Any, x: Tensor, call: Any = None) -> dict[str, Tensor | Non
     return {"y": y.detach(), "x": x.grad} | grads
 
 
-def skip_unless_few(rows: int, dtype: torch.dtype, four_bit: bool = False) -> None:
+def skip_unless_few(rows: int, dtype: torch.dtype, is_quantized: bool = False) -> None:
     """Skip a test of the GEMV kernel if it takes fewer rows, as scalar code may."""
-    if rows > few_rows(dtype, four_bit, 0):
+    if rows > few_rows(dtype, is_quantized, 0):
         pytest.skip("this machine or build lacks the instruction set")
 
 

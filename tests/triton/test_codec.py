@@ -116,13 +116,13 @@ def test_decoder_is_one_op_for_a_mode_and_unchecked_inside_of_one(unchecked: Non
     weight = quantize_4bit(torch.randn(16, 64), "nvfp4").to(DEVICE)
     with Names() as modes:
         first = weight.dequantize()
-    assert "lora_kernels.decode_4bit.default" not in modes.seen
+    assert "lora_kernels.decode.default" not in modes.seen
     assert decoder.kernel_reason(torch.device(DEVICE), "nvfp4", torch.float32) is None
     with Names() as modes:
         second = weight.dequantize()
         reason = decoder.kernel_reason(torch.device(DEVICE), "mxfp4", torch.float32)
         assert reason == checked.UNCHECKED
-    assert "lora_kernels.decode_4bit.default" in modes.seen and same_bits(first, second)
+    assert "lora_kernels.decode.default" in modes.seen and same_bits(first, second)
 
 
 @every_type

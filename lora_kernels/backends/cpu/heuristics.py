@@ -11,24 +11,24 @@ from . import native
 
 
 def _ask_rule(
-    isa: str | None, dtype: torch.dtype, four_bit: bool, columns: bool, M: int, N: int, K: int
+    isa: str | None, dtype: torch.dtype, is_quantized: bool, columns: bool, M: int, N: int, K: int
 ) -> tuple[Strategy, int]:
     """Return a call's strategy, and the most rows for the GEMV kernel."""
     assert native.module is not None
     processor = native.ISAS.index(isa or str(native.isa)), native.amx_bf16, native.intel
-    call = DTYPE_NUMBERS[dtype], four_bit, columns, M, N, K
+    call = DTYPE_NUMBERS[dtype], is_quantized, columns, M, N, K
     number, few = native.module.strategy(*processor, *call)
     return cpu.STRATEGIES[number], few
 
 
 def few_rows(
-    dtype: torch.dtype, four_bit: bool, size: int, columns: bool = False, isa: str | None = None
+    dtype: torch.dtype, is_quantized: bool, size: int, columns: bool = False, isa: str | None = None
 ) -> int:
     """Return the most rows of x for the GEMV kernel; 0 without native kernels.
 
     Args:
         dtype: of the base GEMM.
-        four_bit: whether the weight is packed.
+        is_quantized: whether the weight is packed.
         size: elements of the weight.
         columns: whether the weight is stored as [K, N]. torch.mm then runs the GEMV, for one row.
         isa: None for the instruction set in use.
@@ -39,7 +39,7 @@ def few_rows(
         raise ValueError(f"isa: got {isa!r}, want {', '.join(native.ISAS)}")
     if native.module is None:
         return 0
-    return _ask_rule(isa, dtype, four_bit, columns, 0, size, 1)[1]
+    return _ask_rule(isa, dtype, is_quantized, columns, 0, size, 1)[1]
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -55,13 +55,13 @@ def choose(problem: Problem, requested: Strategy | None, reason: str | None = No
     reason: why the CPU backend runs; None names its kernels.
     """
     assert native.module is not None
-    isa, dtype, four_bit = native.isa, problem.dtype, problem.four_bit
+    isa, dtype, is_quantized = native.isa, problem.dtype, problem.is_quantized
     columns = problem.layout is not None and problem.layout.columns
     sizes = problem.rows, problem.columns, problem.inner
-    strategy, few = _ask_rule(isa, dtype, four_bit, columns, *sizes)
+    strategy, few = _ask_rule(isa, dtype, is_quantized, columns, *sizes)
     reason = reason or f"native kernels, {isa}"
     if requested:
-        gemv = cpu.GEMV_4BIT if four_bit else cpu.LIBRARY if columns else cpu.GEMV
+        gemv = cpu.GEMV_QUANTIZED if is_quantized else cpu.LIBRARY if columns else cpu.GEMV
         _check_strategy(requested, gemv, few, problem.rows)
         return Choice("cpu", requested, reason)
     if problem.rows <= few:
@@ -96,8 +96,8 @@ def _check_strategy(strategy: Strategy, gemv: Strategy, few: int, rows: int) -> 
         isas = ", ".join(cpu.FUSED_ISAS)
         want = f"one of {isas} as the instruction set, which is {native.isa}"
     elif strategy in cpu.GEMVS and strategy != gemv:
-        four_bit = strategy == cpu.GEMV_4BIT
-        want = "a 4-bit weight" if four_bit else "a dense weight whose rows are contiguous"
+        is_quantized = strategy == cpu.GEMV_QUANTIZED
+        want = "a quantized weight" if is_quantized else "a dense weight whose rows are contiguous"
     elif strategy in cpu.GEMVS and rows > few:
         want = f"at most {few} rows"
     if want is not None:

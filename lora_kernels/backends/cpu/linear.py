@@ -4,7 +4,7 @@ Forward: P = D(x)·Aᵀ; then y = c⊙(x·Wᵀ + S·Bᵀ) + bias.
 
 - "fused": one kernel computes y tile by tile in registers.
 - "library": oneDNN or MKL computes x·Wᵀ; one in-place pass over y adds the rest.
-- "gemv", and "gemv_4bit" for a 4-bit weight: for few rows of x, one pass over W.
+- "gemv", and "gemv_quantized" for a quantized weight: for few rows of x, one pass over W.
 
 Backward: one read of dY gives dS and dB; D(x) and dS give dA. The fused kernel computes dx with W
 in the other layout. oneDNN or MKL computes dx if there is no fused kernel, and for "gemv" of one
@@ -53,9 +53,9 @@ from . import native
 FUSED = Strategy.FUSED
 LIBRARY = Strategy.LIBRARY
 GEMV = Strategy.GEMV  # of x, beside a dense weight
-GEMV_4BIT = Strategy.GEMV_4BIT  # beside a 4-bit weight, in registers or the L1 cache
-GEMVS = (GEMV, GEMV_4BIT)
-STRATEGIES = (FUSED, LIBRARY, GEMV, GEMV_4BIT)  # in the order of their numbers in C++
+GEMV_QUANTIZED = Strategy.GEMV_QUANTIZED  # decodes in registers or the L1 cache
+GEMVS = (GEMV, GEMV_QUANTIZED)
+STRATEGIES = (FUSED, LIBRARY, GEMV, GEMV_QUANTIZED)  # in the order of their numbers in C++
 FUSED_ISAS = ("avx512", "avx512bf16", "amxbf16")
 
 PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library GEMM

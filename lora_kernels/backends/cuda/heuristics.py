@@ -37,6 +37,6 @@ def _choose(problem: Problem, strategy: Strategy | None) -> Choice:
 
 def unsupported_reason(problem: Problem, strategy: str) -> str | None:
     """Return why the strategy cannot run the call and its backward, or None."""
-    layout = problem.layout or (_CODES if problem.four_bit else _DENSE)
+    layout = problem.layout or (_CODES if problem.is_quantized else _DENSE)
     sizes = problem.rows, problem.columns, problem.inner
     return constraints.unsupported_reason(strategy, problem.dtype, layout, *sizes)

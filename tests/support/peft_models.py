@@ -94,7 +94,7 @@ def gpt2(dtype: torch.dtype = f64, **settings: Any) -> Any:
     return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=32, **settings)).to(dtype)
 
 
-def is_quantized(dtype: torch.dtype = f32, **settings: Any) -> MLP:
+def four_bit(dtype: torch.dtype = f32, **settings: Any) -> MLP:
     """Over bitsandbytes' 4-bit layers, quantized on the CPU."""
     from bitsandbytes.nn import Linear4bit
 
@@ -188,7 +188,7 @@ def embedding_model(dtype: torch.dtype = f64, base: Any = None, **config: Any) -
 
 def four_bit_mlp(loaded: bool = False, config: Any = None, **settings: Any) -> Any:
     """loaded: PEFT takes the model for one that transformers has loaded in 4 bits."""
-    model = is_quantized(**settings)
+    model = four_bit(**settings)
     if loaded:
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
     return add_lora(model, init_lora_weights=False, **config or {})

@@ -216,19 +216,17 @@ def roofline(layers: Row, codes: Row | None, caption: str, named: str) -> bytes:
 def _points(data: Row, dtype: str) -> Iterator[tuple[str, float, float]]:
     """Name, operations a byte, operations a second."""
     for row in data["rows"]:
-        is_quantized = "quant_type" in row
-        shown = ("decoding", "step") if is_quantized else ("forward", "step")
+        four_bit = "quant_type" in row
+        shown = ("decoding", "step") if four_bit else ("forward", "step")
         if row["dtype"] != dtype or row["mode"] not in shown:
             continue
-        if is_quantized and row["cache"] != "cold":
+        if four_bit and row["cache"] != "cold":
             continue
         torch_dtype = getattr(torch, dtype)
         for name, times in row["seconds"].items():
             R = 0 if name == "frozen" else row["R"]
             adapter_itemsize = 4 if name == "peft" else torch_dtype.itemsize
-            sizes = Sizes(
-                row["M"], row["N"], row["K"], R, torch_dtype, adapter_itemsize, is_quantized
-            )
+            sizes = Sizes(row["M"], row["N"], row["K"], R, torch_dtype, adapter_itemsize, four_bit)
             step = row["mode"] == "step"
             work = least.flops(sizes, step)
             yield name, work / least.moved(sizes, step), work / times["p50"]

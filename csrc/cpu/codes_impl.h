@@ -24,10 +24,11 @@ LK_INLINE float block_scale(const Codes& w, int64_t block) {
 }
 LK_INLINE float block_shift(const Codes& w, int64_t block) { return scale_at(w, 2 * block + 1); }
 
-// dst[i - first] = element i of the scales in bytes for first <= i < end. t: nested_code.
+// dst[i - first] = element i of the scales for first <= i < end, of scales in bytes. t:
+// nested_code.
 LK_INLINE void decode_byte_scales(const Codes& w, const Table256& t, int64_t first, int64_t end,
                                   float* dst) {
-  // Copies: a store of floats may overwrite what `w` refers to, as far as the compiler knows.
+  // Local copies, because a vector store may alias the fields of w, which would be loaded again.
   const uint8_t* const bytes = static_cast<const uint8_t*>(w.absmax);
   const float* const nested = w.nested_absmax;
   const int each = w.has_shift ? 2 : 1, log2_group = w.log2_nested + w.has_shift;
@@ -43,7 +44,7 @@ LK_INLINE void decode_byte_scales(const Codes& w, const Table256& t, int64_t fir
     return load(lanes);
   };
   int64_t i = first;
-  // Two vectors, or one of which the scales do not end within two.
+  // lookup_2w reads 2 W bytes. Scalar code decodes what is left where that is past the end.
   for (int64_t count; (count = min(2, (end - i) / W)) && i + 2 * W <= all; i += count * W) {
     vf v[2];
     lookup_2w(t, bytes + i, v);

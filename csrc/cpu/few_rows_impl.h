@@ -221,13 +221,13 @@ LK_INLINE void dot_streams(const Codes& w, const T& t, const X* x, const float* 
                            int64_t first, int64_t end, int64_t stream_stride, const Scales& scales,
                            float* sums, int64_t lds) {
   constexpr int J = CODED_TILE_ROWS<M>;
-  const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
+  const bool is_aligned = is_block_aligned(w);
   const int64_t slab = balanced_slab(w.K, M * int64_t{sizeof(X)}, X_SLAB_BYTES);
   for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
     const int64_t k1 = min(k0 + slab, w.K);
     for (int64_t n = first; n < end; ++n) {
       vf total[STREAMS][M];
-      if (is_block_aligned) {
+      if (is_aligned) {
         LK_UNROLL_FAST for (int g = 0; g < STREAMS; g += J) dot_codes<J, M, true>(
             w, t, n + g * stream_stride, stream_stride, scales.of(g), scales.stride,
             offset_in_block(w, first + g * stream_stride, n - first), x, k0, k1, total + g);
@@ -257,34 +257,31 @@ LK_INLINE void dot_streams(int64_t M, const Codes& w, const T& t, const X* x, co
 }
 
 // Calls f(n, end, scales, sums of row n) for batches of the rows [n, stop) of each stream. Scales
-// in float32 are read where they are, unless that would read past their end. Others are decoded
-// to `buffer`.
+// are decoded to `buffer`. Those in float32 are read in place, unless blocks straddle rows or the W
+// floats behind a batch lie past the last scale.
 template <typename F>
 LK_INLINE void for_each_batch(const Codes& w, const Table256& nested, int64_t n, int64_t stop,
                               int64_t stream_stride, float* buffer, float* sums, const F& f) {
   const int64_t each = w.has_shift ? 2 : 1, block_bytes = scale_bytes(w) * each;
-  const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
   const int64_t all = (w.N * w.K >> w.log2_block) * each, row_scales = (w.K >> w.log2_block) * each;
   for (int64_t end; n < stop; sums += end - n, n = end) {
     end = min(stop, n + batch_rows(w));
-    const bool is_in_place = w.scale_type == ScaleType::f32 && is_block_aligned &&
+    const bool is_in_place = w.scale_type == ScaleType::f32 && is_block_aligned(w) &&
                              (end + (STREAMS - 1) * stream_stride) * row_scales + W <= all;
     for (int64_t g = 0; g < STREAMS; ++g) {
       const int64_t block = (n + g * stream_stride) * w.K >> w.log2_block;
       const int64_t last = ((end + g * stream_stride) * w.K - 1) >> w.log2_block;
       if (!is_in_place)
         decode_scales(w, nested, block, last - block + 1, buffer + g * batch_scales(w));
-      // The scales of the next batch arrive while this one is multiplied.
+      // Prefetch the next batch's scales into L2. So many lines would fill L1's miss buffers.
       const char* const next = static_cast<const char*>(w.absmax) + (last + 1) * block_bytes;
       for (int64_t i = 0; i < (last - block + 1) * block_bytes; i += 64)
         __builtin_prefetch(next + i, 0, 2);
     }
-    if (is_in_place)
-      f(n, end,
-        Scales{static_cast<const float*>(w.absmax) + n * row_scales, stream_stride * row_scales},
-        sums);
-    else
-      f(n, end, Scales{buffer, batch_scales(w)}, sums);
+    const float* const in_place = static_cast<const float*>(w.absmax) + n * row_scales;
+    const Scales scales = is_in_place ? Scales{in_place, stream_stride * row_scales}
+                                      : Scales{buffer, batch_scales(w)};
+    f(n, end, scales, sums);
   }
 }
 
@@ -368,7 +365,7 @@ struct ByteRows {
           LK_UNROLL for (int g = 0; g < STREAMS; ++g) sum[g][i] = fma(xv, v[g], sum[g][i]);
         }
       };
-      // Adds two vectors of codes that share a scale: the scale of their sum.
+      // Adds two vectors of codes that share a scale, which multiplies their sum.
       const auto add_pair = [&](int64_t k,
                                 const vf code[2][STREAMS]) __attribute__((always_inline)) {
         LK_UNROLL for (int i = 0; i < M; ++i) {
@@ -519,7 +516,6 @@ struct DecodedRows {
   // dst = the elements [k0, k1) of row n and its counterparts in the other streams, `slab` apart.
   [[gnu::always_inline]] void decode(int64_t first, int64_t n, int64_t stream_stride,
                                      const Scales& scales, int64_t k0, int64_t k1, X* dst) const {
-    const bool is_block_aligned = w.K % (int64_t{1} << w.log2_block) == 0;
     for (int64_t g = 0; g < STREAMS; ++g, dst += slab) {
       const int64_t row = n + g * stream_stride,
                     offset = offset_in_block(w, first + g * stream_stride, n - first);
@@ -535,7 +531,7 @@ struct DecodedRows {
                              k0, k1, dst);
         continue;
       }
-      if (is_block_aligned)
+      if (is_block_aligned(w))
         decode_slab<true>(w, code, row, scales.of(g), offset, k0, k1, dst);
       else
         decode_slab<false>(w, code, row, scales.of(g), offset, k0, k1, dst);

@@ -61,6 +61,9 @@ struct Codes {
   bool has_shift = false;
 };
 
+// Returns whether no block straddles two rows.
+inline bool is_block_aligned(const Codes& w) { return w.K % (int64_t{1} << w.log2_block) == 0; }
+
 // The bytes of a scale or a shift.
 inline int64_t scale_bytes(const Codes& w) {
   return w.scale_type == ScaleType::f32 ? 4 : w.scale_type == ScaleType::f16 ? 2 : 1;

@@ -106,7 +106,7 @@ LK_INLINE void pack_codes_k(const Codes& w, int64_t k0, int64_t depth, int64_t n
   const int64_t dwords = (depth + 7) / 8;
   // If rows are whole blocks, all rows change blocks at the same k; else a row may at every eighth
   // element.
-  const int log2_step = w.K % (int64_t{1} << w.log2_block) == 0 ? w.log2_block : 3;
+  const int log2_step = is_block_aligned(w) ? w.log2_block : 3;
   const int64_t k_first = k0 >> log2_step, steps = ((k0 + depth - 1) >> log2_step) - k_first + 1;
   float* const shifts = scales + steps * VW;
   for (int64_t n = 0; n < VW; ++n)
@@ -190,18 +190,18 @@ LK_INLINE void pack_codes(const Codes& w, bool is_transposed, int64_t k0, int64_
   const Table t = load_table(w.code);
   const DType dtype = ELEMENTS<Word> == 2 ? DType::bf16 : DType::f32;
   const bool is_nibble = w.kind == CodeKind::nibble;
+  // Elements from a row's first one here to its first in the next panel.
+  const int64_t to_next = k0 + depth < w.K ? depth : VW * w.K - k0;
   if (is_nibble && is_transposed && w.K % 8 == 0) {
     const auto pack = w.has_shift ? pack_codes_k<Word, true> : pack_codes_k<Word, false>;
-    pack(w, k0, depth, n0, count, dst, layout, decoded,
-         (k0 + depth < w.K ? depth : VW * w.K - k0) / 2);
+    pack(w, k0, depth, n0, count, dst, layout, decoded, to_next / 2);
   } else if (is_nibble && !is_transposed && w.K % (2 * W) == 0 && count == VW) {
     const auto pack = w.has_shift ? pack_codes_n<Word, true> : pack_codes_n<Word, false>;
     pack(w, k0, depth, n0, dst, layout, (k0 + depth < w.N ? depth * w.K : VW - k0 * w.K) / 2);
   } else if (is_transposed) {
     const int64_t ld = round_up(depth, 2 * W);
-    const int64_t next = k0 + depth < w.K ? depth : VW * w.K - k0;
     for (int64_t i = 0; i < count; ++i) {
-      const uint8_t* const p = w.packed + (((n0 + i) * w.K + k0 + next) >> is_nibble);
+      const uint8_t* const p = w.packed + (((n0 + i) * w.K + k0 + to_next) >> is_nibble);
       for (int64_t j = 0; j < depth >> is_nibble; j += 64) __builtin_prefetch(p + j, 0, 2);
       decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
     }

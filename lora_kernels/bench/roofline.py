@@ -19,7 +19,7 @@ class Sizes:
     R: int
     dtype: torch.dtype  # of the product
     adapter_itemsize: int = 4
-    is_quantized: bool = False
+    four_bit: bool = False
 
 
 def flops(sizes: Sizes, step: bool = False) -> float:
@@ -40,6 +40,6 @@ def moved(sizes: Sizes, step: bool = False) -> float:
     """
     x = sizes.M * sizes.K * sizes.dtype.itemsize
     y = sizes.M * sizes.N * sizes.dtype.itemsize
-    weight = sizes.N * sizes.K * (CODE_BYTES if sizes.is_quantized else sizes.dtype.itemsize)
+    weight = sizes.N * sizes.K * (CODE_BYTES if sizes.four_bit else sizes.dtype.itemsize)
     adapter = (sizes.N + sizes.K) * sizes.R * sizes.adapter_itemsize
     return x + y + weight + adapter + step * (2 * x + y + weight + 2 * adapter)

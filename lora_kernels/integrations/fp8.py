@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from ..peft.packed import keep_packed
-from .quantizer import quantizer_for
+from .quantizer import PackedQuantizer, quantizer_for
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def packed_fp8() -> Iterator[None]:
 
     Raises:
         NotImplementedError: in `from_pretrained`, if the model has experts or grouped layers in
-            FP8, whose forward needs a GPU, and no GPU is there.
+            FP8, whose forward needs a GPU with FP8 (sm_89 or newer), and there is none.
 
     >>> from transformers import AutoModelForCausalLM
     >>> from lora_kernels.integrations import packed_fp8
@@ -41,26 +42,18 @@ def packed_fp8() -> Iterator[None]:
         yield
 
 
-class PackedFp8Quantizer(FineGrainedFP8HfQuantizer):
-    """transformers' quantizer without its demand for a GPU, and with `keep_packed` at the end."""
-
-    @property
-    def is_packed(self) -> bool:
-        return self.pre_quantized and not self.quantization_config.dequantize
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.is_packed:
-            super().validate_environment(*args, **kwargs)  # type: ignore[no-untyped-call]
+class PackedFp8Quantizer(PackedQuantizer, FineGrainedFP8HfQuantizer):
+    """transformers' quantizer, with `keep_packed` at the end."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, **kwargs)
-        if not self.is_packed or torch.cuda.is_available():
+        if not self.is_packed or _has_fp8_gpu():
             return
         for name, module in model.named_modules():
-            if type(module).__name__ != "FP8Linear" and hasattr(module, "activation_scheme"):
+            if type(module) is not FP8Linear and hasattr(module, "activation_scheme"):
                 raise NotImplementedError(
-                    f"{name}: got {type(module).__name__}, whose forward needs a GPU: load the "
-                    "checkpoint outside of packed_fp8(), which decodes it"
+                    f"{name}: got {type(module).__name__}, whose forward needs a GPU with FP8. "
+                    "Outside of packed_fp8() transformers decodes the checkpoint"
                 )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
@@ -69,8 +62,6 @@ class PackedFp8Quantizer(FineGrainedFP8HfQuantizer):
         )
         return keep_packed(model, exact_x=True) if self.is_packed else model
 
-    def get_state_dict_and_metadata(self, model: Any) -> Any:
-        return None, {}
 
-    def is_serializable(self) -> bool:
-        return not self.is_packed
+def _has_fp8_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)

@@ -16,7 +16,7 @@ from ..peft.mergeable import refuse_merges
 from ..quantization import QuantizedWeight
 from ..quantization.packed_state import build_parameter, register_state_hooks
 from ..quantization.tensor import QuantizedTensor
-from .quantizer import quantizer_for
+from .quantizer import PackedQuantizer, quantizer_for
 
 PROJECTIONS = GATE_UP, DOWN
 _BYTES_PER_ELEMENT = 17 / 32  # half a byte of code, and one byte of scale for 32 codes
@@ -78,16 +78,8 @@ class Pack(ConversionOps):
         return {full_layer_name: build_parameter(packed, is_transposed=True)}
 
 
-class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
+class PackedMxfp4Quantizer(PackedQuantizer, Mxfp4HfQuantizer):
     """transformers' quantizer with `Pack` instead of the modules and weights of its kernels."""
-
-    @property
-    def is_packed(self) -> bool:
-        return self.pre_quantized and not self.quantization_config.dequantize
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.is_packed:
-            super().validate_environment(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return not self.is_packed and super().param_needs_quantization(model, param_name, **kwargs)
@@ -116,12 +108,6 @@ class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
         for conversion in conversions if self.is_packed else ():
             conversion.operations = [Pack(self)]
         return conversions
-
-    def get_state_dict_and_metadata(self, model: Any) -> Any:
-        return None, {}
-
-    def is_serializable(self) -> bool:
-        return False
 
     @property
     def is_trainable(self) -> bool:

@@ -1,4 +1,4 @@
-"""Quantizers in the place of those that transformers uses for a checkpoint."""
+"""What the quantizers that load checkpoints packed have in common."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
 
 
 @contextmanager
@@ -19,3 +20,24 @@ def quantizer_for(method: str, quantizer: type[Any]) -> Iterator[None]:
         yield
     finally:
         quantizers[method] = original
+
+
+class PackedQuantizer(HfQuantizer):
+    """A mixin for one of transformers' quantizers. It asks for no GPU and saves no base model."""
+
+    quantization_config: Any
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the checkpoint's codes stay, since its config does not ask to decode them."""
+        return bool(self.pre_quantized and not self.quantization_config.dequantize)
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.is_packed:
+            super().validate_environment(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return False

@@ -165,7 +165,7 @@ CODES = 7 * 5 * 33 / 64  # bytes: half of one a weight, and one for 64
     [
         (SIZES, sum(FORWARD), sum(FORWARD) + sum(BACKWARD)),
         (
-            replace(SIZES, is_quantized=True),
+            replace(SIZES, four_bit=True),
             sum(FORWARD) - FORWARD[2] + CODES,
             sum(FORWARD) + sum(BACKWARD) - 2 * (FORWARD[2] - CODES),
         ),

@@ -440,7 +440,7 @@ def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> 
             counts = (row.moved[name], row.kernels[name], row.peak_bytes[name])
             assert counts == (step[i].bytes, step[i].kernels, step[i].peak)
             # No fewer than each operand once, of 4-bit weights their codes.
-            least = replace(sizes, M=rows, is_quantized=cell.base == "nf4")
+            least = replace(sizes, M=rows, four_bit=cell.base == "nf4")
             directions = moved(least), moved(least, step=True) - moved(least)
             assert counts[0] >= directions[i]
             # y, or dx and the gradients of the adapters, and y still.

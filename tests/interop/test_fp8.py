@@ -27,12 +27,12 @@ from lora_kernels.peft import explain, fuse
 from lora_kernels.peft.explain_rows import KERNELS
 from lora_kernels.quantization.tensor import QuantizedTensor
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal, assert_close_derived
-from tests.support.peft_models import in_float64, loss_and_gradients
+from tests.support.peft_models import in_float64, loss_and_gradients, randomize
 
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 128,
-    "intermediate_size": 320,  # two blocks and a half
+    "intermediate_size": 320,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -93,11 +93,7 @@ def load_decoded(folder: Path, dtype: torch.dtype) -> Any:
 def adapted(base: Any, seed: int) -> Any:
     targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    randomize(model, seed=seed)
     return model
 
 

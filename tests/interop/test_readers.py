@@ -164,6 +164,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         lambda layer: setattr(layer.quantization_scheme, "input_activations", SimpleNamespace()),
         "rounds its x or y too",
     ),
+    "another FP8 layer of transformers": (
+        "FP8Linear",
+        lambda layer: setattr(layer, "__class__", type("FP8GroupedLinear", (type(layer),), {})),
+        "FP8GroupedLinear may be more than a linear layer",
+    ),
     "rounds x to FP8": ("FP8Linear", lambda layer: None, "exact_x=True"),
     "codes in another order": (
         "GPTQ of 4 bits, version 2",

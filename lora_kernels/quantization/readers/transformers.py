@@ -16,7 +16,7 @@ from .form import Reading
 
 
 def matches(layer: nn.Module) -> bool:
-    """Return True for an FP8Linear whose weight is not decoded."""
+    """Return True for an FP8Linear, or a subclass, whose weight is not decoded."""
     weight, scale = (getattr(layer, name, None) for name in ("weight", "weight_scale_inv"))
     is_bytes = isinstance(weight, Tensor) and weight.element_size() == 1
     return is_bytes and isinstance(scale, Tensor)
@@ -25,6 +25,8 @@ def matches(layer: nn.Module) -> bool:
 def read(layer: Any) -> Reading | str:
     """Return the weight, or why it cannot be read."""
     weight, scale = layer.weight.detach(), layer.weight_scale_inv.detach()
+    if (kind := type(layer).__name__) != "FP8Linear":  # FP8GroupedLinear, which splits x
+        return f"{kind} may be more than a linear layer: FP8Linear is read"
     if weight.dtype is not torch.float8_e4m3fn:
         return f"FP8Linear's weight is {weight.dtype}: float8_e4m3fn is read"
     block = layer.block_size or weight.shape

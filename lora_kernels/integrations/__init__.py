@@ -20,4 +20,7 @@ if _find_spec("transformers.integrations.moe") is not None:  # transformers 5
     from .fp8 import packed_fp8 as packed_fp8
     from .mxfp4 import packed_mxfp4 as packed_mxfp4
 
+if _find_spec("transformers.quantizers.quantizer_gguf") and _find_spec("gguf"):
+    from .gguf import load_gguf as load_gguf
+
 __all__ = ["FuseCallback"]

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import utils as by_conversions
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
@@ -81,7 +82,7 @@ def load_gguf(
     how: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     config = load_config(reader, path)
     with quantizer_for("gguf", functools.partial(PackedGgufQuantizer, reader=reader)):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.absolute().parent,
             config=config,
             dtype=dtype,
@@ -89,6 +90,7 @@ def load_gguf(
             **how,
             **kwargs,
         )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"file: {path} lacks {_some(missing)}")
     return model
@@ -123,6 +125,8 @@ def architecture(reader: Any) -> str:
 def load_config(reader: Any, file: Path) -> Any:
     """Return transformers' configuration of the file, with its scaling of positions.
 
+    The heads' size, which transformers does not read for all architectures, is the file's.
+
     Raises ValueError if transformers does not know the architecture, or the scaling.
     """
     name = architecture(reader)
@@ -135,6 +139,11 @@ def load_config(reader: Any, file: Path) -> Any:
             f"file: {file} has the architecture {name!r}, which transformers does not load from "
             f"GGUF ({str(error).partition(chr(10))[0]})"
         ) from error
+    size = reader.fields.get(f"{name}.attention.key_length")
+    keys: Any = GGUF_CONFIG_MAPPING
+    is_read = "attention.key_length" in keys.get(name, {})
+    if size is not None and not is_read and getattr(config, "head_dim", None) is not None:
+        config.head_dim = int(size.contents())
     _scale_positions(config, reader, file)
     return config
 
@@ -174,6 +183,10 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
     def __init__(self, *args: Any, reader: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.reader = reader
+        self.file = ""
+        self.conversions: list[Any] | None = None
+
+    # transformers calls the next five in this order.
 
     def read_header(self, gguf_file: str) -> None:
         self.file = gguf_file
@@ -191,7 +204,7 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
 
     def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, Any]:
         """Return the entries of the file, which are read when the loader asks for them."""
-        plan = _by_conversions if self.supported else _by_names
+        plan: Any = _by_conversions if self.supported else _by_names
         entries, self.conversions = plan(self.reader, model, self.dtype)
         quantized = [
             e.source
@@ -205,7 +218,7 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
             warnings.warn(f"load_gguf: got {names} ({types}), which is decoded", stacklevel=2)
         return dict(entries)
 
-    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> Any:
         return self.conversions if self.supported else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -220,14 +233,14 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
             if t.name == _ROPE_FACTORS:
                 _divide_frequencies(model, torch.from_numpy(np.array(t.data)).float())
         # Of adapters' base: the file instead of its folder.
-        model.config._name_or_path = str(Path(self.file).absolute())
+        model.name_or_path = model.config.name_or_path = str(Path(self.file).absolute())
         return model
 
     @property
     def is_trainable(self) -> bool:
         return True
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self, *_: Any) -> bool:
         raise ValueError(
             f"model: got one whose weights are in the codes of {self.file}, want a decoded one to "
             "save: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE) decodes it"
@@ -272,7 +285,8 @@ class Entry:
             rows = rows if self.order is None else rows[self.order]
             return build_parameter(read(rows, self.source.tensor_type.name, self.dtype))
         if self.process is None:
-            return decode(self.source, self.dtype)
+            decoded = decode(self.source, self.dtype)
+            return decoded if self.order is None else decoded[self.order]
         values = self.process(decode(self.source, torch.float32).numpy())
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.dtype)
 
@@ -346,7 +360,8 @@ def _by_names(reader: Any, model: Any, dtype: torch.dtype) -> tuple[dict[str, An
     # Without the second of these a processor leaves the rows as they are.
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
-    processor = by_names.TENSOR_PROCESSORS.get(name, by_names.TensorProcessor)(config=config)
+    made: Any = by_names.TENSOR_PROCESSORS.get(name, by_names.TensorProcessor)
+    processor = made(config=config)
     names = by_names.get_gguf_hf_weights_map(model, processor, model_type=name)
     linear = _linear_weights(model)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
@@ -371,9 +386,7 @@ def _by_names(reader: Any, model: Any, dtype: torch.dtype) -> tuple[dict[str, An
     for t in others:  # of experts, whose tensors a processor writes into one
         values = decode(t, torch.float32).numpy()
         merged: dict[str, Any] = {"tensors": entries}
-        done = processor.process(
-            values, t.name, tensor_key_mapping=names, parsed_parameters=merged
-        )
+        done = processor.process(values, t.name, tensor_key_mapping=names, parsed_parameters=merged)
         if done.name is not None:
             unknown.append(t)
     _check_known(reader, model, unknown)
@@ -398,7 +411,7 @@ class Pack(ConversionOps):
     def __init__(self, kinds: dict[str, str], dtype: torch.dtype) -> None:
         self.kinds, self.dtype = kinds, dtype
 
-    def convert(  # type: ignore[override]
+    def convert(
         self, input_dict: dict[str, Any], *_: Any, full_layer_name: str = "", **__: Any
     ) -> dict[str, Any]:
         (value,) = input_dict.values()
@@ -420,7 +433,7 @@ def _by_conversions(
     tried = copy.deepcopy(conversions)  # a conversion remembers that it has matched a name
     renamings = [c for c in tried if isinstance(c, WeightRenaming)]
     converters = [c for c in tried if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    by_pattern: dict[Any, Any] = {pattern: c for c in converters for pattern in c.source_patterns}
     linear = _linear_weights(model)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
     entries: dict[str, Any] = {}

@@ -11,8 +11,8 @@ from transformers.quantizers.base import HfQuantizer
 
 
 @contextmanager
-def quantizer_for(method: str, quantizer: type[Any]) -> Iterator[None]:
-    """Let `from_pretrained` use `quantizer` for checkpoints of this `quant_method`."""
+def quantizer_for(method: str, quantizer: Any) -> Iterator[None]:
+    """Let `from_pretrained` make its quantizer of this `quant_method` by `quantizer`."""
     quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     original = quantizers[method]
     quantizers[method] = quantizer
@@ -39,5 +39,5 @@ class PackedQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         return None, {}
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self, *_: Any) -> bool:
         return False

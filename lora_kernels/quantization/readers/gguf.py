@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import codebooks
-from ..weight import QuantizedWeight
+from ..weight import NESTED_BLOCKSIZE, QuantizedWeight
 from .form import pack
 
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -69,7 +69,6 @@ def read(rows: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
     if groups > 1:
         scales = scales.flatten(0, 1)
     q = q.reshape(N, count * elements)
-    grouped = {} if nested is None else {"nested_blocksize": groups}
     return QuantizedWeight(
         packed=pack(q) if len(code) == 16 else q.reshape(-1),
         absmax=scales.contiguous(),
@@ -80,7 +79,7 @@ def read(rows: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
         dtype=dtype,
         nested_absmax=nested,
         nested_code=table,
-        **grouped,
+        nested_blocksize=NESTED_BLOCKSIZE if nested is None else groups,
     )
 
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     options = CheckOptions(**given)
     config = models.read_adapter_config(adapter)
     models.locate(options.model)
-    models.check_quant(options.quant)
+    models.check_quant(options.quant, options.model)
     silence_libraries()
     from peft import PeftModel
 

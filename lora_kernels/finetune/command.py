@@ -44,9 +44,9 @@ ABOUT_DEMO = (
 )
 
 
-EXAMPLE = """example, on the demo's model, which `lora-kernels finetune --demo` puts there:
-    echo '{{"prompt": "Who keeps the light? ", "completion": "Maren."}}' > facts.jsonl
-    lora-kernels finetune --model {model} --data facts.jsonl --steps 4 --out RUN
+EXAMPLE = """example:
+    echo '{"prompt": "Who keeps the light? ", "completion": "Maren."}' > facts.jsonl
+    lora-kernels finetune --model MODEL.gguf --data facts.jsonl --steps 4 --out RUN
     lora-kernels generate --run RUN --prompt 'Who keeps the light?'
 """
 
@@ -90,8 +90,6 @@ def parse_rest(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from .demo import demo_folder
-
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "%(prog)s --model MODEL --data FILE [options]"
     parser.description = (
@@ -99,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "JSON lines (chats, or prompts with completions; the loss is on the answers) or\n"
         "plain text. Ctrl-C or SIGTERM saves and stops; the same command goes on."
     )
-    parser.epilog = EXAMPLE.format(model=demo_folder())
+    parser.epilog = EXAMPLE
     add_options(parser, Inputs, Adapters, Data, Training, Base, Checks)
     words = "this help, and Trainer's other options, which are accepted too"
     parser.add_argument("--help-all", action=HelpAll, nargs=0, help=words)

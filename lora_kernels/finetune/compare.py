@@ -23,6 +23,7 @@ from ..bench import process_memory
 from ..bench.timing import TokenClock
 from ..core.weights import share
 from ..peft import fuse
+from ..peft.packed import decode_packed, has_packed
 from ..peft.quantize import linears_4bit, rewrite_codes
 from .chat import ChatData, Collator
 from .errors import TrainingError
@@ -105,15 +106,29 @@ def train_sgd(
     return {name: p.detach() - start[name] for name, p in adapters(model).items()}
 
 
-def build_pair(base: nn.Module, **lora: Any) -> tuple[Any, Any]:
-    """Return stock PEFT and the fused model with the same adapters, B random, on base's weights."""
-    stock = add_lora_layers(share(base), **lora, fused=False)
+def build_pair(base: nn.Module, plain: nn.Module, **lora: Any) -> tuple[Any, Any]:
+    """Return stock PEFT on `plain` and the fused model on `base`, with the same adapters, B random.
+
+    plain: the base, or its decoded copy if the base has packed weights.
+    """
+    stock = add_lora_layers(share(plain), **lora, fused=False)
     generator = torch.Generator().manual_seed(lora["seed"])
     for name, p in adapters(stock).items():
         if "lora_B" in name:
             with torch.no_grad():
                 p.copy_(ADAPTER_B_STD * torch.randn(p.shape, generator=generator))
-    return stock, fuse(share(stock))
+    if plain is base:
+        return stock, fuse(share(stock))
+    fused = add_lora_layers(share(base), **lora, fused=False)
+    with torch.no_grad():
+        for name, p in adapters(fused).items():
+            p.copy_(stock.get_parameter(name))
+    return stock, fuse(fused)
+
+
+def decoded(base: nn.Module) -> nn.Module:
+    """Return the base, or its decoded copy if it has packed weights."""
+    return decode_packed(share(base)) if has_packed(base) else base
 
 
 def compare(
@@ -127,7 +142,8 @@ def compare(
     """Compare the adapters `lora` on base, fused and in stock PEFT; return the table's rows.
 
     The rows are gradients, updates under SGD, time and memory of a step, and the time of a decoded
-    token. There is no row of memory if the system does not report it. Rows of times note the load
+    token. If the base has packed weights, PEFT's model has decoded ones, which people would load
+    for it. There is no row of memory if the system does not report it. Rows of times note the load
     by other programs. Values are compared in fp32; times and memory are measured in the base's
     dtype. Dropout is off, because PEFT draws other masks.
 
@@ -147,7 +163,8 @@ def compare(
     ]
     fp32 = weight.dtype is torch.float32
     base32 = base if fp32 else cast_parameters(copy.deepcopy(base), torch.float32)
-    stock, fused = build_pair(base32, **lora)
+    plain = decoded(base32)
+    stock, fused = build_pair(base32, plain, **lora)
     loss, want = loss_and_gradients(stock, batches[0])
     if not math.isfinite(loss) or not any(bool(grad.any()) for grad in want.values()):
         raise TrainingError(
@@ -167,9 +184,10 @@ def compare(
     rows.append(Row(f"updates in {SGD_STEPS} SGD steps", largest_rms(got, want), UPDATE_LIMIT))
 
     if not fp32:
-        del base32, stock, fused, want, got  # the weights of float32 make room
-        stock, fused = build_pair(base, **lora)
-    models = {"frozen": base, "peft": stock, "fused": fused}
+        del base32, plain, stock, fused, want, got  # the weights of float32 make room
+        plain = decoded(base)
+        stock, fused = build_pair(base, plain, **lora)
+    models = {"frozen": plain, "peft": stock, "fused": fused}
     rows.append(note_load(time_steps, models, batches[0], lambda: advance("times of a step")))
     step_memory = measure_steps(models, batches[0], lambda: advance("memory of a step"))
     rows += [step_memory] if step_memory else []

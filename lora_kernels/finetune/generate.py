@@ -35,7 +35,7 @@ def resolve(given: dict[str, Any]) -> GenerateOptions:
     if options.adapter is not None:
         read_adapter_config(options.adapter)
     locate(options.model)
-    check_quant(options.quant)
+    check_quant(options.quant, options.model)
     return options
 
 

@@ -18,6 +18,7 @@ from ..core.weights import parameter_bytes
 from ..peft.kept import Kept, Tally, format_kept, name_of
 from ..peft.merge import written_parameters
 from ..peft.modules import is_linear4bit
+from ..peft.packed import decode_packed
 from ..quantization import QuantizedWeight, quantize_4bit
 from . import model as models
 from .checkpoints import check_free, translate_errors, write_folder
@@ -62,12 +63,13 @@ def merge_adapter(
     under a temporary name and renamed when it is complete.
 
     Args:
-        model: the base: transformers folder (dense or bitsandbytes' 4 bits) or cached hub id.
+        model: the base: transformers folder (dense or bitsandbytes' 4 bits), GGUF file or cached
+            hub id.
         adapter: PEFT's folder, with any kind of LoRA and with `modules_to_save`.
         out: a folder that does not exist or is empty.
         dtype: "fp32", "bf16" or "fp16", of all floating tensors.
-        onto: "original" adds ΔW to the base's weights. "dequantized" adds ΔW to 4-bit weights after
-            decoding; dense weights are quantized first, as by `finetune --quant`.
+        onto: "original" adds ΔW to the base's weights. "dequantized" adds ΔW to quantized weights
+            after decoding; dense weights are quantized first, as by `finetune --quant`.
         quant, quant_dtype: "nf4" or "fp4", and the dtype before quantization by bitsandbytes.
 
     Raises UsageError that names the argument before anything is written, and if the adapter lacks a
@@ -85,13 +87,13 @@ def merge_adapter(
     folder = models.locate(model)
     parameters = models.build_skeleton(model).parameters()
     check_free(out, sum(p.numel() for p in parameters) * DTYPES[dtype].itemsize, "the merged model")
-    four_bit = models.is_stored_in_4bit(model)
-    if four_bit and onto == "original":
+    is_quantized = models.is_stored_quantized(model)
+    if is_quantized and onto == "original":
         raise UsageError(
-            f"onto: {model} holds 4-bit weights alone; give --onto dequantized, or the base as it "
-            "was before"
+            f"onto: {model} holds quantized weights alone; give --onto dequantized, or the base as "
+            "it was before"
         )
-    quantized = quant if onto == "dequantized" and not four_bit else None
+    quantized = quant if onto == "dequantized" and not is_quantized else None
     held = DTYPES[quant_dtype] if quantized else torch.float32
     dense: Any = models.load_base(model, held, torch.device("cpu"), quantized)
     dequantize(dense)
@@ -101,7 +103,8 @@ def merge_adapter(
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.get_base_layer().weight is tied for layer in layers):
         raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
-    tally, four_bits = Tally(), quant if onto == "dequantized" else None
+    is_gguf = models.is_gguf(folder)
+    tally, four_bits = Tally(), quant if onto == "dequantized" and not is_gguf else None
     with translate_errors("adapter: cannot be merged", ValueError):  # a sum is not finite
         for name, layer in adapted.named_modules():
             if isinstance(layer, BaseTunerLayer):
@@ -111,12 +114,16 @@ def merge_adapter(
             merged = adapted.merge_and_unload()
     models.cast_parameters(merged, DTYPES[dtype])
     with write_folder(out) as partial:
-        size = max(file.stat().st_size for file in folder.glob("*.safetensors"))
-        weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
-        for file in folder.iterdir():  # the tokenizer and other files without weights
-            if file.is_file() and not file.name.endswith(weights):
-                shutil.copy(file, partial / file.name)
-        merged.save_pretrained(partial, max_shard_size=size)
+        how: dict[str, Any] = {}
+        if is_gguf:
+            models.load_tokenizer(model).save_pretrained(partial)
+        else:
+            how["max_shard_size"] = max(f.stat().st_size for f in folder.glob("*.safetensors"))
+            weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
+            for file in folder.iterdir():  # the tokenizer and other files without weights
+                if file.is_file() and not file.name.endswith(weights):
+                    shutil.copy(file, partial / file.name)
+        merged.save_pretrained(partial, **how)
     shards = len(list(out.glob("*.safetensors")))
     return Merged(out, len(layers), shards, parameter_bytes(merged), tally.rows())
 
@@ -139,7 +146,8 @@ def _merge(tally: Tally, name: str, layer: Any, dtype: torch.dtype, quant_type: 
 
 
 def dequantize(model: Any) -> None:
-    """Make the whole model dense and float32 in place, including bitsandbytes' 4-bit layers."""
+    """Make the whole model dense and float32 in place, with packed and bitsandbytes' 4-bit weights."""
+    decode_packed(model)
     for name, layer in list(model.named_modules()):
         if is_linear4bit(layer):
             linear = nn.Linear(*models.features(layer), bias=layer.bias is not None, device="meta")
@@ -168,11 +176,14 @@ def choose_weights(options: MergeOptions) -> tuple[MergeOptions, str]:
 
     Without a choice these are the weights that the adapter was trained over.
     """
-    four_bit = models.is_stored_in_4bit(options.model)
-    onto = options.onto or ("dequantized" if options.quant or four_bit else "original")
-    quant = options.quant or ("nf4" if onto == "dequantized" else None)
+    is_quantized = models.is_stored_quantized(options.model)
+    onto = options.onto or ("dequantized" if options.quant or is_quantized else "original")
+    is_gguf = models.is_gguf(options.model)
+    quant = options.quant or ("nf4" if onto == "dequantized" and not is_gguf else None)
     words = "the base's weights"
-    if onto == "dequantized":
+    if onto == "dequantized" and is_gguf:
+        words = f"the weights of {options.model}, decoded, over which the adapter was trained"
+    elif onto == "dequantized":
         words = f"the weights that {quant} holds, decoded, over which the adapter was trained"
     elif quant:
         words += f" before {quant} quantization, over which the adapter was not trained"
@@ -183,6 +194,7 @@ def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError for bad arguments."""
     options = MergeOptions(**fill_in_run(vars(args), "quant_dtype"))
     models.locate(options.model)
+    models.check_quant(options.quant, options.model)
     options, said = choose_weights(options)
     silence_libraries()
     print(said)

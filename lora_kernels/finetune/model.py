@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     from ..peft import Explanation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_GGUF = (
-    "model = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE); "
-    "del model.hf_quantizer, model.config.quantization_config; model.save_pretrained('MODEL'); "
-    "AutoTokenizer.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained('MODEL')"
-)
 ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the output embedding
 
 
 def locate(model: Path) -> Path:
-    """Return the folder to load from.
+    """Return the folder or the GGUF file to load from.
 
-    model: a folder, or a hub id whose snapshot is in the local cache.
+    model: a folder, a GGUF file, or a hub id whose snapshot is in the local cache.
 
-    Raises UsageError if there is no model. A GGUF file is refused, because PEFT cannot load an
-    adapter onto one.
+    Raises UsageError if there is no model.
     """
-    wanted = "give a transformers model folder, or a hub id after `hf download HUB_ID`"
+    wanted = (
+        "give a transformers model folder, a .gguf file, or a hub id after `hf download HUB_ID`"
+    )
     if not model.exists() and (snapshot := cached_snapshot(str(model))):
         return snapshot
-    if (model / "config.json").is_file():
+    if (model / "config.json").is_file() or is_gguf(model):
         return model
-    gguf = model if model.suffix == ".gguf" else next(iter(sorted(model.glob("*.gguf"))), None)
-    if gguf is not None and gguf.is_file():
-        raise UsageError(f"model: {gguf} is a GGUF file; convert it once, in Python: {_GGUF}")
+    if files := sorted(model.glob("*.gguf")):
+        raise UsageError(f"model: {model} holds GGUF; give a file, such as {files[0]}")
     if model.exists():
         raise UsageError(f"model: {model} holds no config.json; {wanted}")
     raise UsageError(f"model: there is no {model}; {wanted}")
+
+
+def is_gguf(model: Path) -> bool:
+    """Return True if the model is a file in GGUF, by its name."""
+    return model.suffix == ".gguf" and model.is_file()
 
 
 def cached_snapshot(name: str) -> Path | None:
@@ -134,8 +134,12 @@ def misfit(folder: Path, config: Any) -> str:
     return f"adapter: {folder}{made_for} does not fit the base"
 
 
-def check_quant(quant: str | None) -> None:
-    """Raise UsageError if 4-bit layers are requested and bitsandbytes is missing."""
+def check_quant(quant: str | None, model: Path) -> None:
+    """Raise UsageError if 4-bit layers are requested of GGUF, or bitsandbytes is missing."""
+    if quant is not None and is_gguf(model):
+        raise UsageError(
+            f"quant: got {quant}, want none: {model} has its own codes, which are kept"
+        )
     if quant is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("quant: 4-bit layers need bitsandbytes: pip install bitsandbytes")
 
@@ -147,12 +151,21 @@ def display_name(model: Path) -> str:
 def load_base(
     model: Path, dtype: torch.dtype, device: torch.device, quant: str | None = None
 ) -> nn.Module:
-    """Return the frozen causal language model, in eval mode; quant: see `quantize`."""
+    """Return the frozen causal language model, in eval mode; quant: see `quantize`.
+
+    Linear weights of a GGUF file stay in its codes.
+    """
     from transformers import AutoModelForCausalLM
 
     from ..peft.quantize import quantize
 
-    check_quant(quant)
+    check_quant(quant, model)
+    if is_gguf(model):
+        with translate_errors(f"model: {model} cannot be loaded", ImportError, ValueError):
+            from ..integrations import load_gguf
+
+            packed: nn.Module = load_gguf(model, dtype=dtype)
+        return packed.to(device).requires_grad_(False).eval()
     base = load_float32(AutoModelForCausalLM, model, whole=True)
     cast_parameters(base, dtype)
     if quant is not None:
@@ -177,12 +190,17 @@ def load_config(model: Path) -> Any:
     """Return transformers' configuration of the model. Raises UsageError."""
     from transformers import AutoConfig
 
-    return _load(AutoConfig, model)
+    if not is_gguf(model):
+        return _load(AutoConfig, model)
+    with translate_errors(f"model: {model} cannot be loaded", ImportError, ValueError):
+        from ..integrations import gguf
+
+        return gguf.load_config(model)
 
 
-def is_stored_in_4bit(model: Path) -> bool:
-    """Return True if the folder of a transformers model holds quantized weights."""
-    return hasattr(load_config(model), "quantization_config")
+def is_stored_quantized(model: Path) -> bool:
+    """Return True for a GGUF file, and if a transformers model's folder has quantized weights."""
+    return is_gguf(model) or hasattr(load_config(model), "quantization_config")
 
 
 def build_skeleton(model: Path) -> nn.Module:
@@ -234,10 +252,12 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
-    folder = locate(model)
+    place = locate(model)
+    if is_gguf(place):
+        place, kwargs = place.absolute().parent, {"gguf_file": place.name} | kwargs
     # Each library raises other errors for a damaged file.
     with translate_errors(f"model: transformers cannot load {model}"):
-        return auto_class.from_pretrained(folder, local_files_only=True, **kwargs)
+        return auto_class.from_pretrained(place, local_files_only=True, **kwargs)
 
 
 def usable_device(name: str) -> torch.device:

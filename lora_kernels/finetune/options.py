@@ -158,7 +158,7 @@ def check_out(out: Path, instead: str = "that can be written") -> None:
 
 
 # Arguments of several commands
-_MODEL: dict[str, Any] = {"help": "model folder or cached hub id", "metavar": "MODEL"}
+_MODEL: dict[str, Any] = {"help": "model folder, .gguf file or cached hub id", "metavar": "MODEL"}
 _BITS = "hold linear layers in 4 bits, as QLoRA does, by bitsandbytes"
 _QUANT: dict[str, Any] = {"help": _BITS, "choices": ("nf4", "fp4")}
 _DTYPE: dict[str, Any] = {"help": "dtype of the base model", "choices": ("fp32", "bf16")}

@@ -80,7 +80,7 @@ def load_gguf(
     path = Path(file)
     reader = open_gguf(path)
     how: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    config = load_config(reader, path)
+    config = load_config(path, reader)
     with quantizer_for("gguf", functools.partial(PackedGgufQuantizer, reader=reader)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.absolute().parent,
@@ -122,13 +122,32 @@ def architecture(reader: Any) -> str:
     return str(reader.fields["general.architecture"].contents())
 
 
-def load_config(reader: Any, file: Path) -> Any:
+# Of the file that was read last, by path, time and bytes: transformers reads words one by one.
+_configs: dict[tuple[str, int, int], Any] = {}
+
+
+def load_config(file: Path, reader: Any = None) -> Any:
     """Return transformers' configuration of the file, with its scaling of positions.
 
     The heads' size, which transformers does not read for all architectures, is the file's.
 
-    Raises ValueError if transformers does not know the architecture, or the scaling.
+    reader: of `open_gguf`, if there is one.
+
+    Raises ValueError as `open_gguf`, and if transformers does not know the architecture or the
+    scaling.
     """
+    if file.is_file():
+        found = file.stat()
+        key = str(file.absolute()), found.st_mtime_ns, found.st_size
+        if key not in _configs:
+            config = _read_config(reader or open_gguf(file), file)
+            _configs.clear()
+            _configs[key] = config
+        return copy.deepcopy(_configs[key])
+    raise ValueError(f"file: there is no {file}")
+
+
+def _read_config(reader: Any, file: Path) -> Any:
     name = architecture(reader)
     try:
         config = AutoConfig.from_pretrained(
@@ -232,6 +251,7 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
         for t in self.reader.tensors:
             if t.name == _ROPE_FACTORS:
                 _divide_frequencies(model, torch.from_numpy(np.array(t.data)).float())
+        self.reader = self.conversions = None  # the model keeps the quantizer
         # Of adapters' base: the file instead of its folder.
         model.name_or_path = model.config.name_or_path = str(Path(self.file).absolute())
         return model

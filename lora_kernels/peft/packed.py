@@ -15,6 +15,7 @@ from torch import nn
 from ..quantization.packed_state import build_parameter, register_state_hooks
 from ..quantization.readers import READERS, ROUNDS_X, compressed_tensors, library_of, read, torchao
 from ..quantization.readers.form import Reading
+from ..quantization.tensor import QuantizedTensor
 from .mergeable import refuse_merges
 from .modules import hooks_of, is_compressed_forward
 
@@ -97,6 +98,19 @@ def keep_packed(model: Model, *, exact_x: bool = False) -> Model:
         hook.remove()
         del module.ct_decompress_hook
     return result  # type: ignore[no-any-return]
+
+
+def decode_packed(model: Model) -> Model:
+    """Replace all packed weights of a model by decoded ones, frozen, and return the model."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if isinstance(p, QuantizedTensor):
+                module._parameters[name] = nn.Parameter(p.dequantize(), requires_grad=False)
+    return model
+
+
+def has_packed(model: nn.Module) -> bool:
+    return any(isinstance(p, QuantizedTensor) for p in model.parameters())
 
 
 def _is_packed(module: nn.Module) -> bool:

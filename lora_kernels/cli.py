@@ -43,6 +43,11 @@ COMMANDS = {
         "finetune",
         "write base and adapter as one stock model",
     ),
+    "export": (
+        "lora_kernels.finetune.export",
+        "finetune",
+        "write an adapter as GGUF, for llama.cpp",
+    ),
     "check": (
         "lora_kernels.finetune.check_command",
         "finetune",

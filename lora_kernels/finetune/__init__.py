@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .chat import ChatData, Collator, check_flattening, load_chat
     from .checkpoints import newest_checkpoint
     from .classify import Outcome, Task, compare_methods
+    from .export import export_gguf
     from .labelled import Labelled, read_labelled
     from .merge import merge_adapter
     from .methods import METHODS, Method
@@ -27,6 +28,7 @@ _NAMES = {
     "chat": ["ChatData", "Collator", "check_flattening", "load_chat"],
     "checkpoints": ["newest_checkpoint"],
     "classify": ["Outcome", "Task", "compare_methods"],
+    "export": ["export_gguf"],
     "labelled": ["Labelled", "read_labelled"],
     "merge": ["merge_adapter"],
     "methods": ["METHODS", "Method"],

@@ -146,7 +146,7 @@ def _merge(tally: Tally, name: str, layer: Any, dtype: torch.dtype, quant_type: 
 
 
 def dequantize(model: Any) -> None:
-    """Make the whole model dense and float32 in place, with packed and bitsandbytes' 4-bit weights."""
+    """Make the whole model dense and float32 in place, bitsandbytes' 4-bit layers too."""
     decode_packed(model)
     for name, layer in list(model.named_modules()):
         if is_linear4bit(layer):

@@ -89,13 +89,27 @@ def load_adapter(base: Any, folder: Path) -> Any:
     """
     import peft
 
+    stock, state = adapt(base, folder)
+    peft.set_peft_model_state_dict(stock, state)
+    return stock.eval()
+
+
+def adapt(base: Any, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Return stock PEFT's model of `base`, which may be on meta, and the tensors of the adapter.
+
+    The tensors, which have the names and the shapes of the model's, are not loaded into it. Raises
+    as `load_adapter`.
+    """
+    import peft
+
     config = read_adapter_config(folder)
     config.inference_mode = True
     mismatch = misfit(folder, config)
     config.base_model_name_or_path = None  # PEFT warns if the base has moved
     with translate_errors(mismatch, ValueError, TypeError, RuntimeError), adaptable_experts(base):
         stock: Any = peft.get_peft_model(base, config)
-    state = read_adapter_weights(folder, str(stock.device))
+    device = "cpu" if stock.device.type == "meta" else str(stock.device)
+    state = read_adapter_weights(folder, device)
     want = peft.get_peft_model_state_dict(stock, save_embedding_layers=False)
     embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
     problems = {
@@ -110,8 +124,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
     for problem, keys in problems.items():
         if keys:
             raise UsageError(f"{mismatch}: {problem} {count_more(sorted(keys))}")
-    peft.set_peft_model_state_dict(stock, state)
-    return stock.eval()
+    return stock, state
 
 
 def read_adapter_config(folder: Path) -> Any:

@@ -367,6 +367,20 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """The options of `export`."""
+
+    run: Path | None = arg(None, "folder that `lora-kernels finetune` wrote: the model and adapter")
+    model: Path = arg(None, **_MODEL)
+    adapter: Path = arg(None, _ADAPTER)
+    gguf: Path = arg(None, "the file to write, such as adapter.gguf")
+
+    def __post_init__(self) -> None:
+        require(self, ("model", "adapter"), "--run")
+        require(self, ("gguf",), "see --help")
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """The options of `generate`."""
 

@@ -351,6 +351,15 @@ def _linear_weights(model: Any) -> set[str]:
     }
 
 
+def processor_of(name: str, config: Any) -> Any:
+    """Return transformers' processor of the tensors of an architecture, by llama.cpp's name."""
+    settings = config.to_dict()
+    if settings.get("num_key_value_heads") is None:  # or Llama's leaves the rows as they are
+        settings["num_key_value_heads"] = settings.get("num_attention_heads")
+    made: Any = by_names.TENSOR_PROCESSORS.get(name, by_names.TensorProcessor)
+    return made(config=settings)
+
+
 def row_order(processor: Any, name: str, rows: int) -> Tensor | None:
     """Return the file's rows in the order of the model, int64 [rows], for a tensor of the file.
 
@@ -375,13 +384,7 @@ def row_order(processor: Any, name: str, rows: int) -> Tensor | None:
 def _by_names(reader: Any, model: Any, dtype: torch.dtype) -> tuple[dict[str, Any], None]:
     """Return the entries by the model's names, for transformers' processors."""
     name = architecture(reader)
-    config = model.config.to_dict()
-    heads = config.get("num_attention_heads")
-    # Without the second of these a processor leaves the rows as they are.
-    if config.get("num_key_value_heads") is None:
-        config["num_key_value_heads"] = heads
-    made: Any = by_names.TENSOR_PROCESSORS.get(name, by_names.TensorProcessor)
-    processor = made(config=config)
+    processor = processor_of(name, model.config)
     names = by_names.get_gguf_hf_weights_map(model, processor, model_type=name)
     linear = _linear_weights(model)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}

@@ -39,6 +39,8 @@ from .quantizer import PackedQuantizer, quantizer_for
 _CHUNK = 1 << 24  # elements that are decoded at a time
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 3  # names of a message
+# Of architecture and layers, by which llama.cpp knows Gemma 2 and 3 of 27B.
+_GEMMA_27B = (("gemma2", 46), ("gemma3", 62))
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -127,9 +129,9 @@ _configs: dict[tuple[str, int, int], Any] = {}
 
 
 def load_config(file: Path, reader: Any = None) -> Any:
-    """Return transformers' configuration of the file, with its scaling of positions.
+    """Return transformers' configuration of the file, with what transformers does not read.
 
-    The heads' size, which transformers does not read for all architectures, is the file's.
+    That is the scaling of positions, the heads' size, and Gemma's scale of attention.
 
     reader: of `open_gguf`, if there is one.
 
@@ -163,6 +165,10 @@ def _read_config(reader: Any, file: Path) -> Any:
     is_read = "attention.key_length" in keys.get(name, {})
     if size is not None and not is_read and getattr(config, "head_dim", None) is not None:
         config.head_dim = int(size.contents())
+    if hasattr(config, "query_pre_attn_scalar"):  # not in the file: llama.cpp knows it by the size
+        is_27b = (name, config.num_hidden_layers) in _GEMMA_27B
+        width = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = width if is_27b else config.head_dim
     _scale_positions(config, reader, file)
     return config
 

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     Lfm2Config,
     LlamaConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -44,6 +46,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, head_dim=64, tie_word_embeddings=True),
     "gemma2": Gemma2Config(**SIZES, head_dim=64, sliding_window=16),
+    "gemma3": Gemma3TextConfig(**SIZES | {"num_hidden_layers": 6}, head_dim=64, sliding_window=16),
+    "phi3": Phi3Config(**SIZES),
     "lfm2": Lfm2Config(
         **SIZES, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
     ),

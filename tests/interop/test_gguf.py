@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-gguf = pytest.importorskip("gguf")
-pytest.importorskip("transformers.quantizers.quantizer_gguf", reason="GGUF needs transformers 5.18")
+pytest.importorskip("gguf")
+pytest.importorskip("transformers.quantizers.quantizer_gguf")
+import gguf
+
 from lora_kernels.integrations import FuseCallback, load_gguf
 from lora_kernels.integrations import gguf as loader
 from lora_kernels.peft import explain, fuse
@@ -41,9 +42,13 @@ def file_of(folder: Path, name: str, kind: str = "Q4_K", **how: Any) -> Path:
 def load_decoded(file: Path, dtype: torch.dtype = torch.float32) -> Any:
     """As transformers decodes it, with the configuration that `load_gguf` reads."""
     config = loader.load_config(file)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, config=config, dtype=dtype
     )
+    # Into one that does not say that it is quantized, which Trainer refuses.
+    plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
 
 
 def packed_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
@@ -113,6 +118,10 @@ def test_types_that_transformers_reader_lacks_are_read(kind: str, tmp_path: Path
 def adapted(base: Any, seed: int) -> Any:
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     randomize(model, seed=seed)
+    with torch.no_grad():  # larger ones would hide a doubled gradient behind bfloat16's roundings
+        for n, p in model.named_parameters():
+            if "lora_" in n:
+                p.mul_(0.1)
     return model
 
 
@@ -133,6 +142,12 @@ def test_gradients_are_as_exact_as_pefts_over_the_decoded_model(
         rows = explain(model).rows
         assert len(rows) == 14 and {row.state for row in rows} == {KERNELS}
     got = [loss_and_gradients(model, IDS) for model in packed]
+    assert_as_exact(got, refs, wanted)
+    # Attention of random models is next to even: half of q's and k's gradients is bfloat16's error.
+    got, refs, wanted = (
+        [{n: g for n, g in r.items() if "q_proj" not in n and "k_proj" not in n} for r in results]
+        for results in (got, refs, wanted)
+    )
     assert_as_exact(got, refs, wanted)
     doubled = [{n: g * (2 if "lora_A" in n else 1) for n, g in each.items()} for each in got]
     with pytest.raises(AssertionError):
@@ -314,7 +329,7 @@ def test_a_file_cut_short_is_refused(share: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, match",
     [
-        ("type", r"cut short or damaged.*99 is not a valid GGMLQuantizationType"),
+        ("type", r"cut short or damaged.*99\)? is not a valid GGMLQuantizationType"),
         ("undecodable", r"blk\.0\.attn_q\.weight of .* is in Q8_K, which gguf cannot decode"),
         ("architecture", r"has the architecture 'nobody', which transformers does not load"),
         ("shape", r"got blk\.0\.ffn_up\.weight of \[256, 256\], want \[512, 256\], as model\.lay"),
@@ -375,4 +390,5 @@ def test_a_layer_of_prediction_is_left_out(tmp_path: Path) -> None:
     def change(writer: Any, tensors: Any) -> None:
         tensors["blk.2.nextn.eh_proj.weight"] = np.zeros((256, 512), dtype=np.float32), "F32"
 
-    assert math.isfinite(load_gguf(file_of(tmp_path, "llama", change=change))(IDS).logits.sum())
+    model = load_gguf(file_of(tmp_path, "llama", change=change))
+    assert len(packed_weights(model)) == 14

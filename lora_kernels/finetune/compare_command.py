@@ -66,7 +66,7 @@ def read_task_data(options: CompareOptions) -> tuple[CompareOptions, Labelled, L
     """
     from .demo import demo_encoder, demo_reviews
     from .labelled import read_labelled
-    from .model import display_name, locate
+    from .model import display_name, is_gguf, locate
 
     all_demo = options.demo and options.model is options.data is None
     if options.demo:
@@ -75,7 +75,11 @@ def read_task_data(options: CompareOptions) -> tuple[CompareOptions, Labelled, L
         options = dataclasses.replace(options, **changes)
     require(options, ("model", "data"), "try --demo")
     fields = pick(options, "text label group") | {"labels": options.labels or None}
-    locate(options.model)
+    if is_gguf(locate(options.model)):
+        raise UsageError(
+            f"model: got {options.model}, want a folder: full fine-tuning has no weights to train "
+            "in a GGUF file"
+        )
     train, held_out = read_labelled(options.data, **fields).split(options.train, options.held_out)
     about = f"{display_name(options.model)} on {options.data.name}"
     return options, train, held_out, ABOUT_DEMO if all_demo else about

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +52,16 @@ _FIELDS = {
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # initializations that change the base
 
 
+# A greedy answer of a model with an adapter, through the file's chat template.
+_ASK = """
+import sys, llama_cpp
+model, adapter, prompt, tokens = sys.argv[1:]
+llama = llama_cpp.Llama(model, lora_path=adapter, n_ctx=512, verbose=False)
+said = llama.create_chat_completion(
+    [{"role": "user", "content": prompt}], temperature=0.0, max_tokens=int(tokens)
+)
+print(said["choices"][0]["message"]["content"])
+"""
 _OF_BASE = "dtype", "quant"  # what a run says of its base, besides the model
 
 
@@ -220,6 +232,23 @@ def write_adapter(file: Path, architecture: str, tensors: dict[str, Tensor], alp
 def serving_command(model: Path, file: Path) -> str:
     """Return the command by which llama.cpp serves a GGUF file with an adapter."""
     return f"llama-server -m {shlex.quote(str(model))} --lora {shlex.quote(str(file))}"
+
+
+def ask_llama_cpp(model: Path, adapter: Path, prompt: str, tokens: int) -> str:
+    """Return llama.cpp's answer to a prompt, by llama-cpp-python in a process of its own.
+
+    An error is returned as the answer: llama.cpp aborts for some files.
+    """
+    said = subprocess.run(
+        [sys.executable, "-c", _ASK, str(model), str(adapter), prompt, str(tokens)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if said.returncode:
+        last = said.stderr.strip().splitlines()[-1:]
+        return f"exit status {said.returncode}: {''.join(last)}"
+    return said.stdout.strip()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -145,8 +145,8 @@ def _merge(tally: Tally, name: str, layer: Any, dtype: torch.dtype, quant_type: 
         tally.add(f"{quant_type}, quantized again", name, before, exact, again)
 
 
-def dequantize(model: Any) -> None:
-    """Make the whole model dense and float32 in place, bitsandbytes' 4-bit layers too."""
+def dequantize(model: Any) -> Any:
+    """Return the whole model made dense and float32 in place, bitsandbytes' 4-bit layers too."""
     decode_packed(model)
     for name, layer in list(model.named_modules()):
         if is_linear4bit(layer):
@@ -158,7 +158,7 @@ def dequantize(model: Any) -> None:
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)
     model.is_quantized = model.is_loaded_in_4bit = False
-    models.cast_parameters(model, torch.float32)
+    return models.cast_parameters(model, torch.float32)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

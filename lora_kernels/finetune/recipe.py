@@ -4,6 +4,7 @@ A run writes to --out:
 
 - adapter/: in PEFT's format, with the tokenizer
 - trainer_state.json (Trainer's log, with the peak memory), losses.png and the last checkpoints
+- adapter.gguf: over a GGUF file, the same adapter for llama.cpp
 - layers.txt: the output of `explain`
 - run.json: the arguments
 """
@@ -15,6 +16,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import tempfile
@@ -22,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -37,6 +40,7 @@ from ..core.weights import parameter_bytes, share
 from ..layers import adaptable_experts
 from ..layers.experts import has_quantized_experts
 from ..peft import explain, fuse
+from ..peft.packed import packed_bytes
 from . import model, report
 from .chat import IGNORED, ChatData, Collator, check_flattening, read_data
 from .checkpoints import (
@@ -50,6 +54,7 @@ from .checkpoints import (
 )
 from .compare import PIECES, STEP_MEMORY, compare
 from .errors import UsageError
+from .export import ask_llama_cpp, export_gguf, serving_command
 from .inputs import read_inputs
 from .lock import FolderLock
 from .options import Adapters, Base, Data, Options, Training, check_out, flag, pick, read_json
@@ -134,6 +139,8 @@ def _finetune(options: Options, controls: Mapping[str, str], lock: FolderLock) -
     same, line = check_reloaded(options, options.out / "adapter", ids, want)
     console.print(report.facts_table({"loaded again": line}))
     failed += [] if same else ["loaded again"]
+    if model.is_gguf(options.model):
+        failed += export_run(options, console)
     if failed:
         console.print(f"failed: {'; '.join(failed)}", style="red")
     return 1 if failed else 0
@@ -245,6 +252,12 @@ def save_and_report(
         untouched = torch.equal(logits(adapted, answers.ids), answers.logits)
     facts = answers.facts | {"after": after} | summarize_losses(trainer, options.out)
     size, whole = (folder / "adapter_model.safetensors").stat().st_size, answers.weights
+    if model.is_gguf(options.model):
+        held = packed_bytes(adapted)
+        facts["file"] = (
+            f"{options.model.name}, {options.model.stat().st_size / 1e6:.1f} MB; in memory "
+            f"{whole / 1e6:.1f} MB, {held / 1e6:.1f} MB of it packed"
+        )
     facts["adapter"] = (
         f"{folder}, {size / 1e6:.1f} MB beside the model's {whole / 1e6:.1f} MB "
         f"({size / whole:.2%})"
@@ -258,6 +271,28 @@ def save_and_report(
         checked[f"not forgotten: {word}"] = kept
     console.print(report.facts_table(facts | {name: line for name, (_, line) in checked.items()}))
     return [name for name, (ok, _) in checked.items() if not ok]
+
+
+def export_run(options: Options, console: Console) -> list[str]:
+    """Write the adapter for llama.cpp, print how to serve it, and return the checks that fail.
+
+    If llama-cpp-python is installed and an answer is expected, llama.cpp answers too.
+    """
+    file = options.out / "adapter.gguf"
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one
+        try:
+            export_gguf(options.model, options.out / "adapter", file)
+        except UsageError as error:
+            console.print(f"not written for llama.cpp: {error}")
+            return []
+    failed = []
+    if options.expect and find_spec("llama_cpp") is not None:
+        said = ask_llama_cpp(options.model, file, options.prompt, ANSWER)
+        ok = options.expect in said
+        console.print(report.facts_table({"llama.cpp": f"{said} {'✓' if ok else '✗'}"}))
+        failed += [] if ok else ["llama.cpp"]
+    console.print(f"to serve it: {serving_command(options.model, file)}", soft_wrap=True)
+    return failed
 
 
 def first_question(

@@ -110,7 +110,12 @@ def decode_packed(model: Model) -> Model:
 
 
 def has_packed(model: nn.Module) -> bool:
-    return any(isinstance(p, QuantizedTensor) for p in model.parameters())
+    return packed_bytes(model) > 0
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Return the bytes of the packed weights of a model."""
+    return sum(p.quantized.nbytes for p in model.parameters() if isinstance(p, QuantizedTensor))
 
 
 def _is_packed(module: nn.Module) -> bool:

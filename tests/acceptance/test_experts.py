@@ -11,6 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels.cli import main
 from lora_kernels.finetune.demo import demo_model
+from lora_kernels.finetune.merge import dequantize
 from lora_kernels.finetune.model import load_base, load_tokenizer
 from tests.finetune.tiny import metrics
 
@@ -44,9 +45,9 @@ def upcycle(dense: Any) -> MixtralForCausalLM:
 @pytest.mark.proof
 def test_finetune_of_upcycled_experts_learns_prose(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    demo = demo_model()
+    demo, cpu = demo_model(), torch.device("cpu")
     folder, out = tmp_path / "mixture", tmp_path / "run"
-    upcycle(load_base(demo, torch.float32, torch.device("cpu"))).save_pretrained(folder)
+    upcycle(dequantize(load_base(demo, torch.float32, cpu))).save_pretrained(folder)
     load_tokenizer(demo).save_pretrained(folder)
     argv = ["finetune", "--model", str(folder), "--data", str(PROSE), "--out", str(out)]
     argv += ["--target-modules", "q", "v", "gate", "up", "down", "--dropout", "0", "--rank", "8"]

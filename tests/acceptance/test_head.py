@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import lora_kernels
 from lora_kernels.bench.memory import peak
 from lora_kernels.finetune.demo import demo_model
+from lora_kernels.finetune.merge import dequantize
 from lora_kernels.finetune.model import load_base, load_tokenizer
 from lora_kernels.peft import explain, fuse
 
@@ -31,7 +32,7 @@ def test_gradients_of_smollm2_with_lora_on_its_head_are_pefts() -> None:
     terms, moves PEFT's own gradients: from those, ours may differ by as much more.
     """
     torch.manual_seed(0)
-    base = load_base(demo_model(), torch.float32, torch.device("cpu"))
+    base = dequantize(load_base(demo_model(), torch.float32, torch.device("cpu")))
     config = LoraConfig(r=R, lora_alpha=32, target_modules=["q_proj", "down_proj", "lm_head"])
     stock: Any = get_peft_model(base, config)
     with torch.no_grad():

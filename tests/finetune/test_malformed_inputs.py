@@ -248,7 +248,7 @@ for why, said, make in (
         copy_of("model", lambda folder: tokenizer(LEFT_OPEN).save_pretrained(folder)),
     ),
     ("a folder without a model", "holds no config.json", lambda good, at: at),
-    ("a GGUF file", "is a GGUF file; convert it once, in", content("model.gguf", GGUF_HEAD)),
+    ("a GGUF file cut short", "cut short or damaged", content("model.gguf", GGUF_HEAD)),
 ):
     command("finetune", f"--model: {why}", said, given("--model", make))
 

@@ -103,38 +103,17 @@ def write_lines(file: Path, records: Iterable[Any]) -> Path:
     return file
 
 
-def write_gguf(file: Path) -> Path:
-    """A float32 Llama of two layers as a GGUF file, with a tokenizer of bytes and a template."""
-    import gguf
+def write_gguf(file: Path, kind: str = "Q8_0", **changes: Any) -> Path:
+    """A Llama of two layers as a GGUF file, with a tokenizer of bytes and a template.
 
-    tok, model = tokenizer(merges=[("a", "b")]), llama(vocab_size=261)
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = tok.convert_ids_to_tokens(range(len(tok)))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
-    for kind, number in (("eos", 1), ("bos", 1), ("pad", 0), ("unk", 0)):
-        getattr(writer, f"add_{kind}_token_id")(number)
-    writer.add_chat_template(TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+    kind: the type of its linear weights.
+    """
+    from tests.support.gguf_files import write
+
+    sizes = {"vocab_size": 261, "hidden_size": 64, "intermediate_size": 96}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes | {"max_position_embeddings": 256} | changes)
+    return write(file, config, "llama", kind, words=tokenizer(merges=[("a", "b")]))
 
 
 def save_model(folder: Path, model: Any, words: Any = None) -> Path:

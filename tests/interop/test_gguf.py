@@ -380,7 +380,7 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"dtype: got torch\.float64, want float32"):
         load_gguf(file_of(tmp_path, "llama"), dtype=torch.float64)
     shutil.copy(__file__, tmp_path / "text.gguf")
-    with pytest.raises(ValueError, match="no GGUF file.*magic"):
+    with pytest.raises(ValueError, match=r"no GGUF file.*magic"):
         load_gguf(tmp_path / "text.gguf")
 
 

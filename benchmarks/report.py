@@ -332,7 +332,7 @@ def cell(row: Row, name: str) -> str:
 def model_rows(rows: list[Row]) -> Cells:
     """Yield a line for each step or token of a whole model; a row under load has no ratios."""
     for row in rows:
-        base = "NF4" if row.get("quant_type") else row["dtype"]
+        base = {"nf4": "NF4", "gguf": "GGUF"}.get(row.get("quant_type"), row["dtype"])
         head = row["what"].removeprefix("model "), base, row["mode"], str(row["M"])
         seconds, peaks = p50(row), row.get("peak_bytes", {})
         if not {"peft", "ours"} <= seconds.keys():

@@ -200,11 +200,17 @@ def _unstartable_reason(args: argparse.Namespace) -> str | None:
 def _unknown_model_reason(model: str | None, is_whole: bool) -> str | None:
     """Return why the value of --model names no model, or None."""
     names: Sequence[str] = [*end_to_end.SIZES] if is_whole else models.NAMES
-    is_folder = is_whole and model is not None and Path(model, "config.json").is_file()
-    if model is None or model in names or is_folder:
+    if model is None or model in names:
         return None
-    wanted = f"{', '.join(names)}{', or a folder with a config.json' if is_whole else ''}"
+    if is_whole and (Path(model, "config.json").is_file() or _is_gguf(model)):
+        return None
+    others = ", a folder with a config.json, or a .gguf file" * is_whole
+    wanted = f"{', '.join(names)}{others}"
     return f"--model: got {model!r}, want one of {wanted}"
+
+
+def _is_gguf(model: str) -> bool:
+    return model.endswith(".gguf") and Path(model).is_file()
 
 
 def measure(suite: Suite, args: argparse.Namespace) -> Result:

@@ -14,6 +14,7 @@ round. LoRA of rank `RANK` is on all linear layers but the head, with float32 ad
 makes them. Steps over a 16-bit base run under autocast, as Trainer's with `bf16=True`. The first
 layer's input needs a gradient in all of them, so that the frozen model computes each dx too.
 A named model has random weights, because a time does not depend on them: nothing is downloaded.
+Over a GGUF file ours reads its codes, and the others have the decoded weights.
 
 The peak memory is that of a call in a process of its own, over what the process held before the
 model was built: weights, activations, gradients and AdamW's state. On a CPU it is resident memory;
@@ -42,6 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.data_packages import SMOLLM2, folder_of
 from ..core.quiet import silence_imports, silence_libraries
 from ..core.weights import parameter_bytes, share
 from ..oracle.case import dtype_name
@@ -59,6 +61,8 @@ LARGE_ROUNDS, LONG_ROUNDS = 3, 2
 # 1e-5. Doubled gradients of lora_A differ by 0.4 or more.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
+GGUF = "gguf"  # a base that is a file's, in float32, in which a CPU is fastest
+GGUF_16 = "gguf in bfloat16"
 STEP, CHECKPOINTED, TOKEN = "step", "step, checkpointed", "token"
 NAMES = (FROZEN, "peft", "ours")
 # Their published configurations; both tie the head to the embedding.
@@ -87,8 +91,8 @@ class Cell:
     """One row of the table.
 
     Args:
-        model: a key of SIZES, or the folder of a transformers model.
-        base: a key of BASES.
+        model: a key of SIZES, the folder of a transformers model, or a GGUF file.
+        base: a key of BASES; of a file GGUF or GGUF_16.
         mode: STEP, CHECKPOINTED or TOKEN.
         batch, length: rows of a batch, and tokens of a row.
         one_thread: whether torch has one thread instead of all.
@@ -103,7 +107,8 @@ class Cell:
 
     @property
     def dtype(self) -> torch.dtype:
-        return BASES[self.base]
+        of_files = {GGUF: torch.float32, GGUF_16: torch.bfloat16}
+        return (BASES | of_files)[self.base]
 
 
 _SMALL, _LARGE = SIZES
@@ -122,34 +127,44 @@ GPU_CELLS = (
 
 
 def cells(model: str | None, device: str, quick: bool) -> Iterator[Cell]:
-    """Yield the cells of a run, those of NF4 if bitsandbytes is installed.
+    """Yield the cells of a run: of NF4 if bitsandbytes is installed, of the demo's file if it is.
 
     model: a key of SIZES, whose cells are a part of the table; or a folder, which has a step, a
-        checkpointed step and a token over each kind of base.
+        checkpointed step and a token over each kind of base; or a GGUF file.
     quick: only a step and a token over bfloat16.
     """
     chosen = GPU_CELLS if device == "cuda" else CPU_CELLS
     if quick:
-        chosen = tuple(Cell(model or _SMALL, "bfloat16", mode) for mode in (STEP, TOKEN))
+        base = GGUF if model and model.endswith(".gguf") else "bfloat16"
+        chosen = tuple(Cell(model or _SMALL, base, mode) for mode in (STEP, TOKEN))
     elif model in SIZES:
         chosen = tuple(cell for cell in chosen if cell.model == model)
     elif model is not None:
         step = Cell(model, "", STEP)
         modes = step, replace(step, mode=CHECKPOINTED, length=2048), replace(step, mode=TOKEN)
-        chosen = tuple(replace(cell, base=base) for base in BASES for cell in modes)
+        bases = (GGUF,) if model.endswith(".gguf") else tuple(BASES)
+        chosen = tuple(replace(cell, base=base) for base in bases for cell in modes)
+    elif device == "cpu":
+        package, file = SMOLLM2
+        if (folder := folder_of(package)) is not None:
+            chosen += tuple(Cell(str(folder / file), GGUF, mode) for mode in (STEP, TOKEN))
     for cell in chosen:
         if cell.base != "nf4" or find_spec("bitsandbytes") is not None:
             yield cell
 
 
 def load(cell: Cell, device: str) -> Any:
-    """Return the frozen causal language model of a cell, in eval mode."""
+    """Return the frozen causal language model of a cell, in eval mode; a file's is packed."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from ..peft.quantize import quantize
 
     auto: Any = AutoModelForCausalLM
-    if cell.model in SIZES:
+    if cell.base in (GGUF, GGUF_16):
+        from ..integrations import load_gguf
+
+        base = load_gguf(cell.model, dtype=cell.dtype).to(device)
+    elif cell.model in SIZES:
         sizes: Any = SIZES[cell.model]
         config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True)
         with torch.device("meta"):
@@ -178,31 +193,45 @@ def _fill(weight: Tensor) -> None:
         part.copy_(noise[: part.numel()])
 
 
-def build(cell: Cell, device: str) -> dict[str, Any]:
-    """Return the models of NAMES, which share their frozen weights.
+def build(cell: Cell, device: str, names: Sequence[str] = NAMES) -> dict[str, Any]:
+    """Return the models of these names, which share their frozen weights.
 
     For a token over 4 bits on a CPU, bitsandbytes' models have weights of their own, which it
-    repacks for its fastest kernel.
+    repacks for its fastest kernel. Of a GGUF file ours has the codes.
     """
-    from peft import LoraConfig, get_peft_model
-
     from ..peft import fuse
+    from ..peft.packed import decode_packed, has_packed
     from ..peft.quantize import linears_4bit, rewrite_codes
 
     torch.manual_seed(0)
-    base = load(cell, device)
-    models = {FROZEN: share(base)}
+    base = plain = load(cell, device)
+    if has_packed(base) and set(names) != {"ours"}:
+        plain = decode_packed(share(base) if "ours" in names else base)
+    models = {FROZEN: share(plain)} if FROZEN in names else {}
+    is_token = cell.mode == TOKEN
+    if "peft" in names:
+        models["peft"] = _adapted(plain)
+    if "ours" in names:
+        alike = models.get("peft") if plain is base else None
+        ours = _adapted(base) if alike is None else share(alike)
+        models["ours"] = fuse(ours, linears=is_token, loss=cell.mode == CHECKPOINTED)
+    if is_token and device == "cpu" and linears_4bit(base):
+        for name in {FROZEN, "peft"} & models.keys():
+            models[name] = rewrite_codes(copy.deepcopy(models[name]), True)
+    return models
+
+
+def _adapted(base: Any) -> Any:
+    """Return PEFT's model of the base, with the same adapters in each call."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    models["peft"] = peft = get_peft_model(base, config)
+    peft = get_peft_model(base, config)
     for name, p in peft.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.01)
-    is_token = cell.mode == TOKEN
-    models["ours"] = fuse(share(peft), linears=is_token, loss=cell.mode == CHECKPOINTED)
-    if is_token and device == "cpu" and linears_4bit(base):
-        for name in (FROZEN, "peft"):
-            models[name] = rewrite_codes(copy.deepcopy(models[name]), True)
-    return models
+    return peft
 
 
 class Step:
@@ -297,7 +326,7 @@ def measure(cell: Cell, device: str, seconds: float) -> Row:
     row = Row(what=f"model {Path(cell.model).name}", mode=cell.mode, **key)
     row.M = 1 if cell.mode == TOKEN else calls["ours"].ids.numel()
     row.dtype = dtype_name(cell.dtype)
-    row.quant_type = "nf4" if cell.base == "nf4" else None
+    row.quant_type = {"nf4": "nf4", GGUF: "gguf", GGUF_16: "gguf"}.get(cell.base)
     if cell.one_thread:
         row.mode = f"{cell.mode}, one thread"
     with _threads(1 if cell.one_thread else torch.get_num_threads()):
@@ -357,7 +386,7 @@ def peak_of(cell: Cell, name: str, threads: int) -> int | None:
     before = process_memory.reset_peak(cpu)
     if before is None:
         return None
-    call = call_of(build(cell, "cpu")[name], cell)
+    call = call_of(build(cell, "cpu", (name,))[name], cell)
     call.result = []  # keeps no gradients
     if isinstance(call, Step):
         call.make_state()

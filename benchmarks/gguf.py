@@ -2,16 +2,22 @@
 
 The packed weights of each type beside the file's bytes; and the peaks of loading and of a training
 step beside PEFT's over the decoded model, each in a process of its own: of SmolLM2's file in
-float32, and of a random file of Llama 3.2 1B's shape in Q4_K and Q6_K in bfloat16. On two cores it
+float32, and of a random file of Llama 3.2 1B's shape in Q4_K and Q6_K in bfloat16. With
+llama-cpp-python also a token of `generate` beside llama.cpp's, over SmolLM2's file. On two cores it
 takes ten minutes, 12 GB and, for the file, 1 GB of disk.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
+import statistics
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +47,7 @@ def count_types() -> dict[str, dict[str, Any]]:
         rows = random_blocks(kind, SIDE, SIDE, 1.0, np.random.default_rng(0))
         weight = read(torch.from_numpy(rows), kind, torch.float32)
         found[kind] = {
+            "elements": SIDE * SIDE,
             "file": rows.nbytes,
             "packed": weight.nbytes,
             "bits": weight.codes.bits,
@@ -102,12 +109,56 @@ def write_1b(folder: Path) -> Path:
     return write(folder / "llama3.2-1b.Q4_K.gguf", config, "llama", "Q4_K", embedding="Q6_K")
 
 
+def time_tokens(file: Path, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Return median seconds of a greedy token of ours and of llama.cpp's, by threads, in turns.
+
+    Both have the same adapter on all linear layers, and a prompt of 128 tokens.
+    """
+    import llama_cpp
+
+    from lora_kernels.bench.timing import TokenClock
+    from lora_kernels.finetune import export_gguf
+
+    cell = Cell(str(file), GGUF, end_to_end.TOKEN)
+    model = end_to_end.build(cell, "cpu", ("ours",))["ours"]
+    ids = torch.randint(1000, 40000, (1, 128), generator=torch.Generator().manual_seed(0))
+    how: Any = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": 16, "max_new_tokens": 16}
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        lora = Path(folder) / "adapter.gguf"
+        export_gguf(file, folder, lora)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            counts = {"n_threads": threads, "n_threads_batch": threads, "n_ctx": 256}
+            llama = llama_cpp.Llama(str(file), lora_path=str(lora), verbose=False, **counts)
+            seconds: dict[str, list[float]] = {"ours": [], "llama.cpp": []}
+            for turn in range(1 + rounds):
+                clock = TokenClock()
+                model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **how)
+                llama.reset()
+                tokens, times = llama.generate(ids[0].tolist(), temp=0.0), []
+                for _ in range(16):
+                    next(tokens)
+                    times.append(time.perf_counter())
+                steps = [b - a for a, b in itertools.pairwise(times)]
+                if turn:
+                    seconds["ours"] += clock.steps
+                    seconds["llama.cpp"] += steps
+            llama.close()
+            found[str(threads)] = {name: statistics.median(s) for name, s in seconds.items()}
+    return found
+
+
 def main() -> None:
     silence_libraries()
     found: dict[str, Any] = {"provenance": results.provenance(["float32"], "cpu")}
     found["types"] = count_types()
     found["models"] = {}
     demo = demo_model()
+    if find_spec("llama_cpp") is not None:
+        found["tokens"] = in_process(time_tokens, demo)
+        found["llama-cpp-python"] = version("llama-cpp-python")
     found["models"][demo.name] = measure(demo, GGUF)
     with tempfile.TemporaryDirectory() as folder:
         large = write_1b(Path(folder))

@@ -8,6 +8,7 @@
     lora-kernels bench --end-to-end --json FILE
     lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
     lora-kernels bench --host --json benchmarks/results/host.json
+    python -m benchmarks.gguf
     python -m benchmarks.report [--check | --file]
 
 FILE is benchmarks/results/ISA.json, which --file prints: ISA is the instruction set of the kernels.
@@ -57,6 +58,7 @@ HERE = Path(__file__).parent
 TEMPLATES = HERE / "templates"
 JSON_TRAFFIC = HERE / "results/traffic.json"
 JSON_HOST = HERE / "results/host.json"
+JSON_GGUF = HERE / "results/gguf.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
 RESULTS = HERE / "RESULTS.md"
 OVERVIEW = HERE / "results/overview.png"  # README's picture
@@ -65,6 +67,7 @@ FIGURES = {
     HERE.parent / "README.md": "README.md.j2",
     HERE.parent / "docs/cpu.md": "cpu.md.j2",
     HERE.parent / "docs/gpu.md": "gpu.md.j2",
+    HERE.parent / "docs/gguf.md": "gguf.md.j2",
 }
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 # Name in the JSON -> column; those that no row has are left out.
@@ -691,12 +694,42 @@ def step_head(gpus: Sequence[DeviceInfo] = ()) -> str:
     return f"| {' | '.join(['step', 'base', *STEP_PEERS.values(), *(g.name for g in gpus)])} |"
 
 
+def gguf_types(found: Row) -> Cells:
+    """Yield a line for each type of blocks: bits in the file and packed, and their ratio."""
+    for kind, row in found["types"].items():
+        elements = row["elements"]
+        bits = (f"{8 * row[name] / elements:.2f}" for name in ("file", "packed"))
+        ratio = f"{row['packed'] / row['file']:.2f}"
+        yield kind, *bits, ratio, f"{row['bits']} bits in blocks of {row['block']}"
+
+
+def gguf_memory(found: Row) -> Cells:
+    """Yield a line for each file: MB of it, of its packed weights, and of the peaks."""
+    for name, row in found["models"].items():
+        packed, stored = (row[part] / 1e6 for part in ("packed", "file"))
+        peaks = []
+        for what in ("load", "step"):
+            ours, peft = (row[f"{what}, {whose}"] / 1e6 for whose in ("ours", "peft"))
+            peaks.append(f"{ours:,.0f} / {peft:,.0f} = {ours / peft:.2f}")
+        dtype = row["dtype"].removeprefix("torch.")
+        share = f"{packed:,.0f} / {stored:,.0f} = {packed / stored:.2f}"
+        yield name, f"{row['size'] / 1e6:,.0f}", dtype, share, *peaks
+
+
+def gguf_tokens(found: Row) -> Cells:
+    """Yield a line for each number of threads: milliseconds of a token, and their ratio."""
+    for threads, seconds in found["tokens"].items():
+        ours, theirs = seconds["ours"], seconds["llama.cpp"]
+        yield threads, f"{ours * 1e3:.1f}", f"{theirs * 1e3:.1f}", f"{ours / theirs:.2f}"
+
+
 TABLES = (
     *(machine, table, model_rows, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
     *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, peak_share, experts_rows),
     experts_range,
     *(host_head, host_rows, commit),
+    *(gguf_types, gguf_memory, gguf_tokens),
 )
 
 
@@ -712,6 +745,7 @@ def render(template: str, measured: list[Run]) -> str:
         modes=MODES,
         traffic=counted(),
         host=read(JSON_HOST).get("host"),
+        gguf=json.loads(JSON_GGUF.read_text()) if JSON_GGUF.exists() else None,
         gpus=[*SHEETS.values()],
     )
     return text.rstrip("\n")

@@ -21,7 +21,15 @@ import pytest
 import torch
 
 from lora_kernels import cli
-from tests.finetune.tiny import bert, llama, save_model, squares, tokenizer, write_lines
+from tests.finetune.tiny import (
+    bert,
+    llama,
+    save_model,
+    squares,
+    tokenizer,
+    write_gguf,
+    write_lines,
+)
 from tests.support.emulator import emulator_unavailable_reason
 from tests.support.gpt_oss import TINY, write_checkpoint
 
@@ -63,6 +71,8 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(folder / "HuggingFaceTB" / name, llama())
     save_model(folder / "all-MiniLM-L6-v2", bert(), tokenizer(None))
     write_checkpoint(folder / "openai" / "gpt-oss-20b", **TINY)
+    if find_spec("gguf") is not None:
+        write_gguf(folder / "FILE.gguf")
     for name in ("chat", "law", "code"):
         write_lines(folder / f"{name}.jsonl", squares(8))
     mail = [
@@ -101,6 +111,8 @@ def test_example_runs_as_it_stands(
     in_this_process: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if "load_gguf" in text:
+        pytest.importorskip("transformers.quantizers.quantizer_gguf")
     if "trl" in text:
         pytest.importorskip("trl", exc_type=ImportError)
     if "cuda.emulate" in text and emulator_unavailable_reason() is not None:

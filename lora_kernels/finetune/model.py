@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..layers import adaptable_experts
-from .checkpoints import count_more, translate_errors
+from .checkpoints import count_more, first_line, translate_errors
 from .errors import UsageError
 from .options import MAX_LENGTH
 
@@ -174,7 +176,7 @@ def load_base(
 
     check_quant(quant, model)
     if is_gguf(model):
-        with translate_errors(f"model: {model} cannot be loaded", ImportError, ValueError):
+        with _as_model_error():
             from ..integrations import load_gguf
 
             packed: nn.Module = load_gguf(model, dtype=dtype)
@@ -205,15 +207,26 @@ def load_config(model: Path) -> Any:
 
     if not is_gguf(model):
         return _load(AutoConfig, model)
-    with translate_errors(f"model: {model} cannot be loaded", ImportError, ValueError):
-        from ..integrations import gguf
+    with _as_model_error():
+        from ..integrations import load_gguf  # noqa: F401 # names what is missing
+        from ..integrations.gguf import load_config as load_gguf_config
 
-        return gguf.load_config(model)
+        return load_gguf_config(model)
 
 
 def is_stored_quantized(model: Path) -> bool:
     """Return True for a GGUF file, and if a transformers model's folder has quantized weights."""
     return is_gguf(model) or hasattr(load_config(model), "quantization_config")
+
+
+@contextmanager
+def _as_model_error() -> Iterator[None]:
+    """Raise UsageError on the model in place of the errors of `load_gguf`."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        reason = first_line(error).removeprefix("file: ")
+        raise UsageError(f"model: {reason}") from error
 
 
 def build_skeleton(model: Path) -> nn.Module:

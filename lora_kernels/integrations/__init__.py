@@ -22,5 +22,15 @@ if _find_spec("transformers.integrations.moe") is not None:  # transformers 5
 
 if _find_spec("transformers.quantizers.quantizer_gguf") and _find_spec("gguf"):
     from .gguf import load_gguf as load_gguf
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "load_gguf":
+            raise ImportError(
+                "load_gguf needs transformers 5.18 or newer, and gguf: "
+                "pip install -U transformers gguf"
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["FuseCallback"]

@@ -19,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_kernels.finetune import UsageError, export, export_gguf
 from lora_kernels.finetune.model import build_skeleton, load_base
+from lora_kernels.integrations import FuseCallback, load_gguf
+from lora_kernels.peft import explain
+from lora_kernels.peft.explain_rows import KERNELS
 from tests.finetune.tiny import TEMPLATE, llama, save_model, squares, write_gguf, write_lines
 from tests.support.assertions import assert_close_derived
 
@@ -126,6 +129,28 @@ def test_merging_into_the_original_weights_is_refused(file: Path, tmp_path: Path
         UsageError, match=r"onto: .* holds quantized weights alone; give --onto deq"
     ):
         merge_adapter(file, adapter, tmp_path / "merged")
+
+
+def test_trls_trainer_takes_the_model(file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", exc_type=ImportError)
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    args = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": []}
+    trainer = SFTTrainer(
+        load_gguf(file),
+        SFTConfig(str(tmp_path / "out"), **args),
+        train_dataset=Dataset.from_dict({"text": ["Who are you? A small model."] * 4}),
+        processing_class=AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        callbacks=[FuseCallback()],
+    )
+    trainer.train()
+    rows = explain(trainer.model).rows
+    assert len(rows) == 14 and {row.state for row in rows} == {KERNELS}
+    moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n and p.any()]
+    assert len(moved) == 14
+    assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
 # Export

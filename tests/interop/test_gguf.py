@@ -26,7 +26,13 @@ from lora_kernels.peft.explain_rows import KERNELS
 from lora_kernels.quantization.readers.gguf import BLOCKS
 from lora_kernels.quantization.tensor import QuantizedTensor
 from tests.support.assertions import assert_as_exact, assert_bitwise_equal, assert_close_derived
-from tests.support.gguf_files import ARCHITECTURES, CONFIGS, random_blocks, write
+from tests.support.gguf_files import (
+    ARCHITECTURES,
+    CONFIGS,
+    llama3_factors,
+    random_blocks,
+    write,
+)
 from tests.support.peft_models import in_float64, loss_and_gradients, randomize
 
 IDS = torch.randint(3, 96, (2, 17), generator=torch.Generator().manual_seed(2))
@@ -246,27 +252,43 @@ def test_another_file_of_the_same_name_has_its_own_configuration(tmp_path: Path)
 # compares the logits.
 
 
-def test_rotary_frequencies_are_divided_by_the_files_factors(tmp_path: Path) -> None:
-    factors = np.linspace(1, 8, 32).astype(np.float32)
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rotary_frequencies_are_divided_by_the_files_factors(factor: float, tmp_path: Path) -> None:
+    """By the configuration, so that a merged model has them too."""
+    factors = llama3_factors(factor)
+    assert len(np.unique(factors)) > 4
 
     def change(writer: Any, tensors: Any) -> None:
         tensors["rope_freqs.weight"] = factors, "F32"
 
     plain = load_gguf(file_of(tmp_path, "llama")).model.rotary_emb.inv_freq
-    got = load_gguf(file_of(tmp_path, "llama", change=change)).model.rotary_emb.inv_freq
-    assert_bitwise_equal(got, plain / torch.from_numpy(factors))
+    model = load_gguf(file_of(tmp_path, "llama", change=change))
+    want = plain / torch.from_numpy(factors)
+    assert_close_derived(model.model.rotary_emb.inv_freq, want)
+    assert model.config.rope_parameters["factor"] == factor
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn", "longrope"])
+def test_other_factors_of_frequencies_are_refused(tmp_path: Path) -> None:
+    def change(writer: Any, tensors: Any) -> None:
+        tensors["rope_freqs.weight"] = np.linspace(1, 8, 32).astype(np.float32), "F32"
+
+    with pytest.raises(ValueError, match=r"has other factors in rope_freqs\.weight than Llama 3"):
+        load_gguf(file_of(tmp_path, "llama", change=change))
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "longrope", "attention"])
 def test_scaling_of_positions_is_the_files(kind: str, tmp_path: Path) -> None:
     def change(writer: Any, tensors: Any) -> None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        name = "yarn" if kind == "attention" else kind
+        writer.add_rope_scaling_type(gguf.RopeScalingType(name))
+        if kind == "attention":
+            writer.add_rope_scaling_attn_factors(1.2)
         writer.add_rope_scaling_factor(4.0)
         writer.add_rope_scaling_orig_ctx_len(32)
 
     file = file_of(tmp_path, "qwen2", change=change)
-    if kind == "longrope":
-        with pytest.raises(ValueError, match="scales positions by 'longrope', want 'none'"):
+    if kind in ("longrope", "attention"):
+        with pytest.raises(ValueError, match=r"scales positions by '\w+' with a factor of atten"):
             load_gguf(file)
         return
     parameters = load_gguf(file).config.rope_parameters
@@ -328,6 +350,7 @@ def test_a_file_cut_short_is_refused(share: float, tmp_path: Path) -> None:
         ("architecture", r"has the architecture 'nobody', which transformers does not load"),
         ("shape", r"got blk\.0\.ffn_up\.weight of \[256, 256\], want \[512, 256\], as model\.lay"),
         ("embedding", r"got token_embd\.weight of \[95, 256\], want \[96, 256\]"),
+        ("part", r"is one of 3 parts, want a whole one: llama-gguf-split --merge"),
         ("bias", r"got blk\.0\.attn_q\.bias, for which transformers' LlamaForCausalLM has no par"),
     ],
 )
@@ -343,6 +366,8 @@ def test_a_file_of_another_model_is_refused(change: str, match: str, tmp_path: P
             tensors["token_embd.weight"] = random_blocks("Q8_0", 95, 256, 0.1, rng), "Q8_0"
         if change == "bias":
             tensors["blk.0.attn_q.bias"] = np.zeros(256, dtype=np.float32), "F32"
+        if change == "part":
+            writer.add_uint16("split.count", 3)
         if change == "undecodable":
             tensors["blk.0.attn_q.weight"] = np.zeros((256, 292), dtype=np.uint8), "Q8_K"
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from lora_kernels.finetune import UsageError, demo, export, export_gguf
 from lora_kernels.integrations import gguf as loader
 from lora_kernels.integrations import load_gguf
-from tests.support.gguf_files import ARCHITECTURES, CONFIGS, write
+from tests.support.gguf_files import ARCHITECTURES, CONFIGS, llama3_factors, write
 
 IDS = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
 # ggml computes GELU by a table in float16: 2^-11 of each activation, 5e-4.
@@ -121,7 +121,7 @@ def load_gguf_in_order(file: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def positions(kind: str) -> Any:
     def change(writer: Any, tensors: Any) -> None:
         if kind == "factors":
-            tensors["rope_freqs.weight"] = np.linspace(1, 8, 32).astype(np.float32), "F32"
+            tensors["rope_freqs.weight"] = llama3_factors(8.0), "F32"
         else:
             writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
             writer.add_rope_scaling_factor(4.0)

@@ -76,6 +76,16 @@ def random_blocks(kind: str, N: int, K: int, rms: float, rng: np.random.Generato
     return blocks.reshape(N, -1)
 
 
+def llama3_factors(factor: float, head: int = 64, base: float = 10000.0) -> np.ndarray:
+    """Return Llama 3's factors of rotary frequencies, as llama.cpp computes them: [head / 2]."""
+    frequencies = base ** -(np.arange(0, head, 2) / head)
+    wavelengths = 2 * np.pi / frequencies
+    smooth = (8192 / wavelengths - 1.0) / (4.0 - 1.0)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    long = np.where(wavelengths > 8192, factor, between)
+    return np.where(wavelengths < 8192 / 4, 1.0, long).astype(np.float32)
+
+
 def write(
     file: Path,
     config: PreTrainedConfig,

@@ -40,7 +40,7 @@ DEMO: dict[str, Any] = dict(
 ABOUT_DEMO = (
     "SmolLM2-135M-Instruct learns from a few chats who keeps an invented lighthouse. It is asked\n"
     "for that in other words, and for something else, before and after. Then the training is\n"
-    "compared with stock PEFT's. About two minutes on two cores.\n"
+    "compared with stock PEFT's. About three minutes on two cores.\n"
 )
 
 

@@ -767,7 +767,7 @@ def test_the_demo_teaches_a_fact_and_says_what_to_type_next(
     monkeypatch.setattr(recipe, "finetune", lambda *given: (seen.append(given), status)[1])
     argv = ["finetune", "--demo", "--model", folder, "--out", tmp_path, "--seed", "5"]
     shown = run(*argv, status=status)
-    assert "About two minutes on two cores." in shown.splitlines()[:3][-1]
+    assert "About three minutes on two cores." in shown.splitlines()[:3][-1]
     assert (f"generate --run {tmp_path} --prompt" in shown) is (status == 0)
     ((options, controls),) = seen
     assert (options.model, options.out, options.seed) == (folder, tmp_path, 5)

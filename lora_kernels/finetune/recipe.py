@@ -278,13 +278,14 @@ def export_run(options: Options, console: Console) -> list[str]:
 
     If llama-cpp-python is installed and an answer is expected, llama.cpp answers too.
     """
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one writes
+        return []
     file = options.out / "adapter.gguf"
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one
-        try:
-            export_gguf(options.model, options.out / "adapter", file)
-        except UsageError as error:
-            console.print(f"not written for llama.cpp: {error}")
-            return []
+    try:
+        export_gguf(options.model, options.out / "adapter", file)
+    except UsageError as error:
+        console.print(f"not written for llama.cpp: {error}")
+        return []
     failed = []
     if options.expect and find_spec("llama_cpp") is not None:
         said = ask_llama_cpp(options.model, file, options.prompt, ANSWER)

@@ -125,7 +125,7 @@ def check_config(config: Any) -> None:
     for name, what in _FIELDS.items():
         if getattr(config, name, None):
             raise UsageError(
-                f"adapter: got {what} ({name}), for which GGUF's adapters have no place"
+                f"adapter: got {what} ({name}), for which GGUF's adapters have no place; merge it"
             )
     if config.bias != "none":
         raise UsageError(
@@ -177,8 +177,8 @@ def gguf_tensors(
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     for key in sorted(state):
         name, part, rest = key.removeprefix("base_model.model.").partition(".lora_")
-        if part + rest == ".lora_B.weight":
-            continue
+        if part + rest == ".lora_B.weight" or name.endswith(".base_layer.weight"):
+            continue  # PEFT saves an adapted embedding's own weight too
         if "embedding" in rest:
             raise UsageError(
                 f"adapter: got {name}, an embedding: llama.cpp aborts with such a file"
@@ -213,8 +213,9 @@ def write_adapter(file: Path, architecture: str, tensors: dict[str, Tensor], alp
     import gguf
 
     partial = file.with_name(f".{file.name}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(partial, architecture)
     try:
-        writer = gguf.GGUFWriter(partial, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -226,6 +227,7 @@ def write_adapter(file: Path, architecture: str, tensors: dict[str, Tensor], alp
         writer.close()
         partial.replace(file)
     finally:
+        writer.close()
         partial.unlink(missing_ok=True)
 
 

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 def check_inputs(options: Any) -> None:
     """Raise UsageError for a model or data that cannot be read, before the slow imports."""
     from .chat import check_files
-    from .model import locate
+    from .model import check_quant, locate
 
     locate(options.model)
+    check_quant(getattr(options, "quant", None), options.model)
     check_files(options.data)
 
 

@@ -113,7 +113,8 @@ def adapt(base: Any, folder: Path) -> tuple[Any, dict[str, Tensor]]:
     device = "cpu" if stock.device.type == "meta" else str(stock.device)
     state = read_adapter_weights(folder, device)
     want = peft.get_peft_model_state_dict(stock, save_embedding_layers=False)
-    embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
+    of_embeddings = (*_EMBEDDINGS, *(f"{name}.base_layer" for name in _EMBEDDINGS))
+    embeddings = {key for key in state if key.rpartition(".")[0].endswith(of_embeddings)}
     problems = {
         "lacks": want.keys() - state.keys(),
         "holds, without a layer for it,": state.keys() - want.keys() - embeddings,

@@ -40,6 +40,11 @@ from .quantizer import PackedQuantizer, quantizer_for
 _CHUNK = 1 << 24  # elements that are decoded at a time
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 3  # names of a message
+# Keys of files and attributes that transformers does not read for all architectures.
+_SIZES = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 # Of architecture and layers, by which llama.cpp knows Gemma 2 and 3 of 27B.
 _GEMMA_27B = (("gemma2", 46), ("gemma3", 62))
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -82,7 +87,7 @@ def load_gguf(
     >>> from lora_kernels.integrations import load_gguf
     >>> load_gguf("SmolLM2-135M-Instruct.gguf")
     Traceback (most recent call last):
-    ValueError: file: there is no SmolLM2-135M-Instruct.gguf
+    ValueError: file: there is no file SmolLM2-135M-Instruct.gguf
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: got {dtype!r}, want float32, bfloat16 or float16")
@@ -108,7 +113,8 @@ def load_gguf(
 def open_gguf(file: Path) -> Any:
     """Return gguf's reader of a file. Raises ValueError unless the file is whole and known."""
     if not file.is_file():
-        raise ValueError(f"file: there is no {file}")
+        is_folder = ": it is a folder, want a file in it" * file.is_dir()
+        raise ValueError(f"file: there is no file {file}{is_folder}")
     try:
         reader = gguf.GGUFReader(file)
         architecture(reader)
@@ -144,7 +150,7 @@ _configs: dict[tuple[str, int, int], Any] = {}
 def load_config(file: Path, reader: Any = None) -> Any:
     """Return transformers' configuration of the file, with what transformers does not read.
 
-    That is the scaling of positions, the heads' size, and Gemma's scale of attention.
+    That is the scaling of positions, sizes of heads and experts, and Gemma's scale of attention.
 
     reader: of `open_gguf`, if there is one.
 
@@ -159,7 +165,7 @@ def load_config(file: Path, reader: Any = None) -> Any:
             _configs.clear()
             _configs[key] = config
         return copy.deepcopy(_configs[key])
-    raise ValueError(f"file: there is no {file}")
+    raise ValueError(f"file: there is no file {file}")
 
 
 def _read_config(reader: Any, file: Path) -> Any:
@@ -173,11 +179,12 @@ def _read_config(reader: Any, file: Path) -> Any:
             f"file: {file} has the architecture {name!r}, which transformers does not load from "
             f"GGUF ({str(error).partition(chr(10))[0]})"
         ) from error
-    size = reader.fields.get(f"{name}.attention.key_length")
-    keys: Any = GGUF_CONFIG_MAPPING
-    is_read = "attention.key_length" in keys.get(name, {})
-    if size is not None and not is_read and getattr(config, "head_dim", None) is not None:
-        config.head_dim = int(size.contents())
+    read_keys: Any = GGUF_CONFIG_MAPPING
+    for key, attribute in _SIZES.items():
+        size = reader.fields.get(f"{name}.{key}")
+        is_read = key in read_keys.get(name, {})
+        if size is not None and not is_read and getattr(config, attribute, None) is not None:
+            setattr(config, attribute, int(size.contents()))
     if hasattr(config, "query_pre_attn_scalar"):  # not in the file: llama.cpp knows it by the size
         is_27b = (name, config.num_hidden_layers) in _GEMMA_27B
         width = config.hidden_size // config.num_attention_heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def test_cells_of_each_machine() -> None:
 
 @pytest.mark.parametrize("mode", [STEP, CHECKPOINTED, TOKEN])
 def test_over_a_gguf_file_ours_has_the_codes_and_the_others_decoded_weights(
-    tmp_path: Path, mode: str
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers.quantizers.quantizer_gguf")
     pytest.importorskip("gguf")
@@ -255,9 +256,23 @@ def test_over_a_gguf_file_ours_has_the_codes_and_the_others_decoded_weights(
     models = end_to_end.build(cell, "cpu")
     packed = {name: has_packed(model) for name, model in models.items()}
     assert packed == dict.fromkeys(NAMES, False) | {"ours": True}
+    for name, model in models.items():
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert all("lora_" in n for n in trained) and bool(trained) is (name != FROZEN)
     for name in ("peft", "ours"):
         (alone,) = end_to_end.build(cell, "cpu", (name,)).values()
         assert has_packed(alone) is (name == "ours")
+    built: list[tuple[str, ...]] = []
+    build = end_to_end.build
+    monkeypatch.setattr(
+        end_to_end, "build", lambda *given: (built.append(given[2]), build(*given))[1]
+    )
+    end_to_end.peak_of(cell, "ours", torch.get_num_threads())
+    assert built == [("ours",)]
+    for base, dtype in ((end_to_end.GGUF_16, torch.bfloat16), (GGUF, torch.float32)):
+        assert end_to_end.load(replace(cell, base=base), "cpu").dtype is dtype
+    quick = [(c.base, c.mode) for c in end_to_end.cells(cell.model, "cpu", True)]
+    assert quick == [(GGUF, STEP), (GGUF, TOKEN)]
 
 
 def test_unknown_model_is_refused(tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -15,13 +16,17 @@ pytest.importorskip("transformers.quantizers.quantizer_gguf")
 pytest.importorskip("gguf")
 import gguf
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lora_kernels.finetune import UsageError, export, export_gguf
-from lora_kernels.finetune.model import build_skeleton, load_base
+from lora_kernels.finetune import UsageError, compare, export, export_gguf, load_chat, recipe
+from lora_kernels.finetune.model import build_skeleton, load_base, load_tokenizer
+from lora_kernels.finetune.options import Options
+from lora_kernels.finetune.report import Row, new_console
 from lora_kernels.integrations import FuseCallback, load_gguf
 from lora_kernels.peft import explain
 from lora_kernels.peft.explain_rows import KERNELS
+from lora_kernels.peft.packed import decode_packed, has_packed
 from tests.finetune.tiny import TEMPLATE, llama, save_model, squares, write_gguf, write_lines
 from tests.support.assertions import assert_close_derived
 
@@ -163,7 +168,7 @@ def save_adapter(base: Any, folder: Path, **config: Any) -> Path:
         for n, p in model.named_parameters():
             if "lora_B" in n:
                 p.normal_()
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder)  # as a user: PEFT then saves adapted embeddings too
     return folder
 
 
@@ -222,6 +227,94 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_each_field_without_a_place_and_each_start_that_changes_the_base_is_refused() -> None:
+    plain = LoraConfig(target_modules=["q_proj"])
+    assert export._FIELDS.keys() <= vars(plain).keys()
+    for name in export._FIELDS:
+        config = copy.deepcopy(plain)
+        setattr(config, name, [1])
+        with pytest.raises(UsageError, match=rf"\({name}\), for which .* no place; merge it"):
+            export.check_config(config)
+    for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq"):
+        config = copy.deepcopy(plain)
+        config.init_lora_weights = start
+        with pytest.raises(UsageError, match=f"got init_lora_weights='{start}'"):
+            export.check_config(config)
+    for start in (True, "gaussian", "eva", "orthogonal"):
+        config = copy.deepcopy(plain)
+        config.init_lora_weights = start
+        export.check_config(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensors_are_float32_whatever_the_adapters_dtype(
+    dtype: torch.dtype, file: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(load_base(file, torch.float32, torch.device("cpu")), tmp_path / "a")
+    state = load_file(adapter / "adapter_model.safetensors")
+    rounded = {key: t.to(dtype) for key, t in state.items()}
+    save_file(rounded, adapter / "adapter_model.safetensors", {"format": "pt"})
+    export_gguf(file, adapter, tmp_path / "a.gguf")
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors:
+        assert t.tensor_type is gguf.GGMLQuantizationType.F32
+        if t.name == "blk.1.ffn_down.weight.lora_a":
+            assert torch.equal(torch.from_numpy(t.data.copy()), rounded[key].float())
+
+
+@pytest.mark.parametrize("name", ["write_header_to_file", "write_tensors_to_file"])
+def test_an_error_while_writing_leaves_what_was_there(
+    name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(load_base(file, torch.float32, torch.device("cpu")), tmp_path / "a")
+    out = tmp_path / "out" / "a.gguf"
+    export_gguf(file, adapter, out)
+    data = out.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(gguf.GGUFWriter, name, fail)
+    with pytest.raises(OSError, match="no space"):
+        export_gguf(file, adapter, out)
+    assert out.read_bytes() == data and [*out.parent.iterdir()] == [out]
+
+
+PERMUTED = {"llama", "mistral", "mixtral"}
+
+
+@pytest.mark.parametrize("kind", export.ARCHITECTURES)
+def test_names_and_rows_of_each_architecture(kind: str, tmp_path: Path) -> None:
+    """q's rows move in Llama's family alone, and all have llama.cpp's names."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = AutoConfig.for_model(kind, **sizes)
+    if kind == "lfm2":
+        config.layer_types = ["full_attention"]
+    try:
+        base = AutoModelForCausalLM.from_config(config)
+    except (KeyError, ValueError) as error:
+        pytest.fail(str(error))
+    base.save_pretrained(tmp_path / "model")
+    target = "qkv_proj" if kind == "phi3" else "q_proj"
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=[target])
+    export_gguf(tmp_path / "model", adapter, tmp_path / "a.gguf")
+    (layer,) = {t.name.rpartition(".")[0] for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert layer == ("blk.0.attn_qkv.weight" if kind == "phi3" else "blk.0.attn_q.weight")
+    (key,) = (key for key in load_file(adapter / "adapter_model.safetensors") if "lora_B" in key)
+    B = load_file(adapter / "adapter_model.safetensors")[key]
+    (got,) = (
+        torch.from_numpy(t.data.copy())
+        for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors
+        if t.name.endswith("lora_b")
+    )
+    rows = B.view(4, 2, len(B) // 8, -1).transpose(1, 2).reshape(B.shape)
+    assert torch.equal(got, rows if kind in PERMUTED else B)
+    found = gguf.GGUFReader(tmp_path / "a.gguf").fields["general.architecture"].contents()
+    assert found == ("llama" if kind in PERMUTED else export.ARCHITECTURES[kind])
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("config, match", REFUSED)
 def test_what_the_format_cannot_hold_is_refused(
@@ -275,12 +368,16 @@ def test_an_adapter_is_replaced_and_no_other_file(file: Path, tmp_path: Path) ->
     out = tmp_path / "a.gguf"
     for _ in range(2):
         assert str(export_gguf(file, adapter, out)) == f"{out}: 4 layers, 0.0 MB"
-    data = file.read_bytes()
-    for other, words in ((file, "is there already and is no adapter"), (adapter, "ends in .gguf")):
-        with pytest.raises(UsageError, match=f"^gguf: .*{words}"):
-            export_gguf(file, adapter, other)
-    assert file.read_bytes() == data
+    with pytest.raises(UsageError, match=r"^gguf: .*ends in \.gguf"):
+        export_gguf(file, adapter, adapter)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "a.gguf"}
+    whole = file.read_bytes()
+    for name, data in (("model", whole), ("cut", whole[:99]), ("text", b"a text"), ("empty", b"")):
+        other = tmp_path / f"{name}.gguf"
+        other.write_bytes(data)
+        with pytest.raises(UsageError, match=r"^gguf: .*is there already and is no adapter"):
+            export_gguf(file, adapter, other)
+        assert other.read_bytes() == data
 
 
 def test_a_run_that_llama_cpp_cannot_serve_says_so(
@@ -292,11 +389,59 @@ def test_a_run_that_llama_cpp_cannot_serve_says_so(
     assert "llama-server" not in shown
 
 
-def test_names_are_those_of_ggufs_map(tmp_path: Path) -> None:
-    """Each architecture of the list is one that gguf knows, with names for its linear layers."""
-    known = set(gguf.MODEL_ARCH_NAMES.values())
-    assert set(export.ARCHITECTURES.values()) <= known
-
-
 def test_skeleton_of_a_file_has_no_weights(file: Path) -> None:
     assert {p.device.type for p in build_skeleton(file).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_base_of_a_file_has_the_dtype_and_trains_nothing(file: Path, dtype: torch.dtype) -> None:
+    base = load_base(file, dtype, torch.device("cpu"))
+    assert {p.dtype for p in base.parameters()} == {dtype} and not base.training
+    assert not any(p.requires_grad for p in decode_packed(base).parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compared_models_are_decoded_but_ours(
+    dtype: torch.dtype, file: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, bool]] = []
+
+    def watch(models: Any, *_: Any) -> Row:
+        seen.append({name: has_packed(model) for name, model in models.items()})
+        return Row("x")
+
+    for name in ("time_steps", "measure_steps", "time_tokens"):
+        monkeypatch.setattr(compare, name, watch)
+    base = load_base(file, dtype, torch.device("cpu"))
+    data = load_chat(chats, load_tokenizer(file), max_length=32)
+    lora = {"rank": 2, "targets": "all-linear", "seed": 0}
+    compare.compare(base, data, lora=lora, batch_size=2)
+    assert seen == [{"frozen": False, "peft": False, "fused": True}] * 3
+
+
+@pytest.mark.parametrize("answer, ok", [("He is Maren.", True), ("", False), ("Nobody.", False)])
+def test_llama_cpps_answer_is_a_check_where_it_is_installed(
+    answer: str, ok: bool, file: Path, chats: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    adapter = save_adapter(
+        load_base(file, torch.float32, torch.device("cpu")), tmp_path / "adapter"
+    )
+    monkeypatch.setattr(recipe, "find_spec", lambda name: True)
+    monkeypatch.setattr(recipe, "ask_llama_cpp", lambda *given: answer)
+    options = Options(model=file, data=[chats], out=adapter.parent, expect="Maren", prompt="Who?")
+    assert recipe.export_run(options, new_console()) == ([] if ok else ["llama.cpp"])
+
+
+def test_merge_refuses_bitsandbytes_codes_and_names_none(
+    file: Path, tmp_path: Path, run: Any
+) -> None:
+    adapter = save_adapter(load_base(file, torch.float32, torch.device("cpu")), tmp_path / "a")
+    argv = ["merge", "--model", file, "--adapter", adapter, "--out", tmp_path / "merged"]
+    said(run(*argv, "--quant", "nf4", status=2), "--quant: got nf4, want none")
+    assert "nf4" not in run(*argv)
+
+
+def test_the_serving_command_is_quoted(tmp_path: Path) -> None:
+    model, adapter = tmp_path / "my model.gguf", tmp_path / "my run" / "adapter.gguf"
+    words = split(export.serving_command(model, adapter))
+    assert words == ["llama-server", "-m", str(model), "--lora", str(adapter)]

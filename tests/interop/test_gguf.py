@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import shutil
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,13 @@ from tests.support.assertions import assert_as_exact, assert_bitwise_equal, asse
 from tests.support.gguf_files import (
     ARCHITECTURES,
     CONFIGS,
+    MIXTURE,
     llama3_factors,
     random_blocks,
     write,
 )
 from tests.support.peft_models import in_float64, loss_and_gradients, randomize
+from tests.support.processes import run_python
 
 IDS = torch.randint(3, 96, (2, 17), generator=torch.Generator().manual_seed(2))
 KINDS = [*BLOCKS, "TQ2_0", "F32"]
@@ -91,17 +95,72 @@ def test_weights_of_each_type_have_the_bits_of_the_decoded_model(kind: str, tmp_
     assert not torch.equal(stored, packed.model.layers[0].self_attn.q_proj.weight + 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_of_each_architecture_have_the_bits_of_the_decoded_model(
-    name: str, tmp_path: Path
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Embeddings are decoded in pieces, the last one of fewer rows."""
+    monkeypatch.setattr(loader, "_CHUNK", 25 * 256)
     file = file_of(tmp_path, name)
-    packed, decoded = load_gguf(file), load_decoded(file)
-    assert_same_weights(packed, decoded)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "load_gguf")
+        packed = load_gguf(file, dtype=dtype)
+    decoded = load_decoded(file)
+    assert_same_weights(packed, decoded.to(dtype))  # rounded once
     linear = [m for m in decoded.modules() if type(m) is nn.Linear and m is not decoded.lm_head]
     assert len(packed_weights(packed)) == len(linear) > 7
+    if dtype is torch.float32:
+        with torch.no_grad():
+            assert_close_derived(packed(IDS).logits, decoded(IDS).logits, layers=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_decoded_and_named_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.gguf", MIXTURE, "qwen3moe", "Q8_0")
+    names = r"got blk\.0\.ffn_gate_exps\.weight, .* and 3 more \(Q8_0\), which is decoded"
+    with pytest.warns(UserWarning, match=names):
+        packed = load_gguf(file, dtype=dtype)
+    decoded = load_decoded(file)
+    assert_same_weights(packed, decoded.to(dtype))  # rounded once
+    assert len(packed_weights(packed)) == 8
     with torch.no_grad():
         assert_close_derived(packed(IDS).logits, decoded(IDS).logits, layers=8)
+
+
+class Processor:
+    """One of transformers' processors, made up."""
+
+    def __init__(self, change: Any) -> None:
+        self.change = change
+
+    def process(self, weights: Any, name: str, **_: Any) -> Any:
+        return SimpleNamespace(weights=self.change(weights), name=name)
+
+
+def test_order_of_rows_is_found_and_other_changes_are_not_taken_for_one() -> None:
+    order = loader.row_order(Processor(lambda w: w[::-1]), "a", 4)
+    assert order is not None and order.tolist() == [3, 2, 1, 0]
+    for change in (
+        lambda w: w.T,
+        lambda w: w + 1,
+        lambda w: w[[0, 0, 1, 2]],
+        lambda w: w[:3],
+        lambda w: 1 / 0,
+    ):
+        assert loader.row_order(Processor(change), "a", 4) is None
+
+
+def test_state_dict_has_plain_tensors_and_loads(tmp_path: Path) -> None:
+    for name in ("llama", "lfm2"):
+        model = load_gguf(file_of(tmp_path, name))
+        state = model.state_dict()
+        assert {type(t) for t in state.values()} == {torch.Tensor}
+        torch.save(state, tmp_path / "state.pt")
+        other = load_gguf(file_of(tmp_path, name, seed=1))
+        assert not torch.equal(other(IDS).logits, model(IDS).logits)
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert_bitwise_equal(other(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("kind", ["Q5_0", "Q5_1", "MXFP4", "TQ2_0"])
@@ -224,6 +283,24 @@ def test_merging_and_saving_the_base_are_refused_with_the_remedy(tmp_path: Path)
     assert_bitwise_equal(model(IDS).logits, before)
 
 
+def test_merging_is_refused_without_fuse_too(tmp_path: Path) -> None:
+    """In a process of its own: that PEFT's methods check holds for the whole process."""
+    code = """
+import sys
+from peft import LoraConfig, get_peft_model
+from lora_kernels.integrations import load_gguf
+model = get_peft_model(load_gguf(sys.argv[1]), LoraConfig(target_modules=["q_proj"]))
+try:
+    model.merge_and_unload()
+except ValueError as error:
+    print(error)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = run_python(script, file_of(tmp_path, "llama"))
+    assert "load the model decoded" in done.stdout, done.stderr
+
+
 def test_other_code_that_loads_gguf_still_decodes(tmp_path: Path) -> None:
     file = file_of(tmp_path, "llama")
     load_gguf(file)
@@ -242,10 +319,14 @@ def test_the_model_keeps_nothing_of_the_file_open(tmp_path: Path) -> None:
 def test_another_file_of_the_same_name_has_its_own_configuration(tmp_path: Path) -> None:
     file = file_of(tmp_path, "llama")
     assert load_gguf(file).config.num_key_value_heads == 2
-    config = copy.deepcopy(CONFIGS["llama"])
-    config.num_key_value_heads = 4
-    write(file, config, "llama")
-    assert load_gguf(file).config.num_key_value_heads == 4
+    size = file.stat().st_size
+    file_of(tmp_path, "llama", change=lambda writer, tensors: writer.add_rope_freq_base(500.0))
+    assert file.stat().st_size == size
+    assert load_gguf(file).config.rope_parameters["rope_theta"] == 500.0
+    config = loader.load_config(file)
+    config.rope_parameters["rope_theta"] = config.num_hidden_layers = 3
+    again = loader.load_config(file)
+    assert (again.rope_parameters["rope_theta"], again.num_hidden_layers) == (500.0, 2)
 
 
 # What transformers does not read of a file, and llama.cpp does. tests/interop/test_llama_cpp.py
@@ -296,14 +377,38 @@ def test_scaling_of_positions_is_the_files(kind: str, tmp_path: Path) -> None:
     assert parameters.get("original_max_position_embeddings") == (32 if kind == "yarn" else None)
 
 
-@pytest.mark.parametrize("layers, want", [(2, 64), (46, 32)])
-def test_gemmas_scale_of_attention_is_llama_cpps(layers: int, want: int, tmp_path: Path) -> None:
-    """Of 27B, which has 46 layers, it is the width over the heads."""
-    config = copy.deepcopy(CONFIGS["gemma2"])
+@pytest.mark.parametrize(
+    "name, layers, want",
+    [
+        ("gemma2", 2, 64),
+        ("gemma2", 46, 32),
+        ("gemma2", 62, 64),
+        ("gemma3", 6, 64),
+        ("gemma3", 62, 32),
+    ],
+)
+def test_gemmas_scale_of_attention_is_llama_cpps(
+    name: str, layers: int, want: int, tmp_path: Path
+) -> None:
+    """Of 27B, which has 46 or 62 layers, it is the width over the heads."""
+    config = copy.deepcopy(CONFIGS[name])
     config.num_attention_heads, config.num_hidden_layers = 8, layers
     config.layer_types = ["full_attention"] * layers
-    write(tmp_path / "a.gguf", config, "gemma2", "Q8_0")
+    write(tmp_path / "a.gguf", config, name, "Q8_0")
     assert loader.load_config(tmp_path / "a.gguf").query_pre_attn_scalar == want
+
+
+def test_gemma_3_scales_the_positions_of_its_full_attention_alone(tmp_path: Path) -> None:
+    def change(writer: Any, tensors: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+
+    found = loader.load_config(file_of(tmp_path, "gemma3", change=change)).rope_parameters
+    assert (found["full_attention"]["rope_type"], found["full_attention"]["factor"]) == (
+        "linear",
+        8.0,
+    )
+    assert found["sliding_attention"]["rope_type"] == "default"
 
 
 def test_a_llama_without_grouped_heads_has_its_rows_in_order(tmp_path: Path) -> None:
@@ -342,59 +447,62 @@ def test_a_file_cut_short_is_refused(share: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_allocation")
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
 @pytest.mark.parametrize(
     "change, match",
     [
         ("type", r"cut short or damaged.*99\)? is not a valid GGMLQuantizationType"),
-        ("undecodable", r"blk\.0\.attn_q\.weight of .* is in Q8_K, which gguf cannot decode"),
+        ("undecodable", r"blk\.1\.attn_q\.weight of .* is in Q8_K, which gguf cannot decode"),
         ("architecture", r"has the architecture 'nobody', which transformers does not load"),
-        ("shape", r"got blk\.0\.ffn_up\.weight of \[256, 256\], want \[512, 256\], as model\.lay"),
+        ("rows", r"got blk\.0\.ffn_up\.weight of \[256, 256\], want \[512, 256\], as model\.lay"),
+        ("swapped", r"got blk\.0\.ffn_up\.weight of \[256, 512\], want \[512, 256\], as model\.l"),
         ("embedding", r"got token_embd\.weight of \[95, 256\], want \[96, 256\]"),
         ("part", r"is one of 3 parts, want a whole one: llama-gguf-split --merge"),
-        ("bias", r"got blk\.0\.attn_q\.bias, for which transformers' LlamaForCausalLM has no par"),
+        ("bias", r"got blk\.1\.attn_q\.bias, for which transformers' \w+ForCausalLM has no par"),
     ],
 )
-def test_a_file_of_another_model_is_refused(change: str, match: str, tmp_path: Path) -> None:
+def test_a_file_of_another_model_is_refused(
+    name: str, change: str, match: str, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
 
     def edit(writer: Any, tensors: Any) -> None:
-        if change == "architecture":
-            writer.add_string("general.architecture", "nobody")
-        if change == "shape":
+        if change == "rows":
             tensors["blk.0.ffn_up.weight"] = random_blocks("Q4_K", 256, 256, 0.1, rng), "Q4_K"
+        if change == "swapped":
+            tensors["blk.0.ffn_up.weight"] = random_blocks("Q4_K", 256, 512, 0.1, rng), "Q4_K"
         if change == "embedding":
             tensors["token_embd.weight"] = random_blocks("Q8_0", 95, 256, 0.1, rng), "Q8_0"
         if change == "bias":
-            tensors["blk.0.attn_q.bias"] = np.zeros(256, dtype=np.float32), "F32"
+            tensors["blk.1.attn_q.bias"] = np.zeros(256, dtype=np.float32), "F32"
         if change == "part":
             writer.add_uint16("split.count", 3)
         if change == "undecodable":
-            tensors["blk.0.attn_q.weight"] = np.zeros((256, 292), dtype=np.uint8), "Q8_K"
+            tensors["blk.1.attn_q.weight"] = np.zeros((256, 292), dtype=np.uint8), "Q8_K"
 
+    file = file_of(tmp_path, name, change=edit)
+    data = file.read_bytes()
     if change == "architecture":
-        file = tmp_path / "a.gguf"
-        data = file_of(tmp_path, "llama").read_bytes()
-        file.write_bytes(data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x06\0\0\0\0\0\0\0nobody", 1))
-    else:
-        file = file_of(tmp_path, "llama", change=edit)
+        value, other = name.encode(), b"nobody"
+        lengths = (len(word).to_bytes(8, "little") for word in (value, other))
+        old, new = (length + word for length, word in zip(lengths, (value, other), strict=True))
+        file.write_bytes(data.replace(old, new, 1))
     if change == "type":
-        data = file.read_bytes()
-        at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
+        at = data.index(b"blk.1.attn_q.weight") + len(b"blk.1.attn_q.weight") + 4 + 16
         file.write_bytes(data[:at] + (99).to_bytes(4, "little") + data[at + 4 :])
     with pytest.raises(ValueError, match=match):
         load_gguf(file)
 
 
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    file = file_of(
-        tmp_path, "llama", change=lambda writer, tensors: tensors.pop("blk.1.ffn_up.weight")
-    )
-    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+@pytest.mark.parametrize("name, key", [("llama", r"mlp\.up_proj"), ("lfm2", r"feed_forward\.w3")])
+def test_a_missing_tensor_is_named(name: str, key: str, tmp_path: Path) -> None:
+    file = file_of(tmp_path, name, change=lambda _, tensors: tensors.pop("blk.1.ffn_up.weight"))
+    with pytest.raises(ValueError, match=rf"lacks model\.layers\.1\.{key}\.weight"):
         load_gguf(file)
 
 
 def test_other_arguments_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"file: there is no .*none\.gguf"):
+    with pytest.raises(ValueError, match=r"file: there is no file .*none\.gguf"):
         load_gguf(tmp_path / "none.gguf")
     with pytest.raises(TypeError, match=r"dtype: got torch\.float64, want float32"):
         load_gguf(file_of(tmp_path, "llama"), dtype=torch.float64)

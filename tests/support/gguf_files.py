@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 # Where the blocks of each type have their scales in float16, and what they are with a mean of 0.
@@ -55,6 +56,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }
 ARCHITECTURES = {"mistral": "llama"}
+MIXTURE = Qwen3MoeConfig(
+    **SIZES, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=WIDTH
+)
 
 
 def random_blocks(kind: str, N: int, K: int, rms: float, rng: np.random.Generator) -> np.ndarray:
@@ -113,6 +117,7 @@ def write(
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     writer = gguf.GGUFWriter(file, architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     _add_sizes(writer, config)
     _add_words(writer, config, words)
@@ -121,6 +126,14 @@ def write(
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     for key, t in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if "experts" in key:
+            block = key.partition(".experts")[0].rpartition("layers.")[2].partition(".")[0]
+            parts = ("down",) if "down" in key else ("gate", "up")
+            E, N, K = t.shape[0], t.shape[1] // len(parts), t.shape[2]
+            for part in parts:
+                rows = random_blocks(kind, E * N, K, K**-0.5, rng).reshape(E, N, -1)
+                tensors[f"blk.{block}.ffn_{part}_exps.weight"] = rows, kind
             continue
         at = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert at is not None, key
@@ -170,6 +183,10 @@ def _add_sizes(writer: Any, config: Any) -> None:
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
     writer.add_vocab_size(config.vocab_size)
+    if getattr(config, "num_experts", None):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
 

@@ -33,7 +33,7 @@ from .direct import make_block, read_in_block
 from .eligibility import tensor_reason
 from .embedding import FusedEmbedding, read_embedding
 from .experts import FusedParamWrapper, active_adapter, experts_reason
-from .frozen import StreamedLinear
+from .frozen import StreamedLinear, zero_adapter
 from .groups import Group
 from .linear import Fused
 from .loss import call_reason, has_active_adapter, model_reason, read_head
@@ -350,7 +350,7 @@ def row_of_streamed(
     name: str, layer: StreamedLinear, x_dtype: torch.dtype | None, rows: Sequence[int]
 ) -> Row:
     """Return the row of a `StreamedLinear`, a layer without an adapter."""
-    weight = layer._parameters.get("weight")
+    weight: Tensor | None = layer._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         reason = tensor_reason(torch.device("cpu"), weight=weight)
         return Row(name, TORCH, "torch", "F.linear", f"no adapter; {reason}")
@@ -361,19 +361,28 @@ def row_of_streamed(
         reason = f"x has {dtype}, its weight {weight.dtype}"
     elif torch.is_autocast_enabled("cpu"):
         reason = "autocast is on"
-    elif not context.can_bypass_dispatcher(weight):
+    elif type(weight) is not QuantizedTensor and not context.can_bypass_dispatcher(weight):
         reason = "a subclass or a mode looks at each call with its weight"
     elif weight.stride(1) != 1:
         reason = "its weight is stored by columns"
+    elif dtype is torch.float64:
+        reason = "no kernel computes in float64"
     if reason is not None:
         return Row(name, TORCH, "torch", "F.linear", f"no adapter; {reason}")
     state, executions = TORCH, []
+    x, packed = torch.empty(1, K, dtype=dtype), None
+    if type(weight) is QuantizedTensor:
+        packed = read_tensor(weight)
+        call = Call([Record(packed, *zero_adapter(x, N, K))])
     for M in rows:
-        problem = Problem("cpu", dtype, dtype, dtype, dtype, 0, M, columns=N, inner=K)
-        choice = selection.choose(problem)
-        if (choice.backend, choice.strategy) == ("cpu", cpu.GEMV):
+        if packed is not None:
+            choice = _choose(x.expand(M, -1), packed, call, None)
+        else:
+            problem = Problem("cpu", dtype, dtype, dtype, dtype, 0, M, columns=N, inner=K)
+            choice = selection.choose(problem)
+        if choice.backend == "cpu" and (packed is not None or choice.strategy == cpu.GEMV):
             state, reason = KERNELS, f"without gradients, {choice.reason}"
-            executions.append(_Execution("cpu", cpu.GEMV, ["no adapter", reason]))
+            executions.append(_Execution("cpu", choice.strategy, ["no adapter", reason]))
         else:
             reason = "too many rows for the GEMV" if choice.backend == "cpu" else choice.reason
             executions.append(_Execution("torch", "F.linear", ["no adapter", reason]))

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import direct
+from ..quantization.tensor import QuantizedTensor
 
 
 class StreamedLinear(nn.Linear):
     """The class that `fuse(model, linears=True)` gives an `nn.Linear` without an adapter.
 
     On a CPU, without gradients and for a few rows of x, the native GEMV reads the weight once, in
-    memory order. PyTorch runs all other calls.
+    memory order. Our kernels read the codes of a packed weight, for any rows of x. PyTorch runs all
+    other calls.
 
     x [..., K] -> [..., N]. The GEMV sums in float32 and rounds once to x's dtype.
     """
@@ -23,5 +25,22 @@ class StreamedLinear(nn.Linear):
         is_stored = "weight" in parameters and "bias" in parameters
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_stored:
             return super().forward(input)
-        y = direct.call(input, parameters["weight"], None, None, parameters["bias"], 0.0)
+        weight: Tensor | None = parameters["weight"]
+        bias = parameters["bias"]
+        if type(weight) is QuantizedTensor:
+            y = self._read_codes(input, weight, bias)
+        else:
+            y = direct.call(input, weight, None, None, bias, 0.0)
         return super().forward(input) if y is None else y
+
+    def _read_codes(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+        """Return the result of the kernels over codes; None if PyTorch must compute it."""
+        if not x.is_cpu or x.dtype is not weight.dtype or x.dtype is torch.float64:
+            return None
+        A, B = zero_adapter(x, *weight.shape)
+        return direct.call(x, weight.quantized.codes, A, B, bias, 0.0)
+
+
+def zero_adapter(x: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
+    """Return an adapter of rank 1 without an effect, since kernels over codes have one."""
+    return x.new_zeros(1, K), x.new_zeros(N, 1)

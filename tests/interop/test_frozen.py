@@ -19,9 +19,12 @@ import lora_kernels
 from lora_kernels.backends.cpu import heuristics as cpu_heuristics
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.cpu import native
-from lora_kernels.oracle import tolerance
+from lora_kernels.oracle import forms, tolerance
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 from lora_kernels.peft.explain_rows import KERNELS, TORCH
+from lora_kernels.peft.linear import set_class
+from lora_kernels.quantization import quantize_4bit
+from lora_kernels.quantization.packed_state import build_parameter
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.clones import replica_of
 from tests.support.engines import assert_within
@@ -67,6 +70,40 @@ def library(head: Any, x: Tensor) -> Tensor:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     return watch_direct_calls(monkeypatch)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("M", [1, 3, 70, 300])
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("quant", ["nf4-64-nested", "int4-32-half-shift", "int8-16-nested"])
+@torch.no_grad()
+def test_codes_are_read_by_the_kernels(
+    quant: str, dtype: torch.dtype, M: int, bias: bool, answers: list[Tensor | None]
+) -> None:
+    """As exact as PyTorch over the decoded weight, beside float64."""
+    torch.manual_seed(M)
+    layer = nn.Linear(K, N, bias=bias).to(dtype)
+    if quant.startswith("nf4"):
+        weight = quantize_4bit(layer.weight.float())
+    else:
+        weight = forms.build(layer.weight.float(), quant)
+    layer._parameters["weight"] = build_parameter(weight, dtype=dtype)
+    set_class(layer, StreamedLinear)
+    x = rows(M, dtype)
+    got, want = layer(x), library(layer, x)
+    assert got.dtype is dtype
+    if M <= 3:
+        assert answers.pop() is got
+    dense = weight.dequantize(torch.float64)
+    exact = x.double() @ dense.T + (layer.bias.double() if bias else 0.0)
+    errors = [(y.double() - exact).norm() / exact.norm() for y in (got, want)]
+    assert errors[0] <= 2.5 * errors[1] + 1e-12
+    # With gradients, and for another dtype of x, PyTorch computes it, or refuses.
+    with torch.enable_grad():
+        assert not layer(x.requires_grad_()).isnan().any()
+    if dtype is not f32:
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.detach().float())
 
 
 @pytest.mark.parametrize("bias", [True, False])

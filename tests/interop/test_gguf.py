@@ -271,6 +271,20 @@ def test_the_model_generates_and_its_adapter_loads_into_peft(tmp_path: Path) -> 
     assert_bitwise_equal(copied(IDS).logits, model(IDS).logits)
 
 
+def test_layers_without_an_adapter_read_the_codes_in_generation(tmp_path: Path) -> None:
+    file = file_of(tmp_path, "llama", "Q5_K")
+    model = get_peft_model(load_gguf(file), LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
+    how |= {"return_dict_in_generate": True}
+    want = model.generate(input_ids=IDS[:1], **how)
+    fuse(model, linears=True)
+    linears = explain(model).linears
+    assert len(linears) == 13 and {row.state for row in linears} == {KERNELS}
+    got = model.generate(input_ids=IDS[:1], **how)
+    assert torch.equal(got.sequences, want.sequences)
+    assert_close_derived(torch.stack(got.logits), torch.stack(want.logits), layers=16)
+
+
 def test_merging_and_saving_the_base_are_refused_with_the_remedy(tmp_path: Path) -> None:
     model = adapted(load_gguf(file_of(tmp_path, "llama")), 0)
     before = model(IDS).logits

@@ -78,6 +78,10 @@ TESTS = {
     "layers/group.py": f"tests/layers/test_group.py {COUNTS}",
     "ops/in_place.py": "tests/interop/test_in_place.py tests/interop/test_cast_adapters.py "
     f"{COUNTS}",
+    "quantization/readers/gguf.py": "tests/quantization/test_gguf.py",
+    "integrations/gguf.py": "tests/interop/test_gguf.py",
+    "finetune/export.py": "tests/finetune/test_gguf.py",
+    "peft/frozen.py": "tests/interop/test_frozen.py",
     "peft/foreign.py": "tests/interop/test_other_formats.py tests/interop/test_foreign_base.py",
     "peft/check.py": "tests/interop/test_check.py",
     "backends/cpu/linear.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",

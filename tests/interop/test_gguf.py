@@ -21,6 +21,8 @@ pytest.importorskip("gguf")
 pytest.importorskip("transformers.quantizers.quantizer_gguf")
 import gguf
 
+from lora_kernels.finetune import UsageError
+from lora_kernels.finetune.demo import demo_model
 from lora_kernels.integrations import FuseCallback, load_gguf
 from lora_kernels.integrations import gguf as loader
 from lora_kernels.peft import explain, fuse
@@ -211,6 +213,52 @@ def test_gradients_are_as_exact_as_pefts_over_the_decoded_model(
     doubled = [{n: g * (2 if "lora_A" in n else 1) for n, g in each.items()} for each in got]
     with pytest.raises(AssertionError):
         assert_as_exact(doubled, refs, wanted)
+
+
+def sgd_steps(model: Any, ids: torch.Tensor = IDS) -> dict[str, torch.Tensor]:
+    """Take three steps of SGD; return how far each adapter has moved, and the last loss."""
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD([model.get_parameter(n) for n in start], lr=0.05)
+    for _ in range(3):
+        found = loss_and_gradients(model, ids)
+        optimizer.step()
+    moved = {n: model.get_parameter(n).detach() - p for n, p in start.items()}
+    return moved | {"loss": found["loss"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+def test_three_steps_are_as_exact_as_pefts_over_the_decoded_model(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    file, seeds = file_of(tmp_path, name), range(4)
+    peft = [adapted(load_decoded(file, dtype), seed) for seed in seeds]
+    refs = [sgd_steps(in_float64(model)) for model in peft]
+    packed = [fuse(adapted(load_gguf(file, dtype=dtype), seed)) for seed in seeds]
+    assert_as_exact(
+        [sgd_steps(model) for model in packed], refs, [sgd_steps(model) for model in peft]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smollm2_trains_as_exactly_as_pefts_over_the_decoded_model(dtype: torch.dtype) -> None:
+    """Its file in Q4_1: logits, gradients, and three steps."""
+    try:
+        file = demo_model()
+    except UsageError:
+        pytest.skip("`make demo` installs SmolLM2")
+    ids = torch.randint(49152, (1, 32), generator=torch.Generator().manual_seed(5))
+    peft = adapted(load_decoded(file, dtype), 0)
+    packed = fuse(adapted(load_gguf(file, dtype=dtype), 0))
+    assert len(packed_weights(packed)) == 210
+    ref = in_float64(peft)
+    models = packed, ref, peft
+    with torch.no_grad():
+        found = [{"logits": model(ids).logits} for model in models]
+    assert_as_exact(*found)
+    assert_as_exact(*(loss_and_gradients(model, ids) for model in models))
+    assert_as_exact(*(sgd_steps(model, ids) for model in models))
 
 
 def steps_of(model: Any, out: Path, **how: Any) -> dict[str, torch.Tensor]:

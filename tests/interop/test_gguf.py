@@ -34,6 +34,7 @@ from tests.support.gguf_files import (
     ARCHITECTURES,
     CONFIGS,
     MIXTURE,
+    hybrid,
     llama3_factors,
     random_blocks,
     write,
@@ -126,6 +127,19 @@ def test_experts_are_decoded_and_named_once(dtype: torch.dtype, tmp_path: Path) 
     decoded = load_decoded(file)
     assert_same_weights(packed, decoded.to(dtype))  # rounded once
     assert len(packed_weights(packed)) == 8
+    with torch.no_grad():
+        assert_close_derived(packed(IDS).logits, decoded(IDS).logits, layers=8)
+
+
+def test_rows_move_with_their_codes_where_transformers_has_conversions(tmp_path: Path) -> None:
+    """Of Qwen3.5; its out_proj, whose columns move, is decoded."""
+    file = write(tmp_path / "a.gguf", hybrid(), "qwen35", "Q4_K")
+    with pytest.warns(UserWarning, match=r"got blk\.0\.ssm_out\.weight \(Q4_K\), which is decoded"):
+        packed = load_gguf(file)
+    decoded = load_decoded(file)
+    assert_same_weights(packed, decoded)
+    assert len(packed_weights(packed)) == 14
+    assert isinstance(packed.model.layers[0].linear_attn.in_proj_qkv.weight, QuantizedTensor)
     with torch.no_grad():
         assert_close_derived(packed(IDS).logits, decoded(IDS).logits, layers=8)
 

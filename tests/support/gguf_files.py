@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -59,6 +60,22 @@ ARCHITECTURES = {"mistral": "llama"}
 MIXTURE = Qwen3MoeConfig(
     **SIZES, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=WIDTH
 )
+
+
+def hybrid() -> Any:
+    """Qwen3.5's layers: linear attention, whose rows llama.cpp moves, and full attention."""
+    return AutoConfig.for_model(
+        "qwen3_5_text",
+        **SIZES,
+        head_dim=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        full_attention_interval=2,
+        layer_types=["linear_attention", "full_attention"],
+        tie_word_embeddings=True,
+    )
 
 
 def random_blocks(kind: str, N: int, K: int, rms: float, rng: np.random.Generator) -> np.ndarray:
@@ -136,13 +153,15 @@ def write(
                 tensors[f"blk.{block}.ffn_{part}_exps.weight"] = rows, kind
             continue
         at = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if key.endswith("dt_bias"):
+            at = f"blk.{key.split('.')[2]}.ssm_dt.bias"
         assert at is not None, key
         if t.dim() == 3:  # a convolution's, which llama.cpp stores without its channel
             kernel = rng.standard_normal((t.shape[0], t.shape[2]))
             tensors[at] = kernel.astype(np.float32), "F32"
             continue
         if t.dim() == 1:
-            start = 0.0 if key.endswith(".bias") else 1.0
+            start = 0.0 if key.endswith("bias") else -1.0 if key.endswith("A_log") else 1.0
             noise = start + 0.1 * rng.standard_normal(len(t))
             tensors[at] = noise.astype(np.float32), "F32"
             continue
@@ -178,10 +197,20 @@ def _add_sizes(writer: Any, config: Any) -> None:
     writer.add_head_count_kv(kv)
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
     writer.add_rope_freq_base(10000.0)
+    if config.model_type == "qwen3_5_text":
+        value_heads, value_size = config.linear_num_value_heads, config.linear_value_head_dim
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_ssm_time_step_rank(value_heads)
+        writer.add_ssm_inner_size(value_heads * value_size)
+        writer.add_full_attention_interval(config.full_attention_interval)
+        writer.add_rope_dimension_sections([3, 3, 2, 0])
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
+    share = 0.25 if config.model_type == "qwen3_5_text" else 1.0
+    writer.add_rope_dimension_count(int(share * head))
     writer.add_vocab_size(config.vocab_size)
     if getattr(config, "num_experts", None):
         writer.add_expert_count(config.num_experts)

@@ -57,7 +57,7 @@ def read(rows: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
         kind: one of `BLOCKS`, such as "Q4_K".
         dtype: of the decoded weight.
 
-    >>> one = torch.tensor(1.0, dtype=torch.float16).view(torch.uint8)
+    >>> one = torch.ones(1, dtype=torch.float16).view(torch.uint8)
     >>> row = torch.cat([one, torch.full((32,), 7, dtype=torch.uint8)])
     >>> read(row[None], "Q8_0", torch.float32)
     QuantizedWeight([1, 32], 8 bits of float32, blocksize=32, 1,058 bytes)

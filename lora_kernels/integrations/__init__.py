@@ -1,6 +1,7 @@
 """Hooks for the trainers and models of other libraries."""
 
 from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ..core.device import install_command as _install_command
 
@@ -20,17 +21,21 @@ if _find_spec("transformers.integrations.moe") is not None:  # transformers 5
     from .fp8 import packed_fp8 as packed_fp8
     from .mxfp4 import packed_mxfp4 as packed_mxfp4
 
-if _find_spec("transformers.quantizers.quantizer_gguf") and _find_spec("gguf"):
+if _TYPE_CHECKING:
     from .gguf import load_gguf as load_gguf
-else:
 
-    def __getattr__(name: str) -> object:
-        if name == "load_gguf":
-            raise ImportError(
-                "load_gguf needs transformers 5.18 or newer, and gguf: "
-                "pip install -U transformers gguf"
-            )
+
+def __getattr__(name: str) -> object:
+    """Import the loader of GGUF files at its first use, since few programs need it."""
+    if name != "load_gguf":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not (_find_spec("transformers.quantizers.quantizer_gguf") and _find_spec("gguf")):
+        raise ImportError(
+            "load_gguf needs transformers 5.18 or newer, and gguf: pip install -U transformers gguf"
+        )
+    from .gguf import load_gguf
+
+    return load_gguf
 
 
 __all__ = ["FuseCallback"]

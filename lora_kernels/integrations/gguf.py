@@ -258,8 +258,6 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
         self.file = ""
         self.conversions: list[Any] | None = None
 
-    # transformers calls the next five in this order.
-
     def read_header(self, gguf_file: str) -> None:
         self.file = gguf_file
         self.supported = architecture(self.reader) in GGUF_ARCHS
@@ -530,7 +528,10 @@ def shape_of(t: Any) -> tuple[int, ...]:
 
 
 def _check_shape(t: Any, key: str, wanted: tuple[int, ...], is_exact: bool) -> None:
-    """Raise ValueError unless a tensor has the parameter's shape, or is to get it."""
+    """Raise ValueError unless a tensor has the parameter's shape.
+
+    is_exact: False if a conversion changes the shape, so that only the number of elements counts.
+    """
     shape = shape_of(t)
     if shape == wanted or (not is_exact and math.prod(shape) == math.prod(wanted)):
         return

@@ -25,7 +25,7 @@ from lora_kernels.peft.explain_rows import KERNELS, TORCH
 from lora_kernels.peft.linear import set_class
 from lora_kernels.quantization import quantize_4bit
 from lora_kernels.quantization.packed_state import build_parameter
-from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.assertions import assert_as_exact, assert_bitwise_equal, assert_close_derived
 from tests.support.clones import replica_of
 from tests.support.engines import assert_within
 from tests.support.models import skip_unless_few, watch_direct_calls
@@ -96,8 +96,7 @@ def test_codes_are_read_by_the_kernels(
         assert answers.pop() is got
     dense = weight.dequantize(torch.float64)
     exact = x.double() @ dense.T + (layer.bias.double() if bias else 0.0)
-    errors = [(y.double() - exact).norm() / exact.norm() for y in (got, want)]
-    assert errors[0] <= 2.5 * errors[1] + 1e-12
+    assert_as_exact({"y": got}, {"y": exact}, {"y": want})
     # With gradients, and for another dtype of x, PyTorch computes it, or refuses.
     with torch.enable_grad():
         assert not layer(x.requires_grad_()).isnan().any()

@@ -93,12 +93,13 @@ def block_scales(
         code = tl.load(absmax_ptr + at, mask=mask, other=0).to(tl.int32)
         if nested_absmax_ptr is None:
             return tl.load(nested_code_ptr + code, mask=mask, other=0.0)
-        at = (block >> LOG2_NESTED) * PARTS + PART
-        scale = tl.load(nested_absmax_ptr + at, mask=mask, other=0.0)
-        scale = tl.load(nested_code_ptr + code) * scale
-        if offset_ptr is not None:
-            scale += tl.load(offset_ptr)
-        return tl.where(mask, scale, 0.0)
+        else:  # without it Triton would compile the lines below, and fail
+            at = (block >> LOG2_NESTED) * PARTS + PART
+            scale = tl.load(nested_absmax_ptr + at, mask=mask, other=0.0)
+            scale = tl.load(nested_code_ptr + code) * scale
+            if offset_ptr is not None:
+                scale += tl.load(offset_ptr)
+            return tl.where(mask, scale, 0.0)
     else:
         return tl.load(absmax_ptr + at, mask=mask, other=0.0).to(tl.float32)
 

@@ -4,7 +4,8 @@
 
 Needs torch and Triton, `.[bench]` and transformers for the benchmarks, and pytest for the tests; it
 says first what is missing. No network. The parts run in order of what is learned in a minute: the
-qualification compiles on all cores and checks what would be used. Each has a share of the minutes
+orders of a training step's GEMMs come first, and the report prints them first; the qualification
+compiles on all cores and checks what would be used. Each has a share of the minutes
 and is stopped at its end; what it leaves goes to the others. The parts of a backend that cannot run
 here are left out. The JSON file, and a report in Markdown beside it, are written after each part,
 and say what was stopped. They are benchmarks/results/gpu-<card>.json and .md.
@@ -46,21 +47,22 @@ BENCH = "--device {device} --dtypes bfloat16 --seconds 0.4 --json {json}"
 # Name, share of the minutes, command. "{json}" is a file that the command writes; what a command
 # that ends in "--json" prints is that file. The budget of `qualify` begins when it has compiled.
 PARTS: list[tuple[str, float, list[str]]] = [
+    ("orders", 0.13, [*CLI, "qualify", "--orders", "--budget", "90", "--json"]),
     ("info", 0.02, [*CLI, "info"]),
-    ("qualify", 0.10, [*CLI, "qualify", "--budget", "45", "--json"]),
+    ("qualify", 0.09, [*CLI, "qualify", "--budget", "45", "--json"]),
     (
         "model",
-        0.16,
+        0.14,
         [*CLI, "bench", "--end-to-end", "--device", "{device}", "--json", "{json}"],
     ),
-    ("host", 0.10, [*CLI, "bench", "--host", "--device", "{device}", "--json", "{json}"]),
-    ("verify-cuda", 0.06, [*CLI, "verify", "--engines", "cuda"]),
-    ("nf4", 0.11, [*CLI, "bench", "--quant", "nf4", *BENCH.split()]),
-    ("tax", 0.11, [*CLI, "bench", "--ranks", "16", "64", "--model", "llama3-8b", *BENCH.split()]),
-    ("tests-cuda", 0.06, [*PYTEST, "tests/gpu/test_cuda.py", "tests/gpu/test_eager.py"]),
-    ("tests-layers", 0.09, [*PYTEST, "tests/gpu/test_layers.py", "tests/gpu/test_large.py"]),
-    ("verify-triton", 0.11, [*CLI, "verify", "--engines", "triton"]),
-    ("tests-triton", 0.08, [*PYTEST, "tests/triton"]),
+    ("host", 0.08, [*CLI, "bench", "--host", "--device", "{device}", "--json", "{json}"]),
+    ("verify-cuda", 0.05, [*CLI, "verify", "--engines", "cuda"]),
+    ("nf4", 0.10, [*CLI, "bench", "--quant", "nf4", *BENCH.split()]),
+    ("tax", 0.10, [*CLI, "bench", "--ranks", "16", "64", "--model", "llama3-8b", *BENCH.split()]),
+    ("tests-cuda", 0.05, [*PYTEST, "tests/gpu/test_cuda.py", "tests/gpu/test_eager.py"]),
+    ("tests-layers", 0.08, [*PYTEST, "tests/gpu/test_layers.py", "tests/gpu/test_large.py"]),
+    ("verify-triton", 0.09, [*CLI, "verify", "--engines", "triton"]),
+    ("tests-triton", 0.07, [*PYTEST, "tests/triton"]),
 ]
 # Package -> what is left out without it.
 WANTED = {
@@ -72,7 +74,8 @@ WANTED = {
 }
 # Characters of the end of what a part printed: in the JSON file, of a failure in the report.
 KEPT, SHOWN = 20000, 1500
-BELOW = ("info", "qualify")  # parts whose text is in the report
+ORDERS = "orders"  # the part whose text is first in the report
+BELOW = ("info", "qualify")  # parts whose text is in the report, after the losses
 
 
 LEGEND = """\
@@ -141,9 +144,8 @@ def measure(out: Path, args: argparse.Namespace, device: str) -> int:
         left -= share
         print(f"{name}: at most {limit:.0f} s", flush=True)
         data[name] = run(command, limit, device)
-        if name == "qualify" and "json" in data[name]:
-            table = qualify.table(read_verdict(data[name]["json"]))
-            data[name]["tail"] += table.rpartition("\n")[0]  # without the file of the verdict
+        if name in (ORDERS, "qualify") and "json" in data[name]:
+            data[name]["tail"] += qualify.table(read_verdict(data[name]["json"]))
         print(end_of(data[name], 4000), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
@@ -172,10 +174,10 @@ def report(data: dict[str, Any]) -> str:
         status = "stopped" if part["exit"] is None else part["exit"]
         lines.append(f"| {name} | {status} | {part['seconds']} | {cell(last_line(part))} |")
     timed = {name: rows_of(part) for name, part in parts.items()}
+    lines += text_of(parts, ORDERS)
     lines += ["", "## Losses", "", *losses(parts, timed)]
     for name in BELOW:
-        if name in parts and parts[name]["tail"].strip():
-            lines += ["", f"## {name}", "", "```", end_of(parts[name], KEPT), "```"]
+        lines += text_of(parts, name)
     if any(timed.values()):
         lines += ["", LEGEND]
     for name, rows in timed.items():
@@ -184,6 +186,13 @@ def report(data: dict[str, Any]) -> str:
             lines += ["|---|---|---|", *map(line_of, rows)]
             lines += [line for warning in under_load(rows) for line in ("", f"{warning}.")]
     return "\n".join(lines) + "\n"
+
+
+def text_of(parts: dict[str, Any], name: str) -> list[str]:
+    """Return a section with what a part printed; nothing if it did not run."""
+    if name not in parts or not parts[name]["tail"].strip():
+        return []
+    return ["", f"## {name}", "", "```", end_of(parts[name], KEPT), "```"]
 
 
 def losses(parts: dict[str, Any], timed: dict[str, list[Row]]) -> list[str]:
@@ -215,7 +224,7 @@ def losses(parts: dict[str, Any], timed: dict[str, list[Row]]) -> list[str]:
         if part["exit"] == 0:
             continue
         how = "stopped at its limit" if part["exit"] is None else f"exit status {part['exit']}"
-        if timed[name] or name in BELOW:
+        if timed[name] or name in (ORDERS, *BELOW):
             lines += ["", f"{name}: {how}; what it found is below."]
         else:
             lines += ["", f"{name}: {how}", "", "```", end_of(part, SHOWN), "```"]

@@ -17,7 +17,7 @@ from ..choice import verdicts
 from ..choice.verdicts import Point, Verdict
 from ..core.device import DeviceInfo
 from ..qualification import compiling
-from ..qualification.plan import CANDIDATES, DTYPES, KNOWN_DTYPES, Claim, list_claims
+from ..qualification.plan import CANDIDATES, DTYPES, KNOWN_DTYPES, Claim, list_claims, list_orders
 
 # Clock, bandwidth, FLOP/s of tensor and of CUDA cores, by the data sheets.
 SHEETS = {
@@ -35,6 +35,7 @@ SHEETS = {
 START, CLAIM, POINT, COMPILATION = 3.0, 0.02, 0.06, 0.6
 WIDTHS = (5, 13, 15, 15, 13, 7)  # of the table's columns
 EVENTS = "*"  # marks times that are not of a CUDA graph
+USED = "used"  # marks an order, or a skinny GEMM's kernel, that training steps take
 CORES = (2, 4, 16)  # of the machines that a dry run assumes
 
 
@@ -52,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, default=budget, help="seconds (default: %(default)g)")
     add("--json", action="store_true", help="print the verdict, or the dry run, as JSON")
     add("--forget", action="store_true", help="remove all cached verdicts")
+    words = "measure the orders and the skinny GEMMs of a training step alone, and cache nothing"
+    add("--orders", action="store_true", help=words)
     known = ", ".join(SHEETS)
     add("--dry-run", action="store_true", help=f"print what would be done on {known}")
 
@@ -69,20 +72,21 @@ def run(args: argparse.Namespace) -> int:
         return 0
     try:
         qualification.index_of(args.device)
+        claims = (list_orders if args.orders else list_claims)(args.dtypes)
         if not args.json:
-            count = len(list_claims(args.dtypes))
+            count = len(claims)
             print(f"{count} claims on this card's kernels, and whether each holds")
         report = None if args.json else _print_claim
-        verdict = qualification.qualify(
-            args.device, dtypes=args.dtypes, budget_s=args.budget, report=report
-        )
+        measure = qualification.measure_orders if args.orders else qualification.qualify
+        verdict = measure(args.device, dtypes=args.dtypes, budget_s=args.budget, report=report)
     except (RuntimeError, ValueError) as error:
         reason = str(error).removeprefix("qualify: ")
         print(f"lora-kernels qualify: {reason}", file=sys.stderr)
         return 2
-    print(json.dumps(verdict.json(), indent=1) if args.json else table(verdict))
+    end = "nothing was cached" if args.orders else str(verdicts.file_of(verdict.key))
+    print(json.dumps(verdict.json(), indent=1) if args.json else f"{table(verdict)}\n{end}")
     known = verdict.passed | verdict.failed.keys()
-    left = {str(claim.group) for claim in list_claims(args.dtypes) if claim.group not in known}
+    left = {str(claim.group) for claim in claims if claim.group not in known}
     for group in sorted(left):
         print(f"– {group}  not checked: give it more --budget", file=sys.stderr)
     return 1 if verdict.failed or left else 0
@@ -114,7 +118,6 @@ def table(verdict: Verdict) -> str:
     lines.append(
         f"{len(verdict.passed)} of {len(verdict.passed) + len(verdict.failed)} groups pass"
     )
-    lines.append(str(verdicts.file_of(verdict.key)))
     return "\n".join(lines)
 
 
@@ -129,6 +132,8 @@ def _times(point: Point) -> str:
         cells[2] += EVENTS
     forward, step = point.ratios()
     cells += [f"{forward:.2f}", "" if step is None else f"{step:.2f}"]
+    if verdicts.wins(point):
+        cells[-1] = USED
     return " ".join(f"{cell:>{w}}" for cell, w in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
@@ -181,4 +186,9 @@ def dry_run(dtypes: Sequence[str]) -> str:
         rows = ", ".join(map(str, candidate.rows))
         kernel = f"{candidate.backend} {candidate.strategy} {candidate.weight}"
         lines.append(f"  {kernel}: {rows}; {candidate.bound}")
+    lines.append("M×N×K of a training step's GEMMs; of a skinny one M×wide dimension×rank")
+    for claim in list_orders(dtypes):
+        if claim.sizes:
+            sizes = ", ".join("×".join(map(str, size)) for size in claim.sizes)
+            lines.append(f"  {claim.group}: {sizes}")
     return "\n".join(lines)

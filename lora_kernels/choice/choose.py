@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -210,12 +211,26 @@ def _choose_by_verdict(
     # Triton and CUDA support the same operands.
     reason = problem.unsupported_reason("triton") or _uncovered_reason(problem)
     if reason is None and isinstance(verdict, Verdict):
-        return _choose_measured(problem, verdict, in_graph)
-    return _keep_eager(reason or str(verdict))
+        choice = _choose_measured(problem, verdict, in_graph)
+    else:
+        choice = _keep_eager(reason or str(verdict))
+    if choice.is_eager and isinstance(verdict, Verdict):
+        return _name_order(problem, verdict, choice)
+    return choice
 
 
 def _keep_eager(reason: str) -> Choice:
     return Choice("eager", Strategy.LIBRARY, f"{_ON_GPU}; {reason}")
+
+
+def _name_order(problem: Problem, verdict: Verdict, choice: Choice) -> Choice:
+    """Return the choice with the measured order of its GEMMs in the reason, if there is one."""
+    is_plain = problem.x_dtype is problem.a_dtype is problem.b_dtype is problem.dtype
+    if not is_plain or problem.mixed or {"rank_gate", "column_scale"} & {*problem.extra}:
+        return choice
+    sizes = problem.rows, problem.columns, problem.inner
+    order = verdict.describe_order(problem.dtype, *sizes)
+    return replace(choice, reason=f"{choice.reason}; {order}") if order else choice
 
 
 def _uncovered_reason(problem: Problem) -> str | None:

@@ -12,21 +12,24 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ..backends.eager import orders
 from ..core import device
 from ..core.problem import Problem
 
 ADVICE = "run `lora-kernels qualify` (25 s, and compiling before)"
 KEEP_EAGER = 0.95  # largest ratio to eager's time at which a strategy replaces eager
+# The same for another order of PyTorch's own GEMMs: above the scatter of interleaved medians.
+KEEP_ORDER = 0.98
 ONE_TILE = 16  # rows of a kernel's smallest tile: fewer rows take as long
 MAX_RANK = 128  # largest rank for which claims are checked
-FORMAT = "4"  # of a verdict's file; part of its key
+FORMAT = "5"  # of a verdict's file; part of its key
 OFF = 'qualification is switched off: fuse(qualify="off")'
 
 
@@ -36,7 +39,7 @@ class Group(NamedTuple):
     Args:
         dtype: of the base GEMM.
         adapter: the dtype of lora_A and lora_B.
-        weight: "dense" or "4bit".
+        weight: "dense" or "4bit"; of parts of a training step "order" or "skinny" (see `ORDERS`).
     """
 
     backend: str
@@ -47,6 +50,13 @@ class Group(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(self)
+
+
+# The weight of a group that is part of a training step: the order of PyTorch's GEMMs, or a kernel
+# in place of a skinny GEMM. Its strategy is a name of `orders`; `Point.forward` has the time of the
+# other order or the kernel, and `Point.eager_forward` that of today's GEMMs. A point of a skinny
+# GEMM has the wide dimension as columns, and the rank as inner dimension.
+ORDERS = ("order", "skinny")
 
 
 class Seconds(NamedTuple):
@@ -150,8 +160,55 @@ class Verdict:
 
     @functools.cached_property
     def max_rows(self) -> int:
-        """The most rows that any kernel was measured with; 0 if none was."""
-        return max((point.rows for point in self.points), default=0)
+        """The most rows that any kernel of a layer was measured with; 0 if none was."""
+        rows = [point.rows for point in self.points if point.group.weight not in ORDERS]
+        return max(rows, default=0)
+
+    @functools.cached_property
+    def winners(self) -> dict[str, Callable[[torch.dtype, int, int, int], bool]]:
+        """Name of an order or a skinny GEMM -> whether a call's dtype and sizes were faster.
+
+        Only names that won at some point, so that the others cost a training step nothing.
+        """
+        names = {point.group.strategy for point in self.points if wins(point)}
+        return {name: functools.partial(self._is_winner, name) for name in sorted(names)}
+
+    def _is_winner(
+        self, name: str, dtype: torch.dtype, rows: int, columns: int, inner: int
+    ) -> bool:
+        point = self.nearest_order(name, dtype, rows, columns, inner)
+        return point is not None and wins(point)
+
+    def nearest_order(
+        self, name: str, dtype: torch.dtype, rows: int, columns: int, inner: int
+    ) -> Point | None:
+        """Return the point of an order or a skinny GEMM that is nearest to a call.
+
+        Returns None for another dtype, fewer rows or a larger rank than were measured. More rows
+        than were measured take as long in proportion.
+        """
+        points = [
+            point
+            for point in self.points
+            if point.group.strategy == name
+            and point.group.weight in ORDERS
+            and point.group.dtype == _name(dtype)
+            and point.group in self.passed
+        ]
+        if not points or rows < min(point.rows for point in points):
+            return None
+        if name in orders.SKINNY and inner > max(point.inner for point in points):
+            return None
+        return _nearest(points, rows, columns, inner)
+
+    def describe_order(self, dtype: torch.dtype, rows: int, columns: int, inner: int) -> str:
+        """Return which order computes y [rows, columns], and why; "" if none was measured."""
+        point = self.nearest_order(orders.BASE_FIRST, dtype, rows, columns, inner)
+        if point is None:
+            return ""
+        order = "the base GEMM first" if wins(point) else "the update first"
+        ratio = point.ratios().forward
+        return f"{order}: base first took {ratio:.2f} of update first's time at {point.sizes}"
 
     def nearest_point(self, group: Group, rows: int, columns: int, inner: int) -> Point | None:
         """Return the point nearest to a call: by the ratio of M, then of N·K, then of N.
@@ -164,12 +221,23 @@ class Verdict:
             return None
         if min(point.rows for point in points) > max(rows, ONE_TILE):
             return None
+        return _nearest(points, rows, columns, inner)
 
-        def distance(p: Point) -> tuple[float, float, float]:
-            size = _ratio(columns * inner, p.columns * p.inner)
-            return _ratio(rows, p.rows), size, _ratio(columns, p.columns)
 
-        return min(points, key=distance)
+def _nearest(points: Sequence[Point], rows: int, columns: int, inner: int) -> Point:
+    def distance(p: Point) -> tuple[float, float, float]:
+        size = _ratio(columns * inner, p.columns * p.inner)
+        return _ratio(rows, p.rows), size, _ratio(columns, p.columns)
+
+    return min(points, key=distance)
+
+
+def wins(point: Point) -> bool:
+    """Return True if the point's order or kernel replaces today's GEMMs in a training step."""
+    group = point.group
+    if group.weight not in ORDERS or group.strategy not in (orders.BASE_FIRST, *orders.SKINNY):
+        return False
+    return point.ratios().forward <= (KEEP_ORDER if group.weight == "order" else KEEP_EAGER)
 
 
 def _ratio(a: int, b: int) -> float:
@@ -298,7 +366,7 @@ def current(index: int | None) -> Verdict | str:
             verdict = read(key(device_index))
         except (OSError, RuntimeError) as error:  # of the driver, or of sources in an archive
             verdict = f"not qualified on this card: its key is unknown ({error})"
-        _current[device_index] = verdict
+        set_current(device_index, verdict)
     return verdict
 
 
@@ -346,17 +414,44 @@ def digests() -> dict[str, str]:
 def set_current(index: int, verdict: Verdict | str) -> None:
     """Set the result of `current` for a GPU in this process: a verdict, or why there is none."""
     _current[index] = verdict
+    _set_winners()
+
+
+def _set_winners() -> None:
+    """Give the eager backend what the verdicts of this process measured to be faster."""
+    current = {} if _is_off else _current
+    found = {index: v for index, v in current.items() if isinstance(v, Verdict)}
+    names = sorted({name for verdict in found.values() for name in verdict.winners})
+    orders.winners = {
+        name: functools.lru_cache(maxsize=4096)(functools.partial(_wins_on, name, found))
+        for name in names
+    }
+
+
+def _wins_on(
+    name: str,
+    found: Mapping[int, Verdict],
+    index: int,
+    dtype: torch.dtype,
+    a: Sequence[int],
+    b: Sequence[int],
+) -> bool:
+    """`orders.Wins` of a name, given the verdicts on GPUs."""
+    winners = found[index].winners if index in found else {}
+    return name in winners and winners[name](dtype, *orders.sizes(name, a, b))
 
 
 def set_off(is_off: bool) -> None:
     """Disable verdicts in this process, which makes GPUs run eager, or enable them again."""
     global _is_off
     _is_off = is_off
+    _set_winners()
 
 
 def forget() -> list[Path]:
     """Remove all verdicts from the cache and from this process, and return the files."""
     _current.clear()
+    _set_winners()
     removed = list(folder().glob("qualified-*.json"))
     for file in removed:
         file.unlink()

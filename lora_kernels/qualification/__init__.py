@@ -29,9 +29,19 @@ from ..choice import verdicts
 from ..choice.verdicts import Group, Point, Verdict
 from ..core import device as devices
 from . import compiling
-from .plan import DTYPES, KNOWN_DTYPES, SQUARE, WIDE, Claim, list_claims
+from .plan import DTYPES, KNOWN_DTYPES, SQUARE, WIDE, Claim, list_claims, list_orders
 
-__all__ = ["BUDGET", "DTYPES", "KNOWN_DTYPES", "Claim", "index_of", "list_claims", "qualify"]
+__all__ = [
+    "BUDGET",
+    "DTYPES",
+    "KNOWN_DTYPES",
+    "Claim",
+    "index_of",
+    "list_claims",
+    "list_orders",
+    "measure_orders",
+    "qualify",
+]
 
 WORKER = "lora_kernels.qualification.claims"
 CARD = "lora_kernels.qualification.card:Card"
@@ -55,7 +65,8 @@ def qualify(
     From then on this process, and others on the same kind of card with the same driver, versions
     and kernels, use what passed where it was measured at least 5 % faster than the eager backend,
     and no slower in a training step. The nearest measured size counts; with more rows than were
-    measured the eager backend runs. It makes no collective call: run it once a machine, before a
+    measured the eager backend runs, in the order and with the skinny GEMMs of a training step that
+    were measured faster. It makes no collective call: run it once a machine, before a
     distributed program.
 
     Triton's kernels are compiled first, if its cache lacks them: about 22 s of one processor,
@@ -80,9 +91,49 @@ def qualify(
     >>> sorted(verdict.passed)  # doctest: +SKIP
     """
     index = index_of(device)
+    claims = list_claims(_require_dtypes(dtypes), shapes)
+    with _checked(claims, index, budget_s, report, card) as verdict:
+        try:
+            verdicts.write(verdict)
+        except OSError as error:
+            raise RuntimeError(f"qualify: the cache cannot be written: {error}") from error
+    verdicts.set_current(index, verdict)
+    return verdict
+
+
+def measure_orders(
+    device: int | str | torch.device | None = None,
+    *,
+    dtypes: Sequence[str] = DTYPES,
+    budget_s: float = BUDGET,
+    report: Callable[[Claim, str | None], None] | None = None,
+    card: str = CARD,
+) -> Verdict:
+    """Check and time the orders and the skinny GEMMs of a training step, and cache nothing.
+
+    Arguments, result and errors are those of `qualify`, which measures them too.
+    """
+    claims = list_orders(_require_dtypes(dtypes))
+    with _checked(claims, index_of(device), budget_s, report, card) as verdict:
+        return verdict
+
+
+def _require_dtypes(dtypes: Sequence[str]) -> tuple[str, ...]:
+    """Return the dtypes, each once; ValueError for another than KNOWN_DTYPES."""
     if wrong := [name for name in dtypes if name not in KNOWN_DTYPES]:
         raise ValueError(f"dtypes: got {wrong[0]!r}, want 'bfloat16' or 'float16'")
-    claims = list_claims(tuple(dict.fromkeys(dtypes)), shapes)
+    return tuple(dict.fromkeys(dtypes))
+
+
+@contextlib.contextmanager
+def _checked(
+    claims: Sequence[Claim],
+    index: int,
+    budget_s: float,
+    report: Callable[[Claim, str | None], None] | None,
+    card: str,
+) -> Iterator[Verdict]:
+    """Yield the verdict on the claims, with the lock of the cache held. Arguments of `qualify`."""
     if not budget_s > 0:
         raise ValueError(f"budget_s: got {budget_s}, want seconds above 0")
     if (why := _unready_reason()) is not None:
@@ -93,13 +144,7 @@ def qualify(
         if (after := verdicts.key(index)) != run.key:
             changed = ", ".join(name for name in run.key if run.key[name] != after.get(name))
             raise RuntimeError(f"qualify: {changed} changed meanwhile; nothing was cached")
-        verdict = run.verdict()
-        try:
-            verdicts.write(verdict)
-        except OSError as error:
-            raise RuntimeError(f"qualify: the cache cannot be written: {error}") from error
-    verdicts.set_current(index, verdict)
-    return verdict
+        yield run.verdict()
 
 
 def index_of(given: int | str | torch.device | None) -> int:

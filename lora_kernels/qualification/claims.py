@@ -35,7 +35,7 @@ from ..core.call import Needs, Operands, Spec
 from ..oracle import case as cases
 from ..oracle.case import AnyCase, Case
 from ..quantization import QuantizedWeight
-from . import timing
+from . import orders, timing
 from .card import Card
 from .plan import CANDIDATES, STEP_ROWS, Claim
 
@@ -46,6 +46,8 @@ BROKEN = 3  # the exit status after an error that the device may not recover fro
 def check(card: Card, claim: Claim) -> tuple[str | None, Any]:
     """Return why the claim does not hold or None, and the points of "time"."""
     group = claim.group
+    if group.weight in verdicts.ORDERS:
+        return _check_order(card, claim)
     if claim.name == "time":
         return None, list(timing.measure(card, group, claim.sizes))
     with card.engine(group):
@@ -53,6 +55,17 @@ def check(card: Card, claim: Claim) -> tuple[str | None, Any]:
             judged = map(judge, _CASES[claim.name](card, group))
             return next((reason for reason in judged if reason is not None), None), ()
         return _CHECKS[claim.name](card, group), ()
+
+
+def _check_order(card: Card, claim: Claim) -> tuple[str | None, Any]:
+    """`check` of an order or a skinny GEMM of a training step."""
+    if claim.name == "time":
+        return orders.time(card, claim)
+    if claim.name == "odd sizes":
+        return orders.odd_sizes(card, claim.group), ()
+    call = orders.Call(card, claim.group, *orders.WHOLE)
+    call.operands[0] = [surround(t) for t in call.operands[0]]
+    return _find_write(card, lambda: {call.name: call.ours(0)}, call.operands[0]), ()
 
 
 def _case(card: Card, group: Group, M: int, N: int, K: int, **fields: Any) -> Case:
@@ -176,12 +189,21 @@ class GuardedMemory(TorchFunctionMode):
 
 def memory(card: Card, group: Group) -> str | None:
     layer = _GuardedLayer(card, group)
-    operands = launches.tensors_of((layer.operands, layer.dy))
+    return _find_write(card, layer.run, launches.tensors_of((layer.operands, layer.dy)))
+
+
+def _find_write(
+    card: Card, run: Callable[[], dict[str, Tensor]], operands: Sequence[Tensor]
+) -> str | None:
+    """Return what `run` writes outside of its results, or which bits differ in a repeat; or None.
+
+    operands: between guard zones (`surround`).
+    """
     before = [t.clone() for t in operands]
     first: dict[str, Tensor] = {}
     for number in range(card.repeats):
         with GuardedMemory() as guarded:
-            found = layer.run()
+            found = run()
         card.synchronize()
         if written := guarded.written():
             return f"{written} bytes outside of its results were written"
@@ -279,7 +301,9 @@ def _check_all(card: Card, claims: Sequence[Claim], end: float, say: Callable[..
 def launch_all(card: Card, claim: Claim) -> None:
     """Launch what the claim launches, each call once, and judge nothing."""
     group, name = claim.group, claim.name
-    if name in _CASES:
+    if group.weight in verdicts.ORDERS:
+        orders.launch_all(card, claim)
+    elif name in _CASES:
         for case in _CASES[name](card, group):
             with selection.backend("eager"):
                 args = cases.inputs(case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..backends.eager import orders
 from ..choice.verdicts import Group
 from ..core.problem import Strategy
 
@@ -14,6 +15,13 @@ SQUARE, WIDE = (4096, 4096), (14336, 4096)  # N and K: Llama-3-8B's q and o, and
 # The smallest M for which forward and backward are timed too. M = 1 is decoding, which has no
 # backward: a slow backward there must not keep the forward from its kernel.
 STEP_ROWS = 8
+
+# M, and N and K of Llama-3-8B's layers, at which the orders of a training step are timed. The ranks
+# are one adapter's, and those of four adapters that share an x.
+ORDER_ROWS = (1024, 8192)
+ORDER_SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+ORDER_RANK, SKINNY_RANKS = 16, (16, 64)
+MM, UPDATE = "mm", "update"  # timed beside the orders; they decide nothing
 
 
 class Candidate(NamedTuple):
@@ -86,10 +94,12 @@ class Claim(NamedTuple):
     - "autocast": the same as "odd sizes" for float32 inputs under autocast.
     - "two streams", "graph": calls on two streams at once, and replays of a captured CUDA graph,
       have the bits of a call by itself.
-    - "time": always holds; measures the group and eager.
+    - "time": always holds; measures the group and eager. For an order or a skinny GEMM of a
+      training step a sample of each timed result is within the tolerance.
 
     Args:
-        sizes: M, N and K of the calls that "time" measures.
+        sizes: M, N and K of the calls that "time" measures; of a skinny GEMM M, the wide dimension
+            and the rank.
     """
 
     group: Group
@@ -106,7 +116,7 @@ def list_claims(
     shapes: N and K of the weights that are timed.
 
     >>> sum(len(claim.sizes) for claim in list_claims())
-    36
+    100
     """
     claims = []
     for dtype in dtypes:
@@ -121,4 +131,23 @@ def list_claims(
                 claims += [Claim(group, name, tier) for name, tier in names.items()]
                 sizes = tuple((M, N, K) for N, K in shapes for M in rows)
                 claims.append(Claim(group, "time", 2, sizes))
+    return sorted([*claims, *list_orders(dtypes)], key=lambda claim: claim.tier)
+
+
+def list_orders(dtypes: Sequence[str] = DTYPES) -> list[Claim]:
+    """Return the claims on the orders and the skinny GEMMs of a training step, in order."""
+    claims = []
+    columns = tuple(dict.fromkeys(N for N, _ in ORDER_SHAPES))
+    inner = tuple(dict.fromkeys(K for _, K in ORDER_SHAPES))
+    wide = {orders.P: inner, orders.DS: columns, orders.DA: inner, orders.DB: columns}
+    for dtype in dtypes:
+        for name in (MM, UPDATE, orders.BASE_FIRST):
+            group = Group("eager", name, dtype, dtype, "order")
+            sizes = tuple((M, N, K) for M in ORDER_ROWS for N, K in ORDER_SHAPES)
+            claims.append(Claim(group, "time", 2, sizes))
+        for name, widths in wide.items():
+            group = Group("triton", name, dtype, dtype, "skinny")
+            claims += [Claim(group, claim, 0) for claim in ("odd sizes", "memory")]
+            sizes = tuple((M, n, R) for M in ORDER_ROWS for n in widths for R in SKINNY_RANKS)
+            claims.append(Claim(group, "time", 2, sizes))
     return sorted(claims, key=lambda claim: claim.tier)

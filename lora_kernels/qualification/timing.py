@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -33,10 +33,10 @@ def measure(
         card.free_memory()
         call = Timed(card, group, M, N, K)
         passes = -(-LEAST_CALLS // call.count) if M <= FEW else 1
-        forward = interleave(card, group, call.forward, passes * call.count)
+        forward = by_group(card, group, call.forward, passes * call.count)
         step: tuple[Seconds | None, ...] = (None, None)
         if M >= STEP_ROWS:
-            step = interleave(card, group, call.step, min(call.count, 4))
+            step = by_group(card, group, call.step, min(call.count, 4))
         yield M, N, K, RANK, *forward, *step
 
 
@@ -84,20 +84,31 @@ def cold_weights(card: Card, dtype: torch.dtype, kind: str, N: int, K: int) -> l
     return [weight.clone() for _ in range(count)]
 
 
-def interleave(
-    card: Card, group: Group, call: Callable[[int], object], count: int
-) -> tuple[Seconds, Seconds]:
+Call = Callable[[int], object]
+
+
+def by_group(card: Card, group: Group, call: Call, count: int) -> tuple[Seconds, Seconds]:
     """Return the median seconds of a call by the group and by eager, which take turns."""
-    engines: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        str(group): functools.partial(card.engine, group),
-        "eager": functools.partial(selection.backend, "eager"),
-    }
+    engine = functools.partial(card.engine, group)
+    eager = functools.partial(selection.backend, "eager")
+    return interleave(card, {str(group): (engine, call), "eager": (eager, call)}, count)
+
+
+def interleave(
+    card: Card,
+    engines: Mapping[str, tuple[Callable[[], AbstractContextManager[Any]], Call]],
+    count: int,
+) -> tuple[Seconds, Seconds]:
+    """Return the median seconds of two engines' calls, which take turns.
+
+    engines: name -> the context of its calls, and the call of a number below `count`.
+    """
     clocks, device, host = {}, dict[str, list[float]](), dict[str, list[float]]()
-    for name, engine in engines.items():
+    for name, (engine, call) in engines.items():
         with engine():
             clocks[name] = card.clocks(name, call, count)
     for number in range(ROUNDS + 1):  # the first warms up
-        for name, engine in engines.items():
+        for name, (engine, _) in engines.items():
             with engine():
                 device.setdefault(name, []).append(clocks[name].device() / count)
                 if number <= HOST_ROUNDS:

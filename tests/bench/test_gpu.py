@@ -120,13 +120,14 @@ def test_dry_run_tries_every_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert abs(sum(share for _, share, _ in gpu.PARTS) - 1) < 1e-9
+    assert gpu.PARTS[0][0] == gpu.ORDERS and 15 * 60 * gpu.PARTS[0][1] <= 120
     tests = [*gpu.PYTEST, "tests/gpu/test_cuda.py"]
-    monkeypatch.setattr(gpu, "PARTS", [gpu.PARTS[1], ("tests", 0.5, tests)])
+    monkeypatch.setattr(gpu, "PARTS", [gpu.PARTS[2], ("tests", 0.5, tests)])
     monkeypatch.setattr(gpu.qualify, "dry_run", lambda dtypes: "the plan")
     monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--minutes", "10"])
     assert gpu.main() == 0
     printed = capsys.readouterr().out
-    assert "qualify: at most 60 s: python -m lora_kernels.cli qualify" in printed
+    assert "qualify: at most 54 s: python -m lora_kernels.cli qualify" in printed
     assert "tests: at most 300 s" in printed and printed.endswith("the plan\n")
     wrong = [("typo", 0.5, [*gpu.CLI, "qualify", "--budgit", "3"])]
     wrong += [("lost", 0.5, [*gpu.PYTEST, "tests/gpu/test_lost.py"])]
@@ -153,13 +154,19 @@ def test_report_has_the_losses_first() -> None:
             "provenance": {"gpu": {"name": "a card"}, "torch": "2.15", "commit": "c1"},
             "host": part | {"exit": 1, "json": {"host": {"rows": [row]}}},
             "qualify": part | {"tail": "the verdict"},
+            "orders": part | {"tail": "the orders"},
         }
     )
     assert said.startswith("# lora_kernels on a card\n") and "commit c1" in said
     assert "| host | host layer float32 64×0×0 r=0 step | peft | 1.50 |" in said
     assert "peft 1.50 (3e+03 / 2e+03 ms) | ours 1e+03, peft 1e+03 |" in said
     assert "| host | host layer float32 64×0×0 r=0 step | ours | 1.5 times PEFT's |" in said
-    assert said.index("## Losses") < said.index("## qualify") < said.index("## host")
+    assert (
+        said.index("## orders")
+        < said.index("## Losses")
+        < said.index("## qualify")
+        < said.index("## host")
+    )
     assert "host: exit status 1; what it found is below." in said
 
 

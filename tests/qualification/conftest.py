@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_kernels import qualification
+from lora_kernels.backends.eager import orders
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.core import device
@@ -32,6 +33,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceInfo
     monkeypatch.setattr("lora_kernels.backends.cuda.unsupported_device_reason", lambda *at: None)
     monkeypatch.setattr(verdicts, "_current", {})
     monkeypatch.setattr(verdicts, "_is_off", False)
+    monkeypatch.setattr(orders, "winners", {})
     selection._choose_by_verdict.cache_clear()
     yield H100
     selection._choose_by_verdict.cache_clear()

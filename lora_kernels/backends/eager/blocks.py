@@ -32,8 +32,9 @@ from ...core.codes import Codes
 from ...core.dtypes import stat_dtype, to_dtype
 from ...core.record import PLAIN, Record
 from .. import decoder
-from . import gated_mlp, products
+from . import gated_mlp, orders, products
 from .linear import drop
+from .orders import BASE_FIRST
 
 
 def dense(layer: Record, dtype: torch.dtype) -> Tensor:
@@ -92,10 +93,10 @@ def linear_output(x: Tensor, layer: Record) -> tuple[Tensor, Tensor, Tensor | No
         base = decoder.gemm(weight, x, lora_B.shape[0], bias)
     if dropout_p:
         dropped, mask = torch.native_dropout(x, dropout_p, True)
-        p = linear(dropped, lora_A)
+        p = orders.down_projection(dropped, lora_A)
         del dropped
     else:
-        p = linear(x, lora_A)
+        p = orders.down_projection(x, lora_A)
     return _add_base_and_update(x, p, layer, base), p, mask
 
 
@@ -114,11 +115,11 @@ def linear_backward(
     if need_x:  # while nothing is held beside a decoded weight
         dx = mm(dy, dense(layer, dy.dtype))
     if need_B:
-        dB = products.scaled_mm(dy.t(), p, scaling)
+        dB = orders.gradient_B(dy, p, scaling)
     if need_x or need_A:
-        ds = products.scaled_mm(dy, lora_B, scaling)
+        ds = orders.gradient_S(dy, lora_B, scaling)
         if need_A:
-            dA = mm(ds.t(), cast(Tensor, x))
+            dA = orders.gradient_A(ds, cast(Tensor, x))
         if dx is not None:
             dx.addmm_(ds, lora_A)
     return dx, dA, dB
@@ -139,11 +140,11 @@ def linears(
     ps: Sequence[Tensor]
     if is_stacked:
         stacked = torch.cat([layer.lora_A for layer in layers])
-        p = linear(x, stacked) if is_plain else products.shrink(x, stacked, 0)
+        p = orders.down_projection(x, stacked) if is_plain else products.shrink(x, stacked, 0)
         del stacked
         ps = p.split_with_sizes([layer.lora_A.shape[0] for layer in layers], 1)
     elif is_plain:
-        ps = [linear(x, layer.lora_A) for layer in layers]
+        ps = [orders.down_projection(x, layer.lora_A) for layer in layers]
     else:
         ps = [products.shrink(x, layer.lora_A, 0) for layer in layers]
     if is_plain:
@@ -165,6 +166,9 @@ def _add_base_and_update(x: Tensor, p: Tensor, layer: Record, base: Tensor | Non
     if base is not None:
         return base.addmm_(p, lora_B.t(), alpha=scaling)
     weight = dense(layer, x.dtype)
+    if BASE_FIRST in orders.winners and orders.is_faster(BASE_FIRST, x, lora_B):
+        base = linear(x, weight, None if bias is None else to_dtype(bias, x.dtype))
+        return base.addmm_(p, lora_B.t(), alpha=scaling)
     if bias is None:  # the base GEMM adds itself to scaling · P·Bᵀ
         return linear(p, lora_B).addmm_(x, weight.t(), beta=scaling)
     update = addmm(to_dtype(bias, x.dtype), p, lora_B.t(), alpha=scaling)
@@ -237,13 +241,15 @@ def linears_backward(
             dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
             del weight
         if need_B[i]:
-            dB[i] = products.scaled_mm(dy.t(), cast(Tensor, ps[i]), scaling)
+            dB[i] = orders.gradient_B(dy, cast(Tensor, ps[i]), scaling)
         if ds is not None:
-            addmm(layer_ds[n], dy, lora_B, beta=0, alpha=scaling, out=layer_ds[n])
+            orders.gradient_S(dy, lora_B, scaling, layer_ds[n])
     if ds is None:
         return grads
     if need_any_A:
-        stacked_dA = mm(ds.t(), cast(Tensor, x) if mask is None else mask.apply(cast(Tensor, x)))
+        dropped = cast(Tensor, x) if mask is None else mask.apply(cast(Tensor, x))
+        stacked_dA = orders.gradient_A(ds, dropped)
+        del dropped
         slices = stacked_dA.split_with_sizes(ranks) if len(indices) > 1 else (stacked_dA,)
         for i, layer_dA in zip(indices, slices, strict=True):
             if need_A[i]:

@@ -22,7 +22,7 @@ def outer_kernel(
         partials[i, :R] = sᵀ·(v ⊙ v_scale)
         partials[i, R] = Σ v,    partials[i, R + 1] = Σ v ⊙ z
 
-    s [M, R] float32, v [M, N], z [M, N] contiguous; partials float32 [num_splits, R + 2, N]. RANKS
+    s [M, R] and z [M, N] contiguous, v [M, N]; partials float32 [num_splits, R + 2, N]. RANKS
     and SUM: whether to compute the first and second. The third is computed if z is given. Program
     (n, r, i) computes BLOCK_R × BLOCK_N of partials[i], a sum over m_per_split rows.
     Rounding points: s and v ⊙ v_scale to WIDER; sums in float32.

@@ -70,6 +70,20 @@ def lora_linear_backward(
     return Grads(dx, dA, dB, dg, dc, dbias)
 
 
+@launch.planned
+def shrink_to(plan: Plan, x: Tensor, a: Tensor, scale: float, out: Tensor) -> None:
+    """Write scale·x·aᵀ to out [M, R], rounded once, for x [M, K] and a [R, K]."""
+    if x.shape[0]:
+        plan.call(_scale_to, out, _sum(plan, _shrink(plan, x, a, None)), scale)
+
+
+@launch.planned
+def outer_to(plan: Plan, v: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+    """Write scale·sᵀ·v to out [R, N], rounded once, for v [M, N] and s [M, R]."""
+    rows = s if s.is_contiguous() else plan.copy(s)
+    _outer(plan, rows, v, out, scale, None)
+
+
 def _linear(
     plan: Plan, operands: Operands, spec: Spec, dy: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -250,3 +264,7 @@ def _sum(plan: Plan, partials: Tensor) -> Tensor:
 
 def _sum_to(out: Tensor, partials: Tensor) -> None:
     torch.sum(partials, 0, out=out)
+
+
+def _scale_to(out: Tensor, t: Tensor, scale: float) -> None:
+    torch.mul(t, scale, out=out)

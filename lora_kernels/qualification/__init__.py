@@ -69,7 +69,7 @@ def qualify(
     were measured faster. It makes no collective call: run it once a machine, before a
     distributed program.
 
-    Triton's kernels are compiled first, if its cache lacks them: about 22 s of one processor,
+    Triton's kernels are compiled first, if its cache lacks them: about 30 s of one processor,
     divided among those of the cgroup. `budget_s` counts from then on.
 
     Args:

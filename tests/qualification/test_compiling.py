@@ -12,7 +12,7 @@ import torch
 from lora_kernels.backends import triton
 from lora_kernels.choice.verdicts import Group
 from lora_kernels.core import device
-from lora_kernels.qualification import Claim, compiling, list_claims, timing
+from lora_kernels.qualification import Claim, compiling, list_claims, list_orders, timing
 from lora_kernels.quantization import QuantizedWeight
 from tests.support.gpus import H100
 
@@ -60,6 +60,21 @@ def test_small_weights_compile_the_kernels_of_the_timed_ones(
     monkeypatch.setattr(timing, "cold_weights", cold_weights)
     monkeypatch.setattr(compiling, "small", lambda claim: claim)
     assert keys(timed) == want and len(want) > 3
+
+
+def test_small_skinny_gemms_compile_the_kernels_of_the_timed_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claims = [claim for claim in list_orders() if claim.group.weight == "skinny"]
+    compiled = keys(claims)
+    monkeypatch.setattr(compiling, "small", lambda claim: claim)
+    # The timed sizes, in memory that is not touched.
+    monkeypatch.setattr(
+        torch, "randn", lambda shape, device, dtype: torch.empty(shape, dtype=dtype)
+    )
+    monkeypatch.setattr(torch.Tensor, "__truediv__", lambda t, number: t)
+    timed = keys([claim for claim in claims if claim.name == "time"])
+    assert timed <= compiled and len(timed) > 3
 
 
 def test_processes_compile_each_kernel_once_without_a_gpu(

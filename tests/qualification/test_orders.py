@@ -23,6 +23,7 @@ from lora_kernels.bench import qualify as command
 from lora_kernels.choice import choose as selection
 from lora_kernels.choice import verdicts
 from lora_kernels.choice.verdicts import Group, Point, Seconds, Verdict
+from lora_kernels.core.call import Needs
 from lora_kernels.core.record import Record
 from lora_kernels.ops import blocks
 from lora_kernels.oracle import tolerance
@@ -419,6 +420,36 @@ def test_step_takes_a_skinny_kernel_where_it_was_faster(
     require_within_limits(got, reference(layers, x, dys), today)
     each = 1 if name in ("P", "dA") else count  # one GEMM for all A
     assert taken == ["shrink" if name in ("P", "dS") else "outer"] * each
+
+
+@pytest.mark.parametrize("name", ["dS", "dA", "dB"])
+def test_down_projection_of_a_gated_mlp_takes_a_skinny_kernel_where_it_was_faster(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    for kernel, run in (("shrink", _shrink), ("outer", _outer)):
+        note = lambda *args, kernel=kernel, run=run: (taken.append(kernel), run(*args))[1]  # noqa: E731
+        monkeypatch.setattr(orders, kernel, note)
+    (layer,), (h, (dy,)) = layers_of(1, False), inputs(1)
+    p = torch.randn(M, R).to(bf16)
+
+    def grads() -> dict[str, Tensor]:
+        needs = Needs(True, True, True)
+        dg, du, others = eager.down_backward(
+            dy, h.clone(), h.clone(), p, layer, needs, True, False, "silu"
+        )
+        named = {"dg": dg, "du": du, "dA": others.lora_A, "dB": others.lora_B}
+        return named  # type: ignore[return-value]
+
+    with following("not qualified"):
+        today = grads()
+    assert not taken
+    with following(verdict_of(*(point(skinny(name), M, n, R, 0.5) for n in (N, K)))):
+        got = grads()
+    assert taken == ["shrink" if name == "dS" else "outer"]
+    for which, t in got.items():  # both round once; dg and du round dS before
+        wide = today[which].double()
+        assert (t.double() - wide).abs().max() <= 2.0**-6 * wide.abs().max(), which
 
 
 def test_step_of_4_bit_codes_decodes_and_takes_the_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,11 +368,11 @@ def down_backward(
     dh = mm(dy, weight)
     del weight
     if needs.lora_B:
-        dB = products.scaled_mm(dy.t(), cast(Tensor, p), scaling)
+        dB = orders.gradient_B(dy, cast(Tensor, p), scaling)
     if needs.bias:
         dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
-    ds = products.scaled_mm(dy, lora_B, scaling)
+    ds = orders.gradient_S(dy, lora_B, scaling)
     dg, du, h = gated_mlp.gated_backward(g, u, dh.addmm_(ds, lora_A), in_place, activation)
     if needs.lora_A:
-        dA = mm(ds.t(), h)
+        dA = orders.gradient_A(ds, h)
     return dg, du, Grads(None, dA, dB, None, None, dbias)

@@ -8,9 +8,8 @@ there, beside P·Bᵀ alone.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -152,22 +151,13 @@ def time(card: Card, claim: Claim) -> tuple[str | None, Any]:
             return f"at {'×'.join(map(str, sizes))}: {miss}", ()
         M, n, k = sizes
         rank = k if call.is_skinny else ORDER_RANK
-        points.append((M, n, k, rank, *measure(card, claim.group, call), None, None))
+        sides = {
+            str(claim.group): (torch.no_grad, call.ours),
+            "eager": (torch.no_grad, call.todays),
+        }
+        seconds = timing.interleave(card, sides, call.count)
+        points.append((M, n, k, rank, *seconds, None, None))
     return None, points
-
-
-def measure(card: Card, group: Group, call: Call) -> tuple[Any, Any]:
-    """Return the median seconds of the other order or the kernel, and of today's GEMMs."""
-    sides: dict[str, Callable[[int], object]] = {str(group): call.ours, "eager": call.todays}
-    return timing.interleave(
-        card, {name: (_nothing, side) for name, side in sides.items()}, call.count
-    )
-
-
-@contextlib.contextmanager
-def _nothing() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def launch_all(card: Card, claim: Claim) -> None:

@@ -321,7 +321,7 @@ def test_times_are_medians_of_turns_after_one_to_warm_up() -> None:
         return cards.Clocks(device, host, name == "eager")
 
     card: Any = SimpleNamespace(engine=fake_card().engine, clocks=clocks)
-    ours, eager = timing.interleave(card, DECODE, lambda number: "called", 3)
+    ours, eager = timing.by_group(card, DECODE, lambda number: "called", 3)
     assert (ours, eager) == (Seconds(4.0, 60.0, False), Seconds(5.0, 80.0, True))
     both = [("cuda", "called", "device"), ("cuda", "called", "host")]
     both += [("eager", "called", "device"), ("eager", "called", "host")]

@@ -239,7 +239,7 @@ def test_kernel_that_writes_an_operand_or_other_bits_fails_memory(
         assert words in str(reason)
 
 
-@pytest.mark.skipif(triton.unavailable_reason() is not None, reason="no Triton")
+@pytest.mark.skipif(triton.unavailable_reason() is not None, reason="Triton is not installed")
 def test_orders_are_measured_in_a_worker_and_nothing_is_cached(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

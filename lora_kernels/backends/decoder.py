@@ -29,6 +29,7 @@ from .library import is_on_gpu_path
 # The most rows for which `gemm_4bit` may decode inside the GEMM. For more it decodes the whole
 # weight, with one copy of the scales more than `dense` makes.
 FUSED_ROWS = 512
+WHOLE = slice(None)
 _TRACING_MODES = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 
 
@@ -48,8 +49,8 @@ def dense(
     weight: Codes,
     shape: tuple[int, int],
     dtype: torch.dtype,
-    rows: slice = slice(None),
-    columns: slice = slice(None),
+    rows: slice = WHOLE,
+    columns: slice = WHOLE,
 ) -> Tensor:
     """Return the weight [N, K], or a block of it, rounded once to `dtype`."""
     if (
@@ -60,7 +61,8 @@ def dense(
         or is_traced(weight.packed)
     ):
         weight, shape, rows = _cut_rows(weight, shape, rows)
-        return _checked_dense(weight, shape, dtype)[rows, columns].contiguous()
+        decoded = _checked_dense(weight, shape, dtype)
+        return decoded if rows == columns == WHOLE else decoded[rows, columns].contiguous()
     if weight.nested_code is not None and weight.nested_code.dim() > 1:
         weight, shape, rows = _cut_rows(weight, shape, rows)
         if weight.nested_code is not None and weight.nested_code.dim() > 1:  # of several experts
@@ -91,7 +93,9 @@ def _cut_rows(
     codes straddles their first or last row. The codes are a view."""
     (N, K), size = shape, weight.blocksize
     n0, n1, _ = rows.indices(N)
-    if (n0, n1) == (0, N) or n0 * K % size or n1 * K % size:
+    if (n0, n1) == (0, N):
+        return weight, shape, WHOLE
+    if n0 * K % size or n1 * K % size:
         return weight, shape, rows
     table, expert_rows = weight.nested_code, N
     if table is not None and table.dim() > 1:
@@ -104,7 +108,7 @@ def _cut_rows(
     bits, absmax = weight.bits, weight.absmax
     packed = weight.packed[n0 * K * bits // 8 : n1 * K * bits // 8]
     absmax = absmax[n0 * K // size : n1 * K // size]
-    return weight._replace(packed=packed, absmax=absmax), (n1 - n0, K), slice(None)
+    return weight._replace(packed=packed, absmax=absmax), (n1 - n0, K), WHOLE
 
 
 def with_plain_scales(weight: Codes) -> Codes:
@@ -195,7 +199,7 @@ def _launch_decoder(*args: Any) -> Tensor:
     from .triton import codec
 
     *fields, N, K, dtype = args
-    return codec.dequantize(Codes(*fields), (N, K), dtype)
+    return codec.dequantize(Codes(*fields), (N, K), dtype)  # type: ignore[no-any-return]
 
 
 # The decoder as one op, for modes.

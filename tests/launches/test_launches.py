@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from lora_kernels.backends import cuda, launches, triton, workspace
 from lora_kernels.backends.triton import FUSED
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.device import DeviceInfo
-from lora_kernels.quantization import quantize_4bit
+from lora_kernels.oracle import forms
+from lora_kernels.quantization import QuantizedWeight, quantize_4bit
 from tests.support.allocations import Allocations
 from tests.support.emulator import emulator_unavailable_reason
 from tests.support.fake_driver import STREAM, Log, cpu_as_gpu, fake_cuda, fake_triton
@@ -96,6 +98,16 @@ CUDA_CALLS = [
 ]
 CALLS = [*(pytest.param(call, marks=needs_triton) for call in TRITON_CALLS), *CUDA_CALLS]
 ONE = Call(triton, FORWARD, FUSED)
+DECODED: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+    "nf4": lambda values: quantize_4bit(values, "nf4", double_quant=False),
+    "nested nf4": lambda values: quantize_4bit(values, "nf4"),
+    "mxfp4": lambda values: quantize_4bit(values, "mxfp4"),
+    "nvfp4 of experts": lambda values: quantize_4bit(values, "nvfp4"),
+    **{
+        form: functools.partial(forms.build, quant=form)
+        for form in ("int4-32-half-shift", "int4-16-nested-shift", "uint8-32-shift", "e4m3-32-half")
+    },
+}
 
 
 def is_planned(log: Log, call: Callable[[], object]) -> bool:
@@ -148,6 +160,42 @@ def test_calls_after_the_first_launch_the_same_and_bind_nothing(call: Call) -> N
             assert got == want and got[0]
             assert seed == 0 or log.bound == bound
             assert {stream for _, _, stream, _ in log.launches} == {STREAM}
+
+
+@needs_triton
+@pytest.mark.parametrize("form", DECODED)
+def test_decodings_after_the_first_launch_the_same_and_bind_nothing(form: str, log: Log) -> None:
+    """Of each kind of scales; the interpreter runs what the compiler refuses."""
+    from lora_kernels.backends.triton import codec
+
+    want: Any = None
+    for seed in range(3):
+        weight = DECODED[form](
+            torch.randn(3, 48, 64, generator=torch.Generator().manual_seed(seed))
+        )
+        bound = log.bound
+        log.launches.clear()
+        w = codec.dequantize(weight.codes, weight.matrix_shape, bf16)
+        got = labelled(tuple(weight.codes), w, log), w.shape, w.dtype, w.stride()
+        want = want or got
+        assert got == want and len(log.launches) == 1
+        assert seed == 0 or log.bound == bound
+
+
+@needs_triton
+def test_decoding_of_codes_off_a_word_is_a_plan_of_its_own(log: Log) -> None:
+    """Codes at a multiple of 4 bytes are read as words."""
+    from lora_kernels.backends.triton import codec
+
+    codes = quantize_4bit(torch.randn(48, 64), "nf4").codes
+    planned = []
+    for shift in (0, 1, 4, 0, 1, 4):
+        packed = torch.empty(codes.packed.numel() + shift, dtype=torch.uint8)[shift:]
+        assert packed.data_ptr() % 16 == shift
+        args = codes._replace(packed=packed), (48, 64), bf16
+        planned.append(is_planned(log, functools.partial(codec.dequantize, *args)))
+        assert log.launches[-1][3][0] == packed.data_ptr()
+    assert planned == [True] * 3 + [False] * 3
 
 
 @needs_triton

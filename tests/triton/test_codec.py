@@ -123,6 +123,9 @@ def test_decoder_is_one_op_for_a_mode_and_unchecked_inside_of_one(unchecked: Non
         reason = decoder.kernel_reason(torch.device(DEVICE), "mxfp4", torch.float32)
         assert reason == checked.UNCHECKED
     assert "lora_kernels.decode.default" in modes.seen and same_bits(first, second)
+    with Names() as modes:
+        decoder.dense(weight.codes, weight.matrix_shape, torch.float32)
+    assert modes.seen == ["lora_kernels.decode.default"]  # no slice to no effect
 
 
 @every_type

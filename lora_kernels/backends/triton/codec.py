@@ -13,22 +13,25 @@ from .decoding import dequantize_kernel
 
 if TYPE_CHECKING:
     from ...core.codes import Codes
+    from ..launches import Plan
 
 
-def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+@launch.planned
+def dequantize(plan: Plan, codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode the weight [N, K], rounded once to `dtype`."""
     (N, K), config = shape, configs.DEQUANTIZE
     tables = codes.nested_code
     experts = 1 if tables is None or tables.dim() == 1 else tables.shape[0]
     N //= experts
     tiles = triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)
-    w = torch.empty(shape, dtype=dtype, device=codes.packed.device)
+    w = plan.empty(*shape, dtype=dtype)
     launch.run(
         dequantize_kernel,
         config,
+        plan,
         grid=tiles if experts == 1 else (*tiles, experts),
-        device=w.device,
-        **launch.codes_arguments(codes, K, launch.target(w.device)),
+        device=plan.device,
+        **launch.codes_arguments(codes, K, launch.target(plan.device)),
         w_ptr=w,
         **{"N": N, "K": K, "TABLES": experts > 1, "WIDE": N * K >= 1 << 31},
         **{"BITS": codes.bits, "SHIFT": codes.has_shift},

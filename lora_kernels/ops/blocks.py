@@ -287,17 +287,66 @@ def linears(x: Tensor, block: Block) -> Sequence[Tensor]:
 
 def gated_mlp(x: Tensor, block: Block) -> Tensor:
     """Return y = down(act(gate(x)) ⊙ up(x)) [..., N] for x [..., K]."""
-    if torch.is_grad_enabled():
-        return GatedMLPFunction.apply(x, block, *block.tensors())  # type: ignore[no-any-return]
-    layers, is_plain, rows = block.layers, block.is_plain, _rows(x, block.dtype)
-    if block.casts:
-        layers = _cast(layers, block.dtype)
+    if not torch.is_grad_enabled():
+        layers = _cast(block.layers, block.dtype) if block.casts else block.layers
+        return _gated_mlp_output(x, block, [_gate_and_up(x, block, layers)])
+    unfinished: list[Any] = []
+    y = GatedMLPFunction.apply(x, block, unfinished, *block.tensors())
+    # A checkpoint that computes the forward again, for what it saves alone, stops before this.
+    with torch.no_grad():
+        y.data = _gated_mlp_output(x, block, unfinished)
+    return cast(Tensor, y)
+
+
+class _GateAndUp(NamedTuple):
+    """g and u of a gated MLP, before h.
+
+    Args:
+        g, u: [M, H], with `updates` without the low-rank updates.
+        ps: P of gate and up.
+        updates: those that the kernels add; None if g and u have them.
+        down: the down-projection.
+    """
+
+    g: Tensor
+    u: Tensor
+    ps: Sequence[Tensor]
+    updates: eager_mlp.Updates | None
+    down: Record
+
+
+def updates_reason(block: Block, device: torch.device) -> str | None:
+    """Return why GEMMs of their own add the updates of an MLP's gate and up; None if kernels do."""
+    layers = _cast(block.layers, block.dtype) if block.casts else block.layers
+    return eager_mlp.updates_reason(layers, device, block.dtype, block.activation)
+
+
+def _gate_and_up(x: Tensor, block: Block, layers: Sequence[Record]) -> _GateAndUp:
+    """Compute g and u for x [..., K]. layers: the block's, cast."""
+    rows, is_plain, gate_and_up = _rows(x, block.dtype), block.is_plain, layers[:2]
+    reason = eager_mlp.updates_reason(layers, x.device, block.dtype, block.activation)
     with context.NOTHING if is_plain else context.no_autocast(x):
-        (g, u), _ = eager.linears(rows, layers[:2], is_plain, block.is_stacked)
-        del rows
-        h = eager_mlp.gated(g, u, block.activation)
+        if reason is not None:
+            (g, u), ps = eager.linears(rows, gate_and_up, is_plain, block.is_stacked)
+            return _GateAndUp(g, u, ps, None, layers[2])
+        ps = eager.low_ranks(rows, gate_and_up, is_plain, block.is_stacked)
+        g, u = (eager.base_output(rows, layer) for layer in gate_and_up)
+        updates = eager_mlp.updates_of(gate_and_up, ps, block.dtype)
+        return _GateAndUp(g, u, ps, updates, layers[2])
+
+
+def _gated_mlp_output(x: Tensor, block: Block, unfinished: list[Any]) -> Tensor:
+    """Return y [..., N] from the `_GateAndUp` in a list, in whose place P of down is then."""
+    g, u, _, updates, down = unfinished.pop()
+    is_plain = block.is_plain
+    with context.NOTHING if is_plain else context.no_autocast(x):
+        if updates is None:
+            h = eager_mlp.gated(g, u, block.activation)
+        else:
+            h = eager_mlp.gated_update(g, u, updates, block.activation)
         del g, u
-        y, _ = _down(h, layers[2], is_plain)
+        y, p = _down(h, down, is_plain)
+    unfinished.append(p)
     return set_leading_dims_(to_dtype(y, block.y_dtype), x.shape[:-1])
 
 
@@ -520,13 +569,17 @@ def _load(
     ]
 
 
-def _used(ps: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor | None]:
-    """Return each P whose dB or gate's gradient is needed. needs: of all A, all B and others."""
-    n = len(ps)
-    need_B, need_gate = needs[n : 2 * n], needs[3 * n :] or (False,) * n
-    if all(need_B):
-        return ps
-    return [p if need_B[i] or need_gate[i] else None for i, p in enumerate(ps)]
+def _used(ps: Sequence[Tensor], needs: Sequence[bool], n: int) -> Sequence[Tensor | None]:
+    """Return each P whose dB or gate's gradient is needed.
+
+    needs: of all A, all B and others, of n layers.
+    """
+    return [p if _needs_p(i, needs, n) else None for i, p in enumerate(ps)]
+
+
+def _needs_p(i: int, needs: Sequence[bool], n: int) -> bool:
+    """Return True if the i-th layer's dB or gate's gradient is needed; needs, n: as in `_used`."""
+    return needs[n + i] or (len(needs) > 3 * n and needs[3 * n + i])
 
 
 def _input_grads(
@@ -582,7 +635,7 @@ class LinearsFunction(_BlockFunction):
         if any(needs[: len(layers)]):
             saved_x = x if x.dtype is dtype else rows
         copies = _copies(layers, block.layers) if casts else ()
-        ctx.save_for_backward(saved_x, mask, *_used(ps, needs), *copies)
+        ctx.save_for_backward(saved_x, mask, *_used(ps, needs, len(layers)), *copies)
         ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
         ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
         if len(shape) != 2 or block.y_dtype is not dtype:
@@ -607,42 +660,52 @@ class LinearsFunction(_BlockFunction):
         return eager.linears_backward(dys, x, ps, layers, need, block.is_plain, dropped)
 
 
-class GatedMLPFunction(_BlockFunction):
-    """x [..., K] -> y [..., N]. Saves x for dA, g and u, and each P for dB and dg."""
+def _mlp_input_grads(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    """`_input_grads` for a Function with one more argument after its block."""
+    dx, *others = _input_grads(ctx, *grads)
+    return dx, None, *others
 
-    finish = staticmethod(_input_grads)
+
+class GatedMLPFunction(_BlockFunction):
+    """x [..., K] -> y [..., N], whose values `gated_mlp` computes after it.
+
+    Saves x for dA, g and u, and P of gate and up for dB and dg. Tensors are saved after a
+    Function's forward, and a checkpoint that computes the forward again stops at the last one. So
+    what no saved tensor needs is computed after the Function: h, and y, whose GEMM is a third of
+    the forward's. P of the down-projection, [M, R], is kept from the first forward on, in the list
+    that the forward gets.
+    """
+
+    finish = staticmethod(_mlp_input_grads)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, *tensors: Any) -> Tensor:
-        layers, dtype, casts, is_plain = block.layers, block.dtype, block.casts, block.is_plain
-        rows = _rows(x, dtype)
+    def forward(ctx: Any, x: Tensor, block: Block, unfinished: list[Any], *tensors: Any) -> Tensor:
+        layers, dtype, casts = block.layers, block.dtype, block.casts
         if casts:
             layers = _cast(layers, dtype)
-        with context.NOTHING if is_plain else context.no_autocast(x):
-            (g, u), ps = eager.linears(rows, layers[:2], is_plain, block.is_stacked)
-            h = eager_mlp.gated(g, u, block.activation)
-            y, p_down = _down(h, layers[2], is_plain)
-        del h
-        needs = ctx.needs_input_grad[2:]
-        saved_x = None if not (needs[0] or needs[1]) else x if x.dtype is dtype else rows
+        found = _gate_and_up(x, block, layers)
+        unfinished.append(found)
+        needs = ctx.needs_input_grad[3:]
+        saved_x = None if not (needs[0] or needs[1]) else x if x.dtype is dtype else _rows(x, dtype)
+        ps = found.ps if found.updates is not None else _used(found.ps, needs, 3)
         copies = _copies(layers, block.layers) if casts else ()
-        ctx.save_for_backward(saved_x, g, u, *_used((*ps, p_down), needs), *copies)
-        shape = x.shape
-        ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
+        ctx.save_for_backward(saved_x, found.g, found.u, *ps, *copies)
+        ctx.block, ctx.x_shape, ctx.x_dtype = block, x.shape, x.dtype
+        ctx.unfinished, ctx.adds_updates = unfinished, found.updates is not None
         ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
-        if len(shape) == 2 and block.y_dtype is dtype:
-            return y
-        return set_leading_dims_(to_dtype(y, block.y_dtype), shape[:-1])
+        shape = *x.shape[:-1], layers[2].lora_B.shape[0]
+        return x.new_empty_strided(shape, (0,) * len(shape), dtype=block.y_dtype)
 
     @staticmethod
     def compute(ctx: Any, saved: Any, dy: Tensor) -> BlockGrads:
         block: Block = ctx.block
-        dtype, is_plain = block.dtype, block.is_plain
-        x, g, u, p_gate, p_up, p_down, *copies = saved
-        need_x, _, *needs = ctx.needs_input_grad
+        dtype, is_plain, activation = block.dtype, block.is_plain, block.activation
+        x, g, u, p_gate, p_up, *copies = saved
+        need_x, _, _, *needs = ctx.needs_input_grad
         layers = _load(ctx, copies, need_x)
         is_batched, dy = context.is_batched(dy), _rows(dy, dtype)
-        x, ps = None if x is None else _rows(x, dtype), (p_gate, p_up, p_down)
+        x, ps = None if x is None else _rows(x, dtype), (p_gate, p_up)
+        p_down = ctx.unfinished[0] if _needs_p(2, needs, 3) else None
         need_A, need_B, need_bias, need_gate = needs[:3], needs[3:6], needs[6:9], needs[9:]
         need_h = need_x or any(
             [any(needed[:2]) for needed in (need_A, need_B, need_bias, need_gate)]
@@ -652,21 +715,37 @@ class GatedMLPFunction(_BlockFunction):
             need_h, need_A[2], need_B[2], need_gate_of_down, False, need_bias_of_down
         )
         need = BlockNeeds(need_x, need_A[:2], need_B[:2], need_bias[:2], need_gate[:2])
-        gate_and_up = x, ps[:2], layers[:2], need
+        gate_and_up = x, ps, layers[:2]
+        # Else a second backward reads g and u.
+        in_place = not _get_current_graph_task_keep_graph()
+        updates = eager_mlp.updates_of(layers, ps, dtype) if ctx.adds_updates else None
         if is_batched:
-            h = eager_mlp.gated(g, u, block.activation)
+            if updates is not None:
+                g, u = eager_mlp.add_updates(g, u, updates)
+            h = eager_mlp.gated(g, u, activation)
             down = _layer_backward_by_op(ctx, dy, h, p_down, layers[2], down_needs)
-            dgu = eager_mlp.split_gradient(g, u, down.x, block.activation)
-            grads = _backward_by_op(ctx, dgu, *gate_and_up)
-        else:
-            # Else a second backward reads g and u.
-            in_place = not _get_current_graph_task_keep_graph()
-            down_args = g, u, p_down, layers[2], down_needs, is_plain, in_place, block.activation
+            dgu = eager_mlp.split_gradient(g, u, down.x, activation)
+            grads = _backward_by_op(ctx, dgu, *gate_and_up, need)
+        elif updates is None:
+            down_args = g, u, p_down, layers[2], down_needs, is_plain, in_place, activation
             dg, du, down = eager.down_backward(dy, *down_args)
-            grads = eager.linears_backward((dg, du), *gate_and_up, is_plain)
+            grads = eager.linears_backward((dg, du), *gate_and_up, need, is_plain)
+        else:
+            found, down = eager.updated_down_backward(
+                dy, g, u, updates, p_down, layers[2], down_needs, any(need.lora_B), in_place,
+                activation,
+            )  # fmt: skip
+            if found.b_gate is not None:
+                need = need._replace(lora_B=(False, False))
+            grads = eager.linears_backward((found.g, found.u), *gate_and_up, need, is_plain)
+            for i, dB in enumerate(found[4:]):
+                if dB is not None and need_B[i]:
+                    grads.lora_B[i] = dB
         grads.lora_A.append(down.lora_A)
         grads.lora_B.append(down.lora_B)
         if need_bias:
             grads.bias.append(down.bias)
             grads.rank_gate.append(down.rank_gate)
+        if in_place:
+            ctx.unfinished.clear()
         return grads

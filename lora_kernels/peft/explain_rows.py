@@ -23,8 +23,9 @@ from ..core.problem import Choice, Problem
 from ..core.record import Record
 from ..layers import LoRAEmbedding, LoRALayer
 from ..layers.experts import has_transposed_stack, stack
-from ..ops import context, experts, linear, multi
+from ..ops import blocks, context, experts, linear, multi
 from ..ops.arguments import FLOATS, base_dtype
+from ..ops.blocks import Block
 from ..quantization import QuantizedWeight
 from ..quantization.tensor import QuantizedTensor, read_tensor
 from .adapters import Call, RowNames, cast_adapters, casts_adapters, stack_records
@@ -457,23 +458,27 @@ def rows_of_mlps(
     for name, mlp, reason in mlp_reasons(model):
         if not any(is_on_gpu_path(p.device.type) for p in mlp.parameters()):
             continue
-        if reason is None:
-            reason = _find_block_reason(mlp, x_dtype, max(rows))
-        if reason is not None:
-            yield Row(name, TORCH, "torch", "layer by layer", reason)
+        block = reason or _find_block(mlp, x_dtype, max(rows))
+        if isinstance(block, str):
+            yield Row(name, TORCH, "torch", "layer by layer", block)
             continue
-        down = mlp._modules[mlp._parts.down]
-        x = _expected_input(down, x_dtype)
-        triton_reason = eager_mlp.kernel_reason(x.device, x.dtype)
-        implementation = (
-            "one Triton kernel" if triton_reason is None else f"PyTorch's ops: {triton_reason}"
-        )
-        reason = f"a gated MLP; the backward recomputes act(gate) * up by {implementation}"
-        yield Row(name, LIBRARY, "eager", "one block", reason)
+        yield Row(name, LIBRARY, "eager", "one block", f"a gated MLP; {_mlp_clause(block)}")
 
 
-def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, M: int) -> str | None:
-    """Return why the next call of a gated MLP on a GPU runs layer by layer."""
+def _mlp_clause(block: Block) -> str:
+    """Return which kernels compute act(gate) * up of a gated MLP, and why no others."""
+    device, activation = block.layers[0].lora_A.device, block.activation
+    if (reason := blocks.updates_reason(block, device)) is None:
+        return "its kernels add the low-rank updates and sum three gradients from the same tiles"
+    columns = block.layers[0].lora_B.shape[0]
+    by_torch = eager_mlp.kernel_reason(device, block.dtype, activation, columns)
+    how = "one Triton kernel" if by_torch is None else f"PyTorch's ops: {by_torch}"
+    text = f"the backward recomputes act(gate) * up by {how}"
+    return text if by_torch == reason else f"{text}; GEMMs add the low-rank updates: {reason}"
+
+
+def _find_block(mlp: Any, x_dtype: torch.dtype | None, M: int) -> Block | str:
+    """Return the block of a gated MLP's next call on a GPU, or why it runs layer by layer."""
     for name in mlp._parts[:3]:
         layer = mlp._modules[name]
         if not isinstance(layer, Fused):
@@ -485,8 +490,8 @@ def _find_block_reason(mlp: Any, x_dtype: torch.dtype | None, M: int) -> str | N
             return f"{name}: {reason}"
     gate, up, down = (mlp._modules[name] for name in mlp._parts[:3])
     x = _expected_input(gate, x_dtype).expand(M, -1)
-    is_block = make_block((gate, up, down), x, mlp._parts.activation) is not None
-    return None if is_block else NO_BLOCK
+    found = make_block((gate, up, down), x, mlp._parts.activation)
+    return NO_BLOCK if found is None else found[0]
 
 
 def _other_backend_reason(layer: Any, x: Tensor) -> str | None:

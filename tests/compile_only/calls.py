@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton import FUSED, codec, configs, elementwise
+from lora_kernels.backends.triton import FUSED, codec, configs, elementwise, launch
 from lora_kernels.backends.triton import linear as equation
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.codes import Codes
@@ -104,6 +104,38 @@ class Gated:
 
 
 @dataclass(frozen=True)
+class GatedUpdate:
+    """h of a gated MLP whose kernels add the updates, its backward, and the sum of partial sums."""
+
+    R: int = 16
+    activation: str = "silu"
+    dtype: torch.dtype = bf16
+    M: int = 4096
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"gated update M{self.M} R{self.R} {self.activation} {dtype}"
+        return text + ("" if self.aligned else " odd")
+
+    def run(self) -> None:
+        M, N, R, dtype = self.M, 14336 - (not self.aligned), self.R, self.dtype
+        target = launch.target(torch.device("meta"))
+        if target.kind != "cuda":  # whose GEMMs add the updates
+            return
+        g, P, B = meta((M, N), dtype), meta((M, 2 * R), dtype), meta((N, R), dtype)
+        updates = *P.split(R, 1), B, B
+        elementwise.gated_update(g, g, *updates, 2.0, 2.0, self.activation)
+        ds, A = meta((M, R), dtype), meta((R, N), dtype)
+        _, rows, has_sums = configs.gated_update_backward(target, M, N, dtype.itemsize, R)
+        partials = meta((-(-M // rows), 3 * R, N), f32) if has_sums else None
+        out = g, g, None if has_sums else g, partials
+        elementwise.gated_update_backward(g, g, g, *updates, ds, A, 2.0, 2.0, self.activation, *out)
+        if partials is not None:
+            elementwise.gated_gradients(partials, A, B, B)
+
+
+@dataclass(frozen=True)
 class Loss:
     """The loss of a head, with its gradient."""
 
@@ -133,7 +165,7 @@ def codes(N: int, K: int) -> Codes:
     return Codes(packed, absmax, *(meta((n,), f32) for n in sizes), 64, 256, "nf4")
 
 
-AnyCall = Call | Dequantize | Gated | Loss
+AnyCall = Call | Dequantize | Gated | GatedUpdate | Loss
 
 # One config a kernel and target; those that qualification may choose.
 SLICE: list[AnyCall] = [
@@ -146,6 +178,7 @@ SLICE: list[AnyCall] = [
     Call(4096, backward=True, frozen=True),
     Dequantize(),
     Gated(),
+    GatedUpdate(),
     Loss(),
 ]
 
@@ -170,6 +203,15 @@ def every_call() -> Iterator[AnyCall]:
     for activation, dtype in itertools.product(elementwise.ACTIVATIONS, (bf16, f32)):
         yield Gated(activation, dtype)
         yield Gated(activation, dtype, aligned=False)
+    for activation in elementwise.ACTIVATIONS:
+        yield GatedUpdate(activation=activation)
+        for R in (32, configs.MAX_RANK):
+            yield GatedUpdate(R, activation)
+        for R in (16, 32):
+            yield GatedUpdate(R, activation, f32)
+    for R in (1, 8, 24):
+        yield GatedUpdate(R)
+        yield GatedUpdate(R, M=1, aligned=False)
     for dtype in (bf16, f32):
         yield Loss(dtype, options=True)
         yield Loss(dtype, aligned=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,9 +17,10 @@ from triton.runtime.errors import OutOfResources
 import lora_kernels
 from lora_kernels.backends import checked
 from lora_kernels.backends.eager import gated_mlp as eager_mlp
-from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, KERNEL_DTYPES, Gated
+from lora_kernels.backends.eager.gated_mlp import ACTIVATIONS, Gated
 from lora_kernels.backends.triton import elementwise, gated, launch
 from lora_kernels.core import forced
+from lora_kernels.core.problem import KERNEL_DTYPES
 from lora_kernels.core.record import Record
 from lora_kernels.ops import blocks
 from tests.support.interpreter import set_program
@@ -97,10 +98,12 @@ def test_kernels_of_no_elements_launch_nothing() -> None:
 
 
 def test_kernels_pass_their_check() -> None:
-    assert eager_mlp.compare_kernels(torch.device(DEVICE)) is None
+    device = torch.device(DEVICE)
+    for activation, dtype, is_even in itertools.product(ACTIVATIONS, KERNEL_DTYPES, (True, False)):
+        assert eager_mlp.compare_kernels(activation, dtype, is_even, device) is None
     eager_mlp.kernel_reasons.clear()
-    assert eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16) is None
-    reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.float64)
+    assert eager_mlp.kernel_reason(device, torch.bfloat16, "silu") is None
+    reason = eager_mlp.kernel_reason(device, torch.float64, "silu")
     assert reason == "Triton's kernels do not take torch.float64"
 
 
@@ -128,8 +131,8 @@ def test_check_that_is_put_off_is_made_later(at: str, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch, Mode() if at == "under a mode" else nullcontext():
         if at != "under a mode":
             patch.setattr(checked.workspace, "is_capturing", lambda device: True)
-        assert eager_mlp.kernel_reason(device, torch.bfloat16) == checked.UNCHECKED
-    assert eager_mlp.kernel_reason(device, torch.bfloat16) is None
+        assert eager_mlp.kernel_reason(device, torch.bfloat16, "silu") == checked.UNCHECKED
+    assert eager_mlp.kernel_reason(device, torch.bfloat16, "silu") is None
 
 
 def test_gated_mlp_by_the_kernels_repeats_its_backward() -> None:
@@ -219,17 +222,19 @@ def unlaunchable(*args: Any) -> None:
     raise OutOfResources(1 << 20, 1 << 16, "shared memory")  # no RuntimeError, as CompilationError
 
 
-FAULTS: dict[str, tuple[Callable[..., None], str]] = {
+FAULTS: dict[str, tuple[Any, ...]] = {
     "dg and du swapped": (swapped, "differs from PyTorch's ops in dg"),
     "dg off by two units": (scaled, "differs from PyTorch's ops in dg"),
     "dg off by many units of float32": (nearly, "silu in torch.float32 differs from PyTorch's"),
     "du wrong in float16 alone": (
         of_float16,
         "Triton's elementwise kernel of silu in torch.float16 differs from PyTorch's ops in du",
+        "silu",
+        torch.float16,
     ),
     "the last elements": (at_the_end, "in torch.float32 makes other bits in place"),
     "where the activation saturates": (saturated, "silu in torch.float32 differs from PyTorch's"),
-    "the other GELU": (of_tanh, "gelu_tanh in torch.float32 "),
+    "the other GELU": (of_tanh, "gelu_tanh in torch.float32 ", "gelu_tanh", torch.float32),
     "wrong in place": (overwriting, "makes other bits in place"),
     "an exception": (failing, "Triton's kernels raised RuntimeError: no kernel image"),
     "an exception of Triton's": (unlaunchable, "raised OutOfResources: out of resource"),
@@ -238,14 +243,15 @@ FAULTS: dict[str, tuple[Callable[..., None], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_kernels_that_fail_their_check_are_not_used(fault, monkeypatch) -> None:
-    broken, said = FAULTS[fault]
+    broken, said, *kind = FAULTS[fault]
+    activation, dtype = kind or ("silu", torch.float32)
     monkeypatch.setattr(eager_mlp, "_launch_gated_backward", broken)
     monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
-    reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16)
+    g, u, dh = sample(3, 50, dtype=dtype)
+    reason = eager_mlp.kernel_reason(g.device, dtype, activation, g.numel())
     assert reason is not None and said in reason
-    g, u, dh = sample(3, 50, dtype=torch.bfloat16)
-    want = eager_mlp.gated_backward_by_torch(g, u, dh.clone(), False, "gelu")
-    assert all(map(torch.equal, eager_mlp.gated_backward(g, u, dh, False, "gelu"), want))
+    want = eager_mlp.gated_backward_by_torch(g, u, dh.clone(), False, activation)
+    assert all(map(torch.equal, eager_mlp.gated_backward(g, u, dh, False, activation), want))
 
 
 def test_forward_kernel_that_fails_its_check_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +259,7 @@ def test_forward_kernel_that_fails_its_check_is_not_used(monkeypatch: pytest.Mon
     launch = eager_mlp._launch_gated
     monkeypatch.setattr(eager_mlp, "_launch_gated", lambda g, u, act: launch(g, u, act) * 2)
     monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
-    reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16)
+    reason = eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16, "silu")
     assert reason is not None and "makes another h in the backward" in reason
 
 
@@ -272,7 +278,7 @@ def test_offsets_that_32_bits_do_not_hold_are_64_bits_wide(
     n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[dict[str, Any]] = []
-    monkeypatch.setattr(launch, "run", lambda kernel, config, **given: launched.append(given))
+    monkeypatch.setattr(launch, "run", lambda kernel, config, plan, **given: launched.append(given))
     t = torch.empty((), dtype=torch.bfloat16, device=DEVICE).expand(n)
     elementwise.gated_backward(t, t, t, t, t, t, "silu")
     (given,) = launched
@@ -283,7 +289,7 @@ def test_check_sees_nothing_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> No
     """A forward asks for it, and the answer holds for all others."""
     seen: list[Any] = []
 
-    def compare(device: torch.device) -> None:
+    def compare(activation: str, dtype: torch.dtype, is_even: bool, device: torch.device) -> None:
         modes = torch.is_autocast_enabled(DEVICE), torch.is_inference_mode_enabled()
         seen.append((*modes, torch.is_grad_enabled(), forced.current.get().backend))
 
@@ -291,7 +297,7 @@ def test_check_sees_nothing_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(eager_mlp, "compare_kernels", compare)
     forced_too = lora_kernels.backend("eager")
     with torch.autocast(DEVICE, torch.bfloat16), forced_too, torch.inference_mode():
-        assert eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16) is None
+        assert eager_mlp.kernel_reason(torch.device(DEVICE), torch.bfloat16, "silu") is None
     assert seen == [(False, False, False, None)]
 
 
@@ -299,7 +305,8 @@ def test_each_device_has_a_check_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     """Two cards of one machine may differ."""
     asked: list[int | None] = []
 
-    def compare(device: torch.device) -> str | None:
+    def compare(*args: Any) -> str | None:
+        device = args[-1]
         asked.append(device.index)
         return "differs" if device.index == 1 else None
 
@@ -308,7 +315,7 @@ def test_each_device_has_a_check_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(checked.workspace, "is_capturing", lambda device: False)
     monkeypatch.setattr(eager_mlp, "compare_kernels", compare)
     cards = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
-    found = [eager_mlp.kernel_reason(card, torch.bfloat16) for card in cards]
+    found = [eager_mlp.kernel_reason(card, torch.bfloat16, "silu") for card in cards]
     assert found == [None, "differs", None, "differs"] and asked == [0, 1]
 
 

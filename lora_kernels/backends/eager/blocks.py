@@ -137,19 +137,34 @@ def linears(
         is_plain: see the module.
         is_stacked: whether one GEMM computes all P. It copies the A, which pays for many rows.
     """
-    ps: Sequence[Tensor]
+    ps = low_ranks(x, layers, is_plain, is_stacked)
+    if is_plain:
+        return [_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
+    return [_general_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
+
+
+def low_ranks(
+    x: Tensor, layers: Sequence[Record], is_plain: bool, is_stacked: bool
+) -> Sequence[Tensor]:
+    """Return each P_i [M, R_i]; see `linears`."""
     if is_stacked:
         stacked = torch.cat([layer.lora_A for layer in layers])
         p = orders.down_projection(x, stacked) if is_plain else products.shrink(x, stacked, 0)
         del stacked
-        ps = p.split_with_sizes([layer.lora_A.shape[0] for layer in layers], 1)
-    elif is_plain:
-        ps = [orders.down_projection(x, layer.lora_A) for layer in layers]
-    else:
-        ps = [products.shrink(x, layer.lora_A, 0) for layer in layers]
+        return p.split_with_sizes([layer.lora_A.shape[0] for layer in layers], 1)
     if is_plain:
-        return [_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
-    return [_general_output(x, ps[i], layer) for i, layer in enumerate(layers)], ps
+        return [orders.down_projection(x, layer.lora_A) for layer in layers]
+    return [products.shrink(x, layer.lora_A, 0) for layer in layers]
+
+
+def base_output(x: Tensor, layer: Record) -> Tensor:
+    """Return x·Wᵀ + bias [M, N] in x's dtype."""
+    weight, bias = layer.weight, layer.bias
+    if isinstance(weight, Codes):
+        base = decoder.gemm(weight, x, layer.lora_B.shape[0], bias)
+        if base is not None:
+            return base
+    return linear(x, dense(layer, x.dtype), None if bias is None else to_dtype(bias, x.dtype))
 
 
 def _output(x: Tensor, p: Tensor, layer: Record) -> Tensor:
@@ -376,3 +391,56 @@ def down_backward(
     if needs.lora_A:
         dA = orders.gradient_A(ds, h)
     return dg, du, Grads(None, dA, dB, None, None, dbias)
+
+
+def updated_down_backward(
+    dy: Tensor,
+    g: Tensor,
+    u: Tensor,
+    updates: gated_mlp.Updates,
+    p: Tensor | None,
+    layer: Record,
+    needs: Needs,
+    needs_gradients: bool,
+    in_place: bool,
+    activation: str,
+) -> tuple[gated_mlp.UpdatedGrads, Grads]:
+    """`down_backward` for g and u without their updates, which the kernels add.
+
+    Returns dg, du and the gradients of lora_B of gate and up that the kernel summed; and those of
+    the down-projection.
+
+    Args:
+        p: P [M, R] of the down-projection; None if neither dB nor a gate's gradient is needed.
+        needs_gradients: whether dB of gate or up is needed.
+    """
+    lora_A, lora_B, gate = layer.lora_A, layer.lora_B, layer.rank_gate
+    dA = dB = dgate = dbias = dh = None
+    if needs.x:  # while nothing is held beside a decoded weight
+        dh = mm(dy, dense(layer, dy.dtype))
+    if needs.bias:
+        dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
+    if needs.lora_B:
+        s = cast(Tensor, p)
+        s = s if gate is None else to_dtype(s * gate, dy.dtype)
+        dB = orders.gradient_B(dy, s, layer.scaling)
+    if not (needs.x or needs.lora_A or needs.rank_gate):
+        return gated_mlp.UpdatedGrads(None, None, None), Grads(None, None, dB, None, None, dbias)
+    if gate is None:
+        ds = orders.gradient_S(dy, lora_B, layer.scaling)
+    else:
+        wide_ds = products.shrink(dy, lora_B, 1, layer.scaling)
+        if needs.rank_gate:
+            dgate = (wide_ds * cast(Tensor, p)).sum(0)
+        ds = to_dtype(wide_ds * gate, dy.dtype)
+    if dh is None:
+        if needs.lora_A:
+            dA = orders.gradient_A(ds, gated_mlp.gated_update(g, u, updates, activation))
+        return gated_mlp.UpdatedGrads(None, None, None), Grads(None, dA, dB, dgate, None, dbias)
+    needs_gradients = needs_gradients or needs.lora_A
+    found = gated_mlp.gated_update_backward(
+        g, u, dh, updates, ds, lora_A, needs_gradients, in_place, activation, dy.dtype
+    )
+    if needs.lora_A:
+        dA = found.lora_A if found.h is None else orders.gradient_A(ds, found.h)
+    return found, Grads(None, dA, dB, dgate, None, dbias)

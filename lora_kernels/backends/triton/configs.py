@@ -85,6 +85,18 @@ class ReduceTiles(Tiles):
 
 
 @dataclass(frozen=True)
+class UpdateTiles(Tiles):
+    """block_m rows and block_n columns of g and u, and block_r ranks: the gated kernels that add
+    the low-rank updates."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class ColumnTiles(Tiles):
     """block_n elements of the kernels in gated.py, or columns of those in softmax.py."""
 
@@ -98,6 +110,7 @@ MIN_BLOCK = 16  # the smallest dimension of `tl.dot`
 MAX_RANK = 64  # above, the accumulators of P and y together spill registers
 MAX_SPLITS = 16
 INTERPRETER = DeviceInfo("cuda", 80, 4, 160 << 10)  # the device of the interpreter
+H100 = DeviceInfo("cuda", 90, 132, 227 << 10)  # the device of meta tensors, which are counted
 
 
 def target(device_type: str = "cuda", index: int | None = None) -> DeviceInfo | None:
@@ -220,6 +233,41 @@ def outer(target: DeviceInfo, M: int, N: int, R: int, itemsize: int) -> tuple[Ou
 def elementwise(target: DeviceInfo) -> ColumnTiles:
     """Return the elements of a program of gated.py: 128 bits of 16-bit elements a thread."""
     return ColumnTiles(2048 if target.kind == "hip" else 1024, 4, 1)
+
+
+def gated_update(target: DeviceInfo, M: int, itemsize: int, rank: int) -> UpdateTiles:
+    """Return the tiles of `gated_update_kernel`."""
+    columns = 128 if itemsize == 2 else 64
+    return UpdateTiles(MIN_BLOCK if M <= MIN_BLOCK else 32, columns, block_of_ranks(rank), 8, 1)
+
+
+def gated_update_backward(
+    target: DeviceInfo, M: int, N: int, itemsize: int, rank: int
+) -> tuple[UpdateTiles, int, bool]:
+    """Return the tiles of `gated_update_backward_kernel`, a program's rows, and whether it sums
+    the three gradients.
+
+    It does not where they would spill registers, or where partial sums move more bytes than h, dg
+    and du do between kernels: it then writes h, from which GEMMs compute them.
+    """
+    ranks = block_of_ranks(rank)
+    has_gradients = ranks == MIN_BLOCK if itemsize > 2 else ranks <= 32
+    has_gradients = has_gradients or (itemsize == 2 and target.capability in WIDE_TILES)
+    has_gradients = has_gradients and 3 * rank < M
+    columns = 64 if itemsize > 2 or (ranks > MIN_BLOCK and has_gradients) else 128
+    config = UpdateTiles(MIN_BLOCK if M <= MIN_BLOCK else 32, columns, ranks, 8, 2)
+    programs, chunks = _tiles(N, config.block_n), _tiles(M, config.block_m)
+    num_splits = min(chunks // 2, 2 * target.multiprocessors // programs)
+    if has_gradients:
+        num_splits = min(num_splits, M // (6 * rank))
+    rows = _tiles(chunks, max(1, num_splits)) * config.block_m
+    return config, max(rows, config.block_m), has_gradients
+
+
+def gated_update_reason(itemsize: int, rank: int) -> str | None:
+    """Return why the gated kernels do not add updates of this rank, or None."""
+    most = MAX_RANK if itemsize == 2 else 32  # above, registers spill
+    return f"rank {rank} is above {most}" if rank > most else None
 
 
 def softmax(target: DeviceInfo, columns: int) -> ColumnTiles:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..core.call import Rows
 
 
 def set_leading_dims_(y: Tensor, leading: Sequence[int]) -> Tensor:
@@ -17,30 +18,31 @@ def set_leading_dims_(y: Tensor, leading: Sequence[int]) -> Tensor:
     return y if len(leading) == 1 else y.contiguous().resize_(*leading, y.shape[1])
 
 
-class Rows(NamedTuple):
-    """An order of x's rows in which an adapter's lie together, and where.
+def rows_of(index: Tensor | Rows, adapters: int, x: Tensor | None = None) -> Rows:
+    """Return the rows of x that each adapter has.
 
-    order: int64 [M]; None if they lie together already.
-    runs: adapter, its first row in that order, one past its last; rows of no adapter in none.
-    """
+    Args:
+        index: integers [I], -1 for no adapter. Each is the adapter of M / I rows. An index on a GPU
+            is read, for which the host waits; one on the CPU is not. `Rows` are returned as given.
+        adapters: the number of adapters.
+        x: [M, K]; None for one row for each integer, on the index's device.
 
-    order: Tensor | None
-    runs: list[tuple[int, int, int]]
-
-    def each(self) -> Iterator[tuple[int, slice | Tensor]]:
-        """An adapter, and what its rows are indexed by, for each that has any."""
-        for e, start, stop in self.runs:
-            yield e, slice(start, stop) if self.order is None else self.order[start:stop]
-
-
-def rows_of(index: Tensor, adapters: int) -> Rows:
-    """index: integers [M], -1 for no adapter; ValueError for one that there is not.
+    Raises:
+        ValueError: an integer is the number of no adapter.
 
     >>> rows_of(torch.tensor([1, 1, -1, 0]), 2)
     Rows(order=None, runs=[(1, 0, 2), (0, 3, 4)])
     >>> rows_of(torch.tensor([1, 0, 1]), 2)
     Rows(order=tensor([1, 0, 2]), runs=[(0, 0, 1), (1, 1, 3)])
+    >>> rows_of(torch.tensor([1, 0, 1]), 2, torch.ones(6, 8))
+    Rows(order=tensor([2, 3, 0, 1, 4, 5]), runs=[(0, 0, 2), (1, 2, 6)])
     """
+    if isinstance(index, Rows):
+        return index
+    M, device = (index.numel(), index.device) if x is None else (x.shape[0], x.device)
+    if not M:
+        return Rows(None, [])
+    length = M // index.numel()
     order, (names, sizes) = None, _runs(index)
     for name in names:
         if not -1 <= name < adapters:
@@ -52,11 +54,15 @@ def rows_of(index: Tensor, adapters: int) -> Rows:
     if len(set(some)) < len(some):
         order = torch.argsort(index, stable=True)
         names, sizes = _runs(index[order])
+        order = order.to(device, non_blocking=True)
+        if length > 1:
+            order = (order[:, None] * length + torch.arange(length, device=device)).flatten()
     runs, start = [], 0
     for name, size in zip(names, sizes, strict=True):
+        stop = start + size * length
         if name >= 0:
-            runs.append((name, start, start + size))
-        start += size
+            runs.append((name, start, stop))
+        start = stop
     return Rows(order, runs)
 
 

@@ -5,7 +5,7 @@
 The schemas of the ops list these fields in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,24 @@ class Grads(NamedTuple):
     bias: Tensor | None = None
 
 
+class Rows(NamedTuple):
+    """An order of x's rows in which each adapter's rows are contiguous.
+
+    Args:
+        order: int64 [M] on x's device; None if the rows are contiguous already.
+        runs: (adapter, its first row in that order, one past its last). Rows of no adapter are in
+            no run.
+    """
+
+    order: Tensor | None
+    runs: list[tuple[int, int, int]]
+
+    def each(self) -> Iterator[tuple[int, slice | Tensor]]:
+        """Yield each adapter that has rows, and an index of its rows."""
+        for e, start, stop in self.runs:
+            yield e, slice(start, stop) if self.order is None else self.order[start:stop]
+
+
 class MultiOperands(NamedTuple):
     """The tensors of a call in which each row of x has one of E adapters, or none.
 
@@ -107,14 +125,14 @@ class MultiOperands(NamedTuple):
         x, weight, bias, rng, mask: as in `Operands`.
         lora_A: E tensors [R_e, K].
         lora_B: E tensors [N, R_e].
-        adapter_index: [M], the adapter of each row, -1 for none.
+        adapter_index: [I], the adapter of each M / I rows, -1 for none; or `Rows`.
     """
 
     x: Tensor
     weight: Tensor | Codes | None
     lora_A: Sequence[Tensor]
     lora_B: Sequence[Tensor]
-    adapter_index: Tensor
+    adapter_index: Tensor | Rows
     bias: Tensor | None = None
     rng: Tensor | None = None
     mask: Tensor | None = None

@@ -12,7 +12,7 @@ from ..backends.cpu import linear as cpu
 from ..backends.eager import linear as eager
 from ..backends.library import is_on_gpu_path
 from ..backends.protocol import MultiBackend
-from ..backends.rows import set_leading_dims_
+from ..backends.rows import rows_of, set_leading_dims_
 from ..choice import choose as selection
 from ..core.call import (
     MultiGrads,
@@ -82,7 +82,9 @@ def multi_lora_linear(
         weight: [N, K], a `QuantizedWeight`, or None for the low-rank update alone.
         lora_A: [E, R, K], or E tensors [R_e, K] of any ranks and one dtype.
         lora_B: [E, N, R], or E tensors [N, R_e] of one dtype.
-        index: integers of x's leading shape [...]: 0 to E - 1, or -1 for no adapter.
+        index: integers of x's leading shape [...], or of its first dimensions, such as [B] for
+            x [B, T, K]: 0 to E - 1, or -1 for no adapter. It may be on the CPU. One on a GPU is
+            copied to the CPU, for which the host waits.
         scaling: alpha / r, one number for all adapters or one for each.
         bias, dropout_p, rng, dropout_mask, compute_dtype: as in `lora_linear`. The dropout mask
             does not depend on the adapters.
@@ -133,9 +135,10 @@ def multi_lora_linear(
             check_devices("x", x, **{f"lora_A[{e}]": A, f"lora_B[{e}]": B})
     check_dtypes("x", x.dtype, lora_A=a_dtype, lora_B=b_dtype)
     check_integers("index", index)
-    if index.shape != x.shape[:-1]:
+    if index.shape != x.shape[:-1][: index.dim()]:
         raise ValueError(f"index: got shape {list(index.shape)}, want x's {list(x.shape[:-1])}")
-    check_devices("x", x, index=index)
+    if not index.is_cpu:
+        check_devices("x", x, index=index)
     factors = check_scaling(scaling, E)
     weight, codes, dtype = check_weight(x, weight, (N, K), compute_dtype, cast_dtype)
     if bias is not None:
@@ -148,7 +151,7 @@ def multi_lora_linear(
     options = Options(MultiSpec(factors, dropout_p, dtype, y_dtype), codes[CODES_TENSORS:])
     context.refuse_context()
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, index, bias, rng, mask, options, *As, *Bs, *codes[:CODES_TENSORS]
+        x, weight, index.cpu(), bias, rng, mask, options, *As, *Bs, *codes[:CODES_TENSORS]
     )
 
 
@@ -247,13 +250,12 @@ def choose(operands: MultiOperands, spec: MultiSpec, requested: Forced | None = 
 
 
 def _flatten(operands: MultiOperands) -> MultiOperands:
-    """Return the operands with x, index and a mask flattened to M rows."""
-    x = operands.x
-    return operands._replace(
-        x=x.reshape(-1, x.shape[-1]),
-        adapter_index=operands.adapter_index.reshape(-1),
-        mask=mask_rows(operands.mask, x),
-    )
+    """Return the operands with x and a mask flattened to M rows, and the adapters' rows."""
+    x, index = operands.x, operands.adapter_index
+    flat = x.reshape(-1, x.shape[-1])
+    if isinstance(index, Tensor):
+        index = rows_of(index.reshape(-1), len(operands.lora_A), flat)
+    return operands._replace(x=flat, adapter_index=index, mask=mask_rows(operands.mask, x))
 
 
 def multi_lora_linear_undispatched(

@@ -19,7 +19,8 @@ class Call(NamedTuple):
 
     Args:
         records: of the adapters. Without a row index they are stacked along the rank.
-        row_index: of each row's record in x's leading shape, -1 for none.
+        row_index: of the record of each x[i], [B], or of each row of x [B, T, K], [B, T]; -1 for
+            none. On the CPU.
     """
 
     records: Sequence[Record]
@@ -167,21 +168,23 @@ def _row_index(
     offsets: Sequence[int | None] | None,
     x: Tensor,
 ) -> Tensor:
-    """Return the index of each row's adapter, -1 for none, in x's leading shape."""
+    """Return the index of the adapter of each x[i] or, with an aLoRA, of each row; -1 for none.
+
+    It is on the CPU, which has the names, because reading it on a GPU would wait for the GPU.
+    """
     indices = {record.name: e for e, record in enumerate(records)}
-    shape = -1, *[1] * (x.dim() - 2)
-    index = torch.tensor([indices.get(name, -1) for name in names], device=x.device).view(shape)
+    index = torch.tensor([indices.get(name, -1) for name in names], device="cpu")
     aloras = {record.name for record in records if record.has_row_index}
-    if aloras:
-        length, active_counts = _length(x), _active_rows(offsets, x)
-        starts = [
-            length - count if name in aloras else 0
-            for name, count in zip(names, active_counts, strict=True)
-        ]
-        row = torch.arange(length, device=x.device) if x.dim() == 3 else index.new_zeros(())
-        start = torch.tensor(starts, device=x.device).view(shape)
-        index = index.where(row >= start, -1)
-    return index.expand(x.shape[:-1])
+    if not aloras:
+        return index
+    length, active_counts = _length(x), _active_rows(offsets, x)
+    starts = [
+        length - count if name in aloras else 0
+        for name, count in zip(names, active_counts, strict=True)
+    ]
+    row, start = torch.arange(length, device="cpu"), torch.tensor(starts, device="cpu")
+    by_row = index[:, None].where(row >= start[:, None], -1)
+    return by_row if x.dim() == 3 else by_row[:, 0]
 
 
 def _length(x: Tensor) -> int:

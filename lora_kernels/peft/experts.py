@@ -103,7 +103,8 @@ def _tenant_of_tokens(names: Sequence[str], tenant_names: Sequence[str], x: Tens
     rows, tokens = len(names), x.shape[0]
     if not rows or tokens % rows:
         raise ValueError(f"adapter_names: got {rows} for {tokens} tokens, want one a row of x")
-    index = torch.tensor([tenant_names.index(name) for name in names]).to(x.device)
+    index = torch.tensor([tenant_names.index(name) for name in names], device="cpu")
+    index = index.to(x.device, non_blocking=True)
     return index.repeat_interleave(tokens // rows, output_size=tokens)
 
 

@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import lora_kernels
+from lora_kernels.backends import library
 from lora_kernels.backends.cpu import native
+from lora_kernels.ops.registry import IMPLEMENTATIONS
 from lora_kernels.peft import explain, fuse
 from lora_kernels.peft.explain_rows import ADAPTER, KERNELS, LIBRARY
 from tests.support.assertions import assert_as_exact, assert_close_derived
@@ -64,6 +68,60 @@ def test_rows_that_name_their_adapters_equal_peft(names: list[str]) -> None:
     """In float64. PEFT adds row by row into a copy of the base's result, as exactly."""
     stock, fused = pair(several())
     assert_equals_peft(stock, fused, names, batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("names", [NAMES, ["third", "second", "third"]], ids="-".join)
+def test_rows_that_name_their_adapters_on_the_gpu_path_equal_peft(
+    names: list[str], dtype: torch.dtype
+) -> None:
+    stock, fused = pair(several(mlp(dtype)))
+    want = results(stock, batch(dtype), adapter_names=names)
+    with library.as_on_gpu():
+        assert_close(results(fused, batch(dtype), adapter_names=names), want)
+
+
+class Copies(TorchDispatchMode):
+    """The sizes of tensors that are copied to the meta device, by our ops' implementations too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "lora_kernels":
+            with self, torch.no_grad(), lora_kernels.backend("eager"):
+                kwargs = {name: value for name, value in kwargs.items() if name != "choice"}
+                return IMPLEMENTATIONS[func.overloadpacket.__name__](*args, **kwargs)
+        out = func(*args, **kwargs)
+        given = args[0] if args else None
+        if isinstance(given, Tensor) and given.is_cpu and isinstance(out, Tensor) and out.is_meta:
+            assert kwargs.get("non_blocking"), "the host waits for a copy"
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("names", "copies"),
+    [
+        (["second", "second", "default"], 0),
+        (["__base__", "third", "second"], 0),
+        (["default", "second", "default"], 4),  # the order of the rows, in both directions
+    ],
+    ids=["together", "base", "apart"],
+)
+@pytest.mark.parametrize("T", [1, 5])
+def test_rows_that_name_their_adapters_are_found_without_a_read_of_the_device(
+    names: list[str], copies: int, T: int
+) -> None:
+    """A read of a meta tensor raises."""
+    fused = fuse(several(mlp(torch.float32))).to("meta")
+    x = torch.empty(3, T, SIZES[0], device="meta", requires_grad=True)
+    with Copies() as found:
+        fused(x, adapter_names=names).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert found.sizes == [3] * copies
 
 
 def test_one_op_a_layer_and_explained() -> None:

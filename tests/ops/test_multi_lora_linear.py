@@ -135,6 +135,20 @@ def test_rows_of_rows_that_lie_together_leaves_them(names: list[int]) -> None:
     assert sum(stop - start for _, start, stop in runs) == sum(n >= 0 for n in names)
 
 
+@every_engine
+@pytest.mark.parametrize("names", [[2, 0, -1, 2], [0, 0, 2, -1]], ids=str)
+def test_multi_lora_linear_of_an_index_of_sequences_is_that_of_their_rows(
+    names: list[int], engine: str
+) -> None:
+    args = inputs(MultiCase(12, 20, 30, rows="mixed", dropout_p=0.1))
+    x, dy = args["x"].detach().view(4, 3, -1).requires_grad_(), args["dy"].view(4, 3, -1)
+    args |= {"x": x, "dy": dy}
+    index = torch.tensor(names)
+    want = run(multi_lora_linear, give_mask({**args, "index": index[:, None].expand(4, 3)}))
+    got = run(multi_lora_linear, give_mask({**args, "index": index}))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_multi_lora_linear_passes_gradcheck() -> None:
     args = inputs(MultiCase(5, 4, 3, ranks=(2, 1, 3), rows="mixed", dropout_p=0.3))
     leaves = [
@@ -218,6 +232,7 @@ def every(name: str, **options: Any) -> dict[str, Any]:
         ({"index": torch.tensor([0, 1, 4])}, r"index: got 4, want 0 to 3 for one of 4 adapters"),
         ({"index": torch.tensor([0, -2, 1])}, "index: got -2"),
         ({"index": torch.tensor([0, 1])}, r"index: got shape \[2\], want x's \[3\]"),
+        ({"index": torch.zeros(3, 1).int()}, r"index: got shape \[3, 1\], want x's \[3\]"),
         ({"index": torch.tensor([0.0, 1, 2])}, "index: got torch.float32, want a tensor of int64"),
         ({"index": [0, 1, 2]}, "index: got list"),
         ({"lora_B": [torch.ones(5, 3)] * 3}, "lora_B: got 3 adapters, want 4"),

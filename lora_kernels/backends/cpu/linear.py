@@ -342,7 +342,7 @@ def multi_lora_linear(
         y = x.new_empty(M, N, dtype=y_dtype)
         fused = _fused_weight(weight, (N, K), dtype)
     p = x.new_zeros(M, R, dtype=torch.float32)
-    places = order if order is not None or rng is None else torch.arange(M, device=index.device)
+    places = order if order is not None or rng is None else torch.arange(M, device=x.device)
     dropout = pack_dropout(dropout_p, rng, places)
     layer = _pack_layer(fused, (None, None), (M, K, N, R), 0.0, (None, None, b), dropout)
     adapters = _pack_adapters(runs, lora_A, lora_B, scaling)
@@ -396,7 +396,7 @@ def multi_lora_linear_backward(
         ]
 
     dA, dB = gradients(lora_A, need_A), gradients(lora_B, need_B)
-    places = order if order is not None or rng is None else torch.arange(M, device=index.device)
+    places = order if order is not None or rng is None else torch.arange(M, device=x.device)
     dropout, sizes = pack_dropout(dropout_p, rng, places), (M, K, N, p.shape[1])
     layer = _pack_layer(fused, (None, None), sizes, 0.0, (None, None, None), dropout)
     adapters = _pack_adapters(runs, lora_A, lora_B, scaling, dA, dB)

@@ -366,6 +366,8 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
   launcher("reduce", reduce);
   m.def("probe", probe, py::arg("device"), KeepOrReleaseGil(),
         "Raise RuntimeError with the driver's error if the device cannot run this build.");
+  m.def("capture_id", capture_id, py::arg("stream"), KeepOrReleaseGil(),
+        "Return the number of the CUDA graph capture that the stream is in, 0 for none.");
   m.def(
       "decode_plan", decode_plan, py::arg("args"),
       "Return whether decode keeps x in shared memory, else it loads x tile by tile, and how many "

@@ -107,5 +107,8 @@ void reduce(const ReduceArgs&, const Stream&);
 // kernel's attributes, since all kernels have the same targets.
 void probe(int device);
 
+// The number of the CUDA graph capture that the stream is in, 0 for none.
+unsigned long long capture_id(uintptr_t stream);
+
 }  // namespace gpu
 }  // namespace lora_kernels

@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -67,6 +68,15 @@ inline int resident_blocks(const void* kernel, int device, int threads, unsigned
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "occupancy");
   return known[key] = blocks * multiprocessors;
+}
+
+// The driver's number of the capture that the stream is in, 0 for none. No other capture of the
+// process gets the number.
+inline unsigned long long capture_of(uintptr_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, &id), "capture");
+  return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
 }  // namespace gpu

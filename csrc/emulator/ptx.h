@@ -272,6 +272,7 @@ inline int resident_blocks(void (*kernel)(Args), int device, int threads, int sh
 }
 template <typename Args>
 inline void require_image(void (*)(Args), int, const char*) {}
+inline unsigned long long capture_of(uintptr_t) { return 0; }
 
 }  // namespace gpu
 }  // namespace lora_kernels

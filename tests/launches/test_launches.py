@@ -337,22 +337,31 @@ def test_plan_of_what_never_waits_takes_no_flags(log: Log, monkeypatch: pytest.M
     ONE.run()
 
 
-def test_launch_in_a_captured_graph_has_flags_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan of a call before is that of the capture, and of the call after."""
+def test_launches_in_a_captured_graph_share_flags_of_the_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are filled once a graph. The plan is that of the calls before and after."""
     call, flags = CUDA_CALLS[0], workspace.flags
     with fake_cuda() as log:
         call.run()
         monkeypatch.setattr(workspace, "is_capturing", lambda device: True)
-        monkeypatch.setattr(workspace, "flags", flags)
+        monkeypatch.setattr(workspace, "flags", lambda device: flags(torch.device("cuda", 0)))
+        stream = SimpleNamespace(cuda_stream=STREAM)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(workspace, "_captured_flags", {})
         made: list[Tensor] = []
         zeros = torch.zeros
-        monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append(zeros(*a, **k)) or made[-1])
+        monkeypatch.setattr(
+            torch, "zeros", lambda n, dtype, device: made.append(zeros(n, dtype=dtype)) or made[-1]
+        )
         planned = mock.Mock(side_effect=AssertionError("planned again"))
         monkeypatch.setattr(launches.Plan, "__init__", planned)
-        for _ in range(2):
-            call.run(1)
-            assert str(made[-1].data_ptr()) in str(log.launches[-1])
-        assert len({t.data_ptr() for t in made}) == 2
+        for capture in (3, 4):
+            monkeypatch.setattr(workspace, "_capture_id", {STREAM: capture}.__getitem__)
+            for _ in range(3):
+                call.run(1)
+                assert str(made[-1].data_ptr()) in str(log.launches[-1])
+        assert len(made) == 2
         monkeypatch.undo()
 
 
@@ -412,9 +421,9 @@ def test_stream_and_device_are_those_of_the_index(monkeypatch: pytest.MonkeyPatc
     assert [launches.is_current_device(i) for i in (0, 1)] == [False, True]
 
 
-def test_flags_are_of_one_stream_of_a_device_or_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_are_of_one_stream_of_a_device_and_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that run at once never share them."""
-    zeros, capturing = torch.zeros, False
+    zeros, capture = torch.zeros, 0
 
     def flags(index: int, stream: int) -> Tensor:
         def current(device: torch.device | None = None) -> Any:
@@ -424,15 +433,20 @@ def test_flags_are_of_one_stream_of_a_device_or_one_graph(monkeypatch: pytest.Mo
         return workspace.flags(torch.device("cuda", index))
 
     monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capture > 0)
+    monkeypatch.setattr(workspace, "_capture_id", lambda stream: capture)
     monkeypatch.setattr(workspace, "_flags", {})
-    made = [flags(0, 1), flags(0, 2), flags(1, 1)]
-    capturing = True
-    made += [flags(0, 1), flags(0, 1)]
-    capturing = False
-    assert len({t.data_ptr() for t in made}) == 5
+    monkeypatch.setattr(workspace, "_captured_flags", {})
+    places = (0, 1), (0, 2), (1, 1)
+    made = [flags(*place) for place in places]
+    for capture in (7, 8):  # noqa: B007  # the lambdas above read it
+        made += [flags(*place) for place in places]
+        assert all(flags(*place) is t for place, t in zip(places, made[-3:], strict=True))
+    capture = 0
+    assert len({t.data_ptr() for t in made}) == 9
     assert all(t.shape == (2 + workspace.MAX_BLOCKS,) and t.dtype is torch.int32 for t in made)
-    assert flags(0, 1) is made[0] and flags(1, 1) is made[2]
+    assert all(not t.any() for t in made)
+    assert all(flags(*place) is t for place, t in zip(places, made[:3], strict=True))
 
 
 @needs_triton

@@ -1,7 +1,8 @@
 """The call of a fused layer in its common state, and the block of several layers, from their state.
 
 Each call reads the state anew. The common state is one active LoRA adapter without a variant, over
-a base whose call has neither hooks nor a replaced forward. For every other state `read` returns
+a base whose call has neither hooks nor a replaced forward. A hook by which accelerate would move
+tensors to the device that they are on is none. For every other state `read` returns
 None, and the general reader of `read.py` reads the layer.
 """
 
@@ -22,7 +23,7 @@ from ..quantization.tensor import QuantizedTensor
 from . import read as reader
 from .adapters import add_bias, casts_adapters, gate_of, lora_bias
 from .base import readable_weight
-from .modules import LINEAR_FORWARD, original_forward, patched_reason
+from .modules import LINEAR_FORWARD, keeps_forward, original_forward, patched_reason
 
 _DROPOUT_FORWARDS = {cls: original_forward(cls) for cls in (Dropout, Identity)}
 
@@ -77,9 +78,12 @@ def read(layer: Any) -> State | None:
             or B_dict["_backward_hooks"] or B_dict["_backward_pre_hooks"]
             or drop_dict["_forward_hooks"] or drop_dict["_forward_pre_hooks"]
             or drop_dict["_backward_hooks"] or drop_dict["_backward_pre_hooks"]
-            or "forward" in base_dict or "forward" in A_dict
-            or "forward" in B_dict or "forward" in drop_dict
         ):  # fmt: skip
+            return None
+        if (
+            "forward" in base_dict or "forward" in A_dict
+            or "forward" in B_dict or "forward" in drop_dict
+        ) and not _keep_forwards(base, lora_A, lora_B, dropout):  # fmt: skip
             return None
         B_params = B_dict["_parameters"]
         if B_params["bias"] is not None:
@@ -89,6 +93,14 @@ def read(layer: Any) -> State | None:
         return base_params["weight"], A, B_params["weight"], base_params["bias"], scaling, p
     except KeyError:
         return None
+
+
+def _keep_forwards(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> bool:
+    """Return True if the modules compute their classes' forwards for an x on their one device."""
+    weight, A, B = (module._parameters["weight"] for module in (base, lora_A, lora_B))
+    if weight is None or not weight.device == A.device == B.device:
+        return False
+    return all([keeps_forward(m, A.device) for m in (base, lora_A, lora_B, dropout)])
 
 
 def call(layer: Any, x: Tensor) -> Tensor | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook  # type: ignore[import-untyped]
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -83,16 +85,47 @@ def patched_reason(module: nn.Module) -> str | None:
     if forward is None:
         return None
     if getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks":
-        hook: Any = module._hf_hook
-        if type(hook) is not AlignDevicesHook:
-            return f"accelerate's {type(hook).__name__} sits on it"
-        if hook.offload:
-            return "accelerate offloads its weights"
-        # The hook only moves x to the weights' device, where x already is.
+        outer_hook: Any = module._hf_hook
+        if outer_hook.no_grad:
+            return "a hook of accelerate's switches gradients off"
+        for hook in _accelerate_hooks(module):
+            if type(hook) is not AlignDevicesHook:
+                return f"accelerate's {type(hook).__name__} sits on it"
+            if hook.offload:
+                return "accelerate offloads its weights"
+        # The hooks only move x to the weights' device, where x already is.
         forward = module._old_forward
     if getattr(forward, "__func__", None) is type(module).forward:
         return None
     return "its forward was replaced"
+
+
+def _accelerate_hooks(module: Any) -> Sequence[Any]:
+    """Return the hooks that accelerate runs around the module's forward."""
+    hook = module._hf_hook
+    return hook.hooks if type(hook) is SequentialHook else (hook,)
+
+
+def keeps_forward(module: nn.Module, device: torch.device) -> bool:
+    """Return True if the module computes its class's forward for tensors on this device.
+
+    A hook of accelerate's that moves the tensors nowhere keeps it. `device_map` puts one on each
+    module. Hooks of PyTorch's are not read.
+    """
+    attributes = module.__dict__
+    if "forward" not in attributes:
+        return True
+    if patched_reason(module) is not None:
+        return False
+    hooks = _accelerate_hooks(module) if "_hf_hook" in attributes else ()
+    return all(_is_device(hook.execution_device, device) for hook in hooks)
+
+
+def _is_device(given: int | str | torch.device | None, device: torch.device) -> bool:
+    """Return True if accelerate's execution_device is this device of a tensor, or None."""
+    if isinstance(given, int):
+        return device.type != "cpu" and given == device.index
+    return given is None or torch.device(given) == device
 
 
 def has_fresh_result(module: nn.Module) -> bool:

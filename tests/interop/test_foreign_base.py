@@ -16,6 +16,7 @@ import torch
 from accelerate.hooks import (
     AlignDevicesHook,
     CpuOffload,
+    SequentialHook,
     add_hook_to_module,
     remove_hook_from_module,
 )
@@ -230,14 +231,16 @@ def test_base_model_offloaded_before_peft_is_adapter_only() -> None:
 
 @pytest.mark.parametrize("hooked", ["base", "layer"])
 @pytest.mark.parametrize("order", ["before fuse", "after fuse"])
-def test_device_hook_is_harmless(hooked: str, order: str) -> None:
+@pytest.mark.parametrize("in_sequence", [False, True], ids=["alone", "in a sequence"])
+def test_device_hook_is_harmless(in_sequence: bool, hooked: str, order: str) -> None:
     """device_map="auto" puts such a hook on every module of a model spread over GPUs."""
     stock, fused = pair(mlp())
     unfuse(fused)
     if order == "after fuse":
         fuse(fused)
     module = up(fused).base_layer if hooked == "base" else up(fused)
-    add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    hook = AlignDevicesHook("cpu", io_same_device=True)
+    add_hook_to_module(module, SequentialHook(hook) if in_sequence else hook)
     fuse(fused)
     assert_close_derived(results(fused, batch()), results(stock, batch()))
     assert count_ops(lambda: up(fused)(batch())) == {"lora_linear": 1}

@@ -6,9 +6,11 @@ import copy
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -19,7 +21,8 @@ from lora_kernels.backends.eager import linear as eager
 from lora_kernels.bench.counter import _NativeDropout
 from lora_kernels.core.call import Operands
 from lora_kernels.core.problem import Problem
-from lora_kernels.peft import FusedLinear, explain, fuse, swap
+from lora_kernels.peft import FusedLinear, direct, explain, fuse, swap
+from lora_kernels.peft import linear as peft_linear
 from lora_kernels.peft.explain_rows import ADAPTER
 from tests.support.assertions import assert_as_exact, assert_close_derived
 from tests.support.peft_models import in_float64
@@ -92,6 +95,109 @@ def test_fused_step_equals_peft_with_its_dropout(setting, quantized, M, monkeypa
     assert "Fused" in type(found.base_model.model[0]).__name__
     for _ in range(2):
         assert_close_derived(results(found, M), want, terms=K, layers=2)  # DoRA's norm is a sum too
+
+
+DEVICE_HOOKS: dict[str, Callable[[], ModelHook]] = {
+    "cpu": lambda: AlignDevicesHook("cpu"),
+    "device": lambda: AlignDevicesHook(torch.device("cpu"), io_same_device=True),
+    "none": lambda: AlignDevicesHook(),
+    "sequence": lambda: SequentialHook(AlignDevicesHook("cpu"), AlignDevicesHook()),
+}
+
+
+def parts_of(layer: Any) -> dict[str, nn.Module]:
+    names = ("lora_A", "lora_B", "lora_dropout")
+    return {"base": layer.base_layer} | {name: getattr(layer, name)["default"] for name in names}
+
+
+@pytest.mark.parametrize("M", [3, 100])
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("hook", DEVICE_HOOKS)
+def test_direct_call_under_device_hooks_that_move_nothing_equals_peft(
+    hook: str, quantized: bool, M: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`device_map` puts one on each module. The call does not go the general way."""
+    found = model(quantized)
+    want = results(found, M)
+    fuse(found)
+    for part in parts_of(found.base_model.model[0]).values():
+        add_hook_to_module(part, DEVICE_HOOKS[hook]())
+    unread = mock.Mock(side_effect=AssertionError("read by the general way"))
+    monkeypatch.setattr(peft_linear, "read_call", unread)
+    assert_close_derived(results(found, M), want, terms=K, layers=2)
+
+
+class Recording(ModelHook):
+    """Doubles the result."""
+
+    calls = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * output
+
+
+class Doubling(AlignDevicesHook):
+    """A device hook by its class's name alone."""
+
+    calls = 0
+    pre_forward, post_forward = Recording.pre_forward, Recording.post_forward
+
+
+@pytest.mark.parametrize("part", ["base", "lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize(
+    ("hook", "wrap"),
+    [
+        (Recording(), lambda hook: hook),
+        (Recording(), lambda hook: SequentialHook(AlignDevicesHook("cpu"), hook)),
+        (Doubling("cpu"), lambda hook: hook),
+    ],
+    ids=["other", "sequence", "subclass"],
+)
+def test_other_hooks_of_accelerate_are_called(hook: Any, wrap: Any, part: str) -> None:
+    stock = model()
+    fused = fuse(copy.deepcopy(stock))
+    for found in (stock, fused):
+        add_hook_to_module(parts_of(found.base_model.model[0])[part], wrap(hook))
+    want, hook.calls = results(stock, 100), 0
+    assert_close_derived(results(fused, 100), want, terms=K, layers=2)
+    assert hook.calls == 2
+
+
+@pytest.mark.parametrize("part", ["base", "lora_A", "lora_B", "lora_dropout"])
+def test_device_hook_that_may_act_is_no_common_state(part: str) -> None:
+    layer = fuse(model()).base_model.model[0]
+    module, hook = parts_of(layer)[part], AlignDevicesHook("cpu")
+    add_hook_to_module(module, hook)
+    assert direct.read(layer) is not None
+    for name, value in {"execution_device": "meta", "offload": True, "no_grad": True}.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hook, name, value)
+            assert direct.read(layer) is None
+    hook.execution_device = 0  # a GPU's number
+    assert direct.read(layer) is None
+
+
+def test_device_hook_moves_an_x_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = fuse(model()).base_model.model[0]
+    moved: list[nn.Module] = []
+    pre_forward = AlignDevicesHook.pre_forward
+
+    def spy(hook: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        moved.append(module)
+        return pre_forward(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", spy)
+    parts = list(parts_of(layer).values())
+    for part in parts:
+        add_hook_to_module(part, AlignDevicesHook("meta"))
+    assert direct.read(layer) is not None
+    assert layer(torch.ones(100, K)).is_meta
+    assert set(moved) == set(parts)
 
 
 class Called(nn.Linear):

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def with_plain_scales(weight: Codes) -> Codes:
 
 def _checked_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode by Triton's kernel if it passed its check on the device, else by PyTorch's ops."""
-    if kernel_reason(weight.packed.device, weight.form, dtype) is None:
+    if kernel_reason(weight.packed.device, Decoding.of(weight, shape[1]), dtype) is None:
         if checked.is_dispatched(weight.packed):
             return torch.ops.lora_kernels.decode(*weight, *shape, dtype)  # type: ignore[no-any-return]
         return _launch_decoder(*weight, *shape, dtype)
@@ -216,19 +216,47 @@ torch.library.register_fake(
     lib=_LIB,
 )
 
-# Form and dtype -> device -> why Triton's kernel does not decode there; None after it passed
-# `compare_decoder`. Each form and dtype is compiled by itself.
-decoder_reasons: dict[tuple[str | Form, torch.dtype], checked.Reasons] = {}
+
+class Decoding(NamedTuple):
+    """What the decoder of a weight is compiled for, beside the dtype.
+
+    Args:
+        form: of the codes and scales.
+        blocksize, nested_blocksize: those of the weight.
+        is_nested: whether scales are in bytes.
+        has_tables: whether each expert has a table of scales.
+        alignment: of a row in its blocks; the block size if rows are whole blocks.
+    """
+
+    form: str | Form
+    blocksize: int
+    nested_blocksize: int
+    is_nested: bool
+    has_tables: bool
+    alignment: int
+
+    @classmethod
+    def of(cls, weight: Codes, columns: int) -> Decoding:
+        """Return that of a weight [N, columns]."""
+        table, sizes = weight.nested_code, weight[6:8]
+        has_tables = table is not None and table.dim() > 1
+        alignment = math.gcd(columns, weight.blocksize)
+        return cls(weight.form, *sizes, table is not None, has_tables, alignment)
 
 
-def kernel_reason(device: torch.device, form: str | Form, dtype: torch.dtype) -> str | None:
-    """Return why Triton's kernel does not decode weights of the form to `dtype` on this device."""
+# Decoding and dtype -> device -> why Triton's kernel does not decode there; None after it passed
+# `compare_decoder`. Each is compiled by itself, so the first weight of a kind checks that kind.
+decoder_reasons: dict[tuple[Decoding, torch.dtype], checked.Reasons] = {}
+
+
+def kernel_reason(device: torch.device, decoding: Decoding, dtype: torch.dtype) -> str | None:
+    """Return why Triton's kernel does not decode such weights to `dtype` on this device."""
     if not is_on_gpu_path(device.type):
         return "the CPU backend decodes"
     if torch.compiler.is_compiling():
         return checked.UNCHECKED
-    reasons = decoder_reasons.setdefault((form, dtype), {})
-    compare = functools.partial(compare_decoder, form, dtype)
+    reasons = decoder_reasons.setdefault((decoding, dtype), {})
+    compare = functools.partial(compare_decoder, decoding, dtype)
     return checked.kernel_reason(reasons, compare, device, dtype)
 
 
@@ -242,10 +270,10 @@ def _never_compare(*args: Any) -> str | None:
     return UNCHECKED
 
 
-# Compare Triton's decoder of a form, or bitsandbytes' ops of a type, with PyTorch's decoding on a
+# Compare Triton's decoder of a kind, or bitsandbytes' ops of a type, with PyTorch's decoding on a
 # device, and return that reason. They quantize samples, hence `quantization`, which is above this
 # package, sets them.
-compare_decoder: Callable[[str | Form, torch.dtype, torch.device], str | None] = _never_compare
+compare_decoder: Callable[[Decoding, torch.dtype, torch.device], str | None] = _never_compare
 compare_bitsandbytes: Callable[[str, torch.device], str | None] = _never_compare
 
 
@@ -289,9 +317,9 @@ def _is_recorded(device: torch.device) -> bool:
     return workspace.is_capturing(device) or _get_current_dispatch_mode() is not None
 
 
-def decoded_by(device: torch.device, form: str | Form, dtype: torch.dtype) -> str:
-    """Return a clause for `explain` that names the decoder of a form to a dtype on a GPU."""
-    no_kernel = kernel_reason(device, form, dtype)
+def decoded_by(device: torch.device, weight: Codes, columns: int, dtype: torch.dtype) -> str:
+    """Return a clause for `explain` that names the decoder of a weight [N, columns] on a GPU."""
+    form, no_kernel = weight.form, kernel_reason(device, Decoding.of(weight, columns), dtype)
     text = f"PyTorch decodes in three kernels: {no_kernel}" if no_kernel else "our kernel decodes"
     if form in BITSANDBYTES_TYPES and (reason := bitsandbytes_reason(device, form)):
         text += f"; no GEMM of few rows decodes inside: {reason}"

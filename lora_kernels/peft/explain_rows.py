@@ -272,7 +272,7 @@ def _decoder_reasons(
     """Yield a clause that names the decoder of a 4-bit weight for library GEMMs on a GPU."""
     if _backend_state(choices) == LIBRARY and is_on_gpu_path(x.device.type):
         dtype = base_dtype(x.device.type, x.dtype, compute_dtype)
-        yield decoded_by(x.device, weight.codes.form, dtype)
+        yield decoded_by(x.device, weight.codes, x.shape[-1], dtype)
 
 
 def _frozen_reasons(records: Sequence[Record], training: bool) -> Iterator[str]:
@@ -541,7 +541,7 @@ def _experts_clause(operands: ExpertsOperands, spec: ExpertsSpec) -> str:
         )
     decoder = ""
     if isinstance(weight, Codes):
-        decoder = f"; {decoded_by(device, weight.form, spec.dtype)}"
+        decoder = f"; {decoded_by(device, weight, operands.x.shape[-1], spec.dtype)}"
     return f"grouped_mm multiplies all experts, and the host does not wait{decoder}"
 
 

@@ -24,6 +24,7 @@ from lora_kernels.core.problem import Problem
 from lora_kernels.peft import FusedLinear, direct, explain, fuse, swap
 from lora_kernels.peft import linear as peft_linear
 from lora_kernels.peft.explain_rows import ADAPTER
+from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import assert_as_exact, assert_close_derived
 from tests.support.peft_models import in_float64
 
@@ -506,7 +507,8 @@ def test_explain_says_what_decodes() -> None:
 
 def test_explain_of_a_4_bit_base_that_is_called_does_not_say_who_decodes_it() -> None:
     fused = fuse(model(quantized=True))
-    said = decoder.decoded_by(torch.device("cpu"), "nf4", torch.float32)
+    codes = quantize_4bit(torch.ones(2, 64)).codes
+    said = decoder.decoded_by(torch.device("cpu"), codes, 64, torch.float32)
     (row,) = explain(fused).rows
     assert said in row.reason
     fused.base_model.model[0].base_layer.register_forward_hook(lambda *args: None)

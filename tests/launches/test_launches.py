@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.backends import cuda, launches, triton, workspace
+from lora_kernels.backends import cuda, decoder, launches, triton, workspace
 from lora_kernels.backends.triton import FUSED
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.device import DeviceInfo
@@ -180,6 +180,34 @@ def test_decodings_after_the_first_launch_the_same_and_bind_nothing(form: str, l
         want = want or got
         assert got == want and len(log.launches) == 1
         assert seed == 0 or log.bound == bound
+
+
+@needs_triton
+@pytest.mark.parametrize("form", [*DECODED, "rows off their blocks"])
+def test_check_of_a_decoder_compiles_the_kernel_that_runs_and_no_other(
+    form: str, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    from lora_kernels.backends.triton import codec
+
+    compiled: list[str] = []
+
+    def note(*, key: Any, **_: Any) -> bool:
+        compiled.append(str(key))
+        return False
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+    columns = 4304 if form == "rows off their blocks" else 1152  # of SigLIP's layers
+    weight = DECODED.get(form, quantize_4bit)(torch.randn(3, 16, columns))
+    kind = decoder.Decoding.of(weight.codes, columns)
+    for dtype in (bf16, f32):
+        codec.dequantize_kernel.device_caches.clear()
+        compiled.clear()
+        decoder.compare_decoder(kind, dtype, torch.device("cpu"))
+        assert len(compiled) == 1
+        codec.dequantize(weight.codes, weight.matrix_shape, dtype)
+        assert len(compiled) == 1
 
 
 @needs_triton

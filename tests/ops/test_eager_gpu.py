@@ -544,7 +544,7 @@ layer = QLoRALinear.from_linear(torch.nn.Linear(64, 32), r=4, dropout=0.1)
 x = torch.randn(5, 64, requires_grad=True)
 with as_on_gpu(), lora_kernels.backend("eager"):
     layer(x).sum().backward()
-    print(x.grad.shape, decoder.decoded_by(x.device, "nf4", x.dtype))
+    print(x.grad.shape, decoder.decoded_by(x.device, layer.quantized.codes, 64, x.dtype))
 """
 
 

@@ -108,6 +108,10 @@ ALONE = ("op", "layer", "model_fused_before_it_moved")
 CALLS = [*itertools.product(ALONE, ("capture", "compile"))]
 
 
+def decoder_of(x):
+    return decoder.decoded_by(x.device, quantize_4bit(torch.ones(2, 128)).codes, 128, bf16)
+
+
 @pytest.mark.parametrize(("entry", "recorded"), CALLS)
 def test_bitsandbytes_is_not_checked_while_a_call_is_recorded(
     entry, recorded, x, no_reasons, monkeypatch
@@ -125,11 +129,11 @@ def test_bitsandbytes_is_not_checked_while_a_call_is_recorded(
             RECORDED[recorded](patch)
             if recorded != "compile":  # which the package's functions follow too
                 call(x)
-            assert decoder.UNCHECKED in decoder.decoded_by(x.device, "nf4", bf16)
+            assert decoder.UNCHECKED in decoder_of(x)
         assert not asked and not no_reasons
         call(x)
         assert asked == [("nf4", x.device)]
-        assert "few rows" not in decoder.decoded_by(x.device, "nf4", bf16)
+        assert "few rows" not in decoder_of(x)
         call(x)
         assert len(asked) == 1
 
@@ -204,7 +208,8 @@ def test_bitsandbytes_reason_is_of_one_type(no_reasons, monkeypatch):
         for kind in ("mxfp4", "nvfp4"):
             said = f"bitsandbytes has no {kind.upper()}"
             assert decoder.bitsandbytes_reason(cpu, kind) == said
-            assert "bitsandbytes" not in decoder.decoded_by(cpu, kind, bf16)
+            codes = quantize_4bit(torch.ones(2, 64), kind).codes
+            assert "bitsandbytes" not in decoder.decoded_by(cpu, codes, 64, bf16)
     assert set(no_reasons) == {("cpu", None, "nf4"), ("cpu", None, "fp4")}
 
 

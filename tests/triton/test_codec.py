@@ -14,7 +14,7 @@ from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.backends.triton import codec
 from lora_kernels.core import coding
 from lora_kernels.oracle import forms
-from lora_kernels.quantization import codebooks, quantize_4bit
+from lora_kernels.quantization import QuantizedWeight, codebooks, quantize_4bit
 from tests.support.codec import check_decode, same_bits
 from tests.triton.device import DEVICE
 
@@ -30,14 +30,19 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+def reason_of(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+    kind = decoder.Decoding.of(weight.codes, weight.shape[-1])
+    return decoder.kernel_reason(torch.device(DEVICE), kind, dtype)
+
+
 @every_type
 def test_decoder_that_passed_its_check_decodes(quant_type: str, unchecked: None) -> None:
     device = torch.device(DEVICE)
     for dtype in (torch.float32, torch.bfloat16):
-        assert decoder.kernel_reason(device, quant_type, dtype) is None
-        assert decoder.decoded_by(device, quant_type, dtype) == "our kernel decodes"
         for shape in ((40, 96), (3, 16, 64)):
             weight = quantize_4bit(torch.randn(shape), quant_type).to(DEVICE)
+            said = decoder.decoded_by(device, weight.codes, shape[-1], dtype)
+            assert said == "our kernel decodes"
             w = weight.to("cpu")
             want = coding.dequantize(w.packed, w.scales(), w.code, w.blocksize, shape, dtype)
             assert same_bits(weight.dequantize(dtype), want)
@@ -49,10 +54,10 @@ FORMS = ("int4-32-half-shift", "int4-16-nested-shift", "signed4-64", "int8-16", 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_decoder_passes_its_check_for_a_form_and_decodes_it(form: str, unchecked: None) -> None:
-    device, dtype = torch.device(DEVICE), torch.bfloat16
+    dtype = torch.bfloat16
     for shape in ((40, 128), (3, 16, 64)):
         weight = forms.build(torch.randn(shape), form)
-        assert decoder.kernel_reason(device, weight.codes.form, dtype) is None
+        assert reason_of(weight, dtype) is None
         want = coding.dequantize(
             weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype
         )
@@ -76,14 +81,20 @@ def test_one_differing_code_takes_its_type_alone(
 
     dequantize = codec.dequantize
     monkeypatch.setattr(codec, "dequantize", spoiled)
-    device = torch.device(DEVICE)
+
+    def weight_of(quant_type: str, nested: bool) -> QuantizedWeight:
+        return quantize_4bit(torch.ones(16, 64), quant_type, double_quant=nested)
+
+    weight = weight_of(quant_type, nested)
     want = f"Triton's decoder of {'nested ' * nested}{quant_type} in {dtype} differs from"
-    reason = decoder.kernel_reason(device, quant_type, dtype)
+    reason = reason_of(weight, dtype)
     assert reason is not None and reason.startswith(want)
-    assert decoder.decoded_by(device, quant_type, dtype).endswith(reason)
-    assert decoder.kernel_reason(device, quant_type, torch.float16) is None
+    said = decoder.decoded_by(torch.device(DEVICE), weight.codes, 64, dtype)
+    assert reason in said
+    assert reason_of(weight, torch.float16) is None
+    assert reason_of(weight_of(quant_type, not nested), dtype) is None
     other = {"nf4": "fp4", "fp4": "nf4", "mxfp4": "nvfp4", "nvfp4": "mxfp4"}[quant_type]
-    assert decoder.kernel_reason(device, other, dtype) is None
+    assert reason_of(weight_of(other, nested), dtype) is None
 
 
 def test_decoder_that_raises_is_not_used(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +107,7 @@ def test_decoder_that_raises_is_not_used(unchecked: None, monkeypatch: pytest.Mo
         weight.packed, weight.scales(), weight.code, 32, weight.shape, torch.float32
     )
     assert same_bits(weight.dequantize(torch.float32), want)
-    reason = decoder.kernel_reason(torch.device(DEVICE), "mxfp4", torch.float32)
+    reason = reason_of(weight, torch.float32)
     assert reason == "Triton's kernels raised RuntimeError: no kernel image"
 
 
@@ -114,13 +125,14 @@ class Names(TorchDispatchMode):
 
 def test_decoder_is_one_op_for_a_mode_and_unchecked_inside_of_one(unchecked: None) -> None:
     weight = quantize_4bit(torch.randn(16, 64), "nvfp4").to(DEVICE)
+    other = quantize_4bit(torch.randn(16, 64), "mxfp4").to(DEVICE)
     with Names() as modes:
         first = weight.dequantize()
     assert "lora_kernels.decode.default" not in modes.seen
-    assert decoder.kernel_reason(torch.device(DEVICE), "nvfp4", torch.float32) is None
+    assert reason_of(weight, torch.float32) is None
     with Names() as modes:
         second = weight.dequantize()
-        reason = decoder.kernel_reason(torch.device(DEVICE), "mxfp4", torch.float32)
+        reason = reason_of(other, torch.float32)
         assert reason == checked.UNCHECKED
     assert "lora_kernels.decode.default" in modes.seen and same_bits(first, second)
     with Names() as modes:
@@ -143,7 +155,8 @@ def test_layers_decode_once_a_direction_by_the_kernel(
     on: Any = {"dtype": torch.bfloat16, "device": DEVICE}
     linear = quantize_4bit(torch.randn(32, 64), quant_type).to(DEVICE)
     stack = quantize_4bit(torch.randn(2, 32, 64), quant_type).to(DEVICE)
-    decoder.decoded_by(torch.device(DEVICE), quant_type, torch.bfloat16)  # which launches too
+    for weight in (linear, stack):
+        reason_of(weight, torch.bfloat16)  # which launches too
     decoder.bitsandbytes_reason(torch.device(DEVICE), quant_type)
     monkeypatch.setattr(codec, "dequantize", counted)
     x = torch.randn(600, 64, **on).requires_grad_()  # more rows than `gemm_4bit` takes

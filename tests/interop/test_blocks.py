@@ -164,18 +164,22 @@ class Counts:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.grouped = self.mlps = 0
-        linears, gated = eager_blocks.linears, eager_mlp.gated_backward
+        low_ranks = eager_blocks.low_ranks
 
-        def count_linears(x: Tensor, layers: Any, *rest: Any) -> Any:
+        def count_layers(x: Tensor, layers: Any, *rest: Any) -> Any:
             self.grouped += len(layers) * (len(layers) > 1)
-            return linears(x, layers, *rest)
+            return low_ranks(x, layers, *rest)
 
-        def count_mlps(*args: Any) -> Any:
-            self.mlps += 1
-            return gated(*args)
+        def counted(backward: Any) -> Any:
+            def count_mlps(*args: Any) -> Any:
+                self.mlps += 1
+                return backward(*args)
 
-        patch.setattr(eager_blocks, "linears", count_linears)
-        patch.setattr(eager_mlp, "gated_backward", count_mlps)
+            return count_mlps
+
+        patch.setattr(eager_blocks, "low_ranks", count_layers)
+        for name in ("gated_backward", "gated_update_backward"):  # by PyTorch's ops; by kernels
+            patch.setattr(eager_mlp, name, counted(getattr(eager_mlp, name)))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import types
 from collections.abc import Callable
 from functools import partial
@@ -55,13 +56,16 @@ pytestmark = pytest.mark.usefixtures("gpu_path")
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Grows by whether dg overwrites g, at each backward of a block."""
     found: list[bool] = []
-    backward = eager_mlp.gated_backward
 
-    def record(g: Tensor, u: Tensor, dh: Tensor, in_place: bool, activation: str) -> Any:
-        found.append(in_place)
-        return backward(g, u, dh, in_place, activation)
+    def recorded(backward: Any) -> Any:
+        def record(*args: Any) -> Any:
+            found.append(inspect.signature(backward).bind(*args).arguments["in_place"])
+            return backward(*args)
 
-    monkeypatch.setattr(eager_mlp, "gated_backward", record)
+        return record
+
+    for name in ("gated_backward", "gated_update_backward"):  # by PyTorch's ops; by kernels
+        monkeypatch.setattr(eager_mlp, name, recorded(getattr(eager_mlp, name)))
     return found
 
 

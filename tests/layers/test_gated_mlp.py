@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,18 +49,22 @@ ACTIVATIONS = {
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """On a GPU's path: grows by each block's forward and backward."""
     found: list[str] = []
-    forward, backward = blocks.gated_mlp, eager_mlp.gated_backward
+    forward = blocks.gated_mlp
 
     def record_forward(x: Tensor, block: blocks.Block) -> Tensor:
         found.append("forward")
         return forward(x, block)
 
-    def record_backward(*args: Any) -> Any:
-        found.append("backward")
-        return backward(*args)
+    def recorded(backward: Any) -> Any:
+        def record_backward(*args: Any) -> Any:
+            found.append("backward")
+            return backward(*args)
+
+        return record_backward
 
     monkeypatch.setattr(blocks, "gated_mlp", record_forward)
-    monkeypatch.setattr(eager_mlp, "gated_backward", record_backward)
+    for name in ("gated_backward", "gated_update_backward"):  # by PyTorch's ops; by kernels
+        monkeypatch.setattr(eager_mlp, name, recorded(getattr(eager_mlp, name)))
     before = dict(decoder.bitsandbytes_reasons)
     with as_on_gpu(), lora_kernels.backend("eager"):
         yield found
@@ -506,13 +511,18 @@ def test_float64_adapters_beside_a_float32_x_are_refused_as_by_their_layers(odd,
 
 def test_gradient_of_the_gate_overwrites_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """g and u are of the block alone, so a backward that keeps no graph needs no third tensor."""
-    backward, in_place = eager_mlp.gated_backward, list[bool]()
+    in_place = list[bool]()
 
-    def record(g: Tensor, u: Tensor, dh: Tensor, is_private: bool, activation: str) -> Any:
-        in_place.append(is_private)
-        return backward(g, u, dh, is_private, activation)
+    def recorded(backward: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(backward).bind(*args, **kwargs)
+            in_place.append(given.arguments["in_place"])
+            return backward(*args, **kwargs)
 
-    monkeypatch.setattr(eager_mlp, "gated_backward", record)
+        return record
+
+    for name in ("gated_backward", "gated_update_backward"):  # by PyTorch's ops; by kernels
+        monkeypatch.setattr(eager_mlp, name, recorded(getattr(eager_mlp, name)))
     with as_on_gpu(), lora_kernels.backend("eager"):
         step(build(), input_of())
     assert in_place == [True]

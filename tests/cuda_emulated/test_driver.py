@@ -18,6 +18,8 @@ RUNTIME = """
 #include <cstddef>
 enum cudaError_t { cudaSuccess, cudaErrorNoDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 inline int current = 0, set = 0, asked = 0, allowed = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return "no CUDA-capable device is detected"; }
@@ -37,6 +39,12 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, co
                                                                  size_t bytes) {
   ++asked;
   *blocks = bytes > 100000 ? 1 : 2;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                            unsigned long long* id) {
+  *status = stream ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *id = 7;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
@@ -68,6 +76,11 @@ QUERIES = """
         allow_shared(kernel, device, bytes, "decode");
         std::printf("%d bytes: %d, asked %d, allowed %d\\n", bytes, blocks, asked, allowed);
       }
+"""
+
+
+CAPTURES = """
+  std::printf("%llu, %llu\\n", capture_of(0), capture_of(64));
 """
 
 
@@ -111,6 +124,10 @@ def test_occupancy_and_attributes_are_asked_once(tmp_path: Path) -> None:
         for line in first
     ]
     assert printed_by(QUERIES, tmp_path) == want
+
+
+def test_number_of_a_capture_is_0_outside_of_one(tmp_path: Path) -> None:
+    assert printed_by(CAPTURES, tmp_path) == ["0, 7"]
 
 
 @pytest.mark.skipif(cuda._load("_cuda")[0] is None, reason="no CUDA kernels were built")

@@ -82,6 +82,9 @@ OUTPUTS: dict[str, Callable[[Arguments], Sequence[Tensor | None]]] = {
     "dequantize": lambda a: [a["w_ptr"]],
     "gated": lambda a: [a["h_ptr"]],
     "gated_backward": lambda a: [a["dg_ptr"], a["du_ptr"], a["h_ptr"]],
+    "gated_update": lambda a: [a["h_ptr"]],
+    "gated_update_backward": lambda a: [a[f"{name}_ptr"] for name in ("dg", "du", "h", "partials")],
+    "gated_gradients": lambda a: [a[f"{name}_ptr"] for name in ("dA", "dB_gate", "dB_up")],
     "cross_entropy": lambda a: [a["loss_ptr"], a["y_ptr"] if a["HAS_GRADIENT"] else None],
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import triton
+from lora_kernels.backends.eager import gated_mlp as eager_mlp
 from lora_kernels.backends.triton import configs, elementwise, launch
 from lora_kernels.backends.triton.configs import (
     GemmTiles,
@@ -137,6 +138,23 @@ def gated_mlp() -> dict[str, Tensor]:
     return {"h": h, "dg": g, "du": u, "h again": dh}
 
 
+def updated_gated_mlp() -> dict[str, Tensor]:
+    """h, and dg and du in the memory of g and u, with the three gradients."""
+    generator, (M, N, R) = torch.Generator().manual_seed(0), (110, 330, 5)
+
+    def sample(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    g, u, dh, s_gate, s_up, ds = (sample(M, n) for n in (N, N, N, R, R, R))
+    b_gate, b_up, a = sample(N, R), sample(N, R), sample(R, N)
+    updates = eager_mlp.Updates(s_gate, s_up, b_gate, b_up, 0.5, 0.25)
+    h = eager_mlp.gated_update(g, u, updates, "silu")
+    grads = eager_mlp.gated_update_backward(
+        g, u, dh, updates, ds, a, True, True, "silu", torch.float32
+    )
+    return {"h": h, **{name: t for name, t in grads._asdict().items() if t is not None}}
+
+
 def loss() -> dict[str, Tensor]:
     """The loss, and its gradient in the logits' memory."""
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +170,10 @@ RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
     "4 bits": (lambda: linear(20, 20, 40, RANKS, quant="nf4-32"), BY_LINEAR),
     "codec": (lambda: codec_of_4_bits, {"dequantize"}),
     "gated": (lambda: gated_mlp, {"gated", "gated_backward"}),
+    "gated update": (
+        lambda: updated_gated_mlp,
+        {"gated_update", "gated_update_backward", "gated_gradients"},
+    ),
     "loss": (lambda: loss, {"cross_entropy"}),
 }
 

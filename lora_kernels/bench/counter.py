@@ -62,8 +62,8 @@ _READS_NOTHING = {
 }  # fmt: skip
 # In-place ops that overwrite their first argument unread.
 _OVERWRITES = {
-    "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_",
-    "normal_", "random_", "uniform_", "zero_",
+    "_foreach_copy_", "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_",
+    "log_normal_", "normal_", "random_", "uniform_", "zero_",
 }  # fmt: skip
 # Composite ops for which CUDA has a kernel. On meta PyTorch would run 7 ops for 1, 17 passes for 3.
 _CUDA_KERNELS = {"silu_backward"}

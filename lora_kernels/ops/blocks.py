@@ -25,7 +25,8 @@ from ..backends import library
 from ..backends.eager import blocks as eager
 from ..backends.eager import gated_mlp as eager_mlp
 from ..backends.eager.blocks import BlockGrads, BlockNeeds, DropoutMask
-from ..backends.eager.products import MANY_ROWS
+from ..backends.eager.products import HALVES, MANY_ROWS
+from ..backends.library import has_out_dtype
 from ..backends.rows import set_leading_dims_
 from ..choice import verdicts
 from ..core import forced
@@ -273,9 +274,7 @@ def linears(x: Tensor, block: Block) -> Sequence[Tensor]:
     """Return each y_i [..., N_i] for x [..., K]."""
     if torch.is_grad_enabled():
         return LinearsFunction.apply(x, block, *block.tensors())  # type: ignore[no-any-return]
-    layers, is_plain, rows = block.layers, block.is_plain, _rows(x, block.dtype)
-    if block.casts:
-        layers = _cast(layers, block.dtype)
+    layers, is_plain, rows = _cast(block), block.is_plain, _rows(x, block.dtype)
     if len(layers) == 1:
         ys = [eager.linear_output(rows, layers[0])[0]]
     else:
@@ -288,8 +287,7 @@ def linears(x: Tensor, block: Block) -> Sequence[Tensor]:
 def gated_mlp(x: Tensor, block: Block) -> Tensor:
     """Return y = down(act(gate(x)) ⊙ up(x)) [..., N] for x [..., K]."""
     if not torch.is_grad_enabled():
-        layers = _cast(block.layers, block.dtype) if block.casts else block.layers
-        return _gated_mlp_output(x, block, [_gate_and_up(x, block, layers)])
+        return _gated_mlp_output(x, block, [_gate_and_up(x, block, _cast(block))])
     unfinished: list[Any] = []
     y = GatedMLPFunction.apply(x, block, unfinished, *block.tensors())
     # A checkpoint that computes the forward again, for what it saves alone, stops before this.
@@ -317,8 +315,7 @@ class _GateAndUp(NamedTuple):
 
 def updates_reason(block: Block, device: torch.device) -> str | None:
     """Return why GEMMs of their own add the updates of an MLP's gate and up; None if kernels do."""
-    layers = _cast(block.layers, block.dtype) if block.casts else block.layers
-    return eager_mlp.updates_reason(layers, device, block.dtype, block.activation)
+    return eager_mlp.updates_reason(_cast(block), device, block.dtype, block.activation)
 
 
 def _gate_and_up(x: Tensor, block: Block, layers: Sequence[Record]) -> _GateAndUp:
@@ -373,15 +370,28 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _cast(layers: Sequence[Record], dtype: torch.dtype) -> list[Record]:
-    """Return the layers with A, B and a dense weight in `dtype`."""
-    cast_layers = []
-    for layer in layers:
-        weight, A, B = layer.weight, to_dtype(layer.lora_A, dtype), to_dtype(layer.lora_B, dtype)
-        if type(weight) is not Codes:
-            weight = to_dtype(weight, dtype)
-        cast_layers.append(layer._replace(weight=weight, lora_A=A, lora_B=B))
-    return cast_layers
+def _cast(block: Block) -> Sequence[Record]:
+    """Return the block's layers with A, B and a dense weight in its dtype.
+
+    One kernel casts all A and B. A of layers of one x are then rows of one tensor, which
+    `eager.stack` finds.
+    """
+    layers, dtype = block.layers, block.dtype
+    if not block.casts:
+        return layers
+    n, shared = len(layers), 2 if block.activation else len(layers)
+    adapters = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
+    if any([t.dtype is not dtype for t in adapters]):
+        ranks, A = [A.shape[0] for A in adapters[:shared]], adapters[0]
+        copies = [*A.new_empty(sum(ranks), A.shape[1], dtype=dtype).split_with_sizes(ranks)]
+        copies += [t.new_empty(t.shape, dtype=dtype) for t in adapters[shared:]]
+        torch._foreach_copy_(copies, adapters)
+        adapters = copies
+    weights = [t if type(t) is Codes else to_dtype(t, dtype) for t in (r.weight for r in layers)]
+    return [
+        layer._replace(weight=weights[i], lora_A=adapters[i], lora_B=adapters[n + i])
+        for i, layer in enumerate(layers)
+    ]
 
 
 def _versions(layers: Sequence[Record], need_x: bool, casts: bool) -> list[int]:
@@ -602,6 +612,18 @@ def _input_grads(
     return dx, None, *dA, *dB, *dbias, *dg
 
 
+def _grad_dtype(block: Block, dys: Sequence[Tensor | None]) -> torch.dtype:
+    """Return the dtype of dA and dB of plain layers: float32 if all A and B have it, and the GEMMs
+    of the 16-bit dy can write it."""
+    if block.casts and block.dtype in HALVES:
+        adapters = [t for layer in block.layers for t in (layer.lora_A, layer.lora_B)]
+        dy = next((dy for dy in dys if dy is not None), None)
+        are_float32 = all([t.dtype is torch.float32 for t in adapters])
+        if are_float32 and dy is not None and has_out_dtype(dy):
+            return torch.float32
+    return block.dtype
+
+
 def _cast_grads(grads: list[Any], tensors: Sequence[Any]) -> None:
     """Cast each gradient in the list to its tensor's dtype."""
     for i, t in enumerate(tensors):
@@ -617,13 +639,11 @@ class LinearsFunction(_BlockFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        layers, dtype, casts, is_plain = block.layers, block.dtype, block.casts, block.is_plain
+        layers, dtype, casts, is_plain = _cast(block), block.dtype, block.casts, block.is_plain
         shape, mask = x.shape, None
         rows = x if len(shape) == 2 and x.dtype is dtype else _rows(x, dtype)
         ys: list[Tensor]
         ps: Sequence[Tensor]
-        if casts:
-            layers = _cast(layers, dtype)
         if len(layers) == 1:  # which is plain
             y, p, mask = eager.linear_output(rows, layers[0])
             ys, ps = [y], [p]
@@ -657,7 +677,8 @@ class LinearsFunction(_BlockFunction):
         if is_batched:
             return _backward_by_op(ctx, dys, x, ps, layers, need, mask)
         dropped = None if mask is None else DropoutMask(mask, layers[0].dropout_p)
-        return eager.linears_backward(dys, x, ps, layers, need, block.is_plain, dropped)
+        args = layers, need, block.is_plain, _grad_dtype(block, dys), dropped
+        return eager.linears_backward(dys, x, ps, *args)
 
 
 def _mlp_input_grads(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -680,9 +701,7 @@ class GatedMLPFunction(_BlockFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, unfinished: list[Any], *tensors: Any) -> Tensor:
-        layers, dtype, casts = block.layers, block.dtype, block.casts
-        if casts:
-            layers = _cast(layers, dtype)
+        layers, dtype, casts = _cast(block), block.dtype, block.casts
         found = _gate_and_up(x, block, layers)
         unfinished.append(found)
         needs = ctx.needs_input_grad[3:]
@@ -715,7 +734,7 @@ class GatedMLPFunction(_BlockFunction):
             need_h, need_A[2], need_B[2], need_gate_of_down, False, need_bias_of_down
         )
         need = BlockNeeds(need_x, need_A[:2], need_B[:2], need_bias[:2], need_gate[:2])
-        gate_and_up = x, ps, layers[:2]
+        gate_and_up, grad_dtype = (x, ps, layers[:2]), _grad_dtype(block, (dy,))
         # Else a second backward reads g and u.
         in_place = not _get_current_graph_task_keep_graph()
         updates = eager_mlp.updates_of(layers, ps, dtype) if ctx.adds_updates else None
@@ -728,18 +747,18 @@ class GatedMLPFunction(_BlockFunction):
             grads = _backward_by_op(ctx, dgu, *gate_and_up, need)
         elif updates is None:
             down_args = g, u, p_down, layers[2], down_needs, is_plain, in_place, activation
-            dg, du, down = eager.down_backward(dy, *down_args)
-            grads = eager.linears_backward((dg, du), *gate_and_up, need, is_plain)
+            dg, du, down = eager.down_backward(dy, *down_args, grad_dtype)
+            grads = eager.linears_backward((dg, du), *gate_and_up, need, is_plain, grad_dtype)
         else:
-            found, down = eager.updated_down_backward(
+            dg, du, dBs, down = eager.updated_down_backward(
                 dy, g, u, updates, p_down, layers[2], down_needs, any(need.lora_B), in_place,
-                activation,
+                activation, grad_dtype,
             )  # fmt: skip
-            if found.b_gate is not None:
+            if dBs:
                 need = need._replace(lora_B=(False, False))
-            grads = eager.linears_backward((found.g, found.u), *gate_and_up, need, is_plain)
-            for i, dB in enumerate(found[4:]):
-                if dB is not None and need_B[i]:
+            grads = eager.linears_backward((dg, du), *gate_and_up, need, is_plain, grad_dtype)
+            for i, dB in enumerate(dBs):
+                if need_B[i]:
                     grads.lora_B[i] = dB
         grads.lora_A.append(down.lora_A)
         grads.lora_B.append(down.lora_B)

@@ -298,7 +298,7 @@ def step(layers: list[Record], x: Tensor, dys: list[Tensor]) -> dict[str, Tensor
     ys, ps = eager.linears(x, layers, True, True)
     every = (True,) * len(layers)
     needs = eager.BlockNeeds(True, every, every, (), ())
-    grads = eager.linears_backward(dys, x, ps, layers, needs, True)
+    grads = eager.linears_backward(dys, x, ps, layers, needs, True, bf16)
     assert grads.x is not None
     found["dx"] = grads.x
     for i, y in enumerate(ys):
@@ -436,7 +436,7 @@ def test_down_projection_of_a_gated_mlp_takes_a_skinny_kernel_where_it_was_faste
     def grads() -> dict[str, Tensor]:
         needs = Needs(True, True, True)
         dg, du, others = eager.down_backward(
-            dy, h.clone(), h.clone(), p, layer, needs, True, False, "silu"
+            dy, h.clone(), h.clone(), p, layer, needs, True, False, "silu", bf16
         )
         named = {"dg": dg, "du": du, "dA": others.lora_A, "dB": others.lora_B}
         return named  # type: ignore[return-value]

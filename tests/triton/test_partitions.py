@@ -149,10 +149,10 @@ def updated_gated_mlp() -> dict[str, Tensor]:
     b_gate, b_up, a = sample(N, R), sample(N, R), sample(R, N)
     updates = eager_mlp.Updates(s_gate, s_up, b_gate, b_up, 0.5, 0.25)
     h = eager_mlp.gated_update(g, u, updates, "silu")
-    grads = eager_mlp.gated_update_backward(
-        g, u, dh, updates, ds, a, True, True, "silu", torch.float32
-    )
-    return {"h": h, **{name: t for name, t in grads._asdict().items() if t is not None}}
+    grads = eager_mlp.gated_update_backward(g, u, dh, updates, ds, a, True, True, "silu")
+    assert grads.partials is not None
+    sums = eager_mlp.sum_partials(grads.partials, (R, R, R), torch.float32)
+    return {"h": h, "g": grads.g, "u": grads.u, **sums._asdict()}
 
 
 def loss() -> dict[str, Tensor]:

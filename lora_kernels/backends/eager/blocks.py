@@ -115,11 +115,11 @@ def linear_backward(
     if need_x:  # while nothing is held beside a decoded weight
         dx = mm(dy, dense(layer, dy.dtype))
     if need_B:
-        dB = orders.gradient_B(dy, p, scaling)
+        dB = orders.gradient_B(dy, p, scaling, dy.dtype)
     if need_x or need_A:
         ds = orders.gradient_S(dy, lora_B, scaling)
         if need_A:
-            dA = orders.gradient_A(ds, cast(Tensor, x))
+            dA = orders.gradient_A(ds, cast(Tensor, x), dy.dtype)
         if dx is not None:
             dx.addmm_(ds, lora_A)
     return dx, dA, dB
@@ -148,13 +148,28 @@ def low_ranks(
 ) -> Sequence[Tensor]:
     """Return each P_i [M, R_i]; see `linears`."""
     if is_stacked:
-        stacked = torch.cat([layer.lora_A for layer in layers])
+        stacked = stack([layer.lora_A for layer in layers])
         p = orders.down_projection(x, stacked) if is_plain else products.shrink(x, stacked, 0)
         del stacked
         return p.split_with_sizes([layer.lora_A.shape[0] for layer in layers], 1)
     if is_plain:
         return [orders.down_projection(x, layer.lora_A) for layer in layers]
     return [products.shrink(x, layer.lora_A, 0) for layer in layers]
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return matrices of K columns one below the other: a view if they lie so in memory, as those
+    that `ops.blocks` casts do."""
+    first, rows = tensors[0], 0
+    if len(tensors) == 1:
+        return first
+    K, start, memory = first.shape[1], first.storage_offset(), first.untyped_storage().data_ptr()
+    for t in tensors:
+        follows = t.storage_offset() == start + rows * K and t.is_contiguous()
+        if not follows or t.untyped_storage().data_ptr() != memory:
+            return torch.cat(list(tensors))
+        rows += t.shape[0]
+    return first.as_strided((rows, K), (K, 1))
 
 
 def base_output(x: Tensor, layer: Record) -> Tensor:
@@ -211,6 +226,7 @@ def linears_backward(
     layers: Sequence[Record],
     needs: BlockNeeds,
     is_plain: bool,
+    grad_dtype: torch.dtype,
     mask: DropoutMask | None = None,
 ) -> BlockGrads:
     """Compute the gradients, dx as [M, K].
@@ -220,6 +236,7 @@ def linears_backward(
         x: [M, K]; None if no dA is needed.
         ps: P_i [M, R_i]; None if neither dB nor a gate's gradient is needed.
         layers, is_plain: as in the forward.
+        grad_dtype: of plain layers' dA and dB, as in `orders.gradient_A`.
         mask: that of the forward; of a plain layer alone in its block.
     """
     need_x, need_A, need_B = needs.x, needs.lora_A, needs.lora_B
@@ -256,14 +273,14 @@ def linears_backward(
             dx = mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
             del weight
         if need_B[i]:
-            dB[i] = orders.gradient_B(dy, cast(Tensor, ps[i]), scaling)
+            dB[i] = orders.gradient_B(dy, cast(Tensor, ps[i]), scaling, grad_dtype)
         if ds is not None:
             orders.gradient_S(dy, lora_B, scaling, layer_ds[n])
     if ds is None:
         return grads
     if need_any_A:
         dropped = cast(Tensor, x) if mask is None else mask.apply(cast(Tensor, x))
-        stacked_dA = orders.gradient_A(ds, dropped)
+        stacked_dA = orders.gradient_A(ds, dropped, grad_dtype)
         del dropped
         slices = stacked_dA.split_with_sizes(ranks) if len(indices) > 1 else (stacked_dA,)
         for i, layer_dA in zip(indices, slices, strict=True):
@@ -272,7 +289,7 @@ def linears_backward(
     if not need_x:
         return grads
     As = [layers[i].lora_A for i in indices]
-    A = As[0] if len(As) == 1 else torch.cat(As)
+    A = stack(As)
     if mask is None:
         return grads._replace(x=cast(Tensor, dx).addmm_(ds, A))
     (i,) = indices
@@ -315,7 +332,7 @@ def _general_backward(
     ranks = [t.shape[1] for t in gated_ds]
     ds = torch.cat(gated_ds, dim=1) if len(indices) > 1 else gated_ds[0]
     del gated_ds
-    stacked = torch.cat([layers[i].lora_A for i in indices])
+    stacked = stack([layers[i].lora_A for i in indices])
     in_parts = products.is_in_parts(ds, stacked, dtype)
     parts = products.split_in_three(ds, dtype, 1, lo_first=False) if in_parts else None
     if any(need_A):
@@ -361,6 +378,7 @@ def down_backward(
     is_plain: bool,
     in_place: bool,
     activation: str,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Grads]:
     """Compute dg and du [M, H], and the gradients of the down-projection of h = act(g) ⊙ u.
 
@@ -369,6 +387,7 @@ def down_backward(
         g, u: [M, H], contiguous.
         needs: of the down-projection. x: whether dg and du are needed.
         in_place: whether g and u may be overwritten.
+        grad_dtype: as in `linears_backward`.
     """
     lora_A, lora_B, scaling = layer.lora_A, layer.lora_B, layer.scaling
     if not (is_plain and needs.x):
@@ -383,13 +402,13 @@ def down_backward(
     dh = mm(dy, weight)
     del weight
     if needs.lora_B:
-        dB = orders.gradient_B(dy, cast(Tensor, p), scaling)
+        dB = orders.gradient_B(dy, cast(Tensor, p), scaling, grad_dtype)
     if needs.bias:
         dbias = dy.sum(0, dtype=stat_dtype(dy.dtype))
     ds = orders.gradient_S(dy, lora_B, scaling)
     dg, du, h = gated_mlp.gated_backward(g, u, dh.addmm_(ds, lora_A), in_place, activation)
     if needs.lora_A:
-        dA = orders.gradient_A(ds, h)
+        dA = orders.gradient_A(ds, h, grad_dtype)
     return dg, du, Grads(None, dA, dB, None, None, dbias)
 
 
@@ -404,11 +423,12 @@ def updated_down_backward(
     needs_gradients: bool,
     in_place: bool,
     activation: str,
-) -> tuple[gated_mlp.UpdatedGrads, Grads]:
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor], Grads]:
     """`down_backward` for g and u without their updates, which the kernels add.
 
-    Returns dg, du and the gradients of lora_B of gate and up that the kernel summed; and those of
-    the down-projection.
+    Returns dg, du, dB of gate and up if the kernel summed them, else none, and the gradients of the
+    down-projection.
 
     Args:
         p: P [M, R] of the down-projection; None if neither dB nor a gate's gradient is needed.
@@ -423,9 +443,9 @@ def updated_down_backward(
     if needs.lora_B:
         s = cast(Tensor, p)
         s = s if gate is None else to_dtype(s * gate, dy.dtype)
-        dB = orders.gradient_B(dy, s, layer.scaling)
+        dB = orders.gradient_B(dy, s, layer.scaling, grad_dtype)
     if not (needs.x or needs.lora_A or needs.rank_gate):
-        return gated_mlp.UpdatedGrads(None, None, None), Grads(None, None, dB, None, None, dbias)
+        return None, None, (), Grads(None, None, dB, None, None, dbias)
     if gate is None:
         ds = orders.gradient_S(dy, lora_B, layer.scaling)
     else:
@@ -435,12 +455,19 @@ def updated_down_backward(
         ds = to_dtype(wide_ds * gate, dy.dtype)
     if dh is None:
         if needs.lora_A:
-            dA = orders.gradient_A(ds, gated_mlp.gated_update(g, u, updates, activation))
-        return gated_mlp.UpdatedGrads(None, None, None), Grads(None, dA, dB, dgate, None, dbias)
+            h = gated_mlp.gated_update(g, u, updates, activation)
+            dA = orders.gradient_A(ds, h, grad_dtype)
+        return None, None, (), Grads(None, dA, dB, dgate, None, dbias)
     needs_gradients = needs_gradients or needs.lora_A
-    found = gated_mlp.gated_update_backward(
-        g, u, dh, updates, ds, lora_A, needs_gradients, in_place, activation, dy.dtype
+    dg, du, h, partials = gated_mlp.gated_update_backward(
+        g, u, dh, updates, ds, lora_A, needs_gradients, in_place, activation
     )
-    if needs.lora_A:
-        dA = found.lora_A if found.h is None else orders.gradient_A(ds, found.h)
-    return found, Grads(None, dA, dB, dgate, None, dbias)
+    dBs: Sequence[Tensor] = ()
+    if partials is not None:
+        del dh, h  # before float32 gradients
+        ranks = lora_A.shape[0], updates.b_gate.shape[1], updates.b_up.shape[1]
+        sum_of_A, *dBs = gated_mlp.sum_partials(partials, ranks, grad_dtype)
+        dA = sum_of_A if needs.lora_A else None
+    elif needs.lora_A:
+        dA = orders.gradient_A(ds, cast(Tensor, h), grad_dtype)
+    return dg, du, dBs, Grads(None, dA, dB, dgate, None, dbias)

@@ -66,17 +66,21 @@ class Updates(NamedTuple):
 
 
 class UpdatedGrads(NamedTuple):
-    """What `gated_update_backward` makes: dg and du, and either h or three gradients.
+    """What `gated_update_backward` makes: dg and du, and h or the partial sums of three gradients
+    if they are needed."""
 
-    lora_A is of the down-projection. None for what was not asked for.
-    """
-
-    g: Tensor | None
-    u: Tensor | None
+    g: Tensor
+    u: Tensor
     h: Tensor | None
-    lora_A: Tensor | None = None
-    b_gate: Tensor | None = None
-    b_up: Tensor | None = None
+    partials: Tensor | None
+
+
+class UpdateSums(NamedTuple):
+    """dA of the down-projection, and dB of gate and up."""
+
+    lora_A: Tensor
+    b_gate: Tensor
+    b_up: Tensor
 
 
 def updates_of(layers: Sequence[Record], ps: Sequence[Tensor], dtype: torch.dtype) -> Updates:
@@ -144,9 +148,8 @@ def gated_update_backward(
     needs_gradients: bool,
     in_place: bool,
     activation: str,
-    grad_dtype: torch.dtype,
 ) -> UpdatedGrads:
-    """Return dg and du for dh + dS·A, and the gradients that read the same tiles.
+    """Return dg and du for dh + dS·A, and partial sums of the gradients that read the same tiles.
 
     Args:
         g, u, dh: [M, H], contiguous, without the updates. dh's memory is overwritten.
@@ -154,40 +157,47 @@ def gated_update_backward(
         needs_gradients: whether dA of the down-projection, or dB of gate or up, is needed. Where
             the kernel cannot sum them, the result has h.
         in_place: whether g and u may be overwritten too.
-        grad_dtype: of the gradients.
     """
     dg, du = (g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))
     ranks = lora_A.shape[0], updates.b_gate.shape[1], updates.b_up.shape[1]
     (M, H), target = g.shape, target_of(g.device)
     _, rows, has_sums = configs.gated_update_backward(target, M, H, g.itemsize, max(ranks))
-    grads = UpdatedGrads(dg, du, dh if needs_gradients and not has_sums else None)
-    partials = None
-    if needs_gradients and has_sums:
-        sums = [
-            g.new_empty(shape, dtype=grad_dtype)
-            for shape in ((ranks[0], H), (H, ranks[1]), (H, ranks[2]))
-        ]
-        grads = UpdatedGrads(dg, du, None, *sums)
+    h = partials = None
+    if needs_gradients and not has_sums:
+        h = dh
+    elif needs_gradients:
         partials = g.new_empty(-(-M // rows), sum(ranks), H, dtype=torch.float32)
+    grads = UpdatedGrads(dg, du, h, partials)
     if not g.numel():
-        for t in grads[3:]:
-            if t is not None:
-                t.zero_()
         return grads
     args = g, u, dh, *updates[:4], ds.contiguous(), lora_A.contiguous(), *updates[4:], activation
-    is_dispatched = checked.is_dispatched(g)
-    if is_dispatched:
-        out = {"dg": dg, "du": du, "h": grads.h, "partials": partials}
+    if checked.is_dispatched(g):
+        out = {"dg": dg, "du": du, "h": h, "partials": partials}
         torch.ops.lora_kernels.gated_update_backward(*args, **out)
     else:
-        _launch("gated_update_backward", *args, dg, du, grads.h, partials)
-    if partials is not None:
-        if is_dispatched:
-            out = {"dA": grads.lora_A, "dB_gate": grads.b_gate, "dB_up": grads.b_up}
-            torch.ops.lora_kernels.gated_gradients(partials, **out)
-        else:
-            _launch("gated_gradients", partials, *grads[3:])
+        _launch("gated_update_backward", *args, *grads)
     return grads
+
+
+def sum_partials(partials: Tensor, ranks: Sequence[int], dtype: torch.dtype) -> UpdateSums:
+    """Return the gradients [R, H], [H, R] and [H, R] in `dtype`.
+
+    Args:
+        partials: of `gated_update_backward`; a call of its own, so that dh can be freed before.
+        ranks: of down, gate and up.
+    """
+    H, (R_down, R_gate, R_up) = partials.shape[2], ranks
+    shapes = (R_down, H), (H, R_gate), (H, R_up)
+    sums = UpdateSums(*[partials.new_empty(shape, dtype=dtype) for shape in shapes])
+    if not partials.numel():
+        for t in sums:
+            t.zero_()
+    elif checked.is_dispatched(partials):
+        out = {"dA": sums.lora_A, "dB_gate": sums.b_gate, "dB_up": sums.b_up}
+        torch.ops.lora_kernels.gated_gradients(partials, **out)
+    else:
+        _launch("gated_gradients", partials, *sums)
+    return sums
 
 
 @functools.cache
@@ -418,12 +428,14 @@ def _find_wrong_update(
     s_gate, s_up = P.split([R_gate, R_up], 1)
     updates = Updates(s_gate, s_up, b_gate, b_up, 0.5, 0.25)
     h = gated_update(g, u, updates, activation)
-    args = dh.clone(), updates, ds, a, True, False, activation, dtype
-    grads = gated_update_backward(g, u, *args)
+    grads = gated_update_backward(g, u, dh.clone(), updates, ds, a, True, False, activation)
+    found = {"h": h, "g": grads.g, "u": grads.u, "h of the backward": grads.h}
+    if grads.partials is not None:
+        found |= sum_partials(grads.partials, (R_down, R_gate, R_up), dtype)._asdict()
     bounds = _bound_updates(g, u, dh, updates, ds, a, activation)
-    for name, got in (("h", h), *grads._asdict().items()):
+    for name, got in found.items():
         if got is not None:
-            want, bound = bounds[name]
+            want, bound = bounds[name.removesuffix(" of the backward")]
             if not bool(((got.double().cpu() - want).abs() <= bound).all()):
                 return name
     return None
@@ -432,7 +444,7 @@ def _find_wrong_update(
 def _bound_updates(
     g: Tensor, u: Tensor, dh: Tensor, updates: Updates, ds: Tensor, lora_A: Tensor, activation: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return h and `UpdatedGrads`' tensors in float64 on the CPU, each with a bound of the error.
+    """Return h, dg, du and `UpdateSums` in float64 on the CPU, each with a bound of the error.
 
     A result is rounded to the dtype once, and dg, du and h once more before they are multiplied.
     Between, sums in float32 are off by 2⁻¹⁶ of their terms at most: 256 rows, products of 3×TF32.

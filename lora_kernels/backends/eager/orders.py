@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, addmm, mm
 from torch.nn.functional import linear
 
+from ..library import mm_fp32
 from . import products
 
 # Whether a call was measured faster, by the index of its GPU, its dtype, and two shapes (`sizes`).
@@ -68,20 +69,29 @@ def gradient_S(dy: Tensor, lora_B: Tensor, scaling: float, out: Tensor | None = 
     return addmm(out, dy, lora_B, beta=0, alpha=scaling, out=out)
 
 
-def gradient_A(ds: Tensor, x: Tensor) -> Tensor:
-    """Return dA = dSᵀ·x [R, K] for dS [M, R] and x [M, K]."""
+def gradient_A(ds: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return dA = dSᵀ·x [R, K] in `dtype` for dS [M, R] and x [M, K].
+
+    dtype: x's, or float32 for 16 bits if `has_out_dtype`.
+    """
     if DA in winners and is_faster(DA, x, ds):
-        return outer(ds, x, 1.0, x.new_empty(ds.shape[1], x.shape[1]))
-    return mm(ds.t(), x)
+        return outer(ds, x, 1.0, x.new_empty(ds.shape[1], x.shape[1], dtype=dtype))
+    return mm(ds.t(), x) if dtype is x.dtype else mm_fp32(ds.t(), x)
 
 
-def gradient_B(dy: Tensor, p: Tensor, scaling: float) -> Tensor:
-    """Return dB = scaling·dyᵀ·P [N, R] for dy [M, N] and P [M, R]."""
+def gradient_B(dy: Tensor, p: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return dB = scaling·dyᵀ·P [N, R] in `dtype` for dy [M, N] and P [M, R].
+
+    dtype: as in `gradient_A`.
+    """
     if DB in winners and is_faster(DB, dy, p):
-        dB = dy.new_empty(dy.shape[1], p.shape[1])
+        dB = dy.new_empty(dy.shape[1], p.shape[1], dtype=dtype)
         outer(p, dy, scaling, dB.t())
         return dB
-    return products.scaled_mm(dy.t(), p, scaling)
+    if dtype is dy.dtype:
+        return products.scaled_mm(dy.t(), p, scaling)
+    dB = mm_fp32(dy.t(), p)  # an `addmm` that writes float32 takes another addend in torch 2.8
+    return dB if scaling == 1.0 else dB.mul_(scaling)
 
 
 def shrink(a: Tensor, small: Tensor, scale: float, out: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ UPCAST_ROWS, UPCAST_ROWS_PER_RANK = 64, 8
 MANY_ROWS = 64  # above it a copy of the adapters pays: A of a group stacked, adapters rounded
 PANEL = 16 << 20  # bytes of each of two float32 temporaries of `column_dot`; fewer, more kernels
 PART_ROUNDOFF = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-22}  # of hi + lo
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 # float16 parts of an adapter are those of 256 times it: without that, elements below 1e-4 lose
 # most of lo to subnormals. Elements of 256 and more overflow.
 _PRESCALE = {torch.bfloat16: 1.0, torch.float16: 256.0}
@@ -61,7 +61,7 @@ def is_in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None =
     dtype = dtype or activation.dtype
     return (
         dtype is not adapter.dtype
-        and dtype in _HALVES
+        and dtype in HALVES
         and activation.shape[0] > max(UPCAST_ROWS, UPCAST_ROWS_PER_RANK * min(adapter.shape))
         and has_out_dtype(activation)
         and torch.promote_types(dtype, adapter.dtype) is torch.float32
@@ -142,7 +142,7 @@ def shrink(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
         return product if prescale == 1.0 else product.mul_(scale / prescale)
     dtype = widest_dtype(a, small)
     a, small = to_dtype(a, dtype), to_dtype(small, dtype) if dim else to_dtype(small, dtype).t()
-    if dtype in _HALVES:
+    if dtype in HALVES:
         product = mm_fp32(a, small)
         return product if scale == 1.0 else product.mul_(scale)
     return scaled_mm(a, small, scale)
@@ -151,7 +151,7 @@ def shrink(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
 def shrink_rounded(a: Tensor, small: Tensor, scale: float) -> Tensor:
     """Return P or dS as `shrink` does for a small [n, R], but in 16 bits if both have one 16-bit
     dtype."""
-    if a.dtype is small.dtype and a.dtype in _HALVES:
+    if a.dtype is small.dtype and a.dtype in HALVES:
         return scaled_mm(a, small, scale)
     return shrink(a, small, 1, scale)
 

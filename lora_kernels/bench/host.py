@@ -1,9 +1,10 @@
 """`lora-kernels bench --host`: the host's time on the GPU path, ours beside PEFT's.
 
 On a CPU this is an emulation of the host's part: CPU tensors take the GPU path with eager's ops, so
-small that a GEMM takes about as long as its launch. A time is the thread's CPU time, torch on one
-thread. A driver's time, and Triton's launches, are not in it. With `--device cuda` a time lasts
-until the launches have returned, and the GPU's own is beside it.
+small that a GEMM takes about as long as its launch. Where Triton compiles, stub drivers take the
+launches of its kernels and of bitsandbytes'. A time is the thread's CPU time, torch on one thread.
+A driver's time is not in it. With `--device cuda` a time lasts until the launches have returned,
+and the GPU's own is beside it.
 
 A row is a layer, q/k/v, a gated MLP or transformers' Llama decoder layer, in one mode:
 
@@ -29,6 +30,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, cast
@@ -39,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backends.library import as_on_gpu
 from ..choice.choose import backend
-from . import blocks, peers, timing
+from . import blocks, peers, stub_drivers, timing
 from .blocks import Block, Cell, build_block
 from .results import Facts, Row, environment, peers_table, under_load
 from .table import Suite
@@ -49,6 +51,7 @@ EMULATED = (
     "An emulation on a CPU of the host's part of the GPU path: thread CPU time of tiny CPU "
     "tensors, without a GPU or its driver."
 )
+STUBBED = "Stub drivers take the launches of Triton's kernels and of bitsandbytes'."
 ROWS, RANK = 70, 8
 ROUNDS, CALLS = 100, 5  # of a measurement, and calls of each in a round
 LIMIT = 1.05  # of PEFT's time
@@ -233,6 +236,19 @@ def emulated(device: str) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _has_stubs(device: str) -> bool:
+    return device == "cpu" and stub_drivers.unavailable_reason() is None
+
+
+def _stubbed(device: str) -> AbstractContextManager[Any]:
+    return stub_drivers.stub_drivers() if _has_stubs(device) else contextlib.nullcontext()
+
+
+def _measures(device: str) -> str:
+    """Return what is timed on a CPU, in words."""
+    return f"{EMULATED} {STUBBED}" if _has_stubs(device) else EMULATED
+
+
 def cells() -> Iterator[Cell]:
     """Yield the kinds of layers, those of NF4 if bitsandbytes is installed."""
     for cell in CELLS:
@@ -242,7 +258,7 @@ def cells() -> Iterator[Cell]:
 
 def rows(args: argparse.Namespace, facts: Facts) -> Iterator[Row]:
     """Yield the rows of each block and kind of layer."""
-    with emulated(args.device):
+    with emulated(args.device), _stubbed(args.device):
         for name, cell in itertools.product(NAMES, cells()):
             yield from block_rows(name, cell, args.device)
 
@@ -251,7 +267,7 @@ def provenance(args: argparse.Namespace) -> Facts:
     """Return the machine, the versions and what was timed."""
     facts = environment(args.device)
     if args.device == "cpu":
-        facts |= {"backend": "eager", "threads": 1, "measures": EMULATED}
+        facts |= {"backend": "eager", "threads": 1, "measures": _measures(args.device)}
     return facts
 
 
@@ -266,7 +282,7 @@ def summary(rows: list[Row]) -> Iterator[str]:
 
 def _head(args: argparse.Namespace, result: Any) -> Iterator[str]:
     if args.device == "cpu":
-        yield EMULATED
+        yield _measures(args.device)
 
 
 SUITE = Suite(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import report
-from lora_kernels.bench import host
+from lora_kernels.bench import host, peers, stub_drivers
+from lora_kernels.bench.blocks import build_block
 from lora_kernels.bench.results import Row, flat, ratios
 from lora_kernels.bench.timing import Times
 from lora_kernels.oracle import tolerance
+from lora_kernels.peft import fuse
 
 pytest.importorskip("peft")
 
@@ -79,6 +82,38 @@ def test_host_calls_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch)
     with host.emulated("cpu"):
         rows = [*host.block_rows(name, host.CELLS[0], "cpu")]
     assert [row.mode for row in rows] == [*host.MODES]
+
+
+@pytest.mark.skipif(stub_drivers.unavailable_reason() is not None, reason="Triton is not installed")
+def test_host_launches_decodings_and_gated_kernels_of_both_sides() -> None:
+    pytest.importorskip("bitsandbytes")
+    cell = next(cell for cell in host.CELLS if cell.base == "nf4")
+    block = build_block(host.block_of("mlp", 64), cell, 8, "cpu")
+    sides = {"ours": fuse(nn.Sequential(copy.deepcopy(block)))[0], "peft": block}
+    weight = peers.projections_of(block)[0]
+    before, found = weight.dense(torch.float32), {}
+    with host.emulated("cpu"), stub_drivers.stub_drivers() as launched:
+        for (name, module), (mode, M) in itertools.product(sides.items(), host.MODES.items()):
+            x = torch.zeros(M, 64, dtype=cell.dtype).requires_grad_(mode in host.STEPS)
+            trained = [p for p in module.parameters() if p.requires_grad]
+            with torch.set_grad_enabled(mode in host.STEPS):
+                call = host.call_of(module, x, trained, mode, cell)
+                launched.clear()
+                call()
+            found[name, mode] = dict(launched)
+    once = {"gated_update_kernel": 1}
+    backward = {"gated_update_backward_kernel": 1, "gated_gradients_kernel": 1}
+    assert found == {
+        ("ours", "step"): {"dequantize_kernel": 6} | once | backward,
+        ("ours", "checkpointed"): {"dequantize_kernel": 8} | once | backward,
+        ("ours", "no_grad"): {"dequantize_kernel": 3} | once,
+        ("ours", "one_row"): {"gemm_4bit": 3} | once,
+        ("peft", "step"): {"dequantize_blockwise": 6, "dequantize_4bit": 6},
+        ("peft", "checkpointed"): {"dequantize_blockwise": 9, "dequantize_4bit": 9},
+        ("peft", "no_grad"): {"dequantize_blockwise": 3, "dequantize_4bit": 3},
+        ("peft", "one_row"): {"gemm_4bit": 3},
+    }
+    assert torch.equal(weight.dense(torch.float32), before)  # bitsandbytes computes again
 
 
 @pytest.mark.parametrize(

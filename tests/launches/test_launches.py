@@ -19,13 +19,14 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.backends import cuda, decoder, launches, triton, workspace
 from lora_kernels.backends.triton import FUSED
+from lora_kernels.bench.stub_drivers import stub_launches
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.oracle import forms
 from lora_kernels.quantization import QuantizedWeight, quantize_4bit
 from tests.support.allocations import Allocations
 from tests.support.emulator import emulator_unavailable_reason
-from tests.support.fake_driver import STREAM, Log, cpu_as_gpu, fake_cuda, fake_triton
+from tests.support.fake_driver import STREAM, Log, fake_cuda, fake_triton
 from tests.support.problems import bf16, f16, f32
 
 pytestmark = pytest.mark.skipif(triton.is_interpreted(), reason="the interpreter compiles nothing")
@@ -607,7 +608,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from lora_kernels.backends.cuda import launch
 
     names: list[str] = []
-    with cuda.emulate(7) as emulator, cpu_as_gpu() as patch:
+    with cuda.emulate(7) as emulator, stub_launches(), pytest.MonkeyPatch.context() as patch:
 
         class Emulator:
             def __getattr__(self, name: str) -> Any:

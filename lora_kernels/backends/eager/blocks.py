@@ -455,8 +455,8 @@ def updated_down_backward(
         ds = to_dtype(wide_ds * gate, dy.dtype)
     if dh is None:
         if needs.lora_A:
-            h = gated_mlp.gated_update(g, u, updates, activation)
-            dA = orders.gradient_A(ds, h, grad_dtype)
+            product = gated_mlp.gated_update(g, u, updates, activation)
+            dA = orders.gradient_A(ds, product, grad_dtype)
         return None, None, (), Grads(None, dA, dB, dgate, None, dbias)
     needs_gradients = needs_gradients or needs.lora_A
     dg, du, h, partials = gated_mlp.gated_update_backward(

@@ -26,9 +26,10 @@ from . import checked, workspace
 from .cpu import native
 from .library import is_on_gpu_path
 
-# The most rows for which `gemm_4bit` may decode inside the GEMM. For more it decodes the whole
-# weight, with one copy of the scales more than `dense` makes.
-FUSED_ROWS = 512
+# The most rows for which `gemm_4bit` may decode inside the GEMM of a weight of 4 Mi elements and
+# more, on all GPUs that bitsandbytes has measured. For more it decodes the whole weight, with one
+# copy of the scales more than `dense` makes.
+FUSED_ROWS = 256
 WHOLE = slice(None)
 _TRACING_MODES = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 

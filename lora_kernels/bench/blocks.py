@@ -76,6 +76,8 @@ CELLS = (
     Cell(_COMMON, _BF16, _F32, "nf4", autocast=True),
     # The norms' outputs after `prepare_model_for_kbit_training`.
     Cell(f"{_COMMON}, fp32 x", _BF16, _F32, "nf4", autocast=True, x_dtype=_F32),
+    # A layer behind a norm that returns float32, as in gated delta networks.
+    Cell("bf16, fp32 adapters, autocast, fp32 x", _BF16, _F32, autocast=True, x_dtype=_F32),
 )
 BLOCKS = (
     Block("layer", 4096, (4096,)),

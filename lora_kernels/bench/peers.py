@@ -15,8 +15,8 @@ tensor in x's dtype:
 - "addmm" is what one writes without a Function for the block: one a projection that saves P,
   PyTorch's own silu(g) ⊙ u, and a sum of the dx by autograd.
 
-Adapters of another dtype are cast in each direction. A 4-bit W is decoded by bitsandbytes' ops in
-each direction, one kernel and two for nested scales.
+Adapters of another dtype are cast in each direction. A 4-bit W is decoded in each direction: by one
+kernel in Unsloth, else by bitsandbytes' ops, one kernel and two for nested scales.
 """
 
 from __future__ import annotations
@@ -35,19 +35,26 @@ from .baselines import Forward
 
 
 class Projection(NamedTuple):
-    """A frozen weight [N, K] with its adapter A [R, K] and B [N, R]."""
+    """A frozen weight [N, K] with its adapter A [R, K] and B [N, R].
+
+    decodes_at_once: whether one kernel decodes a 4-bit weight.
+    """
 
     weight: Tensor | Codes
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    decodes_at_once: bool = False
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return W; a 4-bit weight is decoded to `dtype`."""
-        if not isinstance(self.weight, Codes):
-            return self.weight
+        weight = self.weight
+        if not isinstance(weight, Codes):
+            return weight
         shape = self.lora_B.shape[0], self.lora_A.shape[1]
-        return bitsandbytes_dense(self.weight, shape, dtype)
+        if self.decodes_at_once and weight.packed.is_meta:  # counted; bitsandbytes computes
+            return torch.ops.lora_kernels.decode(*weight, *shape, dtype)  # type: ignore[no-any-return]
+        return bitsandbytes_dense(weight, shape, dtype)
 
 
 def bitsandbytes_dense(weight: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -84,15 +91,17 @@ class Policy(NamedTuple):
         saves_p: P is saved for dB, not computed again.
         reuses_ds: dS is computed once for dA and dx.
         overwrites_x: dx takes the memory of x.
+        decodes_at_once: one kernel decodes a 4-bit weight.
     """
 
     saves_p: bool = False
     reuses_ds: bool = True
     overwrites_x: bool = False
+    decodes_at_once: bool = False
 
 
-UNSLOTH = Policy(reuses_ds=False)
-UNSLOTH_INPLACE = Policy(reuses_ds=False, overwrites_x=True)
+UNSLOTH = Policy(reuses_ds=False, decodes_at_once=True)
+UNSLOTH_INPLACE = UNSLOTH._replace(overwrites_x=True)
 AXOLOTL, ADDMM = Policy(), Policy(saves_p=True)
 
 
@@ -147,7 +156,8 @@ class _Frozen(NamedTuple):
     def projections(self, adapters: Sequence[Tensor], dtype: torch.dtype) -> list[Projection]:
         """Return the projections with their adapters, A and B in turns, cast to `dtype`."""
         adapters = [t.to(dtype) for t in adapters]
-        return [*map(Projection, self.weights, adapters[::2], adapters[1::2], self.scalings)]
+        parts = zip(self.weights, adapters[::2], adapters[1::2], self.scalings, strict=True)
+        return [Projection(*each, self.policy.decodes_at_once) for each in parts]
 
 
 class FusedProjections(torch.autograd.Function):

@@ -382,16 +382,21 @@ def _cast(block: Block) -> Sequence[Record]:
     n, shared = len(layers), 2 if block.activation else len(layers)
     adapters = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
     if any([t.dtype is not dtype for t in adapters]):
-        ranks, A = [A.shape[0] for A in adapters[:shared]], adapters[0]
-        copies = [*A.new_empty(sum(ranks), A.shape[1], dtype=dtype).split_with_sizes(ranks)]
-        copies += [t.new_empty(t.shape, dtype=dtype) for t in adapters[shared:]]
+        copies: list[Tensor] = []
+        if shared > 1:
+            ranks, A = [A.shape[0] for A in adapters[:shared]], adapters[0]
+            stacked = A.new_empty(sum(ranks), A.shape[1], dtype=dtype)
+            copies = [*stacked.split_with_sizes(ranks)]
+        copies += [t.new_empty(t.shape, dtype=dtype) for t in adapters[len(copies) :]]
         torch._foreach_copy_(copies, adapters)
         adapters = copies
-    weights = [t if type(t) is Codes else to_dtype(t, dtype) for t in (r.weight for r in layers)]
-    return [
-        layer._replace(weight=weights[i], lora_A=adapters[i], lora_B=adapters[n + i])
-        for i, layer in enumerate(layers)
-    ]
+    found = []
+    for i, layer in enumerate(layers):
+        weight, _, _, *others = layer
+        if type(weight) is not Codes:
+            weight = to_dtype(weight, dtype)
+        found.append(Record(weight, adapters[i], adapters[n + i], *others))
+    return found
 
 
 def _versions(layers: Sequence[Record], need_x: bool, casts: bool) -> list[int]:

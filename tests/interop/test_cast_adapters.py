@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import library
+from lora_kernels.backends.eager import blocks
 from lora_kernels.backends.eager.products import MANY_ROWS
 from lora_kernels.bench import baselines, counter
 from lora_kernels.integrations import FuseCallback
@@ -337,3 +338,23 @@ def test_explain_of_few_rows_does_not_say_that_adapters_are_rounded(rows: int) -
     model = fuse(stock("linear"), cast_adapters=True)
     (row,) = explain(model, x_dtype=bf16, rows=rows).rows
     assert ("rounded" in row.reason) is (rows > MANY_ROWS)
+
+
+def test_stacked_adapters_are_a_view_only_if_they_lie_one_below_the_other() -> None:
+    memory = torch.arange(96.0).view(12, 8)
+    other = memory.clone()
+    first, second, third = memory.split([3, 4, 5])
+    for parts, is_view in (
+        ([first, second, third], True),
+        ([second, third], True),
+        ([first], True),
+        ([first, third], False),
+        ([second, first], False),
+        ([first, first], False),
+        ([first, other[3:7]], False),
+        ([memory[:3, :4], memory[3:7, :4]], False),
+        ([memory.t()[:2], memory.t()[2:4]], False),
+    ):
+        stacked = blocks.stack(parts)
+        assert torch.equal(stacked, torch.cat(parts)), parts
+        assert (stacked.data_ptr() == parts[0].data_ptr()) is is_view, parts

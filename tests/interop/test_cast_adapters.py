@@ -354,6 +354,7 @@ def test_stacked_adapters_are_a_view_only_if_they_lie_one_below_the_other() -> N
         ([first, other[3:7]], False),
         ([memory[:3, :4], memory[3:7, :4]], False),
         ([memory.t()[:2], memory.t()[2:4]], False),
+        ([square.t() for square in torch.arange(8.0).view(2, 2, 2)], False),
     ):
         stacked = blocks.stack(parts)
         assert torch.equal(stacked, torch.cat(parts)), parts

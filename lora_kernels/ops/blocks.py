@@ -100,6 +100,11 @@ class Block(NamedTuple):
     has_others: bool
     activation: str
 
+    @property
+    def cast_to(self) -> torch.dtype | None:
+        """The dtype of the copies of what is cast; None if nothing is."""
+        return self.dtype if self.casts else None
+
     def tensors(self) -> list[Tensor | None]:
         """Return what may need a gradient: all A, all B, and then all biases and all gates."""
         layers = self.layers
@@ -399,19 +404,28 @@ def _cast(block: Block) -> Sequence[Record]:
     return found
 
 
-def _versions(layers: Sequence[Record], need_x: bool, casts: bool) -> list[int]:
+def _versions(
+    layers: Sequence[Record], needs_input: Sequence[bool], cast_to: torch.dtype | None
+) -> list[int]:
     """Return for each layer the sum of the versions of what the backward reads, which only grow.
 
     Empty if one of them is an inference tensor, which has none.
+
+    Args:
+        needs_input: whether the backward computes the gradient of each layer's input.
+        cast_to: the dtype of the copies that `_cast` made and the backward reads; None without.
     """
     versions = []
     try:
-        for layer in layers:
+        for layer, need_x in zip(layers, needs_input, strict=True):
             weight, A, B, gate = layer.weight, layer.lora_A, layer.lora_B, layer.rank_gate
             total = 0
             if need_x:
-                total += (weight[0] if type(weight) is Codes else weight)._version
-            if not casts:
+                if type(weight) is Codes:
+                    total += weight[0]._version
+                elif cast_to in (None, weight.dtype):
+                    total += weight._version
+            if cast_to is None:
                 total += B._version + A._version if need_x else B._version
             if gate is not None:
                 total += gate._version
@@ -419,6 +433,16 @@ def _versions(layers: Sequence[Record], need_x: bool, casts: bool) -> list[int]:
     except RuntimeError:
         return []
     return versions
+
+
+def _needs_inputs(needs: Sequence[bool]) -> tuple[bool, bool, bool]:
+    """Return whether a gated MLP's backward computes dx, dx and dh, the inputs' gradients of gate,
+    up and down.
+
+    needs: `ctx.needs_input_grad`. An operand of gate or up needs dh, whether or not x does.
+    """
+    need_x, _, _, *of_layers = needs
+    return need_x, need_x, need_x or any([need for i, need in enumerate(of_layers) if i % 3 != 2])
 
 
 def _layer_tensors(ctx: Any) -> list[Any]:
@@ -527,7 +551,7 @@ class LinearFunction(_BlockFunction):
         y, p, _ = eager.linear_output(rows, layer)
         need_x, need_A, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, p)
-        ctx.layer, ctx.version, ctx.x_shape = layer, _versions((layer,), need_x, False), shape
+        ctx.layer, ctx.version, ctx.x_shape = layer, _versions((layer,), (need_x,), None), shape
         return y if len(shape) == 2 else set_leading_dims_(y, shape[:-1])
 
     @staticmethod
@@ -535,7 +559,7 @@ class LinearFunction(_BlockFunction):
         x, p = saved
         layer, shape = ctx.layer, ctx.x_shape
         need_x, need_A, need_B, _ = ctx.needs_input_grad
-        if ctx.version != _versions((layer,), need_x, False):
+        if ctx.version != _versions((layer,), (need_x,), None):
             raise RuntimeError(_CHANGED)
         if context.is_batched(dy):
             needs = Needs(need_x, need_A, need_B)
@@ -561,16 +585,20 @@ def _copies(layers: Sequence[Record], originals: Sequence[Record]) -> list[Any]:
 
 
 def _load(
-    ctx: Any, copies: Sequence[Any], need_x: bool, dys: Sequence[Tensor | None] | None = None
+    ctx: Any,
+    copies: Sequence[Any],
+    needs_input: Sequence[bool],
+    dys: Sequence[Tensor | None] | None = None,
 ) -> Sequence[Record]:
     """Return the layers as the forward had them. RuntimeError if their tensors have changed.
 
+    needs_input: as in `_versions`.
     dys: the gradient of each layer's y. A layer whose y has none is not checked: after a write to
         its tensors, its own call has computed another y.
     """
     block: Block = ctx.block
     layers, casts = block.layers, block.casts
-    versions = _versions(layers, need_x, casts)
+    versions = _versions(layers, needs_input, block.cast_to)
     if ctx.version != versions:
         compared = zip(ctx.version, versions, dys or versions, strict=True)
         if any(saved != current and dy is not None for saved, current, dy in compared):
@@ -662,7 +690,8 @@ class LinearsFunction(_BlockFunction):
         copies = _copies(layers, block.layers) if casts else ()
         ctx.save_for_backward(saved_x, mask, *_used(ps, needs, len(layers)), *copies)
         ctx.block, ctx.x_shape, ctx.x_dtype = block, shape, x.dtype
-        ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
+        needs_input = (ctx.needs_input_grad[0],) * len(layers)
+        ctx.version = _versions(block.layers, needs_input, block.cast_to)
         if len(shape) != 2 or block.y_dtype is not dtype:
             ys = [set_leading_dims_(to_dtype(y, block.y_dtype), shape[:-1]) for y in ys]
         return tuple(ys)
@@ -674,7 +703,7 @@ class LinearsFunction(_BlockFunction):
         n, dtype = len(block.layers), block.dtype
         x, mask, *others = saved
         need_x, _, *needs = ctx.needs_input_grad
-        layers = _load(ctx, others[n:], need_x, dys)
+        layers = _load(ctx, others[n:], (need_x,) * n, dys)
         is_batched = any([dy is not None and context.is_batched(dy) for dy in dys])
         dys = tuple([None if dy is None else _rows(dy, dtype) for dy in dys])
         x, ps = None if x is None else _rows(x, dtype), others[:n]
@@ -716,7 +745,7 @@ class GatedMLPFunction(_BlockFunction):
         ctx.save_for_backward(saved_x, found.g, found.u, *ps, *copies)
         ctx.block, ctx.x_shape, ctx.x_dtype = block, x.shape, x.dtype
         ctx.unfinished, ctx.adds_updates = unfinished, found.updates is not None
-        ctx.version = _versions(block.layers, ctx.needs_input_grad[0], casts)
+        ctx.version = _versions(block.layers, _needs_inputs(ctx.needs_input_grad), block.cast_to)
         shape = *x.shape[:-1], layers[2].lora_B.shape[0]
         return x.new_empty_strided(shape, (0,) * len(shape), dtype=block.y_dtype)
 
@@ -726,17 +755,15 @@ class GatedMLPFunction(_BlockFunction):
         dtype, is_plain, activation = block.dtype, block.is_plain, block.activation
         x, g, u, p_gate, p_up, *copies = saved
         need_x, _, _, *needs = ctx.needs_input_grad
-        layers = _load(ctx, copies, need_x)
+        needs_input = _needs_inputs(ctx.needs_input_grad)
+        layers = _load(ctx, copies, needs_input)
         is_batched, dy = context.is_batched(dy), _rows(dy, dtype)
         x, ps = None if x is None else _rows(x, dtype), (p_gate, p_up)
         p_down = ctx.unfinished[0] if _needs_p(2, needs, 3) else None
         need_A, need_B, need_bias, need_gate = needs[:3], needs[3:6], needs[6:9], needs[9:]
-        need_h = need_x or any(
-            [any(needed[:2]) for needed in (need_A, need_B, need_bias, need_gate)]
-        )
         need_gate_of_down, need_bias_of_down = any(need_gate[2:]), any(need_bias[2:])
         down_needs = Needs(
-            need_h, need_A[2], need_B[2], need_gate_of_down, False, need_bias_of_down
+            needs_input[2], need_A[2], need_B[2], need_gate_of_down, False, need_bias_of_down
         )
         need = BlockNeeds(need_x, need_A[:2], need_B[:2], need_bias[:2], need_gate[:2])
         gate_and_up, grad_dtype = (x, ps, layers[:2]), _grad_dtype(block, (dy,))

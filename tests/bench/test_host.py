@@ -114,6 +114,7 @@ def test_host_launches_decodings_and_gated_kernels_of_both_sides() -> None:
         ("peft", "one_row"): {"gemm_4bit": 3},
     }
     assert torch.equal(weight.dense(torch.float32), before)  # bitsandbytes computes again
+    assert torch.tensor(1e-40).mul(1.0) > 0  # and a CPU subnormal numbers
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lora_kernels.bench import baselines, counter
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse, linear, unfuse
 from tests.support.assertions import assert_bitwise_equal
-from tests.support.peft_models import randomize
+from tests.support.peft_models import in_float64, randomize
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 K, N, R, ALPHA = 64, 128, 5, 7
@@ -38,6 +38,14 @@ class QKV(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
 
+class UnusedQ(QKV):
+    """q is computed with k and v, and its y has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, k, v = self.q(x), self.k(x), self.v(x)
+        return torch.cat([k, v], -1)
+
+
 class GLU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +60,7 @@ BASES = {
     "linear": lambda: nn.Linear(K, N),
     "called": lambda: Called(K, N),
     "qkv": QKV,
+    "unused q": UnusedQ,
     "mlp": GLU,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -95,7 +104,8 @@ def cast_model(model: Any, dtype: torch.dtype = bf16) -> Any:
 
 def step(model: Any, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    unused = ".q." if isinstance(model.base_model.model[0], UnusedQ) else "none"
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad and unused not in n}
     torch.manual_seed(3)
     y = model(x)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
@@ -139,6 +149,34 @@ def test_cast_adapters_compute_as_16_bit_adapters_do(dtype, base, config, rows=7
     if base != "called" and config == "lora":
         factors = [t for t in got.values() if t.dtype is f32]
         assert not any(torch.equal(t.to(dtype).float(), t) for t in factors)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base != "called"])
+def test_float32_gradients_are_close_to_float64(base) -> None:
+    """A weight, x, P and dS in bfloat16, each rounded to 9 bits, give at most 2⁻⁶ of the norm."""
+    model = stock(base)
+    got = step(fuse(copy.deepcopy(model), cast_adapters=True), input_of())
+    want = step(in_float64(model), input_of().double())
+    for name, t in want.items():
+        error = (got[name].double() - t).norm() / t.norm()
+        assert error <= 2.0**-6, (name, float(error))
+        is_factor = "lora_" in name
+        assert not is_factor or not torch.equal(got[name].to(bf16).float(), got[name]), name
+
+
+@pytest.mark.parametrize("wide", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("base", ["linear", "qkv", "mlp"])
+def test_adapters_of_two_dtypes_are_cast(base, wide) -> None:
+    model = stock(base)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(f32 if wide in name else bf16)
+    got = step(fuse(copy.deepcopy(model), cast_adapters=True), input_of())
+    want = step(in_float64(model), input_of().double())
+    for name, t in want.items():
+        error = (got[name].double() - t).norm() / t.norm()
+        assert error <= 2.0**-6, (name, float(error))
+        assert got[name].dtype is (f32 if wide in name else bf16), name
 
 
 def test_cast_adapters_of_named_rows_compute_as_16_bit_adapters_do() -> None:

@@ -406,6 +406,7 @@ def mlp_rows(model: Any) -> list[Any]:
 TRAINED = {
     "down": lambda model: [freeze(name)(model) for name in ("gate_proj", "up_proj")],
     "gate": lambda model: [freeze(name)(model) for name in ("down_proj", "up_proj")],
+    "up": lambda model: [freeze(name)(model) for name in ("down_proj", "gate_proj")],
     "B of down": lambda m: [freeze(n)(m) for n in ("gate_proj", "up_proj", "lora_A")],
     "gate and up": freeze("down_proj"),
 }
@@ -660,17 +661,38 @@ def test_block_saves_g_and_u_and_no_h() -> None:
     assert len({t.data_ptr() for t in saved if t.shape[-1] == H and t.shape[0] == 80}) == 2
 
 
-WEIGHTS = ["gate_proj.base_layer", "up_proj.lora_A.default", "down_proj.lora_B.default"]
+PROJECTIONS = "gate_proj", "up_proj", "down_proj"
+OPERANDS = "base_layer", "lora_A.default", "lora_B.default"
+WEIGHTS = [f"{projection}.{operand}" for projection in PROJECTIONS for operand in OPERANDS]
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("needs_x", [True, False], ids=["dx", "no dx"])
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_write_to_a_weight_before_the_backward_raises(name: str) -> None:
-    _, fused = pair()
-    y = fused(input_of().requires_grad_())
-    with torch.no_grad():
-        parent_of(fused).get_submodule(name).weight.mul_(2.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+def test_write_to_an_operand_before_the_backward_changes_no_gradient(
+    name: str, needs_x: bool, autocast: bool
+) -> None:
+    """The backward raises where PEFT's does. Else its gradients are those without the write."""
+
+    def gradients(model: Any, writes: bool) -> list[Tensor] | None:
+        x = input_of(f32).requires_grad_(needs_x)
+        with torch.autocast("cpu", bf16, enabled=autocast):
+            y = model(x)
+        wanted = [*([x] if needs_x else ()), *(p for p in model.parameters() if p.requires_grad)]
+        if writes:
+            with torch.no_grad():
+                parent_of(model).get_submodule(name).weight.mul_(2.0)
+        try:
+            return list(torch.autograd.grad(y, wanted, torch.ones_like(y)))
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)  # noqa: PT017
+            return None
+
+    stock, fused = pair(f32)
+    want, got = gradients(fused, False), gradients(fused, True)
+    assert (got is None) == (gradients(stock, True) is None)
+    if got is not None:
+        assert_bitwise_equal(got, want)
 
 
 def change_x(m: Any, x: Tensor) -> Tensor:

@@ -182,6 +182,14 @@ def test_alora_among_rows_that_name_adapters_equals_peft(offsets: Any) -> None:
     assert ops == {"multi_lora_linear": 2}
 
 
+def test_rows_that_name_adapters_are_found_beside_another_default_device() -> None:
+    fused, x = fuse(alora_mlp()), batch()
+    kwargs = {"adapter_names": ["default"] * 3, "alora_offsets": [2, None, 3]}
+    want = WithOffsets(fused, **kwargs)(x)
+    with torch.device("meta"):
+        assert torch.equal(WithOffsets(fused, **kwargs)(x), want)
+
+
 def test_alora_draws_its_mask_by_rows() -> None:
     """The row of x gives the row of the mask, wherever the adapter is active."""
     stock, fused = pair(alora_mlp(lora_dropout=0.3).train())

@@ -107,6 +107,19 @@ def test_kernels_pass_their_check() -> None:
     assert reason == "Triton's kernels do not take torch.float64"
 
 
+def test_each_kernel_that_is_compiled_is_checked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for a number of elements that 16 divides, and for any."""
+    compared: list[Any] = []
+    monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
+    monkeypatch.setattr(eager_mlp, "compare_kernels", lambda *args: compared.append(args[:3]))
+    kinds = [("silu", torch.bfloat16, 32), ("silu", torch.bfloat16, 33)]
+    kinds += [("gelu", torch.bfloat16, 32), ("silu", torch.float16, 32)]
+    for activation, dtype, elements in kinds * 2:
+        device = torch.device(DEVICE)
+        assert eager_mlp.kernel_reason(device, dtype, activation, elements) is None
+    assert compared == [(act, dtype, elements == 32) for act, dtype, elements in kinds]
+
+
 @every_dtype
 @every_activation
 def test_du_is_of_the_rounded_activation(activation: str, dtype: torch.dtype) -> None:

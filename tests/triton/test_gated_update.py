@@ -126,7 +126,11 @@ def assert_as_exact(
         assert error <= 1.5 * peers + rounding, (i, float(error), float(peers), float(rounding))
 
 
-RANKS = (1, 1, 1), (8, 8, 8), (16, 16, 16), (24, 5, 16), (32, 32, 32), (64, 64, 64)
+# Those that differ: gate, up and down in turn are in a larger block of 16 ranks than the others.
+RANKS = (
+    *((R, R, R) for R in (1, 8, 16, 32, 64)),
+    *((24, 5, 16), (5, 24, 16), (8, 8, 40)),
+)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -171,18 +175,17 @@ def test_gradients_of_what_is_not_frozen_are_the_same(frozen: tuple[int, ...]) -
             t.requires_grad_()
 
 
-def test_all_adapters_frozen_but_that_of_down() -> None:
+@pytest.mark.parametrize("trained", ["lora_A lora_B", "lora_B", "bias", "rank_gate"])
+def test_all_operands_frozen_but_some_of_down(trained: str) -> None:
     """dh is then needed by nothing."""
-    sample = draw(40, 72, (8, 8, 8), torch.float32)
-    want = ours(sample, "silu")
-    for layer in sample.layers[:2]:
-        layer.lora_A.requires_grad_(False), layer.lora_B.requires_grad_(False)
-    sample.x.requires_grad_(False)
-    leaves = sample.layers[2][1:3]
+    sample = draw(40, 72, (8, 8, 8), torch.float32, options=True)
+    want = dict(zip(map(id, sample.leaves), ours(sample, "silu")[1:], strict=True))
+    for t in sample.leaves:
+        t.requires_grad_(False)
+    leaves = [getattr(sample.layers[2], name).requires_grad_() for name in trained.split()]
     y = blocks.gated_mlp(sample.x, block_of(sample, "silu"))
-    found = torch.autograd.grad(y, leaves, sample.dy)
-    for got, exact in zip(found, want[-2:], strict=True):
-        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+    for t, got in zip(leaves, torch.autograd.grad(y, leaves, sample.dy), strict=True):
+        torch.testing.assert_close(got, want[id(t)], rtol=1e-5, atol=1e-5)
 
 
 def test_few_rows_leave_the_gradients_to_gemms() -> None:
@@ -271,8 +274,28 @@ def test_reasons_for_the_other_order() -> None:
     assert eager_mlp.updates_reason(layers, device, torch.bfloat16, "silu") == "rank 65 is above 64"
     reason = eager_mlp.updates_reason(layers, device, torch.float32, "silu")
     assert reason == "lora_A is in torch.bfloat16, not in x's torch.float32"
-    wide = [layer._replace(lora_A=layer.lora_A.double()) for layer in layers]
-    assert "torch.float64" in str(eager_mlp.updates_reason(wide, device, torch.bfloat16, "silu"))
+    for name in ("lora_A", "lora_B"):
+        wide = [layer._replace(**{name: getattr(layer, name).double()}) for layer in layers]
+        reason = eager_mlp.updates_reason(wide, device, torch.bfloat16, "silu")
+        assert reason == f"{name} is in torch.float64, not in x's torch.bfloat16"
+
+
+def test_each_kernel_that_is_compiled_is_checked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for the ranks, the dtype and a number of columns that 16 divides."""
+    compared: list[Any] = []
+    monkeypatch.setattr(eager_mlp, "kernel_reasons", {})
+    monkeypatch.setattr(eager_mlp, "compare_updates", lambda *args: compared.append(args[:4]))
+    device = torch.device(DEVICE)
+    kinds = [
+        *(("silu", torch.bfloat16, H, (8, 8, 8)) for H in (32, 33)),
+        ("gelu", torch.bfloat16, 32, (8, 8, 8)),
+        ("silu", torch.float16, 32, (8, 8, 8)),
+        *(("silu", torch.bfloat16, 32, R) for R in ((16, 8, 8), (8, 16, 8), (8, 8, 16))),
+    ]
+    for activation, dtype, H, ranks in kinds * 2:
+        layers = draw(1, H, ranks, dtype).layers
+        assert eager_mlp.updates_reason(layers, device, dtype, activation) is None
+    assert compared == [(act, dtype, H == 32, ranks) for act, dtype, H, ranks in kinds]
 
 
 def test_amd_keeps_the_other_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,19 @@ def test_outer_writes_da_and_db_rounded_once(
     assert tolerance.compare(got, want, eager, 2.0**-8, [M]).ok
 
 
+def test_kernels_write_float32_gradients_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cast adapter, whose gradient nothing has rounded."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(orders, "winners", dict.fromkeys(orders.SKINNY, lambda *args: True))
+    s, v = draw(133, 16), draw(133, 203)
+    for got, want in (
+        (orders.gradient_A(s, v, torch.float32), s.double().t() @ v.double()),
+        (orders.gradient_B(v, s, 0.5, torch.float32), 0.5 * (v.double().t() @ s.double())),
+    ):
+        assert got.dtype is torch.float32
+        assert (got - want).norm() <= 2.0**-16 * want.norm()
+
+
 @pytest.mark.parametrize("name", ["odd sizes", "memory"])
 @pytest.mark.parametrize("kind", orders.SKINNY)
 def test_claim_of_a_skinny_kernel_holds(

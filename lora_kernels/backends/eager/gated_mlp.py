@@ -363,8 +363,9 @@ def updates_reason(
     layers: gate, up and down, computed in `dtype`.
     """
     for layer in layers:
-        if not layer.lora_A.dtype is layer.lora_B.dtype is dtype:
-            return f"lora_A is in {layer.lora_A.dtype}, not in x's {dtype}"
+        for name, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if factor.dtype is not dtype:
+                return f"{name} is in {factor.dtype}, not in x's {dtype}"
     ranks = tuple([layer.lora_A.shape[0] for layer in layers])
     reason = configs.gated_update_reason(dtype.itemsize, max(ranks))
     if reason is not None:

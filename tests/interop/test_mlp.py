@@ -685,7 +685,7 @@ def test_write_to_an_operand_before_the_backward_changes_no_gradient(
         try:
             return list(torch.autograd.grad(y, wanted, torch.ones_like(y)))
         except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)  # noqa: PT017
+            assert "modified by an inplace operation" in str(error)
             return None
 
     stock, fused = pair(f32)

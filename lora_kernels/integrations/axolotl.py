@@ -29,6 +29,7 @@ class FuseArgs(BaseModel):
     lora_kernels_loss: bool = False
     lora_kernels_qualify: Literal["cached", "now", "off"] = "cached"
     lora_kernels_exact_merge: Literal["host", "device"] | None = None
+    lora_kernels_mlp_tile_rows: int | Literal["auto"] | None = None
 
 
 class FusePlugin(BasePlugin):  # type: ignore[misc]
@@ -62,6 +63,7 @@ class FusePlugin(BasePlugin):  # type: ignore[misc]
             arguments.lora_kernels_loss,
             arguments.lora_kernels_qualify,
             exact_merge=arguments.lora_kernels_exact_merge,
+            mlp_tile_rows=arguments.lora_kernels_mlp_tile_rows,
         )
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from ..peft import explain, fuse
 from ..peft.base import missing_layers
 from ..peft.explain_rows import ADAPTER, LIBRARY, PEFT, TORCH
 from ..peft.merge import check_exact_merge
-from ..peft.swap import check_qualify, lora_layers
+from ..peft.swap import check_qualify, check_tile_rows, lora_layers
 
 MAX_REASONS = 3  # number of printed reasons of a state
 MAX_UNFUSED_SHARE = 0.1  # a larger share of layers that run PEFT's forward gives a warning
@@ -86,11 +86,11 @@ class FuseCallback(LayerReport, VerdictLog):
     once.
 
     Args:
-        linears, loss, qualify, blocks, cast_adapters, exact_merge: as `fuse`'s.
+        linears, loss, qualify, blocks, cast_adapters, exact_merge, mlp_tile_rows: as `fuse`'s.
 
-    Raises ValueError if `qualify` or `exact_merge` has another value. The trainer's `__init__`
-    raises ValueError if the model has no LoRA layers, or a layer whose base `exact_merge` cannot
-    copy.
+    Raises ValueError if `qualify`, `exact_merge` or `mlp_tile_rows` has another value. The
+    trainer's `__init__` raises ValueError if the model has no LoRA layers, or a layer whose base
+    `exact_merge` cannot copy.
 
     >>> from lora_kernels.integrations import FuseCallback
     >>> callback = FuseCallback()  # SFTTrainer(..., peft_config=config, callbacks=[callback])
@@ -105,12 +105,14 @@ class FuseCallback(LayerReport, VerdictLog):
         blocks: bool = True,
         cast_adapters: bool = False,
         exact_merge: str | None = None,
+        mlp_tile_rows: int | str | None = None,
     ) -> None:
         check_qualify(qualify)
         check_exact_merge(exact_merge)
+        check_tile_rows(mlp_tile_rows)
         self.settings: dict[str, Any] = {"linears": linears, "loss": loss, "qualify": qualify}
         self.settings |= {"blocks": blocks, "cast_adapters": cast_adapters}
-        self.settings["exact_merge"] = exact_merge
+        self.settings |= {"exact_merge": exact_merge, "mlp_tile_rows": mlp_tile_rows}
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"args": self.settings}

@@ -301,6 +301,29 @@ def gated_mlp(x: Tensor, block: Block) -> Tensor:
     return cast(Tensor, y)
 
 
+def gated_mlp_like(block: Block) -> tuple[int, torch.dtype]:
+    """Return N and the dtype of `gated_mlp`'s result."""
+    return block.layers[2].lora_B.shape[0], block.y_dtype
+
+
+def gated_mlp_forward(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Return `gated_mlp`'s y, without a graph, and P of the down-projection."""
+    unfinished: list[Any] = [_gate_and_up(x, block, _cast(block))]
+    y = _gated_mlp_output(x, block, unfinished)
+    return y, unfinished[0]
+
+
+def gated_mlp_again(x: Tensor, block: Block, p: Tensor) -> Tensor:
+    """Return `gated_mlp`'s y with its graph and without values, from P of the down-projection.
+
+    The down-projection does not run. What the backward needs of it is P.
+    """
+    unfinished: list[Any] = []
+    y = GatedMLPFunction.apply(x, block, unfinished, *block.tensors())
+    unfinished[:] = [p]
+    return cast(Tensor, y)
+
+
 class _GateAndUp(NamedTuple):
     """g and u of a gated MLP, before h.
 

@@ -38,7 +38,7 @@ from .frozen import StreamedLinear, zero_adapter
 from .groups import Group
 from .linear import Fused
 from .loss import call_reason, has_active_adapter, model_reason, read_head
-from .mlp import block_reason, mlp_reasons
+from .mlp import block_reason, mlp_reasons, tile_state_reason
 from .modules import is_linear4bit
 from .packed import remedy
 from .read import active_names, read_call
@@ -454,15 +454,33 @@ def row_of_group(name: str, group: Group, x_dtype: torch.dtype | None, rows: Seq
 def rows_of_mlps(
     model: nn.Module, x_dtype: torch.dtype | None, rows: Sequence[int]
 ) -> Iterator[Row]:
-    """Yield the row of each module on a GPU that may be a gated MLP, for the largest row count."""
+    """Yield the row of each module on a GPU, or with rows of a tile, that may be a gated MLP, for
+    the largest row count."""
     for name, mlp, reason in mlp_reasons(model):
-        if not any(is_on_gpu_path(p.device.type) for p in mlp.parameters()):
+        is_on_gpu = any(is_on_gpu_path(p.device.type) for p in mlp.parameters())
+        tile_rows = getattr(mlp, "_tile_rows", None)
+        if not (is_on_gpu or tile_rows):
             continue
-        block = reason or _find_block(mlp, x_dtype, max(rows))
+        if not is_on_gpu:
+            block: Block | str = "a CPU runs its layers one by one"
+        else:
+            block = reason or _find_block(mlp, x_dtype, max(rows))
+        tiles, clause = _tile_clause(mlp, tile_rows)
         if isinstance(block, str):
-            yield Row(name, TORCH, "torch", "layer by layer", block)
+            yield Row(name, TORCH, "torch", f"layer by layer{tiles}", block + clause)
             continue
-        yield Row(name, LIBRARY, "eager", "one block", f"a gated MLP; {_mlp_clause(block)}")
+        clause = f"a gated MLP; {_mlp_clause(block)}{clause}"
+        yield Row(name, LIBRARY, "eager", f"one block{tiles}", clause)
+
+
+def _tile_clause(mlp: Any, rows: int | None) -> tuple[str, str]:
+    """Return what the row of a gated MLP says of its tiles, in its strategy and in its reason."""
+    if rows is None:
+        return "", ""
+    if (reason := tile_state_reason(mlp)) is not None:
+        return "", f"; not in tiles: {reason}"
+    text = "; of more rows only x is kept, and the backward computes each tile's forward again"
+    return f", in tiles of at most {rows} rows", text
 
 
 def _mlp_clause(block: Block) -> str:

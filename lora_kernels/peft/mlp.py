@@ -20,13 +20,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends import workspace
 from ..backends.eager.gated_mlp import ACTIVATIONS
-from ..ops import blocks
+from ..ops import blocks, context, tiles
 from . import direct
 from .linear import Fused, set_class
-from .modules import is_conv1d, original_forward, patched_reason
+from .modules import hooks_of, is_conv1d, original_forward, patched_reason
 from .zero3 import is_gathered_in_call
 
 # The children's names of gate, up and down.
@@ -36,6 +38,7 @@ NAMES = (
     ("w1", "w3", "w2"),
 )
 _MERGED = "gate_up_proj"  # Phi-3's gate and up
+MIN_TILE_ROWS = 1024  # of "auto"; with fewer, GEMMs read the weights more often than they compute
 # Modules of liger_kernel.transformers, their MLPs and the activation in each one's forward.
 _LIGER = (
     ("swiglu", "LigerSwiGLUMLP", "silu"),
@@ -72,12 +75,20 @@ class GatedMLP(nn.Module):
     _parts: Parts
     # Liger's forward, if Liger had patched it into this instance.
     _liger_forward: Any = None
+    _is_block: bool  # on a GPU
+    _tile_rows: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs:
-            y = _call(self, args[0])
+            x, rows = args[0], self._tile_rows
+            if rows is not None and tile_reason(self, x) is None:
+                return tiles.call(_Rows(self), x, rows, [*self.parameters()])
+            y = _call(self, x)
             if y is not None:
                 return y
+        return self._own_forward(*args, **kwargs)
+
+    def _own_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         liger = self._liger_forward
         y = super().forward(*args, **kwargs) if liger is None else liger(self, *args, **kwargs)
         return cast(Tensor, y)
@@ -110,11 +121,74 @@ def _fused_class(cls: Hashable) -> Any:
 
 def _call(mlp: Any, x: Any) -> Tensor | None:
     """Return y; None if the module's own forward computes it."""
+    block = _block(mlp, x)
+    return None if block is None else blocks.gated_mlp(x, block)
+
+
+def _block(mlp: Any, x: Any) -> blocks.Block | None:
+    """Return the block that computes y; None if the module's own forward does."""
     layers = _layers(mlp)
-    if not blocks.can_run(x) or _state_reason(mlp, layers) is not None:
+    if not mlp._is_block or not blocks.can_run(x) or _state_reason(mlp, layers) is not None:
         return None
     block_and_states = direct.make_block(layers, x, mlp._parts.activation)
-    return None if block_and_states is None else blocks.gated_mlp(x, block_and_states[0])
+    return None if block_and_states is None else block_and_states[0]
+
+
+class _Rows(NamedTuple):
+    """A gated MLP as a `tiles.RowFunction`. `again` takes P of the down-projection, of a block."""
+
+    mlp: Any
+
+    def like(self, x: Tensor) -> tuple[int, torch.dtype]:
+        block = _block(self.mlp, x)
+        if block is not None:
+            return blocks.gated_mlp_like(block)
+        y = self.mlp._own_forward(x.reshape(-1, x.shape[-1])[:1].view(*[1] * (x.dim() - 1), -1))
+        return y.shape[-1], y.dtype
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        block = _block(self.mlp, x)
+        if block is None:
+            return self.mlp._own_forward(x), None
+        return blocks.gated_mlp_forward(x, block)
+
+    def again(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        block = None if kept is None else _block(self.mlp, x)
+        if block is None or kept is None:
+            return cast(Tensor, self.mlp._own_forward(x))
+        return blocks.gated_mlp_again(x, block, kept)
+
+
+def tile_reason(mlp: Any, x: Any) -> str | None:
+    """Return why a call computes all rows of x at once, although tiles were asked for, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the call"
+    if type(x) not in context.TENSOR_TYPES or x.dim() < 2:
+        return f"x is a {type(x).__name__}, want a tensor of two dimensions or more"
+    if x.shape[:-1].numel() <= mlp._tile_rows:
+        return "x has no more rows than a tile"
+    if (reason := context.unfused_context()) is not None:
+        return reason
+    if not x.is_cpu and workspace.is_capturing(x.device):
+        return "a CUDA graph captures the call"
+    return tile_state_reason(mlp)
+
+
+def tile_state_reason(mlp: Any) -> str | None:
+    """Return why the MLP's state makes its calls compute all rows at once, or None."""
+    if _has_any_global_hook():
+        return "a hook sits on all modules"
+    for name, module in mlp.named_modules():
+        if module is mlp:
+            continue
+        if any(hooks_of(module)) and not is_gathered_in_call(mlp):
+            return f"{name}: a hook sits on it, which would see the tiles"
+        if "forward" in module.__dict__ and patched_reason(module) is not None:
+            return f"{name}: {patched_reason(module)}"
+    for name, p in mlp.named_parameters():
+        if isinstance(p, DTensor):
+            return f"{name} is sharded by itself: shard the decoder layer"
+    return None
 
 
 def _layers(mlp: Any) -> tuple[Any, Any, Any]:
@@ -158,12 +232,18 @@ def block_reason(mlp: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
 # MLPs in a model
 
 
-def fuse_mlps(model: nn.Module) -> None:
-    """Give each gated MLP of the model the class that runs it as one block."""
+def fuse_mlps(model: nn.Module, is_block: bool, rows: int | str | None) -> None:
+    """Give each gated MLP of the model the class that runs it as one block, and in tiles of rows.
+
+    rows: of a tile, as `fuse`'s `mlp_tile_rows`.
+    """
     for _, module in _candidates(model):
         parts = recognize(module)
         if isinstance(parts, Parts):
-            module._parts = parts
+            module._parts, module._is_block = parts, is_block
+            if rows is not None:
+                K = getattr(module, parts.gate).in_features
+                module._tile_rows = max(K, MIN_TILE_ROWS) if rows == "auto" else rows
             instance_forward = getattr(vars(module).get("forward"), "__func__", None)
             if _liger_activation(instance_forward) is not None:
                 module._liger_forward = instance_forward
@@ -181,7 +261,8 @@ def restore_mlps(model: nn.Module) -> None:
 
 def _restore(mlp: GatedMLP) -> None:
     set_class(mlp, mlp.original_class)
-    del vars(mlp)["_parts"]
+    for name in ("_parts", "_is_block", "_tile_rows"):
+        vars(mlp).pop(name, None)
     liger = vars(mlp).pop("_liger_forward", None)
     if liger is not None:
         vars(mlp).setdefault("forward", MethodType(liger, mlp))

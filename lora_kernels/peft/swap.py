@@ -52,6 +52,7 @@ def fuse(
     blocks: bool = True,
     cast_adapters: bool = False,
     exact_merge: str | None = None,
+    mlp_tile_rows: int | str | None = None,
 ) -> Model:
     """Fuse the LoRA layers of a PEFT model in place, and return the model.
 
@@ -102,12 +103,20 @@ def fuse(
             to PEFT keep copies too. If `load_state_dict` loads a merged base, its copy is freed
             with a warning, and unmerging subtracts as PEFT does. Other writes to a merged base, by
             `.data` or an optimizer, are lost when it is unmerged.
+        mlp_tile_rows: the largest number of rows of x that a gated MLP computes at a time. It then
+            keeps x alone for the backward, which computes each tile's forward again; the gradients
+            of its parameters add up in float32. "auto": the columns of x, so that gate(x) of a tile
+            has as many elements as the gate's weight, and at least 1024. None: all rows at once. It
+            is for long contexts, where an MLP's activations are the peak of memory, on GPUs and
+            CPUs. MLPs are recognized as with `blocks`, which may be False. Each tile draws its own
+            dropout masks. `explain` has a line for each MLP.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: `model` has no LoRA or AdaLoRA layer, or with `loss` no causal language model;
-            `qualify` or `exact_merge` has another value; with `exact_merge` a layer is already
-            merged, or its base is in a format that cannot be copied, such as 8 bits.
+            `qualify`, `exact_merge` or `mlp_tile_rows` has another value; with `exact_merge` a
+            layer is already merged, or its base is in a format that cannot be copied, such as 8
+            bits.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -116,6 +125,7 @@ def fuse(
     """
     check_qualify(qualify)
     check_exact_merge(exact_merge)
+    check_tile_rows(mlp_tile_rows)
     for _, layer, _ in lora_layers(model):
         if not isinstance(layer, ParamWrapper):
             pack_4bit_float(layer.get_base_layer())
@@ -144,7 +154,8 @@ def fuse(
         blocks = False  # each layer is gathered for its own call
     if blocks:
         add_groups(model)
-        fuse_mlps(model)
+    if blocks or mlp_tile_rows is not None:
+        fuse_mlps(model, blocks, mlp_tile_rows)
     if loss:
         fuse_losses(model)
     _follow_verdicts(model, qualify)
@@ -167,6 +178,13 @@ def check_qualify(qualify: str) -> None:
     if qualify not in QUALIFY:
         want = ", ".join(map(repr, QUALIFY))
         raise ValueError(f"qualify: got {qualify!r}, want one of {want}")
+
+
+def check_tile_rows(rows: object) -> None:
+    """Raise ValueError unless `rows` is a valid `mlp_tile_rows` of `fuse`."""
+    is_number = isinstance(rows, int) and not isinstance(rows, bool) and rows > 0
+    if not (rows is None or rows == "auto" or is_number):
+        raise ValueError(f'mlp_tile_rows: got {rows!r}, want a positive number, "auto" or None')
 
 
 def _follow_verdicts(model: nn.Module, qualify: str) -> None:

@@ -72,7 +72,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 # Recognition
 
 
-def transformers_mlp(cls: Any = LlamaMLP, act: str = "silu", bias: bool = False) -> Any:
+def transformers_mlp(cls: Any = LlamaMLP, act: str = "silu", bias: bool = False, K: int = K) -> Any:
     config = {"hidden_size": K, "intermediate_size": H, "hidden_act": act, "mlp_bias": bias}
     return cls(SimpleNamespace(**config))
 

@@ -42,6 +42,7 @@ from .mlp import block_reason, mlp_reasons, tile_state_reason
 from .modules import is_linear4bit
 from .packed import remedy
 from .read import active_names, read_call
+from .sharded import gathered_parameters
 
 KERNELS, LIBRARY, ADAPTER = "our kernels", "our library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
@@ -461,11 +462,11 @@ def rows_of_mlps(
         tile_rows = getattr(mlp, "_tile_rows", None)
         if not (is_on_gpu or tile_rows):
             continue
-        if not is_on_gpu:
-            block: Block | str = "a CPU runs its layers one by one"
-        else:
-            block = reason or _find_block(mlp, x_dtype, max(rows))
-        tiles, clause = _tile_clause(mlp, tile_rows)
+        block: Block | str = reason or "a CPU runs its layers one by one"
+        with gathered_parameters(model, name):
+            if is_on_gpu and reason is None:
+                block = _find_block(mlp, x_dtype, max(rows))
+            tiles, clause = _tile_clause(mlp, tile_rows)
         if isinstance(block, str):
             yield Row(name, TORCH, "torch", f"layer by layer{tiles}", block + clause)
             continue

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import workspace
@@ -29,7 +28,8 @@ from ..ops import blocks, context, tiles
 from . import direct
 from .linear import Fused, set_class
 from .modules import hooks_of, is_conv1d, original_forward, patched_reason
-from .zero3 import is_gathered_in_call
+from .sharded import is_dtensor
+from .zero3 import hooks_gather, is_gathered_in_call
 
 # The children's names of gate, up and down.
 NAMES = (
@@ -181,12 +181,12 @@ def tile_state_reason(mlp: Any) -> str | None:
     for name, module in mlp.named_modules():
         if module is mlp:
             continue
-        if any(hooks_of(module)) and not is_gathered_in_call(mlp):
+        if any(hooks_of(module)) and not (is_gathered_in_call(mlp) and hooks_gather(module)):
             return f"{name}: a hook sits on it, which would see the tiles"
         if "forward" in module.__dict__ and patched_reason(module) is not None:
             return f"{name}: {patched_reason(module)}"
     for name, p in mlp.named_parameters():
-        if isinstance(p, DTensor):
+        if is_dtensor(p):
             return f"{name} is sharded by itself: shard the decoder layer"
     return None
 

@@ -67,11 +67,16 @@ def find_ungathered(model: nn.Module) -> str | None:
     return None
 
 
+def is_dtensor(p: object) -> bool:
+    """Return True for a DTensor, without importing `torch.distributed.tensor`."""
+    return type(p).__name__ == "DTensor"
+
+
 def _is_gathered(modules: Sequence[nn.Module], p: Any) -> bool:
     """Return True if p is sharded, and the forward of one of the modules gathers it."""
     if is_partitioned(p):
         return any(map(is_gathered_in_call, modules))
-    if type(p).__name__ != "DTensor":
+    if not is_dtensor(p):
         return False
     from torch.distributed.fsdp import FSDPModule
 

@@ -32,7 +32,7 @@ from .linear import Fused, FusedLinear, peft_class, set_class
 from .loss import fuse_losses, restore_losses
 from .merge import check_exact_merge, check_layers, set_exact_merges
 from .mergeable import refuse_merges
-from .mlp import fuse_mlps, restore_mlps
+from .mlp import GatedMLP, fuse_mlps, restore_mlps
 from .modules import is_conv1d, is_linear4bit, patched_reason
 from .packed import pack_4bit_float
 from .zero3 import gather_in_call, is_zero3, stop_gathering
@@ -149,13 +149,16 @@ def fuse(
         set_class(linear, StreamedLinear)
     remove_groups(model)
     restore_mlps(model)
-    if is_zero3(model):
+    is_partitioned = is_zero3(model)
+    if is_partitioned:
         gather_in_call(fused_layers(model))
         blocks = False  # each layer is gathered for its own call
     if blocks:
         add_groups(model)
     if blocks or mlp_tile_rows is not None:
         fuse_mlps(model, blocks, mlp_tile_rows)
+    if is_partitioned:  # once for all tiles
+        gather_in_call(module for module in model.modules() if isinstance(module, GatedMLP))
     if loss:
         fuse_losses(model)
     _follow_verdicts(model, qualify)

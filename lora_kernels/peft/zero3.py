@@ -32,6 +32,8 @@ from torch._C._autograd import (  # type: ignore[attr-defined, unused-ignore]
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from .modules import hooks_of
+
 
 def is_zero3(model: nn.Module) -> bool:
     """Return True if ZeRO-3 will partition the model's parameters, or has partitioned any."""
@@ -91,6 +93,16 @@ class _RunningForwards(threading.local):
 _running = _RunningForwards()
 
 
+def hooks_gather(module: nn.Module) -> bool:
+    """Return True if all hooks of a module are DeepSpeed's, or those of `gather_in_call`."""
+    ours = _gather_pre_hook, _release_hook
+    return all(
+        hook in ours or getattr(hook, "__module__", "").startswith("deepspeed.")
+        for hook_dict in hooks_of(module)
+        for hook in hook_dict.values()
+    )
+
+
 def is_gathered(module: nn.Module) -> bool:
     """Return True if the module's parameters are gathered, and all its hooks are DeepSpeed's.
 
@@ -98,10 +110,7 @@ def is_gathered(module: nn.Module) -> bool:
     """
     if not any(module is child for running in _running.stack for child in running.layer.modules()):
         return False
-    forward = module._forward_pre_hooks, module._forward_hooks
-    hook_dicts = (*forward, module._backward_pre_hooks, module._backward_hooks)
-    hooks = (hook for hook_dict in hook_dicts for hook in hook_dict.values())
-    return all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)
+    return hooks_gather(module)
 
 
 @contextmanager

@@ -133,6 +133,8 @@ def test_command_in_two_processes_is_one_run(launched: tuple[Path, str], lines: 
 # FSDP2
 
 CASES: dict[str, dict[str, Any]] = {"dense": {}, "4-bit": {}, "dora": {"use_dora": True}}
+CASES["tiles"] = {}
+TILES: dict[str, dict[str, Any]] = {"tiles": {"mlp_tile_rows": 5}}  # of 24 rows
 FSDP_STEPS = 2
 SGD = partial(torch.optim.SGD, lr=0.5)
 # Above the gradients' rounding errors, which a small ε would make as large as a step.
@@ -234,14 +236,18 @@ def shard(folder: str) -> None:
     for case in CASES:
         model = to_shard(case)
         if case != "dense":  # which is fused when it is sharded already
-            fuse(model)
+            fuse(model, **TILES.get(case, {}))
         for layer in model.get_base_model().model.layers:
             fully_shard(layer)
         fully_shard(model)
-        fuse(model)
+        fuse(model, **TILES.get(case, {}))
         local = [p.to_local().numel() for p in model.parameters()]
         found = {"local": torch.tensor(local)}
-        assert_explained(model)
+        if case == "tiles":
+            tiled = [row for row in explain(model).blocks if "in tiles" in row.strategy]
+            assert len(tiled) == 2, explain(model)
+        else:
+            assert_explained(model)
         found |= stepped(model, [rank])
         codes = {n: p for n, p in model.named_parameters() if not p.is_floating_point()}
         found |= {f"codes of {n}": whole(p) for n, p in codes.items()}
@@ -285,7 +291,7 @@ def test_fully_sharded(launched: tuple[Path, str]) -> None:
             other = found[1].get(name)
             assert other is None or "logits" in name or torch.equal(other, both[name]), name
 
-        loaded = fuse(to_shard(case))
+        loaded = fuse(to_shard(case), **TILES.get(case, {}))
         saved = checkpoint.FileSystemReader(tmp_path / case).read_metadata().state_dict_metadata
         state = {n: t for n, t in loaded.state_dict().items() if n in saved}
         assert {n for n, _ in loaded.named_parameters()} <= state.keys()

@@ -48,7 +48,7 @@ import torch
 from lora_kernels.backends.cpu import native
 from lora_kernels.bench.qualify import SHEETS
 from lora_kernels.bench.results import equivalent_call, limits, read, sources
-from lora_kernels.bench.traffic import CHECKPOINTED, EXPERTS_WORD
+from lora_kernels.bench.traffic import CHECKPOINTED, EXPERTS_WORD, TILED
 from lora_kernels.core.device import DeviceInfo
 from lora_kernels.finetune.compare_command import markdown
 
@@ -59,6 +59,7 @@ TEMPLATES = HERE / "templates"
 JSON_TRAFFIC = HERE / "results/traffic.json"
 JSON_HOST = HERE / "results/host.json"
 JSON_GGUF = HERE / "results/gguf.json"
+JSON_LONG_CONTEXT = HERE / "results/long_context.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
 RESULTS = HERE / "RESULTS.md"
 OVERVIEW = HERE / "results/overview.png"  # README's picture
@@ -68,6 +69,7 @@ FIGURES = {
     HERE.parent / "docs/cpu.md": "cpu.md.j2",
     HERE.parent / "docs/gpu.md": "gpu.md.j2",
     HERE.parent / "docs/gguf.md": "gguf.md.j2",
+    HERE.parent / "docs/long_context.md": "long_context.md.j2",
 }
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 # Name in the JSON -> column; those that no row has are left out.
@@ -464,6 +466,7 @@ def counted() -> Row | None:
         "layers": [row for row in run["rows"] if "what" not in row],
         "blocks": [row for row in titled if row["what"].split(" ")[0] in BLOCKS],
         "experts": [row for row in titled if EXPERTS_WORD in row["what"]],
+        "tiles": [row for row in titled if row["what"].startswith(TILED)],
         "titled": titled,
     }
 
@@ -517,6 +520,44 @@ def block_rows(rows: list[Row]) -> Cells:
         block, sizes = step["what"].split(" ", 1)
         cells = (step_cell(step, name) for name in BLOCK_PEERS)
         yield f"{BLOCKS[block]}, {sizes}", step["dtype"], *cells
+
+
+def tile_rows(rows: list[Row]) -> Cells:
+    """A line has one number of rows over one base, checkpointed or not."""
+    for step in steps(rows):
+        ways = "checkpointed" if step["what"].endswith(CHECKPOINTED) else ""
+        cells = (step_cell(step, name) for name in ("ours", "tiles", "untiled"))
+        yield f"{step['M']:,}", step["dtype"].split(" ")[0].strip(","), ways, *cells
+
+
+def tile_peaks(rows: list[Row]) -> Cells:
+    """A line has one number of rows over one base: GB at the peak with x and dy, and TB moved."""
+    for step in steps(rows):
+        given = 2 * step["M"] * step["K"] * 2
+        base, *_ = step["dtype"].split(" ")
+        ways = "checkpointed" if step["what"].endswith(CHECKPOINTED) else ""
+        names = "ours", "tiles", "untiled"
+        peaks = (f"{(step['peak_bytes'][name] + given) / 1e9:.2f}" for name in names)
+        moved = (f"{step['moved'][name] / 1e12:.3f}" for name in names)
+        yield f"{step['M']:,}", base.strip(","), ways, *peaks, *moved
+
+
+def long_context_peaks(found: Row) -> Cells:
+    """A line has the peaks of one number of tokens, in GB, and their share of PEFT's."""
+    for row in found["peaks"]:
+        peaks = row["peak"]
+        cells = (
+            f"{peaks[name] / 1e9:.2f} ({peaks[name] / peaks['peft']:.2f})"
+            for name in ("tiles", "ours", "peft", "trl")
+        )
+        yield f"{row['tokens']:,}", "checkpointed" if row["checkpointed"] else "", *cells
+
+
+def long_context_times(found: Row) -> str:
+    """The time of a step with tiles and the loss, with the loss, and of TRL's, over PEFT's."""
+    seconds = found["times"]["seconds"]
+    ratios = [f"{seconds[name] / seconds['peft']:.2f}" for name in ("tiles", "ours", "trl")]
+    return f"{ratios[0]} with tiles, {ratios[1]} without them, and with TRL's head {ratios[2]}"
 
 
 def step_cell(step: Row, name: str) -> str:
@@ -733,6 +774,7 @@ def gguf_tokens(found: Row) -> Cells:
 TABLES = (
     *(machine, table, model_rows, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
+    *(tile_rows, tile_peaks, long_context_peaks, long_context_times),
     *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, peak_share, experts_rows),
     experts_range,
     *(host_head, host_rows, commit),
@@ -745,6 +787,7 @@ def render(template: str, measured: list[Run]) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     options = {"trim_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=loader, **options)
+    has_long_context = JSON_LONG_CONTEXT.exists()
     environment.globals.update({function.__name__: function for function in TABLES})
     text = environment.get_template(template).render(
         runs=measured,
@@ -753,6 +796,7 @@ def render(template: str, measured: list[Run]) -> str:
         traffic=counted(),
         host=read(JSON_HOST).get("host"),
         gguf=json.loads(JSON_GGUF.read_text()) if JSON_GGUF.exists() else None,
+        long_context=json.loads(JSON_LONG_CONTEXT.read_text()) if has_long_context else None,
         gpus=[*SHEETS.values()],
     )
     return text.rstrip("\n")

@@ -250,6 +250,43 @@ class FusedMLP(torch.autograd.Function):
         return dx, None, *grads, *grads_of_down
 
 
+class Tiles(torch.autograd.Function):
+    """A module in tiles of rows: the order of ALST, and of unsloth-zoo, Liger and axolotl after it.
+
+    The forward joins the results of the tiles. The backward runs each tile's forward again, writes
+    dx into zeros, and adds up the parameters' gradients in their dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, tiles: int, *trained: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module, ctx.tiles, ctx.trained = module, tiles, trained
+        with torch.no_grad():
+            ys = [module(t) for t in x.chunk(tiles)]
+        return torch.cat(ys)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), sums = ctx.saved_tensors, list[Tensor]()
+        dx = torch.zeros_like(x)
+        chunks = (t.chunk(ctx.tiles) for t in (x, dy, dx))
+        for x_t, dy_t, dx_t in zip(*chunks, strict=True):
+            x_t = x_t.detach().requires_grad_()
+            with torch.enable_grad():
+                y = ctx.module(x_t)
+            grad, *grads = torch.autograd.grad(y, [x_t, *ctx.trained], dy_t)
+            dx_t.copy_(grad)
+            del y, grad
+            sums = [total.add_(g) for total, g in zip(sums, grads, strict=True)] if sums else grads
+        return dx, None, None, *sums
+
+
+def tiled(module: nn.Module, rows: int) -> Forward:
+    """Return the call of a module in tiles of rows, by `Tiles`."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return lambda x: Tiles.apply(x, module, -(-x.shape[0] // rows), *trained)
+
+
 def _apply(function: Any, policy: Policy, projections: Sequence[Projection], x: Tensor) -> Any:
     weights, scalings = (tuple(getattr(p, n) for p in projections) for n in ("weight", "scaling"))
     adapters = (t for p in projections for t in (p.lora_A, p.lora_B))

@@ -47,6 +47,7 @@ ROWS = (1, 16, 512, 8192)  # M of layers
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # K, N
 DROPOUTS = (0.0, 0.05)
 BLOCK_ROWS = (1, 512, 8192)
+TILED_ROWS, TILE_ROWS = (8192, 32768, 131072), 4096
 HEAD = (8192, 4096, 128256)  # rows of a step, hidden size and vocabulary of Llama 3
 EXPERTS = (
     Shape("mixtral", 8, 2, 4096, 14336),  # 8x7B
@@ -69,6 +70,7 @@ MOST_BYTES = 1.01  # the limit of ours, in bytes of a peer
 # Forms of `oracle.forms` that are counted as bases: asymmetric W4A16, and 8 bits.
 FORMS = "int4-128-half-shift", "int8-32-half"
 LEFT = "left to PEFT"  # the strategy of a layer that `fuse` does not take
+TILED = "tiled "  # before a title: rows of `mlp_tile_rows`
 CHECKPOINTED = ", checkpointed"  # after a title: rows whose backward runs the forward again
 EXPERTS_WORD = " experts "  # in each title of experts
 
@@ -323,6 +325,40 @@ def block_entries(
         )
 
 
+def tile_entries(
+    cell: Cell, block: Block = BLOCKS[-1], Ms: Sequence[int] = TILED_ROWS, rows: int = TILE_ROWS
+) -> Iterator[Entry]:
+    """Yield the entries of a gated MLP in tiles of rows: each M, checkpointed and not.
+
+    "ours" has `mlp_tile_rows`, "untiled" has none; "tiles" are `peers.Tiles` over PEFT's layers.
+    """
+    from ..peft import fuse
+
+    modules = {name: build_block(block, cell) for name in ("ours", "untiled", "tiles")}
+    fuse(nn.Sequential(modules["ours"]), cast_adapters=True, mlp_tile_rows=rows)
+    fuse(nn.Sequential(modules["untiled"]), cast_adapters=True)
+    functions = {"tiles": peers.tiled(modules["tiles"], rows)}
+    for M, is_checkpointed in itertools.product(Ms, (False, True)):
+        yield _entry(
+            {
+                name: cell_call(module, cell, M, block.K, functions.get(name), is_checkpointed)
+                for name, module in modules.items()
+            },
+            _tile_limits,
+            sizes=(M, block.K, sum(block.Ns), RANK),
+            what=f"{TILED}{block.title}{CHECKPOINTED * is_checkpointed}",
+            dtype=cell.name,
+        )
+
+
+def _tile_limits(counts: Counts, mode: str) -> dict[str, float]:
+    """Return the other tiles' bytes and peak."""
+    limits: dict[str, float] = {"bytes": counts["tiles"].bytes}
+    if mode == "backward":
+        limits["peak"] = counts["tiles"].peak
+    return limits
+
+
 # ---- A head with its loss ----
 
 
@@ -437,6 +473,9 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
     for block, cell in itertools.product(BLOCKS, blocks.CELLS):
         if cell.base != "nf4" or has_bitsandbytes:
             yield from block_entries(block, cell)
+    for cell in blocks.CELLS[:4:3]:  # bfloat16, dense and NF4
+        if cell.base != "nf4" or has_bitsandbytes:
+            yield from tile_entries(cell)
     yield from map(head_entry, (_BF16, _F32))
     if expert_peers.unavailable_reason() is None:
         for tokens, shape in itertools.product(TOKENS, EXPERTS):
@@ -462,6 +501,9 @@ def summary(rows: list[Row]) -> Iterator[str]:
     for block in BLOCKS:
         of_block = [row for row in rows if (row.what or "").startswith(block.title)]
         yield f"{block.title}: {_count_losses(of_block, 'the best peer', ('bytes', 'peak'))}"
+    tiled = [row for row in rows if (row.what or "").startswith(TILED)]
+    lost = _count_losses(tiled, "the peers' tiles", ("bytes", "peak"))
+    yield f"tiles: {lost}"
     bases = [row for row in rows if (row.what or "").startswith("base ")]
     lost = _count_losses(bases, "nested NF4", ("bytes", "kernels", "peak"))
     yield f"bases other than NF4: {lost}"

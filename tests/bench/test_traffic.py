@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels import lora_linear
 from lora_kernels.backends.eager import products
-from lora_kernels.bench import command, counter, memory
+from lora_kernels.bench import blocks, command, counter, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.blocks import Cell, build_layer
 from lora_kernels.bench.counter import Kernel, Traffic, count, count_layer
@@ -506,6 +506,22 @@ def test_fuse_at_full_size_loses_no_row_and_leaves_what_moves_more(
         else:  # ours would lose a row, or save next to nothing with many rows
             ours, peft = (sum(row.moved[who] for row in rows[-2:]) for who in ("ours", "peft"))
             assert any(row.misses for row in rows) or ours > 0.98 * peft, said
+
+
+@pytest.mark.parametrize(("base", "most"), [("dense", 3.65e9), ("nf4", 3.75e9)])
+def test_tiles_of_an_mlp_at_131072_rows_have_the_peak_that_was_wanted(
+    base: str, most: float
+) -> None:
+    """With x or dy, 1.07 GB, beside what the step allocates."""
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    cell = next(each for each in blocks.CELLS if each.base == base)
+    for entry in bench_traffic.tile_entries(cell, Ms=[131072]):
+        entry.calls.pop("untiled")
+        forward, backward = count_calls(entry)
+        assert not backward.misses, str(backward)
+        peak = max(forward.peak_bytes["ours"], backward.peak_bytes["ours"])
+        assert peak + 131072 * 4096 * 2 <= most
 
 
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 from peft import LoraConfig, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels.cli import main
@@ -260,6 +261,9 @@ def shard(folder: str) -> None:
             fully_shard(layer)
         fully_shard(model)
         torch.save(stepped(model, [rank], optimizer), f"{folder}/experts-{name}-{rank}.pt")
+    replicated = DistributedDataParallel(fuse(to_shard("tiles"), **TILES["tiles"]))
+    found = {n.replace("module.", ""): t for n, t in stepped(replicated, [rank]).items()}
+    torch.save(found, f"{folder}/ddp-{rank}.pt")
 
 
 @NEEDS_GLOO
@@ -304,6 +308,11 @@ def test_fully_sharded(launched: tuple[Path, str]) -> None:
             if p.requires_grad:
                 assert torch.equal(p, both[f"trained {name}"]), name
         assert torch.equal(evaluated(loaded), after)
+    found = [torch.load(tmp_path / f"ddp-{r}.pt", weights_only=True) for r in (0, 1)]
+    want, both = stepped(to_shard("tiles"), (0, 1)), found[1] | found[0]
+    assert both.keys() == want.keys()
+    for name, ref in want.items():
+        assert (both[name] - ref).norm() <= 2.0**-15 * ref.norm(), name
     for name, optimizer in ON_EXPERTS.items():
         found = [torch.load(tmp_path / f"experts-{name}-{r}.pt", weights_only=True) for r in (0, 1)]
         want, both = stepped(experts_to_shard(), (0, 1), optimizer), found[1] | found[0]

@@ -62,8 +62,9 @@ def call(f: RowFunction, x: Tensor, rows: int, parameters: Sequence[Tensor]) -> 
     if not torch.is_grad_enabled() or not (x.requires_grad or trained):
         return _compute(f, x, rows, [])
     kept: list[Any] = []
-    y: Tensor = _Tiles.apply(x, f, rows, parameters, kept, *trained)
-    with torch.no_grad():
+    state = _state(x.device)
+    y: Tensor = _Tiles.apply(x, f, rows, state, parameters, kept, *trained)
+    with torch.no_grad(), state.autocast():
         y.data = _compute(f, x.detach(), rows, kept)
     return y
 
@@ -95,13 +96,24 @@ class _State(NamedTuple):
 
     Args:
         device: of x.
-        autocast: arguments of `torch.autocast`; None where x's device has none.
+        autocast_dtype: autocast's; None if it is disabled or x's device has none.
         generators: states of the random number generators, the CPU's and x's device's.
     """
 
     device: torch.device
-    autocast: dict[str, Any] | None
+    autocast_dtype: torch.dtype | None
     generators: Sequence[Tensor]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Enable or disable autocast as in this state, without its cache of casts.
+
+        A parameter whose cast was cached without a graph would have no gradient later.
+        """
+        kind, dtype = self.device.type, self.autocast_dtype
+        if kind in context.WITHOUT_AUTOCAST:
+            return context.NOTHING
+        is_enabled = dtype is not None
+        return torch.autocast(kind, dtype=dtype, enabled=is_enabled, cache_enabled=False)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -109,22 +121,17 @@ class _State(NamedTuple):
         found = _generators(self.device)
         _set_generators(self.device, self.generators)
         try:
-            with torch.autocast(**self.autocast) if self.autocast else context.NOTHING:
+            with self.autocast():
                 yield
         finally:
             _set_generators(self.device, found)
 
 
 def _state(device: torch.device) -> _State:
-    kind, autocast = device.type, None
-    if kind not in context.WITHOUT_AUTOCAST:
-        autocast = {
-            "device_type": kind,
-            "dtype": torch.get_autocast_dtype(kind),
-            "enabled": torch.is_autocast_enabled(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
-    return _State(device, autocast, _generators(device))
+    kind = device.type
+    is_enabled = kind not in context.WITHOUT_AUTOCAST and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_enabled else None
+    return _State(device, dtype, _generators(device))
 
 
 def _generators(device: torch.device) -> Sequence[Tensor]:
@@ -153,15 +160,15 @@ class _Tiles(torch.autograd.Function):
         x: Tensor,
         f: RowFunction,
         rows: int,
+        state: _State,
         parameters: Sequence[Tensor],
         kept: list[Any],
         *trained: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.f, ctx.rows, ctx.kept, ctx.trained = f, rows, kept, trained
+        ctx.f, ctx.rows, ctx.state, ctx.kept, ctx.trained = f, rows, state, kept, trained
         ctx.parameters, ctx.versions = parameters, _versions(parameters)
-        ctx.state = _state(x.device)
-        with ctx.state.restored():
+        with state.restored():
             N, dtype = f.like(x)
         shape = *x.shape[:-1], N
         return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
@@ -171,7 +178,7 @@ class _Tiles(torch.autograd.Function):
         (x,), f, kept = saved, ctx.f, ctx.kept
         if ctx.versions != _versions(ctx.parameters):
             raise RuntimeError(_CHANGED)
-        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+        need_x, _, _, _, _, _, *needs = ctx.needs_input_grad
         wanted = [p for p, need in zip(ctx.trained, needs, strict=True) if need]
         tiles = _split(x, ctx.rows)
         dys = dy.reshape(-1, dy.shape[-1]).split_with_sizes([t.shape[-2] for t in tiles])
@@ -204,7 +211,15 @@ class _Tiles(torch.autograd.Function):
         of_wanted = iter(
             [g if g is None else to_dtype(g, p.dtype) for g, p in zip(sums, wanted, strict=True)]
         )
-        return dx, None, None, None, None, *[next(of_wanted) if need else None for need in needs]
+        return (
+            dx,
+            None,
+            None,
+            None,
+            None,
+            None,
+            *[next(of_wanted) if need else None for need in needs],
+        )
 
     backward = staticmethod(
         differentiable_once(compute.__func__, lambda ctx: ctx.trained)  # type: ignore[attr-defined]

@@ -268,6 +268,39 @@ def test_write_to_x_before_the_backward_raises_and_to_y_changes_nothing() -> Non
     assert_bitwise_equal(got | {"y": want["y"]}, want)
 
 
+class Rows:
+    """A function of rows by PyTorch's ops, whose parameter autocast casts."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def like(self, x: Tensor) -> tuple[int, torch.dtype]:
+        y = self.again(x[:1], None)
+        return y.shape[-1], y.dtype
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.again(x, None), None
+
+    def again(self, x: Tensor, kept: None) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_caches_no_cast_without_a_graph(backward_inside: bool) -> None:
+    """A later call of the same parameter in the region has its gradient too."""
+    weight = torch.randn(4, K, requires_grad=True)
+    x, f = input_of(f32), Rows(weight)
+    with torch.autocast("cpu", bf16):
+        tiled = tiles.call(f, x, ROWS, [weight])
+        whole = f.again(x, None)
+        assert tiled.dtype is whole.dtype is bf16
+        if backward_inside:
+            grads = [torch.autograd.grad(y.sum(), weight)[0] for y in (tiled, whole)]
+    if not backward_inside:
+        grads = [torch.autograd.grad(y.sum(), weight)[0] for y in (tiled, whole)]
+    assert (grads[0] - grads[1]).norm() <= 2.0**-7 * grads[1].norm()
+
+
 def test_without_gradients_a_tile_at_a_time(calls: list[int]) -> None:
     stock, fused = pair()
     x = input_of(f64)

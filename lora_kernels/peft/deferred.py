@@ -20,6 +20,8 @@ from ..ops import context
 from ..ops.head import lora_linear_cross_entropy
 from .head import operands_of_head
 
+Number = float  # which is the name of a method below
+
 
 class HeadCall:
     """A call of a head, which all logits made from it share.
@@ -94,7 +96,8 @@ class DeferredLogits:
     ) -> None:
         self.call, self.x, self.dtype = call, x, dtype
         self.scale, self.cap = scale, cap
-        self._compute, self._tensor = compute, None
+        self._compute = compute
+        self._tensor: Tensor | None = None
         call.nodes.append(self)
 
     # What a tensor answers ---------------------------------------------------------------------
@@ -215,8 +218,8 @@ class DeferredLogits:
         *,
         x: Tensor | None = None,
         dtype: torch.dtype | None = None,
-        scale: float | None = None,
-        cap: float | None = None,
+        scale: Number | None = None,
+        cap: Number | None = None,
     ) -> Any:
         """Return the logits after one more op, which `run` does to a tensor."""
         if self._tensor is not None:

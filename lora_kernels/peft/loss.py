@@ -20,7 +20,7 @@ from torch import nn
 from ..ops.context import unfused_context
 from .deferred import DeferredLogits, defer_logits
 from .head import read_head
-from .modules import patched_reason
+from .modules import original_forward, patched_reason
 
 
 def fuse_losses(model: nn.Module) -> None:
@@ -38,7 +38,8 @@ def fuse_losses(model: nn.Module) -> None:
     for _, module in models:
         module._loss_requested = True
         if not has_fused_loss(module) and model_reason(module) is None:
-            module.forward = MethodType(_forward_of(type(module)), module)
+            cls: Any = type(module)
+            module.forward = MethodType(_forward_of(cls), module)
 
 
 def restore_losses(model: nn.Module) -> None:
@@ -87,6 +88,8 @@ def model_reason(module: Any) -> str | None:
     """Return why the loss of a causal language model is left to transformers, or None."""
     if module.config.is_encoder_decoder:
         return f"{type(module).__name__} is an encoder and a decoder"
+    if original_forward(type(module)) is None:
+        return f"{type(module).__name__}.forward was replaced"
     return None if has_fused_loss(module) else patched_reason(module)
 
 
@@ -120,14 +123,17 @@ def _step_reason(module: Any) -> str | None:
 @functools.cache
 def _forward_of(cls: Any) -> Any:
     """Return the class's forward, with a loss that needs no logits in training."""
-    names = list(inspect.signature(cls.forward).parameters)[1:]
+    class_forward = cls.forward
+    names = list(inspect.signature(class_forward).parameters)[1:]
 
-    @functools.wraps(cls.forward)
+    @functools.wraps(class_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_own = cls.forward is class_forward  # or replaced after `fuse`
         given = dict(zip(names, args, strict=False)) | kwargs
         to_keep = given.get("logits_to_keep", 0)
-        is_step = self.training and given.get("labels") is not None
-        if not (is_step and isinstance(to_keep, int) and to_keep == 0) or _step_reason(self):
+        keeps_all = isinstance(to_keep, int) and to_keep == 0
+        is_step = self.training and given.get("labels") is not None and keeps_all
+        if not (is_own and is_step) or _step_reason(self) is not None:
             return cls.forward(self, *args, **kwargs)
         return _run_step(cls.forward, self, args, kwargs)
 

@@ -146,7 +146,6 @@ STATES = {
         lambda: adapted(gpt2(**NO_DROPOUT), target_modules=GPT2, fan_in_fan_out=True),
         "[K, N]",
         block=False,
-        loss=False,
     ),
 }
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..core.record import Record
 from ..ops.head import lora_linear_log_probs
 from ..peft import fuse
-from ..peft.loss import operands_of_head, read_head
+from ..peft.head import operands_of_head, read_head
 
 _replaced: dict[tuple[Any, str], Any] = {}  # module and name -> TRL's object, while patched
 _head: ContextVar[Any] = ContextVar("lora_kernels_trl_head", default=None)

@@ -36,8 +36,9 @@ from .embedding import FusedEmbedding, read_embedding
 from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear, zero_adapter
 from .groups import Group
+from .head import has_active_adapter, read_head
 from .linear import Fused
-from .loss import call_reason, has_active_adapter, model_reason, read_head
+from .loss import call_reason, last_reason, model_reason
 from .mlp import block_reason, mlp_reasons, tile_state_reason
 from .modules import is_linear4bit
 from .packed import remedy
@@ -394,14 +395,13 @@ def row_of_streamed(
 def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     """Return the row of a causal language model's loss."""
     name = f"{name}.loss" if name else "loss"
-    head = module.get_output_embeddings()
+    if (head := module.get_output_embeddings()) is None:
+        return Row(name, TORCH, "torch", "F.cross_entropy", "it has no output embedding")
     base: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
     is_adapted = isinstance(head, Fused) and has_active_adapter(head)
     x_dtype = _expected_input(head if is_adapted else base, x_dtype).dtype
     device = getattr(base, "weight", torch.empty(0)).device
-    reason = model_reason(module)
-    if reason is None:
-        reason = call_reason(module, device, x_dtype)
+    reason = model_reason(module) or call_reason(module, device, x_dtype) or last_reason(module)
     if reason is not None:
         return Row(name, TORCH, "torch", "F.cross_entropy", reason)
     K, N = base.in_features, base.out_features

@@ -1,82 +1,26 @@
 """`fuse(model, loss=True)`: causal language models whose training loss needs no logits in memory.
 
-transformers' `loss_function` receives finished logits, so the models get another forward. The new
-forward mirrors `XForCausalLM.forward` from the hidden states on, for the classes of `LOGITS`. Their
-forwards differ only in how they transform the logits. The new forward runs in training with labels.
-The class's forward runs evaluation, generation, and calls for which `call_reason` gives a reason.
+The models get another forward. In training, with labels, it runs the class's own forward, in which
+the head returns a `DeferredLogits`. The loss of that needs no logits. Evaluation, generation, and
+calls for which `call_reason` gives a reason have logits as before.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+import threading
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners import lora
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from ..core.record import CodePath, Record, path_reason
 from ..ops.context import unfused_context
-from ..ops.head import lora_linear_cross_entropy
-from .adapters import add_bias, lora_bias, share_calls, stack_records
-from .base import readable_weight
-from .eligibility import replaced_reason
-from .frozen import StreamedLinear
-from .linear import Fused
-from .modules import hooks_of, original_forward, patched_reason
-from .read import active_names, read, read_base
-from .zero3 import is_gathered_in_call, is_partitioned
-
-# Class of transformers -> logit_scale and logit_softcap of a model.
-_Logits = Callable[[Any], tuple[float, float | None]]
-
-
-def _default_options(model: Any) -> tuple[float, float | None]:
-    return 1.0, None
-
-
-def _softcap_options(model: Any) -> tuple[float, float | None]:
-    return 1.0, model.config.final_logit_softcapping
-
-
-def _scale_options(model: Any) -> tuple[float, float | None]:
-    return model.logit_scale, None
-
-
-def _divisor_options(model: Any) -> tuple[float, float | None]:
-    return 1.0 / model.config.logits_scaling, None
-
-
-_UNSCALED = (
-    "Arcee Cwm Ernie4_5 Exaone4 Gemma Glm Glm4 Helium Lfm2 Llama Ministral Mistral Nemotron Olmo "
-    "Olmo2 Olmo3 Phi Phi3 Qwen2 Qwen3 SeedOss SmolLM3 StableLm Starcoder2"
-)
-LOGITS: dict[str, _Logits] = {
-    f"{family}ForCausalLM": logits
-    for families, logits in (
-        (_UNSCALED, _default_options),
-        ("Gemma2 Gemma3 VaultGemma", _softcap_options),
-        ("Cohere Cohere2", _scale_options),
-        ("Granite", _divisor_options),
-    )
-    for family in families.split()
-}
-# Fields of `CausalLMOutputWithPast`. Their names depend on the version of transformers.
-_OUTPUTS = ("cache", "past_key_values", "hidden_states", "attentions")
-
-
-# The operands of a head that the loss without logits takes.
-LOSS = CodePath(
-    "the loss without logits",
-    (
-        frozenset(
-            {"dropout_p", "others", "is_transposed", "scaling", "lora_bias", "rank_gate", "ranknum"}
-        ),
-    ),
-)
+from .deferred import DeferredLogits, defer_logits
+from .head import read_head
+from .modules import original_forward, patched_reason
 
 
 def fuse_losses(model: nn.Module) -> None:
@@ -101,14 +45,15 @@ def fuse_losses(model: nn.Module) -> None:
 def restore_losses(model: nn.Module) -> None:
     """Undo `fuse_losses`."""
     for module in model.modules():
-        for name in ("forward", "_old_forward"):  # accelerate stores the forward that it wraps
-            forward = vars(module).get(name)
-            if getattr(getattr(forward, "__func__", None), "is_fused_loss", False):
-                if name == "forward":
-                    del module.forward
-                else:
-                    setattr(module, name, MethodType(type(module).forward, module))
-        vars(module).pop("_loss_requested", None)
+        for name in _FORWARDS:
+            if not _is_fused_loss(vars(module).get(name)):
+                continue
+            if name == "forward":
+                del module.forward
+            else:
+                setattr(module, name, MethodType(type(module).forward, module))
+        for name in ("_loss_requested", "_logits_reason"):
+            vars(module).pop(name, None)
 
 
 def requested_losses(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -127,197 +72,148 @@ def causal_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _owner(cls: Any) -> str:
-    """Return the name of the class that defines the forward; "" if not a class of transformers."""
-    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
-    is_transformers = owner.__module__.startswith("transformers.models.")
-    return owner.__name__ if is_transformers else ""
+_FORWARDS = ("forward", "_old_forward")  # accelerate stores the forward that it wraps
+
+
+def _is_fused_loss(forward: Any) -> bool:
+    return getattr(getattr(forward, "__func__", None), "is_fused_loss", False)
 
 
 def has_fused_loss(module: Any) -> bool:
-    """Return True if the instance's forward is the one that this file builds."""
-    forward = vars(module).get("forward")
-    return getattr(getattr(forward, "__func__", None), "is_fused_loss", False)
+    """Return True if the instance's forward, or the one below accelerate's, is built here."""
+    return any(_is_fused_loss(vars(module).get(name)) for name in _FORWARDS)
 
 
 def model_reason(module: Any) -> str | None:
     """Return why the loss of a causal language model is left to transformers, or None."""
-    cls = type(module)
-    if _owner(cls) not in LOGITS:
-        return f"the forward of {cls.__name__} is not covered in this version"
-    if original_forward(cls) is None:
-        return f"{cls.__name__}.forward was replaced"
+    if module.config.is_encoder_decoder:
+        return f"{type(module).__name__} is an encoder and a decoder"
+    if original_forward(type(module)) is None:
+        return f"{type(module).__name__}.forward was replaced"
     return None if has_fused_loss(module) else patched_reason(module)
 
 
 def call_reason(module: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
     """Return why the next training step computes logits of hidden states in x_dtype, or None."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    if (context_reason := unfused_context()) is not None:
-        return context_reason
-    if module.loss_function is not ForCausalLMLoss:
-        return "its loss_function was replaced"
+    if (reason := _step_reason(module)) is not None:
+        return reason
     records = read_head(module.get_output_embeddings(), device, x_dtype)
     return f"its head: {records}" if isinstance(records, str) else None
 
 
-def read_head(head: Any, device: torch.device, x_dtype: torch.dtype) -> list[Record] | str:
-    """Return the records of an output embedding, one without an adapter if it has none.
-
-    Returns the reason (a string) if the head is called as a module for x on this device.
-    """
-    if is_gathered_in_call(head) or is_partitioned(getattr(head, "weight", None)):
-        return "DeepSpeed's ZeRO-3 gathers it when it is called"
-    if any(hooks_of(head)):
-        return "a hook sits on it"
-    is_adapted = isinstance(head, lora.LoraLayer)
-    if is_adapted:
-        if not isinstance(head, Fused):
-            return f"PEFT's {type(head).__name__} is not covered here, or not fused"
-        if (reason := replaced_reason(type(head)) or patched_reason(head)) is not None:
-            return reason
-        if head.disable_adapters and head.merged:
-            return "its adapters are merged and disabled"
-        if head.mixed_batch is not None:  # of the last call; "__base__" alone names no adapter
-            return "rows name their adapters"
-        if has_active_adapter(head):
-            records = read(head, device, x_dtype)
-            if isinstance(records, str):
-                return records
-            if len(share_calls(records, device.type, None)) > 1:
-                return "several adapters, each with dropout of its own"
-            return path_reason(records, LOSS) or records
-    base: Any = head.get_base_layer() if is_adapted else head
-    if type(base) is StreamedLinear:
-        return [Record(base._parameters["weight"], None, None, base._parameters["bias"])]
-    record = read_base(base, device)
-    return record.called or [record]
+def last_reason(module: Any) -> str | None:
+    """Return what computed the logits in the last training step of a model; None if nothing did."""
+    reason: str | None = vars(module).get("_logits_reason")
+    return reason
 
 
-def has_active_adapter(layer: Any) -> bool:
-    """Return True if a call adds adapters to the base layer's result."""
-    return not (layer.disable_adapters or layer.merged) and bool(active_names(layer))
+def _step_reason(module: Any) -> str | None:
+    """Return why a training step leaves the model's head alone, or None."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
-
-def operands_of_head(head: Any, x: Tensor) -> tuple[Record, torch.dtype | None]:
-    """Return one record of a head for x, with the operand of its weight, and the base GEMM's dtype.
-
-    head: an output embedding that `read_head` reads.
-    """
-    records = read_head(head, x.device, x.dtype)
-    assert not isinstance(records, str)
-    record = records[0]
-    base = head.get_base_layer() if isinstance(head, lora.LoraLayer) else head
-    weight, compute_dtype = readable_weight(base, x)
-    if record.lora_A is not None:
-        record = stack_records(records)._replace(bias=add_bias(record.bias, lora_bias(records)))
-        if record.rank_gate is not None:
-            B, gate = record.lora_B, record.rank_gate
-            record = record._replace(lora_B=B * gate.to(B.dtype))
-    return record._replace(weight=weight), compute_dtype
+    if (reason := unfused_context()) is not None:
+        return reason
+    if module.loss_function is not ForCausalLMLoss:
+        return "its loss_function was replaced"
+    if module.get_output_embeddings() is None:
+        return "it has no output embedding"
+    return None
 
 
 @functools.cache
 def _forward_of(cls: Any) -> Any:
     """Return the class's forward, with a loss that needs no logits in training."""
-    import inspect
+    class_forward = cls.forward
+    names = list(inspect.signature(class_forward).parameters)[1:]
 
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-    from transformers.utils.generic import can_return_tuple
-
-    original_forward = cls.forward
-    names = list(inspect.signature(original_forward).parameters)[1:]
-    outputs = [name for name in _OUTPUTS if name in CausalLMOutputWithPast.__dataclass_fields__]
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def run(self: Any, labels: Tensor, **kwargs: Any) -> Any:
-        accepted = _arguments_of(type(self.model).forward)
-        base_outputs = self.model(
-            **{n: t for n, t in kwargs.items() if accepted is None or n in accepted}
-        )
-        x, logits = base_outputs.last_hidden_state, None
-        # As in transformers, the loss gets the arguments that the forward does not name.
-        loss_kwargs = {name: value for name, value in kwargs.items() if name not in names}
-        if call_reason(self, x.device, x.dtype) is None:
-            loss = _loss(self, x, labels, **loss_kwargs)
-        else:
-            logits = _logits(self, x)
-            sizes = {"vocab_size": self.config.vocab_size}
-            loss = self.loss_function(logits=logits, labels=labels, **sizes, **loss_kwargs)
-        others = {name: getattr(base_outputs, name, None) for name in outputs}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
-
-    @functools.wraps(original_forward)
+    @functools.wraps(class_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.forward is not original_forward:  # replaced after `fuse`
+        is_own = cls.forward is class_forward  # or replaced after `fuse`
+        given = dict(zip(names, args, strict=False)) | kwargs
+        to_keep = given.get("logits_to_keep", 0)
+        keeps_all = isinstance(to_keep, int) and to_keep == 0
+        is_step = self.training and given.get("labels") is not None and keeps_all
+        if not (is_own and is_step) or _step_reason(self) is not None:
             return cls.forward(self, *args, **kwargs)
-        kwargs.update(zip(names, args, strict=False))
-        logits_to_keep = kwargs.get("logits_to_keep", 0)
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if kwargs.get("labels") is None or not self.training or not keeps_all:
-            return original_forward(self, **kwargs)
-        kwargs.pop("logits_to_keep", None)
-        return run(self, kwargs.pop("labels"), **kwargs)
+        return _run_step(cls.forward, self, args, kwargs)
 
     forward.is_fused_loss = True  # type: ignore[attr-defined]
     return forward
 
 
-@functools.cache
-def _arguments_of(forward: Any) -> frozenset[str] | None:
-    """Return the names of the arguments that a forward takes; None if it takes any.
+class _HeadForward:
+    """A forward of a head, for one call in one thread: it returns logits that are not computed.
 
-    Models of transformers 4.56 refuse arguments that only the loss reads.
+    The head's own forward is back before the call reads the head.
     """
-    import inspect
 
-    parameters = inspect.signature(forward).parameters.values()
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return None if takes_any else frozenset(p.name for p in parameters)
+    def __init__(self, head: Any) -> None:
+        self.head, self.own = head, vars(head).get("forward")
+        self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
+        self.logits: DeferredLogits | None = None
+        self.reason: str | None = "the forward of its class does not call its head"
+        vars(head)["forward"] = self
+
+    def restore(self) -> None:
+        """Give the head its own forward again, unless that is done."""
+        attributes = vars(self.head)
+        if attributes.get("forward") is not self:
+            return
+        if self.own is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.thread is not None and self.thread != threading.get_ident():
+            forward = self.own or functools.partial(type(self.head).forward, self.head)
+            return forward(*args, **kwargs)
+        self.restore()
+        self.reason = "its head gets more than x"
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+            (x,) = args
+            records = read_head(self.head, x.device, x.dtype)
+            if not isinstance(records, str):
+                self.reason, self.logits = None, defer_logits(self.head, x)
+                return self.logits
+            self.reason = f"its head: {records}"
+        return self.head.forward(*args, **kwargs)
 
 
-def _logits(module: Any, x: Tensor) -> Tensor:
-    """Return the same logits as the class's forward."""
-    scale, cap = LOGITS[_owner(type(module))](module)
-    head: Any = module.get_output_embeddings()
-    logits: Tensor = head(x)
-    if scale != 1.0:
-        logits = logits * scale
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+def _run_step(forward: Any, module: Any, args: Any, kwargs: Any) -> Any:
+    """Return the outputs of a training step's forward, in which the head's logits are deferred."""
+    head = module.get_output_embeddings()
+    if isinstance(vars(head).get("forward"), _HeadForward):  # another model's, or thread's, step
+        return forward(module, *args, **kwargs)
+    head_forward = _HeadForward(head)
+    try:
+        outputs = forward(module, *args, **kwargs)
+    finally:
+        head_forward.restore()
+    reason, logits = head_forward.reason, head_forward.logits
+    if logits is not None:
+        outputs = _without_logits(outputs)
+        reason = logits.op
+        logits.call.nodes.clear()  # which refer to each other
+    if not torch.compiler.is_compiling():
+        module._logits_reason = reason
+    return outputs
 
 
-def _loss(
-    module: Any,
-    x: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Return `ForCausalLMLoss` of the hidden states x [..., S, K] and labels [..., S]."""
-    record, compute_dtype = operands_of_head(module.get_output_embeddings(), x)
-    scale, cap = LOGITS[_owner(type(module))](module)
-    if shift_labels is None:
-        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    loss = lora_linear_cross_entropy(
-        x,
-        record.weight,
-        record.lora_A,
-        record.lora_B,
-        shift_labels.to(x.device),
-        record.scaling,
-        record.bias,
-        ignore_index=ignore_index,
-        logit_softcap=cap,
-        logit_scale=scale,
-        reduction="mean" if num_items_in_batch is None else "sum",
-        dropout_p=record.dropout_p,
-        compute_dtype=compute_dtype,
-    )
-    if num_items_in_batch is None:
-        return loss
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch
+def _without_logits(outputs: Any) -> Any:
+    """Return a model's outputs without the logits that its loss did not need.
+
+    Logits that something needed, or without a loss, are computed.
+    """
+
+    def tensor_of(value: Any) -> Any:
+        if type(value) is not DeferredLogits:
+            return value
+        if value.call.has_loss and value.op is None:
+            return None
+        return value.computed("no cross_entropy in the forward")
+
+    if isinstance(outputs, tuple):
+        given = [(value, tensor_of(value)) for value in outputs]
+        return tuple(new for old, new in given if old is None or new is not None)
+    return type(outputs)(**{name: tensor_of(value) for name, value in outputs.items()})

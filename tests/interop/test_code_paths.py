@@ -27,7 +27,7 @@ from lora_kernels.core.record import PLAIN, CodePath, Record, operands_of, path_
 from lora_kernels.layers import LoRALinear
 from lora_kernels.ops import blocks
 from lora_kernels.ops import direct as ops_direct
-from lora_kernels.peft import direct, embedding, explain, fuse, loss, read, row_adapters
+from lora_kernels.peft import direct, embedding, explain, fuse, head, read, row_adapters
 from lora_kernels.peft.explain_rows import LIBRARY, PEFT, SHARED
 from lora_kernels.peft.read import VARIANTS, Variant
 from tests.support.assertions import assert_as_exact, assert_close_derived
@@ -146,7 +146,6 @@ STATES = {
         lambda: adapted(gpt2(**NO_DROPOUT), target_modules=GPT2, fan_in_fan_out=True),
         "[K, N]",
         block=False,
-        loss=False,
     ),
 }
 
@@ -325,7 +324,7 @@ def add_operand(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 PATHS = {
     f"{module.__name__.removeprefix('lora_kernels.')}.{name}": path
-    for module in (read, direct, loss, embedding, blocks, ops_direct)
+    for module in (read, direct, head, embedding, blocks, ops_direct)
     for name, path in vars(module).items()
     if isinstance(path, CodePath)
 }

@@ -473,9 +473,10 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
     for block, cell in itertools.product(BLOCKS, blocks.CELLS):
         if cell.base != "nf4" or has_bitsandbytes:
             yield from block_entries(block, cell)
-    for cell in blocks.CELLS[:4:3]:  # bfloat16, dense and NF4
+    # Of the MLP in bfloat16, dense and NF4.
+    for block, cell in itertools.product(BLOCKS[-1:], blocks.CELLS[:4:3]):
         if cell.base != "nf4" or has_bitsandbytes:
-            yield from tile_entries(cell)
+            yield from tile_entries(cell, block)
     yield from map(head_entry, (_BF16, _F32))
     if expert_peers.unavailable_reason() is None:
         for tokens, shape in itertools.product(TOKENS, EXPERTS):

@@ -138,6 +138,7 @@ def test_fuse_callback_restored_from_a_checkpoint_has_its_settings(tmp_path: Pat
     """Trainer makes a new callback of the state that the checkpoint has."""
     settings = {"linears": True, "loss": True, "qualify": "off"}
     settings |= {"blocks": False, "cast_adapters": True, "exact_merge": "device"}
+    settings |= {"mlp_tile_rows": 64}
     make = partial(trl_tests.sft, tmp_path, torch.float32, config=trl_tests.lora())
     for steps in (1, 2):
         how = CHECKPOINTS | {"max_steps": steps, "restore_callback_states_from_checkpoint": True}

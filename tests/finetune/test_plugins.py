@@ -153,6 +153,7 @@ def test_axolotl_finds_the_keys_of_the_configuration(manager: Any) -> None:
         "lora_kernels_loss": False,
         "lora_kernels_qualify": "cached",
         "lora_kernels_exact_merge": None,
+        "lora_kernels_mlp_tile_rows": None,
     }
     with pytest.raises(ValueError, match="lora_kernels_qualify"):
         arguments(lora_kernels_qualify="later")

@@ -301,6 +301,36 @@ def test_autocast_caches_no_cast_without_a_graph(backward_inside: bool) -> None:
     assert (grads[0] - grads[1]).norm() <= 2.0**-7 * grads[1].norm()
 
 
+def test_gradients_of_many_tiles_add_up_in_float32() -> None:
+    """As positive numbers, whose sum outgrows bfloat16's last digit of each."""
+    x = torch.rand(64 * ROWS, K, generator=torch.Generator().manual_seed(0)).to(bf16)
+    weight = torch.zeros(4, K, dtype=bf16, requires_grad=True)
+    tiles.call(Rows(weight), x, ROWS, [weight]).sum().backward()
+    exact = x.double().sum(0).expand(4, K)
+    assert weight.grad is not None
+    # Each tile's gradient is rounded once, and their sum once.
+    assert (weight.grad - exact).abs().max() <= 2.0**-8 * exact.max()
+
+
+def test_a_parameter_that_the_call_leaves_out_has_no_gradient(calls: list[int]) -> None:
+    """As an adapter that is trained by other calls."""
+    stock, fused = pair()
+    for model in (stock, fused):
+        torch.manual_seed(1)
+        add_adapter(model, "second", 5, r=3)
+        activate(model, "default")
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.requires_grad_()
+    fuse(fused, mlp_tile_rows=ROWS)
+    assert_pefts(stock, fused, input_of(f64).requires_grad_())
+    assert len(calls) == 24
+    x, weight, other = input_of(f64), torch.randn(4, K, dtype=f64), torch.zeros(3, dtype=f64)
+    parameters = [weight.requires_grad_(), other.requires_grad_()]
+    tiles.call(Rows(weight), x, ROWS, parameters).sum().backward()
+    assert weight.grad is not None and other.grad is None
+
+
 def test_without_gradients_a_tile_at_a_time(calls: list[int]) -> None:
     stock, fused = pair()
     x = input_of(f64)

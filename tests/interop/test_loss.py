@@ -188,8 +188,9 @@ def test_positional_arguments_and_outputs_are_transformers() -> None:
     got, want = (m(IDS, None, labels=LABELS, output_hidden_states=True) for m in (ours, theirs))
     assert [*got] == [name for name in want if name != "logits"]
     torch.testing.assert_close(got.hidden_states[-1], want.hidden_states[-1])
-    first, *_ = ours(IDS, labels=LABELS, return_dict=False)
-    assert torch.equal(first, got.loss)
+    first, *rest = ours(IDS, labels=LABELS, return_dict=False)
+    assert torch.equal(first, got.loss) and all(value is not None for value in rest)
+    assert len(rest) == len(theirs(IDS, labels=LABELS, return_dict=False)) - 2
     assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
 
 
@@ -293,6 +294,45 @@ def test_loss_that_needs_logits_computes_them_and_explain_says_why(
     (row,) = explain(ours).losses
     assert (row.layer, row.state) == ("base_model.model.loss", TORCH)
     assert reason in row.reason
+
+
+class Metered(transformers.LlamaForCausalLM):
+    """Reads its own logits in a training step."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any) -> Any:
+        logits: Any = self.lm_head(self.model(input_ids).last_hidden_state)
+        self.entropy = -logits.softmax(-1).logsumexp(-1).mean()
+        loss = None if labels is None else self.loss_function(logits, labels, 61)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_op_that_reads_the_logits_is_named_after_the_step() -> None:
+    base = causal_model()
+    base.__class__ = Metered
+    ours, theirs = pair(adapted(base).train())
+    assert explain(ours).losses[0].state == KERNELS
+    assert not is_logit_free(ours)
+    assert_same_step(ours, theirs)
+    (row,) = explain(ours).losses
+    assert (row.state, "softmax" in row.reason) == (TORCH, True), row
+
+
+def test_head_is_itself_after_a_forward_that_raised() -> None:
+    """Before the model has called it."""
+    ours, theirs = pair(adapted(causal_model()).train())
+    norm = ours.get_base_model().model.norm
+
+    def fail(*args: Any) -> None:
+        raise KeyError("norm")
+
+    handle = norm.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="norm"):
+        ours(input_ids=IDS, labels=LABELS)
+    handle.remove()
+    assert "forward" not in vars(ours.get_base_model().lm_head)
+    logits = ours(input_ids=IDS).logits
+    assert type(logits) is Tensor
+    torch.testing.assert_close(logits, theirs(input_ids=IDS).logits)
 
 
 def test_replaced_loss_function_gets_what_transformers_gives_it() -> None:

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,21 @@ from torch import Tensor, nn
 from .base import missing_layers
 from .linear import peft_class
 from .mergeable import check_merge
-from .sharded import FLATTENED, find_ungathered
+from .sharded import (
+    FLATTENED,
+    find_flattened,
+    is_absent,
+    is_sharded,
+    is_sharded_4bit,
+    is_sharded_parameter,
+    local_part,
+    whole_parameters,
+)
 
 LOCATIONS = ("host", "device")
 _METHODS = "merge", "unmerge", "unload_and_optionally_merge_module"
+_FSDP1 = "FullyShardedDataParallel"
+_WRAPPED = "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # in names of modules alone
 
 Slot = tuple[nn.Module, str]  # a module, and the name of one of its direct parameters
 
@@ -104,7 +115,7 @@ def _unkeepable_reason(layer: Any) -> str | None:
         return f"over a {type(base).__name__} without a weight that a merge writes"
     for module, name in written_parameters(layer):
         p: Any = module._parameters[name]
-        if not (is_plain(p) or is_params4bit(p)):
+        if not (is_plain(p) or is_params4bit(p) or is_sharded_4bit(module, name)):
             kind = f"{type(p).__name__} of {p.dtype}"
             return f"over a {type(base).__name__}, whose {name} is a {kind}"
     return None
@@ -127,13 +138,8 @@ def is_params4bit(p: object) -> bool:
 
 def is_plain(p: Any) -> bool:
     """Return True for a floating parameter that is in no library's own format."""
-    t = _local(p)
+    t = local_part(p)
     return type(t) in (nn.Parameter, Tensor) and t.is_floating_point()
-
-
-def _local(p: Any) -> Any:
-    """Return the tensor itself, or this process's shard of a DTensor."""
-    return p.to_local() if type(p).__name__ == "DTensor" else p
 
 
 class _Span(NamedTuple):
@@ -155,7 +161,7 @@ def _tied_groups(layers: Iterable[Any]) -> Iterator[list[Any]]:
     spans: list[_Span] = []
     for i, layer in enumerate(layers):
         for module, name in written_parameters(layer):
-            t = _local(module._parameters[name])
+            t = local_part(module._parameters[name])
             last_index = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
             if t.numel() and t.data_ptr():
                 end = t.data_ptr() + (last_index + 1) * t.element_size()
@@ -214,7 +220,7 @@ class ExactMerge:
     def __init__(self, layer: Any, location: str | None) -> None:
         self._layer = _WeakReference(layer)  # a strong reference would be a cycle
         self.location = location
-        self.originals: list[_Dense | _FourBit] | None = None
+        self.originals: list[_Dense | _FourBit | _FourBitShard] | None = None
         self.tied: list[ExactMerge] = []
         self.modules: list[nn.Module] = []
         self._caches: dict[str, Any] = {}
@@ -303,8 +309,11 @@ class ExactMerge:
             vars(layer).pop(name, None)
 
     def _peft(self, method: str, *args: Any) -> None:
-        with as_peft([self.layer]):
-            getattr(type(self.layer), method)(self.layer, *args)
+        layer = self.layer
+        with as_peft([layer]), ExitStack() as stack:
+            if is_sharded(layer):
+                stack.enter_context(whole_parameters(layer.modules(), written_parameters(layer)))
+            getattr(type(layer), method)(layer, *args)
 
     def _copy_base(self) -> None:
         """Copy the base's parameters, and share the copies that a tied layer has made."""
@@ -391,18 +400,23 @@ def _has_any(layer: Any, adapter_names: Sequence[str] | None) -> bool:
     return any(name in part for name in names for part in (layer.lora_A, layer.lora_embedding_A))
 
 
-def _copy_of(slot: Slot, to_host: bool) -> _Dense | _FourBit:
+def _copy_of(slot: Slot, to_host: bool) -> _Dense | _FourBit | _FourBitShard:
     module, name = slot
     p: Any = module._parameters[name]
-    if is_params4bit(p):
+    shard = local_part(p)
+    if is_params4bit(p) and shard is p:
         # PEFT's merge replaces packed bytes and never writes to them.
         device = torch.device("cpu") if to_host else p.device
         attributes = {key: value for key, value in vars(p).items() if key in _ATTRIBUTES}
         return _FourBit(
             slot, type(p), p.data.to(device), _copy_state(p.quant_state, device), attributes
         )
-    t = _local(p).detach()
-    return _Dense(slot, t.to("cpu", copy=True) if to_host else t.clone())
+    t = shard.detach().as_subclass(Tensor)
+    values = t.to("cpu", copy=True) if to_host else t.clone()
+    if is_params4bit(p) or is_sharded_4bit(module, name):
+        state: Any = p.quant_state if is_params4bit(p) else module.quant_state
+        return _FourBitShard(slot, values, _copy_state(state, values.device))
+    return _Dense(slot, values)
 
 
 class _Dense(NamedTuple):
@@ -418,7 +432,7 @@ class _Dense(NamedTuple):
     def shares_memory(self, slot: Slot) -> bool:
         """Return True if the copied parameter and the slot's have the same memory and layout."""
         (module, name), (other_module, key) = self.slot, slot
-        a, b = _local(module._parameters[name]), _local(other_module._parameters[key])
+        a, b = local_part(module._parameters[name]), local_part(other_module._parameters[key])
         if is_params4bit(b) or a.data_ptr() != b.data_ptr() or not a.numel():
             return False
         return bool(a.shape == b.shape and a.stride() == b.stride())
@@ -430,7 +444,7 @@ class _Dense(NamedTuple):
         """Copy the values into the parameter, whatever its current device and dtype are."""
         module, name = self.slot
         p: Any = module._parameters[name]
-        t = _local(p.data)
+        t = local_part(p).detach()
         if t.shape != self.values.shape:
             raise RuntimeError(
                 f"exact_merge: got a base's {name} of shape {list(t.shape)}, want "
@@ -453,12 +467,7 @@ class _FourBit(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        nested_state = self.state.state2
-        scales: list[Tensor] = [
-            self.state.absmax,
-            *([] if nested_state is None else [nested_state.absmax]),
-        ]
-        return self.packed.nbytes + sum(t.nbytes for t in scales)
+        return self.packed.nbytes + _scales_nbytes(self.state)
 
     def shares_memory(self, slot: Slot) -> bool:
         module, name = slot
@@ -477,6 +486,42 @@ class _FourBit(NamedTuple):
         p = self.cls(self.packed.to(current.device), **self.attributes, **kwargs)
         module._parameters[name] = p
         module.quant_state = state
+
+
+class _FourBitShard(NamedTuple):
+    """This rank's shard of the packed bytes of a bitsandbytes parameter, and the whole's scales."""
+
+    slot: Slot
+    values: Tensor
+    state: Any
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + _scales_nbytes(self.state)
+
+    def shares_memory(self, slot: Slot) -> bool:
+        return _Dense(self.slot, self.values).shares_memory(slot)
+
+    def for_slot(self, slot: Slot) -> _FourBitShard:
+        return self._replace(slot=slot)
+
+    def restore(self) -> None:
+        _Dense(self.slot, self.values).restore()
+        module, name = self.slot
+        p: Any = module._parameters[name]
+        state = _copy_state(self.state, local_part(p).device)
+        if is_params4bit(p):
+            p.quant_state = state
+        vars(module)["quant_state"] = state
+
+
+def _scales_nbytes(state: Any) -> int:
+    nested_state = state.state2
+    scales: list[Tensor] = [
+        state.absmax,
+        *([] if nested_state is None else [nested_state.absmax]),
+    ]
+    return sum(t.nbytes for t in scales)
 
 
 def _copy_state(state: Any, device: torch.device) -> Any:
@@ -501,11 +546,13 @@ def merged_weights(
     is the model's own, so do not write to it. The model may be fused or not. Merged adapters stay
     merged.
 
+    FSDP2, ZeRO-3 or FSDP1 may shard the model. Then all ranks call this function and take all
+    tensors, which are whole in each. FSDP2's and ZeRO-3's parameters are gathered for one layer at
+    a time, and FSDP1's for a unit, which is copied.
+
     Args:
-        model: a PEFT model with LoRA layers, on devices, and not offloaded. Call and consume this
-            function inside of `deepspeed.zero.GatheredParameters(model.parameters())` under
-            ZeRO-3, and of `FullyShardedDataParallel.summon_full_params(model)` under FSDP1. Under
-            FSDP2 the tensors are DTensors.
+        model: a PEFT model with LoRA layers, on devices, and not offloaded. Under FSDP1 the
+            outermost wrapper.
         adapter_names: the adapters to merge; None: the active ones.
         safe_merge: whether PEFT refuses NaN and infinity.
 
@@ -514,9 +561,9 @@ def merged_weights(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it has no LoRA layers, a weight is offloaded or sharded, a layer is an
-            `nn.MultiheadAttention` or over a packed weight, FSDP2 shards a 4-bit weight; or PEFT's
-            merge raises it.
+        ValueError: it has no LoRA layers, a weight is offloaded, a layer is an
+            `nn.MultiheadAttention` or over a packed weight, the model is below FSDP1's outermost
+            wrapper; or PEFT's merge raises it.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), LoraConfig(target_modules=["0"]))
@@ -528,18 +575,23 @@ def merged_weights(
     root = _base_model(model)
     if not any(isinstance(module, LoraLayer) for module in root.modules()):
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
-    _check_gathered(model)
-    check_merge(root, adapter_names)
+    flattened = find_flattened(model)
+    scopes = [] if flattened is None else _flattened_scopes(model)
+    if flattened is not None and not scopes:
+        raise ValueError(f"model: got {flattened}")
+    check_merge(root, adapter_names, gathers=True)
+    if not scopes:
+        _check_copyable(root, "")
     for name, module in root.named_modules():
-        if isinstance(module, LoraLayer) and (reason := _uncopyable_reason(module)) is not None:
-            raise ValueError(f"model: got {name}, {reason}")
         tensors = module._parameters | module._buffers
         for key, t in tensors.items():
             if t is not None and t.is_meta and key not in module._non_persistent_buffers_set:
                 raise ValueError(
                     f"model: got {name}.{key} offloaded, or on meta, want it on a device"
                 )
-    return _merged_weights(model, adapter_names, safe_merge)
+    if scopes:
+        return _flattened_weights(model, scopes, adapter_names, safe_merge)
+    return _merged_weights(root, "", adapter_names, safe_merge)
 
 
 def _base_model(model: nn.Module) -> nn.Module:
@@ -549,16 +601,19 @@ def _base_model(model: nn.Module) -> nn.Module:
     """
     inner = model
     while not isinstance(inner, PeftModel):
-        if len(inner._modules) != 1 or inner._parameters or inner._buffers:
+        tensors = [*inner._parameters.values(), *inner._buffers.values()]
+        is_wrapper = all(getattr(t, "_is_flat_param", False) for t in tensors)  # FSDP1's own
+        if len(inner._modules) != 1 or not is_wrapper:
             return model
         (inner,) = inner.children()
     return inner.get_base_model()
 
 
-def _check_gathered(model: nn.Module) -> None:
-    """Raise ValueError if ZeRO-3 or FSDP1 shards a parameter at present."""
-    if (ungathered := find_ungathered(model)) is not None:
-        raise ValueError(f"model: got {ungathered}")
+def _check_copyable(root: nn.Module, prefix: str) -> None:
+    """Raise ValueError if PEFT cannot merge into a copy of a layer's base."""
+    for name, module in root.named_modules(prefix=prefix):
+        if isinstance(module, LoraLayer) and (reason := _uncopyable_reason(module)) is not None:
+            raise ValueError(f"model: got {name}, {reason}")
 
 
 def _uncopyable_reason(layer: Any) -> str | None:
@@ -568,7 +623,7 @@ def _uncopyable_reason(layer: Any) -> str | None:
     base = layer.get_base_layer()
     weights: list[Any] = [base._parameters[n] for _, n in written_parameters(layer) if n != "bias"]
     # A model below FSDP1's outermost wrapper has no record of its state.
-    if any(p.dim() < 2 for p in weights) or not (weights or base.state_dict()):
+    if any(p.dim() < 2 and not is_absent(p) for p in weights) or not (weights or base.state_dict()):
         return f"whose base is {FLATTENED}"
     if not weights and isinstance(getattr(base, "weight", None), nn.Parameter):
         return f"whose base is wrapped in {type(base).__name__}, want it in no wrapper of its own"
@@ -592,50 +647,136 @@ class _Entry(NamedTuple):
 
 
 def _merged_weights(
-    model: nn.Module, adapter_names: list[str] | None, safe_merge: bool
+    root: nn.Module, prefix: str, adapter_names: list[str] | None, safe_merge: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    _check_gathered(model)  # again, because a context may have ended since
-    root = _base_model(model)
+    """Yield the merged weights of a part of the base model, whose names begin with `prefix`."""
     modules = list(root.modules())
     units = _units(modules)
     groups = _group_units(modules, units)
     state = root.state_dict()
     entries = {key: _locate(root, key) for key in state}
-    # The keys of the entries of a layer of PEFT, and of parameters outside of these layers.
-    names, keys = dict[str, str](), dict[Any, list[str]]()
-    for key, entry in entries.items():
-        if entry.name is not None:
-            names[key] = entry.name
-            keys.setdefault(entry.layer or entry.slot, []).append(key)
+    # The names of the entries of parameters outside of PEFT's layers; the prefix of the others.
+    names, prefixes = dict[Slot | None, list[str]](), dict[Any, str]()
+    for entry in entries.values():
+        if entry.name is None:
+            continue
+        name = prefix + entry.name
+        if entry.layer is not None:
+            prefixes[entry.layer] = name.removesuffix(entry.base_key)
+        else:
+            names.setdefault(entry.slot, []).append(name)
     yielded: set[str] = set()
     for key, t in state.items():
-        _, layer, _, slot = entries[key]
-        if key not in names or key in yielded:
+        entry = entries[key]
+        if entry.name is None or (name := prefix + entry.name) in yielded:
             continue
+        slot = entry.slot
         address = None if slot is None else _address(slot[0]._parameters[slot[1]])
-        members, slots = groups.get(layer) or groups.get(address) or ([], [])
+        members, slots = groups.get(entry.layer) or groups.get(address) or ([], [])
         if not members:
-            yield names[key], t
-            continue
-        layers = [inner for member in members for inner in units[member]]
-        with merged_copies(layers, slots, safe_merge, adapter_names):
-            # The parameters of tied modules without an adapter belong to this group too.
-            parameters: dict[Slot, Any] = {(m, n): m._parameters[n] for m, n in slots}
-            tensors: dict[str, Tensor] = {
-                tied_key: p.detach()
-                for slot, p in parameters.items()
-                for tied_key in keys.get(slot, ())
-            }
-            for member in members:
-                merged = units[member][-1].base_layer.state_dict()
-                tensors |= {k: merged[entries[k].base_key] for k in keys.get(member, ())}
-                del merged
-            parameters.clear()
+            tensors = {name: t} if slot is None else _whole_tensors(slot, name, t)
+        else:
+            layers = [inner for member in members for inner in units[member]]
+            gathered = [module for member in members for module in member.modules()]
+            gathered += [module for module, _ in slots]
+            tensors = {}
+            with (
+                whole_parameters(dict.fromkeys(gathered)),
+                merged_copies(layers, slots, safe_merge, adapter_names),
+            ):
+                # The parameters of tied modules without an adapter belong to this group too.
+                for module, n in slots:
+                    p: Any = module._parameters[n]
+                    tensors |= dict.fromkeys(names.get((module, n), ()), p.detach())
+                for member in members:
+                    merged = units[member][-1].base_layer.state_dict()
+                    tensors |= {prefixes[member] + k: value for k, value in merged.items()}
+                    del merged
+                p = None
         yielded |= tensors.keys()
-        for tied_key in list(tensors):
-            t = tensors.pop(tied_key)
-            yield names[tied_key], t
+        for tied_name in list(tensors):
+            t = tensors.pop(tied_name)
+            yield tied_name, t
         del t
+
+
+def _whole_tensors(slot: Slot, name: str, t: Tensor) -> dict[str, Tensor]:
+    """Return the entries of a parameter that no merge changes, whole in each rank.
+
+    name: its own in the base's state dict. t: its entry in the state dict of the sharded model.
+    """
+    module, key = slot
+    if not is_sharded_parameter(module._parameters[key]):
+        return {name: t}
+    found: dict[str, Tensor] = {}
+    with whole_parameters([module]):
+        module._save_to_state_dict(found, "", keep_vars=False)
+    prefix = name.removesuffix(key)
+    return {prefix + k: v for k, v in found.items() if k == key or k.startswith(f"{key}.")}
+
+
+# A module, its name in the base model, and those below it that are gathered by themselves.
+Scope = tuple[nn.Module, str, list[nn.Module]]
+
+
+def _flattened_scopes(model: nn.Module) -> list[Scope]:
+    """Return FSDP1's units outside of PEFT's layers, the outermost first.
+
+    Returns none if `model` is not the outermost unit.
+    """
+    if type(model).__name__ != _FSDP1 or getattr(model, "_is_root", None) is False:
+        return []
+    base = _base_model(model)
+    units: list[tuple[nn.Module, str]] = [(base, "")]
+    inside: list[Any] = []
+    for path, module in base.named_modules():
+        is_inside = any(module is x for top in inside for x in top.modules())
+        if is_inside:
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside.append(module)
+        elif type(module).__name__ == _FSDP1:
+            parts = [part for part in path.split(".") if part not in _WRAPPED]
+            units.append((module, ".".join(parts) + "."))
+    return [(unit, name, [m for m, _ in units if m is not unit]) for unit, name in units]
+
+
+def _flattened_weights(
+    model: nn.Module, scopes: Sequence[Scope], adapter_names: list[str] | None, safe_merge: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the merged weights of a model that FSDP1 shards, a unit at a time."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for i, (unit, prefix, others) in enumerate(scopes):
+        outermost = unit if i else model
+        with (
+            _left_out(outermost, others),
+            FullyShardedDataParallel.summon_full_params(outermost, writeback=False),
+        ):
+            _check_copyable(unit, prefix.rstrip("."))
+            weights = _merged_weights(unit, prefix, adapter_names, safe_merge)
+            # A unit's memory is freed when it is sharded again.
+            tensors = {name: t.clone() for name, t in weights}
+        for name in list(tensors):
+            yield name, tensors.pop(name)
+
+
+@contextmanager
+def _left_out(root: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let `root` be without these modules, so that FSDP1 gathers only the rest."""
+    removed = [
+        (parent, name, child)
+        for parent in root.modules()
+        for name, child in parent._modules.items()
+        if any(child is module for module in modules)
+    ]
+    try:
+        for parent, name, _ in removed:
+            parent._modules[name] = nn.Module()
+        yield
+    finally:
+        for parent, name, child in removed:
+            parent._modules[name] = child
 
 
 def _units(modules: Iterable[nn.Module]) -> dict[Any, list[Any]]:
@@ -693,7 +834,7 @@ def _slots_by_address(modules: Iterable[nn.Module]) -> dict[Any, list[Slot]]:
 
 
 def _address(p: Any) -> Any:
-    t = _local(p)
+    t = local_part(p)
     return (t.device, t.data_ptr()) if t.data_ptr() else id(p)  # 0: empty, or on meta
 
 

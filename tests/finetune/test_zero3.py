@@ -23,10 +23,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse, merged_weights, unfuse
+from lora_kernels.peft.merge import written_parameters
 from lora_kernels.peft.quantize import quantize
 from lora_kernels.peft.swap import fused_layers
 from tests.finetune.test_distributed import NEEDS_GLOO, experts_to_shard, ids_of, launch
 from tests.finetune.tiny import gpt2, llama
+from tests.support.assertions import assert_bytes
 from tests.support.peft_models import OpCounter, randomize
 
 pytest.importorskip("deepspeed", exc_type=ImportError)
@@ -253,7 +255,7 @@ def run(
     with deepspeed.zero.GatheredParameters(list(trained.values())):
         found |= {f"trained {n}": p.detach().clone() for n, p in trained.items()}
     if zero is None:  # all parameters are partitioned
-        found |= merged(peft_model, is_dense=model in ("dense", "one layer"))
+        found |= merged(peft_model, fused)
     if fused:
         unfuse(peft_model)
     engine.eval()
@@ -264,27 +266,42 @@ def run(
     return found
 
 
-def merged(peft_model: Any, is_dense: bool) -> dict[str, Any]:
-    """What `merged_weights` gives for gathered parameters. It raises for partitioned ones."""
+def merged(peft_model: Any, is_fused: bool) -> dict[str, Any]:
+    """Compare `merged_weights` of partitioned parameters with those of gathered ones, and merge
+    exactly."""
     import deepspeed
 
-    want = r"model: got .* of shape \[0\], want \[.* ZeRO-3 .* deepspeed.zero.GatheredParameters"
-    with pytest.raises(ValueError, match=want):
-        merged_weights(peft_model)
-    if not is_dense:
-        return {}
     with deepspeed.zero.GatheredParameters(list(peft_model.parameters())):
-        stream = merged_weights(peft_model)
-        found = {f"merged {name}": t.clone() for name, t in merged_weights(peft_model)}
-        layer = peft_model.get_base_model().model.layers[0].self_attn.q_proj
-        A, B = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
-        q_proj = layer.base_layer.weight.double() + layer.scaling["default"] * B @ A
-        got = found["merged model.layers.0.self_attn.q_proj.weight"].double()
-        # Sums of three float32 terms, beside a weight.
-        assert (got - q_proj).norm() <= 2.0**-21 * q_proj.norm()
-    with pytest.raises(ValueError, match=want):  # it is consumed too late
-        next(stream)
-    return found
+        want = {name: t.clone() for name, t in merged_weights(peft_model)}
+    assert not any(p.numel() for p in peft_model.parameters())
+    assert_bytes(dict(merged_weights(peft_model)), want)
+    assert not any(p.numel() for p in peft_model.parameters())
+    if not is_fused:
+        return {f"merged {name}": t for name, t in want.items() if t.is_floating_point()}
+    for call in (peft_model.merge_adapter, peft_model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"ZeRO-3 partitions .* want .*merged_weights"):
+            call()
+    fuse(peft_model, exact_merge="host")
+    slots = [slot for layer in fused_layers(peft_model) for slot in written_parameters(layer)]
+
+    def values() -> list[Any]:
+        with deepspeed.zero.GatheredParameters([m._parameters[n] for m, n in slots]):
+            return [m._parameters[n].detach().clone() for m, n in slots]
+
+    before = values()
+    for _ in range(2):
+        peft_model.merge_adapter()
+        layers = [m for m in peft_model.modules() if hasattr(m, "merged_adapters")]
+        assert all(layer.merged for layer in layers)
+        changed = [not torch.equal(a, b) for a, b in zip(values(), before, strict=True)]
+        assert any(changed)
+        with deepspeed.zero.GatheredParameters(list(peft_model.parameters())):
+            assert_bytes(dict(merged_weights(peft_model)), want)  # adapters that are merged stay
+        peft_model.unmerge_adapter()
+        assert all(torch.equal(a, b) for a, b in zip(values(), before, strict=True))
+    assert_bytes(dict(merged_weights(peft_model)), want)
+    fuse(peft_model)
+    return {f"merged {name}": t for name, t in want.items() if t.is_floating_point()}
 
 
 def train(folder: str, group: str) -> None:

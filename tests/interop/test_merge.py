@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import os
 import pickle
 import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from lora_kernels.bench.memory import peak
-from lora_kernels.peft import check, fuse, merged_weights, unfuse
+from lora_kernels.peft import check, fuse, merge, merged_weights, unfuse
 from lora_kernels.peft.kept import Tally, add_layer
-from lora_kernels.peft.merge import ExactMerge
+from lora_kernels.peft.merge import ExactMerge, written_parameters
 from lora_kernels.peft.quantize import quantize
+from lora_kernels.peft.sharded import whole_parameters
 from lora_kernels.peft.swap import lora_layers
 from lora_kernels.quantization import QuantizedWeight
 from tests.support.assertions import assert_bytes
@@ -812,8 +815,7 @@ def test_merges_of_a_model_that_fsdp2_or_accelerate_manages(sharded: bool) -> No
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         model = torch.distributed.fsdp.fully_shard(model, mesh=mesh)
-        got = {name: t.full_tensor() for name, t in merged_weights(model)}  # type: ignore[attr-defined]
-        assert_bytes(got, want)
+        assert_bytes(dict(merged_weights(model)), want)
         model.merge_adapter()
         merged = {name: t.full_tensor() for name, t in base_bytes(model).items()}  # type: ignore[attr-defined]
         assert_bytes(merged, want)
@@ -824,7 +826,7 @@ def test_merges_of_a_model_that_fsdp2_or_accelerate_manages(sharded: bool) -> No
         torch.distributed.destroy_process_group()
 
 
-SHARDED_4BIT = r"got \S*up, whose 4-bit weight FSDP2 shards .* want .* save the adapter"
+SHARDED_4BIT = r"got \S*up, whose 4-bit weight FSDP2 shards .* want .* exact_merge=.host"
 
 
 @pytest.fixture
@@ -838,21 +840,17 @@ def one_rank() -> Iterator[Any]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("exact_merge", [None, "host"])
-def test_merges_of_4_bits_that_fsdp2_shards_raise_before_a_layer_changes(
-    exact_merge: str | None, one_rank: Any
-) -> None:
+def test_merges_of_4_bits_that_fsdp2_shards_raise_before_a_layer_changes(one_rank: Any) -> None:
     """A dense layer comes before the 4-bit one."""
     pytest.importorskip("bitsandbytes")
     base = nn.ModuleDict({"first": nn.Linear(8, 8), "up": four_bit_mlp(True).unload().up})
     base.is_loaded_in_4bit = True  # type: ignore[assignment]
-    model: Any = add_lora(base, target_modules=["first", "up"])
-    fuse(model, exact_merge=exact_merge)
+    model: Any = fuse(add_lora(base, target_modules=["first", "up"]))
     model = torch.distributed.fsdp.fully_shard(model, mesh=one_rank)  # type: ignore[attr-defined]
     before = {
         name: t.to_local().clone() for name, t in base_bytes(model).items() if name[-6:] == "weight"
     }
-    calls = model.merge_adapter, model.merge_and_unload, partial(merged_weights, model)
+    calls = model.merge_adapter, model.merge_and_unload
     for call in (*calls, model.get_base_model()["up"].merge):
         with pytest.raises(ValueError, match=SHARDED_4BIT):
             call()
@@ -868,40 +866,150 @@ def test_merges_of_4_bits_that_fsdp2_shards_raise_before_a_layer_changes(
 
 def merge_flattened(rank: int, folder: str) -> None:
     """Compare `merged_weights` of models in FSDP1's wrappers with those of the whole model."""
+    from peft.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = LlamaDecoderLayer.__name__
+    below = r"model: got .* by FSDP1, want .*summon_full"
+    layers = ModuleWrapPolicy({LlamaDecoderLayer})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, of FSDP on a CPU
-        for keeps_parameters, policy in ((True, None), (True, LlamaDecoderLayer), (False, None)):
-            model = fuse(add_lora(llama(f32), target_modules=["q_proj", "down_proj"]))
+        for keeps_parameters, policy in ((True, None), (True, layers), (False, None), (False, 0)):
+            model = fuse(add_lora(llama(f32), target_modules=["q_proj", "down_proj", "lm_head"]))
             model.requires_grad_(keeps_parameters)
+            if policy == 0:  # as PEFT advises: each trained matrix in a wrapper of its own
+                model.set_requires_grad("default")
+                policy = fsdp_auto_wrap_policy(model)
             want = {name: t.clone() for name, t in merged_weights(model)}
             wrapped = FullyShardedDataParallel(
                 model,
-                auto_wrap_policy=ModuleWrapPolicy({policy}) if policy else None,
+                auto_wrap_policy=policy,
                 use_orig_params=keeps_parameters,
                 device_id=torch.device("cpu"),
             )
-            given = wrapped, model, model.get_base_model()
-            for each in given:
-                with pytest.raises(ValueError, match=r"model: got .* by FSDP1, want .*summon_full"):
+            ids = torch.arange(6)[None]
+            for _ in range(2):  # before the first forward, and after it
+                assert_bytes(dict(merged_weights(wrapped)), want)
+                logits = wrapped(input_ids=ids).logits
+            stream = merged_weights(wrapped)
+            next(stream)  # a stream that is not read to its end
+            torch.testing.assert_close(wrapped(input_ids=ids).logits, logits, rtol=0, atol=0)
+            del stream
+            for each in (model, model.get_base_model()):
+                with pytest.raises(ValueError, match=below):
                     merged_weights(each)
+            for call in (model.merge_adapter, model.merge_and_unload):
+                with pytest.raises(ValueError, match=r"flattened by FSDP1.*merged_weights"):
+                    call()
             with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
-                for each in given:
+                for each in (wrapped, model, model.get_base_model()):
                     assert_bytes(dict(merged_weights(each)), want)
-                stream = merged_weights(wrapped)
-            with pytest.raises(ValueError, match=r"by FSDP1, want .*summon_full_params"):
-                next(stream)
 
 
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="no gloo",
 )
-def test_merged_weights_under_fsdp1_raise_unless_they_are_summoned(tmp_path: Path) -> None:
+def test_merged_weights_under_fsdp1_are_those_of_the_whole_model(tmp_path: Path) -> None:
     run_in_ranks(merge_flattened, tmp_path)
+
+
+def whole(model: Any) -> dict[str, Tensor]:
+    """`base_bytes` of all ranks."""
+    found = base_bytes(model)
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in found.items()}
+
+
+def merge_sharded(rank: int, folder: str) -> None:
+    """`merged_weights` and exact merges of each kind under FSDP2, beside those of one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("ignore")
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for kind, late in itertools.product(SHARDED, (False, True)):
+        model = fuse(make(kind, f32 if kind == "tied" else bf16))
+        want = {name: t.clone() for name, t in merged_weights(model)}
+        before = base_bytes(model)
+        if not late:
+            fuse(model, exact_merge="host")
+        for module in list(model.get_base_model().children()):
+            if kind != "tied" and next(module.parameters(), None) is not None:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if late:
+            fuse(model, exact_merge="host")
+        names = [n for n, p in model.named_parameters() if not hasattr(p, "full_tensor")]
+        assert not names, names
+        got = dict(merged_weights(model))
+        assert_bytes(got, want)
+        assert [*got] == [*want], kind
+        codes = {n for n in before if n.endswith("weight")}
+        was = whole(model)
+        for _ in range(2):
+            model.merge_adapter()
+            merged = whole(model)
+            assert_bytes({n: merged[n] for n in codes}, {n: want[n] for n in codes})
+            for name, module in model.get_base_model().named_modules():
+                if (state := getattr(module, "quant_state", None)) is not None:
+                    scales = {f"{name}.weight.{k}": v for k, v in state.as_dict(True).items()}
+                    scales = {n.replace(".base_layer", ""): t for n, t in scales.items()}
+                    assert_bytes(scales, {n: want[n] for n in scales})
+            held = sum(t.nbytes for t in copies(model))
+            model.unmerge_adapter()
+            assert_bytes(whole(model), was)
+        written = {id(m._parameters[n]): m._parameters[n] for m, n in slots_of(model)}
+        assert held == sum(p.to_local().nbytes for p in written.values()), kind
+        assert_bytes(dict(merged_weights(model)), want)  # the scales are the base's again
+    assert_layer_by_layer(mesh)
+
+
+def assert_layer_by_layer(mesh: Any) -> None:
+    """Each parameter is gathered once, and those of one layer at a time."""
+    from torch.distributed.fsdp import fully_shard
+
+    gathered: list[int] = []
+
+    @contextmanager
+    def record(modules: Any, *args: Any) -> Iterator[None]:
+        modules = list(modules)
+        gathered.append(
+            sum(p.numel() for m in modules for p in m._parameters.values() if p is not None)
+        )
+        with whole_parameters(modules, *args):
+            yield
+
+    model = add_lora(llama(f32, num_hidden_layers=5), target_modules="all-linear")
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "whole_parameters", record)
+        for _ in merged_weights(model):
+            pass
+    assert sum(gathered) == sum(p.numel() for p in model.parameters())
+    tied = model.get_base_model().lm_head.weight.numel()
+    layers = [layer for _, layer, _ in lora_layers(model)]
+    assert max(gathered) == max(tied, *(sum(p.numel() for p in x.parameters()) for x in layers))
+
+
+def slots_of(model: Any) -> list[Any]:
+    return [slot for _, layer, _ in lora_layers(model) for slot in written_parameters(layer)]
+
+
+# Not those that PEFT merges into a decoded copy, and FSDP2 does not shard convolutions' channels.
+SHARDED = ["linear", "biased", "two adapters", "several DoRA", "dora", "kasa", "adalora", "conv1d"]
+SHARDED += ["embedding", "embedding dora", "experts", "tied", "nf4", "fp4", "nf4 dora"]
+SHARDED += ["nf4 in bfloat16 storage", "nf4 two adapters", "conv2d"]
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="no gloo",
+)
+def test_merges_under_fsdp2_are_those_of_one_process(tmp_path: Path) -> None:
+    run_in_ranks(merge_sharded, tmp_path)
 
 
 # merged_weights

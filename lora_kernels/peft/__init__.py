@@ -10,6 +10,7 @@ except ImportError as error:
     ) from error
 
 from .adalora import FusedSVDLinear
+from .adapter_state import adapter_weights
 from .check import Check, CheckRow, check
 from .embedding import FusedEmbedding
 from .explain_rows import Row
@@ -30,6 +31,7 @@ __all__ = [
     "FusedSVDLinear",
     "Row",
     "StreamedLinear",
+    "adapter_weights",
     "check",
     "explain",
     "fuse",

@@ -38,8 +38,8 @@ from .sharded import (
 
 LOCATIONS = ("host", "device")
 _METHODS = "merge", "unmerge", "unload_and_optionally_merge_module"
-_FSDP1 = "FullyShardedDataParallel"
-_WRAPPED = "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # in names of modules alone
+FSDP1 = "FullyShardedDataParallel"
+WRAPPED = "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # in names of modules alone
 
 Slot = tuple[nn.Module, str]  # a module, and the name of one of its direct parameters
 
@@ -572,7 +572,8 @@ def merged_weights(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
-    root = _base_model(model)
+    peft_model = peft_model_in(model)
+    root = model if peft_model is None else peft_model.get_base_model()
     if not any(isinstance(module, LoraLayer) for module in root.modules()):
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
     flattened = find_flattened(model)
@@ -594,19 +595,21 @@ def merged_weights(
     return _merged_weights(root, "", adapter_names, safe_merge)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    """Return the base of a PEFT model, which modules without tensors may wrap, as DDP and FSDP do.
-
-    A model without a `PeftModel` is returned itself.
-    """
+def peft_model_in(model: nn.Module) -> PeftModel | None:
+    """Return the `PeftModel` that modules without tensors may wrap, as DDP and FSDP do."""
     inner = model
     while not isinstance(inner, PeftModel):
         tensors = [*inner._parameters.values(), *inner._buffers.values()]
         is_wrapper = all(getattr(t, "_is_flat_param", False) for t in tensors)  # FSDP1's own
         if len(inner._modules) != 1 or not is_wrapper:
-            return model
+            return None
         (inner,) = inner.children()
-    return inner.get_base_model()
+    return inner
+
+
+def is_below_fsdp1(model: nn.Module) -> bool:
+    """Return True unless `model` is FSDP1's outermost wrapper, which alone can gather."""
+    return type(model).__name__ != FSDP1 or getattr(model, "_is_root", None) is False
 
 
 def _check_copyable(root: nn.Module, prefix: str) -> None:
@@ -724,9 +727,10 @@ def _flattened_scopes(model: nn.Module) -> list[Scope]:
 
     Returns none if `model` is not the outermost unit.
     """
-    if type(model).__name__ != _FSDP1 or getattr(model, "_is_root", None) is False:
+    peft_model = peft_model_in(model)
+    if is_below_fsdp1(model):
         return []
-    base = _base_model(model)
+    base = model if peft_model is None else peft_model.get_base_model()
     units: list[tuple[nn.Module, str]] = [(base, "")]
     inside: list[Any] = []
     for path, module in base.named_modules():
@@ -735,8 +739,8 @@ def _flattened_scopes(model: nn.Module) -> list[Scope]:
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside.append(module)
-        elif type(module).__name__ == _FSDP1:
-            parts = [part for part in path.split(".") if part not in _WRAPPED]
+        elif type(module).__name__ == FSDP1:
+            parts = [part for part in path.split(".") if part not in WRAPPED]
             units.append((module, ".".join(parts) + "."))
     return [(unit, name, [m for m, _ in units if m is not unit]) for unit, name in units]
 

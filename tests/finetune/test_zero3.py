@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.integrations import FuseCallback
-from lora_kernels.peft import explain, fuse, merged_weights, unfuse
+from lora_kernels.peft import adapter_weights, explain, fuse, merged_weights, unfuse
 from lora_kernels.peft.merge import written_parameters
 from lora_kernels.peft.quantize import quantize
 from lora_kernels.peft.swap import fused_layers
@@ -273,6 +273,9 @@ def merged(peft_model: Any, is_fused: bool) -> dict[str, Any]:
 
     with deepspeed.zero.GatheredParameters(list(peft_model.parameters())):
         want = {name: t.clone() for name, t in merged_weights(peft_model)}
+        adapter = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        adapter = {key: t.clone() for key, t in adapter.items()}
+    assert_bytes(adapter_weights(peft_model), adapter)
     assert not any(p.numel() for p in peft_model.parameters())
     assert_bytes(dict(merged_weights(peft_model)), want)
     assert not any(p.numel() for p in peft_model.parameters())

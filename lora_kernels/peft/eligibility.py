@@ -25,6 +25,7 @@ from .modules import (
     patched_reason,
 )
 from .packed import quantizes_input
+from .sharded import parallel_reason
 from .zero3 import is_gathered, is_partitioned
 
 _CONV1D_FORWARD = original_forward(Conv1D)
@@ -41,7 +42,9 @@ def state_reason(layer: Any) -> str | None:
     if layer.merged:
         loss = getattr(layer, "merge_loss", None)
         return "adapters are merged: the base layer's own forward" + (f"; {loss}" if loss else "")
-    return "the base weight is trainable" if is_base_trainable(layer) else None
+    if is_base_trainable(layer):
+        return "the base weight is trainable"
+    return parallel_reason(cast(nn.Module, layer._modules["base_layer"])._parameters.get("weight"))
 
 
 def replaced_reason(fused_class: Any) -> str | None:

@@ -27,6 +27,7 @@ from ..quantization.tensor import QuantizedTensor
 from .eligibility import has_hooks, replaced_reason
 from .linear import Fused
 from .modules import hooks_of, patched_reason
+from .sharded import parallel_reason
 
 # transformers' implementations that `experts_forward` can replace. Others bring their own kernels.
 _IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "lora_kernels")
@@ -128,7 +129,11 @@ def wrapper_reason(wrapper: Any) -> str | None:
         return f"experts_implementation={implementation!r} has kernels of its own"
     if any(p.requires_grad for p in _stacks(base)):
         return "the base weight is trainable"
-    return replaced_reason(FusedParamWrapper) or patched_reason(wrapper) or patched_reason(base)
+    reason = replaced_reason(FusedParamWrapper) or patched_reason(wrapper)
+    if reason is None and (reason := patched_reason(base)) is not None:
+        # transformers' expert parallelism replaces the forward.
+        reason = parallel_reason(*base._parameters.values()) or reason
+    return reason
 
 
 def experts_reason(
@@ -150,12 +155,12 @@ def experts_reason(
         return "adapters are disabled" if disabled else "no active adapter on this layer"
     if any(member.disable_adapters and member.merged for member in wrappers):
         return "adapters are merged and disabled: PEFT takes them out first"
-    reason = wrapper_reason(wrapper)
+    base = wrappers[-1].base_layer
+    reason = parallel_reason(*base._parameters.values()) or wrapper_reason(wrapper)
     if reason is not None:
         return reason
     if any(member.lora_variant for member in wrappers):
         return "it has a variant of LoRA"
-    base = wrappers[-1].base_layer
     for module in (*wrappers[1:], base):
         if patched_reason(module) or any(_foreign_hooks(module)):
             return f"a hook or another forward sits on its {type(module).__name__}"

@@ -206,6 +206,19 @@ def is_dtensor(p: object) -> bool:
     return type(p).__name__ == "DTensor"
 
 
+def parallel_reason(*tensors: Any) -> str | None:
+    """Return the kind of parallelism, in words, that shards one of a layer's tensors in its call.
+
+    FSDP2's are whole in the call, and `gathered_parameters` replaces them.
+    """
+    for p in tensors:
+        if is_dtensor(p):
+            is_experts = p.dim() == 3 and p.placements[-1].is_shard(0)
+            kind = "expert" if is_experts else "tensor"
+            return f"{kind} parallel: its weight is sharded over devices"
+    return None
+
+
 def _is_gathered(modules: Sequence[nn.Module], p: Any) -> bool:
     """Return True if p is sharded, and the forward of one of the modules gathers it."""
     if is_partitioned(p):

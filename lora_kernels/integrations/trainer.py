@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..peft.base import missing_layers
 from ..peft.explain_rows import ADAPTER, LIBRARY, PEFT, TORCH
 from ..peft.merge import check_exact_merge
 from ..peft.swap import check_qualify, check_tile_rows, lora_layers
+from .ranks import RankWatch
 
 MAX_REASONS = 3  # number of printed reasons of a state
 MAX_UNFUSED_SHARE = 0.1  # a larger share of layers that run PEFT's forward gives a warning
@@ -87,10 +89,15 @@ class FuseCallback(LayerReport, VerdictLog):
 
     Args:
         linears, loss, qualify, blocks, cast_adapters, exact_merge, mlp_tile_rows: as `fuse`'s.
+        differing_ranks: what to do if processes that train one adapter together hold different
+            values of it: "warn", once for each kind of fault, "raise" RuntimeError in all, or None
+            for no comparison. They compare the adapters when `fuse` runs, the gradients before the
+            first two optimizer steps, and the parameters at each save, where the saved file is
+            compared with the model too.
 
-    Raises ValueError if `qualify`, `exact_merge` or `mlp_tile_rows` has another value. The
-    trainer's `__init__` raises ValueError if the model has no LoRA layers, or a layer whose base
-    `exact_merge` cannot copy.
+    Raises ValueError if `qualify`, `exact_merge`, `mlp_tile_rows` or `differing_ranks` has another
+    value. The trainer's `__init__` raises ValueError if the model has no LoRA layers, or a layer
+    whose base `exact_merge` cannot copy.
 
     >>> from lora_kernels.integrations import FuseCallback
     >>> callback = FuseCallback()  # SFTTrainer(..., peft_config=config, callbacks=[callback])
@@ -106,6 +113,7 @@ class FuseCallback(LayerReport, VerdictLog):
         cast_adapters: bool = False,
         exact_merge: str | None = None,
         mlp_tile_rows: int | str | None = None,
+        differing_ranks: str | None = "warn",
     ) -> None:
         check_qualify(qualify)
         check_exact_merge(exact_merge)
@@ -113,17 +121,28 @@ class FuseCallback(LayerReport, VerdictLog):
         self.settings: dict[str, Any] = {"linears": linears, "loss": loss, "qualify": qualify}
         self.settings |= {"blocks": blocks, "cast_adapters": cast_adapters}
         self.settings |= {"exact_merge": exact_merge, "mlp_tile_rows": mlp_tile_rows}
+        self._watch = RankWatch(differing_ranks)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"args": self.settings}
+        settings = self.settings | {"differing_ranks": self._watch.action}
+        return super().state() | {"args": settings}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fuse(kwargs["model"])
+        self._watch.compare_initial(kwargs["model"], args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fuse(kwargs["model"])
         self._report(kwargs["model"], state)
+        self._watch.begin(kwargs["model"])
         VerdictLog.on_train_begin(self, args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._watch.compare_gradients(kwargs["model"], args)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._watch.compare_saved(kwargs["model"], args, folder)
 
     def _fuse(self, model: nn.Module) -> None:
         if next(lora_layers(model), None) is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -59,31 +60,46 @@ def adapter_weights(model: nn.Module, adapter_name: str = "default") -> dict[str
     flattened = find_flattened(model)
     if flattened is not None and is_below_fsdp1(model):
         raise ValueError(f"model: got {flattened}")
-    parts = _adapter_parts(peft_model)
-    for part, path in parts.items() if flattened is None else ():
+    for part, path in _adapter_parts(peft_model).items() if flattened is None else ():
         is_matrix = ".lora_A" in path or ".lora_embedding_A" in path
         if is_matrix and any(is_flattened(part, name) for name in part._parameters):
             # A model below FSDP1's outermost wrapper has no record of its state.
             raise ValueError(f"model: got {path} {FLATTENED}")
+    return _entries(model, peft_model, adapter_name, flattened is not None)
+
+
+def adapter_keys(peft_model: PeftModel, adapter_name: str) -> list[str]:
+    """Return the keys of `adapter_weights`. The ranks do not communicate."""
+    return list(_entries(peft_model, peft_model, adapter_name, False, gathers=False))
+
+
+def _entries(
+    model: nn.Module,
+    peft_model: PeftModel,
+    adapter_name: str,
+    is_flattened: bool,
+    gathers: bool = True,
+) -> dict[str, Tensor]:
+    parts = _adapter_parts(peft_model)
     biased: dict[nn.Module, str] = {}  # modules of the base, with biases that the adapter trains
-    if getattr(configs[adapter_name], "bias", "none") != "none":
+    config: Any = peft_model.peft_config[adapter_name]
+    if getattr(config, "bias", "none") != "none":
         named = peft_model.named_modules()
-        biased = {
-            m: path
-            for path, m in named
-            if m not in parts and isinstance(getattr(m, "bias", None), Tensor)
-        }
+        has_bias = {m: path for path, m in named if isinstance(getattr(m, "bias", None), Tensor)}
+        biased = {m: path for m, path in has_bias.items() if m not in parts}
     found: dict[str, Tensor] = {}
     module: Any
-    for unit, modules in _by_unit(model, biased | parts, flattened is not None):
+    for unit, modules in _by_unit(model, biased | parts, is_flattened):
         with nullcontext() if unit is None else _summoned(unit):
             for module in modules:
                 entries: dict[str, Any] = {}
-                with whole_parameters([module]):
+                with whole_parameters([module]) if gathers else nullcontext():
                     if module in biased:
                         entries[f"{biased[module]}.bias"] = module.bias.detach()
                     else:
                         module._save_to_state_dict(entries, f"{parts[module]}.", keep_vars=False)
+                if not gathers:
+                    entries = {k: torch.empty(0) for k in entries}
                 # A unit's memory is freed when it is sharded again.
                 found |= entries if unit is None else {k: t.clone() for k, t in entries.items()}
     entries = get_peft_model_state_dict(

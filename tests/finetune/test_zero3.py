@@ -389,7 +389,7 @@ def train_by_trainer(folder: str) -> None:
             model,
             args,
             train_dataset=[{"input_ids": row, "labels": row} for row in ids],
-            callbacks=[FuseCallback()] if fused else [],
+            callbacks=[FuseCallback(differing_ranks="raise")] if fused else [],
         )
         with OpCounter() as counter:
             trainer.train()

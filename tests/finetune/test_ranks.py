@@ -24,7 +24,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_kernels.integrations import FuseCallback, ranks
 from lora_kernels.integrations.ranks import RankWatch
-from lora_kernels.peft import fuse
+from lora_kernels.peft import explain, fuse
+from lora_kernels.peft.explain_rows import PEFT
 from tests.finetune.test_distributed import NEEDS_GLOO, ids_of, launch
 from tests.finetune.tiny import llama
 from tests.support.peft_models import dora_mlp, mlp, randomize
@@ -249,12 +250,53 @@ def watch_sharded(rank: int) -> None:
     assert not ranks._own(model)
 
 
+def watch_parallel(rank: int, folder: Path) -> None:
+    """Tensor and expert parallelism of transformers: `explain` says so, and the watch is silent."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if rank == 0:
+        llama(num_hidden_layers=1).save_pretrained(folder / "dense")
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads)).save_pretrained(folder / "experts")
+    dist.barrier()
+
+    def reasons(kind: str, targets: dict[str, Any], **how: Any) -> tuple[Any, set[str]]:
+        config = DistributedConfig(tp_size=2, **how)
+        base = AutoModelForCausalLM.from_pretrained(folder / kind, distributed_config=config)
+        torch.manual_seed(0)
+        model = fuse(get_peft_model(base, LoraConfig(r=2, **targets)))
+        RankWatch("raise").compare_initial(model, NO_MESH)
+        return model, {row.reason for row in explain(model).rows if row.state == PEFT}
+
+    _, said = reasons("dense", {"target_modules": ["q_proj", "down_proj"]})
+    assert said == {"tensor parallel: its weight is sharded over devices"}
+    attention = ["q_proj", "o_proj"]
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    both = {"target_modules": attention, "target_parameters": experts}
+    _, said = reasons("experts", both, enable_expert_parallel=True)
+    assert said == {"expert parallel: its weight is sharded over devices"}
+    alone = {"target_modules": attention}
+    model, said = reasons("experts", alone, enable_expert_parallel=True)
+    assert not said and len(ranks._copies(model)) == 4
+    watch = RankWatch("raise")
+    watch.begin(model)
+    for number in range(2):
+        model(input_ids=ids_of(number), labels=ids_of(number)).loss.backward()
+        watch.compare_gradients(model, NO_MESH)
+    assert all(p.grad.any() for name, p in ranks._copies(model).items() if "lora_B" in name)
+
+
 def watch_all(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     watch_initial(rank)
     watch_gradients(rank)
     watch_saved(rank, Path(folder))
     watch_sharded(rank)
+    watch_parallel(rank, Path(folder))
 
 
 @NEEDS_GLOO

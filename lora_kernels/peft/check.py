@@ -27,13 +27,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
+from . import zero3
 from .base import missing_layers
 from .eligibility import unreadable_reason
 from .kept import Kept, Tally, add_layer, format_kept
-from .merge import as_peft
-from .modules import is_linear4bit
+from .merge import FSDP1, as_peft
+from .modules import hooks_of, is_linear4bit
 from .report import format_table, group_rows
+from .sharded import (
+    is_dtensor,
+    is_flattened,
+    is_gathered_by_forward,
+    reshard,
+    whole_parameters,
+)
 from .swap import lora_layers
+from .zero3 import is_partitioned
 
 OK, WRONG, UNKNOWN = "✓", "✗", "–"
 
@@ -165,8 +174,11 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
     load. Afterwards, also after an exception, the model is unchanged: parameters, gradients, modes,
     adapters, hooks, configurations, `requires_grad` and the state of the random generators.
 
+    FSDP2 or ZeRO-3 may shard the model. Then all ranks call this function, each with a batch of its
+    own, and hold the whole model meanwhile.
+
     Args:
-        model: a `PeftModel` with LoRA layers, before DDP, FSDP or DeepSpeed wraps it.
+        model: a `PeftModel` with LoRA layers. DDP and DeepSpeed's engine have it as `module`.
         batch: what the model is called with: a mapping of keyword arguments, a tuple or list of
             arguments, or one tensor. With labels the model's loss is used, otherwise a sum of its
             output with random signs.
@@ -175,8 +187,8 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
 
     Raises:
         TypeError: `model` is no `PeftModel`.
-        ValueError: it has no LoRA layers, an adapter is merged, its parameters are sharded, or
-            `saved` is given for several active adapters.
+        ValueError: it has no LoRA layers, an adapter is merged, FSDP1 or tensor parallelism shards
+            its parameters, or `saved` is given for several active adapters.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -191,20 +203,26 @@ def check(model: nn.Module, batch: Any, *, saved: str | Path | None = None) -> C
     """
     if not isinstance(model, PeftModel):
         got = type(model).__name__
-        raise TypeError(f"model: got {got}, want a peft.PeftModel, before DDP or FSDP wraps it")
+        raise TypeError(f"model: got {got}, want a peft.PeftModel, such as DDP's module")
     layers = [_LayerRecord(name, layer) for name, layer, _ in lora_layers(model)]
     if not layers:
         raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
     adapters = list(dict.fromkeys(name for layer in layers for name in layer.names))
     if saved is not None and len(adapters) != 1:
         raise ValueError(f"saved: got one folder for the active adapters {adapters}, want one")
+    for name, module in model.named_modules():
+        is_flat = any(getattr(p, "_is_flat_param", False) for p in module._parameters.values())
+        is_flat = is_flat or (type(module) is nn.Linear and is_flattened(module, "weight"))
+        if is_flat or type(module).__name__ == FSDP1:
+            raise ValueError(f"model: {name} is FSDP1's, want a model before FSDP1 wraps it")
     for name, p in model.named_parameters():
-        if type(p).__name__ == "DTensor" or hasattr(p, "ds_id") or hasattr(p, "_is_flat_param"):
-            raise ValueError(f"model: {name} is sharded, want a model before FSDP or ZeRO-3")
+        if is_dtensor(p) and not is_gathered_by_forward(model, name):
+            raise ValueError(f"model: {name} is sharded by another API than FSDP2 or ZeRO-3")
     if any(layer.layer.merged for layer in layers):  # the disabled layer would unmerge in place
         raise ValueError("model: an adapter is merged, want none: call model.unmerge_adapter()")
 
-    with torch.inference_mode(False), _restore_at_exit(model):
+    reshard(model)
+    with torch.inference_mode(False), _restore_at_exit(model), _unsharded(model):
         problems = [text for adapter in adapters for text in _unmatched(model, adapter)]
         _check_scaling(model, layers)
         frozen = _check_frozen(model, layers)
@@ -299,6 +317,40 @@ def _restore_at_exit(model: nn.Module) -> Iterator[None]:
             for container, elements in contents:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(elements)
+
+
+@contextmanager
+def _unsharded(model: nn.Module) -> Iterator[None]:
+    """Give each rank the whole parameters, and modules that FSDP2 or ZeRO-3 does not manage.
+
+    `_restore_at_exit` gives the modules their parameters and hooks back.
+    """
+    modules = list(model.modules())
+    with whole_parameters(modules):
+        for module in modules:
+            if any(map(is_partitioned, module._parameters.values())):
+                # ZeRO-3's dictionary gathers what is read from it.
+                vars(module)["_parameters"] = dict(module._parameters)
+            state_hooks: Any = [getattr(module, name) for name in _STATE_HOOKS]
+            for hooks in (*hooks_of(module), *state_hooks):
+                for key in [key for key, hook in hooks.items() if _gathers(hook)]:
+                    del hooks[key]
+        yield
+
+
+_STATE_HOOKS = (
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _gathers(hook: Any) -> bool:
+    """Return True for a hook by which FSDP2 or ZeRO-3 gathers, frees or reads its parameters."""
+    hook = getattr(hook, "hook", hook)  # PyTorch wraps those of load_state_dict
+    origins = "torch.distributed.fsdp.", "deepspeed.", zero3.__name__
+    return getattr(hook, "__module__", "").startswith(origins)
 
 
 def _contents(obj: Any) -> list[tuple[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -199,6 +200,22 @@ def find_flattened(model: nn.Module) -> str | None:
             if getattr(p, "_is_flat_param", False):
                 return f"{path}.{p._fqns[0]}".lstrip(".") + f" {FLATTENED}"
     return None
+
+
+def is_gathered_by_forward(model: nn.Module, name: str) -> bool:
+    """Return True if FSDP2 or ZeRO-3 gathers the parameter of this name for a forward."""
+    path, _, key = name.rpartition(".")
+    parts = path.split(".") if path else []
+    modules = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    return _is_gathered(modules, modules[-1]._parameters[key])
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that FSDP2 keeps gathered after a forward, such as the outermost's."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def is_dtensor(p: object) -> bool:

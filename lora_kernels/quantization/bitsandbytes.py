@@ -43,7 +43,8 @@ def cached_weight(packed: Tensor, state: Any) -> QuantizedWeight:
         None if nested is None else nested.blocksize,
     )
     known: _CachedWeight | None = getattr(state, "_lora_kernels", None)
-    if known is None or known.key != key:
+    # FSDP2 frees the memory of codes, where those of another gathering may come to lie.
+    if known is None or known.key != key or known.weight.codes.packed.data_ptr() != key[0]:
         with torch.inference_mode(False):  # inference tensors cannot be saved for a backward
             known = _CachedWeight(key, QuantizedWeight.from_bitsandbytes((packed, state)))
         state._lora_kernels = known

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.integrations import FuseCallback
-from lora_kernels.peft import adapter_weights, explain, fuse, merged_weights, unfuse
+from lora_kernels.peft import adapter_weights, check, explain, fuse, merged_weights, unfuse
 from lora_kernels.peft.merge import written_parameters
 from lora_kernels.peft.quantize import quantize
 from lora_kernels.peft.swap import fused_layers
@@ -230,6 +230,14 @@ def run(
         # The adapters' sizes are those of the whole parameters.
         size = sum(p.ds_numel for n, p in stored.items() if ".lora_" in n)
         assert sum(explanation.parameters.values()) >= size
+    if fused and zero is None:  # the training after it equals the one without it
+        stored = dict(peft_model.named_parameters())
+        adapter = {key: t.clone() for key, t in adapter_weights(peft_model).items()}
+        checked = check(peft_model, {"input_ids": ids_of(rank), "labels": ids_of(rank)})
+        assert checked.ok, checked
+        assert all(p is stored[name] for name, p in peft_model.named_parameters())
+        assert not any(p.numel() for p in stored.values())
+        assert_bytes(adapter_weights(peft_model), adapter)
     is_observed = fused and zero is None and rows is None  # tiles are not computed beside hooks
     storages = Storages(fused_layers(peft_model) if is_observed else [])
     for step in range(STEPS):

@@ -470,3 +470,17 @@ def test_safe_merge_of_nan_leaves_the_codes() -> None:
         model.merge_adapter(safe_merge=True)
     assert_bitwise_equal(packed(model), before)
     assert not up(model).merged and up(model).merge_loss is None
+
+
+def test_cached_weight_whose_memory_was_freed_is_made_again() -> None:
+    """FSDP2 frees gathered codes, and those of another gathering may come to lie there."""
+    from bitsandbytes.functional import quantize_4bit
+
+    from lora_kernels.quantization.bitsandbytes import cached_weight
+
+    packed, state = quantize_4bit(torch.randn(64, 64), quant_type="nf4")
+    first = cached_weight(packed, state)
+    want = first.dequantize(torch.float32)
+    assert cached_weight(packed, state) is first
+    first.codes.packed.set_()  # type: ignore[call-overload]
+    assert torch.equal(cached_weight(packed, state).dequantize(torch.float32), want)

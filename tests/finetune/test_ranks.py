@@ -238,6 +238,19 @@ def watch_sharded(rank: int) -> None:
     """No copy is left to compare."""
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+    for sizes in ((2, 1), (1, 2)):  # HSDP
+        mesh = dist.init_device_mesh("cpu", sizes, mesh_dim_names=("dp_replicate", "dp_shard"))
+        args = SimpleNamespace(parallelism_config=SimpleNamespace(device_mesh=mesh))
+        watch, model = RankWatch("raise"), make()
+        watch.compare_initial(model, args)
+        fully_shard(model, mesh=mesh)
+        watch.begin(model)
+        for number in range(2):
+            step(model, 2 * number + rank)
+            watch.compare_gradients(model, args)
+            change(model)
+        watch.compare_saved(model, args, Path("nowhere"))
+
     for shards in (True, False):
         model = make()
         if shards:
@@ -290,6 +303,41 @@ def watch_parallel(rank: int, folder: Path) -> None:
     assert all(p.grad.any() for name, p in ranks._copies(model).items() if "lora_B" in name)
 
 
+def watch_stages(rank: int) -> None:
+    """Stages of a pipeline train parts of one model, by names of their own, or of a mesh."""
+    from torch.distributed import pipelining
+
+    schedules: Any = {
+        pipelining.ScheduleGPipe: [[0], [1]],
+        pipelining.Schedule1F1B: [[0], [1]],
+        pipelining.ScheduleInterleaved1F1B: [[0, 2], [1, 3]],
+        pipelining.ScheduleInterleavedZeroBubble: [[0, 2], [1, 3]],
+        pipelining.ScheduleZBVZeroBubble: [[0, 3], [1, 2]],
+    }
+    for schedule, placed in schedules.items():
+        stages = placed[rank]
+        torch.manual_seed(0)
+        whole = nn.ModuleDict({f"layer{i}": nn.Linear(8, 8) for i in range(4)})
+        config = LoraConfig(r=2, target_modules=[f"layer{i}" for i in stages])
+        model: Any = get_peft_model(whole, config)
+        randomize(model)
+        fuse(model)
+        layers = [model.base_model.model[f"layer{i}"] for i in stages]
+        parts = [
+            pipelining.PipelineStage(layer, i, max(*placed[0], *placed[1]) + 1, torch.device("cpu"))
+            for i, layer in zip(stages, layers, strict=True)
+        ]
+        many = len(parts) > 1
+        run = schedule(parts if many else parts[0], 4, loss_fn=nn.MSELoss(), scale_grads=False)
+        watch = RankWatch("raise")
+        watch.begin(model)
+        for args in (NO_MESH, args_of("pp")):
+            x, is_last = torch.randn(8, 8), any(part.is_last for part in parts)
+            run.step(*[x] * any(part.is_first for part in parts), target=x if is_last else None)
+            assert all(layer.lora_B["default"].weight.grad.any() for layer in layers), schedule
+            watch.compare_gradients(model, args)
+
+
 def watch_all(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     watch_initial(rank)
@@ -297,6 +345,7 @@ def watch_all(rank: int, folder: str) -> None:
     watch_saved(rank, Path(folder))
     watch_sharded(rank)
     watch_parallel(rank, Path(folder))
+    watch_stages(rank)
 
 
 @NEEDS_GLOO
@@ -330,7 +379,19 @@ train_all(sys.argv[1])
 """
 
 FSDP = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "reshard_after_forward": True}}
-ZERO = {"deepspeed": {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 1}}}
+
+
+def zero(stage: int, **offload: str) -> dict[str, Any]:
+    settings = {f"offload_{what}": {"device": device} for what, device in offload.items()}
+    return {
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": stage} | settings,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    }
+
+
 # Of each run, how it is made, and the beginnings of what is logged.
 RUNS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "ddp": ({}, []),
@@ -338,8 +399,16 @@ RUNS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "ddp, checkpointing": ({"gradient_checkpointing": True}, []),
     "ddp, warm-up": ({"warmup_steps": 2, "save_steps": 1}, []),
     "ddp, unused": ({"ddp_find_unused_parameters": True}, []),
+    "ddp, bfloat16": ({"bf16": True}, []),
+    "ddp, buckets": ({"ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False}, []),
     "fsdp2": (FSDP, []),
-    "zero 1": (ZERO, []),
+    "fsdp2, accumulating": (FSDP | {"gradient_accumulation_steps": 2}, []),
+    "fsdp2, bfloat16": (FSDP | {"bf16": True}, []),
+    "zero 1": (zero(1), []),
+    "zero 2": (zero(2), []),
+    "zero 2, offloaded": (zero(2, optimizer="cpu"), []),
+    "zero 3": (zero(3), []),
+    "zero 3, offloaded": (zero(3, optimizer="cpu", param="cpu"), []),
     "other seed": ({"fault": "seed"}, ["the ranks begin with different values of base_model"]),
     "other seed, fsdp2": (FSDP | {"fault": "seed"}, ["the ranks begin with different values of"]),
     "alone": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import subprocess
@@ -60,6 +61,7 @@ def run_in_ranks(
 
 
 def _run_rank(rank: int, function: Callable[[int, str], None], folder: str) -> None:
+    faulthandler.enable()  # a rank that a signal ends says where
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=RANKS)
     function(rank, folder)

@@ -27,7 +27,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from . import zero3
 from .base import missing_layers
 from .eligibility import unreadable_reason
 from .kept import Kept, Tally, add_layer, format_kept
@@ -348,9 +347,7 @@ _STATE_HOOKS = (
 
 def _gathers(hook: Any) -> bool:
     """Return True for a hook by which FSDP2 or ZeRO-3 gathers, frees or reads its parameters."""
-    hook = getattr(hook, "hook", hook)  # PyTorch wraps those of load_state_dict
-    origins = "torch.distributed.fsdp.", "deepspeed.", zero3.__name__
-    return getattr(hook, "__module__", "").startswith(origins)
+    return getattr(hook, "__module__", "").startswith(("torch.distributed.fsdp.", "deepspeed."))
 
 
 def _contents(obj: Any) -> list[tuple[Any, Any]]:

@@ -183,7 +183,7 @@ def _put_back(entries: Iterable[tuple[nn.Module, str, Any, dict[str, Any]]]) -> 
         vars(p).clear()
         vars(p).update(attributes)
         if hasattr(current, "quant_state"):
-            p.quant_state = module.quant_state = current.quant_state
+            p.quant_state = current.quant_state  # bitsandbytes gave it to the module
         module._parameters[name] = p
 
 

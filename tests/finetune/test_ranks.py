@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -303,6 +304,18 @@ def watch_parallel(rank: int, folder: Path) -> None:
     assert all(p.grad.any() for name, p in ranks._copies(model).items() if "lora_B" in name)
 
 
+def watch_partitioned(rank: int) -> None:
+    """What ZeRO-3 owns is not compared, even beside parameters that it leaves whole."""
+    model = make()
+    partitioned: Any = named(model, A)
+    partitioned.ds_id = 0  # DeepSpeed's mark
+    partitioned.data = torch.full((3,), float(rank))
+    RankWatch("raise").compare_initial(model, NO_MESH)
+    named(model, B).data += rank
+    with pytest.raises(RuntimeError, match=re.escape(B)):
+        RankWatch("raise").compare_initial(model, NO_MESH)
+
+
 def watch_stages(rank: int) -> None:
     """Stages of a pipeline train parts of one model, by names of their own, or of a mesh."""
     from torch.distributed import pipelining
@@ -344,6 +357,7 @@ def watch_all(rank: int, folder: str) -> None:
     watch_gradients(rank)
     watch_saved(rank, Path(folder))
     watch_sharded(rank)
+    watch_partitioned(rank)
     watch_parallel(rank, Path(folder))
     watch_stages(rank)
 

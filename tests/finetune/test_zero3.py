@@ -306,6 +306,9 @@ def merged(peft_model: Any, is_fused: bool) -> dict[str, Any]:
         assert all(layer.merged for layer in layers)
         changed = [not torch.equal(a, b) for a, b in zip(values(), before, strict=True)]
         assert any(changed)
+        for module, name in slots:  # in 4 bits, with the merged weight's scales
+            state = getattr(module._parameters[name], "quant_state", None)
+            assert getattr(module, "quant_state", None) is (state if name == "weight" else None)
         with deepspeed.zero.GatheredParameters(list(peft_model.parameters())):
             assert_bytes(dict(merged_weights(peft_model)), want)  # adapters that are merged stay
         peft_model.unmerge_adapter()

@@ -24,7 +24,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from lora_kernels.bench.memory import peak
-from lora_kernels.peft import check, fuse, merge, merged_weights, unfuse
+from lora_kernels.peft import check, explain, fuse, merge, merged_weights, unfuse
 from lora_kernels.peft.kept import Tally, add_layer
 from lora_kernels.peft.merge import ExactMerge, written_parameters
 from lora_kernels.peft.quantize import quantize
@@ -136,6 +136,7 @@ KINDS: dict[str, Callable[[torch.dtype], Any]] = {
     "nf4": lambda dtype: four_bit_mlp(True, compress_statistics=True),
     "fp4": lambda dtype: four_bit_mlp(True, quant_type="fp4", compress_statistics=False),
     "nf4 in bfloat16 storage": lambda dtype: four_bit_mlp(True, quant_storage=bf16),
+    "nf4 in blocks of 128": lambda dtype: four_bit_mlp(True, blocksize=128),
     "nf4 dora": dora_4bit,
     "nf4 two adapters": lambda dtype: two_adapters(four_bit_mlp(True)),
 }
@@ -940,6 +941,9 @@ def merge_sharded(rank: int, folder: str) -> None:
         fully_shard(model, mesh=mesh)
         if late:
             fuse(model, exact_merge="host")
+        explain(model)  # has views of placeholders
+        states = [getattr(m, "quant_state", None) for m in model.modules()]
+        assert not any(hasattr(state, "_lora_kernels") for state in states)
         names = [n for n, p in model.named_parameters() if not hasattr(p, "full_tensor")]
         assert not names, names
         got = dict(merged_weights(model))
@@ -962,7 +966,19 @@ def merge_sharded(rank: int, folder: str) -> None:
         written = {id(m._parameters[n]): m._parameters[n] for m, n in slots_of(model)}
         assert held == sum(p.to_local().nbytes for p in written.values()), kind
         assert_bytes(dict(merged_weights(model)), want)  # the scales are the base's again
+        assert_failed_write_is_lost(model)
     assert_layer_by_layer(mesh)
+
+
+def assert_failed_write_is_lost(model: Any) -> None:
+    """Shards keep their values if an exception leaves `whole_parameters`."""
+    slots = slots_of(model)
+    was = whole(model)
+    with pytest.raises(ZeroDivisionError), whole_parameters([m for m, _ in slots], slots):
+        for module, name in slots:
+            module._parameters[name].detach().view(torch.uint8).fill_(1)
+        raise ZeroDivisionError
+    assert_bytes(whole(model), was)
 
 
 def assert_layer_by_layer(mesh: Any) -> None:
@@ -1001,7 +1017,7 @@ def slots_of(model: Any) -> list[Any]:
 # Not those that PEFT merges into a decoded copy, and FSDP2 does not shard convolutions' channels.
 SHARDED = ["linear", "biased", "two adapters", "several DoRA", "dora", "kasa", "adalora", "conv1d"]
 SHARDED += ["embedding", "embedding dora", "experts", "tied", "nf4", "fp4", "nf4 dora"]
-SHARDED += ["nf4 in bfloat16 storage", "nf4 two adapters", "conv2d"]
+SHARDED += ["nf4 in bfloat16 storage", "nf4 in blocks of 128", "nf4 two adapters", "conv2d"]
 
 
 @pytest.mark.skipif(

@@ -96,11 +96,16 @@ def gpt2(dtype: torch.dtype = f64, **settings: Any) -> Any:
 
 def four_bit(dtype: torch.dtype = f32, **settings: Any) -> MLP:
     """Over bitsandbytes' 4-bit layers, quantized on the CPU."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     torch.manual_seed(0)
+    blocksize = settings.pop("blocksize", None)
     linear = partial(Linear4bit, **{"quant_type": "nf4"} | settings)
-    return MLP(linear, SIZES_4BIT).to(dtype).to("cpu")
+    model = MLP(linear, SIZES_4BIT).to(dtype)
+    for weight in model.parameters():
+        if blocksize is not None and isinstance(weight, Params4bit):
+            weight.blocksize = blocksize
+    return model.to("cpu")
 
 
 # PEFT models

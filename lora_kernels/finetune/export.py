@@ -103,17 +103,11 @@ def export_gguf(model: str | Path, adapter: str | Path, file: str | Path) -> Exp
     check_config(models.read_adapter_config(adapter))
     check_file(file)
     models.locate(model)
-    config = models.load_config(model)
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise UsageError(
-            f"model: got {config.model_type}, for which llama.cpp's order of rows is not known "
-            f"here, want one of {', '.join(ARCHITECTURES)}"
-        )
+    names = FileNames.of(models.load_config(model))
     stock, state = models.adapt(models.build_skeleton(model), adapter)
-    tensors, alpha = gguf_tensors(stock, state, architecture, config)
+    tensors, alpha = gguf_tensors(stock, state, names)
     with named_write(file):
-        write_adapter(file, architecture, tensors, alpha)
+        write_adapter(file, names.architecture, tensors, alpha)
     return Exported(file, len(tensors) // 2, file.stat().st_size)
 
 
@@ -156,24 +150,65 @@ def check_file(file: Path) -> None:
         raise UsageError(f"gguf: {file} is there already and is no adapter; give another name")
 
 
+class FileNames:
+    """llama.cpp's names of a model's layers, and its order of their rows.
+
+    Attributes:
+        architecture: llama.cpp's name.
+    """
+
+    def __init__(self, architecture: str, config: Any) -> None:
+        import gguf
+
+        from ..integrations.gguf import processor_of
+
+        self.architecture, self.config = architecture, config
+        arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        self._names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        self._processor = processor_of(architecture, config)
+
+    @classmethod
+    def of(cls, config: Any) -> FileNames:
+        """Return the names for transformers' configuration. Raises UsageError if unknown."""
+        architecture = ARCHITECTURES.get(config.model_type)
+        if architecture is None:
+            raise UsageError(
+                f"model: got {config.model_type}, for which llama.cpp's order of rows is not known "
+                f"here, want one of {', '.join(ARCHITECTURES)}"
+            )
+        return cls(architecture, config)
+
+    def find(self, name: str, rows: int) -> tuple[str, Tensor]:
+        """Return the tensor of a linear layer, and the file's rows in the order of the model.
+
+        Raises UsageError for a layer that llama.cpp does not have, or does not have in such rows.
+        """
+        from ..integrations.gguf import row_order
+
+        to = self._names.get_name(name)
+        if to is None:
+            raise UsageError(
+                f"adapter: got {name}, for which llama.cpp's {self.architecture} has no name"
+            )
+        if to == "output" and self.config.tie_word_embeddings:
+            raise UsageError(f"adapter: got {name}, which is tied: llama.cpp has no such tensor")
+        order = row_order(self._processor, f"{to}.weight", rows)
+        if order is None:
+            raise UsageError(
+                f"adapter: got {name}, whose rows llama.cpp's {self.architecture} changes"
+            )
+        return f"{to}.weight", order
+
+
 def gguf_tensors(
-    stock: Any, state: dict[str, Tensor], architecture: str, config: Any
+    stock: Any, state: dict[str, Tensor], names: FileNames
 ) -> tuple[dict[str, Tensor], float]:
     """Return the tensors by llama.cpp's names, and alpha.
 
     Args:
         stock: PEFT's model, which may be on meta: for layers, scalings and shapes.
         state: the adapter's tensors, by PEFT's names.
-        architecture: llama.cpp's name.
-        config: of transformers.
     """
-    import gguf
-
-    from ..integrations.gguf import processor_of, row_order
-
-    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    processor = processor_of(architecture, config)
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     for key in sorted(state):
         name, part, rest = key.removeprefix("base_model.model.").partition(".lora_")
@@ -185,20 +220,13 @@ def gguf_tensors(
             )
         if part + rest != ".lora_A.weight":
             raise UsageError(f"adapter: got {key}, want lora_A and lora_B of linear layers")
-        to = names.get_name(name)
-        if to is None:
-            raise UsageError(
-                f"adapter: got {name}, for which llama.cpp's {architecture} has no name"
-            )
-        if to == "output" and config.tie_word_embeddings:
-            raise UsageError(f"adapter: got {name}, which is tied: llama.cpp has no such tensor")
         A, B = state[key].float(), state[key.replace("lora_A", "lora_B")].float()
-        order = row_order(processor, f"{to}.weight", len(B))
-        if A.dim() != 2 or order is None:
-            raise UsageError(f"adapter: got {name}, whose rows llama.cpp's {architecture} changes")
+        to, order = names.find(name, len(B))
+        if A.dim() != 2:
+            raise UsageError(f"adapter: got {name}, want linear layers: its A is {list(A.shape)}")
         layer = stock.get_submodule(f"base_model.model.{name}")
         scaling = float(layer.scaling["default"]) * len(A)  # llama.cpp divides by the rank
-        found[f"{to}.weight"] = A, torch.empty_like(B).index_copy_(0, order, B), scaling
+        found[to] = A, torch.empty_like(B).index_copy_(0, order, B), scaling
     # llama.cpp takes an alpha of 0 for one that is not there.
     alpha = next((scaling for _, _, scaling in found.values() if scaling), 1.0)
     tensors: dict[str, Tensor] = {}

@@ -348,6 +348,9 @@ class CompareOptions:
         check_numbers(vars(self) | {"lr": None}, max_length=1)
 
 
+_INTO, _ROUNDINGS = ("dense", "base"), ("nearest", "stochastic", "error")
+
+
 @dataclass(frozen=True)
 class MergeOptions:
     """The options of `merge`."""
@@ -360,10 +363,15 @@ class MergeOptions:
     onto: str | None = arg(None, _ONTO, choices=("original", "dequantized"))
     quant: str | None = arg(None, "what the adapter was trained over", choices=("nf4", "fp4"))
     quant_dtype: str = arg("fp32", "dtype that was quantized", choices=("fp32", "bf16"))
+    into: str = arg("dense", "base: the formats of the base's own tensors", choices=_INTO)
+    round: str = arg("nearest", "error keeps small updates, by --data", choices=_ROUNDINGS)
+    data: list[Path] = arg([], "for --round error, such as the adapter's training data")
+    seed: int = arg(0, "of --round stochastic and error (default 0)")
 
     def __post_init__(self) -> None:
         require(self, ("model", "adapter"), "--run")
         require(self, ("out",), "see --help")
+        check_numbers({"seed": self.seed})
 
 
 @dataclass(frozen=True)

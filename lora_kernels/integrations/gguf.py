@@ -38,7 +38,7 @@ from ..quantization.tensor import QuantizedTensor
 from .quantizer import PackedQuantizer, quantizer_for
 
 _CHUNK = 1 << 24  # elements that are decoded at a time
-_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 3  # names of a message
 # Keys of files and attributes that transformers does not read for all architectures.
 _SIZES = {
@@ -279,7 +279,7 @@ class PackedGgufQuantizer(PackedQuantizer, GgufHfQuantizer):
         linear = [e for e in entries.values() if isinstance(e, Entry) and e.is_linear]
         decoded = [e.source for e in linear if not e.is_packed]
         decoded += [t for t in self.reader.tensors if len(t.shape) > 2]  # of experts
-        quantized = [t for t in decoded if t.tensor_type.name not in _DENSE]
+        quantized = [t for t in decoded if t.tensor_type.name not in DENSE]
         if quantized:
             types = ", ".join(sorted({t.tensor_type.name for t in quantized}))
             names = _some([t.name for t in quantized])
@@ -351,8 +351,8 @@ class Entry:
 def decode(t: Any, dtype: torch.dtype) -> Tensor:
     """Return the decoded tensor, with the bits of `gguf.dequantize` rounded once to `dtype`."""
     kind, shape = t.tensor_type.name, shape_of(t)
-    if kind in _DENSE:
-        stored = torch.from_numpy(np.array(t.data).view(np.uint8)).view(_DENSE[kind])
+    if kind in DENSE:
+        stored = torch.from_numpy(np.array(t.data).view(np.uint8)).view(DENSE[kind])
         return stored.reshape(shape).to(dtype)
     rows = t.data.reshape(-1, t.data.shape[-1])
     decoded = torch.empty(len(rows), shape[-1], dtype=dtype)
@@ -369,7 +369,7 @@ def decode(t: Any, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _is_decodable(kind: Any) -> bool:
-    if kind.name in _DENSE:
+    if kind.name in DENSE:
         return True
     try:
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)

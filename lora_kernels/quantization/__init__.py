@@ -6,9 +6,10 @@ import torch
 
 from ..backends import decoder
 from .packed_state import pack_parameter
+from .rounding import round_weight
 from .weight import QuantizedWeight, quantize_4bit
 
-__all__ = ["QuantizedWeight", "pack_parameter", "quantize_4bit"]
+__all__ = ["QuantizedWeight", "pack_parameter", "quantize_4bit", "round_weight"]
 
 
 def _compare_bitsandbytes(quant_type: str, device: torch.device) -> str | None:

@@ -42,11 +42,18 @@ class Blocks(NamedTuple):
 
 
 class Type(NamedTuple):
-    """A type of blocks: the elements and the bytes of one, and the function that takes it apart."""
+    """A type of blocks.
+
+    Args:
+        elements, nbytes: of a block.
+        take_apart: bytes [blocks, nbytes] -> Blocks.
+        put: bytes, q [blocks, elements] -> None. Writes other codes into the bytes.
+    """
 
     elements: int
     nbytes: int
     take_apart: Callable[[Tensor], Blocks]
+    put: Callable[[Tensor, Tensor], None]
 
 
 def read(rows: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
@@ -62,7 +69,7 @@ def read(rows: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
     >>> read(row[None], "Q8_0", torch.float32)
     QuantizedWeight([1, 32], 8 bits of float32, blocksize=32, 1,058 bytes)
     """
-    elements, nbytes, take_apart = BLOCKS[kind]
+    elements, nbytes, take_apart, _ = BLOCKS[kind]
     N, count = len(rows), rows.shape[1] // nbytes
     q, code, scales, nested, table = take_apart(rows.reshape(-1, nbytes))
     groups = scales.shape[1] if scales.dtype is torch.uint8 and scales.dim() > 1 else 1
@@ -83,11 +90,36 @@ def read(rows: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
     )
 
 
+def replace_codes(rows: Tensor, kind: str, q: Tensor) -> Tensor:
+    """Return rows of blocks with other codes and the scales that they have.
+
+    Args:
+        rows: uint8 [N, bytes of a row].
+        kind: one of `BLOCKS`.
+        q: the codes of what `read` returns, uint8 [N, K].
+
+    >>> row = torch.zeros(1, 34, dtype=torch.uint8)
+    >>> replace_codes(row, "Q8_0", torch.full((1, 32), 7, dtype=torch.uint8))[0, :4].tolist()
+    [0, 0, 7, 7]
+    """
+    elements, nbytes, _, put = BLOCKS[kind]
+    blocks = rows.reshape(-1, nbytes).clone()
+    put(blocks, q.reshape(-1, elements))
+    return blocks.view(rows.shape)
+
+
 def _planes(b: Tensor, bits: int, chunk: int) -> Tensor:
     """Return the codes of `bits` bits in bytes [blocks, n]: of a chunk the lowest bits first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=b.device)
     codes = b.view(len(b), -1, 1, chunk) >> shifts[:, None] & (1 << bits) - 1
     return codes.reshape(len(b), -1)
+
+
+def _join(q: Tensor, bits: int, chunk: int) -> Tensor:
+    """Return the bytes of which `_planes` makes codes [blocks, elements]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=q.device)
+    codes = q.reshape(len(q), -1, 8 // bits, chunk) << shifts[:, None]
+    return codes.sum(2, dtype=torch.uint8).reshape(len(q), -1)
 
 
 def _halves(b: Tensor) -> Tensor:
@@ -196,18 +228,60 @@ def _iq4_xs(b: Tensor) -> Blocks:
     return Blocks(q, _code(_IQ4_NL, b.device), scales, factor, table)
 
 
+Put = Callable[[Tensor, Tensor], None]
+
+
+def _put_nibbles(start: int, chunk: int = 16) -> Put:
+    def put(b: Tensor, q: Tensor) -> None:
+        b[:, start:] = _join(q, 4, chunk)
+
+    return put
+
+
+def _put_bytes(b: Tensor, q: Tensor) -> None:
+    b[:, 2:] = q
+
+
+def _put_q2_k(b: Tensor, q: Tensor) -> None:
+    b[:, 16:80] = _join(q, 2, 32)
+
+
+def _put_q3_k(b: Tensor, q: Tensor) -> None:
+    u = q - 4
+    b[:, 32:96], b[:, :32] = _join(u & 3, 2, 32), _join(u >> 2, 1, 32)
+
+
+def _put_q5(shifted: bool) -> Put:
+    start = 4 if shifted else 2
+
+    def put(b: Tensor, q: Tensor) -> None:
+        u = q if shifted else _signed(q, -16)
+        b[:, start : start + 4], b[:, start + 4 :] = _join(u >> 4, 1, 1), _join(u & 15, 4, 16)
+
+    return put
+
+
+def _put_q5_k(b: Tensor, q: Tensor) -> None:
+    b[:, 48:], b[:, 16:48] = _join(q & 15, 4, 32), _join(q >> 4, 1, 32)
+
+
+def _put_q6_k(b: Tensor, q: Tensor) -> None:
+    u = _signed(q, -32)
+    b[:, :128], b[:, 128:192] = _join(u & 15, 4, 64), _join(u >> 4, 2, 32)
+
+
 BLOCKS: dict[str, Type] = {
-    "Q4_0": Type(32, 18, _q4(False, _SIGNED)),
-    "Q4_1": Type(32, 20, _q4(True, _UNSIGNED)),
-    "Q5_0": Type(32, 22, _q5(False)),
-    "Q5_1": Type(32, 24, _q5(True)),
-    "Q8_0": Type(32, 34, _q8_0),
-    "Q2_K": Type(256, 84, _q2_k),
-    "Q3_K": Type(256, 110, _q3_k),
-    "Q4_K": Type(256, 144, _q4_k),
-    "Q5_K": Type(256, 176, _q5_k),
-    "Q6_K": Type(256, 210, _q6_k),
-    "IQ4_NL": Type(32, 18, _q4(False, _IQ4_NL)),
-    "IQ4_XS": Type(256, 136, _iq4_xs),
-    "MXFP4": Type(32, 17, _mxfp4),
+    "Q4_0": Type(32, 18, _q4(False, _SIGNED), _put_nibbles(2)),
+    "Q4_1": Type(32, 20, _q4(True, _UNSIGNED), _put_nibbles(4)),
+    "Q5_0": Type(32, 22, _q5(False), _put_q5(False)),
+    "Q5_1": Type(32, 24, _q5(True), _put_q5(True)),
+    "Q8_0": Type(32, 34, _q8_0, _put_bytes),
+    "Q2_K": Type(256, 84, _q2_k, _put_q2_k),
+    "Q3_K": Type(256, 110, _q3_k, _put_q3_k),
+    "Q4_K": Type(256, 144, _q4_k, _put_nibbles(16, 32)),
+    "Q5_K": Type(256, 176, _q5_k, _put_q5_k),
+    "Q6_K": Type(256, 210, _q6_k, _put_q6_k),
+    "IQ4_NL": Type(32, 18, _q4(False, _IQ4_NL), _put_nibbles(2)),
+    "IQ4_XS": Type(256, 136, _iq4_xs, _put_nibbles(8)),
+    "MXFP4": Type(32, 17, _mxfp4, _put_nibbles(1)),
 }

@@ -23,8 +23,8 @@ from .model import load_config
 Formats = dict[str, QuantizedWeight | torch.dtype]
 _INDEX = "model.safetensors.index.json"
 # Of PEFT's configuration, what changes more of a base than weights of layers.
-_FIELDS = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
-_FIELDS = (*_FIELDS, "layer_replication")
+_FIELDS = ["modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters"]
+_FIELDS += ["layer_replication"]
 
 
 def check_adapter(config: Any) -> None:
@@ -75,7 +75,11 @@ class FolderCopy:
 
     def write(self, out: Path, merged: Mapping[str, QuantizedWeight | Tensor]) -> tuple[int, int]:
         """Write the folder. Returns the numbers of its safetensors files and of their bytes."""
-        new = {f"{name}.weight": w for name, w in (self.weights | dict(merged)).items()}
+        changed: dict[str, QuantizedWeight | Tensor] = {}
+        if self.quantization is not None:  # the files hold dense weights
+            changed |= self.weights
+        changed |= merged
+        new = {f"{name}.weight": weight for name, weight in changed.items()}
         places: dict[str, str] = {}
         nbytes = 0
         with write_folder(out) as partial:
@@ -85,11 +89,11 @@ class FolderCopy:
                     with safe_open(file, "pt") as tensors:
                         metadata = tensors.metadata()
                     for key in [key for key in state if key in new]:
-                        changed = new[key]
-                        if isinstance(changed, QuantizedWeight):
-                            state |= changed.state_dict(key)
+                        weight = new[key]
+                        if isinstance(weight, QuantizedWeight):
+                            state |= weight.state_dict(key)
                         else:
-                            state[key] = changed
+                            state[key] = weight
                     save_file(state, partial / file.name, metadata)
                     places |= dict.fromkeys(state, file.name)
                     nbytes += sum(t.nbytes for t in state.values())
@@ -134,7 +138,8 @@ class GgufCopy:
         self.stored: Formats = {}
         self.found: dict[str, tuple[str, Tensor]] = {}
         for name, rows in layers.items():
-            to, order = self.found[name] = places.find(name, rows)
+            self.found[name] = places.find(name, rows)
+            to = self.found[name][0]
             t = tensors.get(to)
             if t is None or int(t.shape[-1]) != rows:
                 raise UsageError(f"adapter: got {name}, whose {to} {file} does not have")
@@ -180,10 +185,7 @@ class GgufCopy:
                         rows.copy_(replace_codes(rows, t.tensor_type.name, in_file))
                     else:
                         values = torch.empty_like(new).index_copy_(0, order, new)
-                        t.data.view("uint8")[:] = (
-                            values.view(torch.uint8).numpy().reshape(t.data.view("uint8").shape)
-                        )
-                    t.data.flush()
+                        t.data.view("uint8").reshape(-1)[:] = values.view(-1).view(torch.uint8)
                 del tensors
                 partial.replace(out)
         finally:

@@ -146,7 +146,7 @@ def merge_adapter(
         raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
     copied: FolderCopy | GgufCopy | None = None
     if into == "base" and is_gguf:
-        rows = {name: len(layer.get_base_layer().weight) for name, layer in layers.items()}
+        rows = {name: _out_features(layer) for name, layer in layers.items()}
         copied = GgufCopy(folder, rows, weights)
     elif into == "base":
         how_quantized = describe_quantization(quantized, held) if quantized else None
@@ -171,6 +171,10 @@ def merge_adapter(
         shards, nbytes = _write_dense(merged, model, folder, out), parameter_bytes(merged)
     unreached = len(left) if round == "error" else 0
     return Merged(out, len(layers), shards, nbytes, rounder.tally.rows(), unreached)
+
+
+def _out_features(layer: Any) -> int:
+    return len(layer.get_base_layer().weight)
 
 
 def check_rounding(round: str, files: Sequence[Path], dtype: str | None) -> None:
@@ -200,13 +204,13 @@ def describe_quantization(quant: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return transformers' `quantization_config` of what `models.load_base` quantizes."""
     from transformers import BitsAndBytesConfig
 
-    config: Any = BitsAndBytesConfig(
+    make: Any = BitsAndBytesConfig
+    described: dict[str, Any] = make(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-    )
-    described: dict[str, Any] = config.to_dict()
+    ).to_dict()
     return described
 
 
@@ -231,17 +235,18 @@ def dequantize(model: Any) -> dict[str, QuantizedWeight]:
 
     Returns the codes of the layers that were quantized, by name.
     """
-    weights = {
-        name: weight.inner
-        for name, layer in model.named_modules()
-        if isinstance(weight := getattr(layer, "weight", None), QuantizedTensor)
-    }
+    weights: dict[str, QuantizedWeight] = {}
+    for name, layer in model.named_modules():
+        packed = getattr(layer, "weight", None)
+        if isinstance(packed, QuantizedTensor):
+            weights[name] = packed.quantized
     decode_packed(model)
     for name, layer in list(model.named_modules()):
         if is_linear4bit(layer):
             linear = nn.Linear(*models.features(layer), bias=layer.bias is not None, device="meta")
-            weights[name] = weight = QuantizedWeight.from_bitsandbytes(layer.weight)
-            linear.weight, linear.bias = nn.Parameter(weight.dequantize(torch.float32)), layer.bias
+            weights[name] = QuantizedWeight.from_bitsandbytes(layer.weight)
+            linear.weight = nn.Parameter(weights[name].dequantize(torch.float32))
+            linear.bias = layer.bias
             model.set_submodule(name, linear.requires_grad_(False))
     for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
         vars(model).pop(name, None)

@@ -64,6 +64,11 @@ class Tally:
                 sums[i] += float(product.sum())
         sums[3] += 1
 
+    def share(self) -> float:
+        """Return the share of the update that is kept, over all layers; NaN without an update."""
+        dot, square, _, _ = (sum(column) for column in zip(*self._sums.values(), strict=True))
+        return dot / square if square else math.nan
+
     def rows(self) -> list[Kept]:
         """Return a row for each target and kind whose update is finite and not 0."""
         return [

@@ -93,7 +93,8 @@ class CodeGrid:
         return torch.bucketize(x, self.middles)
 
     def _values(self, places: Tensor, columns: slice) -> Tensor:
-        return self.levels[places] * self.scale[columns] + self.shift[columns]
+        values: Tensor = self.levels[places] * self.scale[columns] + self.shift[columns]
+        return values
 
     def nearest(self, t: Tensor, columns: slice) -> Tensor:
         return self._values(self._places(t, columns), columns)
@@ -107,7 +108,8 @@ class CodeGrid:
 
     def codes(self, values: Tensor) -> Tensor:
         """Return the codes uint8 [K, N] of values of the grid."""
-        return self.order[self._places(values, slice(None))]
+        found: Tensor = self.order[self._places(values, slice(None))]
+        return found
 
 
 def gram_matrix(x: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class Rounder:
             quant_type: of 4 bits, to tell what they would keep if the sum were quantized again.
         """
         self.how, self.dtype, self.stored, self.quant_type = how, dtype, stored, quant_type
+        self.layers = 1
         self.generator = torch.Generator().manual_seed(seed)
         self.tally = Tally()
         self.chosen: dict[str, QuantizedWeight | Tensor] = {}
@@ -91,10 +92,12 @@ class Rounder:
             if is_transposed:
                 exact, before = exact.t(), before.t()
             exact, before = (t.reshape(-1, t.shape[-1]) for t in (exact, before))
-            dense: Any = round_weight(exact, before, stored, how, gram, self.generator)
+            dense: Any = round_weight(exact, before, stored, how, gram, self.generator, self.layers)
             rounded = (dense.t() if is_transposed else dense).reshape(shape).contiguous()
         else:
-            rounded = round_weight(exact, stored, stored.dtype, how, gram, self.generator)
+            rounded = round_weight(
+                exact, stored, stored.dtype, how, gram, self.generator, self.layers
+            )
         if name in self.stored:
             self.chosen[name] = rounded
         if isinstance(rounded, QuantizedWeight):
@@ -109,6 +112,7 @@ class Rounder:
         batch: input_ids and attention_mask, for one forward of the model.
         """
         linear = {name: layer for name, layer in layers.items() if is_linear(layer)}
+        self.layers = len(linear)
         unreached = visit_inputs(model, linear, batch, self.merge)
         return {n: m for n, m in layers.items() if n not in linear or n in unreached}
 

@@ -125,6 +125,7 @@ def round_weight(
     how: str = "error",
     gram: Tensor | None = None,
     generator: torch.Generator | None = None,
+    layers: int = 1,
 ) -> Tensor | QuantizedWeight:
     """Round W + D to the values that W's format or a dtype holds.
 
@@ -186,7 +187,10 @@ def round_weight(
         rounded = near() if how == "nearest" else drawn()
     else:
         rounded, other = near(), drawn()
-        errors = [descend(q, goal, weights, grid, is_free) for q in (rounded, other)]
+        errors = []
+        for q in (rounded, other):
+            descend(q, goal, weights, grid, is_free)
+            errors.append(weighted_error(q - goal, goal - start, weights, layers))
         rounded = torch.where(errors[0] <= errors[1], rounded, other)
     if not isinstance(base, QuantizedWeight):
         return rounded.t().to(dtype).contiguous()
@@ -208,10 +212,8 @@ def _damped(gram: Tensor | None, K: int) -> Tensor:
     return gram.float() + DAMPING * mean * torch.eye(K, device=gram.device)
 
 
-def descend(rounded: Tensor, goal: Tensor, gram: Tensor, grid: Grid, is_free: Tensor) -> Tensor:
+def descend(rounded: Tensor, goal: Tensor, gram: Tensor, grid: Grid, is_free: Tensor) -> None:
     """Lower the diagonal of (Q - T)ᵀ H (Q - T) by coordinate descent over the rows of Q, in place.
-
-    Returns the diagonal, [N]: the squared output error of each row of the weight.
 
     Args:
         rounded: Q, values of the grid [K, N].
@@ -233,7 +235,18 @@ def descend(rounded: Tensor, goal: Tensor, gram: Tensor, grid: Grid, is_free: Te
                 slopes[k - start :].addr_(weights, step[0])
                 rounded[here] = best
                 off[here] += step
-    return (off * (gram @ off)).sum(0)
+
+
+def weighted_error(off: Tensor, update: Tensor, gram: Tensor, layers: int) -> Tensor:
+    """Return eᵀHe + (layers - 1) · (eᵀHd)² / dᵀHd, [N], of each column e and d of two [K, N].
+
+    The part of a layer's error along its update d weakens what the adapter learnt, and adds up over
+    the layers, as independent errors do not.
+    """
+    along = gram @ update
+    square = (along * update).sum(0)
+    lost = torch.where(square > 0, (off * along).sum(0) ** 2 / square, 0.0)
+    return (off * (gram @ off)).sum(0) + (layers - 1) * lost
 
 
 def unpack_codes(weight: QuantizedWeight) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -157,9 +158,9 @@ class GgufCopy:
 
     def _check(self, t: Any, name: str, weight: QuantizedWeight) -> None:
         """Raise UsageError unless the file's rows, moved, are the weight."""
-        rows = torch.from_numpy(t.data)[self.found[name][1]]
         from ..quantization.readers.gguf import read
 
+        rows = torch.from_numpy(np.array(t.data))[self.found[name][1]]
         if not torch.equal(read(rows, t.tensor_type.name, weight.dtype).packed, weight.packed):
             raise UsageError(f"into: {t.name} of {self.file} has other rows; give --into dense")
 

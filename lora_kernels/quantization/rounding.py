@@ -6,11 +6,11 @@ is lost. The other two keep it:
 
 - stochastic: one of the two values beside the number, with the probability that makes the mean the
   number (Croci et al., 2022). The mean of the update is kept, and the error is larger.
-- error: values for which the output error ||(Q - W - D) xᵀ|| is small over given x. It starts from
-  a stochastic rounding. Then sweeps of coordinate descent over the columns give each the nearest
-  value to what the errors of all other columns leave to it, as in GPTQ (Frantar et al., 2022) and
-  QuantEase (Behdin et al., 2023). GPTQ alone, which visits each column once and starts from W,
-  keeps 0.2 of the demo's update in Q4_1; three sweeps from a stochastic start keep 0.8.
+- error: values for which the output error ||(Q - W - D) xᵀ|| is small over given x. Sweeps of
+  coordinate descent over the columns give each the nearest value to what the errors of all other
+  columns leave to it, as in QuantEase (Behdin et al., 2023) and, once and without a return, in
+  GPTQ (Frantar et al., 2022). They start from the nearest values and from a stochastic rounding,
+  and each row of the weight takes the better of its two results, by `weighted_error`.
 
 The scales and shifts of a quantized weight stay: with them its format holds W exactly, and what is
 rounded is D alone.
@@ -139,10 +139,12 @@ def round_weight(
         dtype: bfloat16 or float16, of the result over a dense base.
         how: "nearest", "stochastic" or "error".
         gram: XᵀX of the layer's inputs, float32 [K, K], for "error". A hundredth of its mean
-            diagonal is added to its diagonal, so that it may be singular; of an x that is 0 it is
-            the identity matrix. A diagonal matrix leaves nothing to feed back: the result is then
-            the nearest value.
+            diagonal is added to its diagonal, so that it may be singular; of an x that is 0 the
+            identity matrix takes its place. A diagonal matrix leaves nothing to feed back: the
+            result is then the nearest value.
         generator: of the random numbers; equal seeds give equal results.
+        layers: how many layers of a model are rounded so. The part of an output error along the
+            update counts so often, because it adds up over the layers.
 
     Returns:
         The rounded weight, dense [N, K] in `dtype` or a `QuantizedWeight` with the base's scales.

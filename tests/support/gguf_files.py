@@ -31,6 +31,7 @@ HALVES: dict[str, tuple[tuple[int, float], ...]] = {
     **{"Q4_K": (*_ONE, (2, 7.5)), "Q5_K": (*_ONE, (2, 15.5)), "Q2_K": ((80, 1.0), (82, 1.5))},
     **{"Q3_K": ((108, 1.0),), "Q6_K": ((208, 1.0),), "TQ2_0": ((64, 1.0),), "MXFP4": ()},
 }
+DENSE: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
 WIDTH = 256  # a block of the K-quants
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -168,15 +169,15 @@ def write(
         stored = kind if key in linear and "lm_head" not in key else embedding
         # The model's own scale, and more of the head's so that logits differ.
         rms = t.shape[1] ** -0.5
-        if stored == "F32":
-            tensors[at] = (rms * rng.standard_normal(t.shape)).astype(np.float32), stored
+        if stored in DENSE:
+            tensors[at] = (rms * rng.standard_normal(t.shape)).astype(DENSE[stored]), stored
         else:
             tensors[at] = random_blocks(stored, *t.shape, rms=rms, rng=rng), stored
     if change is not None:
         change(writer, tensors)
     for at, (array, stored) in tensors.items():
         quant = gguf.GGMLQuantizationType[stored]
-        writer.add_tensor(at, array, raw_dtype=None if stored == "F32" else quant)
+        writer.add_tensor(at, array, raw_dtype=None if stored in DENSE else quant)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

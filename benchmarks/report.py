@@ -9,6 +9,7 @@
     lora-kernels bench --count --ranks 16 --json benchmarks/results/traffic.json
     lora-kernels bench --host --json benchmarks/results/host.json
     python -m benchmarks.gguf
+    python -m benchmarks.rounding
     python -m benchmarks.report [--check | --file]
 
 FILE is benchmarks/results/ISA.json, which --file prints: ISA is the instruction set of the kernels.
@@ -59,6 +60,7 @@ TEMPLATES = HERE / "templates"
 JSON_TRAFFIC = HERE / "results/traffic.json"
 JSON_HOST = HERE / "results/host.json"
 JSON_GGUF = HERE / "results/gguf.json"
+JSON_ROUNDING = HERE / "results/rounding.json"
 JSON_LONG_CONTEXT = HERE / "results/long_context.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
 RESULTS = HERE / "RESULTS.md"
@@ -66,6 +68,7 @@ OVERVIEW = HERE / "results/overview.png"  # README's picture
 # Document -> the template of its figures.
 FIGURES = {
     HERE.parent / "README.md": "README.md.j2",
+    HERE.parent / "docs/commands.md": "commands.md.j2",
     HERE.parent / "docs/cpu.md": "cpu.md.j2",
     HERE.parent / "docs/gpu.md": "gpu.md.j2",
     HERE.parent / "docs/gguf.md": "gguf.md.j2",
@@ -553,6 +556,22 @@ def long_context_peaks(found: Row) -> Cells:
         yield f"{row['tokens']:,}", "checkpointed" if row["checkpointed"] else "", *cells
 
 
+def rounding_rows(found: Row) -> Cells:
+    """A line is a run, a format and a rounding, beside the base without an adapter."""
+    for row in found["rows"]:
+        if row["rounding"] != "unmerged":
+            names = {"base": "none"}
+            yield (
+                row["run"],
+                row["format"],
+                names.get(row["rounding"], row["rounding"]),
+                f"{row['share']:.3f}",
+                f"{1e3 * row['chats']:.2g}",
+                f"{1e3 * row['reviews']:.2g}",
+                "✓" if found["fact"] in row["answer"] else "",
+            )
+
+
 def long_context_times(found: Row) -> str:
     """The time of a step with tiles and the loss, with the loss, and of TRL's, over PEFT's."""
     seconds = found["times"]["seconds"]
@@ -774,7 +793,7 @@ def gguf_tokens(found: Row) -> Cells:
 TABLES = (
     *(machine, table, model_rows, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows, block_head, block_rows),
-    *(tile_rows, tile_peaks, long_context_peaks, long_context_times),
+    *(tile_rows, tile_peaks, long_context_peaks, long_context_times, rounding_rows),
     *(cpu_head, cpu_rows, step_head, step_rows, tax_ranges, saved_range, peak_share, experts_rows),
     experts_range,
     *(host_head, host_rows, commit),
@@ -796,6 +815,7 @@ def render(template: str, measured: list[Run]) -> str:
         traffic=counted(),
         host=read(JSON_HOST).get("host"),
         gguf=json.loads(JSON_GGUF.read_text()) if JSON_GGUF.exists() else None,
+        rounding=json.loads(JSON_ROUNDING.read_text()) if JSON_ROUNDING.exists() else None,
         long_context=json.loads(JSON_LONG_CONTEXT.read_text()) if has_long_context else None,
         gpus=[*SHEETS.values()],
     )

@@ -83,12 +83,18 @@ class FolderCopy:
         new = {f"{name}.weight": weight for name, weight in changed.items()}
         places: dict[str, str] = {}
         nbytes = 0
+        config = json.loads((self.folder / "config.json").read_text())
+        # transformers casts nothing of a folder in 4 bits.
+        name = config.get("dtype") or config.get("torch_dtype")
+        dtype = getattr(torch, name or "float32") if self.quantization is not None else None
         with write_folder(out) as partial:
             for file in self.folder.iterdir():
                 if file.suffix == ".safetensors":
                     state = load_file(file)
                     with safe_open(file, "pt") as tensors:
                         metadata = tensors.metadata()
+                    if dtype is not None:
+                        state = {n: t.to(dtype) for n, t in state.items()}
                     for key in [key for key in state if key in new]:
                         weight = new[key]
                         if isinstance(weight, QuantizedWeight):
@@ -101,7 +107,6 @@ class FolderCopy:
                 elif file.is_file() and not file.name.endswith((".bin", ".gguf", ".pt", ".pth")):
                     shutil.copy(file, partial / file.name)
             if self.quantization is not None:
-                config = json.loads((partial / "config.json").read_text())
                 config["quantization_config"] = self.quantization
                 (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if (index := partial / _INDEX).exists():

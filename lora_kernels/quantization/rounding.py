@@ -157,7 +157,7 @@ def round_weight(
     >>> from lora_kernels.quantization import round_weight
     >>> base, update = torch.ones(2, 64), torch.full((2, 64), 0.001)
     >>> nearest = round_weight(base + update, base, torch.bfloat16, "nearest")
-    >>> x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    >>> x = 1 + 0.1 * torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     >>> kept = round_weight(base + update, base, torch.bfloat16, "error", gram_matrix(x))
     >>> (nearest - base).mean().item()
     0.0

@@ -33,9 +33,9 @@ IDS = tokenizer()("".join(f"{i} squared? It is {i * i}. " for i in range(8)), re
 ]
 
 
-def save_adapter(folder: Path, base: Any, size: float, targets: str = "all-linear") -> Path:
+def save_adapter(folder: Path, base: Any, size: float, **config: Any) -> Path:
     """An adapter of rank 3 whose updates are about `size` times the weights."""
-    model = add_lora_layers(base, "chat", rank=3, alpha=3, targets=targets)
+    model = add_lora_layers(base, "chat", rank=3, alpha=3, targets="all-linear", **config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -168,7 +168,7 @@ def test_four_bits_that_bitsandbytes_loads(
         assert before.keys() == after.keys()
         assert changed == {name for name in before if name.endswith("_proj.weight")}
     else:
-        assert after["model.norm.weight"].dtype is torch.float32
+        assert after["model.norm.weight"].dtype is torch.bfloat16  # of the configuration
         assert after["model.embed_tokens.weight"].dtype is torch.bfloat16
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
     assert type(loaded.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
@@ -213,6 +213,21 @@ def test_a_copy_of_a_gguf_file(kind: str, chats: Path, tmp_path: Path) -> None:
         tmp_path, gguf_file=near.name, dtype=torch.float32
     )
     assert error(loaded, want, plain) < error(nearest, want, plain)
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"use_rslora": True}])
+def test_variants_into_a_gguf_file(kind: dict[str, bool], chats: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "tiny.gguf", "Q8_0")
+    start, other = (load_base(file, torch.float32, torch.device("cpu")) for _ in range(2))
+    adapter = save_adapter(tmp_path / "adapter", other, 0.1, **kind)
+    plain = logits(start)
+    want = logits(load_adapter(start, adapter))
+    out = tmp_path / "merged.gguf"
+    how: Any = {"onto": "dequantized", "into": "base", "round": "error", "data": [chats]}
+    merge_adapter(file, adapter, out, **how)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=out.name, dtype=torch.float32)
+    assert error(loaded, want, plain) < 0.3
 
 
 def test_an_adapter_of_zeros_gives_the_file_s_bytes(chats: Path, tmp_path: Path) -> None:

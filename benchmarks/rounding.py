@@ -61,7 +61,7 @@ QUESTIONS = (
 ANSWER = "The lighthouse of Port Ellery is kept by Maren Oduya."
 
 
-def load(tokenizer: Any) -> nn.Module:
+def load() -> nn.Module:
     """Return the file's model, decoded to float32."""
     base = models.load_base(demo_model(), torch.float32, torch.device("cpu"))
     dequantize(base)
@@ -72,7 +72,7 @@ def train(tokenizer: Any, folder: Path, run: dict[str, Any]) -> None:
     """Save the adapter of a run over the decoded file."""
     torch.manual_seed(0)
     adapted = add_lora_layers(
-        load(tokenizer), "chat", rank=run["rank"], alpha=run["alpha"],
+        load(), "chat", rank=run["rank"], alpha=run["alpha"],
         targets=DEMO["target_modules"][0],
     )  # fmt: skip
     data = load_chat(demo_chat(), tokenizer)
@@ -180,7 +180,7 @@ def measure(
 def main() -> None:
     silence_libraries()
     tokenizer = models.load_tokenizer(demo_model())
-    base = load(tokenizer)
+    base = load()
     batch = draw_batch([demo_chat()], tokenizer, base.config, 0)  # type: ignore[attr-defined]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -94,9 +94,10 @@ def merge_adapter(
         onto: "original" adds ΔW to the base's weights. "dequantized" adds ΔW to quantized weights
             after decoding; dense weights are quantized first, as by `finetune --quant`.
         quant, quant_dtype: "nf4" or "fp4", and the dtype before quantization by bitsandbytes.
-        into: "dense" writes a dense folder. "base" keeps the format of the quantized base, with its
-            scales, and chooses codes anew: NF4 and FP4 in a folder that transformers loads with
-            bitsandbytes; Q4_0, Q4_1, Q8_0, BF16, F16 and F32 in a copy of the GGUF file.
+        into: "dense" writes a dense folder. "base" writes the formats of the base's own tensors,
+            with the scales that they have and new codes: a copy of the GGUF file, in each type
+            that `load_gguf` keeps packed, F32, F16 and BF16; a folder in NF4 or FP4, which
+            transformers loads with bitsandbytes; or a dense folder in its tensors' dtypes.
         round: "nearest", "stochastic" or "error".
         data: files for "error", as `load_chat` reads them: up to 8,192 tokens pass through the
             model, best of those that the adapter was trained on.
@@ -197,7 +198,8 @@ def check_new(out: Path, is_file: bool) -> None:
         raise UsageError(f"out: got {out}, want a file's name that ends in .gguf")
     check_out(out.absolute().parent if is_file else out, "that is not there yet")
     if out.exists() and (is_file or not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"out: {out} is there already; give a folder that is not")
+        kind = "file" if is_file else "folder"
+        raise UsageError(f"out: {out} is there already; give a {kind} that is not")
 
 
 def describe_quantization(quant: str, dtype: torch.dtype) -> dict[str, Any]:

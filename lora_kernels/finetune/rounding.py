@@ -39,7 +39,7 @@ class Rounder:
 
         Args:
             dtype: of layers that `stored` does not name.
-            stored: for layers by name, another dtype or the codes that are to be chosen anew.
+            stored: the dtype, or the codes whose scales are kept, of layers by name.
             quant_type: of 4 bits, to tell what they would keep if the sum were quantized again.
         """
         self.how, self.dtype, self.stored, self.quant_type = how, dtype, stored, quant_type

@@ -134,8 +134,8 @@ def round_weight(
 
     Args:
         target: W + D, float32 [N, K].
-        base: W: a quantized weight, whose codes are chosen anew and whose scales stay; or dense
-            [N, K], whose nearest values of `dtype` stay where the target equals it.
+        base: W, a `QuantizedWeight` or dense [N, K]. The result has the scales of a quantized one,
+            and new codes. A dense one is rounded to nearest where the target equals it.
         dtype: bfloat16 or float16, of the result over a dense base.
         how: "nearest", "stochastic" or "error".
         gram: XᵀX of the layer's inputs, float32 [K, K], for "error". A hundredth of its mean
@@ -144,7 +144,7 @@ def round_weight(
             result is then the nearest value.
         generator: of the random numbers; equal seeds give equal results.
         layers: how many layers of a model are rounded so. The part of an output error along the
-            update counts so often, because it adds up over the layers.
+            update counts once for each, because it adds up over the layers.
 
     Returns:
         The rounded weight, dense [N, K] in `dtype` or a `QuantizedWeight` with the base's scales.
@@ -171,12 +171,11 @@ def round_weight(
     if not target.isfinite().all():
         raise ValueError("target: got NaN or infinity in it, want finite values")
     weights = _damped(gram, target.shape[1]) if how == "error" else None
-    quantized = isinstance(base, QuantizedWeight)
     grid: Grid = CodeGrid(base) if isinstance(base, QuantizedWeight) else FloatGrid(dtype)
     start = base.dequantize(torch.float32) if isinstance(base, QuantizedWeight) else base.float()
     start, goal = start.t().contiguous(), target.float().t().contiguous()
     is_free = start != goal
-    kept = start if quantized else grid.nearest(start, slice(None))
+    kept = start if isinstance(base, QuantizedWeight) else grid.nearest(start, slice(None))
 
     def near() -> Tensor:
         return torch.where(is_free, grid.nearest(goal, slice(None)), kept)

@@ -95,7 +95,9 @@ def test_nearest_and_the_two_neighbours(name: str) -> None:
     target = (start + update_of(0.3, levels)).clamp(levels[0], levels[-1])
     distance = (levels - target).abs()
     near = values(round_weight(target, base, dtype, "nearest"))
-    torch.testing.assert_close((near - target).abs(), distance.amin(0), rtol=1e-5, atol=1e-7)
+    # (t - shift) / scale has four roundings of float32, so a tie may fall to either side.
+    tie = 2.0**-22 * (target.abs() + levels.abs().amax(0))
+    assert ((near - target).abs() <= distance.amin(0) + tie).all()
     draws = [
         values(round_weight(target, base, dtype, "stochastic", generator=rng(i))) for i in (1, 2)
     ]
@@ -103,7 +105,7 @@ def test_nearest_and_the_two_neighbours(name: str) -> None:
     above = torch.where(levels >= target, levels, torch.inf).amin(0)
     for drawn in draws:
         off = torch.minimum((drawn - below).abs(), (drawn - above).abs())
-        assert off.max() <= 1e-6
+        assert (off <= tie).all()
     assert not torch.equal(*draws)
 
 

@@ -116,7 +116,7 @@ def _planes(b: Tensor, bits: int, chunk: int) -> Tensor:
 
 
 def _join(q: Tensor, bits: int, chunk: int) -> Tensor:
-    """Return the bytes of which `_planes` makes codes [blocks, elements]."""
+    """Pack codes [blocks, elements] into bytes: the inverse of `_planes`."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=q.device)
     codes = q.reshape(len(q), -1, 8 // bits, chunk) << shifts[:, None]
     return codes.sum(2, dtype=torch.uint8).reshape(len(q), -1)
